@@ -1,0 +1,1 @@
+"""On-policy context distillation."""

@@ -1,0 +1,239 @@
+"""Statistics and gradient of the reverse KL from two rows of float32 logits, one program per row (Triton).
+
+The twin of `reference.reverse_kl_rows`, where the formulas are. What differs here:
+
+- Two passes over the row. The first keeps a running maximum, normaliser and sum of differences per lane and
+  combines the lanes once at the end, so its loop has no barrier and no shuffle. The second writes G and sums
+  the KL.
+- G needs c = E_p[z_s - z_t], known after the first pass; the two logsumexps cancel in l - KL.
+- expm1 does not exist here. Where |l| < 1/4 the term p (expm1(-l) + l) is a polynomial of relative error 4e-7,
+  elsewhere q - p + p l, which has lost at most a factor 30 of float32's precision there.
+- The columns beyond the last whole block are peeled off: with a mask in the loop, or with rows that do not start at
+  multiples of 16 elements, every 128-bit load would turn into four.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Launch shape by number of columns: (columns up to, BLOCK, warps). 8 float32 per lane and side are two 128-bit loads;
+# at 2048 x 8 warps the accumulators leave room for four programs per multiprocessor. Not tuned on a device yet.
+LAUNCH = ((4096, 512, 2), (16384, 1024, 4), (1 << 31, 2048, 8))
+
+_SMALLEST = tl.constexpr(1.1754944e-38)  # smallest normal float32: p below it counts as 0
+_UNSEEN = tl.constexpr(-1.0e38)  # a running maximum before its first finite logit
+_NO_COLUMN = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _logits(z_ptr, bias_ptr, columns, n_columns, inner, outer, HAS_BIAS, SOFTCAP, MASKED):
+    """Logits / temperature of one block; -inf beyond the last column."""
+    if MASKED:
+        inside = columns < n_columns
+        z = tl.load(z_ptr + columns, mask=inside, other=0.0)
+    else:
+        z = tl.load(z_ptr + columns)
+    if HAS_BIAS:
+        if MASKED:
+            z += tl.load(bias_ptr + columns, mask=inside, other=0.0)
+        else:
+            z += tl.load(bias_ptr + columns)
+    z *= inner
+    if SOFTCAP:
+        # tanh; saturates to +-1 without overflow
+        z = (1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)) * outer
+    if MASKED:
+        z = tl.where(inside, z, float("-inf"))
+    return z
+
+
+@triton.jit
+def _difference(z_s, z_t):
+    """z_s - z_t, 0 where either is -inf: p or q is 0 there and the callers treat those entries apart."""
+    return tl.where((z_s == float("-inf")) | (z_t == float("-inf")), 0.0, z_s - z_t)
+
+
+@triton.jit
+def _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t, forbidden):
+    """Online update of (max, sum of exponentials, their sum weighted with z_s - z_t) with one exponential a side."""
+    shrink = tl.exp(-tl.abs(z_s - m_s))
+    grows = z_s > m_s
+    difference = _difference(z_s, z_t)
+    d_s = tl.where(grows, d_s * shrink + 1.0, d_s + shrink)
+    a = tl.where(grows, a * shrink + difference, a + shrink * difference)
+    m_s = tl.where(grows, z_s, m_s)
+
+    shrink = tl.exp(-tl.abs(z_t - m_t))
+    grows = z_t > m_t
+    d_t = tl.where(grows, d_t * shrink + 1.0, d_t + shrink)
+    m_t = tl.where(grows, z_t, m_t)
+
+    # The likeliest token that the teacher forbids decides whether the row's KL is infinite.
+    forbidden = tl.where(z_t == float("-inf"), tl.maximum(forbidden, z_s), forbidden)
+    return m_s, d_s, a, m_t, d_t, forbidden
+
+
+@triton.jit
+def _kl_terms(p, q, l):
+    """q - p + p l, every one >= 0, without cancellation."""
+    series = l * l * (0.5 + l * (-1.0 / 6 + l * (1.0 / 24 + l * (-1.0 / 120 + l * (1.0 / 720)))))
+    terms = tl.where(tl.abs(l) < 0.25, p * series, q - p + p * l)
+    return tl.where(p < _SMALLEST, q, terms)
+
+
+@triton.jit
+def _second_pass(
+    z_s, z_t, columns, n_columns, g_ptr, kl, negative_entropy, top_s, top_t,
+    lse_s, lse_t, m_s, m_t, center, row_factor, inverse_outer,
+    SOFTCAP, WRITE_GRADIENT, ALL_STATISTICS, MASKED,
+):  # fmt: skip
+    p = tl.exp(z_s - lse_s)
+    q = tl.exp(z_t - lse_t)
+    difference = _difference(z_s, z_t)
+    kl += _kl_terms(p, q, difference - (lse_s - lse_t))
+    if ALL_STATISTICS:
+        negative_entropy += tl.where(z_s == float("-inf"), 0.0, p * (z_s - lse_s))
+        top_s = tl.minimum(top_s, tl.where(z_s >= m_s, columns, _NO_COLUMN))
+        top_t = tl.minimum(top_t, tl.where(z_t >= m_t, columns, _NO_COLUMN))
+    if WRITE_GRADIENT:
+        g = p * (difference - center) * row_factor
+        if SOFTCAP:
+            tanh = z_s * inverse_outer
+            g *= 1.0 - tanh * tanh
+        g = g.to(g_ptr.dtype.element_ty)
+        if MASKED:
+            # Padding lanes hold z = -inf, whose square is not a number; they are not stored.
+            tl.store(g_ptr + columns, g, mask=columns < n_columns)
+        else:
+            tl.store(g_ptr + columns, g)
+    return kl, negative_entropy, top_s, top_t
+
+
+@triton.jit
+def _reverse_kl_rows_kernel(
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, weights_ptr, statistics_ptr, g_ptr,
+    stride_s, stride_t, stride_g, stride_statistics, n_columns,
+    inner_s, inner_t, outer_s, outer_t, derivative,
+    HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # rows * stride passes 2^31
+    z_s_ptr += row * stride_s
+    z_t_ptr += row * stride_t
+    lanes = tl.arange(0, BLOCK)
+    whole = n_columns // BLOCK
+    tail = whole * BLOCK + lanes
+
+    m_s = tl.full([BLOCK], _UNSEEN, tl.float32)
+    m_t = tl.full([BLOCK], _UNSEEN, tl.float32)
+    d_s = tl.zeros([BLOCK], tl.float32)
+    d_t = tl.zeros([BLOCK], tl.float32)
+    a = tl.zeros([BLOCK], tl.float32)
+    forbidden = tl.full([BLOCK], float("-inf"), tl.float32)
+    for block in range(0, whole):
+        columns = block * BLOCK + lanes
+        z_s = _logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
+        z_t = _logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        m_s, d_s, a, m_t, d_t, forbidden = _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t, forbidden)
+    if whole * BLOCK < n_columns:
+        z_s = _logits(z_s_ptr, bias_s_ptr, tail, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
+        z_t = _logits(z_t_ptr, bias_t_ptr, tail, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        m_s, d_s, a, m_t, d_t, forbidden = _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t, forbidden)
+
+    top = tl.max(m_s, 0)
+    scaled = tl.exp(m_s - top)
+    total = tl.sum(d_s * scaled, 0)
+    center = tl.sum(a * scaled, 0) / total
+    lse_s = top + tl.log(total)
+    m_s = top
+    top = tl.max(m_t, 0)
+    lse_t = top + tl.log(tl.sum(d_t * tl.exp(m_t - top), 0))
+    m_t = top
+    infinite = tl.exp(tl.max(forbidden, 0) - lse_s) >= _SMALLEST
+
+    row_factor = 0.0
+    inverse_outer = 0.0
+    if WRITE_GRADIENT:
+        g_ptr += row * stride_g
+        row_factor = tl.where(infinite, 0.0, tl.load(weights_ptr + row) * derivative)
+    if SOFTCAP_S:
+        inverse_outer = 1.0 / outer_s
+
+    kl = tl.zeros([BLOCK], tl.float32)
+    negative_entropy = tl.zeros([BLOCK], tl.float32)
+    top_s = tl.full([BLOCK], _NO_COLUMN, tl.int32)
+    top_t = tl.full([BLOCK], _NO_COLUMN, tl.int32)
+    # Backwards: the end of the row is what the cache may still hold.
+    if whole * BLOCK < n_columns:
+        z_s = _logits(z_s_ptr, bias_s_ptr, tail, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
+        z_t = _logits(z_t_ptr, bias_t_ptr, tail, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        kl, negative_entropy, top_s, top_t = _second_pass(
+            z_s, z_t, tail, n_columns, g_ptr, kl, negative_entropy, top_s, top_t,
+            lse_s, lse_t, m_s, m_t, center, row_factor, inverse_outer,
+            SOFTCAP_S, WRITE_GRADIENT, ALL_STATISTICS, True,
+        )  # fmt: skip
+    for block in range(0, whole):
+        columns = (whole - 1 - block) * BLOCK + lanes
+        z_s = _logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
+        z_t = _logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        kl, negative_entropy, top_s, top_t = _second_pass(
+            z_s, z_t, columns, n_columns, g_ptr, kl, negative_entropy, top_s, top_t,
+            lse_s, lse_t, m_s, m_t, center, row_factor, inverse_outer,
+            SOFTCAP_S, WRITE_GRADIENT, ALL_STATISTICS, False,
+        )  # fmt: skip
+
+    statistics_ptr += row
+    tl.store(statistics_ptr, tl.where(infinite, float("inf"), tl.sum(kl, 0)))
+    if ALL_STATISTICS:
+        agree = tl.min(top_s, 0) == tl.min(top_t, 0)
+        tl.store(statistics_ptr + stride_statistics, -tl.sum(negative_entropy, 0))
+        tl.store(statistics_ptr + 2 * stride_statistics, lse_s)
+        tl.store(statistics_ptr + 3 * stride_statistics, lse_t)
+        tl.store(statistics_ptr + 4 * stride_statistics, agree.to(tl.float32))
+
+
+def reverse_kl_rows(
+    z_s: Tensor,  # (n, V) float32 raw products, unit column stride
+    z_t: Tensor,  # (n, V)
+    bias_s: Tensor | None,  # (V,) float32
+    bias_t: Tensor | None,
+    row_weights: Tensor,  # (n,) float32
+    statistics: Tensor,  # (5, n) float32
+    gradient: Tensor | None,  # (n, V) float32 or bf16; may be z_s itself, but no other view of the logits' memory
+    *,
+    scale_s: float,
+    scale_t: float,
+    softcap_s: float | None,
+    softcap_t: float | None,
+    temperature: float,
+    all_statistics: bool,
+    scratch: Tensor | None = None,  # the reference's; unused
+) -> None:
+    """Launch one program per row. Arguments as in `reference.reverse_kl_rows`; the logits survive unless G is z_s."""
+    for name, z in (("z_s", z_s), ("z_t", z_t)):
+        if z.dtype != torch.float32 or z.stride(1) != 1:
+            raise ValueError(f"{name} is {z.dtype} with strides {z.stride()}; expected float32 with unit column stride")
+    rows, columns = z_s.shape
+    if rows == 0:
+        return
+    inner_s, outer_s = _inner_and_outer(scale_s, softcap_s, temperature)
+    inner_t, outer_t = _inner_and_outer(scale_t, softcap_t, temperature)
+    block, warps = next((block, warps) for limit, block, warps in LAUNCH if columns <= limit)
+    _reverse_kl_rows_kernel[(rows,)](
+        z_s, z_t, z_s if bias_s is None else bias_s, z_t if bias_t is None else bias_t, row_weights, statistics,
+        z_s if gradient is None else gradient,
+        z_s.stride(0), z_t.stride(0), 0 if gradient is None else gradient.stride(0), statistics.stride(0), columns,
+        inner_s, inner_t, outer_s, outer_t, scale_s / temperature,
+        HAS_BIAS_S=bias_s is not None, HAS_BIAS_T=bias_t is not None,
+        SOFTCAP_S=softcap_s is not None, SOFTCAP_T=softcap_t is not None,
+        WRITE_GRADIENT=gradient is not None, ALL_STATISTICS=all_statistics, BLOCK=block,
+        num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _inner_and_outer(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
+    """logits / temperature = inner * x, or outer * tanh(inner * x) with a softcap."""
+    return (scale / temperature, 1.0) if softcap is None else (scale / softcap, softcap / temperature)

@@ -1,0 +1,120 @@
+"""Checkpoints that are either whole or not there: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd_fast.errors import InputError
+
+STATE = "state.json"
+WEIGHTS = "trainable.safetensors"
+OPTIMIZER = "optimizer.pt"
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a scratch folder, then put it in place of `path` by renaming.
+
+    A crash at any moment leaves the old folder or the new one, never a mixture.
+    Raises InputError when the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot write to {str(path.parent)!r}: {error.strerror}") from error
+    try:
+        scratch.chmod(0o755)
+        fill(scratch)
+        _sync(scratch)
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            path.rename(aside / "was")
+            scratch.rename(path)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            scratch.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic replacement of a text file. Raises InputError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def save_checkpoint(
+    root: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
+) -> Path:
+    """Write `root/step-NNNNNN` and remove all but the newest `keep` checkpoints."""
+    from safetensors.torch import save_file
+
+    def fill(folder: Path) -> None:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+        torch.save(optimizer, folder / OPTIMIZER)
+        (folder / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
+
+    path = root / f"step-{step:06d}"
+    write_folder(path, fill)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in root.glob("step-*") if (path / STATE).is_file())
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Weights, optimizer state and run state. Raises InputError for a damaged checkpoint."""
+    from safetensors.torch import load_file
+
+    try:
+        state = json.loads((path / STATE).read_text())
+        weights = load_file(path / WEIGHTS)
+        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"checkpoint {str(path)!r} is damaged ({type(error).__name__}: {error}); remove it to resume from an older one"
+        ) from error
+    return weights, optimizer, state
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,164 @@
+"""Every setting of a run, in one frozen dataclass. Python, YAML and the command line spell them the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opcd_fast.errors import InputError
+
+LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
+FULL_LEARNING_RATE = 5e-6  # the paper's (arXiv 2602.12275, searched 1e-6 ... 5e-6)
+
+
+@dataclass(frozen=True)
+class OPCDConfig:
+    """Settings of a run; the defaults are the paper's (arXiv 2602.12275) where it has one."""
+
+    output_dir: str = "runs/opcd"
+    """Folder for metrics, checkpoints and the trained weights."""
+    steps: int = 50
+    """Optimizer steps; each draws one batch of fresh answers."""
+    batch_size: int = 128
+    """Prompts per step."""
+    rollouts_per_prompt: int = 1
+    """Answers drawn for each prompt."""
+    max_new_tokens: int = 512
+    """Longest answer, in tokens; longer ones are cut there."""
+    temperature: float = 1.0
+    """Sampling temperature of the answers; it also divides both models' logits in the loss."""
+    top_p: float = 1.0
+    """Nucleus sampling of the answers; the paper trains with 1."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
+    learning_rate: float | None = None
+    """Constant AdamW rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3 for LoRA (the demo's)."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
+    divergence: str = "reverse_kl"
+    """What is minimised; "reverse_kl" is KL(student || teacher) over the full vocabulary."""
+    normalize: str = "sequence"
+    """"sequence": mean over answers of the mean over their tokens (the paper's Eq. 1); "token": mean over tokens."""
+    teacher_mode: str = "frozen"
+    """"frozen": the teacher keeps the weights it starts with."""
+    lora_rank: int = 0
+    """0: full fine-tuning with fp32 master weights; above: LoRA, and the base with the adapter off is the teacher."""
+    lora_alpha: float | None = None
+    """LoRA scale numerator; None: twice the rank."""
+    lora_targets: str = "all-linear"
+    """Modules that get an adapter: "all-linear", or names separated by commas (q_proj,v_proj)."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's activations in backward: less memory, about a third more time."""
+    dtype: str = "auto"
+    """Compute type: "auto" | "float32" | "bfloat16". Auto is bfloat16 on GPUs and on CPUs with bf16 arithmetic."""
+    device: str = "auto"
+    """"auto" | "cpu" | "cuda" | "cuda:N"."""
+    micro_batch_tokens: int | None = None
+    """Student plus teacher tokens run through the models at once; None: the whole batch."""
+    rollout_batch: int = 64
+    """Sequences generated at once."""
+    merge_for_rollout: bool | None = None
+    """Generate with a copy that has the adapter folded in. None: on the CPU."""
+    loss_backend: str = "auto"
+    """"auto" | "triton" | "torch"."""
+    workspace_bytes: int | None = None
+    """Bound for the loss's scratch memory; None: the loss's own default."""
+    teacher_path: str = "auto"
+    """How the teacher reads the context: "auto" | "merge" | "concat"."""
+    eval_every: int = 10
+    """Held-out evaluation every so many steps, and before the first and after the last; 0: never."""
+    eval_batch: int = 32
+    """Held-out prompts used for evaluation during training (the first ones); all when there are fewer."""
+    save_every: int = 10
+    """Checkpoint every so many steps, and after the last; 0: only after the last."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are removed."""
+    seed: int = 0
+    """Fixes prompt order, answers and initial adapter."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output_dir."""
+
+    def __post_init__(self) -> None:
+        def positive(name: str, least: int = 1) -> None:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
+
+        def one_of(name: str, *allowed: str) -> None:
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, allowed))}")
+
+        def within(name: str, low: float, high: float, open_low: bool = False) -> None:
+            value = getattr(self, name)
+            good = isinstance(value, (int, float)) and (low < value if open_low else low <= value) and value <= high
+            if not good:
+                raise InputError(f"{name}={value!r} must be a number {'above' if open_low else 'from'} {low} up to {high}")
+
+        for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "rollout_batch", "eval_batch"):
+            positive(name)
+        for name in ("lora_rank", "eval_every", "save_every", "seed"):
+            positive(name, 0)
+        positive("keep_checkpoints")
+        for name in ("micro_batch_tokens", "workspace_bytes"):
+            if getattr(self, name) is not None:
+                positive(name)
+        within("temperature", 0, 100, open_low=True)
+        within("top_p", 0, 1, open_low=True)
+        if self.learning_rate is not None:
+            within("learning_rate", 0, 1, open_low=True)
+        if self.lora_alpha is not None:
+            within("lora_alpha", 0, 1e6, open_low=True)
+        within("weight_decay", 0, 1)
+        within("max_grad_norm", 0, 1e9)
+        one_of("divergence", "reverse_kl")
+        one_of("teacher_mode", "frozen")
+        one_of("normalize", "sequence", "token")
+        one_of("dtype", "auto", "float32", "bfloat16")
+        one_of("loss_backend", "auto", "triton", "torch")
+        one_of("teacher_path", "auto", "merge", "concat")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise InputError("lora_alpha is set but lora_rank is 0 (full fine-tuning); set lora_rank or drop lora_alpha")
+        if self.merge_for_rollout and not self.lora_rank:
+            raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
+
+    @property
+    def effective_learning_rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LORA_LEARNING_RATE if self.lora_rank else FULL_LEARNING_RATE
+
+
+def check_names(values: Mapping[str, Any], allowed: list[str], where: str) -> None:
+    """Raises InputError for a name that is not an option, with the closest one that is."""
+    for name in values:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; options: {', '.join(allowed)}"
+            raise InputError(f"{where}: unknown option {name!r}{hint}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML file, names spelled as in Python (dashes allowed). Raises InputError."""
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"config file {str(path)!r} does not exist")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"config file {str(path)!r} must hold `name: value` lines")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def option_names(*classes: type) -> list[str]:
+    return [field.name for cls in classes for field in dataclasses.fields(cls)]

@@ -1,0 +1,70 @@
+"""Held-out evaluation: how far the student still is from the teacher that sees the context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from opcd_fast.batch import Sample, micro_batches, pack
+from opcd_fast.objective import context_kl
+from opcd_fast.prompts import RenderedPrompt
+from opcd_fast.rollout import Completion
+from opcd_fast.teacher import ContextTeacher
+
+
+@torch.no_grad()
+def divergence(
+    samples: Sequence[Sample],
+    student: Any,
+    teacher: ContextTeacher,
+    *,
+    temperature: float,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    micro_batch_tokens: int | None = None,
+    **loss_options: Any,
+) -> dict[str, float]:
+    """Divergence of student and teacher on given sequences, without gradients.
+
+    Returns:
+        kl: mean over sequences of the mean token KL(student || teacher), nats;
+        kl_per_token: mean over all tokens, nats;
+        top1_agreement: share of tokens where both models' most probable token is the same.
+    """
+    by_sequence = by_token = agreement = 0.0
+    tokens = 0
+    was_training = student.training
+    student.eval()
+    try:
+        for group in micro_batches(samples, micro_batch_tokens):
+            batch = pack(group).to(device)
+            _, stats = context_kl(
+                batch,
+                student,
+                teacher,
+                temperature=temperature,
+                denominator=1.0,
+                compute_dtype=compute_dtype,
+                **loss_options,
+            )
+            by_sequence += float((stats.token_kl * batch.token_weights).sum())
+            by_token += float(stats.token_kl.sum())
+            agreement += float(stats.top1_agreement.float().sum())
+            tokens += batch.response_ids.numel()
+    finally:
+        student.train(was_training)
+    return {
+        "kl": by_sequence / len(samples),
+        "kl_per_token": by_token / tokens,
+        "top1_agreement": agreement / tokens,
+    }
+
+
+def samples_of(rows: Sequence[RenderedPrompt], completions: Sequence[Completion]) -> list[Sample]:
+    """Prompts and answers, paired in order."""
+    return [
+        Sample(row.student_ids, row.teacher_ids, row.context_index, answer.token_ids, answer.logprobs)
+        for row, answer in zip(rows, completions)
+    ]

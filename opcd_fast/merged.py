@@ -1,0 +1,63 @@
+"""A plain copy of a LoRA model with the adapter folded into the weights, for generation.
+
+Decoding multiplies thin matrices, where unmerged adapters and row-major weights cost as much as the model itself:
+on a CPU the folded copy stores its weights input-major, which the matrix library reads about twice as fast for 8
+to 32 sequences. Folding into the training model instead would leave rounding in the base weights with every step.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MergedCopy:
+    """Shares everything with `peft_model` but the weights of the adapted linear layers.
+
+    Args:
+        peft_model: a PeftModel whose adapters are plain LoRA on nn.Linear layers (see `supports`).
+    """
+
+    def __init__(self, peft_model: Any) -> None:
+        self._pairs: list[tuple[Any, nn.Parameter]] = []
+        adapted = {name: layer for name, layer in peft_model.named_modules() if _is_lora(layer)}
+        own = {id(layer.base_layer.weight) for layer in adapted.values()}
+        shared = {id(p): p for p in peft_model.parameters() if id(p) not in own}
+        self.model = copy.deepcopy(peft_model, shared).unload().eval()
+        prefix = "base_model.model."
+        for name, layer in adapted.items():
+            plain = self.model.get_submodule(name.removeprefix(prefix))
+            folded = layer.base_layer.weight.detach()
+            folded = folded.t().contiguous().t() if folded.device.type == "cpu" else folded.clone()
+            plain.weight = nn.Parameter(folded, requires_grad=False)
+            self._pairs.append((layer, plain.weight))
+
+    @staticmethod
+    def supports(model: Any) -> bool:
+        """True for a PEFT model whose only adapters are plain LoRA (no DoRA, no bias) on nn.Linear layers."""
+        if not hasattr(model, "peft_config"):
+            return False
+        configs = list(model.peft_config.values())
+        if any(str(getattr(c.peft_type, "value", c.peft_type)) != "LORA" for c in configs) or len(configs) != 1:
+            return False
+        if configs[0].use_dora or configs[0].bias != "none" or configs[0].modules_to_save:
+            return False
+        layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+        return bool(layers) and all(_is_lora(layer) for layer in layers)
+
+    @torch.no_grad()
+    def refresh(self) -> Any:
+        """Fold the adapter's present weights in; returns the plain model."""
+        for layer, weight in self._pairs:
+            (adapter,) = layer.lora_A
+            up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+            weight.t().copy_(layer.base_layer.weight.t())
+            weight.t().addmm_(down.t().to(weight.dtype), up.t().to(weight.dtype), alpha=layer.scaling[adapter])
+        return self.model
+
+
+def _is_lora(layer: Any) -> bool:
+    return hasattr(layer, "lora_A") and isinstance(getattr(layer, "base_layer", None), nn.Linear)

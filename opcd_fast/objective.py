@@ -1,0 +1,77 @@
+"""The quantity that is minimised, for one packed batch: student body, teacher body, fused loss."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd_fast.batch import Batch
+from opcd_fast.heads import LMHead
+from opcd_fast.loss import LossStats, fused_linear_reverse_kl
+from opcd_fast.student import packed_hidden_states
+from opcd_fast.teacher import ContextTeacher
+from opcd_fast.timing import Stopwatch
+
+
+def context_kl(
+    batch: Batch,
+    student: Any,
+    teacher: ContextTeacher,
+    *,
+    temperature: float,
+    denominator: float,
+    compute_dtype: torch.dtype,
+    autocast: AbstractContextManager | None = None,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> tuple[Tensor, LossStats]:
+    """sum(w * KL(student || teacher)) / denominator over the batch's response tokens, and its statistics.
+
+    Args:
+        batch: packed sequences on the models' device.
+        student: transformers causal LM; gradients flow to it unless grad mode is off.
+        teacher: reads the context in front of every sequence; never gets gradients.
+        temperature: divides both models' logits.
+        denominator: sum of the token weights over the whole step, micro-batches included.
+        compute_dtype: type in which hidden states and heads are multiplied.
+        autocast: context of the student's forward when its weights are fp32 masters.
+    Returns:
+        scalar loss, LossStats with (N,) fields.
+    """
+    watch = stopwatch or Stopwatch()
+    with watch("teacher"):
+        h_t = teacher.hidden_states_packed(
+            batch.teacher_ids,
+            batch.teacher_cu_seqlens,
+            context_index=batch.context_index,
+            select=batch.response_index_teacher,
+        )  # (N, D_t)
+    with watch("student"), autocast or nullcontext():
+        h_s = packed_hidden_states(
+            student, batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student
+        )  # (N, D_s)
+    with watch("loss"):
+        return fused_linear_reverse_kl(
+            h_s.to(compute_dtype),
+            _cast(LMHead.from_model(student), compute_dtype),
+            h_t.to(compute_dtype),
+            _cast(teacher.head, compute_dtype),
+            token_weights=batch.token_weights,
+            temperature=temperature,
+            denominator=denominator,
+            workspace_bytes=workspace_bytes,
+            return_stats=True,
+            backend=backend,
+        )
+
+
+def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
+    """Heads of fp32 master weights in the compute type, so that both sides run the same matrix product."""
+    if head.weight.dtype == dtype:
+        return head
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return LMHead(head.weight.to(dtype), bias, head.scale, head.softcap, head.vocab_size, head.group)

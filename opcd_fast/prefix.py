@@ -1,0 +1,163 @@
+"""A context, read once: its keys and values at batch size 1, and the hidden state that ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast import transformers_seam as seam
+
+_FORMAT = "opcd-fast-prefix"
+_FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefix:
+    """The KV cache of one context of P tokens: read by every sequence of a batch, never copied per row."""
+
+    token_ids: Tensor  # (P,) int64, on the CPU
+    keys: tuple[
+        Tensor, ...
+    ]  # one (1, H_kv, kept, d) per layer; kept = P, or min(P, W - 1) with a window of W
+    values: tuple[Tensor, ...]
+    last_hidden_state: Tensor | None  # (D,): what predicts the first token after the context; None when P = 0
+    metadata: dict[str, str] = field(default_factory=dict)  # what it was built with, see `describe`
+
+    @classmethod
+    def build(cls, model: nn.Module, token_ids: Tensor, *, keep_kv: bool = True) -> SharedPrefix:
+        """Run `token_ids` (P,) through the body of `model` once, without gradients, in the mode it is in.
+
+        keep_kv=False keeps only the last hidden state (for architectures whose cache is not used). P = 0
+        gives a prefix without keys. The caller turns dropout, checkpointing and adapters off
+        (`ContextTeacher` does).
+        """
+        body = seam.body_of(model)
+        ids = token_ids.detach().to("cpu", torch.int64)
+        metadata = describe(body)
+        if ids.numel() == 0:
+            return cls(ids, (), (), None, metadata)
+        row = ids.unsqueeze(0).to(next(body.parameters()).device)
+        with torch.no_grad():
+            if not keep_kv:
+                return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), metadata)
+            layers, hidden = seam.fill_cache(body, row)
+        keys, values = tuple(k for k, _ in layers), tuple(v for _, v in layers)
+        return cls(ids, keys, values, hidden[0, -1].clone(), metadata)
+
+    def __len__(self) -> int:
+        """P, tokens of the context."""
+        return self.token_ids.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values. They do not depend on any batch."""
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write token ids, keys, values and metadata as one safetensors file, atomically."""
+        from safetensors.torch import save_file
+
+        tensors = {"token_ids": self.token_ids}
+        if self.last_hidden_state is not None:
+            tensors["last_hidden_state"] = self.last_hidden_state
+        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            tensors[f"keys.{index}"], tensors[f"values.{index}"] = key, value
+        header = {
+            **self.metadata,
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "layers": str(len(self.keys)),
+        }
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        try:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata=header)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        device: torch.device | str | None = None,
+    ) -> SharedPrefix:
+        """Read what `save` wrote, onto `device` (default: the model's, else the CPU).
+
+        With `model`, the file must come from a model of the same architecture, shapes, RoPE and dtype;
+        whether the weights are the same is not recorded. Raises ValueError for a file that is not a prefix,
+        is damaged, or does not fit `model`; FileNotFoundError when there is none.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        body = None if model is None else seam.body_of(model)
+        if device is None:
+            device = "cpu" if body is None else next(body.parameters()).device
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: no prefix file at {os.fspath(path)!r}")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = dict(file.metadata() or {})
+                if header.get("format") != _FORMAT or header.get("format_version") != _FORMAT_VERSION:
+                    raise ValueError(f"path: {os.fspath(path)!r} is not a prefix that this version wrote")
+                names = set(file.keys())
+                layers = range(int(header.pop("layers")))
+                keys = tuple(file.get_tensor(f"keys.{i}") for i in layers)
+                values = tuple(file.get_tensor(f"values.{i}") for i in layers)
+                ids = file.get_tensor("token_ids").cpu()
+                last = file.get_tensor("last_hidden_state") if "last_hidden_state" in names else None
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"path: {os.fspath(path)!r} is not a readable prefix file ({error})") from error
+        metadata = {name: value for name, value in header.items() if name not in ("format", "format_version")}
+        prefix = cls(ids, keys, values, last, metadata)
+        if body is not None:
+            expected = describe(body)
+            wrong = [name for name in expected if metadata.get(name) != expected[name]]
+            if wrong:
+                raise ValueError(
+                    f"path: {os.fspath(path)!r} was built with another model: "
+                    + "; ".join(
+                        f"{name} is {metadata.get(name)}, the model has {expected[name]}" for name in wrong
+                    )
+                )
+        return prefix
+
+
+def describe(body: nn.Module) -> dict[str, str]:
+    """What a KV cache of `body` depends on besides its weights, as strings."""
+    config = body.config
+    rope: Any = getattr(config, "rope_parameters", None)
+    heads = (
+        getattr(config, "num_hidden_layers", None),
+        getattr(config, "num_attention_heads", None),
+        getattr(config, "num_key_value_heads", None),
+        getattr(config, "head_dim", None),
+        getattr(config, "hidden_size", None),
+        getattr(config, "sliding_window", None),
+    )
+    return {
+        "model": type(body).__name__,
+        "shape": json.dumps(heads),
+        "rope": json.dumps(rope, sort_keys=True, default=str),
+        "dtype": str(next(body.parameters()).dtype),
+    }
+
+
+def cache_of(prefixes: Sequence[SharedPrefix], num_layers: int) -> tuple[Any, list[list[int]]]:
+    """The read-only cache that puts `prefixes` in front of a packed row, in this order.
+
+    Also how many keys it holds of each prefix in each layer, [layer][prefix]; 0 for an empty prefix.
+    """
+    full = [prefix for prefix in prefixes if len(prefix)]
+    layers = [([p.keys[i] for p in full], [p.values[i] for p in full]) for i in range(num_layers)]
+    counts = [[p.keys[i].shape[-2] if len(p) else 0 for p in prefixes] for i in range(num_layers)]
+    return seam.frozen_cache(layers), counts

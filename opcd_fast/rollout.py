@@ -1,0 +1,215 @@
+"""Answers drawn from a model. Token ids in, token ids and their log-probabilities out; no text here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from opcd_fast.errors import InputError
+from opcd_fast.merged import MergedCopy
+
+MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer.
+
+    `token_ids` end with the stop token when `finished`; otherwise the answer was cut at the token limit.
+    `logprobs[i]` is the natural log-probability of `token_ids[i]` under the distribution it was drawn from
+    (temperature and top-p included).
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+class Rollout(Protocol):
+    """What the loop asks of a sampler. One Completion per prompt, in order; the same seed gives the same answers."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Completion]: ...
+
+
+class TransformersRollout:
+    """transformers' `generate`, batched. Left padding exists only in here.
+
+    The longest common token prefix of the prompts in a batch (a template's own system message, or a context) runs
+    through the model once, at batch size 1.
+
+    Args:
+        model: a transformers causal LM, PEFT-wrapped or not. It is left in the train/eval mode it had.
+        stop_token_ids: ids that end an answer.
+        max_batch: sequences generated at once.
+        merge_adapter: generate with a copy that has the LoRA adapter folded in (a second copy of the adapted
+            weights, about twice as fast on a CPU). None: on the CPU when the adapter allows it.
+    """
+
+    def __init__(
+        self, model: Any, *, stop_token_ids: Sequence[int], max_batch: int = 64, merge_adapter: bool | None = None
+    ) -> None:
+        if not stop_token_ids:
+            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        self.model = model
+        self.stop_token_ids = tuple(stop_token_ids)
+        self.max_batch = max_batch
+        can_merge = MergedCopy.supports(model)
+        if merge_adapter and not can_merge:
+            raise InputError("merge_adapter=True needs a PEFT model with plain LoRA on linear layers; use None or False")
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        wanted = merge_adapter if merge_adapter is not None else on_cpu
+        self._merged = MergedCopy(model) if wanted and can_merge else None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Completion]:
+        """See Rollout. temperature 0 takes the most probable token (its log-probability is then at temperature 1)."""
+        model = self._merged.refresh() if self._merged else self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with _seeded(seed, next(model.parameters()).device):
+                done: list[Completion] = []
+                for start in range(0, len(prompts), self.max_batch):
+                    part = prompts[start : start + self.max_batch]
+                    done += self._generate(model, part, max_new_tokens, temperature, top_p)
+            return done
+        finally:
+            model.train(was_training)
+
+    def _generate(
+        self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
+    ) -> list[Completion]:
+        from transformers import GenerationConfig
+
+        device = next(model.parameters()).device
+        shared = self._shared_length(model, prompts)
+        ids, mask = _left_padded(prompts, shared, self.stop_token_ids[0])
+        ids, mask = ids.to(device), mask.to(device)
+        recorder = _Sampler(temperature, top_p)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=_prefilled(model, ids[:1, :shared], len(prompts)) if shared else None,
+            logits_processor=[recorder],
+            generation_config=GenerationConfig(
+                **({"do_sample": True, "top_k": 0} if temperature > 0 else {"do_sample": False}),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(self.stop_token_ids),
+                pad_token_id=self.stop_token_ids[0],
+                bos_token_id=None,
+            ),
+        )
+        new = output[:, ids.shape[1] :]
+        return self._completions(new.cpu(), recorder.logprobs(new).cpu())
+
+    def _completions(self, tokens: Tensor, logprobs: Tensor) -> list[Completion]:
+        done = []
+        for row, row_logprobs in zip(tokens.tolist(), logprobs.tolist()):
+            stop = next((i for i, token in enumerate(row) if token in self.stop_token_ids), None)
+            end = len(row) if stop is None else stop + 1
+            done.append(Completion(tuple(row[:end]), tuple(row_logprobs[:end]), stop is not None))
+        return done
+
+    @staticmethod
+    def _shared_length(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+        """Tokens to run once for the batch. 0 where padding after a prefix would be wrong (windowed layers)."""
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
+        if windowed or len(prompts) < 2 or model.config.is_encoder_decoder:
+            return 0
+        low, high = min(prompts), max(prompts)
+        limit = min(len(prompt) for prompt in prompts) - 1
+        length = next((i for i in range(limit) if low[i] != high[i]), limit)
+        return length if length >= MIN_SHARED_PREFIX else 0
+
+
+class _Sampler:
+    """Logits processor: applies temperature and top-p, and keeps the log-probability of what was then drawn.
+
+    The token drawn at a step is known at the next call, so one step's scores are held, never all of them.
+    """
+
+    def __init__(self, temperature: float, top_p: float) -> None:
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        self._warpers = LogitsProcessorList()
+        if temperature not in (0.0, 1.0):
+            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(top_p))
+        self._held: Tensor | None = None
+        self._drawn: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._held is not None:
+            self._drawn.append(_logprob(self._held, input_ids[:, -1]))
+        self._held = self._warpers(input_ids, scores.float())
+        return self._held
+
+    def logprobs(self, tokens: Tensor) -> Tensor:
+        """(B, T) float32 log-probabilities of the generated tokens (B, T)."""
+        assert self._held is not None
+        return torch.stack([*self._drawn, _logprob(self._held, tokens[:, -1])], dim=1)
+
+
+def _logprob(scores: Tensor, tokens: Tensor) -> Tensor:
+    return scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], shared: int, pad: int) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and mask: the shared prefix first, then the padding, then each prompt's own tokens."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, :shared] = torch.tensor(prompt[:shared], dtype=torch.int64)
+        mask[row, :shared] = 1
+        own = prompt[shared:]
+        ids[row, width - len(own) :] = torch.tensor(own, dtype=torch.int64)
+        mask[row, width - len(own) :] = 1
+    return ids, mask
+
+
+def _prefilled(model: Any, prefix_ids: Tensor, batch: int) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    model(input_ids=prefix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_repeat_interleave(batch)
+    return cache
+
+
+class _seeded:
+    """Random draws inside depend on `seed` alone, and those outside are left as if nothing had happened."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)

@@ -1,0 +1,91 @@
+"""The student's body on a packed row: hidden states with gradients, no padding and no vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, packed_call, packed_row
+
+logger = logging.getLogger("opcd_fast")
+
+_told: set[str] = set()  # architectures whose padded fallback was logged, so that it is said once per process
+
+
+def packed_hidden_states(
+    model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, *, select: Tensor | None = None
+) -> Tensor:
+    """Last hidden states of sequences that lie back to back, each on its own from position 0.
+
+    input_ids: (N,) integers; cu_seqlens: (B + 1,), rising from 0 to N; select: (M,) positions in the row, to
+    return only those. Returns (N, D) or (M, D) in the model's dtype, differentiable. Adapters, dropout and
+    gradient checkpointing act as `model` has them. The lm-head is not run; neither are the hooks of a
+    data-parallel wrapper, whose gradients the caller reduces.
+
+    Architectures that do not run exactly on a packed row go through one right-padded batch, said once in the
+    log. Raises ValueError for malformed rows and for a sequence longer than the model's
+    `max_position_embeddings`.
+    """
+    body = seam.body_of(model)
+    row = checked_row(body, input_ids, cu_seqlens)
+    reason = seam.refuses_packing(body)
+    if reason is None:
+        hidden = _packed(body, input_ids, row)
+    else:
+        if type(body).__name__ not in _told:
+            _told.add(type(body).__name__)
+            logger.warning("student: padded batch with stock attention, because %s", reason)
+        hidden = padded_forward(body, input_ids, row)
+    return hidden if select is None else hidden.index_select(0, select)
+
+
+def checked_row(body: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> PackedRow:
+    """The row, or ValueError when the arguments are malformed or a sequence does not fit the model."""
+    if input_ids.ndim != 1 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
+    row = packed_row(cu_seqlens, input_ids.numel(), input_ids.device)
+    limit = seam.longest_input(body)
+    if limit is not None and row.longest > limit:
+        raise ValueError(
+            f"input_ids: the longest sequence has {row.longest} tokens, {row.longest - limit} more than the "
+            f"model's max_position_embeddings of {limit}"
+        )
+    return row
+
+
+def _packed(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
+    # A checkpointed layer recomputes in the backward pass and needs the row again there.
+    with _row_context(body, row) as call, seam.recomputing_under(body, partial(_row_context, body, row)):
+        hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=row.offset_of_token.unsqueeze(0))
+    missed = sorted(set(range(seam.num_layers(body))) - call.layers_done)
+    if missed:
+        raise RuntimeError(
+            f"layers {missed} did not run packed attention, so their tokens may see other sequences"
+        )
+    return hidden.squeeze(0)
+
+
+@contextmanager
+def _row_context(body: nn.Module, row: PackedRow) -> Iterator[PackedCall]:
+    with packed_call(row) as call, seam.using_attention(body, attention_on_row):
+        yield call
+
+
+def padded_forward(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
+    """Packed ids (N,) through one right-padded batch with the model's own attention; (N, D), differentiable."""
+    batch, longest = len(row.lengths), row.longest
+    grid = input_ids.new_zeros(batch * longest)
+    grid[row.slot_of_token] = input_ids
+    mask = None
+    if row.ragged:
+        mask = torch.zeros(batch * longest, dtype=torch.int64, device=input_ids.device)
+        mask[row.slot_of_token] = 1
+        mask = mask.view(batch, longest)
+    hidden = seam.run_body(body, grid.view(batch, longest), attention_mask=mask)
+    return hidden.reshape(batch * longest, -1).index_select(0, row.slot_of_token)

@@ -1,0 +1,274 @@
+"""The teacher that sees the context: it reads it once and scores any number of sequences after it.
+
+    teacher = ContextTeacher(model, context_ids)
+    hidden = teacher.hidden_states_packed(input_ids, cu_seqlens)      # (N, D), what teacher.head reads
+
+Two paths give the same numbers. `merge` computes the context's keys and values once, at batch size 1, and
+runs all sequences as one packed row whose attention is merged with the attention over the context. `concat`
+runs context and sequence together with the model's own attention: the oracle, and what other architectures
+use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.attention import PackedRow, packed_row
+from opcd_fast.prefix import SharedPrefix
+from opcd_fast.teacher_paths import concat_forward, merge_forward, verify
+
+if TYPE_CHECKING:
+    from opcd_fast.heads import LMHead
+
+logger = logging.getLogger("opcd_fast")
+
+
+class ContextTeacher:
+    """Hidden states of sequences that continue a context, without gradients.
+
+    model: a transformers causal LM, or PEFT around one; it may be the student itself.
+    contexts: token ids of one context (1-D tensor or list of ints, possibly empty), or a list of such.
+    path: "auto" (merge where it is exact, checked at first use, else concat), "merge" or "concat".
+    adapter: "disabled" runs a PEFT model without its adapters, "active" as they are.
+
+    While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
+    The context's cache is built at first use and rebuilt when a parameter it was computed from was changed in
+    place, the model's dtype or device changed or, with adapter="active", the adapters' state changed. Changes
+    that torch does not count (through `.data`) need `invalidate()`.
+
+    Raises ValueError for malformed arguments, and for path="merge" on an architecture that refuses it.
+    """
+
+    def __init__(
+        self, model: nn.Module, contexts: Any, *, path: str = "auto", adapter: str = "disabled"
+    ) -> None:
+        if path in ("mask", "pad"):
+            raise ValueError(f"path={path!r} is not available yet; use 'merge' or 'concat'")
+        if path not in ("auto", "merge", "concat"):
+            raise ValueError(f"path: expected 'auto', 'merge' or 'concat', got {path!r}")
+        if adapter not in ("disabled", "active"):
+            raise ValueError(f"adapter: expected 'disabled' or 'active', got {adapter!r}")
+        self.model = model
+        self._body = seam.body_of(model)
+        self._adapter = adapter
+        self._contexts = _as_contexts(contexts, seam.embedding_rows(self._body))
+        self._prefixes: list[SharedPrefix] | None = None
+        self._built_with: tuple[Any, ...] = ()
+        self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
+
+        refused = seam.refuses_packing(self._body)
+        self._path: str | None = None  # None until the first use has checked it
+        self._reason = ""
+        if path == "concat":
+            self._path, self._reason = "concat", "asked for"
+        elif refused is not None and path == "merge":
+            raise ValueError(f"path='merge': {refused}; use path='concat'")
+        elif refused is not None:
+            self._path, self._reason = "concat", refused
+            logger.warning("teacher: path 'concat', because %s", refused)
+        elif path == "merge":
+            self._path, self._reason = "merge", "asked for; not checked against concat"
+        longest = max(context.numel() for context in self._contexts)
+        limit = seam.longest_input(self._body)
+        if limit is not None and longest >= limit:
+            raise ValueError(
+                f"contexts: {longest} tokens leave no room in the model's max_position_embeddings {limit}: "
+                f"shorten the context by at least {longest - limit + 1}"
+            )
+
+    @property
+    def path(self) -> str:
+        """The path in use, "merge" or "concat". With path="auto", asking runs the check of first use."""
+        if self._path is None:
+            error, passed = verify(self._body)
+            if passed:
+                self._path, self._reason = "merge", f"matches concat on a tiny model of this kind ({error})"
+            else:
+                self._path, self._reason = "concat", f"merge failed its check against concat ({error})"
+                logger.warning("teacher: path 'concat', because %s", self._reason)
+        return self._path
+
+    @property
+    def head(self) -> LMHead:
+        """The model's lm-head, for the loss."""
+        from opcd_fast.heads import LMHead
+
+        return LMHead.from_model(seam.causal_lm(self.model))
+
+    @property
+    def prefixes(self) -> list[SharedPrefix]:
+        """The contexts as the model read them, in the order given; built if need be. No KV on "concat"."""
+        with self._scoring():
+            return self._current_prefixes()
+
+    def explain(self) -> str:
+        """Which path runs, why, and what the contexts occupy."""
+        path = self.path
+        sizes = ", ".join(str(context.numel()) for context in self._contexts)
+        lines = [
+            f"path: {path} ({self._reason})",
+            f"contexts: {len(self._contexts)} of {sizes} tokens; adapter: {self._adapter}",
+        ]
+        if path == "merge":
+            if self._prefixes is None:
+                lines.append("prefix KV: not built yet")
+            else:
+                total = sum(prefix.nbytes for prefix in self._prefixes)
+                lines.append(
+                    f"prefix KV: {total / 2**20:.1f} MiB, read by every sequence of a batch of any size"
+                )
+        else:
+            lines.append("the context is read again for every sequence")
+        return "\n".join(lines)
+
+    def invalidate(self) -> None:
+        """Forget what was computed from the weights; the next use reads the contexts again."""
+        self._prefixes = None
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, context_index: Any = None
+    ) -> Tensor:
+        """(B, T) token ids, padded on the right -> (B, T, D); zeros at padded positions.
+
+        attention_mask: (B, T), 1 for tokens and 0 for padding, or None when there is no padding.
+        context_index: see `hidden_states_packed`. Raises ValueError for a mask that is not right-padded.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
+        batch, longest = input_ids.shape
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: shape {tuple(mask.shape)} differs from input_ids' {tuple(input_ids.shape)}"
+            )
+        mask = mask.to(input_ids.device, torch.bool)
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError(
+                "attention_mask: a token follows padding; pad on the right (tokenizer.padding_side='right'), "
+                "because padding between the context and its continuation shifts windows and positions"
+            )
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+        cu_seqlens[1:] = mask.sum(1).cumsum(0)
+        packed = self.hidden_states_packed(input_ids[mask], cu_seqlens, context_index=context_index)
+        out = packed.new_zeros(batch, longest, packed.shape[-1])
+        out[mask] = packed
+        return out
+
+    def hidden_states_packed(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        context_index: Any = None,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        """(N,) token ids of B sequences back to back, each continuing its context -> (N, D), model's dtype.
+
+        cu_seqlens: (B + 1,) integers from 0 to N. context_index: (B,) which context each sequence continues;
+        may be left out when there is one. select: (M,) positions in the row, >= 0; then (M, D) comes back.
+        The hidden state that predicts a sequence's FIRST token belongs to the context:
+        `prefixes[i].last_hidden_state`.
+
+        Raises ValueError for malformed arguments and for context + sequence longer than the model's
+        max_position_embeddings (nothing is ever truncated); RuntimeError when a layer did not read its
+        context.
+        """
+        if input_ids.ndim != 1 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}"
+            )
+        device = next(self._body.parameters()).device
+        row = packed_row(cu_seqlens, input_ids.numel(), device)
+        index = self._context_of_sequence(context_index, len(row.lengths))
+        self._check_length(row, index)
+        if select is not None and (select.ndim != 1 or select.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(
+                f"select: expected integer positions of shape (M,), got {select.dtype} {tuple(select.shape)}"
+            )
+
+        path = self.path
+        ids = input_ids.to(device)
+        with self._scoring():
+            if path == "merge":
+                hidden = merge_forward(self._body, self._current_prefixes(), ids, row, index)
+            else:
+                hidden = concat_forward(self._body, self._contexts, ids, row, index)
+        return hidden if select is None else hidden.index_select(0, select.to(device))
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(seam.scoring_mode(self._body))
+            if self._adapter == "disabled":
+                stack.enter_context(seam.without_adapters(self.model))
+            yield
+
+    def _current_prefixes(self) -> list[SharedPrefix]:
+        state = self._state()
+        if self._prefixes is None or state != self._built_with:
+            keep_kv = self.path == "merge"
+            self._prefixes = [SharedPrefix.build(self.model, ids, keep_kv=keep_kv) for ids in self._contexts]
+            self._built_with = state
+        return self._prefixes
+
+    def _state(self) -> tuple[Any, ...]:
+        """What the prefixes were computed from; changes with every in-place update that torch counts."""
+        first = self._watched[0]
+        versions = sum(p._version for p in self._watched if not p.is_inference())
+        adapters = seam.adapter_state(self.model) if self._adapter == "active" else ()
+        return versions, first.dtype, first.device, adapters
+
+    def _context_of_sequence(self, context_index: Any, batch: int) -> list[int]:
+        if context_index is None:
+            if len(self._contexts) > 1:
+                raise ValueError(
+                    f"context_index: needed to choose among {len(self._contexts)} contexts, shape ({batch},)"
+                )
+            return [0] * batch
+        index = context_index.tolist() if isinstance(context_index, Tensor) else list(context_index)
+        if len(index) != batch or not all(isinstance(i, int) and 0 <= i < len(self._contexts) for i in index):
+            raise ValueError(
+                f"context_index: expected {batch} integers from 0 to {len(self._contexts) - 1}, got {index}"
+            )
+        return index
+
+    def _check_length(self, row: PackedRow, index: list[int]) -> None:
+        limit = seam.longest_input(self._body)
+        if limit is None:
+            return
+        for sequence, (tokens, which) in enumerate(zip(row.lengths, index, strict=True)):
+            context = self._contexts[which].numel()
+            if context + tokens > limit:
+                raise ValueError(
+                    f"input_ids: sequence {sequence} has {tokens} tokens after a context of {context}; "
+                    f"together {context + tokens - limit} more than the model's max_position_embeddings "
+                    f"of {limit}"
+                )
+
+
+def _as_contexts(contexts: Any, vocabulary: int | None) -> list[Tensor]:
+    """One context or a list of them, as int64 tensors on the CPU."""
+    one = isinstance(contexts, Tensor) or all(isinstance(item, int) for item in contexts)
+    result = []
+    for context in [contexts] if one else contexts:
+        ids = context if isinstance(context, Tensor) else torch.tensor(list(context), dtype=torch.int64)
+        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"contexts: expected 1-D integer token ids (or a list of them), got {ids.dtype} of shape "
+                f"{tuple(ids.shape)}"
+            )
+        ids = ids.detach().to("cpu", torch.int64).clone()
+        if ids.numel() and vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"contexts: token ids must lie in [0, {vocabulary}), got {int(ids.min())}…{int(ids.max())}"
+            )
+        result.append(ids)
+    return result

@@ -1,0 +1,494 @@
+"""On-policy context distillation, the loop.
+
+Each step: the student answers prompts without the context; the teacher, which sees the context, and the student
+score every token of those answers; the student's weights move down the full-vocabulary reverse KL to the teacher
+(arXiv 2602.12275, Eq. 1). `OPCDTrainer.train` is the method; everything above it prepares, everything below it
+keeps records.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opcd_fast import checkpoint
+from opcd_fast.batch import Sample, micro_batches, pack
+from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
+from opcd_fast.evaluate import divergence, samples_of
+from opcd_fast.models import pick_device, pick_dtype, same_tokenizer
+from opcd_fast.objective import context_kl
+from opcd_fast.progress import Progress
+from opcd_fast.prompts import Message, RenderedPrompt, adapt_to_tokenizer, read_context, read_prompts, render
+from opcd_fast.rollout import TransformersRollout
+from opcd_fast.teacher import ContextTeacher
+from opcd_fast.timing import Stopwatch
+
+# Settings that may change between a run and its continuation without changing the steps already made.
+FREE_ON_RESUME = ("output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device")
+
+
+@dataclass
+class TrainResult:
+    """What a run did. `history` has one record per step, `evaluations` one per held-out evaluation."""
+
+    output_dir: str
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+class OPCDTrainer:
+    """Trains `model` to answer as it would with `context` in front.
+
+    Args:
+        model: transformers causal LM; trained in place. With `lora_rank` it gets an adapter (see `self.model`).
+        tokenizer: its tokenizer; the chat template renders prompts.
+        context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
+        prompts: JSONL file, or a list of strings, messages or rows (see `opcd_fast.prompts.read_prompts`).
+        config: settings, see OPCDConfig.
+        teacher_model: another model as the teacher (same tokenizer). None: the student's initial weights.
+        eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
+        teacher_tokenizer: checked against `tokenizer` when given.
+        callbacks: called as `callback(record)` with each step's record.
+        quiet: no display; the metrics file is written all the same.
+    Raises:
+        InputError: anything that cannot work, before anything is written.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        context: str | Path | Sequence[Message] | None,
+        prompts: str | Path | Iterable[Any],
+        config: OPCDConfig | None = None,
+        *,
+        teacher_model: Any = None,
+        eval_prompts: str | Path | Iterable[Any] | None = None,
+        teacher_tokenizer: Any = None,
+        callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+        quiet: bool = False,
+    ) -> None:
+        self.config = config = config or OPCDConfig()
+        self.tokenizer = tokenizer
+        self.callbacks = tuple(callbacks)
+        self.quiet = quiet
+        self.device = pick_device(config.device)
+        self.output_dir = Path(config.output_dir)
+        self._check_output_dir()
+        if teacher_tokenizer is not None and not same_tokenizer(tokenizer, teacher_tokenizer):
+            raise InputError("student and teacher have different tokenizers; distillation needs the same token ids")
+
+        read = [read_prompts(prompts)]
+        if eval_prompts is not None:
+            read.append(read_prompts(eval_prompts, "eval_prompts"))
+        groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
+        rendered, self.prefixes = render(tokenizer, groups, None if context is None else read_context(context))
+        self.train_rows = rendered[0].rows
+        self.eval_rows = rendered[1].rows[: config.eval_batch] if len(rendered) > 1 else ()
+        self._check_lengths(model, teacher_model)
+
+        self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
+        self.model, teacher = self._student_and_teacher(model, teacher_model)
+        same_weights = teacher is self.model
+        self.teacher = ContextTeacher(
+            teacher,
+            [torch.tensor(prefix, dtype=torch.int64) for prefix in self.prefixes],
+            path=config.teacher_path,
+            adapter="disabled" if same_weights else "active",
+        )
+        stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
+        self.rollout = TransformersRollout(
+            self.model, stop_token_ids=stop_ids, max_batch=config.rollout_batch, merge_adapter=config.merge_for_rollout
+        )
+        self.teacher_rollout = TransformersRollout(
+            teacher, stop_token_ids=stop_ids, max_batch=config.rollout_batch, merge_adapter=False
+        )
+        self._adapter_off = self.model.disable_adapter if same_weights else nullcontext
+
+        self.accelerator = _accelerator(self.device, self.compute_dtype)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = self.accelerator.prepare(
+            torch.optim.AdamW(
+                self.parameters.values(),
+                lr=config.effective_learning_rate,
+                weight_decay=config.weight_decay,
+                fused=self.device.type == "cuda",
+            )
+        )
+
+    # ------------------------------------------------------------------------------------------ the method
+
+    def train(self) -> TrainResult:
+        """Run (or go on with) the configured number of steps. Returns the records of all steps, old ones included."""
+        config, started = self.config, time.perf_counter()
+        first, result = self._start_or_resume()
+        fixed = self._fixed_sequences()
+        if first == 0:
+            self._evaluate(0, fixed, result)
+        progress = Progress(config.steps, first, self.quiet)
+        self.model.train()
+        try:
+            for step in range(first, config.steps):
+                watch = Stopwatch(self.device)
+                rows = self._prompts_of(step)
+
+                with watch("rollout"):  # the student answers, without the context
+                    answers = self.rollout.generate(
+                        [row.student_ids for row in rows],
+                        max_new_tokens=config.max_new_tokens,
+                        temperature=config.temperature,
+                        top_p=config.top_p,
+                        seed=_seed(config.seed, "rollout", step),
+                    )
+                samples = samples_of(rows, answers)
+
+                loss, statistics = 0.0, []
+                denominator = _total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
+                self.optimizer.zero_grad(set_to_none=True)
+                for group in micro_batches(samples, config.micro_batch_tokens):
+                    batch = pack(group, normalize=config.normalize).to(self.device)
+                    part, stats = context_kl(  # teacher with context, student without, exact reverse KL
+                        batch,
+                        self.model,
+                        self.teacher,
+                        denominator=denominator,
+                        stopwatch=watch,
+                        autocast=self.accelerator.autocast(),
+                        **self._loss_options(),
+                    )
+                    with watch("backward"):
+                        self.accelerator.backward(part)
+                    loss += float(part.detach())
+                    statistics.append(stats)
+                self._check_loss(loss, step)
+
+                with watch("optimizer"):
+                    limit = config.max_grad_norm or math.inf
+                    norm = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
+                    self.optimizer.step()
+
+                record = _record(step + 1, loss, float(norm), samples, answers, statistics, watch.seconds)
+                self._log(record, result.history)
+                progress.step(loss, record["tokens_per_second"])
+                last = step + 1 == config.steps
+                if last or (config.save_every and (step + 1) % config.save_every == 0):
+                    self._save_checkpoint(step + 1)
+                if config.eval_every and (last or (step + 1) % config.eval_every == 0):
+                    self._evaluate(step + 1, fixed, result, progress)
+        finally:
+            progress.close()
+            self.model.eval()
+        self.save(self.output_dir / "final")
+        result.steps, result.seconds = config.steps, time.perf_counter() - started
+        return result
+
+    def save(self, path: str | Path) -> None:
+        """Write the trained weights (the adapter, or the whole model) and the tokenizer; whole or not at all."""
+
+        def fill(folder: Path) -> None:
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(folder, save_function=self.accelerator.save)
+            self.tokenizer.save_pretrained(folder)
+
+        checkpoint.write_folder(Path(path), fill)
+
+    # ------------------------------------------------------------------------------------------ preparation
+
+    def _student_and_teacher(self, model: Any, teacher_model: Any) -> tuple[Any, Any]:
+        """The model to train and the one that reads the context; the same object when an adapter tells them apart."""
+        config = self.config
+        model = model.to(device=self.device, dtype=self.compute_dtype)
+        has_adapter = hasattr(model, "peft_config")
+        if has_adapter and config.lora_rank:
+            raise InputError("model already carries an adapter; set lora_rank=0 to train that one")
+        if config.lora_rank:
+            teacher, student = None, self._with_adapter(model)
+        elif has_adapter:
+            teacher, student = None, model
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.requires_grad_(True)
+        else:
+            teacher = teacher_model or copy.deepcopy(model)
+            student = model.float().requires_grad_(True)  # fp32 master weights; the forward runs under autocast
+        if teacher_model is not None:
+            teacher = teacher_model.to(device=self.device)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+        if config.gradient_checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return student, student if teacher is None else teacher
+
+    def _with_adapter(self, model: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        config = self.config
+        targets: str | list[str] = config.lora_targets
+        if targets != "all-linear":
+            targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(config.seed, "adapter", 0))
+            try:
+                return get_peft_model(model, lora)
+            except ValueError as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(f"lora_targets={config.lora_targets!r} does not fit this model: {reason}") from error
+
+    def _check_output_dir(self) -> None:
+        found = (self.output_dir / "metrics.jsonl").exists()
+        if found and not self.config.resume:
+            raise InputError(
+                f"output_dir={self.config.output_dir!r} already holds a run; go on with resume, or choose another folder"
+            )
+        if self.config.resume and not checkpoint.list_checkpoints(self.output_dir / "checkpoints"):
+            raise InputError(f"resume: no checkpoint in {self.config.output_dir!r}; start without resume")
+
+    def _check_lengths(self, model: Any, teacher_model: Any) -> None:
+        """Nothing is ever truncated: what does not fit a model's window is refused, with the counts."""
+        limit, new = _window(model), self.config.max_new_tokens
+        teacher_limit = _window(teacher_model or model)
+        for row in (*self.train_rows, *self.eval_rows):
+            prefix, prompt = len(self.prefixes[row.context_index]), len(row.teacher_ids)
+            if len(row.student_ids) + new > limit:
+                raise InputError(
+                    f"prompt of {len(row.student_ids)} tokens plus max_new_tokens={new} exceeds the model's window "
+                    f"of {limit} by {len(row.student_ids) + new - limit}; shorten the prompt or max_new_tokens"
+                )
+            if prefix + prompt + new > teacher_limit:
+                raise InputError(
+                    f"context and prompt of {prefix + prompt} tokens (shared prefix {prefix}) plus max_new_tokens={new} "
+                    f"exceed the teacher's window of {teacher_limit} by {prefix + prompt + new - teacher_limit}; "
+                    "shorten the context or max_new_tokens"
+                )
+
+    # ------------------------------------------------------------------------------------------ steps and records
+
+    def _prompts_of(self, step: int) -> list[RenderedPrompt]:
+        """The step's prompts: every epoch is a fresh permutation, and any step can be computed on its own."""
+        rows, count = [], self.config.batch_size
+        for index in range(step * count, (step + 1) * count):
+            epoch, place = divmod(index, len(self.train_rows))
+            generator = torch.Generator().manual_seed(_seed(self.config.seed, "order", epoch))
+            row = self.train_rows[int(torch.randperm(len(self.train_rows), generator=generator)[place])]
+            rows += [row] * self.config.rollouts_per_prompt
+        return rows
+
+    def _loss_options(self) -> dict[str, Any]:
+        return {
+            "temperature": self.config.temperature,
+            "compute_dtype": self.compute_dtype,
+            "backend": self.config.loss_backend,
+            "workspace_bytes": self.config.workspace_bytes,
+        }
+
+    def _check_loss(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise InputError(
+                f"loss is {loss} at step {step + 1}; the last checkpoint is intact: lower learning_rate "
+                "(OPCD_CHECK=1 names the first bad row)"
+            )
+        negligible = 1e-7 if self.compute_dtype == torch.float32 else 1e-5
+        if step == 0 and loss <= negligible:
+            raise InputError(
+                f"context changes nothing: KL to the teacher is {loss:.1e} at the first step; "
+                "check that the context reaches the model's prompt"
+            )
+
+    def _evaluate(
+        self, step: int, fixed: list[Sample], result: TrainResult, progress: Progress | None = None
+    ) -> None:
+        if not self.eval_rows or not self.config.eval_every:
+            return
+        config = self.config
+        answers = self.rollout.generate(
+            [row.student_ids for row in self.eval_rows],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=_seed(config.seed, "evaluation", 0),
+        )
+        own = samples_of(self.eval_rows, answers)
+        record: dict[str, Any] = {"step": step, "kind": "evaluation"}
+        for name, samples in (("own", own), ("fixed", fixed)):
+            measured = divergence(
+                samples,
+                self.model,
+                self.teacher,
+                device=self.device,
+                micro_batch_tokens=config.micro_batch_tokens,
+                autocast=self.accelerator.autocast(),
+                **self._loss_options(),
+            )
+            record.update({f"{name}_{key}": value for key, value in measured.items()})
+        record["response_length"] = sum(len(answer.token_ids) for answer in answers) / len(answers)
+        self._log(record, result.evaluations)
+        line = (
+            f"held-out after step {step}: KL {record['own_kl']:.4f} on its own answers, "
+            f"{record['fixed_kl']:.4f} on the teacher's; top-1 agreement {record['own_top1_agreement']:.1%}"
+        )
+        (progress or Progress(0, quiet=self.quiet)).note(line)
+
+    def _fixed_sequences(self) -> list[Sample]:
+        """Held-out answers written by the teacher with the context; kept on disk, the same for the whole run."""
+        if not self.eval_rows or not self.config.eval_every:
+            return []
+        path = self.output_dir / "eval_fixed.json"
+        if path.exists() and self.config.resume:
+            return [Sample(**row) for row in json.loads(path.read_text())]
+        with self._adapter_off():
+            answers = self.teacher_rollout.generate(
+                [(*self.prefixes[row.context_index], *row.teacher_ids) for row in self.eval_rows],
+                max_new_tokens=self.config.max_new_tokens,
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                seed=_seed(self.config.seed, "fixed", 0),
+            )
+        samples = samples_of(self.eval_rows, answers)
+        checkpoint.write_text(path, json.dumps([asdict(sample) for sample in samples]))
+        return samples
+
+    def _start_or_resume(self) -> tuple[int, TrainResult]:
+        result = TrainResult(str(self.output_dir), 0, 0.0)
+        if not self.config.resume:
+            checkpoint.write_text(self.output_dir / "config.json", json.dumps(asdict(self.config), indent=1))
+            return 0, result
+        path = checkpoint.list_checkpoints(self.output_dir / "checkpoints")[-1]
+        weights, optimizer, state = checkpoint.load_checkpoint(path)
+        for name, value in self._identity().items():
+            if state["identity"].get(name) != value:
+                raise InputError(
+                    f"resume: {name} differs from the run in {self.config.output_dir!r} "
+                    f"({state['identity'].get(name)!r} there, {value!r} now); use the same settings or another output_dir"
+                )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+        self.optimizer.load_state_dict(optimizer)
+        lines = [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+        kept = [line for line in lines if line["step"] <= state["step"]]
+        checkpoint.write_text(self._metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        result.history = [line for line in kept if line.get("kind") == "step"]
+        result.evaluations = [line for line in kept if line.get("kind") == "evaluation"]
+        return state["step"], result
+
+    def _identity(self) -> dict[str, Any]:
+        """What a continued run must share with its beginning, as JSON values."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
+        rows = [[row.student_ids, row.teacher_ids, row.context_index] for row in (*self.train_rows, *self.eval_rows)]
+        settings["prompts and context"] = _digest([rows, self.prefixes])
+        return json.loads(json.dumps(settings))
+
+    def _save_checkpoint(self, step: int) -> None:
+        checkpoint.save_checkpoint(
+            self.output_dir / "checkpoints",
+            step,
+            dict(self.parameters),
+            self.optimizer.state_dict(),
+            {"identity": self._identity()},
+            self.config.keep_checkpoints,
+        )
+
+    @property
+    def _metrics_path(self) -> Path:
+        return self.output_dir / "metrics.jsonl"
+
+    def _log(self, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        records.append(record)
+        with open(self._metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for callback in self.callbacks:
+            callback(record)
+
+
+def stop_token_ids(tokenizer: Any, model: Any, extra: Sequence[str] = ()) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's and the model's end tokens, and `extra` tokens by name."""
+    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids += configured if isinstance(configured, list) else [configured] if configured is not None else []
+    vocabulary = tokenizer.get_vocab()
+    for token in extra:
+        if token not in vocabulary:
+            raise InputError(f"stop_tokens: {token!r} is not a single token of this tokenizer")
+        ids.append(vocabulary[token])
+    return tuple(dict.fromkeys(ids))
+
+
+def _accelerator(device: torch.device, dtype: torch.dtype) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    precision = "bf16" if dtype == torch.bfloat16 else "no"
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    except ValueError:  # accelerate's state is global: an earlier run in this process had another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise InputError("several processes are not supported yet; start without `accelerate launch`")
+    return accelerator
+
+
+def _window(model: Any) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def _seed(seed: int, purpose: str, index: int) -> int:
+    """One independent random stream for each purpose and step, so that any step can be replayed alone."""
+    return int(_digest([seed, purpose, index])[:15], 16)
+
+
+def _digest(value: Any) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _total_weight(samples: Sequence[Sample], normalize: str) -> float:
+    return float(len(samples) if normalize == "sequence" else sum(len(sample.response) for sample in samples))
+
+
+def _record(
+    step: int,
+    loss: float,
+    norm: float,
+    samples: Sequence[Sample],
+    answers: Sequence[Any],
+    statistics: Sequence[Any],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    tokens = sum(len(sample.response) for sample in samples)
+    agreement = sum(float(stats.top1_agreement.float().sum()) for stats in statistics)
+    entropy = sum(float(stats.student_entropy.sum()) for stats in statistics)
+    kl = sum(float(stats.token_kl.sum()) for stats in statistics)
+    return {
+        "step": step,
+        "kind": "step",
+        "loss": loss,
+        "kl_per_token": kl / tokens,
+        "top1_agreement": agreement / tokens,
+        "student_entropy": entropy / tokens,
+        "grad_norm": norm,
+        "response_tokens": tokens,
+        "response_length": tokens / len(samples),
+        "finished": sum(answer.finished for answer in answers) / len(answers),
+        "tokens_per_second": tokens / sum(seconds.values()),
+        "seconds": {part: round(value, 4) for part, value in seconds.items()},
+    }

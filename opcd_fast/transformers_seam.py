@@ -1,0 +1,370 @@
+"""The one place that knows transformers' (and peft's) version-dependent parts; checked on 5.17 and 5.23.
+
+Everything here takes a model and hides how this version of transformers spells a thing: where the body under
+the lm-head is, how the attention function is chosen, what a cache layer must implement, how gradient
+checkpointing is switched. Nothing here knows what is computed with it.
+
+The context managers set private attributes of the model and put back exactly what they found, also after an
+exception. They are not safe for two threads that run the same model at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+PACKED_ATTENTION = "opcd_packed"
+"""Name under which `using_attention` registers its function. transformers builds no mask for a name that its
+mask registry lacks, which is what a packed row needs."""
+
+# Every attention call of these goes through the attention interface, with all keyword arguments, at the
+# positions given by `position_ids`. Others need their own check before they are added.
+_PACKABLE = frozenset({"llama", "qwen2", "qwen3", "mistral", "olmo2"})
+# RoPE whose frequencies depend on the longest position seen: a cached prefix would not stay valid.
+_MOVING_ROPE = frozenset({"dynamic", "longrope", "su"})
+
+
+# --- finding the parts of a model ---------------------------------------------------------------------------
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside data-parallel and PEFT wrappers (adapters stay in its layers)."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            return inner
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The part of a causal LM that ends in `last_hidden_state`, without the lm-head.
+
+    Raises TypeError when `model` is not a transformers model.
+    """
+    lm = causal_lm(model)
+    body = getattr(lm, "base_model", None)
+    if not isinstance(body, nn.Module) or not hasattr(body, "config"):
+        raise TypeError(
+            f"model: expected a transformers causal LM (or PEFT around one), got {type(model).__name__}"
+        )
+    return body
+
+
+def run_body(
+    body: nn.Module,
+    input_ids: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Last hidden state (B, T, D) of `input_ids` (B, T); after the final norm, what the lm-head reads."""
+    kwargs: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None, "return_dict": True}
+    # Passed only when given: some architectures take neither argument.
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids
+    if attention_mask is not None:
+        kwargs["attention_mask"] = attention_mask
+    if cache is not None:
+        kwargs["past_key_values"] = cache
+    return body(**kwargs).last_hidden_state
+
+
+def config_of(body: nn.Module) -> Any:
+    """transformers' configuration object of `body`."""
+    return body.config
+
+
+def num_layers(body: nn.Module) -> int:
+    return int(config_of(body).num_hidden_layers)
+
+
+def embedding_rows(body: nn.Module) -> int | None:
+    """How many token ids the input embedding knows; None when it cannot tell."""
+    weight = getattr(body.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    return None if weight is None else int(weight.shape[0])
+
+
+def longest_input(body: nn.Module) -> int | None:
+    """`max_position_embeddings` of the model in tokens, or None where the architecture has no such limit."""
+    limit = getattr(config_of(body), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def refuses_packing(body: nn.Module) -> str | None:
+    """Why a packed row cannot be run through `body` exactly, in words; None when it can."""
+    config = config_of(body)
+    if config.model_type not in _PACKABLE:
+        return f"architecture {config.model_type!r} is not known to run exactly on a packed row"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _MOVING_ROPE:
+        return f"RoPE type {rope['rope_type']!r} changes every position with the length"
+    device = next(body.parameters()).device.type
+    if device not in ("cpu", "cuda"):
+        return f"no packed attention for device type {device!r}"
+    return None
+
+
+# --- attention function -------------------------------------------------------------------------------------
+
+
+def _configs(body: nn.Module) -> list[Any]:
+    """Every distinct config object a submodule consults when it picks its attention function."""
+    found = {id(body.config): body.config}
+    for module in body.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+@contextmanager
+def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Run every attention layer of `body` through `function` while the block is open."""
+    AttentionInterface.register(PACKED_ATTENTION, function)
+    saved = [(config, config._attn_implementation_internal) for config in _configs(body)]
+    try:
+        for config, _ in saved:
+            config._attn_implementation_internal = PACKED_ATTENTION
+        yield
+    finally:
+        for config, name in saved:
+            config._attn_implementation_internal = name
+
+
+# --- training state -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout and gradient checkpointing off; every module's own flags back afterwards.
+
+    A layer that checkpoints replaces its cache by None, so a teacher that shares a model in training would
+    run without its context. Flags are set directly: `model.eval()` may run overridden code, and `train()`
+    afterwards would not know which modules had been in eval mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in training:
+            module.training = False
+        for module in checkpointing:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module in checkpointing:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def recomputing_under(body: nn.Module, reopen: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Layers that are checkpointed while the block is open recompute inside `reopen()`.
+
+    Recomputation happens in the backward pass, long after the forward's own context managers were closed
+    (and, on CUDA, in another thread, which sees no context variables of this one).
+    """
+    layers = [module for module in body.modules() if "_gradient_checkpointing_func" in vars(module)]
+    saved = [(module, module._gradient_checkpointing_func) for module in layers]
+
+    def wrap(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpoint_in_context(function: Callable[..., Any], *args: Any) -> Any:
+            def inside(*inner: Any) -> Any:
+                with reopen():
+                    return function(*inner)
+
+            return checkpoint(inside, *args)
+
+        return checkpoint_in_context
+
+    try:
+        for module, checkpoint in saved:
+            module._gradient_checkpointing_func = wrap(checkpoint)  # type: ignore[arg-type, assignment]
+        yield
+    finally:
+        for module, checkpoint in saved:
+            module._gradient_checkpointing_func = checkpoint
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+
+def adapter_modules(model: nn.Module) -> list[nn.Module]:
+    """PEFT's layers inside `model`: adapters around a base layer, and trained copies of whole modules."""
+    if importlib.util.find_spec("peft") is None:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [
+        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+
+
+@contextmanager
+def _disabled(modules: list[nn.Module]) -> Iterator[None]:
+    saved = [(module, module._disable_adapters) for module in modules]
+    try:
+        for module in modules:
+            module._disable_adapters = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module, flag in saved:
+            module._disable_adapters = flag
+
+
+def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
+    """The base model alone while the block is open.
+
+    Sets the layers' flags instead of calling peft's `disable_adapter()`, which enables afterwards what was
+    disabled before and rewrites `requires_grad` of the adapter. Raises RuntimeError when an adapter is merged
+    into the base weights: then the base model does not exist at the moment.
+    """
+    modules = adapter_modules(model)
+    if any(getattr(module, "merged", False) for module in modules):
+        raise RuntimeError(
+            "the adapter is merged into the base weights, so the model without it cannot be run; "
+            "call model.unmerge_adapter() first, or pass adapter='active'"
+        )
+    return _disabled(modules) if modules else nullcontext()
+
+
+def base_parameters(model: nn.Module) -> list[Tensor]:
+    """Parameters that a forward pass without adapters reads."""
+    added: set[int] = set()
+    for module in adapter_modules(model):
+        kept = ("base_layer.", "original_module.")
+        # Adapters may nest (an embedding in `modules_to_save` holding a LoRA layer): any kept part keeps it.
+        added.update(id(p) for name, p in module.named_parameters() if not any(part in name for part in kept))
+    return [p for p in model.parameters() if id(p) not in added]
+
+
+def adapter_state(model: nn.Module) -> tuple[Any, ...]:
+    """Which adapters act on the forward pass now; compares unequal after a change."""
+    modules: list[Any] = list(adapter_modules(model))
+    return tuple(
+        (
+            tuple(module.active_adapters),
+            bool(module._disable_adapters),
+            bool(getattr(module, "merged", False)),
+        )
+        for module in modules
+    )
+
+
+# --- caches -------------------------------------------------------------------------------------------------
+
+
+class FrozenLayer(CacheLayerMixin):
+    """One layer's prefixes, read-only: `update` returns them in front of the new keys and stores nothing.
+
+    keys, values: lists of (1, H_kv, P_i, d), in the order of the packed row's prefix groups. RoPE is applied
+    before a cache sees keys, so they are final.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.prefix_keys, self.prefix_values = list(keys), list(values)
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys = [k.to(key_states.dtype) for k in self.prefix_keys]
+        values = [v.to(value_states.dtype) for v in self.prefix_values]
+        return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return sum(k.shape[-2] for k in self.prefix_keys)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before 5.18
+
+
+def frozen_cache(layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> Cache:
+    """A cache of `FrozenLayer`s; `layers` holds (keys, values) of each layer."""
+    return Cache(layers=[FrozenLayer(keys, values) for keys, values in layers])
+
+
+def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Run `input_ids` (1, P), P >= 1, with stock attention: each layer's (keys, values), hidden states.
+
+    Keys and values are (1, H_kv, kept, d) in storage of their own; kept is P, or min(P, W - 1) for a layer
+    with a sliding window of W tokens. The hidden states are (1, P, D).
+    """
+    cache = DynamicCache(config=config_of(body))
+    hidden = run_body(body, input_ids, cache=cache)
+    layers = []
+    layer: Any
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None)
+        kept = input_ids.shape[1] if window is None else min(input_ids.shape[1], window - 1)
+        start = layer.keys.shape[-2] - kept
+        # A slice would keep the storage of the whole context alive.
+        layers.append(
+            (
+                layer.keys[..., start:, :].contiguous().clone(),
+                layer.values[..., start:, :].contiguous().clone(),
+            )
+        )
+    return layers, hidden
+
+
+# --- a small model of the same kind -------------------------------------------------------------------------
+
+
+def tiny_twin(body: nn.Module, *, window: int | None = None) -> nn.Module:
+    """A model of `body`'s class, layer types, head size and RoPE: two or so layers, random fp32 weights.
+
+    window: the sliding window in tokens of its windowed layers. It lives on `body`'s device, in eval mode,
+    with torch's sdpa attention. The global random state is left alone.
+    """
+    config = copy.deepcopy(config_of(body))
+    groups = max(1, config.num_attention_heads // config.num_key_value_heads)
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.num_key_value_heads, config.num_attention_heads = 2, 2 * groups
+    config.hidden_size, config.intermediate_size, config.vocab_size = 32, 48, 64
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    if kinds:
+        config.layer_types = kinds * (2 // len(kinds) or 1)
+    config.num_hidden_layers = len(config.layer_types) if kinds else 2
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = window
+    config._attn_implementation_internal = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        twin = type(body)(config)
+    twin = twin.to(device=next(body.parameters()).device, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in twin.parameters():
+        # Wide weights, so that attention is far from uniform and a wrong key shows in the output.
+        std = 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[-1] ** 0.5
+        noise = torch.randn(parameter.shape, generator=generator) * std
+        parameter.data.copy_(noise if parameter.ndim > 1 else 1.0 + 0.1 * noise)
+    return twin
+
+
+def has_sliding_window(body: nn.Module) -> bool:
+    return getattr(config_of(body), "sliding_window", None) is not None

@@ -1,13 +1,61 @@
-"""Maps the repository's `kernels/` folder to `opcd_fast.kernels`.
+"""Maps the repository's `kernels/` folder to `opcd_fast.kernels`, and builds the CPU library where that is possible.
 
-An importable top-level package called `kernels` would collide with the Hugging Face package of that name,
-so the folder has no `__init__.py` and is only reachable as `opcd_fast.kernels`.
+An importable top-level package called `kernels` would collide with the Hugging Face package of that name, so the
+folder has no `__init__.py` and is only reachable as `opcd_fast.kernels`. In a checkout the link opcd_fast/kernels
+leads there: an editable install cannot map a folder without `__init__.py` into a package.
+
+The CPU library needs CMake and a C++ compiler. Without them the install goes on, and `opcd info` says what is missing.
 """
 
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.dist import Distribution
+
+ROOT = Path(__file__).resolve().parent
+LIBRARIES = ("libopcd_native.so", "libopcd_native.dylib", "libopcd_native.dll")
+
+
+def can_build() -> bool:
+    return shutil.which("cmake") is not None and any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+
+
+class BuildWithNative(build_py):
+    def run(self) -> None:
+        super().run()
+        if not can_build():
+            print("opcd-fast: no CMake or C++ compiler, the CPU library is left out", file=sys.stderr)
+            return
+        target = ROOT / "opcd_fast" if self.editable_mode else Path(self.build_lib) / "opcd_fast"
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                build = ["cmake", "-S", str(ROOT), "-B", scratch, "-DCMAKE_BUILD_TYPE=Release"]
+                subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(
+                    ["cmake", "--build", scratch, "--config", "Release"], check=True, stdout=subprocess.DEVNULL
+                )
+                for found in (path for name in LIBRARIES for path in Path(scratch).rglob(name)):
+                    shutil.copy2(found, target / found.name)
+        except (subprocess.CalledProcessError, OSError) as error:
+            print(f"opcd-fast: the CPU library did not build ({error}), it is left out", file=sys.stderr)
+
+
+class PlatformDistribution(Distribution):
+    """A wheel that holds a compiled library must say for which platform."""
+
+    def has_ext_modules(self) -> bool:
+        return can_build()
+
 
 setup(
     packages=["opcd_fast", "opcd_fast.kernels"],
     package_dir={"opcd_fast": "opcd_fast", "opcd_fast.kernels": "kernels"},
     package_data={"opcd_fast": ["py.typed", "demo_data/*"]},
+    cmdclass={"build_py": BuildWithNative},
+    distclass=PlatformDistribution,
 )

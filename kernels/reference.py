@@ -45,7 +45,8 @@ def reverse_kl_rows(
     """Write the statistics of n rows and d(sum_n w_n KL_n)/d(raw student product) into `gradient`.
 
     The model's logits are softcap(scale * (z + bias)); the gradient is with respect to z, so it carries the
-    derivatives of softcap, scale and 1/temperature. Without `all_statistics` only plane 0 (the KL) is written.
+    derivatives of softcap, scale and 1/temperature. Without `all_statistics` only plane 0 (the KL) is
+    written.
 
     A row in which the teacher gives probability 0 to a token the student may choose has KL = inf; its
     gradient is 0. NaN inputs give NaN outputs.

@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -88,10 +88,13 @@ class PackedRow:
 def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedRow:
     """The row of `tokens` tokens that `cu_seqlens` (B + 1,) of any integer type divides.
 
-    Raises ValueError when cu_seqlens does not rise from 0 to `tokens`.
+    Sequences may be empty, the row may not. Raises ValueError when cu_seqlens does not rise from 0 to
+    `tokens`.
     """
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens: expected integers of shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if tokens == 0:
+        raise ValueError("input_ids: no tokens at all")
     bounds = cu_seqlens.tolist()
     lengths = tuple(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
@@ -109,20 +112,19 @@ class PackedCall:
     """One forward pass over a row. `prefix_keys[layer][group]` counts the keys the cache holds there."""
 
     row: PackedRow
-    prefix_keys: Sequence[Sequence[int]] | None
-    layers_done: set[int]
+    prefix_keys: Sequence[Sequence[int]] | None = None
+    layers_done: set[int] = field(default_factory=set)
 
 
 _CALL: ContextVar[PackedCall | None] = ContextVar("opcd_fast_packed_call", default=None)
 
 
 @contextmanager
-def packed_call(row: PackedRow, prefix_keys: Sequence[Sequence[int]] | None = None) -> Iterator[PackedCall]:
-    """Make `row` the row that `attention_on_row` works on. A context variable: layers may drop keywords."""
-    call = PackedCall(row, prefix_keys, set())
+def running(call: PackedCall) -> Iterator[None]:
+    """Make `call` the one that `attention_on_row` works on. A context variable: layers may drop keywords."""
     token = _CALL.set(call)
     try:
-        yield call
+        yield
     finally:
         _CALL.reset(token)
 
@@ -157,11 +159,11 @@ def attention_on_row(
             f"in front of {query.shape[2]} tokens, expected {sum(counts)}; the cache was dropped on the way"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = row_attention(
-        query, key.to(query.dtype), value.to(query.dtype), call.row, counts, scale, sliding_window, dropout
-    )
+    # Under autocast RoPE leaves queries and keys in fp32 while values are in the shorter type.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out = row_attention(query, key, value, call.row, counts, scale, sliding_window, dropout)
     call.layers_done.add(layer)
-    return out.to(value.dtype).unsqueeze(0), None
+    return out.unsqueeze(0), None
 
 
 def row_attention(

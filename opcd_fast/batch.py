@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Batch:
     behaviour_logprobs: Tensor | None  # (N,) float32: log-probability under the sampler, or None
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
+        moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in vars(self).items()}
         return Batch(**moved)
 
 

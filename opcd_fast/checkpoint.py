@@ -97,7 +97,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
-            f"checkpoint {str(path)!r} is damaged ({type(error).__name__}: {error}); remove it to resume from an older one"
+            f"checkpoint {str(path)!r} is damaged ({type(error).__name__}: {error}); "
+            "remove it to resume from an older one"
         ) from error
     return weights, optimizer, state
 

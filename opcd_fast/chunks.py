@@ -1,160 +1,38 @@
 """The chunk loop of the fused losses: two projections, one row operation, two gradient products.
 
-A flat operation on tensors, scalars and a mask of wanted gradients; no autograd, no modules. Logits exist for a
-few rows at a time, in scratch whose size is a function of the shapes and of `workspace_bytes` alone.
+A flat operation on tensors, scalars and a mask of wanted gradients; no autograd, no modules. Logits exist for
+a few rows at a time, in the buffers that workspace.py plans.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opcd_fast.kernels import reference
-
-GIB = 1 << 30
-DEFAULT_WORKSPACE = GIB  # without dW: large chunks bring nothing
-DEFAULT_WORKSPACE_WITH_DW = 5 * GIB // 2  # dW is read and written once per gradient chunk, so those are larger
-LOGITS_SCRATCH = GIB // 4  # for logits that exist already
-GRADIENT_CHUNKS = 4  # gradient chunk / logit chunk, when the two differ
-PITCH = 64  # elements; row starts stay 128-byte aligned in 2-byte buffers, whatever V is
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The scalars of one call."""
-
-    scale_s: float
-    scale_t: float
-    softcap_s: float | None
-    softcap_t: float | None
-    temperature: float
-    vocab_size: int  # valid entries, the same for both sides
-    workspace_bytes: int | None
-    backend: str  # "torch" or "triton", resolved
-    all_statistics: bool
-
-
-class Wanted(NamedTuple):
-    """Which gradients the caller will use."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class Plan(NamedTuple):
-    """How scratch is cut. All in rows, except tile (vocabulary rows of a weight upcast at a time)."""
-
-    logit_rows: int
-    gradient_rows: int
-    block_rows: int
-    tile: int
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is, float32 otherwise."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _runs_native(h: Tensor, weight: Tensor) -> bool:
-    """Whether one GEMM can read both as they are and write float32. Only bf16 on a device: cuBLAS gives bf16
-    inputs a float32 output, CPU libraries do not, and an fp16 gradient would underflow."""
-    return h.is_cuda and h.dtype == weight.dtype == torch.bfloat16
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape
-
-
-def _pitch(columns: int) -> int:
-    return -(-columns // PITCH) * PITCH
-
-
-def _block_rows(v: int, on_device: bool) -> int:
-    """Rows whose elementwise work is done together: about 2 MB a buffer, so that it stays in a CPU's cache."""
-    return max(4, (1 << (23 if on_device else 19)) // v)
-
-
-def make_plan(
-    rows: int, h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, spec: Spec, wanted: Wanted
-) -> Plan:
-    """Cut `workspace_bytes` into buffers.
-
-    Raises ValueError when it does not hold one row.
-    """
-    dtype = compute_dtype(h_s, w_s, h_t, w_t)
-    size = dtype.itemsize
-    v, pitch = spec.vocab_size, _pitch(spec.vocab_size)
-    on_device = h_s.is_cuda
-    native_s, native_t = _runs_native(h_s, w_s), _runs_native(h_t, w_t)
-    cast_s = not native_s and w_s.dtype != dtype
-    cast_t = not native_t and w_t.dtype != dtype and not (cast_s and _same_memory(w_s, w_t))
-    width_s, width_t = h_s.shape[-1], h_t.shape[-1]
-
-    tile = v
-    if cast_s or cast_t:
-        # 4 MB of float32 stays in a CPU's cache between the cast and the product that reads it.
-        elements = 1 << (24 if on_device else 20)
-        tile = min(v, max(256, elements // max(width_s, width_t) // 64 * 64))
-    fixed = tile * (width_s * cast_s + width_t * cast_t) * size
-
-    block = 0
-    if spec.backend == "torch":
-        block = min(rows, _block_rows(v, on_device))
-        fixed += reference.scratch_planes(spec.softcap_s) * block * v * size
-
-    # Two logit buffers and the teacher's hidden states per logit row; the student's hidden states, dH before and
-    # after its cast, and G where it has a buffer of its own, per gradient row.
-    ratio = GRADIENT_CHUNKS if spec.backend == "triton" and wanted.weight else 1
-    per_row = (2 * pitch + width_t + ratio * 3 * width_s) * size
-    if has_gradient_buffer(h_s, w_s, dtype, spec, wanted):
-        per_row += ratio * pitch * gradient_dtype(h_s, w_s, dtype).itemsize
-
-    budget = spec.workspace_bytes
-    if budget is None:
-        budget = DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE
-        budget = max(budget, fixed + per_row)
-    fit = (budget - fixed) // per_row
-    if fit < 1:
-        raise ValueError(
-            f"workspace_bytes is {budget}, too small for one row of {v} logits; at least {fixed + per_row} are needed"
-        )
-    chunks = -(-rows // fit)
-    logit_rows = -(-rows // chunks)
-    if on_device and logit_rows > 128:
-        # Whole GEMM tiles: a last tile of a few rows costs as much as a full one.
-        logit_rows = min(fit, -(-logit_rows // 128) * 128)
-        if logit_rows > 128:
-            logit_rows = logit_rows // 128 * 128
-    gradient_rows = logit_rows if logit_rows >= rows else ratio * logit_rows
-    return Plan(min(logit_rows, rows), min(gradient_rows, rows), block, tile)
-
-
-def gradient_dtype(h_s: Tensor, w_s: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of G = d(sum)/d(logits): bf16 where the GEMMs that consume it read bf16, else the logits'."""
-    return torch.bfloat16 if _runs_native(h_s, w_s) else dtype
-
-
-def has_gradient_buffer(h_s: Tensor, w_s: Tensor, dtype: torch.dtype, spec: Spec, wanted: Wanted) -> bool:
-    """Whether G is stored beside the logits instead of over them.
-
-    Over them is safe in the reference, which reads a block of rows before it writes it, and where G has the
-    logits' dtype, because then each lane overwrites what it alone has read. A 2-byte G over 4-byte logits would
-    need a barrier in the row kernel's loop.
-    """
-    if spec.backend != "triton" or not any(wanted):
-        return False
-    return wanted.weight or gradient_dtype(h_s, w_s, dtype) != dtype
+from opcd_fast.workspace import (
+    LOGITS_SCRATCH,
+    Spec,
+    Wanted,
+    block_rows,
+    compute_dtype,
+    gradient_dtype,
+    has_gradient_buffer,
+    make_plan,
+    pitch_of,
+    runs_native,
+    same_memory,
+)
 
 
 class _Weight:
     """A head's weight, handed to GEMMs in tiles of the dtype they need."""
 
-    def __init__(self, weight: Tensor, native: bool, dtype: torch.dtype, tile: int, buffer: Tensor | None = None):
+    def __init__(
+        self, weight: Tensor, native: bool, dtype: torch.dtype, tile: int, buffer: Tensor | None = None
+    ):
         self.weight, self.native, self.tile, self.buffer = weight, native, tile, buffer
         if buffer is None and not native and weight.dtype != dtype:
             self.buffer = torch.empty(tile, weight.shape[1], dtype=dtype, device=weight.device)
@@ -178,9 +56,9 @@ def _project(h: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _project_both(h_s: Tensor, w_s: _Weight, z_s: Tensor, h_t: Tensor, w_t: _Weight, z_t: Tensor) -> None:
-    """Both projections by the same GEMMs over the same tiles: a different accumulation order on one side alone
-    would be an error of up to 1 % of the gradient at small KL."""
-    shared = w_s.buffer is not None and _same_memory(w_s.weight, w_t.weight)
+    """Both projections by the same GEMMs over the same tiles: a different accumulation order on one side
+    alone would be an error of up to 1 % of the gradient at small KL."""
+    shared = w_s.buffer is not None and same_memory(w_s.weight, w_t.weight)
     for start in w_s.tiles():
         columns = slice(start, start + w_s.tile)
         tile = w_s.at(start)
@@ -228,8 +106,11 @@ def linear_reverse_kl(
     dw = torch.zeros(w_s.shape, dtype=dtype, device=device) if wanted.weight else None
     db = torch.zeros(w_s.shape[0], dtype=dtype, device=device) if wanted.bias else None
     if n > 0:
-        _run(h_s, w_s[:v], _valid(b_s, v, dtype), h_t, w_t[:v], _valid(b_t, v, dtype), row_weights, active, factor,
-             spec, wanted, statistics, dh, None if dw is None else dw[:v], None if db is None else db[:v])  # fmt: skip
+        _run(
+            h_s, w_s[:v], _valid(b_s, v, dtype), h_t, w_t[:v], _valid(b_t, v, dtype), row_weights, active,
+            factor, spec, wanted, statistics,
+            dh, None if dw is None else dw[:v], None if db is None else db[:v],
+        )  # fmt: skip
     for total_gradient in (dw, db):
         if total_gradient is not None:
             _scale(total_gradient, factor)
@@ -268,13 +149,13 @@ def _run(
     db: Tensor | None,
 ) -> None:
     n = h_s.shape[0] if active is None else active.shape[0]
-    v, pitch, device = spec.vocab_size, _pitch(spec.vocab_size), h_s.device
+    v, pitch, device = spec.vocab_size, pitch_of(spec.vocab_size), h_s.device
     dtype = compute_dtype(h_s, w_s, h_t, w_t)
     plan = make_plan(n, h_s, w_s, h_t, w_t, spec, wanted)
-    native_s, native_t = _runs_native(h_s, w_s), _runs_native(h_t, w_t)
+    native_s, native_t = runs_native(h_s, w_s), runs_native(h_t, w_t)
     type_s, type_t = h_s.dtype if native_s else dtype, h_t.dtype if native_t else dtype
     student = _Weight(w_s, native_s, dtype, plan.tile)
-    shared_buffer = student.buffer if _same_memory(w_s, w_t) else None
+    shared_buffer = student.buffer if same_memory(w_s, w_t) else None
     teacher = _Weight(w_t, native_t, dtype, plan.tile, shared_buffer)
     run_rows = row_operation(spec)
 
@@ -302,8 +183,9 @@ def _run(
             computed = torch.zeros(statistics.shape[0], stop - start, dtype=dtype, device=device)
             run_rows(
                 z_s, z_t, b_s, b_t, row_weights[rows], computed, g if any(wanted) else None,
-                scale_s=spec.scale_s, scale_t=spec.scale_t, softcap_s=spec.softcap_s, softcap_t=spec.softcap_t,
-                temperature=spec.temperature, all_statistics=spec.all_statistics, scratch=scratch,
+                scale_s=spec.scale_s, scale_t=spec.scale_t, softcap_s=spec.softcap_s,
+                softcap_t=spec.softcap_t, temperature=spec.temperature, all_statistics=spec.all_statistics,
+                scratch=scratch,
             )  # fmt: skip
             statistics[:, rows] = computed
         if any(wanted):
@@ -350,7 +232,8 @@ def logits_reverse_kl(
     spec: Spec,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Per-row KL (N,) and the gradient (N, V) of factor * sum(row_weights * KL), from logits that exist already."""
+    """Per-row KL (N,) and the gradient (N, V) of factor * sum(row_weights * KL), from logits that exist
+    already."""
     total, v = logits_s.shape
     n = total if active is None else active.shape[0]
     dtype, device = compute_dtype(logits_s, logits_t), logits_s.device
@@ -360,8 +243,8 @@ def logits_reverse_kl(
         return kl, gradient
     planes = reference.scratch_planes(None)
     chunk = min(n, max(1, LOGITS_SCRATCH // ((planes + 2) * v * dtype.itemsize)))
-    block = min(chunk, _block_rows(v, logits_s.is_cuda))
-    pitch = _pitch(v)
+    block = min(chunk, block_rows(v, logits_s.is_cuda))
+    pitch = pitch_of(v)
     buffer_s = torch.empty(chunk, pitch, dtype=dtype, device=device)
     buffer_t = torch.empty(chunk, pitch, dtype=dtype, device=device)
     scratch = torch.empty(planes, block, v, dtype=dtype, device=device)

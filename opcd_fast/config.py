@@ -49,7 +49,7 @@ class OPCDConfig:
     """"frozen": the teacher keeps the weights it starts with."""
     lora_rank: int = 0
     """0: full fine-tuning with fp32 master weights; above: LoRA, and the base with the adapter off is the teacher."""
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     """LoRA scale numerator; None: twice the rank."""
     lora_targets: str = "all-linear"
     """Modules that get an adapter: "all-linear", or names separated by commas (q_proj,v_proj)."""
@@ -99,22 +99,21 @@ class OPCDConfig:
             value = getattr(self, name)
             good = isinstance(value, (int, float)) and (low < value if open_low else low <= value) and value <= high
             if not good:
-                raise InputError(f"{name}={value!r} must be a number {'above' if open_low else 'from'} {low} up to {high}")
+                start = "above" if open_low else "from"
+                raise InputError(f"{name}={value!r} must be a number {start} {low} up to {high}")
 
         for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "rollout_batch", "eval_batch"):
             positive(name)
         for name in ("lora_rank", "eval_every", "save_every", "seed"):
             positive(name, 0)
         positive("keep_checkpoints")
-        for name in ("micro_batch_tokens", "workspace_bytes"):
+        for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha"):
             if getattr(self, name) is not None:
                 positive(name)
         within("temperature", 0, 100, open_low=True)
         within("top_p", 0, 1, open_low=True)
         if self.learning_rate is not None:
             within("learning_rate", 0, 1, open_low=True)
-        if self.lora_alpha is not None:
-            within("lora_alpha", 0, 1e6, open_low=True)
         within("weight_decay", 0, 1)
         within("max_grad_norm", 0, 1e9)
         one_of("divergence", "reverse_kl")
@@ -124,7 +123,7 @@ class OPCDConfig:
         one_of("loss_backend", "auto", "triton", "torch")
         one_of("teacher_path", "auto", "merge", "concat")
         if self.lora_alpha is not None and not self.lora_rank:
-            raise InputError("lora_alpha is set but lora_rank is 0 (full fine-tuning); set lora_rank or drop lora_alpha")
+            raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
 

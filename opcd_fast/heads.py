@@ -37,13 +37,17 @@ class LMHead:
             )
         rows = self.weight.shape[0]
         if self.bias is not None and tuple(self.bias.shape) != (rows,):
-            raise ValueError(f"LMHead: bias has shape {tuple(self.bias.shape)}; weight has {rows} rows, so ({rows},)")
+            raise ValueError(
+                f"LMHead: bias has shape {tuple(self.bias.shape)}; weight has {rows} rows, so ({rows},)"
+            )
         if self.bias is not None and not self.bias.is_floating_point():
             raise ValueError(f"LMHead: bias has dtype {self.bias.dtype}; it must be floating point")
         if not math.isfinite(self.scale):
             raise ValueError(f"LMHead: scale is {self.scale}; it must be a finite number")
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(f"LMHead: softcap is {self.softcap}; it must be a positive number, or None for none")
+            raise ValueError(
+                f"LMHead: softcap is {self.softcap}; it must be a positive number, or None for none"
+            )
         if self.vocab_size is not None and not 1 <= self.vocab_size <= rows:
             raise ValueError(f"LMHead: vocab_size is {self.vocab_size}; weight has {rows} rows, so 1..{rows}")
         if self.group is not None:
@@ -85,20 +89,20 @@ class LMHead:
         layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if layer is None:
             raise ValueError(
-                f"LMHead.from_model: {type(base).__name__} has no output embeddings; pass a causal language model "
-                "(…ForCausalLM), or build LMHead(weight=…) yourself"
+                f"LMHead.from_model: {type(base).__name__} has no output embeddings; pass a causal language "
+                "model (…ForCausalLM), or build LMHead(weight=…) yourself"
             )
         if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
             raise ValueError(
-                "LMHead.from_model: a PEFT adapter sits on the model's output embeddings, and a fused loss cannot "
-                "see it; remove the head (usually 'lm_head') from target_modules and modules_to_save, or call "
-                "model.merge_and_unload() first"
+                "LMHead.from_model: a PEFT adapter sits on the model's output embeddings, and a fused loss "
+                "cannot see it; remove the head (usually 'lm_head') from target_modules and "
+                "modules_to_save, or call model.merge_and_unload() first"
             )
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(
-                f"LMHead.from_model: the output embeddings are a {type(layer).__name__} without a floating-point "
-                "(V, D) weight (quantised?); load the model with its head unquantised"
+                f"LMHead.from_model: the output embeddings are a {type(layer).__name__} without a "
+                "floating-point (V, D) weight (quantised?); load the model with its head unquantised"
             )
         scale, softcap = _logit_transform(base)
         return cls(weight, getattr(layer, "bias", None), scale, softcap, vocab_size)

@@ -4,8 +4,8 @@ Per token, with p the student, q the teacher and l = log p - log q:
 
     KL(p || q) = sum_v p_v l_v            dKL/dz_v = p_v (l_v - KL)
 
-Student and teacher hidden states go in, the loss and the gradients of the student's side come out. Logits exist
-for a few rows at a time, in float32: rounded to bf16 they would put an error of 5 % (KL 0.3) to 350 %
+Student and teacher hidden states go in, the loss and the gradients of the student's side come out. Logits
+exist for a few rows at a time, in float32: rounded to bf16 they would put an error of 5 % (KL 0.3) to 350 %
 (KL 3e-5) on the gradient. Needs torch alone; Triton is imported when a CUDA tensor first asks for it.
 """
 
@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd_fast.chunks import Spec, Wanted, compute_dtype, linear_reverse_kl, logits_reverse_kl
+from opcd_fast.chunks import linear_reverse_kl, logits_reverse_kl
 from opcd_fast.heads import LMHead
 from opcd_fast.loss_inputs import (
     as_head,
     check_finite,
     check_hidden,
+    check_logits,
     check_temperature,
     check_workspace,
     resolve_backend,
     weigh_rows,
 )
+from opcd_fast.workspace import Spec, Wanted, compute_dtype
 
 __all__ = ["LMHead", "LossStats", "fused_linear_reverse_kl", "reverse_kl", "sequence_mean_weights"]
 
@@ -37,8 +39,8 @@ __all__ = ["LMHead", "LossStats", "fused_linear_reverse_kl", "reverse_kl", "sequ
 class LossStats:
     """Per token, detached, float32, in the shape of the hidden states without their last dimension.
 
-    Natural units (nats), of the distributions after temperature. Rows of weight 0 were not computed and hold 0
-    in every field.
+    Natural units (nats), of the distributions after temperature. Rows of weight 0 were not computed and hold
+    0 in every field.
     """
 
     token_kl: Tensor
@@ -64,24 +66,26 @@ def fused_linear_reverse_kl(
 ) -> Any:
     """Reverse KL between two models' next-token distributions, from their last hidden states.
 
-    student_hidden: (..., D_s). teacher_hidden: (..., D_t), same leading dimensions. The heads are `LMHead`s or bare
-    (V, D) weights; their valid vocabulary sizes must agree. Any floating dtypes: each side is computed in its own,
-    with float32 logits (float64 if any input is float64). Gradients reach the student's hidden states, weight
-    and bias, whichever require them, never the teacher.
+    student_hidden: (..., D_s). teacher_hidden: (..., D_t), same leading dimensions. The heads are `LMHead`s
+    or bare (V, D) weights; their valid vocabulary sizes must agree. Any floating dtypes: each side is
+    computed in its own, with float32 logits (float64 if any input is float64). Gradients reach the student's
+    hidden states, weight and bias, whichever require them, never the teacher.
 
     token_weights: (...,) bool or float, constants. Rows of weight 0 cost nothing and may hold anything.
     temperature: divides both models' logits; no T^2 factor.
-    reduction: "mean" is sum(w * kl) / denominator; "sum" is sum(w * kl); "none" is the kl of each token in the shape
-        (...,), not multiplied by its weight, 0 where that is 0. "none" recomputes the logits in backward.
-    denominator: for "mean"; default sum(w). Give the global count when accumulating over micro-batches or ranks.
-    workspace_bytes: bound for scratch memory, which does not include the gradients; default 1 GiB, or 2.5 GiB when
-        the head is trained, less where the shapes need less.
+    reduction: "mean" is sum(w * kl) / denominator; "sum" is sum(w * kl); "none" is the kl of each token in
+        the shape (...,), not multiplied by its weight, 0 where that is 0. "none" recomputes the logits in
+        backward.
+    denominator: for "mean"; default sum(w). Give the global count when accumulating over micro-batches or
+        ranks.
+    workspace_bytes: bound for scratch memory, which does not include the gradients; default 1 GiB, or 2.5
+        GiB when the head is trained, less where the shapes need less.
     return_stats: also return `LossStats`.
     backend: "torch" (any device), "triton" (CUDA), or "auto": triton where it can run, else torch.
 
     A row in which the teacher gives probability 0 to a token that the student gives more has kl = inf and
-    gradient 0. With the environment variable OPCD_CHECK=1, NaN or infinite inputs raise an error naming the first
-    bad row (costs a pass over the inputs, and a synchronisation on a device).
+    gradient 0. With the environment variable OPCD_CHECK=1, NaN or infinite inputs raise an error naming the
+    first bad row (costs a pass over the inputs, and a synchronisation on a device).
 
     Returns the loss, a scalar (or (...,) for "none"), in float32 (float64 with float64 inputs); with
     `return_stats` the pair (loss, LossStats).
@@ -90,8 +94,9 @@ def fused_linear_reverse_kl(
     leading = check_hidden(student_hidden, student, teacher_hidden, teacher)
     if student.valid_size != teacher.valid_size:
         raise ValueError(
-            f"student_head has {student.valid_size} valid tokens and teacher_head {teacher.valid_size}; both models "
-            "must share one vocabulary. If the larger is padding, pass LMHead(weight, vocab_size=<real tokens>)"
+            f"student_head has {student.valid_size} valid tokens and teacher_head {teacher.valid_size}; "
+            "both models must share one vocabulary. If the larger one is padded, pass "
+            "LMHead(weight, vocab_size=<number of real tokens>)"
         )
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
     h_t = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
@@ -150,25 +155,33 @@ def reverse_kl(
 ) -> Tensor:
     """Reverse KL from logits (..., V) that exist already; the options are those of `fused_linear_reverse_kl`.
 
-    Computed in float32 a few rows at a time whatever the logits' dtype, but what a bf16 logit has lost stays lost:
-    prefer `fused_linear_reverse_kl` on hidden states. The gradient has the logits' dtype.
+    Computed in float32 a few rows at a time whatever the logits' dtype, but what a bf16 logit has lost stays
+    lost: prefer `fused_linear_reverse_kl` on hidden states. The gradient has the logits' dtype.
     """
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if not logits.is_floating_point() or logits.ndim < 1:
-            raise ValueError(f"{name} has dtype {logits.dtype} and {logits.ndim} dimensions; expected floats (..., V)")
+            raise ValueError(
+                f"{name} has dtype {logits.dtype} and {logits.ndim} dimensions; expected floats (..., V)"
+            )
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"student_logits has shape {tuple(student_logits.shape)}, teacher_logits {tuple(teacher_logits.shape)}; "
-            "they must be equal. Slice padded entries off the vocabulary first"
+            f"student_logits has shape {tuple(student_logits.shape)}, teacher_logits "
+            f"{tuple(teacher_logits.shape)}; they must be equal. Slice padded entries off the vocabulary "
+            "first"
         )
     if student_logits.device != teacher_logits.device:
-        raise ValueError(f"student_logits is on {student_logits.device}, teacher_logits on {teacher_logits.device}")
+        raise ValueError(
+            f"student_logits is on {student_logits.device}, teacher_logits on {teacher_logits.device}"
+        )
     leading, v = student_logits.shape[:-1], student_logits.shape[-1]
     z_s, z_t = student_logits.reshape(-1, v), teacher_logits.detach().reshape(-1, v)
     dtype = compute_dtype(z_s, z_t)
     backend = resolve_backend("auto", z_s.device, dtype)
     spec = Spec(1.0, 1.0, None, None, check_temperature(temperature), v, None, backend, all_statistics=False)
     rows = weigh_rows(token_weights, leading, reduction, denominator, dtype, z_s.device)
+    if os.environ.get("OPCD_CHECK") == "1":
+        check_logits("student_logits", z_s, rows.active)
+        check_logits("teacher_logits", z_t, rows.active)
     wanted = torch.is_grad_enabled() and z_s.requires_grad
     loss = _LogitsReverseKL.apply(z_s, z_t, rows.weights, rows.active, rows.factor, reduction, spec, wanted)
     return loss.reshape(leading) if reduction == "none" else loss
@@ -177,9 +190,9 @@ def reverse_kl(
 def sequence_mean_weights(mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Weights that turn `reduction="sum"` into the mean over sequences of the mean over their tokens.
 
-    Give either mask, (B, T), non-zero at response tokens: returns (B, T); or cu_seqlens, (B + 1,) integer offsets of
-    packed sequences: returns (N,), N = cu_seqlens[-1]. float32. Every token of a sequence of length n gets
-    1 / (B' n), B' the number of sequences that have tokens. Without any, all weights are 0.
+    Give either mask, (B, T), non-zero at response tokens: returns (B, T); or cu_seqlens, (B + 1,) integer
+    offsets of packed sequences: returns (N,), N = cu_seqlens[-1]. float32. Every token of a sequence of
+    length n gets 1 / (B' n), B' the number of sequences that have tokens. Without any, all weights are 0.
     """
     if (mask is None) == (cu_seqlens is None):
         raise ValueError("sequence_mean_weights takes exactly one of mask and cu_seqlens")
@@ -193,7 +206,8 @@ def sequence_mean_weights(mask: Tensor | None = None, *, cu_seqlens: Tensor | No
     assert cu_seqlens is not None
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected integers (B + 1,)"
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected "
+            "integers (B + 1,)"
         )
     counts = cu_seqlens.long().diff()
     if bool((counts < 0).any()) or int(cu_seqlens[0]) != 0:
@@ -203,10 +217,10 @@ def sequence_mean_weights(mask: Tensor | None = None, *, cu_seqlens: Tensor | No
 
 
 class _LinearReverseKL(torch.autograd.Function):
-    """Forms the gradients in forward, where the logits are; "none" learns its weights in backward and recomputes."""
+    """Forms the gradients in forward, where the logits are; "none" learns its weights in backward."""
 
     @staticmethod
-    def forward(ctx, h_s, w_s, b_s, h_t, w_t, b_t, weights, active, factor, reduction, spec, wanted):  # type: ignore[override]
+    def forward(ctx, h_s, w_s, b_s, h_t, w_t, b_t, weights, active, factor, reduction, spec, wanted):
         late = reduction == "none"
         now = Wanted(False, False, False) if late else wanted
         with torch.autocast(h_s.device.type, enabled=False):
@@ -225,7 +239,7 @@ class _LinearReverseKL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, _):  # type: ignore[override]
+    def backward(ctx, upstream, _):
         if ctx.late:
             h_s, w_s, b_s, h_t, w_t, b_t, weights = ctx.saved_tensors
             row_weights = torch.where(weights != 0, upstream.to(weights.dtype), 0)
@@ -241,7 +255,7 @@ class _LinearReverseKL(torch.autograd.Function):
 
 class _LogitsReverseKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z_s, z_t, weights, active, factor, reduction, spec, wanted):  # type: ignore[override]
+    def forward(ctx, z_s, z_t, weights, active, factor, reduction, spec, wanted):
         late = reduction == "none"
         kl, gradient = logits_reverse_kl(z_s, z_t, weights, active, factor, spec, wanted and not late)
         ctx.late, ctx.spec = late, spec
@@ -253,7 +267,7 @@ class _LogitsReverseKL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):  # type: ignore[override]
+    def backward(ctx, upstream):
         if ctx.late:
             z_s, z_t, weights = ctx.saved_tensors
             row_weights = torch.where(weights != 0, upstream.to(weights.dtype), 0)

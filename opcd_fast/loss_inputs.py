@@ -28,7 +28,8 @@ def as_head(head: LMHead | Tensor, name: str) -> LMHead:
     if isinstance(head, Tensor):
         return LMHead(head)
     raise TypeError(
-        f"{name} is a {type(head).__name__}; pass an LMHead or its (V, D) weight (LMHead.from_model(model) makes one)"
+        f"{name} is a {type(head).__name__}; pass an LMHead or its (V, D) weight (LMHead.from_model(model) "
+        "makes one)"
     )
 
 
@@ -40,7 +41,8 @@ def check_hidden(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> 
             raise ValueError(f"{side}_hidden is a {kind}; expected floating-point hidden states (..., D)")
         if h.shape[-1] != head.weight.shape[1]:
             raise ValueError(
-                f"{side}_hidden has width {h.shape[-1]}, {side}_head expects {head.weight.shape[1]}; they must be equal"
+                f"{side}_hidden has width {h.shape[-1]}, {side}_head expects {head.weight.shape[1]}; they "
+                "must be equal"
             )
         for name, tensor in (("_hidden", h), ("_head", head.weight), ("_head.bias", head.bias)):
             if tensor is not None and tensor.device != h_s.device:
@@ -49,8 +51,8 @@ def check_hidden(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> 
                 )
     if h_s.shape[:-1] != h_t.shape[:-1]:
         raise ValueError(
-            f"student_hidden has leading shape {tuple(h_s.shape[:-1])}, teacher_hidden {tuple(h_t.shape[:-1])}; "
-            "row i of both must predict the same response token"
+            f"student_hidden has leading shape {tuple(h_s.shape[:-1])}, teacher_hidden "
+            f"{tuple(h_t.shape[:-1])}; row i of both must predict the same response token"
         )
     return h_s.shape[:-1]
 
@@ -63,7 +65,9 @@ def check_temperature(temperature: float) -> float:
 
 def check_workspace(workspace_bytes: int | None) -> int | None:
     if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes is {workspace_bytes}; it must be positive, or None for the default")
+        raise ValueError(
+            f"workspace_bytes is {workspace_bytes}; it must be positive, or None for the default"
+        )
     return None if workspace_bytes is None else int(workspace_bytes)
 
 
@@ -117,10 +121,18 @@ def weigh_rows(
         weights, active = torch.ones(count, dtype=dtype, device=device), None
     else:
         if not isinstance(token_weights, Tensor) or token_weights.shape != leading:
-            shape = tuple(token_weights.shape) if isinstance(token_weights, Tensor) else type(token_weights).__name__
-            raise ValueError(f"token_weights is {shape}; expected a tensor of shape {tuple(leading)}, one per token")
+            shape = (
+                tuple(token_weights.shape)
+                if isinstance(token_weights, Tensor)
+                else type(token_weights).__name__
+            )
+            raise ValueError(
+                f"token_weights is {shape}; expected a tensor of shape {tuple(leading)}, one per token"
+            )
         if token_weights.requires_grad:
-            raise ValueError("token_weights requires grad, but is treated as a constant; pass token_weights.detach()")
+            raise ValueError(
+                "token_weights requires grad, but is treated as a constant; pass token_weights.detach()"
+            )
         if token_weights.is_complex():
             raise ValueError(f"token_weights has dtype {token_weights.dtype}; expected bool or float")
         weights = token_weights.to(device=device, dtype=dtype).reshape(-1)
@@ -133,7 +145,11 @@ def weigh_rows(
 
 
 def _factor(
-    denominator: float | Tensor | None, weights: Tensor, active: Tensor | None, dtype: torch.dtype, device: torch.device
+    denominator: float | Tensor | None,
+    weights: Tensor,
+    active: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> float | Tensor:
     if denominator is None:
         n = weights.shape[0] if active is None else active.shape[0]
@@ -142,12 +158,15 @@ def _factor(
         total = float(weights.sum())
         if not total > 0:
             raise ValueError(
-                f"token_weights sum to {total}, so their mean is undefined; pass denominator= or reduction='sum'"
+                f"token_weights sum to {total}, so their mean is undefined; pass denominator= or "
+                "reduction='sum'"
             )
         return 1.0 / total
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
-            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; expected a number or a scalar tensor")
+            raise ValueError(
+                f"denominator has shape {tuple(denominator.shape)}; expected a number or a scalar tensor"
+            )
         # Stays a tensor: a count that was summed over ranks on the device is used without a synchronisation.
         return denominator.detach().reshape(()).to(device=device, dtype=dtype).reciprocal()
     if not (math.isfinite(denominator) and denominator > 0):
@@ -156,7 +175,8 @@ def _factor(
 
 
 def check_finite(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead, active: Tensor | None) -> None:
-    """Raise ValueError naming the first row with a NaN or an infinity. A bias may be -inf: it forbids a token."""
+    """Raise ValueError naming the first row with a NaN or an infinity. A bias may be -inf: it forbids a
+    token."""
     for name, rows in (("student_hidden", h_s), ("teacher_hidden", h_t)):
         used = rows if active is None else rows[active]
         _first_bad(name, "row", used.isfinite().all(dim=-1), active)
@@ -166,6 +186,12 @@ def check_finite(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead, act
         if head.bias is not None:
             bias = head.bias[:size]
             _first_bad(f"{name}.bias", "entry", bias.isfinite() | (bias == -math.inf), None)
+
+
+def check_logits(name: str, logits: Tensor, active: Tensor | None) -> None:
+    """Raise ValueError naming the first row (N, V) with a NaN or +inf. A logit of -inf forbids a token."""
+    used = logits if active is None else logits[active]
+    _first_bad(name, "row", (used < math.inf).all(dim=-1), active)
 
 
 def _first_bad(name: str, what: str, good: Tensor, index: Tensor | None) -> None:

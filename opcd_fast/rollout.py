@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
+from opcd_fast.token_prefix import common_prefix_length
 
 MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
 
@@ -67,7 +68,7 @@ class TransformersRollout:
         self.max_batch = max_batch
         can_merge = MergedCopy.supports(model)
         if merge_adapter and not can_merge:
-            raise InputError("merge_adapter=True needs a PEFT model with plain LoRA on linear layers; use None or False")
+            raise InputError("merge_adapter=True needs plain LoRA on linear layers; use None or False")
         on_cpu = next(model.parameters()).device.type == "cpu"
         wanted = merge_adapter if merge_adapter is not None else on_cpu
         self._merged = MergedCopy(model) if wanted and can_merge else None
@@ -138,10 +139,21 @@ class TransformersRollout:
         windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
         if windowed or len(prompts) < 2 or model.config.is_encoder_decoder:
             return 0
-        low, high = min(prompts), max(prompts)
-        limit = min(len(prompt) for prompt in prompts) - 1
-        length = next((i for i in range(limit) if low[i] != high[i]), limit)
+        length = common_prefix_length(prompts)
         return length if length >= MIN_SHARED_PREFIX else 0
+
+
+def stop_token_ids(tokenizer: Any, model: Any, extra: Sequence[str] = ()) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's and the model's end tokens, and `extra` tokens by name."""
+    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids += configured if isinstance(configured, list) else [configured] if configured is not None else []
+    vocabulary = tokenizer.get_vocab()
+    for token in extra:
+        if token not in vocabulary:
+            raise InputError(f"stop_tokens: {token!r} is not a single token of this tokenizer")
+        ids.append(vocabulary[token])
+    return tuple(dict.fromkeys(ids))
 
 
 class _Sampler:
@@ -161,7 +173,7 @@ class _Sampler:
         self._held: Tensor | None = None
         self._drawn: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         if self._held is not None:
             self._drawn.append(_logprob(self._held, input_ids[:, -1]))
         self._held = self._warpers(input_ids, scores.float())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, packed_call, packed_row
+from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, packed_row, running
 
 logger = logging.getLogger("opcd_fast")
 
@@ -33,6 +33,7 @@ def packed_hidden_states(
     `max_position_embeddings`.
     """
     body = seam.body_of(model)
+    seam.refuse_virtual_tokens(model)
     row = checked_row(body, input_ids, cu_seqlens)
     reason = seam.refuses_packing(body)
     if reason is None:
@@ -61,24 +62,23 @@ def checked_row(body: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> Packe
 
 def _packed(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
     # A checkpointed layer recomputes in the backward pass and needs the row again there.
-    with _row_context(body, row) as call, seam.recomputing_under(body, partial(_row_context, body, row)):
+    call = PackedCall(row)
+    with _packed_attention(body, call), seam.recomputing_under(body, partial(_packed_attention, body, call)):
         hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=row.offset_of_token.unsqueeze(0))
     missed = sorted(set(range(seam.num_layers(body))) - call.layers_done)
     if missed:
-        raise RuntimeError(
-            f"layers {missed} did not run packed attention, so their tokens may see other sequences"
-        )
+        raise RuntimeError(f"layers {missed} did not run packed attention: tokens may see other sequences")
     return hidden.squeeze(0)
 
 
 @contextmanager
-def _row_context(body: nn.Module, row: PackedRow) -> Iterator[PackedCall]:
-    with packed_call(row) as call, seam.using_attention(body, attention_on_row):
-        yield call
+def _packed_attention(body: nn.Module, call: PackedCall) -> Iterator[None]:
+    with running(call), seam.using_attention(body, attention_on_row):
+        yield
 
 
 def padded_forward(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
-    """Packed ids (N,) through one right-padded batch with the model's own attention; (N, D), differentiable."""
+    """Packed ids (N,) -> (N, D) in one right-padded batch with the model's own attention; differentiable."""
     batch, longest = len(row.lengths), row.longest
     grid = input_ids.new_zeros(batch * longest)
     grid[row.slot_of_token] = input_ids
@@ -87,5 +87,6 @@ def padded_forward(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor
         mask = torch.zeros(batch * longest, dtype=torch.int64, device=input_ids.device)
         mask[row.slot_of_token] = 1
         mask = mask.view(batch, longest)
+        mask[:, 0] = 1  # a row of no tokens must have one key, or it turns into NaN and poisons gradients
     hidden = seam.run_body(body, grid.view(batch, longest), attention_mask=mask)
     return hidden.reshape(batch * longest, -1).index_select(0, row.slot_of_token)

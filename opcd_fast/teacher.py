@@ -57,6 +57,8 @@ class ContextTeacher:
             raise ValueError(f"adapter: expected 'disabled' or 'active', got {adapter!r}")
         self.model = model
         self._body = seam.body_of(model)
+        if adapter == "active":
+            seam.refuse_virtual_tokens(model)
         self._adapter = adapter
         self._contexts = _as_contexts(contexts, seam.embedding_rows(self._body))
         self._prefixes: list[SharedPrefix] | None = None

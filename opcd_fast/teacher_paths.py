@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.attention import PackedRow, PrefixGroup, attention_on_row, packed_call, packed_row
+from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, attention_on_row, packed_row, running
 from opcd_fast.prefix import SharedPrefix, cache_of
 from opcd_fast.student import padded_forward
 
@@ -32,7 +33,8 @@ def merge_forward(
     cache, counts = cache_of(used, seam.num_layers(body))
     starts = torch.tensor(row.prefix_lengths, device=input_ids.device)
     positions = row.offset_of_token + starts[row.sequence_of_token]
-    with packed_call(row, counts) as call, seam.using_attention(body, attention_on_row):
+    call = PackedCall(row, counts)
+    with running(call), seam.using_attention(body, attention_on_row):
         hidden = seam.run_body(
             body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), cache=cache
         )[0]
@@ -76,6 +78,18 @@ def concat_forward(
     return padded_forward(body, ids, whole)[is_suffix]
 
 
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: either would turn rounding into a mismatch."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def verify(body: nn.Module) -> tuple[str, bool]:
     """Run merge and concat on tiny random models of `body`'s kind; (what was measured, whether they agree).
 
@@ -92,7 +106,7 @@ def verify(body: nn.Module) -> tuple[str, bool]:
         twin = seam.tiny_twin(body, window=window)
         for kind in dict.fromkeys((torch.float32, dtype)):
             twin = twin.to(kind)
-            with torch.no_grad():
+            with _full_precision(device):
                 prefixes = [SharedPrefix.build(twin, context) for context in contexts]
                 merged = merge_forward(twin, prefixes, ids, row, index).double()
                 oracle = concat_forward(twin, contexts, ids, row, index).double()

@@ -29,7 +29,10 @@ from opcd_fast.models import pick_device, pick_dtype, same_tokenizer
 from opcd_fast.objective import context_kl
 from opcd_fast.progress import Progress
 from opcd_fast.prompts import Message, RenderedPrompt, adapt_to_tokenizer, read_context, read_prompts, render
-from opcd_fast.rollout import TransformersRollout
+from opcd_fast.records import step_record, total_weight
+from opcd_fast.rollout import TransformersRollout, stop_token_ids
+from opcd_fast.run_folder import RunFolder
+from opcd_fast.seeds import digest, stream_seed
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
 
@@ -85,8 +88,7 @@ class OPCDTrainer:
         self.callbacks = tuple(callbacks)
         self.quiet = quiet
         self.device = pick_device(config.device)
-        self.output_dir = Path(config.output_dir)
-        self._check_output_dir()
+        self.folder = RunFolder(config.output_dir, config.resume)
         if teacher_tokenizer is not None and not same_tokenizer(tokenizer, teacher_tokenizer):
             raise InputError("student and teacher have different tokenizers; distillation needs the same token ids")
 
@@ -115,7 +117,8 @@ class OPCDTrainer:
         self.teacher_rollout = TransformersRollout(
             teacher, stop_token_ids=stop_ids, max_batch=config.rollout_batch, merge_adapter=False
         )
-        self._adapter_off = self.model.disable_adapter if same_weights else nullcontext
+        # `with trainer.base_weights():` the model is the teacher, so that it can write with the context in front.
+        self.base_weights = self.model.disable_adapter if same_weights else nullcontext
 
         self.accelerator = _accelerator(self.device, self.compute_dtype)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -146,16 +149,12 @@ class OPCDTrainer:
 
                 with watch("rollout"):  # the student answers, without the context
                     answers = self.rollout.generate(
-                        [row.student_ids for row in rows],
-                        max_new_tokens=config.max_new_tokens,
-                        temperature=config.temperature,
-                        top_p=config.top_p,
-                        seed=_seed(config.seed, "rollout", step),
+                        [row.student_ids for row in rows], **self._sampling("rollout", step)
                     )
                 samples = samples_of(rows, answers)
 
                 loss, statistics = 0.0, []
-                denominator = _total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
+                denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
                 self.optimizer.zero_grad(set_to_none=True)
                 for group in micro_batches(samples, config.micro_batch_tokens):
                     batch = pack(group, normalize=config.normalize).to(self.device)
@@ -179,7 +178,7 @@ class OPCDTrainer:
                     norm = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
                     self.optimizer.step()
 
-                record = _record(step + 1, loss, float(norm), samples, answers, statistics, watch.seconds)
+                record = step_record(step + 1, loss, float(norm), samples, answers, statistics, watch.seconds)
                 self._log(record, result.history)
                 progress.step(loss, record["tokens_per_second"])
                 last = step + 1 == config.steps
@@ -190,7 +189,7 @@ class OPCDTrainer:
         finally:
             progress.close()
             self.model.eval()
-        self.save(self.output_dir / "final")
+        self.save(Path(config.output_dir) / "final")
         result.steps, result.seconds = config.steps, time.perf_counter() - started
         return result
 
@@ -245,21 +244,12 @@ class OPCDTrainer:
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(config.seed, "adapter", 0))
+            torch.manual_seed(stream_seed(config.seed, "adapter", 0))
             try:
                 return get_peft_model(model, lora)
             except ValueError as error:
                 reason = str(error).splitlines()[0]
                 raise InputError(f"lora_targets={config.lora_targets!r} does not fit this model: {reason}") from error
-
-    def _check_output_dir(self) -> None:
-        found = (self.output_dir / "metrics.jsonl").exists()
-        if found and not self.config.resume:
-            raise InputError(
-                f"output_dir={self.config.output_dir!r} already holds a run; go on with resume, or choose another folder"
-            )
-        if self.config.resume and not checkpoint.list_checkpoints(self.output_dir / "checkpoints"):
-            raise InputError(f"resume: no checkpoint in {self.config.output_dir!r}; start without resume")
 
     def _check_lengths(self, model: Any, teacher_model: Any) -> None:
         """Nothing is ever truncated: what does not fit a model's window is refused, with the counts."""
@@ -267,15 +257,16 @@ class OPCDTrainer:
         teacher_limit = _window(teacher_model or model)
         for row in (*self.train_rows, *self.eval_rows):
             prefix, prompt = len(self.prefixes[row.context_index]), len(row.teacher_ids)
+            excess = prefix + prompt + new - teacher_limit
             if len(row.student_ids) + new > limit:
                 raise InputError(
                     f"prompt of {len(row.student_ids)} tokens plus max_new_tokens={new} exceeds the model's window "
                     f"of {limit} by {len(row.student_ids) + new - limit}; shorten the prompt or max_new_tokens"
                 )
-            if prefix + prompt + new > teacher_limit:
+            if excess > 0:
                 raise InputError(
-                    f"context and prompt of {prefix + prompt} tokens (shared prefix {prefix}) plus max_new_tokens={new} "
-                    f"exceed the teacher's window of {teacher_limit} by {prefix + prompt + new - teacher_limit}; "
+                    f"context and prompt of {prefix + prompt} tokens (shared prefix {prefix}) plus "
+                    f"max_new_tokens={new} exceed the teacher's window of {teacher_limit} by {excess}; "
                     "shorten the context or max_new_tokens"
                 )
 
@@ -286,10 +277,19 @@ class OPCDTrainer:
         rows, count = [], self.config.batch_size
         for index in range(step * count, (step + 1) * count):
             epoch, place = divmod(index, len(self.train_rows))
-            generator = torch.Generator().manual_seed(_seed(self.config.seed, "order", epoch))
+            generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "order", epoch))
             row = self.train_rows[int(torch.randperm(len(self.train_rows), generator=generator)[place])]
             rows += [row] * self.config.rollouts_per_prompt
         return rows
+
+    def _sampling(self, purpose: str, index: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "seed": stream_seed(config.seed, purpose, index),
+        }
 
     def _loss_options(self) -> dict[str, Any]:
         return {
@@ -312,19 +312,11 @@ class OPCDTrainer:
                 "check that the context reaches the model's prompt"
             )
 
-    def _evaluate(
-        self, step: int, fixed: list[Sample], result: TrainResult, progress: Progress | None = None
-    ) -> None:
+    def _evaluate(self, step: int, fixed: list[Sample], result: TrainResult, progress: Progress | None = None) -> None:
         if not self.eval_rows or not self.config.eval_every:
             return
         config = self.config
-        answers = self.rollout.generate(
-            [row.student_ids for row in self.eval_rows],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=_seed(config.seed, "evaluation", 0),
-        )
+        answers = self.rollout.generate([row.student_ids for row in self.eval_rows], **self._sampling("evaluation", 0))
         own = samples_of(self.eval_rows, answers)
         record: dict[str, Any] = {"step": step, "kind": "evaluation"}
         for name, samples in (("own", own), ("fixed", fixed)):
@@ -350,85 +342,49 @@ class OPCDTrainer:
         """Held-out answers written by the teacher with the context; kept on disk, the same for the whole run."""
         if not self.eval_rows or not self.config.eval_every:
             return []
-        path = self.output_dir / "eval_fixed.json"
-        if path.exists() and self.config.resume:
-            return [Sample(**row) for row in json.loads(path.read_text())]
-        with self._adapter_off():
+        kept = self.folder.read_samples()
+        if kept is not None:
+            return kept
+        with self.base_weights():
             answers = self.teacher_rollout.generate(
                 [(*self.prefixes[row.context_index], *row.teacher_ids) for row in self.eval_rows],
-                max_new_tokens=self.config.max_new_tokens,
-                temperature=self.config.temperature,
-                top_p=self.config.top_p,
-                seed=_seed(self.config.seed, "fixed", 0),
+                **self._sampling("fixed", 0),
             )
         samples = samples_of(self.eval_rows, answers)
-        checkpoint.write_text(path, json.dumps([asdict(sample) for sample in samples]))
+        self.folder.write_samples(samples)
         return samples
 
     def _start_or_resume(self) -> tuple[int, TrainResult]:
-        result = TrainResult(str(self.output_dir), 0, 0.0)
+        result = TrainResult(self.config.output_dir, 0, 0.0)
         if not self.config.resume:
-            checkpoint.write_text(self.output_dir / "config.json", json.dumps(asdict(self.config), indent=1))
+            self.folder.start(asdict(self.config))
             return 0, result
-        path = checkpoint.list_checkpoints(self.output_dir / "checkpoints")[-1]
-        weights, optimizer, state = checkpoint.load_checkpoint(path)
-        for name, value in self._identity().items():
-            if state["identity"].get(name) != value:
-                raise InputError(
-                    f"resume: {name} differs from the run in {self.config.output_dir!r} "
-                    f"({state['identity'].get(name)!r} there, {value!r} now); use the same settings or another output_dir"
-                )
+        step, weights, optimizer, records = self.folder.restore(self._identity())
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
         self.optimizer.load_state_dict(optimizer)
-        lines = [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
-        kept = [line for line in lines if line["step"] <= state["step"]]
-        checkpoint.write_text(self._metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-        result.history = [line for line in kept if line.get("kind") == "step"]
-        result.evaluations = [line for line in kept if line.get("kind") == "evaluation"]
-        return state["step"], result
+        result.history = [record for record in records if record["kind"] == "step"]
+        result.evaluations = [record for record in records if record["kind"] == "evaluation"]
+        return step, result
 
     def _identity(self) -> dict[str, Any]:
         """What a continued run must share with its beginning, as JSON values."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
         rows = [[row.student_ids, row.teacher_ids, row.context_index] for row in (*self.train_rows, *self.eval_rows)]
-        settings["prompts and context"] = _digest([rows, self.prefixes])
+        settings["prompts and context"] = digest([rows, self.prefixes])
         return json.loads(json.dumps(settings))
 
     def _save_checkpoint(self, step: int) -> None:
-        checkpoint.save_checkpoint(
-            self.output_dir / "checkpoints",
-            step,
-            dict(self.parameters),
-            self.optimizer.state_dict(),
-            {"identity": self._identity()},
-            self.config.keep_checkpoints,
+        self.folder.save(
+            step, self.parameters, self.optimizer.state_dict(), self._identity(), self.config.keep_checkpoints
         )
-
-    @property
-    def _metrics_path(self) -> Path:
-        return self.output_dir / "metrics.jsonl"
 
     def _log(self, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
         records.append(record)
-        with open(self._metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.folder.log(record)
         for callback in self.callbacks:
             callback(record)
-
-
-def stop_token_ids(tokenizer: Any, model: Any, extra: Sequence[str] = ()) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's and the model's end tokens, and `extra` tokens by name."""
-    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids += configured if isinstance(configured, list) else [configured] if configured is not None else []
-    vocabulary = tokenizer.get_vocab()
-    for token in extra:
-        if token not in vocabulary:
-            raise InputError(f"stop_tokens: {token!r} is not a single token of this tokenizer")
-        ids.append(vocabulary[token])
-    return tuple(dict.fromkeys(ids))
 
 
 def _accelerator(device: torch.device, dtype: torch.dtype) -> Any:
@@ -448,47 +404,3 @@ def _accelerator(device: torch.device, dtype: torch.dtype) -> Any:
 
 def _window(model: Any) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-
-
-def _seed(seed: int, purpose: str, index: int) -> int:
-    """One independent random stream for each purpose and step, so that any step can be replayed alone."""
-    return int(_digest([seed, purpose, index])[:15], 16)
-
-
-def _digest(value: Any) -> str:
-    import hashlib
-
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _total_weight(samples: Sequence[Sample], normalize: str) -> float:
-    return float(len(samples) if normalize == "sequence" else sum(len(sample.response) for sample in samples))
-
-
-def _record(
-    step: int,
-    loss: float,
-    norm: float,
-    samples: Sequence[Sample],
-    answers: Sequence[Any],
-    statistics: Sequence[Any],
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    tokens = sum(len(sample.response) for sample in samples)
-    agreement = sum(float(stats.top1_agreement.float().sum()) for stats in statistics)
-    entropy = sum(float(stats.student_entropy.sum()) for stats in statistics)
-    kl = sum(float(stats.token_kl.sum()) for stats in statistics)
-    return {
-        "step": step,
-        "kind": "step",
-        "loss": loss,
-        "kl_per_token": kl / tokens,
-        "top1_agreement": agreement / tokens,
-        "student_entropy": entropy / tokens,
-        "grad_norm": norm,
-        "response_tokens": tokens,
-        "response_length": tokens / len(samples),
-        "finished": sum(answer.finished for answer in answers) / len(answers),
-        "tokens_per_second": tokens / sum(seconds.values()),
-        "seconds": {part: round(value, 4) for part, value in seconds.items()},
-    }

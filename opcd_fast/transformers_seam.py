@@ -123,7 +123,7 @@ def _configs(body: nn.Module) -> list[Any]:
     """Every distinct config object a submodule consults when it picks its attention function."""
     found = {id(body.config): body.config}
     for module in body.modules():
-        config = getattr(module, "config", None)
+        config = vars(module).get("config")  # a failing getattr on a module costs 10 times as much
         if config is not None and hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
     return list(found.values())
@@ -155,7 +155,7 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
     afterwards would not know which modules had been in eval mode.
     """
     training = [module for module in model.modules() if module.training]
-    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    checkpointing = [m for m in model.modules() if vars(m).get("gradient_checkpointing", False)]
     try:
         for module in training:
             module.training = False
@@ -201,6 +201,16 @@ def recomputing_under(body: nn.Module, reopen: Callable[[], AbstractContextManag
 # --- adapters -----------------------------------------------------------------------------------------------
 
 
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Raise ValueError for PEFT methods that put tokens in front of the input, outside of the body."""
+    config: Any = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"model: {type(config).__name__} adds virtual tokens, which the body alone leaves out; "
+            "use LoRA or another method that acts inside the layers"
+        )
+
+
 def adapter_modules(model: nn.Module) -> list[nn.Module]:
     """PEFT's layers inside `model`: adapters around a base layer, and trained copies of whole modules."""
     if importlib.util.find_spec("peft") is None:
@@ -208,9 +218,9 @@ def adapter_modules(model: nn.Module) -> list[nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return [
-        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    # The cheap test first: thousands of modules, looked through on every call of a teacher.
+    return [m for m in model.modules() if hasattr(type(m), "enable_adapters") and isinstance(m, kinds)]
 
 
 @contextmanager

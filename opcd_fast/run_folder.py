@@ -1,0 +1,79 @@
+"""What a run keeps on disk: settings, one line per step, held-out sequences, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from opcd_fast import checkpoint
+from opcd_fast.batch import Sample
+from opcd_fast.errors import InputError
+
+
+class RunFolder:
+    """The folder `output_dir`. Nothing is written before `start`.
+
+    Raises InputError: the folder holds another run (without resume), or none to go on with (with resume).
+    """
+
+    def __init__(self, path: str | Path, resume: bool) -> None:
+        self.path = Path(path)
+        self.resume = resume
+        self._metrics = self.path / "metrics.jsonl"
+        self._checkpoints = self.path / "checkpoints"
+        if not resume and (self._metrics.exists() or self._checkpoints.exists()):
+            raise InputError(f"output_dir={str(path)!r} already holds a run; use resume, or choose another folder")
+        if resume and not checkpoint.list_checkpoints(self._checkpoints):
+            raise InputError(f"resume: no checkpoint in {str(path)!r}; start without resume")
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        checkpoint.write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        try:
+            with open(self._metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {str(self._metrics)!r}: {error.strerror or error}") from error
+
+    def save(
+        self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Any], identity: dict[str, Any], keep: int
+    ) -> None:
+        checkpoint.save_checkpoint(self._checkpoints, step, weights, optimizer, {"identity": identity}, keep)
+
+    def restore(
+        self, identity: Mapping[str, Any]
+    ) -> tuple[int, dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
+        """Step, weights and optimizer state of the newest checkpoint, and the records up to it.
+
+        Records of steps after the checkpoint are dropped from the file: these steps will be made again.
+        Raises InputError for a damaged checkpoint, or one of a run with another identity.
+        """
+        weights, optimizer, state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(self._checkpoints)[-1])
+        for name, value in identity.items():
+            before = state["identity"].get(name)
+            if before != value:
+                raise InputError(
+                    f"resume: {name} differs from the run in {str(self.path)!r} ({before!r} there, {value!r} now); "
+                    "use the same settings or another output_dir"
+                )
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        kept = [record for record in records if record["step"] <= state["step"]]
+        checkpoint.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return state["step"], weights, optimizer, kept
+
+    def read_samples(self) -> list[Sample] | None:
+        """The held-out sequences of the run being resumed, or None."""
+        path = self.path / "eval_fixed.json"
+        if not (self.resume and path.is_file()):
+            return None
+        return [Sample(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+    def write_samples(self, samples: Sequence[Sample]) -> None:
+        checkpoint.write_text(self.path / "eval_fixed.json", json.dumps([asdict(sample) for sample in samples]))

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# What a machine with a GPU is asked for: the tests marked `gpu`, then the table of the loss, in under 9 minutes.
+#
+#   scripts/gpu.sh              on a machine with a CUDA device
+#   scripts/gpu.sh --dry-run    the same flow on the CPU with tiny shapes; the tests are only collected
+#
+# Leaves gpu_tests.txt and loss_<device>_<date>.json in $OUT (default: benchmarks/results/; for a dry run a
+# temporary folder), also when a test fails or a part runs out of time. Exit status: 0 if both parts passed.
+#
+# Installs nothing. It runs with $PYTHON, else .venv/bin/python, else python3; opcd_fast is imported from this
+# tree, whatever is installed. Packages that are missing there can be put into a folder named by PYTHONPATH or
+# SITE (default /tmp/site). OPCD_GIT_COMMIT names the commit where the tree has come without its history.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+
+dry_run=
+case "${1:-}" in
+"") ;;
+--dry-run) dry_run=1 ;;
+*)
+    echo "usage: scripts/gpu.sh [--dry-run]" >&2
+    exit 2
+    ;;
+esac
+
+if [ -n "${PYTHON:-}" ]; then
+    python=$PYTHON
+elif [ -x .venv/bin/python ]; then
+    python=.venv/bin/python
+else
+    python=python3
+fi
+site=${SITE:-/tmp/site}
+[ -d "$site" ] && PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$site"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+# The parts' limits add up to 8 minutes and 20 seconds, kills included.
+tests_seconds=200 table_seconds=290
+if [ -n "$dry_run" ]; then
+    out=${OUT:-$(mktemp -d)}
+    export OMP_NUM_THREADS=1 # tiny shapes: threads would only wait for each other
+    test_options=(--collect-only)
+    table_options=(--quick --device cpu --case-seconds 0.1 --limit-seconds 60)
+else
+    out=${OUT:-benchmarks/results}
+    unset TRITON_INTERPRET
+    if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        echo "scripts/gpu.sh: $python sees no CUDA device; try scripts/gpu.sh --dry-run" >&2
+        exit 2
+    fi
+    test_options=(--durations=10)
+    # A case can overrun its start by some 30 s; the rest of the limit is for that.
+    table_options=(--device cuda --limit-seconds 230)
+fi
+mkdir -p "$out" || exit 2
+
+echo "== tests marked gpu (at most $tests_seconds s)"
+# One module that does not import must not keep the others from running; it still fails the run.
+timeout --kill-after=5 "$tests_seconds" "$python" -m pytest -m gpu tests --continue-on-collection-errors \
+    -p no:cacheprovider -o timeout=100 "${test_options[@]}" 2>&1 | tee "$out/gpu_tests.txt"
+tests_status=${PIPESTATUS[0]}
+if [ "$tests_status" = 5 ]; then
+    echo "no test is marked gpu" | tee -a "$out/gpu_tests.txt"
+    [ -n "$dry_run" ] && tests_status=0
+fi
+[ "$tests_status" = 124 ] && echo "stopped after $tests_seconds s" | tee -a "$out/gpu_tests.txt"
+
+echo "== table of the loss (at most $table_seconds s)"
+timeout --kill-after=5 "$table_seconds" "$python" -m benchmarks.loss_table --out "$out" "${table_options[@]}"
+table_status=$?
+[ "$table_status" = 124 ] && echo "stopped after $table_seconds s; the JSON holds the cases that were done"
+
+echo "== gpu tests: exit status $tests_status; table: exit status $table_status; results in $out"
+[ "$tests_status" = 0 ] && [ "$table_status" = 0 ]

@@ -1,0 +1,194 @@
+"""Packed attention against a loop over sequences in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opcd_fast import attention
+from opcd_fast.attention import PackedRow, PrefixGroup, merge_by_logsumexp, packed_row, row_attention
+
+
+def dense(query, key, value, row, counts, scale, window=None):
+    """The same with explicit scores; (1, H, N, d) -> (N, H, d). Groups' prefixes begin at their kept keys."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    starts, first = [], 0
+    for count in counts:
+        starts.append(first)
+        first += count
+    out, token = [], 0
+    group_of = {
+        s: (g, start, count)
+        for g, start, count in zip(row.groups, starts, counts, strict=True)
+        for s in range(g.first_sequence, g.end_sequence)
+    }
+    for sequence, length in enumerate(row.lengths):
+        group, start, count = group_of.get(sequence, (None, 0, 0))
+        places = [*range(start, start + count), *range(first + token, first + token + length)]
+        k, v = key[0][:, places], value[0][:, places]
+        scores = query[0, :, token : token + length] @ k.transpose(1, 2) * scale
+        at = torch.arange(count, count + length).unsqueeze(1)
+        place = torch.arange(count + length)
+        seen = place <= at
+        if window is not None:
+            seen &= place > at - window
+        out.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+        token += length
+    return torch.cat(out)
+
+
+def make_row(lengths, sizes=(), per_group=()):
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    groups, sequence = [], 0
+    for size, number in zip(sizes, per_group, strict=True):
+        end = sequence + number
+        groups.append(PrefixGroup(sequence, end, int(bounds[sequence]), int(bounds[end]), size))
+        sequence = end
+    return PackedRow(tuple(lengths), bounds.int(), tuple(groups))
+
+
+def make_qkv(tokens, past=0, heads=(6, 2), d=16, dtype=torch.float32):
+    torch.manual_seed(3)
+    query = torch.randn(1, heads[0], tokens, d, dtype=torch.float64) * 2
+    key, value = (torch.randn(1, heads[1], past + tokens, d, dtype=torch.float64) for _ in range(2))
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+@pytest.mark.parametrize("lengths", [[5], [1], [4, 4, 4], [3, 1, 9, 2], [2, 0, 3]])
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)])
+def test_causal_varlen(lengths, heads):
+    row = make_row(lengths)
+    q, k, v = make_qkv(sum(lengths), heads=heads)
+    expected = dense(q.double(), k.double(), v.double(), row, [], 0.25)
+    got = row_attention(q, k, v, row, [], 0.25)
+    torch.testing.assert_close(got, expected.float(), atol=2e-6, rtol=1e-5)
+    with_lse, lse = attention.causal_attention(q, k, v, row, 0.25, with_lse=True)
+    torch.testing.assert_close(with_lse, expected.float(), atol=2e-6, rtol=1e-5)
+    assert lse.shape == (sum(lengths), heads[0]) and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("window", [None, 4, 9, 22, 23, 28, 29])
+@pytest.mark.parametrize("lengths", [[3, 1, 9, 2], [3, 3, 3, 3], [2, 0, 3, 1]])
+def test_groups_of_prefixes(lengths, window):
+    sizes = [7, 0, 20]
+    kept = [s if window is None else min(s, window - 1) for s in sizes]
+    row = make_row(lengths, sizes, [1, 1, 2])
+    q, k, v = make_qkv(sum(lengths), sum(kept))
+    expected = dense(q.double(), k.double(), v.double(), row, kept, 0.25, window)
+    got = row_attention(q, k, v, row, kept, 0.25, window)
+    torch.testing.assert_close(got, expected.float(), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_without_prefix(window):
+    lengths = [3, 1, 6]
+    row = make_row(lengths)
+    inputs = [x.requires_grad_() for x in make_qkv(sum(lengths))]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    weight = torch.randn(sum(lengths), 6, 16)
+    (row_attention(*inputs, row, [], 0.25, window) * weight).sum().backward()
+    (dense(*exact, row, [], 0.25, window) * weight).sum().backward()
+    for got, expected in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(got.grad, expected.grad.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_is_as_good_as_one_pass():
+    lengths, past = [40, 17, 33], 200
+    row = make_row(lengths, [past], [3])
+    q, k, v = make_qkv(sum(lengths), past, d=64, dtype=torch.bfloat16)
+    exact = dense(q.double(), k.double(), v.double(), row, [past], 0.125)
+    got = row_attention(q, k, v, row, [past], 0.125)
+    assert got.dtype == torch.bfloat16
+    error = ((got.double() - exact).norm() / exact.norm()).item()
+    single = ((dense(q, k, v, row, [past], 0.125).double() - exact).norm() / exact.norm()).item()
+    assert error <= 1.25 * single
+
+
+def test_merge_is_exact_and_stable():
+    torch.manual_seed(0)
+    scores = torch.randn(5, 3, 20, dtype=torch.float64) * 4 + 300.0  # exp of it overflows fp32
+    values = torch.randn(20, 8, dtype=torch.float64)
+    parts = []
+    for keys in (slice(0, 13), slice(13, 20)):
+        part = scores[..., keys]
+        parts += [(part.softmax(-1) @ values[keys]).float(), part.logsumexp(-1).float()]
+    merged = merge_by_logsumexp(*parts)
+    # lse of 300 has a spacing of 3e-5 in fp32, which bounds the weights
+    torch.testing.assert_close(merged.double(), scores.softmax(-1) @ values, atol=1e-4, rtol=1e-4)
+
+
+def test_window_needs_the_keys_it_reaches():
+    row = make_row([4], [20], [1])
+    q, k, v = make_qkv(4, 3)
+    with pytest.raises(RuntimeError, match="kept 3 prefix keys"):
+        row_attention(q, k, v, row, [3], 0.25, window=10)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 5], [0, 4, 2, 5]])
+def test_malformed_bounds(bounds):
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        packed_row(torch.tensor(bounds), 5, torch.device("cpu"))
+
+
+def test_malformed_rows():
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        packed_row(torch.tensor([0.0, 5.0]), 5, torch.device("cpu"))
+    with pytest.raises(ValueError, match="no tokens"):
+        packed_row(torch.tensor([0, 0]), 0, torch.device("cpu"))
+
+
+def test_called_outside_of_a_row():
+    q, k, v = make_qkv(2)
+    with pytest.raises(RuntimeError, match="outside"):
+        attention.attention_on_row(torch.nn.Identity(), q, k, v, None)
+
+
+def test_capped_scores_are_refused():
+    module = torch.nn.Identity()
+    module.layer_idx = 0
+    q, k, v = make_qkv(2)
+    with (
+        attention.running(attention.PackedCall(make_row([2]))),
+        pytest.raises(NotImplementedError, match="softcap"),
+    ):
+        attention.attention_on_row(module, q, k, v, None, softcap=50.0)
+
+
+@pytest.mark.parametrize("window", [None, 4, 9])
+@pytest.mark.parametrize("lengths", [[3, 1, 9, 2], [2, 0, 3, 1]])
+def test_what_the_varlen_kernel_is_given(lengths, window, monkeypatch):
+    """The CUDA branch, with a stand-in that follows varlen_attn's documentation (logsumexp as (H, N))."""
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux, window_size, scale=None, enable_gqa=False):
+        assert enable_gqa == (q.shape[1] != k.shape[1]) and window_size[1] == 0
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        outs, lses = [], []
+        for (q0, q1), (k0, k1) in zip(
+            cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True
+        ):
+            assert q1 - q0 <= max_q and k1 - k0 <= max_k
+            scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1]) * (scale or 1.0)
+            at = torch.arange(q1 - q0).unsqueeze(1) + (k1 - k0) - (q1 - q0)
+            place = torch.arange(k1 - k0)
+            seen = place <= at
+            if window_size[0] >= 0:
+                seen &= place >= at - window_size[0]
+            scores = scores.masked_fill(~seen, -torch.inf)
+            outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[k0:k1]))
+            lses.append(scores.logsumexp(-1))
+        return (torch.cat(outs), torch.cat(lses, 1)) if return_aux is not None else torch.cat(outs)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "_flash_fits", lambda query: True)
+    monkeypatch.setattr(attention, "_varlen_ready", lambda: True)
+    attention._lse_has_heads_first.cache_clear()
+    for sizes in ([7, 0, 20], [0, 0, 0]):
+        kept = [s if window is None else min(s, window - 1) for s in sizes]
+        row = make_row(lengths, sizes, [1, 1, 2])
+        for heads in ((6, 2), (sum(lengths), sum(lengths))):  # N = H is where the layout is ambiguous
+            q, k, v = make_qkv(sum(lengths), sum(kept), heads=heads)
+            expected = dense(q.double(), k.double(), v.double(), row, kept, 0.25, window)
+            got = row_attention(q, k, v, row, kept, 0.25, window)
+            torch.testing.assert_close(got, expected.float(), atol=3e-6, rtol=1e-5)
+    attention._lse_has_heads_first.cache_clear()

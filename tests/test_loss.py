@@ -1,0 +1,447 @@
+"""Every option of the loss against float64 autograd, on both backends; bad input; the fine print."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from loss_oracle import logits64, relative_error, states, token_kl64
+
+from opcd_fast import chunks
+from opcd_fast.loss import LMHead, fused_linear_reverse_kl, reverse_kl, sequence_mean_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+INF = float("inf")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+def leaf(tensor, dtype=None):
+    return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+
+
+def compare(student, h, teacher, h_t, backend, temperature=1.0, weights=None, tolerance=1e-4, **options):
+    """Run the loss and its float64 twin; check loss, statistics, every gradient. Returns statistics."""
+    head = LMHead(
+        leaf(student.weight), leaf(student.bias), student.scale, student.softcap, student.vocab_size
+    )
+    h_leaf = leaf(h)
+    loss, stats = fused_linear_reverse_kl(
+        h_leaf, head, h_t, teacher, temperature=temperature, token_weights=weights, return_stats=True,
+        backend=backend, **options,
+    )  # fmt: skip
+    loss.backward()
+
+    twin = LMHead(
+        leaf(student.weight, torch.float64), leaf(student.bias, torch.float64),
+        student.scale, student.softcap, student.vocab_size,
+    )  # fmt: skip
+    h_twin = leaf(h, torch.float64)
+    z_s, z_t = logits64(h_twin, twin), logits64(h_t, teacher)
+    forbidden = torch.isinf(z_s.detach()).flatten(0, -2).all(0) & torch.isinf(z_t).flatten(0, -2).all(0)
+    z_s, z_t = z_s[..., ~forbidden], z_t[..., ~forbidden]
+    kl = token_kl64(z_s, z_t, temperature)
+    w = torch.ones(kl.shape) if weights is None else weights.double()
+    exact = (w * kl).sum() / options.get("denominator", w.sum())
+    exact.backward()
+
+    assert abs(float(loss) - float(exact)) <= tolerance * abs(float(exact)) + 1e-7
+    used = w != 0
+    torch.testing.assert_close(
+        stats.token_kl, torch.where(used, kl, 0).detach().float(), rtol=1e-3, atol=1e-6
+    )
+    lse = (z_s.detach() / temperature).logsumexp(-1)
+    torch.testing.assert_close(
+        stats.student_logsumexp, torch.where(used, lse, 0).float(), rtol=1e-5, atol=1e-5
+    )
+    lse = (z_t / temperature).logsumexp(-1)
+    torch.testing.assert_close(
+        stats.teacher_logsumexp, torch.where(used, lse, 0).float(), rtol=1e-5, atol=1e-5
+    )
+    entropy = torch.distributions.Categorical(logits=z_s.detach() / temperature).entropy()
+    torch.testing.assert_close(
+        stats.student_entropy, torch.where(used, entropy, 0).float(), rtol=1e-4, atol=1e-5
+    )
+    agree = (z_s.detach().argmax(-1) == z_t.argmax(-1)) & used
+    assert torch.equal(stats.top1_agreement, agree.float())
+    for ours, theirs in ((h_leaf, h_twin), (head.weight, twin.weight), (head.bias, twin.bias)):
+        if ours is not None:
+            assert ours.grad.dtype == ours.dtype
+            error = relative_error(ours.grad, theirs.grad)
+            assert error < (3e-3 if ours.dtype == torch.bfloat16 else tolerance), error
+    return stats
+
+
+def heads(rows=9, width=16, vocabulary=700, spread=0.3, dtype=torch.float32, **transform):
+    h, w, h_t = states(rows, width, vocabulary, spread, dtype)
+    return LMHead(w, **transform), h, LMHead(w.clone(), **transform), h_t
+
+
+@pytest.mark.parametrize("temperature", [0.6, 2.0])
+def test_temperature(backend, temperature):
+    compare(*heads(), backend, temperature=temperature)
+
+
+@pytest.mark.parametrize("softcap", [3.0, 30.0])
+def test_softcap(backend, softcap):
+    compare(*heads(softcap=softcap), backend, temperature=0.8)
+
+
+def test_scale_and_bias(backend):
+    g = torch.Generator().manual_seed(1)
+    student, h, teacher, h_t = heads()
+    student = LMHead(student.weight, torch.randn(700, generator=g), scale=0.25)
+    teacher = LMHead(teacher.weight, torch.randn(700, generator=g), scale=1.5, softcap=10.0)
+    compare(student, h, teacher, h_t, backend)
+
+
+def test_forbidden_tokens_in_both_bias_vectors(backend):
+    student, h, teacher, h_t = heads()
+    bias = torch.zeros(700)
+    bias[[0, 5, 600, 699]] = -INF
+    compare(LMHead(student.weight, bias), h, LMHead(teacher.weight, bias), h_t, backend)
+
+
+def test_a_token_only_the_student_forbids_costs_what_the_teacher_gives_it(backend):
+    student, h, teacher, h_t = heads()
+    bias = torch.zeros(700)
+    bias[17] = -INF
+    _, stats = fused_linear_reverse_kl(
+        h, LMHead(student.weight, bias), h_t, teacher, return_stats=True, backend=backend
+    )
+    z_s, z_t = logits64(h, LMHead(student.weight, bias)), logits64(h_t, teacher)
+    torch.testing.assert_close(stats.token_kl.double(), token_kl64(z_s, z_t), rtol=1e-4, atol=1e-6)
+    assert stats.token_kl.isfinite().all()
+
+
+def test_a_token_only_the_teacher_forbids_is_infinite_with_zero_gradient(backend):
+    student, h, teacher, h_t = heads()
+    mask = torch.zeros(9, 700)
+    mask[2, 40] = -INF
+    z_s, z_t = h @ student.weight.T, h_t @ teacher.weight.T + mask
+    h_leaf = leaf(h)
+    # The teacher forbids a token in one row only: through logits on torch, through the row operation on both.
+    kl = reverse_kl(h_leaf @ student.weight.T, z_t, reduction="none")
+    assert kl[2] == INF and kl[[0, 1, 3]].isfinite().all()
+    statistics, g = torch.zeros(5, 9), torch.zeros(9, 700)
+    spec = {"scale_s": 1.0, "scale_t": 1.0, "softcap_s": None, "softcap_t": None, "temperature": 1.0}
+    operation = chunks.row_operation(type("Spec", (), {"backend": backend})())
+    operation(
+        z_s,
+        z_t,
+        None,
+        None,
+        torch.ones(9),
+        statistics,
+        g,
+        all_statistics=True,
+        scratch=torch.empty(3, 4, 700),
+        **spec,
+    )
+    assert statistics[0, 2] == INF and not g[2].any() and g[1].any()
+    assert not g.isnan().any() and not statistics[1:].isnan().any()
+
+
+def test_extreme_differences_do_not_overflow(backend):
+    """l = log p - log q far below -88, where expm1(-l) would overflow float32."""
+    w = torch.eye(32)
+    h, h_t = torch.zeros(2, 32), torch.zeros(2, 32)
+    h[:, 0], h_t[:, 1] = 200.0, 200.0
+    h_leaf = leaf(h)
+    loss = fused_linear_reverse_kl(h_leaf, w, h_t, w, backend=backend)
+    loss.backward()
+    assert abs(float(loss.detach()) - 200.0) < 1e-3
+    assert h_leaf.grad.isfinite().all()
+
+
+def test_padded_vocabulary_of_unequal_sizes_and_unequal_widths(backend):
+    student, h, _, _ = heads(width=16, vocabulary=720)
+    teacher, h_t, _, _ = heads(width=24, vocabulary=1000)
+    student = LMHead(student.weight, vocab_size=701)
+    compare(student, h, LMHead(teacher.weight, vocab_size=701), h_t, backend)
+
+
+def test_padding_gets_no_gradient(backend):
+    student, h, teacher, h_t = heads()
+    weight = leaf(student.weight)
+    fused_linear_reverse_kl(
+        h, LMHead(weight, vocab_size=650), h_t, LMHead(teacher.weight, vocab_size=650), backend=backend
+    ).backward()
+    assert not weight.grad[650:].any() and weight.grad[:650].any()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_each_side_in_its_own_dtype(backend, dtypes):
+    student, h, teacher, h_t = heads()
+    student, h = LMHead(student.weight.to(dtypes[0])), h.to(dtypes[0])
+    compare(student, h, LMHead(teacher.weight.to(dtypes[1])), h_t.to(dtypes[1]), backend)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("vocabulary", [1, 64, 511, 513, 1030])
+def test_rows_and_columns_that_fit_no_block(backend, rows, vocabulary):
+    compare(*heads(rows=rows, vocabulary=vocabulary), backend)
+
+
+@pytest.mark.parametrize("spare", [0, 30_000])
+def test_small_workspaces_give_the_same_answer(backend, spare):
+    """11 rows in chunks of one and of a few, with a remainder; on triton also in several gradient chunks."""
+    smallest = {"torch": 98_288, "triton": 23_000}[backend]
+    student, h, teacher, h_t = heads(rows=11)
+    student = LMHead(student.weight, torch.linspace(-1, 1, 700))
+    compare(student, h, teacher, h_t, backend, workspace_bytes=smallest + spare)
+
+
+def test_token_weights_denominator_and_leading_dimensions(backend):
+    student, h, teacher, h_t = heads(rows=12)
+    weights = torch.tensor([[1.0, 0.0, 2.0, 0.5], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 3.0]])
+    h, h_t = h.view(3, 4, -1), h_t.view(3, 4, -1)
+    compare(student, h, teacher, h_t, backend, weights=weights)
+    compare(student, h, teacher, h_t, backend, weights=weights, denominator=50)
+    kl = fused_linear_reverse_kl(h, student, h_t, teacher, token_weights=weights != 0, reduction="none")
+    total = fused_linear_reverse_kl(h, student, h_t, teacher, token_weights=weights, reduction="sum")
+    torch.testing.assert_close(total, (weights * kl).sum())
+    mean = fused_linear_reverse_kl(
+        h, student, h_t, teacher, token_weights=weights, denominator=torch.tensor(50.0), backend=backend
+    )
+    torch.testing.assert_close(mean, total / 50)
+
+
+def test_rows_of_weight_zero_may_hold_anything(backend):
+    student, h, teacher, h_t = heads(rows=4)
+    h[1], h_t[2] = float("nan"), INF
+    h_leaf = leaf(h)
+    loss = fused_linear_reverse_kl(
+        h_leaf, student, h_t, teacher, token_weights=torch.tensor([True, False, False, True]), backend=backend
+    )
+    loss.backward()
+    assert loss.isfinite() and h_leaf.grad.isfinite().all() and not h_leaf.grad[1:3].any()
+
+
+def test_all_weights_zero_and_no_rows(backend):
+    student, h, teacher, h_t = heads(rows=3)
+    for rows in (3, 0):
+        h_leaf, weight = leaf(h[:rows]), leaf(student.weight)
+        for reduction in ("mean", "sum"):
+            loss = fused_linear_reverse_kl(
+                h_leaf, weight, h_t[:rows], teacher, token_weights=torch.zeros(rows), reduction=reduction,
+                backend=backend,
+            )  # fmt: skip
+            loss.backward()
+            assert float(loss.detach()) == 0.0 and not h_leaf.grad.any() and not weight.grad.any()
+
+
+def test_reduction_none_has_gradients_for_any_upstream(backend):
+    student, h, teacher, h_t = heads(rows=5)
+    upstream = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0])
+    h_leaf, weight = leaf(h), leaf(student.weight)
+    fused_linear_reverse_kl(h_leaf, weight, h_t, teacher, reduction="none", backend=backend).backward(
+        upstream
+    )
+    h_twin, w_twin = leaf(h, torch.float64), leaf(student.weight, torch.float64)
+    token_kl64(logits64(h_twin, LMHead(w_twin)), logits64(h_t, teacher)).backward(upstream.double())
+    assert relative_error(h_leaf.grad, h_twin.grad) < 1e-4
+    assert relative_error(weight.grad, w_twin.grad) < 1e-4
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1 / 3])
+def test_upstream_gradient_and_a_second_backward(upstream):
+    student, h, teacher, h_t = heads(dtype=torch.bfloat16)
+    h_leaf = leaf(h)
+    loss = fused_linear_reverse_kl(h_leaf, student, h_t, teacher)
+    (first,) = torch.autograd.grad(loss * upstream, h_leaf, retain_graph=True)
+    (second,) = torch.autograd.grad(loss * upstream, h_leaf)
+    assert torch.equal(first, second)
+    (whole,) = torch.autograd.grad(fused_linear_reverse_kl(h_leaf, student, h_t, teacher), h_leaf)
+    # One more rounding to bf16, and not a bf16 third.
+    assert relative_error(first, whole.double() * upstream) < 2.5e-3
+
+
+@pytest.mark.parametrize("trains", list(itertools.product([False, True], repeat=3)))
+def test_only_the_gradients_asked_for_are_computed(backend, trains, monkeypatch):
+    student, h, teacher, h_t = heads(rows=3, vocabulary=130)
+    seen = []
+    original = chunks.linear_reverse_kl
+
+    def watched(*arguments):
+        result = original(*arguments)
+        seen.append(tuple(gradient is not None for gradient in result[1:]))
+        return result
+
+    monkeypatch.setattr("opcd_fast.loss.linear_reverse_kl", watched)
+    parts = [h.clone(), student.weight.clone(), torch.zeros(130)]
+    for part, train in zip(parts, trains, strict=True):
+        part.requires_grad_(train)
+    h_t.requires_grad_()
+    loss = fused_linear_reverse_kl(parts[0], LMHead(*parts[1:]), h_t, teacher, backend=backend)
+    assert loss.requires_grad == any(trains)
+    if any(trains):
+        loss.backward()
+    assert seen == [trains]
+    assert [part.grad is not None for part in parts] == list(trains)
+    assert h_t.grad is None
+    with torch.no_grad():
+        assert not fused_linear_reverse_kl(
+            parts[0], LMHead(*parts[1:]), h_t, teacher, backend=backend
+        ).requires_grad
+    assert seen[-1] == (False, False, False)
+
+
+def test_non_contiguous_inputs(backend):
+    student, h, teacher, h_t = heads(rows=6)
+    weight = student.weight.T.contiguous().T
+    h = torch.stack([h, h + 1], dim=-1)[..., 0]
+    assert not h.is_contiguous() and not weight.is_contiguous()
+    compare(LMHead(weight), h, teacher, h_t.T.contiguous().T, backend)
+
+
+def test_gradcheck_in_float64():
+    g = torch.Generator().manual_seed(0)
+    h, h_t = (torch.randn(3, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    w, b = (
+        torch.randn(11, 4, generator=g, dtype=torch.float64),
+        torch.randn(11, generator=g, dtype=torch.float64),
+    )
+    w_t = torch.randn(11, 4, generator=g, dtype=torch.float64)
+    for reduction, softcap in itertools.product(("mean", "sum", "none"), (None, 2.0)):
+
+        def loss(h, w, b, reduction=reduction, softcap=softcap):
+            weights = torch.tensor([1.0, 0.0, 2.0]) if reduction != "none" else None
+            return fused_linear_reverse_kl(
+                h, LMHead(w, b, 0.7, softcap, vocab_size=10), h_t, LMHead(w_t, vocab_size=10),
+                temperature=1.3, token_weights=weights, reduction=reduction,
+            )  # fmt: skip
+
+        torch.autograd.gradcheck(loss, [leaf(h), leaf(w), leaf(b)])
+    z_t = h_t @ w_t.T
+    torch.autograd.gradcheck(lambda z: reverse_kl(z, z_t, temperature=0.7), [leaf(h @ w.T)])
+    torch.autograd.gradcheck(lambda z: reverse_kl(z, z_t, reduction="none"), [leaf(h @ w.T)])
+
+
+def test_two_runs_give_the_same_bits(backend):
+    student, h, teacher, h_t = heads(rows=20, vocabulary=1500, dtype=torch.bfloat16)
+    results = []
+    for _ in range(2):
+        h_leaf, weight = leaf(h), leaf(student.weight)
+        loss = fused_linear_reverse_kl(h_leaf, weight, h_t, teacher, backend=backend)
+        loss.backward()
+        results.append((loss.detach(), h_leaf.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reverse_kl_from_logits(dtype):
+    g = torch.Generator().manual_seed(0)
+    z_s, z_t = (torch.randn(2, 5, 300, generator=g).to(dtype) for _ in range(2))
+    weights = torch.rand(2, 5, generator=g) * (torch.rand(2, 5, generator=g) > 0.3)
+    z_leaf, z_twin = leaf(z_s), leaf(z_s, torch.float64)
+    loss = reverse_kl(z_leaf, z_t, token_weights=weights, temperature=0.7)
+    loss.backward()
+    exact = (weights * token_kl64(z_twin, z_t.double(), 0.7)).sum() / weights.sum()
+    exact.backward()
+    assert abs(float(loss.detach()) / float(exact.detach()) - 1) < 1e-5
+    assert relative_error(z_leaf.grad, z_twin.grad) < (3e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_autocast_changes_nothing():
+    student, h, teacher, h_t = heads()
+    plain = fused_linear_reverse_kl(h, student, h_t, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(plain, fused_linear_reverse_kl(h, student, h_t, teacher))
+
+
+def test_sequence_mean_weights_of_a_mask_and_of_offsets():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
+    third = 1 / 6
+    expected = torch.tensor([[0.25, 0.25, 0, 0], [0, 0, 0, 0], [0, third, third, third]])
+    torch.testing.assert_close(sequence_mean_weights(mask), expected)
+    packed = sequence_mean_weights(cu_seqlens=torch.tensor([0, 2, 2, 5], dtype=torch.int32))
+    torch.testing.assert_close(packed, expected[mask.bool()])
+    assert not sequence_mean_weights(torch.zeros(2, 3)).any()
+    for wrong in ({}, {"mask": mask, "cu_seqlens": torch.tensor([0, 1])}, {"mask": mask[0]},
+                  {"cu_seqlens": torch.tensor([1, 2])}, {"cu_seqlens": torch.tensor([0, 3, 2])}):  # fmt: skip
+        with pytest.raises(ValueError):
+            sequence_mean_weights(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 0.0}, ["temperature", "positive"]),
+        ({"reduction": "batchmean"}, ["reduction", "'mean'"]),
+        ({"reduction": "sum", "denominator": 3}, ["denominator", "'mean'"]),
+        ({"denominator": 0}, ["denominator", "positive"]),
+        ({"backend": "cuda"}, ["backend", "'torch'"]),
+        ({"backend": "native"}, ["native", "torch", "opcd info"]),
+        ({"workspace_bytes": 100}, ["workspace_bytes", "at least"]),
+        ({"workspace_bytes": -1}, ["workspace_bytes", "positive"]),
+        ({"token_weights": torch.ones(4)}, ["token_weights", "(3,)"]),
+        ({"token_weights": torch.ones(3, requires_grad=True)}, ["token_weights", "detach"]),
+        ({"token_weights": torch.tensor([1.0, -1.0, 0.0])}, ["token_weights", "denominator"]),
+    ],
+)
+def test_bad_options_say_what_and_what_instead(options, words):
+    student, h, teacher, h_t = heads(rows=3)
+    with pytest.raises(ValueError) as error:
+        fused_linear_reverse_kl(h, student, h_t, teacher, **options)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_bad_tensors_say_what_and_what_instead():
+    student, h, teacher, h_t = heads(rows=3)
+    cases = [
+        ((h, LMHead(student.weight, vocab_size=600), h_t, teacher), ["600", "700", "vocab_size"]),
+        ((h[:, :8], student, h_t, teacher), ["student_hidden", "8", "16"]),
+        ((h, student, h_t[:2], teacher), ["(3,)", "(2,)"]),
+        ((h.long(), student, h_t, teacher), ["student_hidden", "int64"]),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(ValueError) as error:
+            fused_linear_reverse_kl(*arguments)
+        assert all(word in str(error.value) for word in words), error.value
+    with pytest.raises(TypeError, match=r"student_head is a Linear.*LMHead"):
+        fused_linear_reverse_kl(h, torch.nn.Linear(3, 3), h_t, teacher)
+    with pytest.raises(ValueError, match="vocabulary"):
+        reverse_kl(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_checks_name_the_first_bad_row(monkeypatch):
+    student, h, teacher, h_t = heads(rows=6)
+    h[4, 2] = float("nan")
+    h_t[5, 0] = INF
+    monkeypatch.setenv("OPCD_CHECK", "1")
+    with pytest.raises(ValueError, match="student_hidden: row 4"):
+        fused_linear_reverse_kl(h, student, h_t, teacher)
+    weights = torch.tensor([1.0, 1, 1, 1, 0, 1])
+    with pytest.raises(ValueError, match="teacher_hidden: row 5"):
+        fused_linear_reverse_kl(h, student, h_t, teacher, token_weights=weights)
+    fused_linear_reverse_kl(h[:4], student, h_t[:4], teacher)
+    z_t = torch.zeros(3, 8)
+    z_t[1, 3] = -INF
+    reverse_kl(torch.zeros(3, 8), z_t)
+    z_t[2, 3] = INF
+    with pytest.raises(ValueError, match="teacher_logits: row 2"):
+        reverse_kl(torch.zeros(3, 8), z_t)
+
+
+def test_a_nan_is_never_a_silent_zero(backend):
+    student, h, teacher, h_t = heads(rows=3)
+    h[1, 0] = float("nan")
+    _, stats = fused_linear_reverse_kl(h, student, h_t, teacher, return_stats=True, backend=backend)
+    assert stats.token_kl.isnan().tolist() == [False, True, False]
+
+
+def test_the_loss_imports_torch_alone():
+    code = (
+        "import sys, opcd_fast.loss; "
+        "bad = [m for m in ('transformers', 'triton', 'peft', 'accelerate') if m in sys.modules]; "
+        "assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

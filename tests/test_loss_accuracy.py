@@ -1,0 +1,83 @@
+"""The accuracy the library promises: against float64 from the same bf16 inputs, from KL 1 down to 3e-5."""
+
+import pytest
+import torch
+from loss_oracle import logits64, relative_error, states, token_kl64
+
+from opcd_fast.kernels import reference
+from opcd_fast.loss import LMHead, fused_linear_reverse_kl
+
+# Lanes beyond the vocabulary compute inf - inf on the way to being masked; numpy says so, a device does not.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+GRADIENT_ERROR = 3e-3
+# Distances between the models that give a mean KL of about 1, 1e-1, 1e-2, 1e-3 and 3e-5.
+SPREADS = {1.0: 0.78, 1e-1: 0.28, 1e-2: 0.09, 1e-3: 0.029, 3e-5: 0.0049}
+SHAPES = {"torch": (48, 64, 4001), "triton": (6, 32, 2333)}
+
+
+def problem(backend, kl, seed=0):
+    rows, width, vocabulary = SHAPES[backend]
+    h, w, h_t = states(rows, width, vocabulary, SPREADS[kl], seed=seed)
+    h64, w64 = h.double().requires_grad_(), w.double().requires_grad_()
+    exact = token_kl64(logits64(h64, LMHead(w64)), logits64(h_t, LMHead(w.double())))
+    assert kl / 3 < float(exact.detach().mean()) < kl * 3
+    exact.mean().backward()
+    return h, w, h_t, exact.detach(), h64.grad, w64.grad
+
+
+@pytest.mark.parametrize("kl", SPREADS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_and_kl_against_float64(backend, kl):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    h, w, h_t, exact, dh, dw = problem(backend, kl)
+    h.requires_grad_(), w.requires_grad_()
+    loss, stats = fused_linear_reverse_kl(h, w, h_t, w.detach(), return_stats=True, backend=backend)
+    loss.backward()
+    assert relative_error(h.grad, dh) <= GRADIENT_ERROR
+    assert relative_error(w.grad, dw) <= GRADIENT_ERROR
+    assert (stats.token_kl >= 0).all()
+    assert ((stats.token_kl - exact).abs() <= 3e-3 * exact + 1e-9).all()
+    assert abs(float(loss) / float(exact.mean()) - 1) < 1e-3
+
+
+@pytest.mark.parametrize(("kl", "at_least"), [(1e-1, 1), (1e-2, 5), (1e-3, 20), (3e-5, 100)])
+def test_bf16_logits_fail_this_criterion(kl, at_least):
+    """The same row operation on logits that were stored in bf16, gradients not even rounded."""
+    h, w, h_t, exact, dh, _ = problem("torch", kl)
+    z_s = (h.float() @ w.float().T).bfloat16().float()
+    z_t = (h_t @ w.float().T).bfloat16().float()
+    statistics = torch.zeros(5, len(h))
+    reference.reverse_kl_rows(
+        z_s, z_t, None, None, torch.full((len(h),), 1 / len(h)), statistics, z_s,
+        scale_s=1.0, scale_t=1.0, softcap_s=None, softcap_t=None, temperature=1.0,
+        all_statistics=False, scratch=torch.empty(reference.scratch_planes(None), 8, z_s.shape[1]),
+    )  # fmt: skip
+    error = relative_error(z_s @ w.float(), dh)
+    assert error > at_least * GRADIENT_ERROR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_input_dtypes(dtype):
+    h, w, h_t = states(16, 32, 1500, 0.05, dtype)
+    h64 = h.double().requires_grad_()
+    exact = token_kl64(logits64(h64, LMHead(w)), logits64(h_t, LMHead(w)))
+    exact.mean().backward()
+    h.requires_grad_()
+    fused_linear_reverse_kl(h, w, h_t.to(dtype), w).backward()
+    assert h.grad.dtype == dtype
+    if dtype == torch.float32:
+        assert relative_error(h.grad, h64.grad) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_identical_models_have_zero_loss_and_gradient(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    h, w, _ = states(5, 32, 700, 0.0)
+    h.requires_grad_()
+    loss, stats = fused_linear_reverse_kl(h, w, h.detach(), w, return_stats=True, backend=backend)
+    loss.backward()
+    assert float(loss) == 0.0 and not h.grad.any()
+    assert (stats.top1_agreement == 1).all()

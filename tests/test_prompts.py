@@ -1,0 +1,137 @@
+"""Contexts and prompts: forms, files, rendering, shared prefixes, and what is refused."""
+
+import json
+
+import pytest
+from tiny import tiny_tokenizer
+
+from opcd_fast.errors import InputError
+from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, render, student_ids, teacher_ids
+
+TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4!"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.decode(ids)
+
+
+def test_text_context_becomes_the_system_message(tokenizer):
+    (prompt,) = read_prompts(["hi"])
+    assert text_of(tokenizer, student_ids(tokenizer, prompt)) == "<|user|>hi<|end|><|assistant|>"
+    assert (
+        text_of(tokenizer, teacher_ids(tokenizer, prompt, "be brief"))
+        == "<|system|>be brief<|end|><|user|>hi<|end|><|assistant|>"
+    )
+
+
+def test_turns_go_between_the_prompts_system_message_and_the_rest(tokenizer):
+    (prompt,) = read_prompts([[{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}]])
+    assert (
+        text_of(tokenizer, teacher_ids(tokenizer, prompt, TURNS))
+        == "<|system|>S<|end|><|user|>2+2?<|end|><|assistant|>4!<|end|><|user|>hi<|end|><|assistant|>"
+    )
+    assert text_of(tokenizer, teacher_ids(tokenizer, prompt, "C")).startswith("<|system|>C\n\nS<|end|><|user|>hi")
+
+
+def test_student_prompt_equals_the_template_without_context(tokenizer):
+    messages = [*TURNS, {"role": "user", "content": "ü 3+3?"}]
+    (prompt,) = read_prompts([{"prompt": messages}])
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert student_ids(tokenizer, prompt) == wanted
+
+
+def test_shared_prefix_is_the_longest_common_one_and_leaves_a_token(tokenizer):
+    train, held_out = read_prompts(["abc", "abd"]), read_prompts(["abx"])
+    (first, second), prefixes = render(tokenizer, [train, held_out], "ctx")
+    assert text_of(tokenizer, prefixes[0]) == "<|system|>ctx<|end|><|user|>ab"
+    for group, prompts in ((first, train), (second, held_out)):
+        for row, prompt in zip(group.rows, prompts):
+            assert [*prefixes[0], *row.teacher_ids] == teacher_ids(tokenizer, prompt, "ctx")
+            assert len(row.teacher_ids) >= 1
+
+
+def test_identical_prompts_still_leave_one_token_each(tokenizer):
+    (rendered,), prefixes = render(tokenizer, [read_prompts(["same", "same"])], "ctx")
+    assert all(len(row.teacher_ids) == 1 for row in rendered.rows)
+    assert len(prefixes[0]) == len(teacher_ids(tokenizer, read_prompts(["same"])[0], "ctx")) - 1
+
+
+def test_rows_with_their_own_context_get_prefixes_of_their_own(tokenizer):
+    rows = [{"prompt": "a", "privileged_context": "one"}, {"prompt": "b"}, {"prompt": "c", "privileged_context": "one"}]
+    (rendered,), prefixes = render(tokenizer, [read_prompts(rows)], "two")
+    assert [row.context_index for row in rendered.rows] == [0, 1, 0]
+    assert "one" in text_of(tokenizer, prefixes[0]) and "two" in text_of(tokenizer, prefixes[1])
+
+
+def test_files_of_every_form(tmp_path):
+    (tmp_path / "c.txt").write_text("some notes")
+    (tmp_path / "c.json").write_text(json.dumps(TURNS))
+    (tmp_path / "m.json").write_text(json.dumps({"messages": TURNS}))
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, TURNS)))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n\n{"prompt": [{"role": "user", "content": "y"}]}\n')
+    assert read_context(str(tmp_path / "c.txt")) == "some notes"
+    assert (
+        read_context(tmp_path / "c.json")
+        == TURNS
+        == read_context(tmp_path / "m.json")
+        == read_context(tmp_path / "c.jsonl")
+    )
+    assert read_context("plain words") == "plain words"
+    assert [p.messages[0]["content"] for p in read_prompts(tmp_path / "p.jsonl")] == ["x", "y"]
+
+
+def test_tokenizer_without_template_takes_plain_text_only():
+    plain = tiny_tokenizer(template=None)
+    (prompt,) = adapt_to_tokenizer(plain, read_prompts(["hi"]))
+    assert plain.decode(teacher_ids(plain, prompt, "ctx")) == "ctx\n\nhi"
+    with pytest.raises(InputError, match="no chat template"):
+        teacher_ids(plain, prompt, TURNS)
+    with pytest.raises(InputError, match="no chat template"):
+        adapt_to_tokenizer(plain, read_prompts([[*TURNS, {"role": "user", "content": "x"}]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: read_context(d / "none.txt"), "does not exist"),
+        (lambda d: read_context("notes/none.md"), "does not exist"),
+        (lambda d: read_context("  "), "empty"),
+        (lambda d: read_context(d / "empty.txt"), "is empty"),
+        (lambda d: read_context(d / "bad.json"), "not valid JSON"),
+        (lambda d: read_context([{"role": "boss", "content": "x"}]), "role 'boss'"),
+        (lambda d: read_context([{"role": "user"}]), "message 0"),
+        (lambda d: read_prompts(d / "none.jsonl"), "does not exist"),
+        (lambda d: read_prompts(d / "empty.txt"), "is empty"),
+        (lambda d: read_prompts([]), "is empty"),
+        (lambda d: read_prompts([""]), "empty prompt"),
+        (lambda d: read_prompts([{"question": "x"}]), "no column 'prompt'"),
+        (lambda d: read_prompts(TURNS and [TURNS]), "ends with an assistant"),
+        (lambda d: read_prompts(d / "bad.jsonl"), "line 2"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, call, message):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
+    with pytest.raises(InputError, match=message) as error:
+        call(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_context_that_changes_no_token_is_refused(tokenizer):
+    mute = tiny_tokenizer("{{ messages[-1]['content'] }}")
+    with pytest.raises(InputError, match="changes nothing"):
+        render(mute, [read_prompts(["hi"])], "ctx")
+    with pytest.raises(InputError, match="context is missing"):
+        render(tokenizer, [read_prompts(["hi"])], None)
+
+
+def test_a_template_that_refuses_the_roles_is_an_input_error():
+    strict = tiny_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InputError, match="roles must alternate"):
+        student_ids(strict, read_prompts(["hi"])[0])

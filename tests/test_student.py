@@ -1,0 +1,166 @@
+"""The student's packed forward against one plain forward per sequence, outputs and gradients."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny_models import CONFIGS, UNPACKABLE, pack, plain_hidden, random_ids, tiny_model, with_lora
+
+from opcd_fast import student
+from opcd_fast.student import packed_hidden_states
+
+
+def gradients(model, hidden, weight):
+    model.zero_grad()
+    (hidden * weight).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check_against_plain(model, sequences, atol=2e-5):
+    ids, bounds = pack(sequences)
+    packed = packed_hidden_states(model, ids, bounds)
+    plain = torch.cat([plain_hidden(model, s) for s in sequences])
+    torch.testing.assert_close(packed, plain, atol=atol, rtol=1e-4)
+    weight = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
+    got, expected = gradients(model, packed, weight), gradients(model, plain, weight)
+    assert got.keys() == expected.keys() and got
+    for name in expected:
+        scale = expected[name].abs().max().clamp_min(1.0)
+        torch.testing.assert_close(got[name] / scale, expected[name] / scale, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *UNPACKABLE])
+def test_matches_plain_forward(name):
+    check_against_plain(tiny_model(name), random_ids(5, 1, 30, 12))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (9,), (6, 6, 6)])
+def test_shapes_of_batch(lengths):
+    check_against_plain(tiny_model(), random_ids(*lengths))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral-window-below-context"])
+def test_lora_in_training_with_checkpointing(name, reentrant):
+    # Recomputation happens in backward, after the forward's own settings are gone.
+    model = with_lora(tiny_model(name))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    check_against_plain(model, random_ids(5, 1, 30, 12))
+
+
+def test_checkpointing_without_the_guard_is_wrong(monkeypatch):
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(student.seam, "recomputing_under", lambda *_: nullcontext())
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(Exception):  # noqa: B017 - which error depends on how the recomputation goes wrong
+        check_against_plain(model, random_ids(5, 1, 30, 12))
+
+
+def test_autocast_over_fp32_weights():
+    model = tiny_model()
+    sequences = random_ids(5, 1, 12)
+    ids, bounds = pack(sequences)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = packed_hidden_states(model, ids, bounds)
+        plain = torch.cat([plain_hidden(model, s) for s in sequences])
+    exact = packed_hidden_states(model, ids, bounds)
+    assert (packed - exact).norm() <= 1.25 * (plain - exact).norm()
+    packed.square().sum().backward()
+    assert all(p.grad is not None for p in model.model.layers.parameters())
+
+
+def test_select():
+    model = tiny_model()
+    ids, bounds = pack(random_ids(5, 1, 12))
+    chosen = torch.tensor([4, 5, 17])
+    whole = packed_hidden_states(model, ids, bounds)
+    assert torch.equal(packed_hidden_states(model, ids, bounds, select=chosen), whole[chosen])
+
+
+def test_empty_sequence_in_a_padded_batch_gives_finite_gradients():
+    model = tiny_model("gpt2")
+    ids, bounds = pack(random_ids(5, 0, 3))
+    packed_hidden_states(model, ids, bounds).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_settings_come_back_also_after_an_error():
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    model.train()
+    before = model.config._attn_implementation
+    checkpoint = model.model.layers[0]._gradient_checkpointing_func
+    ids, bounds = pack(random_ids(5, 3))
+    packed_hidden_states(model, ids, bounds)
+    with pytest.raises(IndexError):
+        packed_hidden_states(model, ids + 10_000, bounds)
+    assert model.config._attn_implementation == before
+    assert model.model.layers[0]._gradient_checkpointing_func is checkpoint
+    torch.testing.assert_close(model(ids.unsqueeze(0)).logits.shape, torch.Size([1, 8, 97]))
+
+
+def test_dropout_acts_in_training():
+    model = tiny_model(attention_dropout=0.5)
+    ids, bounds = pack(random_ids(9, 4))
+    still = packed_hidden_states(model, ids, bounds)
+    model.train()
+    assert not torch.allclose(packed_hidden_states(model, ids, bounds), still)
+    model.eval()
+    assert torch.equal(packed_hidden_states(model, ids, bounds), still)
+
+
+def test_unpackable_architecture_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(student, "_told", set())
+    model = tiny_model("gpt2")
+    ids, bounds = pack(random_ids(5, 3))
+    with caplog.at_level(logging.WARNING, "opcd_fast"):
+        packed_hidden_states(model, ids, bounds)
+        packed_hidden_states(model, ids, bounds)
+    assert len(caplog.records) == 1 and "gpt2" in caplog.text
+
+
+def test_no_tensor_has_a_vocabulary_dimension():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        seen: set[int] = set()  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and "embedding" not in str(func):
+                self.seen.update(out.shape)
+            return out
+
+    model = tiny_model()
+    ids, bounds = pack(random_ids(5, 3))
+    with Shapes() as shapes:
+        packed_hidden_states(model, ids, bounds)
+    assert 97 not in shapes.seen and 48 in shapes.seen
+
+
+def test_too_long_and_malformed():
+    model = tiny_model()
+    (ids,) = random_ids(130)
+    with pytest.raises(ValueError, match="130 tokens, 2 more than"):
+        packed_hidden_states(model, ids, torch.tensor([0, 130]))
+    packed_hidden_states(model, ids, torch.tensor([0, 70, 130]))
+    with pytest.raises(ValueError, match="input_ids"):
+        packed_hidden_states(model, ids.view(2, 65), torch.tensor([0, 65, 130]))
+    with pytest.raises(TypeError, match="causal LM"):
+        packed_hidden_states(torch.nn.Linear(2, 2), ids, torch.tensor([0, 130]))
+
+
+def test_layer_that_skips_packed_attention_is_an_error(monkeypatch):
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(student.seam, "using_attention", lambda *_: nullcontext())
+    ids, bounds = pack(random_ids(5, 3))
+    with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\]"):
+        packed_hidden_states(tiny_model(), ids, bounds)

@@ -1,0 +1,244 @@
+"""The loop on a tiny model: it learns, it counts right, it resumes bit for bit, and it refuses what cannot work."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
+from opcd_fast.trainer import OPCDTrainer
+
+CONTEXT = "always answer with zzz"
+PROMPTS = [f"question {i}" for i in range(6)]
+HELD_OUT = ["other one", "other two", "and a third"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def make(tokenizer, folder, model=None, *, eval_prompts=HELD_OUT, context=CONTEXT, prompts=PROMPTS, **settings):
+    extra = {
+        name: settings.pop(name) for name in ("teacher_model", "teacher_tokenizer", "callbacks") if name in settings
+    }
+    config = OPCDConfig(
+        **{
+            "output_dir": str(folder), "steps": 4, "batch_size": 4, "max_new_tokens": 6, "lora_rank": 4,
+            "learning_rate": 1e-2, "eval_every": 2, "save_every": 2, "device": "cpu", "dtype": "float32", **settings,
+        }
+    )  # fmt: skip
+    return OPCDTrainer(
+        model or tiny_model(), tokenizer, context, prompts, config, eval_prompts=eval_prompts, quiet=True, **extra
+    )
+
+
+def losses(result):
+    return [record["loss"] for record in result.history]
+
+
+def test_lora_training_moves_the_student_towards_the_teacher(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run", steps=30, batch_size=6, eval_every=30)
+    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora" not in n}
+    result = trainer.train()
+    first, last = result.evaluations[0], result.evaluations[-1]
+    assert last["fixed_kl"] < 0.7 * first["fixed_kl"]
+    assert last["own_kl"] < 0.7 * first["own_kl"]
+    for name, parameter in trainer.model.named_parameters():
+        if "lora" not in name:
+            assert torch.equal(parameter, base[name]), f"{name} moved, so the teacher moved"
+
+
+def test_full_fine_tuning_keeps_a_frozen_teacher(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run", lora_rank=0, learning_rate=3e-3, steps=12, eval_every=12)
+    teacher = trainer.teacher_rollout.model
+    before = {n: p.detach().clone() for n, p in teacher.named_parameters()}
+    result = trainer.train()
+    assert result.evaluations[-1]["fixed_kl"] < 0.8 * result.evaluations[0]["fixed_kl"]
+    assert all(torch.equal(p, before[n]) for n, p in teacher.named_parameters())
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_the_first_loss_is_the_papers_equation(tokenizer, tmp_path):
+    """Eq. 1 by hand: plain forward passes, one sequence at a time, float64."""
+    trainer = make(tokenizer, tmp_path / "run", steps=1, temperature=0.8)
+    rows = trainer._prompts_of(0)
+    seen = {}
+    inner = trainer.rollout.generate
+
+    def spy(prompts, **options):
+        answers = inner(prompts, **options)
+        if [tuple(p) for p in prompts] == [row.student_ids for row in rows]:
+            seen["answers"] = answers
+        return answers
+
+    trainer.rollout.generate = spy
+    result = trainer.train()
+    model = tiny_model(dtype=torch.float64)
+    per_sequence = []
+    for row, answer in zip(rows, seen["answers"]):
+        response = list(answer.token_ids)
+        sides = []
+        for prompt in (row.student_ids, (*trainer.prefixes[0], *row.teacher_ids)):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+            sides.append((logits / 0.8).log_softmax(-1))
+        p, q = sides
+        per_sequence.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert losses(result)[0] == pytest.approx(sum(per_sequence) / len(per_sequence), rel=1e-4)
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+def test_micro_batches_do_not_change_the_step(tokenizer, tmp_path, normalize):
+    whole = make(tokenizer, tmp_path / "a", normalize=normalize, steps=3).train()
+    parts = make(tokenizer, tmp_path / "b", normalize=normalize, steps=3, micro_batch_tokens=60).train()
+    assert losses(whole) == pytest.approx(losses(parts), rel=1e-4)
+    assert [r["grad_norm"] for r in whole.history] == pytest.approx([r["grad_norm"] for r in parts.history], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(tokenizer, tmp_path):
+    plain = make(tokenizer, tmp_path / "a", steps=2).train()
+    saved = make(tokenizer, tmp_path / "b", steps=2, gradient_checkpointing=True).train()
+    assert losses(plain) == pytest.approx(losses(saved), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_resume_is_bit_identical(tokenizer, tmp_path, lora_rank):
+    settings = {"lora_rank": lora_rank, "steps": 6, "learning_rate": 5e-3}
+    whole = make(tokenizer, tmp_path / "whole", **settings).train()
+
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record["kind"] == "step" and record["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        make(tokenizer, tmp_path / "cut", callbacks=[kill], **settings).train()
+    resumed = make(tokenizer, tmp_path / "cut", resume=True, **settings).train()
+    assert losses(resumed) == losses(whole)
+    assert [e["fixed_kl"] for e in resumed.evaluations] == [e["fixed_kl"] for e in whole.evaluations]
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_refuses_another_job(tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "run").train()
+    with pytest.raises(InputError, match="already holds a run"):
+        make(tokenizer, tmp_path / "run")
+    with pytest.raises(InputError, match="temperature differs"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=6, temperature=0.5).train()
+    with pytest.raises(InputError, match="prompts and context differs"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=6, context="another").train()
+    with pytest.raises(InputError, match="no checkpoint"):
+        make(tokenizer, tmp_path / "empty", resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "run").train()
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    (newest / "optimizer.pt").write_bytes(b"garbage")
+    with pytest.raises(InputError, match="damaged"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=6).train()
+
+
+def test_records_checkpoints_and_weights_on_disk(tokenizer, tmp_path):
+    result = make(tokenizer, tmp_path / "run", steps=6, keep_checkpoints=2).train()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000004", "step-000006"]
+    assert [e["step"] for e in result.evaluations] == [0, 2, 4, 6]
+    for record in result.history:
+        assert record["loss"] > 0 and record["grad_norm"] > 0 and 0 <= record["top1_agreement"] <= 1
+        assert set(record["seconds"]) == {"rollout", "teacher", "student", "loss", "backward", "optimizer"}
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "run" / "final")
+    trained = make(tokenizer, tmp_path / "again", steps=6).train  # the same run again gives the same adapter
+    trained()
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "again" / "final")
+    a, b = dict(loaded.named_parameters()), dict(again.named_parameters())
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert any("lora_B" in n and a[n].abs().sum() > 0 for n in a)
+
+
+def test_a_separate_teacher_is_the_one_that_is_followed(tokenizer, tmp_path):
+    teacher = tiny_model(seed=7, hidden_size=48, num_hidden_layers=3)
+    trainer = make(
+        tokenizer, tmp_path / "run", teacher_model=teacher, lora_rank=0, learning_rate=3e-3, steps=8, eval_every=8
+    )
+    result = trainer.train()
+    assert trainer.teacher_rollout.model is teacher
+    assert result.evaluations[-1]["fixed_kl"] < result.evaluations[0]["fixed_kl"]
+
+
+def test_every_epoch_visits_every_prompt(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run", batch_size=4, rollouts_per_prompt=2)
+    drawn = [row for step in range(3) for row in trainer._prompts_of(step)]
+    assert len(drawn) == 24
+    ids = [row.student_ids for row in drawn[::2]]
+    assert [row.student_ids for row in drawn[1::2]] == ids
+    assert sorted(ids[:6]) == sorted(ids[6:]) == sorted(row.student_ids for row in trainer.train_rows)
+    assert ids[:6] != ids[6:]
+
+
+def test_too_long_is_refused_with_the_counts(tokenizer, tmp_path):
+    with pytest.raises(InputError, match=r"exceed the teacher's window of 512 by \d+"):
+        make(tokenizer, tmp_path / "run", context="x" * 600)
+    with pytest.raises(InputError, match=r"exceeds the model's window of 512 by \d+"):
+        make(tokenizer, tmp_path / "run", max_new_tokens=505)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_mistakes_are_refused_before_anything_is_written(tokenizer, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match="different tokenizers"):
+        other = tiny_tokenizer()
+        other.add_tokens(["hello"])
+        make(tokenizer, folder, teacher_tokenizer=other)
+    with pytest.raises(InputError, match="lora_targets"):
+        make(tokenizer, folder, lora_targets="no_such_layer")
+    with pytest.raises(InputError, match="stop_tokens"):
+        make(tokenizer, folder, stop_tokens=("nope",))
+    with pytest.raises(InputError, match="prompts is empty"):
+        make(tokenizer, folder, prompts=[])
+    assert not folder.exists()
+
+
+def test_a_context_without_effect_stops_the_run(tokenizer, tmp_path):
+    """Tokens differ but the model cannot see them: with all attention outputs zero, only the last token counts."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    trainer = make(tokenizer, tmp_path / "run", model, eval_prompts=None)
+    with pytest.raises(InputError, match="context changes nothing"):
+        trainer.train()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run", eval_prompts=None, steps=4)
+
+    def poison(record):
+        if record["kind"] == "step" and record["step"] == 3:
+            next(iter(trainer.parameters.values())).data.fill_(float("nan"))
+
+    trainer.callbacks = (poison,)
+    trainer.rollout.generate = _without_nan(trainer.rollout.generate)
+    with pytest.raises(InputError, match="step 4"):
+        trainer.train()
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002"]
+
+
+def _without_nan(generate):
+    """Sampling from NaN raises on its own; here the loss shall meet it."""
+    kept = []
+
+    def wrapped(prompts, **options):
+        with contextlib.suppress(RuntimeError):
+            kept.append(generate(prompts, **options))
+        return kept[-1]
+
+    return wrapped

@@ -70,9 +70,7 @@ def reverse_kl_rows(
         )
 
 
-def transform_logits(
-    z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
-) -> float:
+def transform_logits(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> float:
     """Turn raw products into logits / temperature in place; return the constant factor of the derivative."""
     if bias is not None:
         z.add_(bias)

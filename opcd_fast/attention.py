@@ -196,9 +196,7 @@ def row_attention(
         # A group without a prefix is told by its length: kernels disagree on the logsumexp of no keys.
         if count and group.end_token > group.first_token:
             tokens, keys = slice(group.first_token, group.end_token), slice(start, start + count)
-            prefix_out, prefix_lse = prefix_attention(
-                query[:, :, tokens], key[:, :, keys], value[:, :, keys], scale
-            )
+            prefix_out, prefix_lse = prefix_attention(query[:, :, tokens], key[:, :, keys], value[:, :, keys], scale)
             out[tokens] = merge_by_logsumexp(out[tokens], lse[tokens], prefix_out, prefix_lse)
         start += count
     return out
@@ -224,20 +222,14 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     """
     heads, tokens = query.shape[1], query.shape[2]
     if query.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, scale=scale
-        )
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
     elif _flash_fits(query):
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, False, False, scale=scale
-        )
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
     else:
         # The memory-efficient kernel wants as many key heads as query heads: fold the heads that share keys
         # into the tokens rather than repeat the prefix.
         folded = query.reshape(1, key.shape[1], -1, query.shape[-1])
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            folded, key, value, None, True, scale=scale
-        )
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(folded, key, value, None, True, scale=scale)
         out = out.reshape(1, heads, tokens, -1)
         lse = lse[:, :, : folded.shape[2]].reshape(1, heads, tokens)
     return out[0].transpose(0, 1), lse[0, :, :tokens].transpose(0, 1)
@@ -261,9 +253,7 @@ def causal_attention(
     with_lse: also the logsumexp (N, H_q), float32. Differentiable, unless the logsumexp is asked for.
     """
     if dropout == 0.0 and _flash_fits(query) and _varlen_ready():
-        return _varlen(
-            query, key, value, row.cu_seqlens, row.cu_seqlens, row.longest, row.longest, scale, -1, with_lse
-        )
+        return _varlen(query, key, value, row.cu_seqlens, row.cu_seqlens, row.longest, row.longest, scale, -1, with_lse)
 
     dtype = query.dtype
     if query.device.type == "cpu":
@@ -280,9 +270,7 @@ def causal_attention(
         return _from_grid(out, row).to(dtype), None
     if q.is_cuda:
         k, v = _repeat_heads(k, q), _repeat_heads(v, q)
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, True, scale=scale
-        )
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
     else:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     lse = lse[:, :, : row.longest].unsqueeze(-1)
@@ -331,9 +319,7 @@ def windowed_attention(
     for group, count in zip(row.groups, prefix_counts, strict=False):
         used = min(group.length, window - 1)
         if count < used:
-            raise RuntimeError(
-                f"the cache kept {count} prefix keys, a window of {window} tokens needs {used}"
-            )
+            raise RuntimeError(f"the cache kept {count} prefix keys, a window of {window} tokens needs {used}")
         for sequence in range(group.first_sequence, group.end_sequence):
             spans[sequence] = (start + count - used, start + count)
         start += count
@@ -365,9 +351,7 @@ def windowed_attention(
         # One sequence at a time: a batch of them would copy the window's keys for each.
         k = torch.cat([key[:, :, p0:p1], key[:, :, first + q0 : first + q1]], dim=2)
         v = torch.cat([value[:, :, p0:p1], value[:, :, first + q0 : first + q1]], dim=2)
-        at = torch.arange(p1 - p0, k.shape[2], device=k.device).unsqueeze(
-            1
-        )  # place of each query among the keys
+        at = torch.arange(p1 - p0, k.shape[2], device=k.device).unsqueeze(1)  # place of each query among the keys
         place = torch.arange(k.shape[2], device=k.device)
         seen = (place <= at) & (place > at - window)  # (t, keys)
         out = F.scaled_dot_product_attention(
@@ -440,9 +424,7 @@ def _varlen(
         return out, None  # type: ignore[return-value]
     out, lse = out
     # Documented as (N, H), returned as (H, N) by the releases seen so far.
-    if lse.shape[0] == q.shape[1] and (
-        lse.shape[0] != lse.shape[1] or _lse_has_heads_first(q.device, q.dtype)
-    ):
+    if lse.shape[0] == q.shape[1] and (lse.shape[0] != lse.shape[1] or _lse_has_heads_first(q.device, q.dtype)):
         lse = lse.transpose(0, 1)
     return out, lse
 

@@ -30,9 +30,7 @@ from opcd_fast.workspace import (
 class _Weight:
     """A head's weight, handed to GEMMs in tiles of the dtype they need."""
 
-    def __init__(
-        self, weight: Tensor, native: bool, dtype: torch.dtype, tile: int, buffer: Tensor | None = None
-    ):
+    def __init__(self, weight: Tensor, native: bool, dtype: torch.dtype, tile: int, buffer: Tensor | None = None):
         self.weight, self.native, self.tile, self.buffer = weight, native, tile, buffer
         if buffer is None and not native and weight.dtype != dtype:
             self.buffer = torch.empty(tile, weight.shape[1], dtype=dtype, device=weight.device)
@@ -166,9 +164,7 @@ def _run(
         g_buffer = torch.empty(plan.gradient_rows, pitch, dtype=g_dtype, device=device)
     else:
         g_buffer = logits_s if g_dtype == dtype else logits_t.view(g_dtype)
-    scratch = torch.empty(
-        (reference.scratch_planes(spec.softcap_s), plan.block_rows, v), dtype=dtype, device=device
-    )
+    scratch = torch.empty((reference.scratch_planes(spec.softcap_s), plan.block_rows, v), dtype=dtype, device=device)
 
     for first in range(0, n, plan.gradient_rows):
         last = min(first + plan.gradient_rows, n)

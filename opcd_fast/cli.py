@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             close = difflib.get_close_matches(arguments[0], commands, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(commands)}"
             raise InputError(f"unknown command {arguments[0]!r}; {hint}")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
         if os.environ.get("OPCD_DEBUG"):
@@ -134,7 +135,9 @@ def _train(arguments: list[str]) -> int:
     from opcd_fast.trainer import OPCDTrainer
 
     # Small files first: a wrong name must not cost the loading of a model.
-    context = None if command.context is None else read_context(_existing(command.context, "context"))
+    context = None if command.context is None else _existing(command.context, "context")
+    if context is not None:
+        read_context(context)
     prompts = read_prompts(command.prompts)
     held_out = None if command.eval_prompts is None else read_prompts(command.eval_prompts, "eval_prompts")
     place = {"dtype": command.run.dtype, "device": command.run.device}

@@ -1,6 +1,6 @@
 """The main job on a real model: six few-shot turns move into the weights of SmolLM2-135M-Instruct.
 
-The turns show a form ("Arr matey! <answer>. Aye!"). Before training the model answers in it with the turns in front
+The turns show a form ("The answer is <answer>, my friend!"). Before training the model answers in it with the turns in front
 and not without them; after training it does without. Questions for training and for the rates are different ones,
 and every rate comes from sampled answers.
 """
@@ -25,7 +25,7 @@ from opcd_fast.plots import plot_kl
 from opcd_fast.rollout import Rollout
 
 DATA = Path(__file__).parent / "demo_data"
-FORM = re.compile(r"Arr matey! [^\n]+ Aye!")
+FORM = re.compile(r"The answer is (?:(?!my friend)[^\n])+, my friend!")
 STEPS = 40
 BATCH = 8
 MAX_NEW_TOKENS = 24
@@ -74,12 +74,12 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
     print(f"Base model: {len(without)} held-out answers with the six turns in front, and without ...", flush=True)
     with trainer.base_weights():
         answers = {
-            "base + context": _answers(trainer.teacher_rollout, tokenizer, within, seed + 1),
-            "base alone": _answers(trainer.teacher_rollout, tokenizer, without, seed + 2),
+            "base + context": sampled_answers(trainer.teacher_rollout, tokenizer, within, seed + 1),
+            "base alone": sampled_answers(trainer.teacher_rollout, tokenizer, without, seed + 2),
         }
     print(f"Training: {config.steps} steps, {BATCH} questions each, LoRA rank {config.lora_rank} ...", flush=True)
     result = trainer.train()
-    answers["student alone"] = _answers(trainer.rollout, tokenizer, without, seed + 3)
+    answers["student alone"] = sampled_answers(trainer.rollout, tokenizer, without, seed + 3)
 
     report = _report(answers, result, rows, within, without, time.perf_counter() - started)
     write_text(root / "report.json", json.dumps(report, indent=1))
@@ -88,7 +88,7 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
     return report["moved_in"]
 
 
-def _answers(rollout: Rollout, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
+def sampled_answers(rollout: Rollout, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
     drawn = rollout.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=seed)
     return [tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip() for answer in drawn]
 
@@ -137,7 +137,7 @@ def _show(report: dict[str, Any], questions: list[str], answers: dict[str, list[
 
     console = Console()
     count = report["rates"]["student alone"]["answers"]
-    table = Table(title=f"answers in the form “Arr matey! … Aye!” ({count} sampled, held-out questions)")
+    table = Table(title=f"answers in the form “The answer is …, my friend!” ({count} sampled, held-out questions)")
     for column in ("", "rate", "95 % interval"):
         table.add_column(column)
     for arm, rate in report["rates"].items():

@@ -37,17 +37,13 @@ class LMHead:
             )
         rows = self.weight.shape[0]
         if self.bias is not None and tuple(self.bias.shape) != (rows,):
-            raise ValueError(
-                f"LMHead: bias has shape {tuple(self.bias.shape)}; weight has {rows} rows, so ({rows},)"
-            )
+            raise ValueError(f"LMHead: bias has shape {tuple(self.bias.shape)}; weight has {rows} rows, so ({rows},)")
         if self.bias is not None and not self.bias.is_floating_point():
             raise ValueError(f"LMHead: bias has dtype {self.bias.dtype}; it must be floating point")
         if not math.isfinite(self.scale):
             raise ValueError(f"LMHead: scale is {self.scale}; it must be a finite number")
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(
-                f"LMHead: softcap is {self.softcap}; it must be a positive number, or None for none"
-            )
+            raise ValueError(f"LMHead: softcap is {self.softcap}; it must be a positive number, or None for none")
         if self.vocab_size is not None and not 1 <= self.vocab_size <= rows:
             raise ValueError(f"LMHead: vocab_size is {self.vocab_size}; weight has {rows} rows, so 1..{rows}")
         if self.group is not None:

@@ -160,9 +160,7 @@ def reverse_kl(
     """
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if not logits.is_floating_point() or logits.ndim < 1:
-            raise ValueError(
-                f"{name} has dtype {logits.dtype} and {logits.ndim} dimensions; expected floats (..., V)"
-            )
+            raise ValueError(f"{name} has dtype {logits.dtype} and {logits.ndim} dimensions; expected floats (..., V)")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits has shape {tuple(student_logits.shape)}, teacher_logits "
@@ -170,9 +168,7 @@ def reverse_kl(
             "first"
         )
     if student_logits.device != teacher_logits.device:
-        raise ValueError(
-            f"student_logits is on {student_logits.device}, teacher_logits on {teacher_logits.device}"
-        )
+        raise ValueError(f"student_logits is on {student_logits.device}, teacher_logits on {teacher_logits.device}")
     leading, v = student_logits.shape[:-1], student_logits.shape[-1]
     z_s, z_t = student_logits.reshape(-1, v), teacher_logits.detach().reshape(-1, v)
     dtype = compute_dtype(z_s, z_t)
@@ -206,8 +202,7 @@ def sequence_mean_weights(mask: Tensor | None = None, *, cu_seqlens: Tensor | No
     assert cu_seqlens is not None
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected "
-            "integers (B + 1,)"
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected integers (B + 1,)"
         )
     counts = cu_seqlens.long().diff()
     if bool((counts < 0).any()) or int(cu_seqlens[0]) != 0:
@@ -224,9 +219,7 @@ class _LinearReverseKL(torch.autograd.Function):
         late = reduction == "none"
         now = Wanted(False, False, False) if late else wanted
         with torch.autocast(h_s.device.type, enabled=False):
-            statistics, *gradients = linear_reverse_kl(
-                h_s, w_s, b_s, h_t, w_t, b_t, weights, active, factor, spec, now
-            )
+            statistics, *gradients = linear_reverse_kl(h_s, w_s, b_s, h_t, w_t, b_t, weights, active, factor, spec, now)
             kl = statistics[0]
             loss = kl.clone() if late else _weighted_sum(kl, weights) * factor
         ctx.late, ctx.spec, ctx.wanted = late, spec, wanted

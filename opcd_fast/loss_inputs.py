@@ -28,8 +28,7 @@ def as_head(head: LMHead | Tensor, name: str) -> LMHead:
     if isinstance(head, Tensor):
         return LMHead(head)
     raise TypeError(
-        f"{name} is a {type(head).__name__}; pass an LMHead or its (V, D) weight (LMHead.from_model(model) "
-        "makes one)"
+        f"{name} is a {type(head).__name__}; pass an LMHead or its (V, D) weight (LMHead.from_model(model) makes one)"
     )
 
 
@@ -41,8 +40,7 @@ def check_hidden(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> 
             raise ValueError(f"{side}_hidden is a {kind}; expected floating-point hidden states (..., D)")
         if h.shape[-1] != head.weight.shape[1]:
             raise ValueError(
-                f"{side}_hidden has width {h.shape[-1]}, {side}_head expects {head.weight.shape[1]}; they "
-                "must be equal"
+                f"{side}_hidden has width {h.shape[-1]}, {side}_head expects {head.weight.shape[1]}; they must be equal"
             )
         for name, tensor in (("_hidden", h), ("_head", head.weight), ("_head.bias", head.bias)):
             if tensor is not None and tensor.device != h_s.device:
@@ -65,9 +63,7 @@ def check_temperature(temperature: float) -> float:
 
 def check_workspace(workspace_bytes: int | None) -> int | None:
     if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(
-            f"workspace_bytes is {workspace_bytes}; it must be positive, or None for the default"
-        )
+        raise ValueError(f"workspace_bytes is {workspace_bytes}; it must be positive, or None for the default")
     return None if workspace_bytes is None else int(workspace_bytes)
 
 
@@ -121,18 +117,10 @@ def weigh_rows(
         weights, active = torch.ones(count, dtype=dtype, device=device), None
     else:
         if not isinstance(token_weights, Tensor) or token_weights.shape != leading:
-            shape = (
-                tuple(token_weights.shape)
-                if isinstance(token_weights, Tensor)
-                else type(token_weights).__name__
-            )
-            raise ValueError(
-                f"token_weights is {shape}; expected a tensor of shape {tuple(leading)}, one per token"
-            )
+            shape = tuple(token_weights.shape) if isinstance(token_weights, Tensor) else type(token_weights).__name__
+            raise ValueError(f"token_weights is {shape}; expected a tensor of shape {tuple(leading)}, one per token")
         if token_weights.requires_grad:
-            raise ValueError(
-                "token_weights requires grad, but is treated as a constant; pass token_weights.detach()"
-            )
+            raise ValueError("token_weights requires grad, but is treated as a constant; pass token_weights.detach()")
         if token_weights.is_complex():
             raise ValueError(f"token_weights has dtype {token_weights.dtype}; expected bool or float")
         weights = token_weights.to(device=device, dtype=dtype).reshape(-1)
@@ -158,15 +146,12 @@ def _factor(
         total = float(weights.sum())
         if not total > 0:
             raise ValueError(
-                f"token_weights sum to {total}, so their mean is undefined; pass denominator= or "
-                "reduction='sum'"
+                f"token_weights sum to {total}, so their mean is undefined; pass denominator= or reduction='sum'"
             )
         return 1.0 / total
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
-            raise ValueError(
-                f"denominator has shape {tuple(denominator.shape)}; expected a number or a scalar tensor"
-            )
+            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; expected a number or a scalar tensor")
         # Stays a tensor: a count that was summed over ranks on the device is used without a synchronisation.
         return denominator.detach().reshape(()).to(device=device, dtype=dtype).reciprocal()
     if not (math.isfinite(denominator) and denominator > 0):

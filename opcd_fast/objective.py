@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,7 +25,7 @@ def context_kl(
     temperature: float,
     denominator: float,
     compute_dtype: torch.dtype,
-    autocast: AbstractContextManager | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     backend: str = "auto",
     workspace_bytes: int | None = None,
     stopwatch: Stopwatch | None = None,
@@ -38,7 +39,7 @@ def context_kl(
         temperature: divides both models' logits.
         denominator: sum of the token weights over the whole step, micro-batches included.
         compute_dtype: type in which hidden states and heads are multiplied.
-        autocast: context of the student's forward when its weights are fp32 masters.
+        autocast: makes the context of the student's forward when its weights are fp32 masters.
     Returns:
         scalar loss, LossStats with (N,) fields.
     """
@@ -50,7 +51,7 @@ def context_kl(
             context_index=batch.context_index,
             select=batch.response_index_teacher,
         )  # (N, D_t)
-    with watch("student"), autocast or nullcontext():
+    with watch("student"), autocast():
         h_s = packed_hidden_states(
             student, batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student
         )  # (N, D_s)

@@ -23,9 +23,7 @@ class SharedPrefix:
     """The KV cache of one context of P tokens: read by every sequence of a batch, never copied per row."""
 
     token_ids: Tensor  # (P,) int64, on the CPU
-    keys: tuple[
-        Tensor, ...
-    ]  # one (1, H_kv, kept, d) per layer; kept = P, or min(P, W - 1) with a window of W
+    keys: tuple[Tensor, ...]  # one (1, H_kv, kept, d) per layer; kept = P, or min(P, W - 1) with a window of W
     values: tuple[Tensor, ...]
     last_hidden_state: Tensor | None  # (D,): what predicts the first token after the context; None when P = 0
     metadata: dict[str, str] = field(default_factory=dict)  # what it was built with, see `describe`
@@ -125,9 +123,7 @@ class SharedPrefix:
             if wrong:
                 raise ValueError(
                     f"path: {os.fspath(path)!r} was built with another model: "
-                    + "; ".join(
-                        f"{name} is {metadata.get(name)}, the model has {expected[name]}" for name in wrong
-                    )
+                    + "; ".join(f"{name} is {metadata.get(name)}, the model has {expected[name]}" for name in wrong)
                 )
         return prefix
 

@@ -173,9 +173,10 @@ def adapt_to_tokenizer(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt
 
 
 def _looks_like_file(text: str) -> bool:
-    if "\n" in text or len(text) > 1000:
+    if "\n" in text or len(text) > 255:  # longer than a file system's names
         return False
-    return Path(text).suffix in (".txt", ".md", ".json", ".jsonl") and " " not in text or Path(text).is_file()
+    named_like_one = Path(text).suffix in (".txt", ".md", ".json", ".jsonl") and " " not in text
+    return named_like_one or Path(text).is_file()
 
 
 def _context_from_file(path: Path) -> Context:

@@ -46,9 +46,7 @@ class ContextTeacher:
     Raises ValueError for malformed arguments, and for path="merge" on an architecture that refuses it.
     """
 
-    def __init__(
-        self, model: nn.Module, contexts: Any, *, path: str = "auto", adapter: str = "disabled"
-    ) -> None:
+    def __init__(self, model: nn.Module, contexts: Any, *, path: str = "auto", adapter: str = "disabled") -> None:
         if path in ("mask", "pad"):
             raise ValueError(f"path={path!r} is not available yet; use 'merge' or 'concat'")
         if path not in ("auto", "merge", "concat"):
@@ -123,9 +121,7 @@ class ContextTeacher:
                 lines.append("prefix KV: not built yet")
             else:
                 total = sum(prefix.nbytes for prefix in self._prefixes)
-                lines.append(
-                    f"prefix KV: {total / 2**20:.1f} MiB, read by every sequence of a batch of any size"
-                )
+                lines.append(f"prefix KV: {total / 2**20:.1f} MiB, read by every sequence of a batch of any size")
         else:
             lines.append("the context is read again for every sequence")
         return "\n".join(lines)
@@ -183,9 +179,7 @@ class ContextTeacher:
         context.
         """
         if input_ids.ndim != 1 or input_ids.is_floating_point():
-            raise ValueError(
-                f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}"
-            )
+            raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
         device = next(self._body.parameters()).device
         row = packed_row(cu_seqlens, input_ids.numel(), device)
         index = self._context_of_sequence(context_index, len(row.lengths))

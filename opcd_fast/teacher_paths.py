@@ -35,9 +35,7 @@ def merge_forward(
     positions = row.offset_of_token + starts[row.sequence_of_token]
     call = PackedCall(row, counts)
     with running(call), seam.using_attention(body, attention_on_row):
-        hidden = seam.run_body(
-            body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), cache=cache
-        )[0]
+        hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), cache=cache)[0]
     missed = sorted(set(range(seam.num_layers(body))) - call.layers_done)
     if missed:
         raise RuntimeError(f"attention layers {missed} did not read the context; use path='concat'")

@@ -164,7 +164,7 @@ class OPCDTrainer:
                         self.teacher,
                         denominator=denominator,
                         stopwatch=watch,
-                        autocast=self.accelerator.autocast(),
+                        autocast=self.accelerator.autocast,
                         **self._loss_options(),
                     )
                     with watch("backward"):
@@ -326,7 +326,7 @@ class OPCDTrainer:
                 self.teacher,
                 device=self.device,
                 micro_batch_tokens=config.micro_batch_tokens,
-                autocast=self.accelerator.autocast(),
+                autocast=self.accelerator.autocast,
                 **self._loss_options(),
             )
             record.update({f"{name}_{key}": value for key, value in measured.items()})

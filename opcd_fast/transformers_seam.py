@@ -55,9 +55,7 @@ def body_of(model: nn.Module) -> nn.Module:
     lm = causal_lm(model)
     body = getattr(lm, "base_model", None)
     if not isinstance(body, nn.Module) or not hasattr(body, "config"):
-        raise TypeError(
-            f"model: expected a transformers causal LM (or PEFT around one), got {type(model).__name__}"
-        )
+        raise TypeError(f"model: expected a transformers causal LM (or PEFT around one), got {type(model).__name__}")
     return body
 
 
@@ -294,9 +292,7 @@ class FrozenLayer(CacheLayerMixin):
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys = [k.to(key_states.dtype) for k in self.prefix_keys]
         values = [v.to(value_states.dtype) for v in self.prefix_values]
         return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)

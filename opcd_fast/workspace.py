@@ -67,12 +67,7 @@ def runs_native(h: Tensor, weight: Tensor) -> bool:
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.dtype == b.dtype
-        and a.stride() == b.stride()
-        and a.shape == b.shape
-    )
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape
 
 
 def pitch_of(columns: int) -> int:
@@ -80,13 +75,12 @@ def pitch_of(columns: int) -> int:
 
 
 def block_rows(v: int, on_device: bool) -> int:
-    """Rows whose elementwise work is done together: about 2 MB a buffer, which a CPU's cache holds."""
-    return max(4, (1 << (23 if on_device else 19)) // v)
+    """Rows whose elementwise work is done together: about 4 MB a buffer. Smaller ones fit more caches, but
+    every operation on a block is a parallel region, and a busy machine makes each of those wait."""
+    return max(4, (1 << (23 if on_device else 20)) // v)
 
 
-def make_plan(
-    rows: int, h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, spec: Spec, wanted: Wanted
-) -> Plan:
+def make_plan(rows: int, h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, spec: Spec, wanted: Wanted) -> Plan:
     """Cut `workspace_bytes` into buffers.
 
     Raises ValueError when it does not hold one row.

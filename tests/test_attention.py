@@ -164,9 +164,7 @@ def test_what_the_varlen_kernel_is_given(lengths, window, monkeypatch):
         assert enable_gqa == (q.shape[1] != k.shape[1]) and window_size[1] == 0
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         outs, lses = [], []
-        for (q0, q1), (k0, k1) in zip(
-            cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True
-        ):
+        for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
             assert q1 - q0 <= max_q and k1 - k0 <= max_k
             scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1]) * (scale or 1.0)
             at = torch.arange(q1 - q0).unsqueeze(1) + (k1 - k0) - (q1 - q0)

@@ -28,9 +28,7 @@ def leaf(tensor, dtype=None):
 
 def compare(student, h, teacher, h_t, backend, temperature=1.0, weights=None, tolerance=1e-4, **options):
     """Run the loss and its float64 twin; check loss, statistics, every gradient. Returns statistics."""
-    head = LMHead(
-        leaf(student.weight), leaf(student.bias), student.scale, student.softcap, student.vocab_size
-    )
+    head = LMHead(leaf(student.weight), leaf(student.bias), student.scale, student.softcap, student.vocab_size)
     h_leaf = leaf(h)
     loss, stats = fused_linear_reverse_kl(
         h_leaf, head, h_t, teacher, temperature=temperature, token_weights=weights, return_stats=True,
@@ -53,21 +51,13 @@ def compare(student, h, teacher, h_t, backend, temperature=1.0, weights=None, to
 
     assert abs(float(loss) - float(exact)) <= tolerance * abs(float(exact)) + 1e-7
     used = w != 0
-    torch.testing.assert_close(
-        stats.token_kl, torch.where(used, kl, 0).detach().float(), rtol=1e-3, atol=1e-6
-    )
+    torch.testing.assert_close(stats.token_kl, torch.where(used, kl, 0).detach().float(), rtol=1e-3, atol=1e-6)
     lse = (z_s.detach() / temperature).logsumexp(-1)
-    torch.testing.assert_close(
-        stats.student_logsumexp, torch.where(used, lse, 0).float(), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(stats.student_logsumexp, torch.where(used, lse, 0).float(), rtol=1e-5, atol=1e-5)
     lse = (z_t / temperature).logsumexp(-1)
-    torch.testing.assert_close(
-        stats.teacher_logsumexp, torch.where(used, lse, 0).float(), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(stats.teacher_logsumexp, torch.where(used, lse, 0).float(), rtol=1e-5, atol=1e-5)
     entropy = torch.distributions.Categorical(logits=z_s.detach() / temperature).entropy()
-    torch.testing.assert_close(
-        stats.student_entropy, torch.where(used, entropy, 0).float(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(stats.student_entropy, torch.where(used, entropy, 0).float(), rtol=1e-4, atol=1e-5)
     agree = (z_s.detach().argmax(-1) == z_t.argmax(-1)) & used
     assert torch.equal(stats.top1_agreement, agree.float())
     for ours, theirs in ((h_leaf, h_twin), (head.weight, twin.weight), (head.bias, twin.bias)):
@@ -241,13 +231,18 @@ def test_reduction_none_has_gradients_for_any_upstream(backend):
     student, h, teacher, h_t = heads(rows=5)
     upstream = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0])
     h_leaf, weight = leaf(h), leaf(student.weight)
-    fused_linear_reverse_kl(h_leaf, weight, h_t, teacher, reduction="none", backend=backend).backward(
-        upstream
-    )
+    fused_linear_reverse_kl(h_leaf, weight, h_t, teacher, reduction="none", backend=backend).backward(upstream)
     h_twin, w_twin = leaf(h, torch.float64), leaf(student.weight, torch.float64)
     token_kl64(logits64(h_twin, LMHead(w_twin)), logits64(h_t, teacher)).backward(upstream.double())
     assert relative_error(h_leaf.grad, h_twin.grad) < 1e-4
     assert relative_error(weight.grad, w_twin.grad) < 1e-4
+
+    h[1] = float("nan")
+    h_leaf = leaf(h)
+    weights = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0])
+    kl = fused_linear_reverse_kl(h_leaf, student, h_t, teacher, reduction="none", token_weights=weights)
+    kl.backward(torch.ones(5))
+    assert kl[1] == 0 and kl.isfinite().all() and h_leaf.grad.isfinite().all() and not h_leaf.grad[1].any()
 
 
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3])
@@ -259,8 +254,8 @@ def test_upstream_gradient_and_a_second_backward(upstream):
     (second,) = torch.autograd.grad(loss * upstream, h_leaf)
     assert torch.equal(first, second)
     (whole,) = torch.autograd.grad(fused_linear_reverse_kl(h_leaf, student, h_t, teacher), h_leaf)
-    # One more rounding to bf16, and not a bf16 third.
-    assert relative_error(first, whole.double() * upstream) < 2.5e-3
+    # One more rounding to bf16, but not the rounding of a third to bf16.
+    assert torch.equal(first, (whole.float() * upstream).bfloat16())
 
 
 @pytest.mark.parametrize("trains", list(itertools.product([False, True], repeat=3)))
@@ -287,9 +282,7 @@ def test_only_the_gradients_asked_for_are_computed(backend, trains, monkeypatch)
     assert [part.grad is not None for part in parts] == list(trains)
     assert h_t.grad is None
     with torch.no_grad():
-        assert not fused_linear_reverse_kl(
-            parts[0], LMHead(*parts[1:]), h_t, teacher, backend=backend
-        ).requires_grad
+        assert not fused_linear_reverse_kl(parts[0], LMHead(*parts[1:]), h_t, teacher, backend=backend).requires_grad
     assert seen[-1] == (False, False, False)
 
 

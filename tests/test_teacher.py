@@ -32,9 +32,7 @@ def assert_close(a, b, atol=TOLERANCE):
 
 
 def reference(model, contexts, sequences, index):
-    return torch.cat(
-        [plain_after_context(model, contexts[i], s) for s, i in zip(sequences, index, strict=True)]
-    )
+    return torch.cat([plain_after_context(model, contexts[i], s) for s, i in zip(sequences, index, strict=True)])
 
 
 # --- the same numbers on every path -------------------------------------------------------------------------
@@ -46,9 +44,7 @@ def test_concat_matches_plain_forwards(name):
     contexts, sequences = random_ids(20, 6, 0), random_ids(5, 1, 17, 4, 9, seed=2)
     index = [1, 0, 2, 0, 1]
     ids, bounds = pack(sequences)
-    got = ContextTeacher(model, contexts, path="concat").hidden_states_packed(
-        ids, bounds, context_index=index
-    )
+    got = ContextTeacher(model, contexts, path="concat").hidden_states_packed(ids, bounds, context_index=index)
     assert_close(got, reference(model, contexts, sequences, index), atol=2e-5)
 
 

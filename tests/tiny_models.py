@@ -33,9 +33,7 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**_SHAPE),
     "llama-mha": lambda: LlamaConfig(**{**_SHAPE, "num_key_value_heads": 6}),
     "qwen2": lambda: Qwen2Config(**_SHAPE),
-    "qwen2-mixed-window": lambda: Qwen2Config(
-        **_SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1
-    ),
+    "qwen2-mixed-window": lambda: Qwen2Config(**_SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=16),
     "mistral-no-window": lambda: MistralConfig(**_SHAPE, sliding_window=None),
     "mistral-window-below-context": lambda: MistralConfig(**_SHAPE, sliding_window=8),

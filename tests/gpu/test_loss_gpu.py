@@ -43,9 +43,7 @@ def test_two_runs_give_the_same_bits(backend):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(
-    "transform", [{"softcap": 5.0}, {"scale": 0.5}, {"bias": True}, {"vocab_size": 31_990}]
-)
+@pytest.mark.parametrize("transform", [{"softcap": 5.0}, {"scale": 0.5}, {"bias": True}, {"vocab_size": 31_990}])
 def test_transforms(transform):
     h, w, h_t = (x.cuda() for x in states(40, WIDTH, VOCABULARY, 0.1))
     if "bias" in transform:

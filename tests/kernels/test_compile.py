@@ -31,11 +31,11 @@ def check(report):
     assert report["SHARED"] <= SHARED_LIMIT[capability], report
     # At least two programs of 8 warps per multiprocessor (65,536 registers).
     assert report["REG"] * 32 * warps * (16 // warps) <= 65_536, report
-    assert report["loops"] == 2, report
+    # Two passes over the row, and the loop that clears the gradient of a row whose KL is infinite.
+    assert sum(loads > 0 for loads in report["loads"]) == 2, report
     # The number of columns was not declared a multiple of 16; still every load in the loops is 128 bits wide.
     assert report["wide_loads"] == report["loads"], report
-    assert min(report["loads"]) >= 4, report
-    assert report["synchronising"] == [0, 0], report
+    assert not any(report["synchronising"]), report
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

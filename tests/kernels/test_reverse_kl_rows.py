@@ -16,9 +16,7 @@ def specified(z_s, z_t, bias_s, bias_t, weights, **options):
     """The reference on float64 copies."""
     z_s, z_t, weights = z_s.double(), z_t.double(), weights.double()
     statistics, g = torch.zeros(5, len(z_s), dtype=torch.float64), torch.empty_like(z_s)
-    scratch = torch.empty(
-        reference.scratch_planes(options["softcap_s"]), 2, z_s.shape[1], dtype=torch.float64
-    )
+    scratch = torch.empty(reference.scratch_planes(options["softcap_s"]), 2, z_s.shape[1], dtype=torch.float64)
     bias_s, bias_t = (None if bias is None else bias.double() for bias in (bias_s, bias_t))
     reference.reverse_kl_rows(
         z_s, z_t, bias_s, bias_t, weights, statistics, g, all_statistics=True, scratch=scratch, **options

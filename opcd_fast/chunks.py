@@ -239,7 +239,7 @@ def logits_reverse_kl(
         return kl, gradient
     planes = reference.scratch_planes(None)
     chunk = min(n, max(1, LOGITS_SCRATCH // ((planes + 2) * v * dtype.itemsize)))
-    block = min(chunk, block_rows(v, logits_s.is_cuda))
+    block = min(chunk, block_rows(v))
     pitch = pitch_of(v)
     buffer_s = torch.empty(chunk, pitch, dtype=dtype, device=device)
     buffer_t = torch.empty(chunk, pitch, dtype=dtype, device=device)

@@ -115,7 +115,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             close = difflib.get_close_matches(arguments[0], commands, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(commands)}"
             raise InputError(f"unknown command {arguments[0]!r}; {hint}")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
         if os.environ.get("OPCD_DEBUG"):
@@ -134,6 +133,7 @@ def _train(arguments: list[str]) -> int:
     from opcd_fast.prompts import read_context, read_prompts
     from opcd_fast.trainer import OPCDTrainer
 
+    _no_loading_bars()
     # Small files first: a wrong name must not cost the loading of a model.
     context = None if command.context is None else _existing(command.context, "context")
     if context is not None:
@@ -171,6 +171,7 @@ def _generate(arguments: list[str]) -> int:
     from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, student_ids, teacher_ids
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
+    _no_loading_bars()
     context = None if command.context is None else read_context(_existing(command.context, "context"))
     tokenizer = load_tokenizer(command.model)
     (prompt,) = adapt_to_tokenizer(tokenizer, read_prompts([command.prompt], "prompt"))
@@ -199,6 +200,7 @@ def _demo(arguments: list[str]) -> int:
     command = _parse(DemoCommand, "demo", arguments, {})
     from opcd_fast.demo import run_demo
 
+    _no_loading_bars()
     return 0 if run_demo(**dataclasses.asdict(command)) else 1
 
 
@@ -208,6 +210,13 @@ def _info(arguments: list[str]) -> int:
 
     print(describe(), end="")
     return 0
+
+
+def _no_loading_bars() -> None:
+    """A progress bar for a second of loading hides the one line that matters when it fails."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _existing(path: str, name: str) -> Any:

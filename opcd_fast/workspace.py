@@ -74,10 +74,13 @@ def pitch_of(columns: int) -> int:
     return -(-columns // PITCH) * PITCH
 
 
-def block_rows(v: int, on_device: bool) -> int:
-    """Rows whose elementwise work is done together: about 4 MB a buffer. Smaller ones fit more caches, but
-    every operation on a block is a parallel region, and a busy machine makes each of those wait."""
-    return max(4, (1 << (23 if on_device else 20)) // v)
+def block_rows(v: int) -> int:
+    """Rows whose elementwise work is done together in the reference: about 16 MB a buffer.
+
+    Smaller blocks fit more caches, but each operation on a block is a parallel region, and where other
+    processes want the same cores every region waits for a descheduled thread.
+    """
+    return max(4, (1 << 22) // v)
 
 
 def make_plan(rows: int, h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, spec: Spec, wanted: Wanted) -> Plan:
@@ -96,15 +99,10 @@ def make_plan(rows: int, h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, spe
 
     tile = v
     if cast_s or cast_t:
-        # 4 MB of float32 stays in a CPU's cache between the cast and the product that reads it.
-        elements = 1 << (24 if on_device else 20)
+        # 16 MB of float32: few enough parallel regions, and mostly still in cache when the product reads it.
+        elements = 1 << (24 if on_device else 22)
         tile = min(v, max(256, elements // max(width_s, width_t) // 64 * 64))
     fixed = tile * (width_s * cast_s + width_t * cast_t) * size
-
-    block = 0
-    if spec.backend == "torch":
-        block = min(rows, block_rows(v, on_device))
-        fixed += reference.scratch_planes(spec.softcap_s) * block * v * size
 
     # Per logit row: two logit buffers and the teacher's hidden state. Per gradient row: the student's hidden
     # state, dH before and after its cast, and G where it has a buffer of its own.
@@ -113,16 +111,21 @@ def make_plan(rows: int, h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, spe
     if has_gradient_buffer(h_s, w_s, dtype, spec, wanted):
         per_row += ratio * pitch * gradient_dtype(h_s, w_s, dtype).itemsize
 
+    block_row = reference.scratch_planes(spec.softcap_s) * v * size if spec.backend == "torch" else 0
+    smallest = fixed + per_row + block_row
     budget = spec.workspace_bytes
     if budget is None:
-        budget = DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE
-        budget = max(budget, fixed + per_row)
-    fit = (budget - fixed) // per_row
-    if fit < 1:
+        budget = max(smallest, DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE)
+    if budget < smallest:
         raise ValueError(
             f"workspace_bytes is {budget}, too small for one row of {v} logits; "
-            f"give at least {fixed + per_row} (bytes), or None for the default"
+            f"give at least {smallest} (bytes), or None for the default"
         )
+    block = 0
+    if block_row:
+        spare = 1 + (budget - smallest) // block_row
+        block = max(1, min(rows, block_rows(v), budget // 4 // block_row, spare))
+    fit = (budget - fixed - block * block_row) // per_row
     chunks = -(-rows // fit)
     logit_rows = -(-rows // chunks)
     if on_device and logit_rows > 128:

@@ -26,9 +26,9 @@ from opcd_fast.rollout import Rollout
 
 DATA = Path(__file__).parent / "demo_data"
 FORM = re.compile(r"The answer is (?:(?!my friend)[^\n])+, my friend!")
-STEPS = 40
+STEPS = 30
 BATCH = 8
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 16
 TEMPERATURE = 0.7
 MARKER = "opcd-demo"  # a folder with this file is a demo's own and may be replaced
 

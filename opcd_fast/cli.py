@@ -133,7 +133,7 @@ def _train(arguments: list[str]) -> int:
     from opcd_fast.prompts import read_context, read_prompts
     from opcd_fast.trainer import OPCDTrainer
 
-    _no_loading_bars()
+    _quiet_libraries()
     # Small files first: a wrong name must not cost the loading of a model.
     context = None if command.context is None else _existing(command.context, "context")
     if context is not None:
@@ -171,7 +171,7 @@ def _generate(arguments: list[str]) -> int:
     from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, student_ids, teacher_ids
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
-    _no_loading_bars()
+    _quiet_libraries()
     context = None if command.context is None else read_context(_existing(command.context, "context"))
     tokenizer = load_tokenizer(command.model)
     (prompt,) = adapt_to_tokenizer(tokenizer, read_prompts([command.prompt], "prompt"))
@@ -200,7 +200,7 @@ def _demo(arguments: list[str]) -> int:
     command = _parse(DemoCommand, "demo", arguments, {})
     from opcd_fast.demo import run_demo
 
-    _no_loading_bars()
+    _quiet_libraries()
     return 0 if run_demo(**dataclasses.asdict(command)) else 1
 
 
@@ -212,11 +212,14 @@ def _info(arguments: list[str]) -> int:
     return 0
 
 
-def _no_loading_bars() -> None:
-    """A progress bar for a second of loading hides the one line that matters when it fails."""
+def _quiet_libraries() -> None:
+    """A bar for a second of loading, or a library's note to its own callers, hides the line that matters."""
+    import warnings
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
 def _existing(path: str, name: str) -> Any:

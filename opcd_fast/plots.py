@@ -20,8 +20,8 @@ def plot_kl(path: Path, history: Sequence[dict[str, Any]], evaluations: Sequence
         points = [(r["step"], r[key]) for r in evaluations if key in r]
         if points:
             axes.plot(*zip(*points), marker="o", ls="--", lw=1, label=label)
-    axes.set(xlabel="step", ylabel="KL(student || teacher with context), nats per token", ylim=(0, None))
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="step", ylabel="KL to the teacher, nats per token", yscale="log")
+    axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,8 +1,8 @@
 """The main job on a real model: six few-shot turns move into the weights of SmolLM2-135M-Instruct.
 
-The turns show a form ("The answer is <answer>, my friend!"). Before training the model answers in it with the turns in front
-and not without them; after training it does without. Questions for training and for the rates are different ones,
-and every rate comes from sampled answers.
+The turns show a form ("The answer is <answer>, my friend!"). Before training the model answers in it with the turns
+in front and not without them; after training it does without. Questions for training and for the rates are different
+ones, and every rate comes from sampled answers.
 """
 
 from __future__ import annotations

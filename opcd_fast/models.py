@@ -90,7 +90,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Any:
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     model = model.to(place).eval()
-    model.config._name_or_path = name  # an adapter saved later names what the user named
+    model.name_or_path = model.config._name_or_path = name  # an adapter saved later names what the user named
     return model
 
 

@@ -1,0 +1,74 @@
+"""What a run leaves on disk and on screen: whole files or none, plain lines outside a terminal, a picture."""
+
+import pytest
+import torch
+
+from opcd_fast import checkpoint
+from opcd_fast.errors import InputError
+from opcd_fast.plots import plot_kl
+from opcd_fast.progress import Progress
+from opcd_fast.run_folder import RunFolder
+
+
+def test_a_failed_write_leaves_the_old_folder_whole(tmp_path):
+    target = tmp_path / "final"
+    checkpoint.write_folder(target, lambda folder: (folder / "a").write_text("old"))
+
+    def fail(folder):
+        (folder / "a").write_text("new")
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        checkpoint.write_folder(target, fail)
+    assert (target / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    checkpoint.write_folder(target, lambda folder: (folder / "b").write_text("newer"))
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_checkpoints_round_trip_and_only_the_newest_stay(tmp_path):
+    weights = {"w": torch.randn(3, 2), "b": torch.randn(2, dtype=torch.float64)}
+    for step in (1, 2, 10):
+        checkpoint.save_checkpoint(tmp_path, step, weights, {"state": {0: {"step": step}}}, {"identity": {}}, keep=2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000002", "step-000010"]
+    loaded, optimizer, state = checkpoint.load_checkpoint(tmp_path / "step-000010")
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    assert optimizer == {"state": {0: {"step": 10}}} and state["step"] == 10
+
+
+def test_a_half_written_checkpoint_is_not_a_checkpoint(tmp_path):
+    (tmp_path / "step-000003").mkdir()
+    (tmp_path / "step-000003" / checkpoint.WEIGHTS).write_bytes(b"half")
+    assert checkpoint.list_checkpoints(tmp_path) == []
+
+
+def test_a_killed_run_may_leave_half_a_line(tmp_path):
+    folder = RunFolder(tmp_path / "run", resume=False)
+    folder.start({})
+    for step in (1, 2, 3):
+        folder.log({"kind": "step", "step": step})
+    folder.save(2, {"w": torch.zeros(1)}, {}, {"seed": 0}, keep=1)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "st')
+    step, _, _, records = RunFolder(tmp_path / "run", resume=True).restore({"seed": 0})
+    assert step == 2 and [record["step"] for record in records] == [1, 2]
+    with pytest.raises(InputError, match="seed differs"):
+        RunFolder(tmp_path / "run", resume=True).restore({"seed": 1})
+
+
+def test_progress_outside_a_terminal_is_plain_lines(capsys):
+    progress = Progress(total=3, done=1)
+    progress.step(0.5, 100.0)
+    progress.note("held-out")
+    progress.step(0.25, 120.0)
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 2/3  KL 0.5000  100 tokens/s") and lines[1] == "held-out"
+    assert lines[2].startswith("step 3/3  KL 0.2500") and "\x1b" not in "".join(lines)
+
+
+def test_plot_is_a_picture(tmp_path):
+    history = [{"step": i, "loss": 1.0 / i} for i in range(1, 9)]
+    plot_kl(tmp_path / "kl.png", history, [{"step": 0, "own_kl": 1.0, "fixed_kl": 2.0}, {"step": 8, "own_kl": 0.1}])
+    assert (tmp_path / "kl.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

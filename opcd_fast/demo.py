@@ -20,6 +20,7 @@ from typing import Any
 from opcd_fast.checkpoint import write_text
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.info import where_it_ran
 from opcd_fast.intervals import wilson
 from opcd_fast.plots import plot_kl
 from opcd_fast.rollout import Rollout
@@ -113,6 +114,7 @@ def _report(
         rates[arm] = {"rate": hits / len(texts), "low": low, "high": high, "answers": len(texts)}
     before, after = result.evaluations[0], result.evaluations[-1]
     return {
+        "ran": {"command": "opcd demo", **where_it_ran()},
         "rates": rates,
         "held_out_kl": {
             "own answers": {"before": before["own_kl"], "after": after["own_kl"]},

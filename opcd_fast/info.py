@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import platform
 import sys
+from datetime import datetime, timezone
+from pathlib import Path
 
 from opcd_fast import __version__, native
 
@@ -38,6 +41,27 @@ def describe() -> str:
     rows.append(("CPU library", native.status()))
     width = max(len(name) for name, _ in rows)
     return "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
+
+
+def where_it_ran() -> dict[str, str]:
+    """Date, device and versions, for the head of a report."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {_cpu_name()}, {torch.get_num_threads()} threads"
+    versions = {name: _version(name) for name in ("torch", "transformers", "peft")}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"date": date, "device": device, "python": platform.python_version(), "opcd-fast": __version__, **versions}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _torch() -> list[tuple[str, str]]:

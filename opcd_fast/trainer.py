@@ -198,7 +198,9 @@ class OPCDTrainer:
 
         def fill(folder: Path) -> None:
             model = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(folder, save_function=self.accelerator.save)
+            # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
+            options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+            model.save_pretrained(folder, save_function=self.accelerator.save, **options)
             self.tokenizer.save_pretrained(folder)
 
         checkpoint.write_folder(Path(path), fill)

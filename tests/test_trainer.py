@@ -62,6 +62,18 @@ def test_full_fine_tuning_keeps_a_frozen_teacher(tokenizer, tmp_path):
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_bf16_training_keeps_fp32_trained_weights(tokenizer, tmp_path, lora_rank):
+    trainer = make(
+        tokenizer, tmp_path / "run", lora_rank=lora_rank, dtype="bfloat16", steps=24, batch_size=6, eval_every=24,
+        learning_rate=1e-2 if lora_rank else 3e-3,
+    )  # fmt: skip
+    result = trainer.train()
+    assert result.evaluations[-1]["fixed_kl"] < 0.8 * result.evaluations[0]["fixed_kl"]
+    assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in trainer.teacher_rollout.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
 def test_the_first_loss_is_the_papers_equation(tokenizer, tmp_path):
     """Eq. 1 by hand: plain forward passes, one sequence at a time, float64."""
     trainer = make(tokenizer, tmp_path / "run", steps=1, temperature=0.8)

@@ -94,7 +94,7 @@ def render(
     Raises:
         InputError: a prompt without any context, or a context that leaves every rendered prompt unchanged.
     """
-    contexts: list[Context] = []
+    index_of: dict[str, int] = {}  # distinct contexts, as JSON, in order of appearance
     rendered: list[list[tuple[list[int], list[int], int]]] = []
     for group in groups:
         rows = []
@@ -102,10 +102,8 @@ def render(
             own = prompt.privileged_context if prompt.privileged_context is not None else context
             if own is None:
                 raise InputError("context is missing: give context= or a `privileged_context` in every prompt row")
-            if own not in contexts:
-                contexts.append(own)
-            student = student_ids(tokenizer, prompt)
-            rows.append((student, teacher_ids(tokenizer, prompt, own), contexts.index(own)))
+            index = index_of.setdefault(json.dumps(own), len(index_of))
+            rows.append((student_ids(tokenizer, prompt), teacher_ids(tokenizer, prompt, own), index))
         rendered.append(rows)
     everything = [row for rows in rendered for row in rows]
     if all(student == teacher for student, teacher, _ in everything):
@@ -113,21 +111,21 @@ def render(
             "context changes nothing: with and without it the rendered prompts are the same tokens; "
             "check the context and the tokenizer's chat template"
         )
-    prefixes = []
-    for which in range(len(contexts)):
-        own_rows = [teacher for _, teacher, index in everything if index == which]
-        prefixes.append(tuple(own_rows[0][: common_prefix_length(own_rows)]))
+    rows_of: list[list[list[int]]] = [[] for _ in index_of]
+    for _, teacher, index in everything:
+        rows_of[index].append(teacher)
+    prefixes = tuple(tuple(own_rows[0][: common_prefix_length(own_rows)]) for own_rows in rows_of)
     result = [
         RenderedPrompts(
             tuple(
                 RenderedPrompt(tuple(student), tuple(teacher[len(prefixes[index]) :]), index)
                 for student, teacher, index in rows
             ),
-            tuple(prefixes),
+            prefixes,
         )
         for rows in rendered
     ]
-    return result, tuple(prefixes)
+    return result, prefixes
 
 
 def student_ids(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -277,11 +277,13 @@ class OPCDTrainer:
     def _prompts_of(self, step: int) -> list[RenderedPrompt]:
         """The step's prompts: every epoch is a fresh permutation, and any step can be computed on its own."""
         rows, count = [], self.config.batch_size
+        orders: dict[int, list[int]] = {}
         for index in range(step * count, (step + 1) * count):
             epoch, place = divmod(index, len(self.train_rows))
-            generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "order", epoch))
-            row = self.train_rows[int(torch.randperm(len(self.train_rows), generator=generator)[place])]
-            rows += [row] * self.config.rollouts_per_prompt
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "order", epoch))
+                orders[epoch] = torch.randperm(len(self.train_rows), generator=generator).tolist()
+            rows += [self.train_rows[orders[epoch][place]]] * self.config.rollouts_per_prompt
         return rows
 
     def _sampling(self, purpose: str, index: int) -> dict[str, Any]:

@@ -31,26 +31,27 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise InputError(f"cannot write to {str(path.parent)!r}: {error.strerror}") from error
+    aside = scratch.with_name(scratch.name + ".old")
     try:
         scratch.chmod(0o755)
         fill(scratch)
         _sync(scratch)
         if path.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(aside / "was")
-            scratch.rename(path)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            scratch.rename(path)
+            path.rename(aside)
+        scratch.rename(path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    except Exception as error:  # a full disk comes as OSError, or as an error of safetensors' or torch's own
+        raise InputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
     finally:
+        if aside.exists() and not path.exists():
+            aside.rename(path)
         shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Atomic replacement of a text file. Raises InputError when it cannot be written."""
+    scratch = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -60,8 +61,12 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
+        scratch = ""
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        if scratch:
+            Path(scratch).unlink(missing_ok=True)
 
 
 def save_checkpoint(

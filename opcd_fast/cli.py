@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml
+from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml, typed_values
 from opcd_fast.errors import InputError
 
 OVERVIEW = """\
@@ -32,6 +33,18 @@ opcd: move a context (system prompt, few-shot turns, notes) into the weights of 
 
   opcd train --model smollm2 --context turns.json --prompts questions.jsonl --lora-rank 16
 """
+
+
+# What the extra `train` installs, as modules.
+TRAIN_PACKAGES = ("tyro", "transformers", "peft", "accelerate", "safetensors", "yaml", "rich", "matplotlib")
+
+
+@dataclass(frozen=True)
+class TrainOptions(OPCDConfig):
+    """The same options, checked only once those of a YAML file and of the command line are together."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,9 @@ class TrainCommand:
     eval_prompts: str | None = None
     """Held-out prompts, same form, for evaluation during the run."""
     teacher_model: str | None = None
-    """Another model as the teacher (same tokenizer); default: the student's initial weights."""
-    run: OPCDConfig = dataclasses.field(default_factory=OPCDConfig)
+    """Another model as the teacher (same tokenizer); default: the model without a trained adapter, as it was at the
+    start (LoRA: the base with the adapter off)."""
+    run: TrainOptions = dataclasses.field(default_factory=TrainOptions)
 
 
 @dataclass(frozen=True)
@@ -71,12 +85,14 @@ class GenerateCommand:
     """0 takes the most probable token each time; above 0 samples."""
     top_p: float = 1.0
     """Nucleus sampling."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
     seed: int = 0
     """Fixes the samples."""
     dtype: str = "auto"
     """"auto" | "float32" | "bfloat16"."""
     device: str = "auto"
-    """"auto" | "cpu" | "cuda"."""
+    """"auto" | "cpu" | "cuda" | "cuda:N"."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +107,6 @@ class DemoCommand:
     """Sampled answers behind each rate."""
     seed: int = 0
     """Fixes prompt order and samples."""
-
-
-@dataclass(frozen=True)
-class InfoCommand:
-    """Show versions, devices and which optional parts are there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,19 +127,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(commands)}"
             raise InputError(f"unknown command {arguments[0]!r}; {hint}")
         return commands[arguments[0]](arguments[1:])
-    except InputError as error:
-        if os.environ.get("OPCD_DEBUG"):
+    except Exception as error:
+        line = _one_line(error)
+        if line is None or os.environ.get("OPCD_DEBUG"):
             raise
-        print(f"opcd: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"opcd: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("opcd: interrupted; finished checkpoints are intact, go on with --resume", file=sys.stderr)
         return 130
 
 
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user; None for a bug, which keeps its traceback."""
+    if isinstance(error, InputError):
+        return " ".join(str(error).split())
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package not in (*TRAIN_PACKAGES, "gguf"):
+            return None
+        extra = "gguf" if package == "gguf" else "train"
+        return f"the package {package!r} is missing: pip install 'opcd-fast[{extra}]'"
+    # By name: neither torch nor safetensors need be there.
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of GPU memory: lower micro_batch_tokens and rollout_batch, or max_new_tokens ({first})"
+    if isinstance(error, (NotImplementedError, RecursionError)):
+        return None
+    expected = isinstance(error, (ValueError, OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"
+    return f"{first} (OPCD_DEBUG=1 shows where)" if expected else None
+
+
 def _train(arguments: list[str]) -> int:
-    arguments, values = _take_config(arguments)
-    command = _parse(TrainCommand, "train", arguments, values)
+    command, config = _train_command(arguments)
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prompts import read_context, read_prompts
     from opcd_fast.trainer import OPCDTrainer
@@ -140,7 +171,7 @@ def _train(arguments: list[str]) -> int:
         read_context(context)
     prompts = read_prompts(command.prompts)
     held_out = None if command.eval_prompts is None else read_prompts(command.eval_prompts, "eval_prompts")
-    place = {"dtype": command.run.dtype, "device": command.run.device}
+    place = {"dtype": config.dtype, "device": config.device}
     tokenizer = load_tokenizer(command.model)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
@@ -151,22 +182,25 @@ def _train(arguments: list[str]) -> int:
         tokenizer,
         context,
         prompts,
-        command.run,
+        config,
         teacher_model=teacher,
         teacher_tokenizer=teacher_tokenizer,
         eval_prompts=held_out,
     )
     result = trainer.train()
-    print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {command.run.output_dir}/final")
+    print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
     return 0
 
 
 def _generate(arguments: list[str]) -> int:
-    command = _parse(GenerateCommand, "generate", arguments, {})
+    command = _parse(GenerateCommand, "generate", arguments)
     if command.max_new_tokens < 1:
         raise InputError(f"max_new_tokens={command.max_new_tokens} must be at least 1")
-    if command.temperature < 0 or not 0 < command.top_p <= 1:
-        raise InputError("temperature must be 0 or more, and top_p above 0 up to 1")
+    if not 0 <= command.temperature < math.inf:  # refuses NaN too
+        raise InputError(f"temperature={command.temperature} must be a number, 0 or more")
+    if not 0 < command.top_p <= 1:
+        raise InputError(f"top_p={command.top_p} must be a number above 0 up to 1")
+    _check_seed(command.seed)
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, student_ids, teacher_ids
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
@@ -184,7 +218,8 @@ def _generate(arguments: list[str]) -> int:
             f"prompt of {len(ids)} tokens plus max_new_tokens={command.max_new_tokens} exceeds the model's window of "
             f"{window} by {excess}; shorten it"
         )
-    rollout = TransformersRollout(model, stop_token_ids=stop_token_ids(tokenizer, model), merge_adapter=False)
+    stop_ids = stop_token_ids(tokenizer, model, command.stop_tokens)
+    rollout = TransformersRollout(model, stop_token_ids=stop_ids, merge_adapter=False)
     (answer,) = rollout.generate(
         [ids],
         max_new_tokens=command.max_new_tokens,
@@ -197,7 +232,12 @@ def _generate(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    command = _parse(DemoCommand, "demo", arguments, {})
+    command = _parse(DemoCommand, "demo", arguments)
+    if command.steps is not None and command.steps < 1:
+        raise InputError(f"steps={command.steps} must be at least 1")
+    _check_seed(command.seed)
+    import matplotlib  # noqa: F401  the plot comes last: minutes too late to learn that it cannot be drawn
+
     from opcd_fast.demo import run_demo
 
     _quiet_libraries()
@@ -205,7 +245,12 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _info(arguments: list[str]) -> int:
-    _parse(InfoCommand, "info", arguments, {})
+    """Without tyro: this command tells what is missing."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: opcd info\n\nShow versions, devices and which optional parts are there.")
+        return 0
+    if arguments:
+        raise InputError(f"info: unknown option {arguments[0]!r}; info takes none")
     from opcd_fast.info import describe
 
     print(describe(), end="")
@@ -222,6 +267,11 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed} must be a whole number from 0 up to 2**63 - 1")
+
+
 def _existing(path: str, name: str) -> Any:
     """On the command line a context is always a file: a mistyped name must not become the context's text."""
     from pathlib import Path
@@ -231,54 +281,60 @@ def _existing(path: str, name: str) -> Any:
     return Path(path)
 
 
-def _take_config(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Split `--config FILE` off; its values become defaults."""
-    rest, values = [], {}
+def _train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:
+    """A YAML file's values become the command line's defaults; only what both make together is checked."""
+    import tyro
+
+    arguments, path = _take_config(arguments)
+    values: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if path is not None:
+        found, where = read_yaml(path), f"config file {path!r}"
+        of_command = [name for name in option_names(TrainCommand) if name != "run"]
+        check_names(found, of_command + option_names(TrainOptions), where)
+        try:
+            values = typed_values(TrainCommand, {k: v for k, v in found.items() if k in of_command})
+            options = {k: v for k, v in found.items() if k not in of_command}
+            options = typed_values(TrainOptions, options, numbers_as_text=True)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    required = {"model": tyro.MISSING, "prompts": tyro.MISSING}
+    default = TrainCommand(**{**required, **values}, run=TrainOptions(**options))
+    command = _parse(TrainCommand, "train", arguments, default=default)
+    return command, OPCDConfig(**dataclasses.asdict(command.run))
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Split `--config FILE` off."""
+    rest, path = [], None
     words = iter(arguments)
     for word in words:
         if word == "--config" or word.startswith("--config="):
+            if path is not None:
+                raise InputError("--config is given twice; put the options into one file")
             path = word.partition("=")[2] if "=" in word else next(words, "")
             if not path:
                 raise InputError("--config needs a file")
-            values = read_yaml(path)
-            check_names(values, option_names(OPCDConfig, TrainCommand), f"config file {path!r}")
         else:
             rest.append(word)
-    return rest, values
+    return rest, path
 
 
-def _parse(kind: type, name: str, arguments: list[str], values: dict[str, Any]) -> Any:
+def _parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
     """Arguments to a command's dataclass. Raises InputError with tyro's complaint in one line."""
     import tyro
 
     flat: Any = Annotated[kind, tyro.conf.OmitArgPrefixes]
-    given: dict[str, Any] = {"prog": f"opcd {name}", "args": arguments}
-    if kind is TrainCommand:
-        options = {key: _as_typed(key, value) for key, value in values.items() if key in option_names(OPCDConfig)}
-        own = {key: value for key, value in values.items() if key not in options}
-        given["default"] = TrainCommand(
-            **{"model": tyro.MISSING, "prompts": tyro.MISSING, **own, "run": OPCDConfig(**options)}
-        )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(flat, **given)
+            return tyro.cli(flat, prog=f"opcd {name}", args=arguments, **settings)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        words = re.sub(r"[╭╮╰╯│─]+", " ", complaint.getvalue()).split("For full helptext")[0]
+        # tyro's boxes: drawn characters, or rules of dashes where the terminal is not UTF-8.
+        words = re.sub(r"[╭╮╰╯│─]+|(?<!\S)-{3,}(?!\S)", " ", complaint.getvalue()).split("For full helptext")[0]
         raise InputError(f"{name}: {' '.join(words.split())}; see `opcd {name} --help`") from stop
-
-
-def _as_typed(name: str, value: Any) -> Any:
-    """YAML reads 1e-3 as text and lists as lists; the config wants numbers and tuples."""
-    if isinstance(value, list):
-        return tuple(value)
-    kind = next(field.type for field in dataclasses.fields(OPCDConfig) if field.name == name)
-    if isinstance(value, str) and "float" in str(kind):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
 
 
 if __name__ == "__main__":

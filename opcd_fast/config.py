@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from opcd_fast.errors import InputError
@@ -85,9 +86,12 @@ class OPCDConfig:
     """Go on from the newest checkpoint in output_dir."""
 
     def __post_init__(self) -> None:
-        def positive(name: str, least: int = 1) -> None:
+        for name, value in typed_values(OPCDConfig, vars(self)).items():
+            object.__setattr__(self, name, value)  # frozen for everyone else
+
+        def at_least(name: str, least: int) -> None:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if value < least:
                 raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
 
         def one_of(name: str, *allowed: str) -> None:
@@ -97,19 +101,18 @@ class OPCDConfig:
 
         def within(name: str, low: float, high: float, open_low: bool = False) -> None:
             value = getattr(self, name)
-            good = isinstance(value, (int, float)) and (low < value if open_low else low <= value) and value <= high
-            if not good:
+            if not ((low < value if open_low else low <= value) and value <= high):  # refuses NaN too
                 start = "above" if open_low else "from"
                 raise InputError(f"{name}={value!r} must be a number {start} {low} up to {high}")
 
         for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "rollout_batch", "eval_batch"):
-            positive(name)
+            at_least(name, 1)
         for name in ("lora_rank", "eval_every", "save_every", "seed"):
-            positive(name, 0)
-        positive("keep_checkpoints")
+            at_least(name, 0)
+        at_least("keep_checkpoints", 1)
         for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha"):
             if getattr(self, name) is not None:
-                positive(name)
+                at_least(name, 1)
         within("temperature", 0, 100, open_low=True)
         within("top_p", 0, 1, open_low=True)
         if self.learning_rate is not None:
@@ -134,6 +137,49 @@ class OPCDConfig:
         return LORA_LEARNING_RATE if self.lora_rank else FULL_LEARNING_RATE
 
 
+def typed_values(cls: type, values: Mapping[str, Any], numbers_as_text: bool = False) -> dict[str, Any]:
+    """Values of `cls`'s fields in the types that these declare: lists become tuples, paths become text.
+
+    Raises InputError for every other type: `resume="false"` is true in Python, and a string is a tuple of letters.
+    With `numbers_as_text` a float may be written out, as YAML reads 1e-4.
+    """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    return {name: _typed(name, kinds[name], value, numbers_as_text) for name, value in values.items()}
+
+
+def _typed(name: str, declared: str, value: Any, numbers_as_text: bool) -> Any:
+    kind, _, none = declared.partition(" | ")
+    if value is None and none:
+        return None
+    if kind == "float" and numbers_as_text and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if name == "lora_targets":
+        value = _comma_separated(value)
+    if kind == "str" and isinstance(value, PurePath):
+        value = str(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_list = isinstance(value, (list, tuple))
+    good, wanted = {
+        "bool": (isinstance(value, bool), "True or False"),
+        "int": (is_number and isinstance(value, int), "a whole number"),
+        "float": (is_number, "a number"),
+        "str": (isinstance(value, str) and value.strip() != "", "text, and not empty"),
+        "tuple[str, ...]": (is_list and all(isinstance(v, str) and v for v in value), "a list of texts: ['<end>']"),
+    }[kind]
+    if not good:
+        raise InputError(f"{name}={value!r:.80} must be {wanted}{' (or None)' if none else ''}")
+    return tuple(value) if is_list else value
+
+
+def _comma_separated(value: Any) -> Any:
+    """["q_proj", "v_proj"] and "q_proj, v_proj" as "q_proj,v_proj"; anything else as it is."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return value
+    return ",".join(name.strip() for name in names if name.strip())
+
+
 def check_names(values: Mapping[str, Any], allowed: list[str], where: str) -> None:
     """Raises InputError for a name that is not an option, with the closest one that is."""
     for name in values:
@@ -151,9 +197,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"config file {str(path)!r} does not exist")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         raise InputError(f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:  # an empty file
+        return {}
     if not isinstance(values, dict):
         raise InputError(f"config file {str(path)!r} must hold `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in values.items()}

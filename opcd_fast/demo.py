@@ -35,7 +35,10 @@ MARKER = "opcd-demo"  # a folder with this file is a demo's own and may be repla
 
 
 def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: int = 128, seed: int = 0) -> bool:
-    """Train, measure, print and save; True when the form moved in (student >= 90 %, base <= 10 %).
+    """Train, measure, print and save; True when the form moved in.
+
+    That is: at least 90 % of the sampled answers have it for base + context and for the student alone, and at most
+    10 % for the base alone.
 
     Writes report.json, kl.png, and the run itself (adapter in run/final) under `output_dir`.
     Raises InputError: the packaged model is missing, or the folder is not a demo's.
@@ -58,19 +61,21 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
     )
     if samples < 1:
         raise InputError(f"samples={samples} must be at least 1")
-    _make_room(root)
+    _check_room(root)
     print("Loading SmolLM2-135M-Instruct (converted once, about half a minute the first time) ...", flush=True)
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    if root.exists():
+        shutil.rmtree(root)  # an earlier demo, kept until everything needed for a new one is there
     trainer = OPCDTrainer(
         model, tokenizer, DATA / "turns.json", DATA / "train_prompts.jsonl", config,
         eval_prompts=DATA / "eval_prompts.jsonl",
     )  # fmt: skip
     write_text(root / MARKER, "Written by `opcd demo`, which replaces this folder.\n")
-    rows = trainer.eval_rows
+    rows = trainer.held_out_rows
     questions = [json.loads(line)["prompt"] for line in (DATA / "eval_prompts.jsonl").read_text().splitlines()]
     per_question = -(-samples // len(rows))
-    without = [row.student_ids for row in rows] * per_question
-    within = [(*trainer.prefixes[row.context_index], *row.teacher_ids) for row in rows] * per_question
+    without = ([row.student_ids for row in rows] * per_question)[:samples]
+    within = ([(*trainer.prefixes[row.context_index], *row.teacher_ids) for row in rows] * per_question)[:samples]
 
     print(f"Base model: {len(without)} held-out answers with the six turns in front, and without ...", flush=True)
     with trainer.base_weights():
@@ -125,11 +130,12 @@ def _report(
             "with context": statistics.mean(map(len, within)),
             "without": statistics.mean(map(len, without)),
         },
-        "held_out_questions": len(rows),
+        "held_out_questions": min(len(rows), len(without)),
         "temperature": TEMPERATURE,
         "steps": result.steps,
         "seconds": {"training": result.seconds, "in all": seconds},
-        "moved_in": rates["student alone"]["rate"] >= 0.9 and rates["base alone"]["rate"] <= 0.1,
+        "moved_in": min(rates["student alone"]["rate"], rates["base + context"]["rate"]) >= 0.9
+        and rates["base alone"]["rate"] <= 0.1,
     }
 
 
@@ -165,13 +171,13 @@ def _show(report: dict[str, Any], questions: list[str], answers: dict[str, list[
     if report["moved_in"]:
         console.print("The context is in the weights: the student answers in the form without being shown it.")
     else:
-        console.print("The form did NOT move in as far as it should (student >= 90 %, base <= 10 %).")
+        console.print("The form did NOT move in as it should (base + context and student >= 90 %, base <= 10 %).")
     with contextlib.suppress(OSError):
         console.file.flush()
 
 
-def _make_room(root: Path) -> None:
-    if root.exists() and any(root.iterdir()):
-        if not (root / MARKER).is_file():
-            raise InputError(f"output_dir={str(root)!r} holds files that are not a demo's; choose another folder")
-        shutil.rmtree(root)
+def _check_room(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise InputError(f"output_dir={str(root)!r} is a file; choose a folder")
+    if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
+        raise InputError(f"output_dir={str(root)!r} holds files that are not a demo's; choose another folder")

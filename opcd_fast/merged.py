@@ -38,12 +38,14 @@ class MergedCopy:
     @staticmethod
     def supports(model: Any) -> bool:
         """True for a PEFT model whose only adapters are plain LoRA (no DoRA, no bias) on nn.Linear layers."""
-        if not hasattr(model, "peft_config"):
+        if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
             return False
         configs = list(model.peft_config.values())
         if any(str(getattr(c.peft_type, "value", c.peft_type)) != "LORA" for c in configs) or len(configs) != 1:
             return False
-        if configs[0].use_dora or configs[0].bias != "none" or configs[0].modules_to_save:
+        # Variants whose effect is more than W + scale * B A.
+        names = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "alora_invocation_tokens")
+        if configs[0].bias != "none" or any(getattr(configs[0], name, None) for name in names):
             return False
         layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
         return bool(layers) and all(_is_lora(layer) for layer in layers)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,22 @@ def cache_dir() -> Path:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is the GPU where there is one. Raises InputError for a device that is not there."""
+    """`auto` is the GPU where there is one; `cuda:N` becomes the current device. Raises InputError for any other."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device={device!r} is not a device; use 'auto', 'cpu' or 'cuda'") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"device={device!r} is not available; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise InputError(f"device={device!r}, but torch sees no GPU; use device='cpu'")
+    if device == "cuda":
+        return torch.device("cuda")
+    index, count = int(device.partition(":")[2]), torch.cuda.device_count()
+    if index >= count:
+        raise InputError(f"device={device!r}, but torch sees {count} GPU{'s' * (count > 1)}; use 'cuda:{count - 1}'")
+    picked = torch.device("cuda", index)
+    torch.cuda.set_device(picked)  # Triton launches and timers go to the current device
     return picked
 
 
@@ -64,52 +74,110 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Any:
-    """A causal language model in eval mode.
+def load_model(name: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> Any:
+    """A causal language model in eval mode; an adapter comes as a PEFT model around its base.
 
     Args:
         name: a folder written by `save_pretrained` (full model or PEFT adapter), a hub id, or "smollm2".
         dtype: "auto" | "float32" | "bfloat16" | "float16", see `pick_dtype`.
         device: "auto" | "cpu" | "cuda" | "cuda:N".
     Raises:
-        InputError: nothing can be loaded under that name.
+        InputError: nothing can be loaded under that name, what is there is damaged or incomplete, or quantised.
     """
-    from transformers import AutoModelForCausalLM
-
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     folder = resolve(name)
-    if (Path(folder) / "adapter_config.json").is_file():
-        from peft import PeftModel
-
-        base_name = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base = load_model(base_name, dtype=dtype, device=device)
-        return PeftModel.from_pretrained(base, folder).eval()
+    base_name = _base_of_adapter(folder)
+    if base_name is None:
+        return _load_whole(os.fspath(name), kind).to(place)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    model = model.to(place).eval()
+        base_folder = resolve(base_name)
+    except InputError as error:
+        raise InputError(f"adapter {folder!r}: its base, named in adapter_config.json: {error}") from error
+    if _base_of_adapter(base_folder) is not None:
+        raise InputError(f"adapter {folder!r} sits on another adapter, {base_name!r}; merge that one into its base")
+    base = _load_whole(base_name, kind).to(place)
+    from peft import PeftModel
+
+    with _reading("adapter", folder):
+        return PeftModel.from_pretrained(base, folder).eval()
+
+
+def _load_whole(name: str, dtype: torch.dtype) -> Any:
+    """A model that is no adapter, on the CPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = resolve(name)
+    with _reading("model", name):
+        refuse_unsupported(AutoConfig.from_pretrained(folder), name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, report = loaded
+    # The library draws these at random, with a warning.
+    bad = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    if bad:
+        raise InputError(
+            f"model {name!r}: its weights do not fit its config.json: {bad[0]!r} and {len(bad) - 1} more are missing "
+            "or of another shape; save it again, or correct the file"
+        )
     model.name_or_path = model.config._name_or_path = name  # an adapter saved later names what the user named
-    return model
+    return model.eval()
 
 
-def load_tokenizer(name: str) -> Any:
+def refuse_unsupported(model: Any, name: str = "model") -> None:
+    """Raises InputError for a model (or its config) whose weights are not plain tensors on one device."""
+    if getattr(getattr(model, "config", model), "quantization_config", None) is not None:
+        raise InputError(f"model {name!r} is quantised; give its float32, float16 or bfloat16 weights")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise InputError(f"model {name!r} is spread over devices by device_map; load it on one")
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
     """The tokenizer that belongs to `name` (same names as `load_model`). Raises InputError."""
     from transformers import AutoTokenizer
 
     folder = resolve(name)
-    adapter = Path(folder) / "adapter_config.json"
-    if adapter.is_file() and not (Path(folder) / "tokenizer_config.json").is_file():
-        return load_tokenizer(json.loads(adapter.read_text())["base_model_name_or_path"])
-    try:
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        base_name = _base_of_adapter(folder)
+        if base_name is not None:
+            folder = resolve(base_name)
+    with _reading("tokenizer of", os.fspath(name)):
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
 
 
-def resolve(name: str) -> str:
-    """Folder (or hub id) behind a model name; converts the packaged SmolLM2 on its first use."""
+def _base_of_adapter(folder: str) -> str | None:
+    """Name of the base model when `folder` (or hub id) is a PEFT adapter, else None. Raises InputError."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with _reading("model", folder):
+        found = find_adapter_config_file(folder)
+    if found is None:
+        return None
+    with _reading("adapter", folder):
+        settings = json.loads(Path(found).read_text(encoding="utf-8"))
+    name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(name, str) or not name:
+        raise InputError(f"adapter {folder!r} does not name its base: set base_model_name_or_path in {found!r}")
+    return name
+
+
+@contextlib.contextmanager
+def _reading(what: str, name: str) -> Iterator[None]:
+    """Whatever a library raises over files that the user named is about these files: one line, the cause kept."""
+    try:
+        yield
+    except (InputError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{what} {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def resolve(name: str | os.PathLike[str]) -> str:
+    """Folder (or hub id) behind a model name; converts the packaged SmolLM2 on its first use. Raises InputError."""
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise InputError(f"model={name!r} is not a name; give a folder, a hub id or {SMOLLM2!r}")
+    name = os.fspath(name)
     if name == SMOLLM2:
         return str(_smollm2_folder())
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
@@ -127,7 +195,8 @@ def same_tokenizer(a: Any, b: Any) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())
 
 
 def _smollm2_folder() -> Path:

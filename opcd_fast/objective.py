@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,11 +57,12 @@ def context_kl(
             student, batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student
         )  # (N, D_s)
     with watch("loss"):
+        head_s, head_t = _same_vocabulary(LMHead.from_model(student), teacher.head)
         return fused_linear_reverse_kl(
             h_s.to(compute_dtype),
-            _cast(LMHead.from_model(student), compute_dtype),
+            _cast(head_s, compute_dtype),
             h_t.to(compute_dtype),
-            _cast(teacher.head, compute_dtype),
+            _cast(head_t, compute_dtype),
             token_weights=batch.token_weights,
             temperature=temperature,
             denominator=denominator,
@@ -70,9 +72,22 @@ def context_kl(
         )
 
 
+def _same_vocabulary(student: LMHead, teacher: LMHead) -> tuple[LMHead, LMHead]:
+    """Both heads over the same tokens: where one has more rows, the extra ones are padding.
+
+    Models of one family pad the vocabulary of one tokenizer to different multiples (Qwen2.5: 151936 rows at 0.5B,
+    152064 at 7B). The models share a tokenizer, so rows beyond the shorter head cannot be its tokens, and the
+    distributions compared are those over the rows that both have. That they share it is for the caller to know:
+    sizes alone cannot tell padding from another tokenizer.
+    """
+    if student.valid_size == teacher.valid_size:
+        return student, teacher
+    size = min(student.valid_size, teacher.valid_size)
+    return replace(student, vocab_size=size), replace(teacher, vocab_size=size)
+
+
 def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
     """Heads of fp32 master weights in the compute type, so that both sides run the same matrix product."""
     if head.weight.dtype == dtype:
         return head
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return LMHead(head.weight.to(dtype), bias, head.scale, head.softcap, head.vocab_size, head.group)
+    return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))

@@ -9,7 +9,7 @@ else is assumed about where the context ends.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -60,6 +60,8 @@ def read_context(context: str | Path | Sequence[Message]) -> Context:
         if not context.strip():
             raise InputError("context is empty; give the text, chat turns or file that the teacher shall see")
         return context
+    if not isinstance(context, (list, tuple)):
+        raise InputError(f"context is a {type(context).__name__}; give text, a file, or a list of messages")
     return _checked_messages(list(context), "context")
 
 
@@ -72,6 +74,8 @@ def read_prompts(prompts: str | Path | Iterable[Any], name: str = "prompts") -> 
     """
     if isinstance(prompts, (str, Path)):
         rows = _jsonl_rows(Path(prompts), name)
+    elif not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, bytes)):
+        raise InputError(f"{name} is a {type(prompts).__name__}; give a JSONL file or a list of prompts")
     else:
         rows = [(f"{name}[{index}]", row) for index, row in enumerate(prompts)]
     if not rows:
@@ -194,6 +198,11 @@ def _context_from_file(path: Path) -> Context:
         except json.JSONDecodeError as error:
             raise InputError(f"context file {str(path)!r} is not valid JSON: {error}") from error
         messages = value.get("messages") if isinstance(value, dict) else value
+        if not isinstance(messages, list):
+            raise InputError(
+                f"context file {str(path)!r} must hold a list of messages or {{'messages': [...]}}, "
+                f"not a {type(value).__name__}; plain text belongs in a .txt file"
+            )
         return _checked_messages(messages, f"context file {str(path)!r}")
     return text
 
@@ -203,7 +212,8 @@ def _jsonl_rows(path: Path, name: str) -> list[tuple[str, Any]]:
         raise InputError(f"{name} file {str(path)!r} does not exist")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON text may hold U+2028 and others that Python takes for line ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name} file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -226,6 +236,8 @@ def _prompt_from_row(row: Any, where: str) -> Prompt:
             raise InputError(f"{where} has no column 'prompt' (found: {', '.join(map(repr, row)) or 'nothing'})")
         raw = row.get("privileged_context")
         if raw is not None:
+            if isinstance(raw, str) and not raw.strip():
+                raise InputError(f"{where} has an empty privileged_context; fill it or remove the column")
             own = raw if isinstance(raw, str) else _checked_messages(raw, f"{where} privileged_context")
         row = row["prompt"]
     if isinstance(row, str):

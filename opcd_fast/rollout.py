@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from opcd_fast import transformers_seam as seam
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
+from opcd_fast.seeds import seeded
 from opcd_fast.token_prefix import common_prefix_length
 
 MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
@@ -56,16 +59,24 @@ class TransformersRollout:
         max_batch: sequences generated at once.
         merge_adapter: generate with a copy that has the LoRA adapter folded in (a second copy of the adapted
             weights, about twice as fast on a CPU). None: on the CPU when the adapter allows it.
+        vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
     """
 
     def __init__(
-        self, model: Any, *, stop_token_ids: Sequence[int], max_batch: int = 64, merge_adapter: bool | None = None
+        self,
+        model: Any,
+        *,
+        stop_token_ids: Sequence[int],
+        max_batch: int = 64,
+        merge_adapter: bool | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         if not stop_token_ids:
             raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
         self.model = model
         self.stop_token_ids = tuple(stop_token_ids)
         self.max_batch = max_batch
+        self.vocab_size = vocab_size
         can_merge = MergedCopy.supports(model)
         if merge_adapter and not can_merge:
             raise InputError("merge_adapter=True needs plain LoRA on linear layers; use None or False")
@@ -88,7 +99,7 @@ class TransformersRollout:
         was_training = model.training
         model.eval()
         try:
-            with _seeded(seed, next(model.parameters()).device):
+            with seeded(seed, next(model.parameters()).device), _own_generation_settings(model):
                 done: list[Completion] = []
                 for start in range(0, len(prompts), self.max_batch):
                     part = prompts[start : start + self.max_batch]
@@ -106,7 +117,7 @@ class TransformersRollout:
         shared = self._shared_length(model, prompts)
         ids, mask = _left_padded(prompts, shared, self.stop_token_ids[0])
         ids, mask = ids.to(device), mask.to(device)
-        recorder = _Sampler(temperature, top_p)
+        recorder = _Sampler(temperature, top_p, self.vocab_size)
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -118,6 +129,7 @@ class TransformersRollout:
                 eos_token_id=list(self.stop_token_ids),
                 pad_token_id=self.stop_token_ids[0],
                 bos_token_id=None,
+                use_cache=True,
             ),
         )
         new = output[:, ids.shape[1] :]
@@ -133,11 +145,12 @@ class TransformersRollout:
 
     @staticmethod
     def _shared_length(model: Any, prompts: Sequence[Sequence[int]]) -> int:
-        """Tokens to run once for the batch. 0 where padding after a prefix would be wrong (windowed layers)."""
+        """Tokens to run once for the batch. 0 where padding between a prefix and the rest could be wrong: windowed
+        layers count slots, not positions, and so do architectures whose positions are not rotary."""
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
-        if windowed or len(prompts) < 2 or model.config.is_encoder_decoder:
+        if windowed or len(prompts) < 2 or seam.refuses_packing(seam.body_of(model)) is not None:
             return 0
         length = common_prefix_length(prompts)
         return length if length >= MIN_SHARED_PREFIX else 0
@@ -162,7 +175,7 @@ class _Sampler:
     The token drawn at a step is known at the next call, so one step's scores are held, never all of them.
     """
 
-    def __init__(self, temperature: float, top_p: float) -> None:
+    def __init__(self, temperature: float, top_p: float, vocab_size: int | None) -> None:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
         self._warpers = LogitsProcessorList()
@@ -170,13 +183,17 @@ class _Sampler:
             self._warpers.append(TemperatureLogitsWarper(float(temperature)))
         if top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(top_p))
+        self._vocab_size = vocab_size
         self._held: Tensor | None = None
         self._drawn: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if self._held is not None:
             self._drawn.append(_logprob(self._held, input_ids[:, -1]))
-        self._held = self._warpers(input_ids, scores.float())
+        scores = scores.float()
+        if self._vocab_size is not None:
+            scores[:, self._vocab_size :] = -torch.inf
+        self._held = self._warpers(input_ids, scores)
         return self._held
 
     def logprobs(self, tokens: Tensor) -> Tensor:
@@ -187,6 +204,21 @@ class _Sampler:
 
 def _logprob(scores: Tensor, tokens: Tensor) -> Tensor:
     return scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)
+
+
+@contextmanager
+def _own_generation_settings(model: Any) -> Iterator[None]:
+    """Keep the model's generation_config out: transformers would fill in every setting that a call leaves open, and
+    chat models ship temperatures, penalties and beams. The answers must come from the distribution that is scored."""
+    from transformers import GenerationConfig
+
+    owner: Any = seam.causal_lm(model)
+    kept = owner.generation_config
+    owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = kept
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], shared: int, pad: int) -> tuple[Tensor, Tensor]:
@@ -210,18 +242,3 @@ def _prefilled(model: Any, prefix_ids: Tensor, batch: int) -> Any:
     model(input_ids=prefix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(batch)
     return cache
-
-
-class _seeded:
-    """Random draws inside depend on `seed` alone, and those outside are left as if nothing had happened."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
-        self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +20,8 @@ from opcd_fast.errors import InputError
 class RunFolder:
     """The folder `output_dir`. Nothing is written before `start`.
 
-    Raises InputError: the folder holds another run (without resume), or none to go on with (with resume).
+    A run that stopped before its first checkpoint has nothing to lose and is started over.
+    Raises InputError: the folder holds a run with a checkpoint (without resume), or none (with resume).
     """
 
     def __init__(self, path: str | Path, resume: bool) -> None:
@@ -26,13 +29,26 @@ class RunFolder:
         self.resume = resume
         self._metrics = self.path / "metrics.jsonl"
         self._checkpoints = self.path / "checkpoints"
-        if not resume and (self._metrics.exists() or self._checkpoints.exists()):
+        found = bool(checkpoint.list_checkpoints(self._checkpoints))
+        if not resume and (found or (self.path / "final").exists()):
             raise InputError(f"output_dir={str(path)!r} already holds a run; use resume, or choose another folder")
-        if resume and not checkpoint.list_checkpoints(self._checkpoints):
+        if resume and not found:
             raise InputError(f"resume: no checkpoint in {str(path)!r}; start without resume")
 
     def start(self, config: Mapping[str, Any]) -> None:
+        if checkpoint.list_checkpoints(self._checkpoints):
+            raise InputError(f"output_dir={str(self.path)!r} holds the run of an earlier train(); make a new trainer")
+        self.clear_leftovers()
+        for name in ("metrics.jsonl", "eval_fixed.json"):
+            (self.path / name).unlink(missing_ok=True)
         checkpoint.write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
+
+    def clear_leftovers(self) -> None:
+        """Remove what a killed run was writing."""
+        for folder in (self.path, self._checkpoints):
+            for scratch in folder.glob(".*"):
+                if scratch.name.startswith((".step-", ".final.", ".config.json.", ".metrics.", ".eval_fixed.")):
+                    shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
 
     def log(self, record: Mapping[str, Any]) -> None:
         try:
@@ -62,11 +78,19 @@ class RunFolder:
                     f"resume: {name} differs from the run in {str(self.path)!r} ({before!r} there, {value!r} now); "
                     "use the same settings or another output_dir"
                 )
-        lines = self._metrics.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-        kept = [record for record in records if record["step"] <= state["step"]]
+        self.clear_leftovers()
+        kept = [record for record in self._records() if record["step"] <= state["step"]]
         checkpoint.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return state["step"], weights, optimizer, kept
+
+    def _records(self) -> list[dict[str, Any]]:
+        """Whole lines; a killed run may leave half of one at the end."""
+        records = []
+        lines = self._metrics.read_text(encoding="utf-8").split("\n") if self._metrics.is_file() else []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
 
     def read_samples(self) -> list[Sample] | None:
         """The held-out sequences of the run being resumed, or None."""

@@ -12,7 +12,7 @@ use.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,9 @@ class ContextTeacher:
     adapter: "disabled" runs a PEFT model without its adapters, "active" as they are.
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
-    The context's cache is built at first use and rebuilt when a parameter it was computed from was changed in
-    place, the model's dtype or device changed or, with adapter="active", the adapters' state changed. Changes
-    that torch does not count (through `.data`) need `invalidate()`.
+    A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
+    were computed from was changed in place, the model's dtype or device changed or, with adapter="active", the
+    adapters' state changed. Changes that torch does not count (through `.data`) need `invalidate()`.
 
     Raises ValueError for malformed arguments, and for path="merge" on an architecture that refuses it.
     """
@@ -59,7 +59,7 @@ class ContextTeacher:
             seam.refuse_virtual_tokens(model)
         self._adapter = adapter
         self._contexts = _as_contexts(contexts, seam.embedding_rows(self._body))
-        self._prefixes: list[SharedPrefix] | None = None
+        self._prefixes: dict[int, SharedPrefix] = {}  # by context; only those that were asked for
         self._built_with: tuple[Any, ...] = ()
         self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
 
@@ -104,9 +104,11 @@ class ContextTeacher:
 
     @property
     def prefixes(self) -> list[SharedPrefix]:
-        """The contexts as the model read them, in the order given; built if need be. No KV on "concat"."""
+        """All contexts as the model read them, in the order given; built if need be. No KV on "concat"."""
+        every = range(len(self._contexts))
         with self._scoring():
-            return self._current_prefixes()
+            built = self._prefixes_of(every)
+        return [built[index] for index in every]
 
     def explain(self) -> str:
         """Which path runs, why, and what the contexts occupy."""
@@ -117,18 +119,19 @@ class ContextTeacher:
             f"contexts: {len(self._contexts)} of {sizes} tokens; adapter: {self._adapter}",
         ]
         if path == "merge":
-            if self._prefixes is None:
+            if not self._prefixes:
                 lines.append("prefix KV: not built yet")
             else:
-                total = sum(prefix.nbytes for prefix in self._prefixes)
-                lines.append(f"prefix KV: {total / 2**20:.1f} MiB, read by every sequence of a batch of any size")
+                total = sum(prefix.nbytes for prefix in self._prefixes.values())
+                built = f"{len(self._prefixes)} of {len(self._contexts)} contexts built"
+                lines.append(f"prefix KV: {total / 2**20:.1f} MiB ({built}), read by a batch of any size")
         else:
             lines.append("the context is read again for every sequence")
         return "\n".join(lines)
 
     def invalidate(self) -> None:
         """Forget what was computed from the weights; the next use reads the contexts again."""
-        self._prefixes = None
+        self._prefixes = {}
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, context_index: Any = None
@@ -193,7 +196,7 @@ class ContextTeacher:
         ids = input_ids.to(device)
         with self._scoring():
             if path == "merge":
-                hidden = merge_forward(self._body, self._current_prefixes(), ids, row, index)
+                hidden = merge_forward(self._body, self._prefixes_of(index), ids, row, index)
             else:
                 hidden = concat_forward(self._body, self._contexts, ids, row, index)
         return hidden if select is None else hidden.index_select(0, select.to(device))
@@ -207,12 +210,15 @@ class ContextTeacher:
                 stack.enter_context(seam.without_adapters(self.model))
             yield
 
-    def _current_prefixes(self) -> list[SharedPrefix]:
+    def _prefixes_of(self, wanted: Iterable[int]) -> dict[int, SharedPrefix]:
+        """Prefixes by context: those `wanted`, built where missing, among all that the present weights built."""
         state = self._state()
-        if self._prefixes is None or state != self._built_with:
-            keep_kv = self.path == "merge"
-            self._prefixes = [SharedPrefix.build(self.model, ids, keep_kv=keep_kv) for ids in self._contexts]
-            self._built_with = state
+        if state != self._built_with:
+            self._prefixes, self._built_with = {}, state
+        # Only what this call reads: one sequence among a thousand contexts must not wait for a thousand forwards.
+        for index in sorted(set(wanted) - self._prefixes.keys()):
+            ids = self._contexts[index]
+            self._prefixes[index] = SharedPrefix.build(self.model, ids, keep_kv=self.path == "merge")
         return self._prefixes
 
     def _state(self) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,9 +18,12 @@ _TOLERANCE_HALF = 0.05  # relative RMS; a missing or wrong key gives differences
 
 
 def merge_forward(
-    body: nn.Module, prefixes: Sequence[SharedPrefix], input_ids: Tensor, row: PackedRow, index: Sequence[int]
+    body: nn.Module, prefixes: Mapping[int, SharedPrefix], input_ids: Tensor, row: PackedRow, index: Sequence[int]
 ) -> Tensor:
-    """Packed ids (N,) after their prefixes -> (N, D). RuntimeError if a layer did not use its prefix."""
+    """Packed ids (N,) after their prefixes -> (N, D). RuntimeError if a layer did not use its prefix.
+
+    prefixes: by context, at least those that `index` (B,) names.
+    """
     order = sorted(range(len(index)), key=lambda sequence: index[sequence])
     back: Tensor | None = None
     if order != list(range(len(index))):
@@ -43,7 +46,7 @@ def merge_forward(
 
 
 def _grouped(
-    row: PackedRow, order: list[int], index: list[int], prefixes: Sequence[SharedPrefix]
+    row: PackedRow, order: list[int], index: list[int], prefixes: Mapping[int, SharedPrefix]
 ) -> tuple[PackedRow, list[SharedPrefix]]:
     """The row with its sequences in `order` and its groups of equal `index`; and each group's prefix."""
     lengths = tuple(row.lengths[s] for s in order)
@@ -105,7 +108,7 @@ def verify(body: nn.Module) -> tuple[str, bool]:
         for kind in dict.fromkeys((torch.float32, dtype)):
             twin = twin.to(kind)
             with _full_precision(device):
-                prefixes = [SharedPrefix.build(twin, context) for context in contexts]
+                prefixes = {i: SharedPrefix.build(twin, context) for i, context in enumerate(contexts)}
                 merged = merge_forward(twin, prefixes, ids, row, index).double()
                 oracle = concat_forward(twin, contexts, ids, row, index).double()
             if kind == torch.float32:

@@ -8,7 +8,6 @@ keeps records.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
@@ -22,22 +21,27 @@ import torch
 
 from opcd_fast import checkpoint
 from opcd_fast.batch import Sample, micro_batches, pack
-from opcd_fast.config import OPCDConfig
+from opcd_fast.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.evaluate import divergence, samples_of
-from opcd_fast.models import pick_device, pick_dtype, same_tokenizer
+from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
+from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
+from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress
 from opcd_fast.prompts import Message, RenderedPrompt, adapt_to_tokenizer, read_context, read_prompts, render
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.run_folder import RunFolder
-from opcd_fast.seeds import digest, stream_seed
+from opcd_fast.seeds import digest, seeded, stream_seed
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
 
 # Settings that may change between a run and its continuation without changing the steps already made.
-FREE_ON_RESUME = ("output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device")
+FREE_ON_RESUME = (
+    "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
+    "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend",
+)  # fmt: skip
 
 
 @dataclass
@@ -60,7 +64,7 @@ class OPCDTrainer:
         context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
         prompts: JSONL file, or a list of strings, messages or rows (see `opcd_fast.prompts.read_prompts`).
         config: settings, see OPCDConfig.
-        teacher_model: another model as the teacher (same tokenizer). None: the student's initial weights.
+        teacher_model: another model as the teacher (same tokenizer). None: the model as it is now, without its adapter.
         eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
         teacher_tokenizer: checked against `tokenizer` when given.
         callbacks: called as `callback(record)` with each step's record.
@@ -89,35 +93,44 @@ class OPCDTrainer:
         self.quiet = quiet
         self.device = pick_device(config.device)
         self.folder = RunFolder(config.output_dir, config.resume)
-        if teacher_tokenizer is not None and not same_tokenizer(tokenizer, teacher_tokenizer):
-            raise InputError("student and teacher have different tokenizers; distillation needs the same token ids")
-
         read = [read_prompts(prompts)]
         if eval_prompts is not None:
             read.append(read_prompts(eval_prompts, "eval_prompts"))
         groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
         rendered, self.prefixes = render(tokenizer, groups, None if context is None else read_context(context))
         self.train_rows = rendered[0].rows
-        self.eval_rows = rendered[1].rows[: config.eval_batch] if len(rendered) > 1 else ()
-        self._check_lengths(model, teacher_model)
+        self.held_out_rows = rendered[1].rows if len(rendered) > 1 else ()
+        self.eval_rows = self.held_out_rows[: config.eval_batch]
+        everything, windows = (*self.train_rows, *self.held_out_rows), (_window(model), _window(teacher_model or model))
+        check_lengths(everything, self.prefixes, config.max_new_tokens, *windows)
 
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
-        self.model, teacher = self._student_and_teacher(model, teacher_model)
+        self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
+        self.model, teacher = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype)
+        vocab_size = shared_vocabulary(self.model, teacher, tokenizer, teacher_tokenizer)
         same_weights = teacher is self.model
-        self.teacher = ContextTeacher(
-            teacher,
-            [torch.tensor(prefix, dtype=torch.int64) for prefix in self.prefixes],
-            path=config.teacher_path,
-            adapter="disabled" if same_weights else "active",
-        )
+        self._adapter = "disabled" if same_weights else "active"
+        try:
+            self.teacher = ContextTeacher(
+                teacher,
+                [torch.tensor(prefix, dtype=torch.int64) for prefix in self.prefixes],
+                path=config.teacher_path,
+                adapter=self._adapter,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
         self.rollout = TransformersRollout(
-            self.model, stop_token_ids=stop_ids, max_batch=config.rollout_batch, merge_adapter=config.merge_for_rollout
+            self.model,
+            stop_token_ids=stop_ids,
+            max_batch=config.rollout_batch,
+            merge_adapter=config.merge_for_rollout,
+            vocab_size=vocab_size,
         )
         self.teacher_rollout = TransformersRollout(
-            teacher, stop_token_ids=stop_ids, max_batch=config.rollout_batch, merge_adapter=False
+            teacher, stop_token_ids=stop_ids, max_batch=config.rollout_batch, merge_adapter=False, vocab_size=vocab_size
         )
-        # `with trainer.base_weights():` the model is the teacher, so that it can write with the context in front.
+        # `with trainer.base_weights():` teacher_rollout answers as the teacher does, context or not.
         self.base_weights = self.model.disable_adapter if same_weights else nullcontext
 
         self.accelerator = _accelerator(self.device, self.compute_dtype)
@@ -125,7 +138,7 @@ class OPCDTrainer:
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
                 self.parameters.values(),
-                lr=config.effective_learning_rate,
+                lr=config.learning_rate or (LORA_LEARNING_RATE if is_peft(self.model) else FULL_LEARNING_RATE),
                 weight_decay=config.weight_decay,
                 fused=self.device.type == "cuda",
             )
@@ -138,11 +151,11 @@ class OPCDTrainer:
         config, started = self.config, time.perf_counter()
         first, result = self._start_or_resume()
         fixed = self._fixed_sequences()
-        if first == 0:
-            self._evaluate(0, fixed, result)
         progress = Progress(config.steps, first, self.quiet)
-        self.model.train()
         try:
+            if first == 0:
+                self._evaluate(0, fixed, result, progress)
+            self.model.train()
             for step in range(first, config.steps):
                 watch = Stopwatch(self.device)
                 rows = self._prompts_of(step)
@@ -156,36 +169,35 @@ class OPCDTrainer:
                 loss, statistics = 0.0, []
                 denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
                 self.optimizer.zero_grad(set_to_none=True)
-                for group in micro_batches(samples, config.micro_batch_tokens):
-                    batch = pack(group, normalize=config.normalize).to(self.device)
-                    part, stats = context_kl(  # teacher with context, student without, exact reverse KL
-                        batch,
-                        self.model,
-                        self.teacher,
-                        denominator=denominator,
-                        stopwatch=watch,
-                        autocast=self.accelerator.autocast,
-                        **self._loss_options(),
-                    )
-                    with watch("backward"):
-                        self.accelerator.backward(part)
-                    loss += float(part.detach())
-                    statistics.append(stats)
-                self._check_loss(loss, step)
+                with seeded(stream_seed(config.seed, "dropout", step), self.device):
+                    for group in micro_batches(samples, config.micro_batch_tokens):
+                        part, stats = context_kl(  # teacher with context, student without, exact reverse KL
+                            pack(group, normalize=config.normalize).to(self.device),
+                            self.model,
+                            self.teacher,
+                            denominator=denominator,
+                            stopwatch=watch,
+                            **self._loss_options(),
+                        )
+                        with watch("backward"):
+                            self.accelerator.backward(part)
+                        loss += float(part.detach())
+                        statistics.append(stats)
 
                 with watch("optimizer"):
                     limit = config.max_grad_norm or math.inf
-                    norm = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
+                    norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
+                    _check_finite(step + 1, loss, norm)  # before the weights are touched
                     self.optimizer.step()
 
-                record = step_record(step + 1, loss, float(norm), samples, answers, statistics, watch.seconds)
+                record = step_record(step + 1, loss, norm, samples, answers, statistics, watch.seconds)
                 self._log(record, result.history)
                 progress.step(loss, record["tokens_per_second"])
                 last = step + 1 == config.steps
-                if last or (config.save_every and (step + 1) % config.save_every == 0):
-                    self._save_checkpoint(step + 1)
                 if config.eval_every and (last or (step + 1) % config.eval_every == 0):
                     self._evaluate(step + 1, fixed, result, progress)
+                if last or (config.save_every and (step + 1) % config.save_every == 0):
+                    self._save_checkpoint(step + 1)  # after the evaluation: a checkpoint has all records up to it
         finally:
             progress.close()
             self.model.eval()
@@ -204,73 +216,6 @@ class OPCDTrainer:
             self.tokenizer.save_pretrained(folder)
 
         checkpoint.write_folder(Path(path), fill)
-
-    # ------------------------------------------------------------------------------------------ preparation
-
-    def _student_and_teacher(self, model: Any, teacher_model: Any) -> tuple[Any, Any]:
-        """The model to train and the one that reads the context; the same object when an adapter tells them apart."""
-        config = self.config
-        model = model.to(device=self.device, dtype=self.compute_dtype)
-        has_adapter = hasattr(model, "peft_config")
-        if has_adapter and config.lora_rank:
-            raise InputError("model already carries an adapter; set lora_rank=0 to train that one")
-        if config.lora_rank:
-            teacher, student = None, self._with_adapter(model)
-        elif has_adapter:
-            teacher, student = None, model
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.requires_grad_(True)
-        else:
-            teacher = teacher_model or copy.deepcopy(model)
-            student = model.float().requires_grad_(True)  # fp32 master weights; the forward runs under autocast
-        if teacher_model is not None:
-            teacher = teacher_model.to(device=self.device)
-        if teacher is not None:
-            teacher.requires_grad_(False).eval()
-        if config.gradient_checkpointing:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return student, student if teacher is None else teacher
-
-    def _with_adapter(self, model: Any) -> Any:
-        from peft import LoraConfig, get_peft_model
-
-        config = self.config
-        targets: str | list[str] = config.lora_targets
-        if targets != "all-linear":
-            targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(config.seed, "adapter", 0))
-            try:
-                return get_peft_model(model, lora)
-            except ValueError as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(f"lora_targets={config.lora_targets!r} does not fit this model: {reason}") from error
-
-    def _check_lengths(self, model: Any, teacher_model: Any) -> None:
-        """Nothing is ever truncated: what does not fit a model's window is refused, with the counts."""
-        limit, new = _window(model), self.config.max_new_tokens
-        teacher_limit = _window(teacher_model or model)
-        for row in (*self.train_rows, *self.eval_rows):
-            prefix, prompt = len(self.prefixes[row.context_index]), len(row.teacher_ids)
-            excess = prefix + prompt + new - teacher_limit
-            if len(row.student_ids) + new > limit:
-                raise InputError(
-                    f"prompt of {len(row.student_ids)} tokens plus max_new_tokens={new} exceeds the model's window "
-                    f"of {limit} by {len(row.student_ids) + new - limit}; shorten the prompt or max_new_tokens"
-                )
-            if excess > 0:
-                raise InputError(
-                    f"context and prompt of {prefix + prompt} tokens (shared prefix {prefix}) plus "
-                    f"max_new_tokens={new} exceed the teacher's window of {teacher_limit} by {excess}; "
-                    "shorten the context or max_new_tokens"
-                )
 
     # ------------------------------------------------------------------------------------------ steps and records
 
@@ -301,22 +246,10 @@ class OPCDTrainer:
             "compute_dtype": self.compute_dtype,
             "backend": self.config.loss_backend,
             "workspace_bytes": self.config.workspace_bytes,
+            "autocast": self.accelerator.autocast,
         }
 
-    def _check_loss(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise InputError(
-                f"loss is {loss} at step {step + 1}; the last checkpoint is intact: lower learning_rate "
-                "(OPCD_CHECK=1 names the first bad row)"
-            )
-        negligible = 1e-7 if self.compute_dtype == torch.float32 else 1e-5
-        if step == 0 and loss <= negligible:
-            raise InputError(
-                f"context changes nothing: KL to the teacher is {loss:.1e} at the first step; "
-                "check that the context reaches the model's prompt"
-            )
-
-    def _evaluate(self, step: int, fixed: list[Sample], result: TrainResult, progress: Progress | None = None) -> None:
+    def _evaluate(self, step: int, fixed: list[Sample], result: TrainResult, progress: Progress) -> None:
         if not self.eval_rows or not self.config.eval_every:
             return
         config = self.config
@@ -330,7 +263,6 @@ class OPCDTrainer:
                 self.teacher,
                 device=self.device,
                 micro_batch_tokens=config.micro_batch_tokens,
-                autocast=self.accelerator.autocast,
                 **self._loss_options(),
             )
             record.update({f"{name}_{key}": value for key, value in measured.items()})
@@ -340,7 +272,7 @@ class OPCDTrainer:
             f"held-out after step {step}: KL {record['own_kl']:.4f} on its own answers, "
             f"{record['fixed_kl']:.4f} on the teacher's; top-1 agreement {record['own_top1_agreement']:.1%}"
         )
-        (progress or Progress(0, quiet=self.quiet)).note(line)
+        progress.note(line)
 
     def _fixed_sequences(self) -> list[Sample]:
         """Held-out answers written by the teacher with the context; kept on disk, the same for the whole run."""
@@ -361,9 +293,14 @@ class OPCDTrainer:
     def _start_or_resume(self) -> tuple[int, TrainResult]:
         result = TrainResult(self.config.output_dir, 0, 0.0)
         if not self.config.resume:
+            check_context_matters(
+                self.train_rows, self.teacher, self.base_weights, self._adapter, self.device, **self._loss_options()
+            )
             self.folder.start(asdict(self.config))
             return 0, result
         step, weights, optimizer, records = self.folder.restore(self._identity())
+        if step > self.config.steps:
+            raise InputError(f"resume: the run has made {step} steps already, steps={self.config.steps}; give more")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
@@ -377,6 +314,8 @@ class OPCDTrainer:
         settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
         rows = [[row.student_ids, row.teacher_ids, row.context_index] for row in (*self.train_rows, *self.eval_rows)]
         settings["prompts and context"] = digest([rows, self.prefixes])
+        settings["the model's or teacher's first weights"] = digest(self._weights)
+        settings["compute type"] = str(self.compute_dtype)
         return json.loads(json.dumps(settings))
 
     def _save_checkpoint(self, step: int) -> None:
@@ -391,16 +330,33 @@ class OPCDTrainer:
             callback(record)
 
 
+def _check_finite(step: int, loss: float, norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise InputError(
+            f"loss is {loss} and gradient norm {norm} at step {step}; the weights of the last checkpoint are intact: "
+            "lower learning_rate (OPCD_CHECK=1 names the first bad row)"
+        )
+
+
 def _accelerator(device: torch.device, dtype: torch.dtype) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin
 
-    precision = "bf16" if dtype == torch.bfloat16 else "no"
+    def make() -> Any:
+        # The loop accumulates itself, so the environment must not make accelerate divide once more.
+        plugin = GradientAccumulationPlugin(num_steps=1)
+        precision = "bf16" if dtype == torch.bfloat16 else "no"
+        return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", gradient_accumulation_plugin=plugin)
+
     try:
-        accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
-    except ValueError:  # accelerate's state is global: an earlier run in this process had another precision
+        accelerator = make()
+        stale = accelerator.device.type != device.type
+    except ValueError:
+        stale = True
+    if stale:  # accelerate's state is global: an earlier run in this process had another precision or device
         AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+        accelerator = make()
     if accelerator.num_processes > 1:
         raise InputError("several processes are not supported yet; start without `accelerate launch`")
     return accelerator

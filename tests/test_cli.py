@@ -1,13 +1,16 @@
 """The command line: every mistake is one line and status 2, and nothing is left half-written."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.cli import main
+from opcd_fast import cli
+from opcd_fast.cli import _train_command, main
+from opcd_fast.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,52 @@ def test_yaml_and_command_line_agree_and_the_command_line_wins(model_folder, fil
     assert (saved["steps"], saved["batch_size"], saved["learning_rate"]) == (1, 2, 1e-4)
 
 
+def test_yaml_and_command_line_are_checked_together(model_folder, files):
+    """lora_alpha and merge_for_rollout need the rank of the command line; a rank of 0 there is the last word."""
+    (files / "run.yaml").write_text(
+        "lora_alpha: 8\nmerge_for_rollout: true\nlora_targets: [q_proj, v_proj]\nstop_tokens: ['z', '--']\n"
+        "micro_batch_tokens: null\ngradient_checkpointing: true\ndevice: cpu\nsteps: 9\ntemperature: 1\n"
+        "max_grad_norm: 1e-1\n"
+    )
+
+    def parse(*more):
+        return _train_command(["--model", "M", "--prompts", "P", "--config", str(files / "run.yaml"), *more])
+
+    config = parse("--lora-rank", "4", "--steps", "1", "--no-gradient-checkpointing")[1]
+    assert (config.lora_alpha, config.merge_for_rollout, config.lora_targets) == (8, True, "q_proj,v_proj")
+    assert (config.stop_tokens, config.micro_batch_tokens, config.steps) == (("z", "--"), None, 1)
+    assert (config.gradient_checkpointing, config.max_grad_norm, config.device) == (False, 0.1, "cpu")
+    assert parse("--lora-rank", "4", "--stop-tokens")[1].stop_tokens == ()
+    with pytest.raises(InputError, match="lora_alpha is set but lora_rank is 0"):
+        parse()
+    (files / "run.yaml").write_text("lora_rank: 4\nlora_alpha: 8\nteacher_model: T\n")
+    assert parse("--lora-rank", "0", "--lora-alpha", "None")[1].lora_alpha is None
+    assert parse()[0].teacher_model == "T"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("run: {steps: 3}", "unknown option 'run'"),
+        ("prompts: [a, b]", "prompts=['a', 'b'] must be text"),
+        ("model: 5", "model=5 must be text"),
+        ("resume: 'false'", "resume='false' must be True or False"),
+        ("stop_tokens: abc", "stop_tokens='abc' must be a list"),
+        ("learning_rate: fast", "learning_rate='fast' must be a number"),
+        ("learning_rate: .nan", "learning_rate=nan must be a number"),
+        ("steps:", "steps=None must be a whole number"),
+        ("steps: '3'", "steps='3' must be a whole number"),
+    ],
+)
+def test_a_bad_yaml_value_is_one_line(files, capsys, line, words):
+    (files / "run.yaml").write_text(line + "\n")
+    arguments = ["--prompts", "none.jsonl"] if line.startswith("model") else ["--model", "M"]
+    arguments += [] if line.startswith("prompts") else ["--prompts", "none.jsonl"]
+    assert main(["train", "--config", str(files / "run.yaml"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -93,6 +142,14 @@ def test_yaml_and_command_line_agree_and_the_command_line_wins(model_folder, fil
         (["generate", "--model", "smollm2", "--prompt", "x", "--context", "nothing here"], "does not exist"),
         (["generate", "--model", "smollm2", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens"),
         (["demo", "--samples", "0"], "samples"),
+        (["demo", "--steps", "0"], "steps=0 must be at least 1"),
+        (["demo", "--seed", "-1"], "seed=-1"),
+        (["generate", "--model", "M", "--prompt", "x", "--seed", "-1"], "seed=-1"),
+        (["generate", "--model", "M", "--prompt", "x", "--seed", str(2**63)], f"seed={2**63}"),
+        (["generate", "--model", "M", "--prompt", "x", "--temperature", "nan"], "temperature=nan"),
+        (["generate", "--model", "M", "--prompt", "x", "--temperature", "inf"], "temperature=inf"),
+        (["generate", "--model", "M", "--prompt", "x", "--top-p", "nan"], "top_p=nan"),
+        (["info", "--all"], "'--all'"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, words, capsys):
@@ -127,6 +184,96 @@ def test_info_names_what_is_there(capsys):
     out = capsys.readouterr().out
     for word in ("opcd-fast", "torch", "triton", "transformers", "CPU library"):
         assert word in out
+
+
+def test_generate_ends_at_a_stop_token(model_folder, capsys):
+    arguments = ["generate", "--model", model_folder, "--prompt", "q1", "--max-new-tokens", "24", "--temperature", "1"]
+    assert main(arguments) == 0
+    answer = capsys.readouterr().out.strip("\n")
+    letter = next(c for c in answer if c.isascii() and c.isprintable() and c != " ")
+    assert main([*arguments, "--stop-tokens", letter]) == 0
+    assert capsys.readouterr().out.strip("\n") == answer[: answer.index(letter) + 1] != answer
+    assert main([*arguments, "--stop-tokens", "no such token"]) == 2
+    assert "stop_tokens" in capsys.readouterr().err
+
+
+BLOCKED = """
+import sys
+for name in {names!r}:
+    sys.modules[name] = None  # as if it were not installed
+from opcd_fast.cli import main
+sys.exit(main({arguments!r}))
+"""
+OPTIONAL = ("tyro", "transformers", "peft", "accelerate", "safetensors", "yaml", "rich", "matplotlib", "gguf", "trl")
+
+
+def without(names, *arguments):
+    code = BLOCKED.format(names=names, arguments=list(arguments))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_info_works_without_any_optional_package():
+    done = without((*OPTIONAL, "triton"), "info")
+    assert done.returncode == 0, done.stderr
+    assert "transformers" in done.stdout and "missing" in done.stdout
+    assert "usage: opcd info" in without(OPTIONAL, "info", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "words"),
+    [
+        (("tyro",), ("train", "--help"), "'tyro' is missing: pip install 'opcd-fast[train]'"),
+        (("transformers",), ("generate", "--model", "M", "--prompt", "x"), "'transformers' is missing"),
+        (("yaml",), ("train", "--config", "x.yaml"), "'yaml' is missing"),
+        (("matplotlib",), ("demo", "--output-dir", "/dev/null/never"), "'matplotlib' is missing"),
+    ],
+)
+def test_a_missing_package_is_one_line(names, arguments, words):
+    done = without(names, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("opcd: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def failing(error):
+    def command(arguments):
+        raise error
+
+    return command
+
+
+def test_failures_of_libraries_are_one_line(monkeypatch, capsys):
+    import safetensors
+    import torch
+
+    monkeypatch.delenv("OPCD_DEBUG", raising=False)
+    for error in (ValueError("bad\nmore"), OSError("bad"), RuntimeError("bad"), safetensors.SafetensorError("bad")):
+        monkeypatch.setattr(cli, "_info", failing(error))
+        assert main(["info"]) == 2
+        assert capsys.readouterr().err == "opcd: bad (OPCD_DEBUG=1 shows where)\n"
+    monkeypatch.setattr(cli, "_info", failing(torch.OutOfMemoryError("CUDA out of memory.\nTried")))
+    assert main(["info"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "micro_batch_tokens" in error and "rollout_batch" in error
+    monkeypatch.setenv("OPCD_DEBUG", "1")
+    for error in (InputError("bad"), OSError("bad")):
+        monkeypatch.setattr(cli, "_info", failing(error))
+        with pytest.raises(type(error)):
+            main(["info"])
+
+
+@pytest.mark.parametrize("kind", [KeyError, AttributeError, TypeError, AssertionError, NotImplementedError])
+def test_bugs_keep_their_traceback(monkeypatch, kind):
+    monkeypatch.delenv("OPCD_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "_info", failing(kind("bug")))
+    with pytest.raises(kind):
+        main(["info"])
+
+
+def test_no_box_in_a_terminal_that_is_not_utf8():
+    code = "import sys; from opcd_fast.cli import main; sys.exit(main(['train', '--model', 'M', '--stepz', '3']))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and "--stepz" in done.stderr and "---" not in done.stderr, done.stderr
 
 
 def test_unwritable_output_is_one_line(model_folder, files, capsys):

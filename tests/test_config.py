@@ -1,5 +1,8 @@
 """Settings: what is accepted, and that everything else is one clear error."""
 
+import dataclasses
+import math
+
 import pytest
 
 from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml
@@ -24,12 +27,42 @@ def test_the_papers_defaults():
         ("dtype", "float16"), ("loss_backend", "native"), ("teacher_path", "pad"), ("lora_alpha", 8),
         ("merge_for_rollout", True), ("micro_batch_tokens", 0), ("workspace_bytes", 0), ("seed", -1),
         ("keep_checkpoints", 0), ("lora_rank", -4),
+        # wrong types, some of which Python would take for something else
+        ("stop_tokens", "abc"), ("stop_tokens", ["a", 5]), ("stop_tokens", [""]), ("stop_tokens", None),
+        ("gradient_checkpointing", "no"), ("gradient_checkpointing", 1), ("resume", "false"), ("resume", None),
+        ("output_dir", ""), ("output_dir", 5), ("output_dir", None), ("lora_targets", ""), ("lora_targets", " , "),
+        ("lora_targets", []), ("lora_targets", [1]), ("lora_targets", 5), ("device", 0), ("dtype", ["float32"]),
+        ("temperature", math.nan), ("temperature", math.inf), ("temperature", True), ("temperature", "1"),
+        ("top_p", math.nan), ("learning_rate", math.nan), ("learning_rate", "1e-4"), ("weight_decay", math.nan),
+        ("max_grad_norm", math.inf), ("steps", math.nan), ("steps", "5"), ("seed", 1.0), ("lora_alpha", 8.0),
+        ("merge_for_rollout", "True"), ("merge_for_rollout", 0), ("steps", None),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(name, value):
     with pytest.raises(InputError, match=name) as error:
         OPCDConfig(**{name: value})
     assert "\n" not in str(error.value)
+
+
+def test_every_field_has_a_type_that_is_checked():
+    for name in option_names(OPCDConfig):
+        with pytest.raises(InputError, match=name):
+            OPCDConfig(**{name: object()})
+
+
+def test_a_list_is_asked_for_where_a_text_would_become_letters():
+    with pytest.raises(InputError, match="list of texts"):
+        OPCDConfig(stop_tokens="abc")
+
+
+def test_lists_and_paths_are_normalised(tmp_path):
+    config = OPCDConfig(
+        stop_tokens=["<a>", "\n"], lora_targets=["q_proj", "v_proj"], output_dir=tmp_path, temperature=1
+    )
+    assert (config.stop_tokens, config.lora_targets) == (("<a>", "\n"), "q_proj,v_proj")
+    assert (config.output_dir, config.temperature) == (str(tmp_path), 1)
+    assert OPCDConfig(lora_targets="q_proj, v_proj").lora_targets == "q_proj,v_proj"
+    assert dataclasses.replace(config, steps=3).stop_tokens == config.stop_tokens
 
 
 def test_yaml_names_are_checked_with_a_hint(tmp_path):
@@ -45,3 +78,14 @@ def test_yaml_names_are_checked_with_a_hint(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(InputError, match="name: value"):
         read_yaml(tmp_path / "list.yaml")
+    (tmp_path / "latin.yaml").write_bytes("output_dir: läufe\n".encode("latin-1"))
+    with pytest.raises(InputError, match="UTF-8"):
+        read_yaml(tmp_path / "latin.yaml")
+    (tmp_path / "date.yaml").write_text("steps: 2024-99-99\n")
+    with pytest.raises(InputError, match="not valid YAML"):
+        read_yaml(tmp_path / "date.yaml")
+    (tmp_path / "zero.yaml").write_text("0\n")
+    with pytest.raises(InputError, match="name: value"):
+        read_yaml(tmp_path / "zero.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert read_yaml(tmp_path / "empty.yaml") == {}

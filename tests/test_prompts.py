@@ -85,6 +85,13 @@ def test_files_of_every_form(tmp_path):
     assert [p.messages[0]["content"] for p in read_prompts(tmp_path / "p.jsonl")] == ["x", "y"]
 
 
+def test_only_a_newline_ends_a_row(tmp_path):
+    text = "one\u2028two\u0085three"
+    row = json.dumps({"prompt": text}, ensure_ascii=False)
+    (tmp_path / "p.jsonl").write_bytes(f"{row}\r\n{row}\n".encode())
+    assert [p.text for p in read_prompts(tmp_path / "p.jsonl")] == [text, text]
+
+
 def test_tokenizer_without_template_takes_plain_text_only():
     plain = tiny_tokenizer(template=None)
     (prompt,) = adapt_to_tokenizer(plain, read_prompts(["hi"]))
@@ -112,11 +119,21 @@ def test_tokenizer_without_template_takes_plain_text_only():
         (lambda d: read_prompts([{"question": "x"}]), "no column 'prompt'"),
         (lambda d: read_prompts(TURNS and [TURNS]), "ends with an assistant"),
         (lambda d: read_prompts(d / "bad.jsonl"), "line 2"),
+        (lambda d: read_context(5), "context is a int"),
+        (lambda d: read_context({"role": "user", "content": "x"}), "context is a dict"),
+        (lambda d: read_context(d / "string.json"), "must hold a list of messages.*not a str"),
+        (lambda d: read_context(d / "object.json"), "must hold a list of messages.*not a dict"),
+        (lambda d: read_prompts(5), "prompts is a int"),
+        (lambda d: read_prompts({"prompt": "x"}), "prompts is a dict"),
+        (lambda d: read_prompts([{"prompt": "x", "privileged_context": " "}]), "empty privileged_context"),
+        (lambda d: read_prompts([{"prompt": "x", "privileged_context": 5}]), "privileged_context must be"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, call, message):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "string.json").write_text('"be brief"')
+    (tmp_path / "object.json").write_text('{"role": "user"}')
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     with pytest.raises(InputError, match=message) as error:
         call(tmp_path)

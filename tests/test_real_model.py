@@ -60,9 +60,9 @@ def test_demo_questions_are_all_different():
     rows = [json.loads(line)["prompt"] for name in ("train", "eval")
             for line in (demo.DATA / f"{name}_prompts.jsonl").read_text().splitlines()]  # fmt: skip
     shown = [turn["content"] for turn in json.loads((demo.DATA / "turns.json").read_text())]
-    assert len(set(rows)) == len(rows) == 160
+    assert len(set(rows)) == len(rows) == 256
     assert not set(rows) & set(shown)
-    assert len((demo.DATA / "eval_prompts.jsonl").read_text().splitlines()) >= 32
+    assert len((demo.DATA / "eval_prompts.jsonl").read_text().splitlines()) == 128
 
 
 def test_the_form_is_strict():

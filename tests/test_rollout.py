@@ -138,3 +138,41 @@ def test_training_mode_is_restored():
     model = tiny_model().train()
     TransformersRollout(model, stop_token_ids=[256]).generate(PROMPTS, max_new_tokens=2)
     assert model.training
+
+
+def poisoned(model):
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1e-3, top_k=1, top_p=0.01, repetition_penalty=5.0, no_repeat_ngram_size=1,
+        num_beams=1, min_p=0.9, eos_token_id=256,
+    )  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize("kind", ["plain", "peft", "merged"])
+def test_the_models_own_generation_config_does_not_leak_in(kind):
+    make = tiny_model if kind == "plain" else lora_model
+    merge = {"plain": None, "peft": False, "merged": True}[kind]
+    clean = TransformersRollout(make(), stop_token_ids=[256], merge_adapter=merge)
+    model = make()
+    inner = poisoned(model if kind == "plain" else model.get_base_model())
+    kept = inner.generation_config
+    dirty = TransformersRollout(model, stop_token_ids=[256], merge_adapter=merge)
+    wanted = clean.generate(PROMPTS, max_new_tokens=8, seed=4)
+    assert dirty.generate(PROMPTS, max_new_tokens=8, seed=4) == wanted
+    assert inner.generation_config is kept
+
+
+def test_a_model_saved_with_the_cache_off_answers_the_same():
+    model = tiny_model()
+    wanted = TransformersRollout(model, stop_token_ids=[256]).generate(PROMPTS, max_new_tokens=8, temperature=0)
+    off = tiny_model(use_cache=False)
+    assert TransformersRollout(off, stop_token_ids=[256]).generate(PROMPTS, max_new_tokens=8, temperature=0) == wanted
+
+
+def test_lora_with_bias_is_not_merged():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_bias=True)
+    assert not MergedCopy.supports(get_peft_model(tiny_model(attention_bias=True), config))

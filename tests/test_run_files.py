@@ -18,7 +18,7 @@ def test_a_failed_write_leaves_the_old_folder_whole(tmp_path):
         (folder / "a").write_text("new")
         raise RuntimeError("power cut")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError, match="power cut"):
         checkpoint.write_folder(target, fail)
     assert (target / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
@@ -72,3 +72,56 @@ def test_plot_is_a_picture(tmp_path):
     history = [{"step": i, "loss": 1.0 / i} for i in range(1, 9)]
     plot_kl(tmp_path / "kl.png", history, [{"step": 0, "own_kl": 1.0, "fixed_kl": 2.0}, {"step": 8, "own_kl": 0.1}])
     assert (tmp_path / "kl.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_an_interrupt_between_the_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
+    target = tmp_path / "final"
+    checkpoint.write_folder(target, lambda folder: (folder / "a").write_text("old"))
+    inner, calls = type(target).rename, []
+
+    def interrupted(self, to):
+        calls.append(to)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return inner(self, to)
+
+    monkeypatch.setattr(type(target), "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_folder(target, lambda folder: (folder / "a").write_text("new"))
+    assert (target / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_run_without_a_checkpoint_is_started_over(tmp_path):
+    folder = RunFolder(tmp_path / "run", resume=False)
+    folder.start({})
+    folder.log({"kind": "step", "step": 1})
+    (tmp_path / "run" / "checkpoints" / ".step-000002.abc").mkdir(parents=True)
+    with pytest.raises(InputError, match="start without resume"):
+        RunFolder(tmp_path / "run", resume=True)
+    again = RunFolder(tmp_path / "run", resume=False)
+    again.start({})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_the_live_display_draws_one_bar_and_gives_the_cursor_back(monkeypatch):
+    import io
+    import sys
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    progress = Progress(total=2)
+    progress.note("held-out after step 0: top-1 [agreement] 0.0%")
+    progress.step(0.5, 10.0)
+    progress.step(0.4, 10.0)
+    progress.close()
+    text = screen.getvalue()
+    assert "2/2" in text and "0/0" not in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    assert "held-out after step 0: top-1 [agreement] 0.0%" in text

@@ -302,17 +302,69 @@ def test_prefix_bytes_do_not_depend_on_the_batch():
     assert sizes == {2 * 3 * 50 * 2 * 8 * 4}
 
 
-def test_context_is_read_once(monkeypatch):
-    built = []
+@pytest.fixture
+def built(monkeypatch):
+    """Lengths of the contexts that were read, in order."""
+    lengths = []
     honest = SharedPrefix.build.__func__
-    monkeypatch.setattr(
-        SharedPrefix, "build", classmethod(lambda cls, *a, **k: built.append(1) or honest(cls, *a, **k))
-    )
+
+    def counting(cls, model, token_ids, **options):
+        lengths.append(token_ids.numel())
+        return honest(cls, model, token_ids, **options)
+
+    monkeypatch.setattr(SharedPrefix, "build", classmethod(counting))
+    return lengths
+
+
+def test_context_is_read_once(built):
     teacher = ContextTeacher(tiny_model(), random_ids(20, 4), path="merge")
     ids, bounds = pack(random_ids(5, 3))
     for _ in range(3):
         teacher.hidden_states_packed(ids, bounds, context_index=[0, 1])
-    assert len(built) == 2
+    assert built == [20, 4]
+
+
+def test_only_contexts_that_a_call_continues_are_read(built):
+    model = tiny_model()
+    contexts = [torch.arange(1, length) for length in range(2, 42)]  # context i has i + 1 tokens
+    teacher = ContextTeacher(model, contexts, path="merge")
+    assert "not built yet" in teacher.explain()
+    sequences = random_ids(5, 3, 4)
+    ids, bounds = pack(sequences)
+    for index, expected in (
+        ([30, 7, 30], [8, 31]),
+        ([7, 7, 30], []),
+        ([39, 7, 0], [1, 40]),
+    ):
+        built.clear()
+        got = teacher.hidden_states_packed(ids, bounds, context_index=index)
+        assert built == expected
+        assert_close(got, reference(model, contexts, sequences, index))
+    assert "4 of 40 contexts built" in teacher.explain()
+
+    built.clear()
+    kept = teacher._prefixes[7]
+    assert [len(prefix) for prefix in teacher.prefixes] == list(range(1, 41))
+    assert len(built) == 36 and teacher.prefixes[7] is kept
+
+
+def test_a_change_of_weights_forgets_all_contexts_and_reads_only_what_is_asked(built):
+    model = tiny_model()
+    contexts, sequences = random_ids(20, 6, 4), random_ids(5, 3)
+    ids, bounds = pack(sequences)
+    teacher = ContextTeacher(model, contexts, path="merge")
+    assert len(teacher.prefixes) == 3
+    for change in (lambda: model.model.layers[0].self_attn.k_proj.weight.mul_(1.5), teacher.invalidate):
+        built.clear()
+        with torch.no_grad():
+            change()
+        got = teacher.hidden_states_packed(ids, bounds, context_index=[1, 1])
+        assert built == [6]
+        assert_close(got, reference(model, contexts, sequences, [1, 1]))
+        # The others were made with weights that are gone: they must not come back.
+        got = teacher.hidden_states_packed(ids, bounds, context_index=[0, 2])
+        assert built == [6, 20, 4]
+        assert_close(got, reference(model, contexts, sequences, [0, 2]))
 
 
 # --- a model shared with the student ------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """The loop on a tiny model: it learns, it counts right, it resumes bit for bit, and it refuses what cannot work."""
 
-import contextlib
 import json
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+from opcd_fast import trainer as trainer_module
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.trainer import OPCDTrainer
@@ -117,8 +117,8 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, tmp_path):
     assert losses(plain) == pytest.approx(losses(saved), rel=1e-5)
 
 
-@pytest.mark.parametrize("lora_rank", [4, 0])
-def test_resume_is_bit_identical(tokenizer, tmp_path, lora_rank):
+@pytest.mark.parametrize(("lora_rank", "moment"), [(4, ("step", 5)), (0, ("step", 5)), (4, ("evaluation", 4))])
+def test_resume_is_bit_identical(tokenizer, tmp_path, lora_rank, moment):
     settings = {"lora_rank": lora_rank, "steps": 6, "learning_rate": 5e-3}
     whole = make(tokenizer, tmp_path / "whole", **settings).train()
 
@@ -126,13 +126,14 @@ def test_resume_is_bit_identical(tokenizer, tmp_path, lora_rank):
         pass
 
     def kill(record):
-        if record["kind"] == "step" and record["step"] == 5:
+        if (record["kind"], record["step"]) == moment:
             raise Killed
 
     with pytest.raises(Killed):
         make(tokenizer, tmp_path / "cut", callbacks=[kill], **settings).train()
     resumed = make(tokenizer, tmp_path / "cut", resume=True, **settings).train()
     assert losses(resumed) == losses(whole)
+    assert [e["step"] for e in resumed.evaluations] == [0, 2, 4, 6]
     assert [e["fixed_kl"] for e in resumed.evaluations] == [e["fixed_kl"] for e in whole.evaluations]
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
@@ -187,6 +188,21 @@ def test_a_separate_teacher_is_the_one_that_is_followed(tokenizer, tmp_path):
     assert result.evaluations[-1]["fixed_kl"] < result.evaluations[0]["fixed_kl"]
 
 
+def test_a_teacher_with_a_padded_head_works_when_the_tokenizer_is_the_same(tokenizer, tmp_path):
+    padded = tiny_model(seed=7, vocab_size=272)
+    padded.lm_head.weight.data[261:] = 5 * padded.lm_head.weight.data[:11]  # padding that would be drawn
+    with pytest.raises(InputError, match="give teacher_tokenizer="):
+        make(tokenizer, tmp_path / "run", teacher_model=padded)
+    settings = {"teacher_tokenizer": tiny_tokenizer(), "lora_rank": 0, "learning_rate": 3e-3, "eval_every": 8}
+    trainer = make(tokenizer, tmp_path / "run", teacher_model=padded, steps=8, **settings)
+    result = trainer.train()
+    assert result.evaluations[-1]["fixed_kl"] < result.evaluations[0]["fixed_kl"]
+    written = json.loads((tmp_path / "run" / "eval_fixed.json").read_text())
+    assert max(max(sample["response"]) for sample in written) < 261
+    with pytest.raises(InputError, match="head only 200"):
+        make(tokenizer, tmp_path / "other", tiny_model(vocab_size=200, eos_token_id=1, pad_token_id=1))
+
+
 def test_every_epoch_visits_every_prompt(tokenizer, tmp_path):
     trainer = make(tokenizer, tmp_path / "run", batch_size=4, rollouts_per_prompt=2)
     drawn = [row for step in range(3) for row in trainer._prompts_of(step)]
@@ -220,37 +236,157 @@ def test_other_mistakes_are_refused_before_anything_is_written(tokenizer, tmp_pa
     assert not folder.exists()
 
 
-def test_a_context_without_effect_stops_the_run(tokenizer, tmp_path):
+@pytest.mark.parametrize("lora_rank", [4, 0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_context_without_effect_stops_the_run_before_anything_is_written(tokenizer, tmp_path, dtype, lora_rank):
     """Tokens differ but the model cannot see them: with all attention outputs zero, only the last token counts."""
     model = tiny_model()
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
-    trainer = make(tokenizer, tmp_path / "run", model, eval_prompts=None)
+    trainer = make(tokenizer, tmp_path / "run", model, dtype=dtype, lora_rank=lora_rank)
     with pytest.raises(InputError, match="context changes nothing"):
         trainer.train()
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tokenizer, tmp_path):
+def test_nan_weights_are_found_before_anything_is_written(tokenizer, tmp_path):
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        make(tokenizer, tmp_path / "run", model).train()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_the_weights_are_touched(tokenizer, tmp_path, where, monkeypatch):
     trainer = make(tokenizer, tmp_path / "run", eval_prompts=None, steps=4)
+    step = []
+    inner = trainer_module.context_kl
 
-    def poison(record):
-        if record["kind"] == "step" and record["step"] == 3:
-            next(iter(trainer.parameters.values())).data.fill_(float("nan"))
+    def poisoned(*arguments, **options):
+        loss, stats = inner(*arguments, **options)
+        if torch.is_grad_enabled():
+            step.append(1)
+        if len(step) == 3:
+            loss = loss * float("nan") if where == "loss" else _NanGradient.apply(loss)
+        return loss, stats
 
-    trainer.callbacks = (poison,)
-    trainer.rollout.generate = _without_nan(trainer.rollout.generate)
-    with pytest.raises(InputError, match="step 4"):
+    monkeypatch.setattr(trainer_module, "context_kl", poisoned)
+    with pytest.raises(InputError, match="step 3"):
         trainer.train()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002"]
+    assert all(bool(p.isfinite().all()) for p in trainer.parameters.values())
 
 
-def _without_nan(generate):
-    """Sampling from NaN raises on its own; here the loss shall meet it."""
-    kept = []
+class _NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
 
-    def wrapped(prompts, **options):
-        with contextlib.suppress(RuntimeError):
-            kept.append(generate(prompts, **options))
-        return kept[-1]
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
 
-    return wrapped
+
+def test_first_losses_by_hand_for_both_normalisations(tokenizer, tmp_path):
+    """Token and sequence means of the same answers, from the per-token KL of plain fp64 forward passes."""
+    losses_of = {}
+    for normalize in ("sequence", "token"):
+        trainer = make(
+            tokenizer, tmp_path / normalize, steps=1, normalize=normalize, stop_tokens=tuple("abcdefghijklmnopqrst")
+        )
+        result = trainer.train()
+        losses_of[normalize] = losses(result)[0]
+        rows = trainer._prompts_of(0)
+    fresh = make(tokenizer, tmp_path / "fresh", stop_tokens=tuple("abcdefghijklmnopqrst"))
+    answers = fresh.rollout.generate([row.student_ids for row in rows], **fresh._sampling("rollout", 0))
+    assert len({len(answer.token_ids) for answer in answers}) > 1, "the two means would be the same"
+    model = tiny_model(dtype=torch.float64)
+    kls = []
+    for row, answer in zip(rows, answers):
+        response = list(answer.token_ids)
+        p, q = (
+            model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].detach().log_softmax(-1)
+            for prompt in (row.student_ids, (*fresh.prefixes[0], *row.teacher_ids))
+        )
+        kls.append((p.exp() * (p - q)).sum(-1))
+    assert losses_of["token"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
+    assert losses_of["sequence"] == pytest.approx(float(sum(kl.mean() for kl in kls)) / len(kls), rel=1e-4)
+
+
+def test_settings_reach_what_they_set(tokenizer, tmp_path, monkeypatch):
+    """Every option here once was, or could be, accepted and ignored."""
+    trainer = make(
+        tokenizer, tmp_path / "run", temperature=0.7, top_p=0.8, stop_tokens=("z",), weight_decay=0.25, lora_rank=3,
+        lora_alpha=12, lora_targets="q_proj", teacher_path="concat", learning_rate=None, rollout_batch=2, steps=1,
+        max_grad_norm=1e-3, gradient_checkpointing=True, merge_for_rollout=False, eval_prompts=None,
+    )  # fmt: skip
+    assert trainer.teacher.path == "concat"
+    assert trainer.rollout.stop_token_ids == (256, tokenizer.get_vocab()["z"])
+    assert trainer.rollout.max_batch == 2 and trainer.rollout._merged is None
+    group = trainer.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.25)
+    lora = trainer.model.peft_config["default"]
+    assert (lora.r, lora.lora_alpha, set(lora.target_modules)) == (3, 12, {"q_proj"})
+    asked, layers = [], []
+    inner = trainer.rollout.generate
+    monkeypatch.setattr(trainer.rollout, "generate", lambda p, **o: asked.append(o) or inner(p, **o))
+    layer = trainer.model.get_base_model().model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda module, _: layers.append(module.training))
+    trainer.train()
+    assert (asked[0]["temperature"], asked[0]["top_p"], asked[0]["max_new_tokens"]) == (0.7, 0.8, 6)
+    assert layers.count(True) == 2, "a checkpointed layer runs twice in training: forward and recomputation"
+    gradients = [p.grad for p in trainer.parameters.values() if p.grad is not None]
+    assert float(torch.stack([g.norm() for g in gradients]).norm()) <= 1.001e-3
+
+
+def test_dropout_is_part_of_the_seeded_step(tokenizer, tmp_path):
+    dropped = [make(tokenizer, tmp_path / f"{i}", tiny_model(attention_dropout=0.3), steps=2).train() for i in range(2)]
+    plain = make(tokenizer, tmp_path / "plain", steps=2).train()
+    assert losses(dropped[0]) == losses(dropped[1])
+    assert losses(dropped[0]) != losses(plain)
+
+
+def test_a_peft_model_goes_on_training_its_adapter_against_its_base(tokenizer, tmp_path):
+    from peft import PeftModel
+
+    make(tokenizer, tmp_path / "first", steps=4).train()
+    model = PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), tmp_path / "first" / "final")
+    trainer = make(tokenizer, tmp_path / "second", model, lora_rank=0, learning_rate=None, dtype="bfloat16", steps=4)
+    assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+    assert all("lora_" in name for name in trainer.parameters) and trainer.parameters
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+    before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    trainer.train()
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.parameters.items())
+    with pytest.raises(InputError, match="already carries an adapter"):
+        make(tokenizer, tmp_path / "third", model, lora_rank=2)
+
+
+def test_models_that_cannot_be_trained_are_refused(tokenizer, tmp_path):
+    from peft import LoraConfig
+
+    model = tiny_model()
+    with pytest.raises(InputError, match="teacher_model is the model"):
+        make(tokenizer, tmp_path / "run", model, teacher_model=model)
+    with pytest.raises(InputError, match="float16"):
+        make(tokenizer, tmp_path / "run", tiny_model(dtype=torch.float16), dtype="auto")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="add_adapter"):
+        make(tokenizer, tmp_path / "run", model)
+    with pytest.raises(InputError, match="lm_head"):
+        make(tokenizer, tmp_path / "run", lora_targets="lm_head")
+    with pytest.raises(InputError, match="workspace_bytes"):
+        make(tokenizer, tmp_path / "run", workspace_bytes=1).train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_other_weights_and_fewer_steps(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run")
+    trainer.train()
+    with pytest.raises(InputError, match="first weights differs"):
+        make(tokenizer, tmp_path / "run", tiny_model(seed=9), resume=True, steps=6).train()
+    with pytest.raises(InputError, match="4 steps already"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=3).train()
+    with pytest.raises(InputError, match="make a new trainer"):
+        trainer.train()

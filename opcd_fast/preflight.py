@@ -1,0 +1,84 @@
+"""What can be found out before a run writes or samples anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from opcd_fast.batch import Sample, pack
+from opcd_fast.errors import InputError
+from opcd_fast.objective import context_kl
+from opcd_fast.prompts import RenderedPrompt
+from opcd_fast.teacher import ContextTeacher
+
+PROBES = 8  # prompts looked at
+
+
+def check_lengths(
+    rows: Sequence[RenderedPrompt],
+    prefixes: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    student_window: int,
+    teacher_window: int,
+) -> None:
+    """Nothing is ever truncated: what does not fit a model's window is refused, with the counts. Raises InputError."""
+    for row in rows:
+        own, excess = len(row.student_ids), len(row.student_ids) + max_new_tokens - student_window
+        if excess > 0:
+            raise InputError(
+                f"prompt of {own} tokens plus max_new_tokens={max_new_tokens} exceeds the model's window of "
+                f"{student_window} by {excess}; shorten the prompt or max_new_tokens"
+            )
+        prefix = len(prefixes[row.context_index])
+        whole, excess = prefix + len(row.teacher_ids), prefix + len(row.teacher_ids) + max_new_tokens - teacher_window
+        if excess > 0:
+            raise InputError(
+                f"context and prompt of {whole} tokens (shared prefix {prefix}) plus max_new_tokens={max_new_tokens} "
+                f"exceed the teacher's window of {teacher_window} by {excess}; shorten the context or max_new_tokens"
+            )
+
+
+@torch.no_grad()
+def check_context_matters(
+    rows: Sequence[RenderedPrompt],
+    teacher: ContextTeacher,
+    base_weights: Callable[[], AbstractContextManager[Any]],
+    adapter: str,
+    device: torch.device,
+    **loss_options: Any,
+) -> None:
+    """Compare the teacher with and without the context where the first answer token is predicted.
+
+    The difference must be larger than what rounding makes of no difference at all, which is measured the same way
+    with an empty context. Raises InputError: a context without effect, weights that give no finite numbers, or
+    settings that the loss or the teacher refuses.
+    """
+    probes = rows[:PROBES]
+    with_context = [Sample(row.student_ids, row.teacher_ids, row.context_index, (0,)) for row in probes]
+    without = [Sample(row.student_ids, row.student_ids, 0, (0,)) for row in probes]
+    model, was_training = teacher.model, teacher.model.training
+    model.eval()
+
+    def difference(samples: list[Sample], reader: ContextTeacher) -> float:
+        batch = pack(samples).to(device)
+        return float(context_kl(batch, model, reader, denominator=len(samples), **loss_options)[0])
+
+    try:
+        with base_weights():
+            effect = difference(with_context, teacher)
+            rounding = difference(without, ContextTeacher(model, [[]], path=teacher.path, adapter=adapter))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    finally:
+        model.train(was_training)
+    if not math.isfinite(effect) or not math.isfinite(rounding):
+        raise InputError("the model's logits are not finite before any training; its weights are damaged or overflow")
+    if effect <= max(2 * rounding, 1e-9):
+        raise InputError(
+            f"context changes nothing: the teacher's KL with and without it is {effect:.1e} (rounding alone: "
+            f"{rounding:.1e}); check that the context reaches the model's prompt"
+        )

@@ -41,6 +41,9 @@ class RunFolder:
         self.clear_leftovers()
         for name in ("metrics.jsonl", "eval_fixed.json"):
             (self.path / name).unlink(missing_ok=True)
+        self.write_config(config)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
         checkpoint.write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
 
     def clear_leftovers(self) -> None:

@@ -305,6 +305,7 @@ class OPCDTrainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
         self.optimizer.load_state_dict(optimizer)
+        self.folder.write_config(asdict(self.config))
         result.history = [record for record in records if record["kind"] == "step"]
         result.evaluations = [record for record in records if record["kind"] == "evaluation"]
         return step, result

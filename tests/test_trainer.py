@@ -135,6 +135,7 @@ def test_resume_is_bit_identical(tokenizer, tmp_path, lora_rank, moment):
     assert losses(resumed) == losses(whole)
     assert [e["step"] for e in resumed.evaluations] == [0, 2, 4, 6]
     assert [e["fixed_kl"] for e in resumed.evaluations] == [e["fixed_kl"] for e in whole.evaluations]
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["resume"] is True
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
 

@@ -9,7 +9,7 @@
 #
 # Installs nothing. It runs with $PYTHON, else .venv/bin/python, else python3; opcd_fast is imported from this
 # tree, whatever is installed. Packages that are missing there can be put into a folder named by PYTHONPATH or
-# SITE (default /tmp/site). OPCD_GIT_COMMIT names the commit where the tree has come without its history.
+# SITE. OPCD_GIT_COMMIT names the commit where the tree has come without its history.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -30,7 +30,7 @@ elif [ -x .venv/bin/python ]; then
 else
     python=python3
 fi
-site=${SITE:-/tmp/site}
+site=${SITE:-}
 [ -d "$site" ] && PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$site"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1

@@ -280,3 +280,12 @@ def test_unwritable_output_is_one_line(model_folder, files, capsys):
     (files / "run").write_text("a file, not a folder")
     assert main(train_arguments(model_folder, files)) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_demo_replaces_nothing_but_a_demo(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("keep me")
+    assert main(["demo", "--output-dir", str(tmp_path)]) == 2
+    assert "not a demo's" in capsys.readouterr().err
+    assert main(["demo", "--output-dir", str(tmp_path / "mine.txt")]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "keep me"

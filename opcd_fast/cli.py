@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml, typed_values
@@ -166,7 +167,7 @@ def _train(arguments: list[str]) -> int:
 
     _quiet_libraries()
     # Small files first: a wrong name must not cost the loading of a model.
-    context = None if command.context is None else _existing(command.context, "context")
+    context = _as_file(command.context)
     if context is not None:
         read_context(context)
     prompts = read_prompts(command.prompts)
@@ -201,23 +202,20 @@ def _generate(arguments: list[str]) -> int:
     if not 0 < command.top_p <= 1:
         raise InputError(f"top_p={command.top_p} must be a number above 0 up to 1")
     _check_seed(command.seed)
+    from opcd_fast import transformers_seam as seam
     from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.preflight import check_prompt_length
     from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, student_ids, teacher_ids
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     _quiet_libraries()
-    context = None if command.context is None else read_context(_existing(command.context, "context"))
+    file = _as_file(command.context)
+    context = None if file is None else read_context(file)
     tokenizer = load_tokenizer(command.model)
     (prompt,) = adapt_to_tokenizer(tokenizer, read_prompts([command.prompt], "prompt"))
     ids = student_ids(tokenizer, prompt) if context is None else teacher_ids(tokenizer, prompt, context)
     model = load_model(command.model, dtype=command.dtype, device=command.device)
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and len(ids) + command.max_new_tokens > window:
-        excess = len(ids) + command.max_new_tokens - window
-        raise InputError(
-            f"prompt of {len(ids)} tokens plus max_new_tokens={command.max_new_tokens} exceeds the model's window of "
-            f"{window} by {excess}; shorten it"
-        )
+    check_prompt_length(len(ids), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
     stop_ids = stop_token_ids(tokenizer, model, command.stop_tokens)
     rollout = TransformersRollout(model, stop_token_ids=stop_ids, merge_adapter=False)
     (answer,) = rollout.generate(
@@ -272,13 +270,9 @@ def _check_seed(seed: int) -> None:
         raise InputError(f"seed={seed} must be a whole number from 0 up to 2**63 - 1")
 
 
-def _existing(path: str, name: str) -> Any:
+def _as_file(context: str | None) -> Path | None:
     """On the command line a context is always a file: a mistyped name must not become the context's text."""
-    from pathlib import Path
-
-    if not Path(path).is_file():
-        raise InputError(f"{name} file {path!r} does not exist")
-    return Path(path)
+    return None if context is None else Path(context)
 
 
 def _train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:

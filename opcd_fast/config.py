@@ -130,11 +130,11 @@ class OPCDConfig:
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
 
-    @property
-    def effective_learning_rate(self) -> float:
+    def learning_rate_for(self, adapter: bool) -> float:
+        """The rate of a run that trains an adapter (a new one, or that of a PEFT model), or the whole model."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return LORA_LEARNING_RATE if self.lora_rank else FULL_LEARNING_RATE
+        return LORA_LEARNING_RATE if adapter else FULL_LEARNING_RATE
 
 
 def typed_values(cls: type, values: Mapping[str, Any], numbers_as_text: bool = False) -> dict[str, Any]:

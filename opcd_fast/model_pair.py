@@ -100,7 +100,7 @@ def shared_vocabulary(student: Any, teacher: Any, tokenizer: Any, teacher_tokeni
     if teacher_tokenizer is not None and not same_tokenizer(tokenizer, teacher_tokenizer):
         raise InputError("student and teacher have different tokenizers; distillation needs the same token ids")
     try:
-        sizes = {"model": _head_size(student), "teacher": _head_size(teacher)}
+        sizes = {name: LMHead.from_model(m).valid_size for name, m in (("model", student), ("teacher", teacher))}
     except ValueError as error:
         raise InputError(str(error)) from error
     for name, size in sizes.items():
@@ -114,11 +114,6 @@ def shared_vocabulary(student: Any, teacher: Any, tokenizer: Any, teacher_tokeni
             "student and teacher_model share a tokenizer"
         )
     return min(sizes.values())
-
-
-def _head_size(model: Any) -> int:
-    head = LMHead.from_model(model)
-    return head.weight.shape[0] if head.vocab_size is None else head.vocab_size
 
 
 @torch.no_grad()

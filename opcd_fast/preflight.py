@@ -18,27 +18,32 @@ from opcd_fast.teacher import ContextTeacher
 PROBES = 8  # prompts looked at
 
 
+def check_prompt_length(prompt: int, max_new_tokens: int, window: int | None) -> None:
+    """Refuse a prompt that leaves no room for the answer in the model's window (None: no limit). Raises InputError."""
+    if window is not None and prompt + max_new_tokens > window:
+        raise InputError(
+            f"prompt of {prompt} tokens plus max_new_tokens={max_new_tokens} exceeds the model's window of "
+            f"{window} by {prompt + max_new_tokens - window}; shorten the prompt or max_new_tokens"
+        )
+
+
 def check_lengths(
     rows: Sequence[RenderedPrompt],
     prefixes: Sequence[Sequence[int]],
     max_new_tokens: int,
-    student_window: int,
-    teacher_window: int,
+    student_window: int | None,
+    teacher_window: int | None,
 ) -> None:
     """Nothing is ever truncated: what does not fit a model's window is refused, with the counts. Raises InputError."""
     for row in rows:
-        own, excess = len(row.student_ids), len(row.student_ids) + max_new_tokens - student_window
-        if excess > 0:
-            raise InputError(
-                f"prompt of {own} tokens plus max_new_tokens={max_new_tokens} exceeds the model's window of "
-                f"{student_window} by {excess}; shorten the prompt or max_new_tokens"
-            )
+        check_prompt_length(len(row.student_ids), max_new_tokens, student_window)
         prefix = len(prefixes[row.context_index])
-        whole, excess = prefix + len(row.teacher_ids), prefix + len(row.teacher_ids) + max_new_tokens - teacher_window
-        if excess > 0:
+        whole = prefix + len(row.teacher_ids)
+        if teacher_window is not None and whole + max_new_tokens > teacher_window:
             raise InputError(
                 f"context and prompt of {whole} tokens (shared prefix {prefix}) plus max_new_tokens={max_new_tokens} "
-                f"exceed the teacher's window of {teacher_window} by {excess}; shorten the context or max_new_tokens"
+                f"exceed the teacher's window of {teacher_window} by {whole + max_new_tokens - teacher_window}; "
+                "shorten the context or max_new_tokens"
             )
 
 

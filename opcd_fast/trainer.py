@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opcd_fast import checkpoint
+from opcd_fast import transformers_seam as seam
 from opcd_fast.batch import Sample, micro_batches, pack
-from opcd_fast.config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, OPCDConfig
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.evaluate import divergence, samples_of
 from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
@@ -101,8 +103,13 @@ class OPCDTrainer:
         self.train_rows = rendered[0].rows
         self.held_out_rows = rendered[1].rows if len(rendered) > 1 else ()
         self.eval_rows = self.held_out_rows[: config.eval_batch]
-        everything, windows = (*self.train_rows, *self.held_out_rows), (_window(model), _window(teacher_model or model))
-        check_lengths(everything, self.prefixes, config.max_new_tokens, *windows)
+        check_lengths(
+            (*self.train_rows, *self.held_out_rows),
+            self.prefixes,
+            config.max_new_tokens,
+            seam.longest_input(seam.body_of(model)),
+            seam.longest_input(seam.body_of(teacher_model or model)),
+        )
 
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
@@ -138,7 +145,7 @@ class OPCDTrainer:
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
                 self.parameters.values(),
-                lr=config.learning_rate or (LORA_LEARNING_RATE if is_peft(self.model) else FULL_LEARNING_RATE),
+                lr=config.learning_rate_for(adapter=is_peft(self.model)),
                 weight_decay=config.weight_decay,
                 fused=self.device.type == "cuda",
             )
@@ -211,7 +218,7 @@ class OPCDTrainer:
         def fill(folder: Path) -> None:
             model = self.accelerator.unwrap_model(self.model)
             # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
-            options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+            options = {"save_embedding_layers": False} if is_peft(model) else {}
             model.save_pretrained(folder, save_function=self.accelerator.save, **options)
             self.tokenizer.save_pretrained(folder)
 
@@ -298,7 +305,7 @@ class OPCDTrainer:
             )
             self.folder.start(asdict(self.config))
             return 0, result
-        step, weights, optimizer, records = self.folder.restore(self._identity())
+        step, weights, optimizer, records = self.folder.restore(self._identity)
         if step > self.config.steps:
             raise InputError(f"resume: the run has made {step} steps already, steps={self.config.steps}; give more")
         with torch.no_grad():
@@ -310,6 +317,7 @@ class OPCDTrainer:
         result.evaluations = [record for record in records if record["kind"] == "evaluation"]
         return step, result
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         """What a continued run must share with its beginning, as JSON values."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
@@ -321,7 +329,7 @@ class OPCDTrainer:
 
     def _save_checkpoint(self, step: int) -> None:
         self.folder.save(
-            step, self.parameters, self.optimizer.state_dict(), self._identity(), self.config.keep_checkpoints
+            step, self.parameters, self.optimizer.state_dict(), self._identity, self.config.keep_checkpoints
         )
 
     def _log(self, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -361,7 +369,3 @@ def _accelerator(device: torch.device, dtype: torch.dtype) -> Any:
     if accelerator.num_processes > 1:
         raise InputError("several processes are not supported yet; start without `accelerate launch`")
     return accelerator
-
-
-def _window(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

@@ -13,9 +13,9 @@ def test_the_papers_defaults():
     config = OPCDConfig()
     assert (config.steps, config.batch_size, config.rollouts_per_prompt) == (50, 128, 1)
     assert (config.weight_decay, config.max_grad_norm, config.top_p) == (0.01, 1.0, 1.0)
-    assert config.effective_learning_rate == 5e-6
-    assert OPCDConfig(lora_rank=8).effective_learning_rate == 1e-3
-    assert OPCDConfig(lora_rank=8, learning_rate=3e-4).effective_learning_rate == 3e-4
+    assert config.learning_rate_for(adapter=False) == 5e-6
+    assert OPCDConfig(lora_rank=8).learning_rate_for(adapter=True) == 1e-3
+    assert OPCDConfig(lora_rank=8, learning_rate=3e-4).learning_rate_for(adapter=True) == 3e-4
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import logprobs_by_hand, lora_model, tiny_model
 
 from opcd_fast import rollout as rollout_module
 from opcd_fast.errors import InputError
@@ -11,29 +11,6 @@ from opcd_fast.rollout import TransformersRollout
 
 SHARED = [7, 9, 11, 13, 17, 19, 23, 29, 31, 37]
 PROMPTS = [[*SHARED, 41], [*SHARED, 43, 47, 53], [*SHARED, 59, 61]]
-
-
-def lora_model(seed=0):
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def logprobs_by_hand(model, prompt, answer, temperature, top_p=1.0):
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].double() / temperature
-    if top_p < 1:
-        order = logits.sort(descending=True, dim=-1)
-        before = order.values.softmax(-1).cumsum(-1) - order.values.softmax(-1)
-        cut = torch.zeros_like(before, dtype=torch.bool).scatter(1, order.indices, before >= top_p)
-        logits = logits.masked_fill(cut, -torch.inf)
-    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.9, 0.6)])

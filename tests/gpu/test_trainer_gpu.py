@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_tokenizer
+from tiny import logprobs_by_hand, lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.config import OPCDConfig
 from opcd_fast.rollout import TransformersRollout
@@ -129,33 +129,6 @@ def test_resume_at_the_end_gives_the_same_weights_back(tokenizer, tmp_path):
 
 
 # --- the sampler --------------------------------------------------------------------------------------------
-
-
-def lora_model(dtype=torch.float32):
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(tiny_model(), lora)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-    return model.to(dtype)
-
-
-def logprobs_by_hand(model, prompt, answer, temperature, top_p=1.0):
-    """(T,) float64 on the CPU, from one plain forward of `model` wherever it is."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *answer]], device=device)).logits[0, len(prompt) - 1 : -1]
-    logits = logits.double().cpu() / temperature
-    if top_p < 1:
-        order = logits.sort(descending=True, dim=-1)
-        before = order.values.softmax(-1).cumsum(-1) - order.values.softmax(-1)
-        cut = torch.zeros_like(before, dtype=torch.bool).scatter(1, order.indices, before >= top_p)
-        logits = logits.masked_fill(cut, -torch.inf)
-    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapter", "merged"])

@@ -14,46 +14,22 @@ The twin of `reference.reverse_kl_rows`, where the formulas are. What differs he
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Launch shape by number of columns: (columns up to, BLOCK, warps). 8 float32 per lane and side are two
-# 128-bit loads. 72 to 92 registers and no spills from sm_80 to sm_120; not tuned on a device yet.
-LAUNCH = ((4096, 512, 2), (16384, 1024, 4), (1 << 31, 2048, 8))
-
-_SMALLEST = tl.constexpr(1.1754944e-38)  # smallest normal float32: p below it counts as 0
-_UNSEEN = tl.constexpr(-1.0e38)  # a running maximum before its first finite logit
-_NO_COLUMN = tl.constexpr(2147483647)
-
-
-@triton.jit
-def _logits(z_ptr, bias_ptr, columns, n_columns, inner, outer, HAS_BIAS, SOFTCAP, MASKED):
-    """Logits / temperature of one block; -inf beyond the last column."""
-    if MASKED:
-        inside = columns < n_columns
-        z = tl.load(z_ptr + columns, mask=inside, other=0.0)
-    else:
-        z = tl.load(z_ptr + columns)
-    if HAS_BIAS:
-        if MASKED:
-            z += tl.load(bias_ptr + columns, mask=inside, other=0.0)
-        else:
-            z += tl.load(bias_ptr + columns)
-    z *= inner
-    if SOFTCAP:
-        # tanh; saturates to +-1 without overflow
-        z = (1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)) * outer
-    if MASKED:
-        z = tl.where(inside, z, float("-inf"))
-    return z
-
-
-@triton.jit
-def _difference(z_s, z_t):
-    """z_s - z_t, 0 where either is -inf: p or q is 0 there and the callers treat those entries apart."""
-    return tl.where((z_s == float("-inf")) | (z_t == float("-inf")), 0.0, z_s - z_t)
+from opcd_fast.kernels.triton_logits import (
+    NO_COLUMN,
+    SMALLEST,
+    UNSEEN,
+    accumulate,
+    check_logits,
+    difference_of,
+    inner_and_outer,
+    launch_shape,
+    load_logits,
+    psi_terms,
+)
 
 
 @triton.jit
@@ -61,25 +37,19 @@ def _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t):
     """Online max, sum of exponentials and their sum weighted with z_s - z_t: one exponential a side."""
     shrink = tl.exp(-tl.abs(z_s - m_s))
     grows = z_s > m_s
-    difference = _difference(z_s, z_t)
+    difference = difference_of(z_s, z_t)
     d_s = tl.where(grows, d_s * shrink + 1.0, d_s + shrink)
     a = tl.where(grows, a * shrink + difference, a + shrink * difference)
     m_s = tl.where(grows, z_s, m_s)
-
-    shrink = tl.exp(-tl.abs(z_t - m_t))
-    grows = z_t > m_t
-    d_t = tl.where(grows, d_t * shrink + 1.0, d_t + shrink)
-    m_t = tl.where(grows, z_t, m_t)
+    m_t, d_t = accumulate(z_t, m_t, d_t)
     return m_s, d_s, a, m_t, d_t
 
 
 @triton.jit
 def _kl_terms(p, q, l, forbidden):
-    """q - p + p l, every one >= 0, without cancellation; inf where the teacher forbids what the student may say."""
-    series = l * l * (0.5 + l * (-1.0 / 6 + l * (1.0 / 24 + l * (-1.0 / 120 + l * (1.0 / 720)))))
-    terms = tl.where(tl.abs(l) < 0.25, p * series, q - p + p * l)
-    terms = tl.where(forbidden, float("inf"), terms)
-    return tl.where(p < _SMALLEST, q, terms)
+    """q - p + p l, every one >= 0; inf where the teacher forbids what the student may say."""
+    terms = tl.where(forbidden, float("inf"), psi_terms(p, q, l))
+    return tl.where(p < SMALLEST, q, terms)
 
 
 @triton.jit
@@ -90,12 +60,12 @@ def _second_pass(
 ):  # fmt: skip
     p = tl.exp(z_s - lse_s)
     q = tl.exp(z_t - lse_t)
-    difference = _difference(z_s, z_t)
+    difference = difference_of(z_s, z_t)
     kl += _kl_terms(p, q, difference - (lse_s - lse_t), z_t == float("-inf"))
     if ALL_STATISTICS:
         negative_entropy += tl.where(z_s == float("-inf"), 0.0, p * (z_s - lse_s))
-        top_s = tl.minimum(top_s, tl.where(z_s >= m_s, columns, _NO_COLUMN))
-        top_t = tl.minimum(top_t, tl.where(z_t >= m_t, columns, _NO_COLUMN))
+        top_s = tl.minimum(top_s, tl.where(z_s >= m_s, columns, NO_COLUMN))
+        top_t = tl.minimum(top_t, tl.where(z_t >= m_t, columns, NO_COLUMN))
     if WRITE_GRADIENT:
         g = p * (difference - center) * row_factor
         if SOFTCAP:
@@ -125,19 +95,19 @@ def _reverse_kl_rows_kernel(
     whole = n_columns // BLOCK
     tail = whole * BLOCK + lanes
 
-    m_s = tl.full([BLOCK], _UNSEEN, tl.float32)
-    m_t = tl.full([BLOCK], _UNSEEN, tl.float32)
+    m_s = tl.full([BLOCK], UNSEEN, tl.float32)
+    m_t = tl.full([BLOCK], UNSEEN, tl.float32)
     d_s = tl.zeros([BLOCK], tl.float32)
     d_t = tl.zeros([BLOCK], tl.float32)
     a = tl.zeros([BLOCK], tl.float32)
     for block in range(0, whole):
         columns = block * BLOCK + lanes
-        z_s = _logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
-        z_t = _logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
         m_s, d_s, a, m_t, d_t = _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t)
     if whole * BLOCK < n_columns:
-        z_s = _logits(z_s_ptr, bias_s_ptr, tail, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
-        z_t = _logits(z_t_ptr, bias_t_ptr, tail, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        z_s = load_logits(z_s_ptr, bias_s_ptr, tail, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, tail, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
         m_s, d_s, a, m_t, d_t = _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t)
 
     top = tl.max(m_s, 0)
@@ -160,12 +130,12 @@ def _reverse_kl_rows_kernel(
 
     kl = tl.zeros([BLOCK], tl.float32)
     negative_entropy = tl.zeros([BLOCK], tl.float32)
-    top_s = tl.full([BLOCK], _NO_COLUMN, tl.int32)
-    top_t = tl.full([BLOCK], _NO_COLUMN, tl.int32)
+    top_s = tl.full([BLOCK], NO_COLUMN, tl.int32)
+    top_t = tl.full([BLOCK], NO_COLUMN, tl.int32)
     # Backwards: the end of the row is what the cache may still hold.
     if whole * BLOCK < n_columns:
-        z_s = _logits(z_s_ptr, bias_s_ptr, tail, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
-        z_t = _logits(z_t_ptr, bias_t_ptr, tail, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        z_s = load_logits(z_s_ptr, bias_s_ptr, tail, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, tail, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
         kl, negative_entropy, top_s, top_t = _second_pass(
             z_s, z_t, tail, n_columns, g_ptr, kl, negative_entropy, top_s, top_t,
             lse_s, lse_t, m_s, m_t, center, row_factor, inverse_outer,
@@ -173,8 +143,8 @@ def _reverse_kl_rows_kernel(
         )  # fmt: skip
     for block in range(0, whole):
         columns = (whole - 1 - block) * BLOCK + lanes
-        z_s = _logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
-        z_t = _logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
         kl, negative_entropy, top_s, top_t = _second_pass(
             z_s, z_t, columns, n_columns, g_ptr, kl, negative_entropy, top_s, top_t,
             lse_s, lse_t, m_s, m_t, center, row_factor, inverse_outer,
@@ -219,15 +189,14 @@ def reverse_kl_rows(
 ) -> None:
     """Launch one program per row. Arguments as in `reference.reverse_kl_rows`; the logits survive unless G
     is z_s."""
-    for name, z in (("z_s", z_s), ("z_t", z_t)):
-        if z.dtype != torch.float32 or z.stride(1) != 1:
-            raise ValueError(f"{name} is {z.dtype} with strides {z.stride()}; expected float32 with unit column stride")
+    check_logits("z_s", z_s)
+    check_logits("z_t", z_t)
     rows, columns = z_s.shape
     if rows == 0:
         return
-    inner_s, outer_s = _inner_and_outer(scale_s, softcap_s, temperature)
-    inner_t, outer_t = _inner_and_outer(scale_t, softcap_t, temperature)
-    block, warps = next((block, warps) for limit, block, warps in LAUNCH if columns <= limit)
+    inner_s, outer_s = inner_and_outer(scale_s, softcap_s, temperature)
+    inner_t, outer_t = inner_and_outer(scale_t, softcap_t, temperature)
+    block, warps = launch_shape(columns)
     _reverse_kl_rows_kernel[(rows,)](
         z_s, z_t, z_s if bias_s is None else bias_s, z_t if bias_t is None else bias_t, row_weights,
         statistics, z_s if gradient is None else gradient,
@@ -238,8 +207,3 @@ def reverse_kl_rows(
         WRITE_GRADIENT=gradient is not None, ALL_STATISTICS=all_statistics, BLOCK=block,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _inner_and_outer(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
-    """logits / temperature = inner * x, or outer * tanh(inner * x) with a softcap."""
-    return (scale / temperature, 1.0) if softcap is None else (scale / softcap, softcap / temperature)

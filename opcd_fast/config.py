@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from opcd_fast.divergences import check_divergence
 from opcd_fast.errors import InputError
 
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
@@ -43,7 +44,16 @@ class OPCDConfig:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
     divergence: str = "reverse_kl"
-    """What is minimised; "reverse_kl" is KL(student || teacher) over the full vocabulary."""
+    """"reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", or
+    "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations always report the reverse KL."""
+    beta: float = 0.5
+    """Of "jsd": weight of the teacher's half; 0 is the forward, 1 the reverse KL."""
+    alpha: float = 0.1
+    """Of the skewed divergences: share of the first model in the mixture."""
+    k: int = 256
+    """Of "topk_reverse_kl": how many of the student's most likely tokens count."""
+    tail: str = "none"
+    """Of "topk_reverse_kl": what becomes of the other tokens: "none" (left out), "renormalize" or "bucket"."""
     normalize: str = "sequence"
     """"sequence": mean over answers of the mean over their tokens (the paper's Eq. 1); "token": mean over tokens."""
     teacher_mode: str = "frozen"
@@ -67,7 +77,7 @@ class OPCDConfig:
     merge_for_rollout: bool | None = None
     """Generate with a copy that has the adapter folded in. None: on the CPU."""
     loss_backend: str = "auto"
-    """"auto" | "triton" | "torch"."""
+    """"auto" | "triton" | "native" | "torch"."""
     workspace_bytes: int | None = None
     """Bound for the loss's scratch memory; None: the loss's own default."""
     teacher_path: str = "auto"
@@ -119,11 +129,14 @@ class OPCDConfig:
             within("learning_rate", 0, 1, open_low=True)
         within("weight_decay", 0, 1)
         within("max_grad_norm", 0, 1e9)
-        one_of("divergence", "reverse_kl")
+        try:
+            check_divergence(self.divergence, self.beta, self.alpha, self.k, self.tail)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         one_of("teacher_mode", "frozen")
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")
-        one_of("loss_backend", "auto", "triton", "torch")
+        one_of("loss_backend", "auto", "triton", "native", "torch")
         one_of("teacher_path", "auto", "merge", "concat")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")

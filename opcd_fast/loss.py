@@ -1,4 +1,4 @@
-"""The exact full-vocabulary reverse KL of on-policy (context) distillation, fused with both lm-heads.
+"""The exact full-vocabulary losses of on-policy (context) distillation, fused with both lm-heads.
 
 Per token, with p the student, q the teacher and l = log p - log q:
 
@@ -18,21 +18,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd_fast.chunks import linear_reverse_kl, logits_reverse_kl
+from opcd_fast import sharding
+from opcd_fast.divergences import check_divergence
 from opcd_fast.heads import LMHead
+from opcd_fast.logprobs import fused_linear_logprobs
 from opcd_fast.loss_inputs import (
     as_head,
     check_finite,
-    check_hidden,
     check_logits,
+    check_pair,
+    check_reduction,
     check_temperature,
     check_workspace,
+    flat_weights,
     resolve_backend,
-    weigh_rows,
 )
-from opcd_fast.workspace import Spec, Wanted, compute_dtype
+from opcd_fast.loss_operators import LinearDivergence, LogitsReverseKL
+from opcd_fast.main_grad import accumulation_target
+from opcd_fast.sequence_weights import sequence_mean_weights
+from opcd_fast.spec import Spec, Wanted
+from opcd_fast.workspace import compute_dtype
 
-__all__ = ["LMHead", "LossStats", "fused_linear_reverse_kl", "reverse_kl", "sequence_mean_weights"]
+__all__ = [
+    "LMHead",
+    "LossStats",
+    "fused_linear_divergence",
+    "fused_linear_logprobs",
+    "fused_linear_reverse_kl",
+    "reverse_kl",
+    "sequence_mean_weights",
+]
 
 
 @dataclass
@@ -43,7 +58,7 @@ class LossStats:
     0 in every field.
     """
 
-    token_kl: Tensor
+    token_kl: Tensor  # the value of the divergence that was asked for
     student_entropy: Tensor
     student_logsumexp: Tensor  # of logits / temperature over the valid vocabulary
     teacher_logsumexp: Tensor
@@ -63,6 +78,7 @@ def fused_linear_reverse_kl(
     workspace_bytes: int | None = None,
     return_stats: bool = False,
     backend: str = "auto",
+    accumulate_weight_grad: bool = False,
 ) -> Any:
     """Reverse KL between two models' next-token distributions, from their last hidden states.
 
@@ -81,7 +97,11 @@ def fused_linear_reverse_kl(
     workspace_bytes: bound for scratch memory, which does not include the gradients; default 1 GiB, or 2.5
         GiB when the head is trained, less where the shapes need less.
     return_stats: also return `LossStats`.
-    backend: "torch" (any device), "triton" (CUDA), or "auto": triton where it can run, else torch.
+    backend: "triton" (CUDA), "native" (the compiled CPU library), "torch" (any device), or "auto": the first of
+        these that can run.
+    accumulate_weight_grad: add dW to `student_head.weight.main_grad` (or to a float32 `.grad`) in forward, without
+        a buffer of its own, and return none. Needs reduction="sum" or denominator=, a backward with an upstream
+        gradient of exactly 1, and no activation checkpointing around the call.
 
     A row in which the teacher gives probability 0 to a token that the student gives more has kl = inf and
     gradient 0. With the environment variable OPCD_CHECK=1, NaN or infinite inputs raise an error naming the
@@ -89,18 +109,83 @@ def fused_linear_reverse_kl(
 
     Returns the loss, a scalar (or (...,) for "none"), in float32 (float64 with float64 inputs); with
     `return_stats` the pair (loss, LossStats).
+
+    Raises ValueError, naming the argument and what would be right, TypeError for a head that is neither.
+    """
+    return fused_linear_divergence(
+        student_hidden, student_head, teacher_hidden, teacher_head, token_weights=token_weights,
+        temperature=temperature, reduction=reduction, denominator=denominator, workspace_bytes=workspace_bytes,
+        return_stats=return_stats, backend=backend, accumulate_weight_grad=accumulate_weight_grad,
+    )  # fmt: skip
+
+
+def fused_linear_divergence(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    *,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    k: int = 256,
+    tail: str = "none",
+    token_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    workspace_bytes: int | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+    accumulate_weight_grad: bool = False,
+) -> Any:
+    """`fused_linear_reverse_kl` for other divergences; p is the student, q the teacher.
+
+    divergence:
+        "reverse_kl"       KL(p || q)
+        "forward_kl"       KL(q || p)
+        "jsd"              beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q; TRL's beta
+                           (arXiv 2306.13649): 0 is the forward and 1 the reverse KL
+        "skew_reverse_kl"  KL(p || alpha p + (1 - alpha) q)        (arXiv 2402.03898)
+        "skew_forward_kl"  KL(q || alpha q + (1 - alpha) p)
+        "topk_reverse_kl"  the reverse KL on the student's k most likely tokens; tail="none" sums over them alone,
+                           with both models normalised over the whole vocabulary (what the OPCD authors' code
+                           minimises with k=256; it can be negative), "renormalize" normalises over them, "bucket"
+                           counts all other tokens as one more
+
+    The forward KL is infinite, with gradient 0, where the student gives probability 0 to a token that the teacher
+    gives more; the JSD and the skewed divergences are always finite. All other arguments, the result and the errors
+    as in `fused_linear_reverse_kl`; `LossStats.token_kl` holds the value of the divergence asked for.
     """
     student, teacher = as_head(student_head, "student_head"), as_head(teacher_head, "teacher_head")
-    leading = check_hidden(student_hidden, student, teacher_hidden, teacher)
-    if student.valid_size != teacher.valid_size:
+    leading = check_pair(student_hidden, student, teacher_hidden, teacher)
+    name, parameter = check_divergence(divergence, beta, alpha, k, tail)
+    if name == "topk_reverse_kl" and student.group is not None:
         raise ValueError(
-            f"student_head has {student.valid_size} valid tokens and teacher_head {teacher.valid_size}; "
-            "both models must share one vocabulary. If the larger one is padded, pass "
-            "LMHead(weight, vocab_size=<number of real tokens>)"
+            "divergence='topk_reverse_kl' needs the whole vocabulary on every rank; gather the head, and leave its "
+            "group=None"
         )
+    operator_reduction, factor, scalar = check_reduction(reduction, denominator)
+    weights = flat_weights(token_weights, leading)
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
     h_t = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
-    dtype = compute_dtype(h_s, student.weight, h_t, teacher.weight)
+    if os.environ.get("OPCD_CHECK") == "1":
+        check_finite({"student_": (h_s, student), "teacher_": (h_t, teacher)}, weights)
+
+    weight, bias = sharding.whole(student.weight, "student_head"), sharding.whole(student.bias, "student_head.bias")
+    with torch.no_grad():
+        weight_t = weight if teacher.weight is student.weight else sharding.whole(teacher.weight, "teacher_head")
+        bias_t = sharding.whole(teacher.bias, "teacher_head.bias")
+    assert weight is not None and weight_t is not None
+    trained = torch.is_grad_enabled()
+    wanted = Wanted(
+        hidden=trained and h_s.requires_grad,
+        weight=trained and weight.requires_grad,
+        bias=trained and bias is not None and bias.requires_grad,
+    )
+    target = None
+    if accumulate_weight_grad:
+        target = accumulation_target(student.weight, operator_reduction, scalar) if wanted.weight else None
     spec = Spec(
         scale_s=float(student.scale),
         scale_t=float(teacher.scale),
@@ -109,34 +194,17 @@ def fused_linear_reverse_kl(
         temperature=check_temperature(temperature),
         vocab_size=student.valid_size,
         workspace_bytes=check_workspace(workspace_bytes),
-        backend=resolve_backend(backend, h_s.device, dtype),
+        backend=backend,
         all_statistics=return_stats,
+        divergence=name,
+        parameter=parameter,
+        tail=tail,
+        group="" if student.group is None else student.group.group_name,
     )
-    rows = weigh_rows(token_weights, leading, reduction, denominator, dtype, h_s.device)
-    if os.environ.get("OPCD_CHECK") == "1":
-        check_finite(h_s, student, h_t, teacher, rows.active)
-
-    trained = torch.is_grad_enabled()
-    wanted = Wanted(
-        hidden=trained and h_s.requires_grad,
-        weight=trained and student.weight.requires_grad,
-        bias=trained and student.bias is not None and student.bias.requires_grad,
-    )
-    teacher_bias = None if teacher.bias is None else teacher.bias.detach()
-    loss, statistics = _LinearReverseKL.apply(
-        h_s,
-        student.weight,
-        student.bias,
-        h_t,
-        teacher.weight.detach(),
-        teacher_bias,
-        rows.weights,
-        rows.active,
-        rows.factor,
-        reduction,
-        spec,
-        wanted,
-    )
+    loss, statistics = LinearDivergence.apply(
+        h_s, weight, bias, h_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), weights, scalar,
+        target, operator_reduction, factor, spec, wanted,
+    )  # fmt: skip
     if reduction == "none":
         loss = loss.reshape(leading)
     if not return_stats:
@@ -171,117 +239,13 @@ def reverse_kl(
         raise ValueError(f"student_logits is on {student_logits.device}, teacher_logits on {teacher_logits.device}")
     leading, v = student_logits.shape[:-1], student_logits.shape[-1]
     z_s, z_t = student_logits.reshape(-1, v), teacher_logits.detach().reshape(-1, v)
-    dtype = compute_dtype(z_s, z_t)
-    backend = resolve_backend("auto", z_s.device, dtype)
+    operator_reduction, factor, scalar = check_reduction(reduction, denominator)
+    weights = flat_weights(token_weights, leading)
+    backend = resolve_backend("auto", z_s.device, compute_dtype(z_s, z_t))
     spec = Spec(1.0, 1.0, None, None, check_temperature(temperature), v, None, backend, all_statistics=False)
-    rows = weigh_rows(token_weights, leading, reduction, denominator, dtype, z_s.device)
     if os.environ.get("OPCD_CHECK") == "1":
-        check_logits("student_logits", z_s, rows.active)
-        check_logits("teacher_logits", z_t, rows.active)
+        check_logits("student_logits", z_s, weights)
+        check_logits("teacher_logits", z_t, weights)
     wanted = torch.is_grad_enabled() and z_s.requires_grad
-    loss = _LogitsReverseKL.apply(z_s, z_t, rows.weights, rows.active, rows.factor, reduction, spec, wanted)
+    loss = LogitsReverseKL.apply(z_s, z_t, weights, scalar, operator_reduction, factor, spec, wanted)
     return loss.reshape(leading) if reduction == "none" else loss
-
-
-def sequence_mean_weights(mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Weights that turn `reduction="sum"` into the mean over sequences of the mean over their tokens.
-
-    Give either mask, (B, T), non-zero at response tokens: returns (B, T); or cu_seqlens, (B + 1,) integer
-    offsets of packed sequences: returns (N,), N = cu_seqlens[-1]. float32. Every token of a sequence of
-    length n gets 1 / (B' n), B' the number of sequences that have tokens. Without any, all weights are 0.
-    """
-    if (mask is None) == (cu_seqlens is None):
-        raise ValueError("sequence_mean_weights takes exactly one of mask and cu_seqlens")
-    if mask is not None:
-        if mask.ndim != 2:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (B, T)")
-        chosen = (mask != 0).float()
-        lengths = chosen.sum(dim=1)
-        sequences = (lengths > 0).sum().clamp(min=1)
-        return chosen / (lengths.clamp(min=1) * sequences).unsqueeze(1)
-    assert cu_seqlens is not None
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected integers (B + 1,)"
-        )
-    counts = cu_seqlens.long().diff()
-    if bool((counts < 0).any()) or int(cu_seqlens[0]) != 0:
-        raise ValueError("cu_seqlens must start at 0 and never decrease")
-    sequences = (counts > 0).sum().clamp(min=1)
-    return torch.repeat_interleave(1.0 / (counts.clamp(min=1) * sequences).float(), counts)
-
-
-class _LinearReverseKL(torch.autograd.Function):
-    """Forms the gradients in forward, where the logits are; "none" learns its weights in backward."""
-
-    @staticmethod
-    def forward(ctx, h_s, w_s, b_s, h_t, w_t, b_t, weights, active, factor, reduction, spec, wanted):
-        late = reduction == "none"
-        now = Wanted(False, False, False) if late else wanted
-        with torch.autocast(h_s.device.type, enabled=False):
-            statistics, *gradients = linear_reverse_kl(h_s, w_s, b_s, h_t, w_t, b_t, weights, active, factor, spec, now)
-            kl = statistics[0]
-            loss = kl.clone() if late else _weighted_sum(kl, weights) * factor
-        ctx.late, ctx.spec, ctx.wanted = late, spec, wanted
-        if late and any(wanted):
-            ctx.save_for_backward(h_s, w_s, b_s, h_t, w_t, b_t, weights)
-        else:
-            ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(statistics)
-        return loss, statistics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, _):
-        if ctx.late:
-            h_s, w_s, b_s, h_t, w_t, b_t, weights = ctx.saved_tensors
-            row_weights = torch.where(weights != 0, upstream.to(weights.dtype), 0)
-            active = row_weights.nonzero().squeeze(1)
-            with torch.autocast(h_s.device.type, enabled=False):
-                _, *gradients = linear_reverse_kl(
-                    h_s, w_s, b_s, h_t, w_t, b_t, row_weights, active, 1.0, ctx.spec, ctx.wanted
-                )
-        else:
-            gradients = [_times(g, upstream) for g in ctx.saved_tensors]
-        return (*gradients, *(None,) * 9)
-
-
-class _LogitsReverseKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z_s, z_t, weights, active, factor, reduction, spec, wanted):
-        late = reduction == "none"
-        kl, gradient = logits_reverse_kl(z_s, z_t, weights, active, factor, spec, wanted and not late)
-        ctx.late, ctx.spec = late, spec
-        if late and wanted:
-            ctx.save_for_backward(z_s, z_t, weights)
-        else:
-            ctx.save_for_backward(gradient)
-        return kl.clone() if late else _weighted_sum(kl, weights) * factor
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        if ctx.late:
-            z_s, z_t, weights = ctx.saved_tensors
-            row_weights = torch.where(weights != 0, upstream.to(weights.dtype), 0)
-            active = row_weights.nonzero().squeeze(1)
-            _, gradient = logits_reverse_kl(z_s, z_t, row_weights, active, 1.0, ctx.spec, True)
-        else:
-            gradient = _times(ctx.saved_tensors[0], upstream)
-        return (gradient, *(None,) * 7)
-
-
-def _weighted_sum(kl: Tensor, weights: Tensor) -> Tensor:
-    # Inactive rows hold kl = 0 and weight 0, so no mask is needed; an infinite kl makes the sum infinite.
-    return (kl * weights).sum()
-
-
-def _times(gradient: Tensor | None, upstream: Tensor) -> Tensor | None:
-    # On a CPU the usual upstream gradient of 1 is seen for free; on a device looking would synchronise.
-    if gradient is None or (not upstream.is_cuda and float(upstream) == 1.0):
-        return gradient
-    scaled = torch.empty_like(gradient)
-    # In slices through the upstream's dtype: 1/3 rounded to bf16 would scale a whole bf16 gradient wrongly.
-    for source, target in zip(gradient.split(4096), scaled.split(4096), strict=True):
-        target.copy_(source.to(upstream.dtype) * upstream)
-    return scaled

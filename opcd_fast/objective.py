@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from opcd_fast.batch import Batch
 from opcd_fast.heads import LMHead
-from opcd_fast.loss import LossStats, fused_linear_reverse_kl
+from opcd_fast.loss import LossStats, fused_linear_divergence
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
+
+REVERSE_KL: Mapping[str, Any] = {"divergence": "reverse_kl"}
 
 
 def context_kl(
@@ -29,6 +31,7 @@ def context_kl(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     backend: str = "auto",
     workspace_bytes: int | None = None,
+    divergence: Mapping[str, Any] = REVERSE_KL,
     stopwatch: Stopwatch | None = None,
 ) -> tuple[Tensor, LossStats]:
     """sum(w * KL(student || teacher)) / denominator over the batch's response tokens, and its statistics.
@@ -41,6 +44,7 @@ def context_kl(
         denominator: sum of the token weights over the whole step, micro-batches included.
         compute_dtype: type in which hidden states and heads are multiplied.
         autocast: makes the context of the student's forward when its weights are fp32 masters.
+        divergence: another one than the reverse KL, as keywords of `fused_linear_divergence`.
     Returns:
         scalar loss, LossStats with (N,) fields.
     """
@@ -58,7 +62,7 @@ def context_kl(
         )  # (N, D_s)
     with watch("loss"):
         head_s, head_t = _same_vocabulary(LMHead.from_model(student), teacher.head)
-        return fused_linear_reverse_kl(
+        return fused_linear_divergence(
             h_s.to(compute_dtype),
             _cast(head_s, compute_dtype),
             h_t.to(compute_dtype),
@@ -69,6 +73,7 @@ def context_kl(
             workspace_bytes=workspace_bytes,
             return_stats=True,
             backend=backend,
+            **divergence,
         )
 
 

@@ -45,6 +45,8 @@ FREE_ON_RESUME = (
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend",
 )  # fmt: skip
 
+DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
+
 
 @dataclass
 class TrainResult:
@@ -178,12 +180,13 @@ class OPCDTrainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 with seeded(stream_seed(config.seed, "dropout", step), self.device):
                     for group in micro_batches(samples, config.micro_batch_tokens):
-                        part, stats = context_kl(  # teacher with context, student without, exact reverse KL
+                        part, stats = context_kl(  # teacher with context, student without
                             pack(group, normalize=config.normalize).to(self.device),
                             self.model,
                             self.teacher,
                             denominator=denominator,
                             stopwatch=watch,
+                            divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
                             **self._loss_options(),
                         )
                         with watch("backward"):

@@ -6,44 +6,26 @@ the same arithmetic in the same order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from opcd_fast.kernels import reference
+from opcd_fast.spec import Spec, Wanted
 
 GIB = 1 << 30
 DEFAULT_WORKSPACE = GIB  # without dW: large chunks bring nothing
 # dW is read and written once per gradient chunk, so those are larger.
 DEFAULT_WORKSPACE_WITH_DW = 5 * GIB // 2
-LOGITS_SCRATCH = GIB // 4  # for logits that exist already
 GRADIENT_CHUNKS = 4  # gradient chunk / logit chunk, when the two differ
 PITCH = 64  # elements; row starts stay 128-byte aligned in 2-byte buffers, whatever V is
 
 
-@dataclass(frozen=True)
-class Spec:
-    """The scalars of one call."""
+class Side(NamedTuple):
+    """One model's half of the products: hidden states (n, D) and head weight (V, D)."""
 
-    scale_s: float
-    scale_t: float
-    softcap_s: float | None
-    softcap_t: float | None
-    temperature: float
-    vocab_size: int  # valid entries, the same for both sides
-    workspace_bytes: int | None
-    backend: str  # "torch" or "triton", resolved
-    all_statistics: bool
-
-
-class Wanted(NamedTuple):
-    """Which gradients the caller will use."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
+    h: Tensor
+    weight: Tensor
 
 
 class Plan(NamedTuple):
@@ -75,7 +57,7 @@ def pitch_of(columns: int) -> int:
 
 
 def block_rows(v: int) -> int:
-    """Rows whose elementwise work is done together in the reference: about 16 MB a buffer.
+    """Rows whose elementwise work is done together by plain PyTorch: about 16 MB a buffer.
 
     Smaller blocks fit more caches, but each operation on a block is a parallel region, and where other
     processes want the same cores every region waits for a descheduled thread.
@@ -83,35 +65,42 @@ def block_rows(v: int) -> int:
     return max(4, (1 << 22) // v)
 
 
-def make_plan(rows: int, h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, spec: Spec, wanted: Wanted) -> Plan:
+def make_plan(rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, planes: int) -> Plan:
     """Cut `workspace_bytes` into buffers.
 
-    Raises ValueError when it does not hold one row.
+    sides: the student first. v: columns of the logits. planes: (block, V) buffers that the row operation needs beside
+    the logits.
+
+    Raises ValueError when the workspace does not hold one row.
     """
-    dtype = compute_dtype(h_s, w_s, h_t, w_t)
+    dtype = compute_dtype(*(tensor for side in sides for tensor in side))
     size = dtype.itemsize
-    v, pitch = spec.vocab_size, pitch_of(spec.vocab_size)
-    on_device = h_s.is_cuda
-    native_s, native_t = runs_native(h_s, w_s), runs_native(h_t, w_t)
-    cast_s = not native_s and w_s.dtype != dtype
-    cast_t = not native_t and w_t.dtype != dtype and not (cast_s and same_memory(w_s, w_t))
-    width_s, width_t = h_s.shape[-1], h_t.shape[-1]
+    pitch = pitch_of(v)
+    student = sides[0]
+    on_device = student.h.is_cuda
+    cast: list[Side] = []  # whose weights go through an upcast tile
+    for side in sides:
+        known = any(same_memory(side.weight, other.weight) for other in cast)
+        if not runs_native(*side) and side.weight.dtype != dtype and not known:
+            cast.append(side)
+    width_s = student.h.shape[-1]
+    others = sum(side.h.shape[-1] for side in sides[1:])
 
     tile = v
-    if cast_s or cast_t:
+    if cast:
         # 16 MB of float32: few enough parallel regions, and mostly still in cache when the product reads it.
         elements = 1 << (24 if on_device else 22)
-        tile = min(v, max(256, elements // max(width_s, width_t) // 64 * 64))
-    fixed = tile * (width_s * cast_s + width_t * cast_t) * size
+        tile = min(v, max(256, elements // max(side.h.shape[-1] for side in sides) // 64 * 64))
+    fixed = tile * sum(side.h.shape[-1] for side in cast) * size
 
-    # Per logit row: two logit buffers and the teacher's hidden state. Per gradient row: the student's hidden
+    # Per logit row: a logit buffer a side and the teacher's hidden state. Per gradient row: the student's hidden
     # state, dH before and after its cast, and G where it has a buffer of its own.
     ratio = GRADIENT_CHUNKS if spec.backend == "triton" and wanted.weight else 1
-    per_row = (2 * pitch + width_t + ratio * 3 * width_s) * size
-    if has_gradient_buffer(h_s, w_s, dtype, spec, wanted):
-        per_row += ratio * pitch * gradient_dtype(h_s, w_s, dtype).itemsize
+    per_row = (len(sides) * pitch + others + ratio * 3 * width_s) * size
+    if has_gradient_buffer(student, dtype, spec, wanted):
+        per_row += ratio * pitch * gradient_dtype(student, dtype).itemsize
 
-    block_row = reference.scratch_planes(spec.softcap_s) * v * size if spec.backend == "torch" else 0
+    block_row = planes * v * size
     smallest = fixed + per_row + block_row
     budget = spec.workspace_bytes
     if budget is None:
@@ -137,18 +126,17 @@ def make_plan(rows: int, h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, spe
     return Plan(min(logit_rows, rows), min(gradient_rows, rows), block, tile)
 
 
-def gradient_dtype(h_s: Tensor, w_s: Tensor, dtype: torch.dtype) -> torch.dtype:
+def gradient_dtype(student: Side, dtype: torch.dtype) -> torch.dtype:
     """The dtype of G = d(sum)/d(logits): bf16 where the GEMMs that consume it read bf16, else the logits'."""
-    return torch.bfloat16 if runs_native(h_s, w_s) else dtype
+    return torch.bfloat16 if runs_native(*student) else dtype
 
 
-def has_gradient_buffer(h_s: Tensor, w_s: Tensor, dtype: torch.dtype, spec: Spec, wanted: Wanted) -> bool:
+def has_gradient_buffer(student: Side, dtype: torch.dtype, spec: Spec, wanted: Wanted) -> bool:
     """Whether G is stored beside the logits instead of over them.
 
-    Over them is safe in the reference, which reads a block of rows before it writes it, and where G has the
-    logits' dtype, because then each lane overwrites what it alone has read. A 2-byte G over 4-byte logits
-    would need a barrier in the row kernel's loop.
+    Over them is safe where G has the logits' dtype: every element is overwritten by what has read it last. A
+    2-byte G over 4-byte logits would need a barrier between the reads and the writes of a row.
     """
-    if spec.backend != "triton" or not any(wanted):
+    if not any(wanted):
         return False
-    return wanted.weight or gradient_dtype(h_s, w_s, dtype) != dtype
+    return gradient_dtype(student, dtype) != dtype or (spec.backend == "triton" and wanted.weight)

@@ -19,12 +19,26 @@ def test_the_papers_defaults():
 
 
 @pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"divergence": "jsd", "beta": 2.0}, "beta"),
+        ({"divergence": "skew_reverse_kl", "alpha": 1.0}, "alpha"),
+        ({"divergence": "topk_reverse_kl", "tail": "drop"}, "tail"),
+    ],
+)
+def test_a_divergence_with_a_bad_parameter_is_refused(settings, word):
+    with pytest.raises(InputError, match=word):
+        OPCDConfig(**settings)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("steps", 0), ("steps", 2.5), ("batch_size", -1), ("max_new_tokens", True), ("temperature", 0),
         ("temperature", "warm"), ("top_p", 0), ("top_p", 1.5), ("learning_rate", 0), ("weight_decay", 2),
-        ("max_grad_norm", -1), ("divergence", "jsd"), ("teacher_mode", "ema"), ("normalize", "batch"),
-        ("dtype", "float16"), ("loss_backend", "native"), ("teacher_path", "pad"), ("lora_alpha", 8),
+        ("max_grad_norm", -1), ("divergence", "kl"), ("k", 2.5), ("tail", 5),
+        ("teacher_mode", "ema"), ("normalize", "batch"),
+        ("dtype", "float16"), ("loss_backend", "cuda"), ("teacher_path", "pad"), ("lora_alpha", 8),
         ("merge_for_rollout", True), ("micro_batch_tokens", 0), ("workspace_bytes", 0), ("seed", -1),
         ("keep_checkpoints", 0), ("lora_rank", -4),
         # wrong types, some of which Python would take for something else

@@ -8,17 +8,21 @@ import pytest
 import torch
 from loss_oracle import logits64, relative_error, states, token_kl64
 
-from opcd_fast import chunks
+from opcd_fast import loss_operators, native, row_operations
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl, reverse_kl, sequence_mean_weights
+from opcd_fast.spec import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 INF = float("inf")
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request):
+@pytest.fixture(params=["torch", "triton", "native"])
+def backend(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton")
+        monkeypatch.setattr(row_operations, "FEW_ROWS", 0)  # the row kernel, whose tests these are
+    if request.param == "native" and not native.available():
+        pytest.skip(native.status())
     return request.param
 
 
@@ -120,20 +124,10 @@ def test_a_token_only_the_teacher_forbids_is_infinite_with_zero_gradient(backend
     kl = reverse_kl(h_leaf @ student.weight.T, z_t, reduction="none")
     assert kl[2] == INF and kl[[0, 1, 3]].isfinite().all()
     statistics, g = torch.zeros(5, 9), torch.zeros(9, 700)
-    spec = {"scale_s": 1.0, "scale_t": 1.0, "softcap_s": None, "softcap_t": None, "temperature": 1.0}
-    operation = chunks.row_operation(type("Spec", (), {"backend": backend})())
-    operation(
-        z_s,
-        z_t,
-        None,
-        None,
-        torch.ones(9),
-        statistics,
-        g,
-        all_statistics=True,
-        scratch=torch.empty(3, 4, 700),
-        **spec,
-    )
+    spec = Spec(1.0, 1.0, None, None, 1.0, 700, None, backend, all_statistics=True)
+    operation = row_operations.row_operation(spec, 9)
+    scratch = torch.empty(operation.planes, 4, 700)
+    operation.run(z_s, z_t, None, None, torch.ones(9), statistics, g, scratch=scratch)
     assert statistics[0, 2] == INF and not g[2].any() and g[1].any()
     assert not g.isnan().any() and not statistics[1:].isnan().any()
 
@@ -182,7 +176,7 @@ def test_rows_and_columns_that_fit_no_block(backend, rows, vocabulary):
 @pytest.mark.parametrize("spare", [0, 30_000])
 def test_small_workspaces_give_the_same_answer(backend, spare):
     """11 rows in chunks of one and of a few, with a remainder; on triton also in several gradient chunks."""
-    smallest = {"torch": 14_288, "triton": 23_000}[backend]
+    smallest = {"torch": 14_288, "triton": 23_000, "native": 6_000}[backend]
     student, h, teacher, h_t = heads(rows=11)
     student = LMHead(student.weight, torch.linspace(-1, 1, 700))
     compare(student, h, teacher, h_t, backend, workspace_bytes=smallest + spare)
@@ -262,14 +256,14 @@ def test_upstream_gradient_and_a_second_backward(upstream):
 def test_only_the_gradients_asked_for_are_computed(backend, trains, monkeypatch):
     student, h, teacher, h_t = heads(rows=3, vocabulary=130)
     seen = []
-    original = chunks.linear_reverse_kl
+    original = loss_operators.linear_divergence
 
     def watched(*arguments):
         result = original(*arguments)
         seen.append(tuple(gradient is not None for gradient in result[1:]))
         return result
 
-    monkeypatch.setattr("opcd_fast.loss.linear_reverse_kl", watched)
+    monkeypatch.setattr(loss_operators, "linear_divergence", watched)
     parts = [h.clone(), student.weight.clone(), torch.zeros(130)]
     for part, train in zip(parts, trains, strict=True):
         part.requires_grad_(train)
@@ -371,7 +365,6 @@ def test_sequence_mean_weights_of_a_mask_and_of_offsets():
         ({"reduction": "sum", "denominator": 3}, ["denominator", "'mean'"]),
         ({"denominator": 0}, ["denominator", "positive"]),
         ({"backend": "cuda"}, ["backend", "'torch'"]),
-        ({"backend": "native"}, ["native", "torch", "opcd info"]),
         ({"workspace_bytes": 100}, ["workspace_bytes", "at least"]),
         ({"workspace_bytes": -1}, ["workspace_bytes", "positive"]),
         ({"token_weights": torch.ones(4)}, ["token_weights", "(3,)"]),
@@ -384,6 +377,21 @@ def test_bad_options_say_what_and_what_instead(options, words):
     with pytest.raises(ValueError) as error:
         fused_linear_reverse_kl(h, student, h_t, teacher, **options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    student, h, teacher, h_t = heads(rows=3)
+    with pytest.raises(ValueError, match="native.*float64.*'torch'"):
+        if not native.available():
+            pytest.skip(native.status())
+        fused_linear_reverse_kl(h.double(), student, h_t, teacher, backend="native")
+    monkeypatch.setattr(native, "available", lambda: False)
+    with pytest.raises(ValueError, match="native.*CPU library"):
+        fused_linear_reverse_kl(h, student, h_t, teacher, backend="native")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="triton.*cuda"):
+            fused_linear_reverse_kl(h, student, h_t, teacher, backend="triton")
 
 
 def test_bad_tensors_say_what_and_what_instead():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from loss_oracle import logits64, relative_error, states, token_kl64
 
+from opcd_fast import native, row_operations
 from opcd_fast.kernels import reference
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 GRADIENT_ERROR = 3e-3
 # Distances between the models that give a mean KL of about 1, 1e-1, 1e-2, 1e-3 and 3e-5.
 SPREADS = {1.0: 0.78, 1e-1: 0.28, 1e-2: 0.09, 1e-3: 0.029, 3e-5: 0.0049}
-SHAPES = {"torch": (48, 64, 4001), "triton": (6, 32, 2333)}
+SHAPES = {"torch": (48, 64, 4001), "native": (48, 64, 4001), "triton": (6, 32, 2333)}
 
 
 def problem(backend, kl, seed=0):
@@ -26,11 +27,18 @@ def problem(backend, kl, seed=0):
     return h, w, h_t, exact.detach(), h64.grad, w64.grad
 
 
-@pytest.mark.parametrize("kl", SPREADS)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_gradients_and_kl_against_float64(backend, kl):
-    if backend == "triton":
+@pytest.fixture(params=["torch", "triton", "native"])
+def backend(request, monkeypatch):
+    if request.param == "triton":
         pytest.importorskip("triton")
+        monkeypatch.setattr(row_operations, "FEW_ROWS", 0)
+    if request.param == "native" and not native.available():
+        pytest.skip(native.status())
+    return request.param
+
+
+@pytest.mark.parametrize("kl", SPREADS)
+def test_gradients_and_kl_against_float64(backend, kl):
     h, w, h_t, exact, dh, dw = problem(backend, kl)
     h.requires_grad_(), w.requires_grad_()
     loss, stats = fused_linear_reverse_kl(h, w, h_t, w.detach(), return_stats=True, backend=backend)
@@ -71,10 +79,7 @@ def test_other_input_dtypes(dtype):
         assert relative_error(h.grad, h64.grad) < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_identical_models_have_zero_loss_and_gradient(backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
     h, w, _ = states(5, 32, 700, 0.0)
     h.requires_grad_()
     loss, stats = fused_linear_reverse_kl(h, w, h.detach(), w, return_stats=True, backend=backend)

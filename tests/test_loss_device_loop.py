@@ -9,7 +9,7 @@ import pytest
 import torch
 from loss_oracle import logits64, relative_error, states, token_kl64
 
-from opcd_fast import chunks, workspace
+from opcd_fast import native, products, row_operations, workspace
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -27,17 +27,18 @@ def bf16_gemms(monkeypatch):
         calls.append("mm")
         return mm(a.float(), b.float(), out=out)
 
-    def wide_addmm(c, a, b, out_dtype=None, *, out=None):
+    def wide_addmm(c, a, b, out_dtype=None, *, alpha=1.0, out=None):
         assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == c.dtype == torch.float32
         calls.append("addmm")
-        return addmm(c, a.float(), b.float(), out=out)
+        return addmm(c, a.float(), b.float(), alpha=alpha, out=out)
 
     def runs_native(h, weight):
         return h.dtype == weight.dtype == torch.bfloat16
 
+    monkeypatch.setattr(row_operations, "FEW_ROWS", 0)
     monkeypatch.setattr(torch, "mm", wide_mm)
     monkeypatch.setattr(torch, "addmm", wide_addmm)
-    for module in (chunks, workspace):
+    for module in (products, workspace):
         monkeypatch.setattr(module, "runs_native", runs_native)
     return calls
 
@@ -82,3 +83,26 @@ def test_the_device_gemms_exist_with_this_signature():
         torch.mm(a, b, out_dtype=torch.float32, out=torch.empty(2, 4))
     with pytest.raises(NotImplementedError):
         torch.addmm(torch.zeros(2, 4), a, b, out_dtype=torch.float32, out=torch.empty(2, 4))
+
+
+def test_bf16_models_on_a_cpu_with_bf16_arithmetic(monkeypatch):
+    """Where the CPU multiplies bf16 the logits come from the library's own product; here it is emulated."""
+    if not native.available():
+        pytest.skip(native.status())
+    products_run = []
+    product = native.project_bf16
+
+    def watched(h, weight, out):
+        products_run.append((h.dtype, weight.dtype, tuple(out.shape)))
+        product(h, weight, out)
+
+    h, w, h_t = states(11, 40, 610, 0.03)
+    h_t = h_t.bfloat16()
+    h64, w64 = h.double().requires_grad_(), w.double().requires_grad_()
+    token_kl64(logits64(h64, LMHead(w64)), logits64(h_t, LMHead(w))).mean().backward()
+    h.requires_grad_(), w.requires_grad_()
+    monkeypatch.setattr(native, "has_bf16_dot", lambda: True)
+    monkeypatch.setattr(native, "project_bf16", watched)
+    fused_linear_reverse_kl(h, w, h_t, w.detach(), backend="native").backward()
+    assert products_run == [(torch.bfloat16, torch.bfloat16, (11, 610))] * 2
+    assert relative_error(h.grad, h64.grad) < 3e-3 and relative_error(w.grad, w64.grad) < 3e-3

@@ -1,6 +1,7 @@
 """The loop on a tiny model: it learns, it counts right, it resumes bit for bit, and it refuses what cannot work."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -101,6 +102,27 @@ def test_the_first_loss_is_the_papers_equation(tokenizer, tmp_path):
         p, q = sides
         per_sequence.append(float((p.exp() * (p - q)).sum(-1).mean()))
     assert losses(result)[0] == pytest.approx(sum(per_sequence) / len(per_sequence), rel=1e-4)
+
+
+def test_the_divergence_that_is_asked_for_is_minimised(tokenizer, tmp_path):
+    def first_loss(**settings):
+        trainer = make(tokenizer, tmp_path / "run", steps=1, eval_every=1, **settings)
+        result = trainer.train()
+        shutil.rmtree(tmp_path / "run")
+        return losses(result)[0], result.evaluations[0]["own_kl"]
+
+    plain, own_kl = first_loss()
+    assert first_loss(divergence="jsd", beta=1.0) == (plain, own_kl)
+    assert first_loss(divergence="skew_reverse_kl", alpha=0.0) == (plain, own_kl)
+    assert first_loss(divergence="topk_reverse_kl", k=10_000)[0] == pytest.approx(plain, rel=1e-4)
+    others = [
+        {"divergence": "forward_kl"}, {"divergence": "jsd"}, {"divergence": "jsd", "beta": 0.1},
+        {"divergence": "skew_reverse_kl"}, {"divergence": "skew_forward_kl", "alpha": 0.4},
+        {"divergence": "topk_reverse_kl", "k": 3}, {"divergence": "topk_reverse_kl", "k": 3, "tail": "bucket"},
+    ]  # fmt: skip
+    found = [first_loss(**settings) for settings in others]
+    assert len({round(loss, 5) for loss, _ in found} | {round(plain, 5)}) == len(others) + 1
+    assert {kl for _, kl in found} == {own_kl}  # evaluations always report the reverse KL
 
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])

@@ -1,0 +1,110 @@
+"""How the row quantities of a vocabulary that lies in pieces become those of the whole vocabulary.
+
+A piece is what one program saw of a row, or one rank's slice of a sharded head. All tensors here are a few floats
+per row; pieces are summed in their order, so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# (planes, n) of this rank -> (ranks, planes, n) of all of them, in rank order
+Gather = Callable[[Tensor], Tensor] | None
+
+# Planes of a piece's first pass. The last two are left out where the gradient waits for the second pass.
+NORMALISERS = ("max_s", "sum_s", "max_t", "sum_t", "difference", "forbidden")
+# Planes of a piece's second pass.
+TERMS = ("value", "negative_entropy", "top_s", "top_t", "moment")
+
+
+class Rows(NamedTuple):
+    """What the passes after the first know of each row, (n,) each."""
+
+    max_s: Tensor
+    max_t: Tensor
+    lse_s: Tensor
+    lse_t: Tensor
+    log_ratio: Tensor  # lse_s - lse_t without the rounding of either
+    difference: Tensor | None  # E_p[z_s - z_t]
+    forbidden: Tensor | None  # the largest logit of a token that the other side forbids
+
+    def part(self, rows: slice) -> Rows:
+        return Rows(
+            self.max_s[rows],
+            self.max_t[rows],
+            self.lse_s[rows],
+            self.lse_t[rows],
+            self.log_ratio[rows],
+            None if self.difference is None else self.difference[rows],
+            None if self.forbidden is None else self.forbidden[rows],
+        )
+
+
+def merge_normalisers(pieces: Tensor) -> Tensor:
+    """(pieces, planes, n) -> (planes, n), planes as in NORMALISERS.
+
+    sum is sum exp(z - max) over the piece, difference the same sum weighted with z_s - z_t (on exp(z_s - max_s)). A
+    piece without a finite logit has max -inf (or less than any logit) and sum 0.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    max_s, sum_s, max_t, sum_t, *rest = pieces.unbind(1)
+    top_s, scale_s = _common_scale(max_s)
+    top_t, scale_t = _common_scale(max_t)
+    merged = [top_s, (sum_s * scale_s).sum(0), top_t, (sum_t * scale_t).sum(0)]
+    if rest:
+        merged += [(rest[0] * scale_s).sum(0), rest[1].amax(0)]
+    return torch.stack(merged)
+
+
+def _common_scale(maxima: Tensor) -> tuple[Tensor, Tensor]:
+    top = maxima.amax(0)
+    return top, torch.exp(maxima - top.masked_fill(top == float("-inf"), 0.0))
+
+
+def normalise(merged: Tensor) -> Rows:
+    """Logsumexps of merged NORMALISERS."""
+    max_s, sum_s, max_t, sum_t, *rest = merged.unbind(0)
+    return Rows(
+        max_s,
+        max_t,
+        max_s + sum_s.log(),
+        max_t + sum_t.log(),
+        # A difference of two logsumexps errs by their rounding, which is 1e-6 where they are around 10. The
+        # gradient at a KL of 1e-6 is made of l around 1e-3.
+        (max_s - max_t) + torch.log(sum_s / sum_t),
+        rest[0] / sum_s if rest else None,
+        rest[1] if rest else None,
+    )
+
+
+def merge_terms(pieces: Tensor) -> Tensor:
+    """(pieces, planes, n) -> (planes, n), planes as in TERMS: sums, but for the column numbers top_s and top_t.
+
+    Those are the lowest column at which a piece reaches the row's maximum, inf where it does not. Column numbers are
+    exact below 2^24 in float32.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    merged = pieces.sum(0)
+    merged[2:4] = pieces[:, 2:4].amin(0)
+    return merged
+
+
+def write_statistics(
+    statistics: Tensor,  # (5, n) written; see reference.STATISTICS
+    rows: Rows,
+    terms: Tensor,  # merged TERMS
+    all_statistics: bool,
+) -> None:
+    """The planes of reference.STATISTICS from what all pieces together say."""
+    statistics[0] = terms[0].clamp(min=0.0)
+    if all_statistics:
+        statistics[1] = -terms[1]
+        statistics[2] = rows.lse_s
+        statistics[3] = rows.lse_t
+        statistics[4] = terms[2] == terms[3]

@@ -1,0 +1,65 @@
+"""Which rows of a call are computed, and what multiplies them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    weights: Tensor  # (N,) in the compute dtype; all ones when the caller gave none
+    active: Tensor | None  # (n,) int64, rows of non-zero weight; None when that is all of them
+    factor: float | Tensor  # multiplies sum(w * kl)
+    hidden: bool = False  # rows of weight 0 are computed too, and whatever they hold must not be seen
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the call is being recorded into a CUDA graph, where nothing may synchronise."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def select_rows(
+    token_weights: Tensor | None,  # (N,)
+    count: int,
+    reduction: str,
+    denominator: Tensor | None,  # scalar, of "mean"
+    factor: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Rows:
+    """Find the rows to compute, and the factor of the reduction.
+
+    Finding the rows synchronises with a device once; without token_weights nothing does. While a CUDA graph is
+    captured all rows are computed, since which ones matter may differ when it is replayed.
+
+    Raises ValueError when a mean is asked for of weights whose sum is not positive.
+    """
+    graph = capturing(device)
+    active: Tensor | None = None
+    if token_weights is None:
+        weights = torch.ones(count, dtype=dtype, device=device)
+    else:
+        weights = token_weights.to(device=device, dtype=dtype)
+        if not graph:
+            active = weights.nonzero().squeeze(1)
+            if active.shape[0] == count:
+                active = None
+    hidden = graph and token_weights is not None
+    if reduction != "mean":
+        return Rows(weights, active, factor, hidden)
+    if denominator is not None:
+        # Stays a tensor: a count that was summed over ranks on the device is used without a synchronisation.
+        return Rows(weights, active, denominator.detach().reshape(()).to(device, dtype).reciprocal(), hidden)
+    if hidden:
+        total = weights.sum()
+        return Rows(weights, active, torch.where(total > 0, total.reciprocal(), 0.0), hidden)
+    if count == 0 or (active is not None and active.shape[0] == 0):
+        return Rows(weights, active, 0.0)
+    total_weight = float(count) if token_weights is None else float(weights.sum())
+    if not total_weight > 0:
+        raise ValueError(
+            f"token_weights sum to {total_weight}, so their mean is undefined; pass denominator= or reduction='sum'"
+        )
+    return Rows(weights, active, 1.0 / total_weight)

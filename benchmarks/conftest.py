@@ -1,4 +1,4 @@
-"""`pytest benchmarks/ --benchmark-only`: real shapes on a GPU, small ones on a CPU, in under a minute there.
+"""`pytest benchmarks/ --benchmark-only`: real shapes on a GPU, small ones on a CPU, in a few minutes there.
 
 `--report DIR` also writes the results in this repository's schema.
 """

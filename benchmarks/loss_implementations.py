@@ -6,6 +6,8 @@ where the head is trained. All compute the mean over the N rows.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.loss_cases import Case, Inputs
+from benchmarks.schema import BOUND
 from opcd_fast.loss import fused_linear_reverse_kl
 
 Call = Callable[[], tuple[Tensor, ...]]
-BOUND = "gemms"
+SWEPT = ("trl", "liger-fused", BOUND)  # beside ours, in the cases that vary one size
 
 
 @dataclass(frozen=True)
@@ -28,23 +32,72 @@ class Implementation:
     ours: bool = False
     exact: bool = True
     is_loss: bool = True  # False: only the matrix products, nothing to compare with the oracle
+    skip: str | None = None  # why it cannot run here
+
+    @property
+    def compiles(self) -> bool:
+        """Whether its first call on a CPU runs torch.compile, whose own memory is no part of the call's."""
+        return self.name.startswith("compile-") or self.name == "liger-chunked"
 
 
 def implementations(case: Case, device: torch.device) -> list[Implementation]:
-    """What is compared in one case, in the order in which every round runs them."""
-    backends = ("triton", "torch") if device.type == "cuda" else ("native", "torch")
-    chosen = [
-        Implementation(f"opcd_fast-{name}", partial(_ours, name), ours=True)
-        for name in backends
-        if name != "native" or _has_native()
+    """What is compared in one case, in the order in which every round runs them.
+
+    All of it in the main cases; for accuracy all losses but the compiled twins, which err as the eager ones do; in
+    the sweeps ours, the fused peers and plain PyTorch as one would write it; for the size of the workspace, which
+    no peer has, ours alone with the bound.
+    """
+    ours = _our_backends(case, device)
+    if case.group == "workspace":
+        return [*ours, _bound()]
+    others = [*_peers(case, device), *_plain(case, device), _bound()]
+    if case.group == "accuracy":
+        others = [other for other in others if other.is_loss and not other.name.startswith("compile-")]
+    elif case.group != "main":
+        kept = (*SWEPT, "eager-bf16-logits" if case.dtype == torch.bfloat16 else "eager-fp32")
+        others = [other for other in others if other.name in kept and not other.skip]
+    return [*ours, *others]
+
+
+def _our_backends(case: Case, device: torch.device) -> list[Implementation]:
+    if device.type != "cuda":
+        names = ["native", "torch"] if _has_native() else ["torch"]
+    else:
+        # The reference is slow there and says nothing about speed.
+        names = ["triton", "torch"] if case.group == "accuracy" else ["triton"]
+    return [
+        Implementation(f"opcd_fast-{name}", partial(_ours, name, case.workspace_bytes), ours=True) for name in names
     ]
-    chosen.append(Implementation("eager-fp32", partial(_eager, _fp32_logits)))
+
+
+def _peers(case: Case, device: torch.device) -> list[Implementation]:
+    fused_exact = peers.liger_fused_is_exact(device, case.dtype)
+    found = (
+        ("trl", peers.trl, True),
+        ("liger-fused", peers.liger_fused, fused_exact),
+        ("liger-chunked", peers.liger_chunked, case.dtype == torch.float32),
+    )
+    return [Implementation(name, build, exact=exact, skip=peers.why_not(name, device)) for name, build, exact in found]
+
+
+def _plain(case: Case, device: torch.device) -> list[Implementation]:
+    """Plain PyTorch: exact, and for bf16 what one would write; that one compiled as well."""
+    chosen = [Implementation("eager-fp32", partial(_eager, _fp32_logits))]
+    no_compile = peers.why_no_compile(device)
     if case.dtype == torch.bfloat16:
         chosen.append(Implementation("eager-bf16-logits", partial(_eager, _bf16_logits), exact=False))
-    chosen.append(Implementation(BOUND, _gemms, is_loss=False))
+        compiled = partial(_compiled, _bf16_logits)
+        chosen.append(Implementation("compile-bf16-logits", compiled, exact=False, skip=no_compile))
+    else:
+        chosen.append(Implementation("compile-fp32", partial(_compiled, _fp32_logits), skip=no_compile))
     return chosen
 
 
+def _bound() -> Implementation:
+    return Implementation(BOUND, _gemms, is_loss=False)
+
+
+@functools.cache
 def _has_native() -> bool:
     """Whether this installation built the compiled CPU backend; without it there is nothing to time."""
     tiny = torch.zeros(1, 8)
@@ -55,9 +108,11 @@ def _has_native() -> bool:
     return True
 
 
-def _ours(backend: str, inputs: Inputs) -> Call:
+def _ours(backend: str, workspace_bytes: int | None, inputs: Inputs) -> Call:
     def call() -> tuple[Tensor, ...]:
-        loss = fused_linear_reverse_kl(inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t, backend=backend)
+        loss = fused_linear_reverse_kl(
+            inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t, backend=backend, workspace_bytes=workspace_bytes
+        )
         return torch.autograd.grad(loss, inputs.wanted())
 
     return call
@@ -75,15 +130,39 @@ def _bf16_logits(h: Tensor, weight: Tensor) -> Tensor:
     return F.linear(h, weight).float()
 
 
+def _mean_kl(logits: Callable[[Tensor, Tensor], Tensor], h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
+    with torch.no_grad():
+        log_q = torch.log_softmax(logits(h_t, w_t), -1)
+    log_p = torch.log_softmax(logits(h_s, w_s), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
 def _eager(logits: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
+    return _differentiated(partial(_mean_kl, logits), inputs)
+
+
+def _compiled(logits: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
+    return _differentiated(_compiled_mean_kl(logits), inputs)
+
+
+@functools.cache
+def _compiled_mean_kl(logits: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    # One graph for each shape; fullgraph makes too many of them an error instead of a silent return to eager.
+    return torch.compile(partial(_mean_kl, logits), dynamic=False, fullgraph=True)
+
+
+def _differentiated(loss: Callable[..., Tensor], inputs: Inputs) -> Call:
     def call() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            log_q = torch.log_softmax(logits(inputs.h_t, inputs.w_t), -1)
-        log_p = torch.log_softmax(logits(inputs.h_s, inputs.w_s), -1)
-        loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        return torch.autograd.grad(loss, inputs.wanted())
+        value = loss(inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t)
+        return torch.autograd.grad(value, inputs.wanted())
 
     return call
+
+
+def forget_compiled() -> None:
+    """Drop compiled graphs: the next case's shapes shall not meet torch.compile's limit of graphs."""
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch.compiler.reset()
 
 
 def _gemms(inputs: Inputs) -> Call:

@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "opcd-fast-benchmark/1"
+SCHEMA = "opcd-fast-benchmark/2"
+FIRST_SCHEMA = "opcd-fast-benchmark/1"  # had neither groups nor a workspace; still read
+GROUPS = ("main", "accuracy", "N", "V", "D", "workspace")
+BOUND = "gemms"  # the bare matrix products
+OURS = ("opcd_fast-triton", "opcd_fast-native", "opcd_fast-torch")  # in the order in which backend="auto" prefers
 STATUSES = ("ok", "out of memory", "failed", "skipped")
 
 
@@ -46,11 +50,12 @@ class Time:
 
 @dataclass
 class GradientError:
-    """||dL/dh - reference|| / ||reference||, the reference in float64 from the same inputs."""
+    """||dL/dx - reference|| / ||reference||, the reference in float64 from the same inputs."""
 
     mean_kl: float  # of the rows compared, from the reference
     relative_error: float | None  # None: the gradient held NaN or infinities
     rows: int
+    of: str = "hidden"  # x: the student's hidden states, or "weight" for its head
 
 
 @dataclass
@@ -62,6 +67,8 @@ class Row:
     D: int
     dtype: str
     frozen: bool  # True: the head gets no gradient (3 GEMMs instead of 4)
+    group: str = "main"  # what the case is for: one of GROUPS
+    workspace_bytes: int | None = None  # given to ours; None: its default
     status: str = "ok"
     exact: bool = True  # False: known not to compute the exact gradient; its time is no fair comparison
     time_ms: Time | None = None
@@ -113,7 +120,12 @@ def read(path: Path) -> Report:
 
 
 def from_json(data: Any) -> Report:
-    """Build and check a report from parsed JSON: names, types, units' signs and the links between fields."""
+    """Build and check a report from parsed JSON: names, types, units' signs and the links between fields.
+
+    A file of the first schema is read as one of this schema whose rows are all in the group "main".
+    """
+    if isinstance(data, dict) and data.get("schema") == FIRST_SCHEMA:
+        data = {**data, "schema": SCHEMA}
     report: Report = _build(Report, data, "report")
     if report.schema != SCHEMA:
         raise ValueError(f"schema is {report.schema!r}; this code reads {SCHEMA!r}")
@@ -124,7 +136,12 @@ def from_json(data: Any) -> Report:
             raise ValueError(f"{where}.status is {row.status!r}; expected one of {', '.join(STATUSES)}")
         if min(row.N, row.V, row.D) < 1:
             raise ValueError(f"{where}: N, V and D must be positive, got {row.N}, {row.V}, {row.D}")
-        if row.status == "ok" and row.time_ms is None:
+        if row.group not in GROUPS:
+            raise ValueError(f"{where}.group is {row.group!r}; expected one of {', '.join(GROUPS)}")
+        for error in row.gradient_error:
+            if error.of not in ("hidden", "weight"):
+                raise ValueError(f"{where}.gradient_error is of {error.of!r}; expected 'hidden' or 'weight'")
+        if row.status == "ok" and row.time_ms is None and row.group != "accuracy":
             raise ValueError(f"{where}.time_ms is missing although status is 'ok'")
         if row.status != "ok" and not row.note:
             raise ValueError(f"{where}.note must say why status is {row.status!r}")

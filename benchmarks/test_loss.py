@@ -1,5 +1,8 @@
 """The implementations of the loss side by side, one pytest-benchmark group per case.
 
+Groups are called after what their case is for: `main` (frozen and full, float32 and bf16), `N`, `V`, `D` and
+`workspace` (the chunk size); `-k group_N` runs those of one kind.
+
 pytest-benchmark times one implementation after the other. That shows a change of our own code from run to run
 (`--benchmark-autosave`, `--benchmark-compare`); to compare implementations, prefer `benchmarks.loss_table`,
 which interleaves them.
@@ -14,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.loss_cases import Case, Inputs, cases, make_inputs, oracle, oracle_rows
-from benchmarks.loss_implementations import BOUND, Implementation, implementations
+from benchmarks.loss_cases import Case, Inputs, cases, make_inputs, oracle, oracle_rows, small_cases
+from benchmarks.loss_implementations import Implementation, forget_compiled, implementations
 from benchmarks.measure import Failure, attempt, release, with_peak
-from benchmarks.schema import GradientError, Report, Row, Time
+from benchmarks.schema import BOUND, GradientError, Report, Row, Time
 
 MEAN_KL = 1e-3
 ROUNDS = 5
@@ -25,17 +28,12 @@ _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _cases() -> list[Case]:
-    if _DEVICE.type == "cuda":
-        return cases(_DEVICE, quick=False)
-    return [
-        Case("small", 128, 8192, 256, dtype, frozen)
-        for dtype in (torch.float32, torch.bfloat16)
-        for frozen in (False, True)
-    ]
+    chosen = cases(_DEVICE, quick=False) if _DEVICE.type == "cuda" else small_cases()
+    return [case for case in chosen if case.timed]
 
 
 _PARAMETERS = [
-    pytest.param(case, contender, id=f"{case.name}-{contender.name}")
+    pytest.param(case, contender, id=f"group_{case.group}-{case.name}-{contender.name}")
     for case in _cases()
     for contender in implementations(case, _DEVICE)
 ]
@@ -53,9 +51,10 @@ class Prepared:
 @pytest.fixture(scope="module")  # one set of inputs per case, freed before the next: two may not fit a GPU
 def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     case: Case = request.param
+    forget_compiled()
     inputs = make_inputs(case, _DEVICE, MEAN_KL)
     rows = oracle_rows(inputs.h_s)
-    kl, reference = oracle(inputs.h_s[rows], inputs.w_s, inputs.h_t[rows], inputs.w_t)
+    kl, reference, _ = oracle(inputs.h_s[rows], inputs.w_s, inputs.h_t[rows], inputs.w_t)
     assert reference is not None
     yield Prepared(case, inputs, rows, reference / case.N, float(kl.mean()))
     del inputs
@@ -67,9 +66,13 @@ def test_forward_and_backward(
     prepared: Prepared, contender: Implementation, benchmark: Any, report: Report | None
 ) -> None:
     case = prepared.case
-    benchmark.group = case.name
+    if contender.skip:
+        pytest.skip(contender.skip)
+    benchmark.group = f"{case.group}: {case.name}"
     call = contender.build(prepared.inputs)
-    outcome = attempt(lambda: with_peak(call, _DEVICE), _DEVICE)
+    outcome = attempt(call, _DEVICE) if contender.compiles else None
+    if not isinstance(outcome, Failure):
+        outcome = attempt(lambda: with_peak(call, _DEVICE), _DEVICE)
     if isinstance(outcome, Failure):
         if outcome.status == "out of memory" and not contender.ours:
             pytest.skip(outcome.note)
@@ -78,7 +81,8 @@ def test_forward_and_backward(
     del _, outcome
     row = Row(
         case.name, contender.name, case.N, case.V, case.D, case.dtype_name, case.frozen,
-        exact=contender.exact, peak_bytes=peak, note=reason,
+        exact=contender.exact, group=case.group, workspace_bytes=case.workspace_bytes if contender.ours else None,
+        peak_bytes=peak, note=reason,
     )  # fmt: skip
     if contender.is_loss:
         error = float((dh[prepared.rows].double() - prepared.reference).norm() / prepared.reference.norm())

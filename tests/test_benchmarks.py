@@ -15,11 +15,23 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import loss_table  # noqa: E402
-from benchmarks.loss_cases import KLS, cases, make_inputs, oracle  # noqa: E402
-from benchmarks.loss_implementations import BOUND, Implementation, implementations  # noqa: E402
+from benchmarks import loss_table, peers  # noqa: E402
+from benchmarks.loss_cases import Case, cases, make_inputs, oracle, oracle_rows, select  # noqa: E402
+from benchmarks.loss_implementations import Implementation, implementations  # noqa: E402
 from benchmarks.measure import Failure, attempt, time_interleaved, with_peak  # noqa: E402
-from benchmarks.schema import Device, GradientError, Report, Row, Time, from_json, read  # noqa: E402
+from benchmarks.schema import (  # noqa: E402
+    BOUND,
+    FIRST_SCHEMA,
+    GROUPS,
+    OURS,
+    Device,
+    GradientError,
+    Report,
+    Row,
+    Time,
+    from_json,
+    read,
+)
 
 CPU = torch.device("cpu")
 
@@ -62,6 +74,8 @@ def test_schema_round_trip(tmp_path):
         (lambda d: d["rows"][1].update(note=None), r"rows\[1\].note"),
         (lambda d: d["rows"][1].update(status="slow"), "'slow'"),
         (lambda d: d["rows"][1].update(implementation="ours"), "appears twice"),
+        (lambda d: d["rows"][0].update(group="speed"), r"rows\[0\].group is 'speed'"),
+        (lambda d: d["rows"][0]["gradient_error"][0].update(of="bias"), "of 'bias'"),
     ],
 )
 def test_schema_refuses(change, named):
@@ -69,6 +83,16 @@ def test_schema_refuses(change, named):
     change(data)
     with pytest.raises(ValueError, match=named):
         from_json(data)
+
+
+def test_files_of_the_first_schema_are_read():
+    data = json.loads(json.dumps(dataclasses.asdict(_report())))
+    data["schema"] = FIRST_SCHEMA
+    for row in data["rows"]:
+        del row["group"], row["workspace_bytes"]
+        for error in row["gradient_error"]:
+            del error["of"]
+    assert from_json(data) == _report()
 
 
 def test_stored_results_are_valid():
@@ -80,13 +104,15 @@ def test_stored_results_are_valid():
 def test_oracle_is_autograd_in_float64():
     case = cases(CPU, quick=True)[0]
     inputs = make_inputs(case, CPU, 1e-2)
-    kl, dh = oracle(inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t)
+    kl, dh, dw = oracle(inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t, weight=True)
     h = inputs.h_s.detach().double().requires_grad_()
-    log_p = torch.log_softmax(h @ inputs.w_s.detach().double().T, -1)
+    w = inputs.w_s.detach().double().requires_grad_()
+    log_p = torch.log_softmax(h @ w.T, -1)
     log_q = torch.log_softmax(inputs.h_t.double() @ inputs.w_t.double().T, -1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)
     torch.testing.assert_close(kl, expected.detach())
-    torch.testing.assert_close(dh, torch.autograd.grad(expected.sum(), h)[0])
+    for gradient, reference in zip((dh, dw), torch.autograd.grad(expected.sum(), (h, w))):
+        torch.testing.assert_close(gradient, reference)
     assert float(kl.mean()) == pytest.approx(1e-2, rel=0.2)  # calibrated on some of the rows
 
 
@@ -120,7 +146,17 @@ def test_failures_are_results(tmp_path, monkeypatch):
     one = [cases(CPU, quick=True)[0]]
     monkeypatch.setattr(loss_table, "cases", lambda device, quick: one)
     monkeypatch.setattr(loss_table, "implementations", with_poor_peer)
-    arguments = ["--out", str(tmp_path), "--quick", "--device", "cpu", "--case-seconds", "0"]
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--quick",
+        "--device",
+        "cpu",
+        "--case-seconds",
+        "0",
+        "--without",
+        "compile-fp32",
+    ]
     assert loss_table.main(arguments) == 0
     rows = {row.implementation: row for row in read(next(tmp_path.glob("*.json"))).rows}
     assert rows["peer"].status == "out of memory" and "80.00 GiB" in rows["peer"].note
@@ -141,6 +177,123 @@ def test_ours_failing_fails_the_table(tmp_path, monkeypatch):
     assert loss_table.main(["--out", str(tmp_path), "--quick", "--device", "cpu", "--case-seconds", "0"]) == 1
 
 
+def test_cases():
+    for device in (CPU, torch.device("cuda")):
+        chosen = cases(device, quick=False)
+        assert len({case.name for case in chosen}) == len(chosen)
+        assert {case.group for case in chosen} == set(GROUPS)
+        # What must not be lost.
+        assert [case.group for case in chosen[:3]] == ["main", "main", "accuracy"]
+        assert {case.frozen for case in chosen if case.group == "main"} == {False, True}
+        assert all((case.workspace_bytes is not None) == (case.group == "workspace") for case in chosen)
+        assert {case.group for case in select(chosen, ["N", "D"])} == {"N", "D"}
+        with pytest.raises(ValueError, match="'speed'"):
+            select(chosen, ["speed"])
+
+
+def test_implementations():
+    case = Case("c", 8, 64, 16, torch.bfloat16, False)
+    found = {i.name: i for i in implementations(case, CPU)}
+    names = {"trl", "liger-fused", "liger-chunked", "eager-fp32", "eager-bf16-logits", "compile-bf16-logits", BOUND}
+    assert names < set(found) and "opcd_fast-torch" in found
+    assert all(i.ours == (name in OURS) for name, i in found.items())
+    assert {name for name, i in found.items() if not i.exact} == {n for n in names if "bf16" in n} | {
+        "liger-fused",
+        "liger-chunked",
+    }
+    of_group = {
+        group: {i.name for i in implementations(dataclasses.replace(case, group=group), CPU)} for group in GROUPS
+    }
+    assert of_group["workspace"] == {name for name in found if name in OURS} | {BOUND}
+    assert of_group["accuracy"] == set(found) - {BOUND, "compile-bf16-logits"}
+    assert of_group["N"] < set(found)
+
+
+def test_ours_gets_the_workspace():
+    case = dataclasses.replace(cases(CPU, quick=True)[0], group="workspace", workspace_bytes=1)
+    inputs = make_inputs(case, CPU, 1e-2)
+    (mine,) = (i for i in implementations(case, CPU) if i.name == "opcd_fast-torch")
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        mine.build(inputs)()
+
+
+def _forget_peers():
+    for loader in (peers.load_trl, peers.load_liger):
+        loader.cache_clear()
+    for name in [n for n in sys.modules if n.startswith(peers._TRL_ALIAS)]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    def folder(package):
+        raise peers.Missing(f"{package} is not installed")
+
+    _forget_peers()
+    monkeypatch.setattr(peers, "_folder", folder)
+    yield
+    _forget_peers()
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_missing_peers_are_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_table, "cases", lambda device, quick: [cases(CPU, quick=True)[0]])
+    arguments = ["--quick", "--device", "cpu", "--case-seconds", "0", "--without", "compile-fp32"]
+    assert loss_table.main(["--out", str(tmp_path), *arguments]) == 0
+    (path,) = tmp_path.glob("*.json")
+    rows = {row.implementation: row for row in read(path).rows}
+    assert rows["trl"].status == "skipped" and rows["trl"].note == "trl is not installed"
+    assert rows["liger-fused"].note == rows["liger-chunked"].note == "liger_kernel is not installed"
+    assert rows["compile-fp32"].status == "skipped" and "--without" in rows["compile-fp32"].note
+    assert rows["opcd_fast-torch"].status == "ok"
+
+
+def test_trl_is_loaded_without_its_package(tmp_path, monkeypatch):
+    """From its own files, with neither __init__.py running: a stand-in for trl whose packages cannot be imported."""
+    kernels = tmp_path / "trl" / "kernels"
+    kernels.mkdir(parents=True)
+    for folder in (tmp_path / "trl", kernels):
+        (folder / "__init__.py").write_text("raise RuntimeError('the package was imported')\n")
+    (kernels / "sibling.py").write_text("from transformers.utils import is_triton_available\n")
+    (kernels / "chunked_divergence.py").write_text(
+        "from ..trainer.utils import maybe_gather_lm_head_ctx\n"
+        "from .sibling import is_triton_available\n"
+        "class ChunkedDivergenceFunction:\n"
+        "    gather = maybe_gather_lm_head_ctx\n"
+    )
+    _forget_peers()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "trl", raising=False)
+    try:
+        function = peers.load_trl()
+        with function.gather(None, None):
+            pass
+        assert function.__module__ == f"{peers._TRL_ALIAS}.kernels.chunked_divergence"
+        assert peers.why_not("trl", CPU) is None
+    finally:
+        _forget_peers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_contenders_compute_the_same_gradient(dtype, frozen):
+    """Sign, normalisation and exactness of everything that can run here, peers where they are installed. Slow
+    because of torch.compile."""
+    case = Case("c", 70, 4_100, 64, dtype, frozen)
+    inputs = make_inputs(case, CPU, 1e-2)
+    index = oracle_rows(inputs.h_s, case.N)
+    _, *references = oracle(inputs.h_s[index], inputs.w_s, inputs.h_t[index], inputs.w_t, weight=True)
+    for contender in implementations(case, CPU):
+        if contender.skip or not contender.is_loss:
+            continue
+        gradients = contender.build(inputs)()
+        assert len(gradients) == (1 if frozen else 2), contender.name
+        for gradient, reference in zip(gradients, references):
+            error = float((gradient.double() - reference / case.N).norm() / (reference / case.N).norm())
+            assert error <= (3e-3 if contender.exact else 0.5), (contender.name, error)
+
+
 def _check_quick_table(directory: Path) -> None:
     (path,) = directory.glob("*.json")
     report = read(path)
@@ -148,18 +301,26 @@ def _check_quick_table(directory: Path) -> None:
     for case in cases(CPU, quick=True):
         rows = {row.implementation: row for row in report.rows if row.case == case.name}
         assert set(rows) == {i.name for i in implementations(case, CPU)}
-        assert all(row.status == "ok" and row.bound_fraction is not None for row in rows.values())
+        assert {row.group for row in rows.values()} == {case.group}
         for row in rows.values():
+            if row.status == "skipped":
+                assert row.implementation not in OURS and row.note
+                continue
+            assert row.status == "ok" and (row.bound_fraction is not None) == case.timed
             if row.implementation == BOUND:
                 assert row.peak_bytes is None and row.note
                 continue
-            assert row.peak_bytes and [e.mean_kl for e in row.gradient_error] == pytest.approx(KLS, rel=0.06)
+            assert row.workspace_bytes == case.workspace_bytes
+            hidden = [e.mean_kl for e in row.gradient_error if e.of == "hidden"]
+            weight = [e.mean_kl for e in row.gradient_error if e.of == "weight"]
+            assert row.peak_bytes and hidden == pytest.approx(case.kls, rel=0.06)
+            assert weight == ([] if case.timed else hidden)
             if row.exact:
                 assert max(e.relative_error for e in row.gradient_error) <= 3e-3
-        if case.dtype == torch.bfloat16:
-            large, small = (e.relative_error for e in rows["eager-bf16-logits"].gradient_error)
+        if case.group == "accuracy":
+            errors = [e.relative_error for e in rows["eager-bf16-logits"].gradient_error if e.of == "hidden"]
             assert not rows["eager-bf16-logits"].exact
-            assert large > 3e-3 and small > 0.5 and small > large
+            assert errors == sorted(errors) and errors[0] > 3e-3 and errors[-1] > 0.5
 
 
 def test_gpu_script_dry_run(tmp_path):

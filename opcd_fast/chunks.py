@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast import sharding
+from opcd_fast.dual_chunks import run_dual
 from opcd_fast.kernels import reference
 from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, take
 from opcd_fast.row_operations import row_operation
@@ -63,7 +64,8 @@ def linear_divergence(
         student, teacher = Side(h_s, w_s[:v]), Side(h_t, w_t[:v])
         # Added to somebody's running sum, dW must carry its factor from the start.
         dw_factor = 1.0 if dw_into is None else float(rows.factor)
-        _run(
+        run = run_dual if spec.projection == "dual" else _run
+        run(
             student, _valid(b_s, v, dtype), teacher, _valid(b_t, v, dtype), rows, spec, wanted, statistics,
             dh, None if dw is None else dw[:v], dw_factor, None if db is None else db[:v],
         )  # fmt: skip

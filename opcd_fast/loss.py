@@ -27,6 +27,7 @@ from opcd_fast.loss_inputs import (
     check_finite,
     check_logits,
     check_pair,
+    check_projection,
     check_reduction,
     check_temperature,
     check_workspace,
@@ -79,6 +80,7 @@ def fused_linear_reverse_kl(
     return_stats: bool = False,
     backend: str = "auto",
     accumulate_weight_grad: bool = False,
+    projection: str = "fp32",
 ) -> Any:
     """Reverse KL between two models' next-token distributions, from their last hidden states.
 
@@ -102,6 +104,9 @@ def fused_linear_reverse_kl(
     accumulate_weight_grad: add dW to `student_head.weight.main_grad` (or to a float32 `.grad`) in forward, without
         a buffer of its own, and return none. Needs reduction="sum" or denominator=, a backward with an upstream
         gradient of exactly 1, and no activation checkpointing around the call.
+    projection: "fp32" writes float32 logits. "dual" keeps both logits of a tile in registers and writes two bytes of
+        each: half the memory traffic at the accuracy of float32 logits, and none without a wanted gradient. Triton
+        alone; not measured on a device yet, hence no default.
 
     A row in which the teacher gives probability 0 to a token that the student gives more has kl = inf and
     gradient 0. With the environment variable OPCD_CHECK=1, NaN or infinite inputs raise an error naming the
@@ -116,6 +121,7 @@ def fused_linear_reverse_kl(
         student_hidden, student_head, teacher_hidden, teacher_head, token_weights=token_weights,
         temperature=temperature, reduction=reduction, denominator=denominator, workspace_bytes=workspace_bytes,
         return_stats=return_stats, backend=backend, accumulate_weight_grad=accumulate_weight_grad,
+        projection=projection,
     )  # fmt: skip
 
 
@@ -138,6 +144,7 @@ def fused_linear_divergence(
     return_stats: bool = False,
     backend: str = "auto",
     accumulate_weight_grad: bool = False,
+    projection: str = "fp32",
 ) -> Any:
     """`fused_linear_reverse_kl` for other divergences; p is the student, q the teacher.
 
@@ -200,6 +207,7 @@ def fused_linear_divergence(
         parameter=parameter,
         tail=tail,
         group="" if student.group is None else student.group.group_name,
+        projection=check_projection(projection),
     )
     loss, statistics = LinearDivergence.apply(
         h_s, weight, bias, h_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), weights, scalar,

@@ -13,6 +13,7 @@ from opcd_fast import native
 from opcd_fast.heads import LMHead
 
 REDUCTIONS = ("mean", "sum", "none")
+PROJECTIONS = ("fp32", "dual")
 BACKENDS = ("auto", "triton", "native", "torch")
 
 
@@ -64,6 +65,12 @@ def check_pair(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> to
             "same slices, or neither"
         )
     return h_s.shape[:-1]
+
+
+def check_projection(projection: str) -> str:
+    if projection not in PROJECTIONS:
+        raise ValueError(f"projection is {projection!r}; expected one of {', '.join(map(repr, PROJECTIONS))}")
+    return projection
 
 
 def check_temperature(temperature: float) -> float:

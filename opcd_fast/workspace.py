@@ -65,6 +65,21 @@ def block_rows(v: int) -> int:
     return max(4, (1 << 22) // v)
 
 
+def upcast_tile(sides: list[Side], dtype: torch.dtype, v: int) -> tuple[int, int]:
+    """(vocabulary rows of a weight that are upcast at a time, bytes of the buffers for that); v if none is."""
+    cast: list[Side] = []
+    for side in sides:
+        known = any(same_memory(side.weight, other.weight) for other in cast)
+        if not runs_native(*side) and side.weight.dtype != dtype and not known:
+            cast.append(side)
+    if not cast:
+        return v, 0
+    # 16 MB of float32: few enough parallel regions, and mostly still in cache when the product reads it.
+    elements = 1 << (24 if sides[0].h.is_cuda else 22)
+    tile = min(v, max(256, elements // max(side.h.shape[-1] for side in sides) // 64 * 64))
+    return tile, tile * sum(side.h.shape[-1] for side in cast) * dtype.itemsize
+
+
 def make_plan(rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, planes: int) -> Plan:
     """Cut `workspace_bytes` into buffers.
 
@@ -78,21 +93,10 @@ def make_plan(rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, 
     pitch = pitch_of(v)
     student = sides[0]
     on_device = student.h.is_cuda
-    cast: list[Side] = []  # whose weights go through an upcast tile
-    for side in sides:
-        known = any(same_memory(side.weight, other.weight) for other in cast)
-        if not runs_native(*side) and side.weight.dtype != dtype and not known:
-            cast.append(side)
     width_s = student.h.shape[-1]
     others = sum(side.h.shape[-1] for side in sides[1:])
 
-    tile = v
-    if cast:
-        # 16 MB of float32: few enough parallel regions, and mostly still in cache when the product reads it.
-        elements = 1 << (24 if on_device else 22)
-        tile = min(v, max(256, elements // max(side.h.shape[-1] for side in sides) // 64 * 64))
-    fixed = tile * sum(side.h.shape[-1] for side in cast) * size
-
+    tile, fixed = upcast_tile(sides, dtype, v)
     # Per logit row: a logit buffer a side and the teacher's hidden state. Per gradient row: the student's hidden
     # state, dH before and after its cast, and G where it has a buffer of its own.
     ratio = GRADIENT_CHUNKS if spec.backend == "triton" and wanted.weight else 1

@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _HOME = {
     "LMHead": "heads",
     "LossStats": "loss",
+    "fused_linear_divergence": "loss",
+    "fused_linear_logprobs": "loss",
     "fused_linear_reverse_kl": "loss",
     "reverse_kl": "loss",
     "sequence_mean_weights": "loss",
@@ -40,7 +42,14 @@ if TYPE_CHECKING:
     from opcd_fast.config import OPCDConfig
     from opcd_fast.errors import InputError
     from opcd_fast.heads import LMHead
-    from opcd_fast.loss import LossStats, fused_linear_reverse_kl, reverse_kl, sequence_mean_weights
+    from opcd_fast.loss import (
+        LossStats,
+        fused_linear_divergence,
+        fused_linear_logprobs,
+        fused_linear_reverse_kl,
+        reverse_kl,
+        sequence_mean_weights,
+    )
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prefix import SharedPrefix
     from opcd_fast.rollout import Completion, Rollout, TransformersRollout

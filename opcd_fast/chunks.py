@@ -153,6 +153,10 @@ def _run(
             db.add_(g.sum(dim=0, dtype=db.dtype))
 
 
+def _readable(logits: Tensor) -> bool:
+    return logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(1) == 1
+
+
 def logits_divergence(
     logits_s: Tensor,  # (N, V)
     logits_t: Tensor,  # (N, V)
@@ -169,6 +173,12 @@ def logits_divergence(
     gradient = torch.zeros_like(logits_s, memory_format=torch.contiguous_format) if wanted else None
     if n == 0:
         return kl, gradient
+    if spec.backend == "native" and rows.active is None and _readable(logits_s) and _readable(logits_t):
+        # The library reads bf16 as it is, leaves the logits alone and rounds the gradient once.
+        computed = torch.zeros(len(reference.STATISTICS), n, dtype=dtype)
+        weights = rows.weights * rows.factor
+        row_operation(spec, n).run(logits_s, logits_t, None, None, weights, computed, gradient, scratch=None)
+        return computed[0], gradient
     planes = row_operation(spec, n).planes
     chunk = min(n, max(1, LOGITS_SCRATCH // ((planes + 2) * v * dtype.itemsize)))
     run_rows = row_operation(spec, chunk).run

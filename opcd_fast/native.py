@@ -72,7 +72,6 @@ def _open(path: Path) -> ctypes.CDLL | str:
         for name, call in (("divergence_rows", RowsCall), ("product", ProductCall)):
             function = getattr(library, f"opcd_native_{name}")
             function.argtypes = (ctypes.POINTER(call), ctypes.c_int, ctypes.c_int)
-        library.opcd_native_use_openmp(_openmp_of_torch())
     except (OSError, AttributeError) as error:
         return f"unusable: {error}; reinstall opcd-fast"
     return library
@@ -86,11 +85,19 @@ def _openmp_of_torch() -> int | None:
         return None
 
 
-def _library() -> ctypes.CDLL:
-    import torch  # noqa: F401 (its OpenMP runtime must be loaded before ours is looked up)
+@functools.cache
+def _with_threads(path: Path) -> ctypes.CDLL | str:
+    import torch  # noqa: F401 (before its OpenMP runtime is looked for)
 
+    library = _open(path)
+    if not isinstance(library, str):
+        library.opcd_native_use_openmp(_openmp_of_torch())
+    return library
+
+
+def _library() -> ctypes.CDLL:
     path = library_path()
-    library = "not built" if path is None else _open(path)
+    library = "not built" if path is None else _with_threads(path)
     if isinstance(library, str):
         raise RuntimeError(f"the CPU library is {status()}")
     return library

@@ -39,11 +39,9 @@ def row_operation(spec: Spec, rows: int, first_column: int = 0) -> RowOperation:
             partial(topk_rows.topk_reverse_kl_rows, k=int(spec.parameter), tail=spec.tail, **options), planes, 2
         )
     if spec.divergence == "reverse_kl" and not spec.group:
-        if spec.backend == "native":
-            return RowOperation(partial(native.reverse_kl_rows, **options))
         if spec.backend == "torch":
             return RowOperation(partial(reference.reverse_kl_rows, **options), reference.scratch_planes(spec.softcap_s))
-        if rows > FEW_ROWS:
+        if spec.backend == "triton" and rows > FEW_ROWS:
             from opcd_fast.kernels.reverse_kl_rows import reverse_kl_rows
 
             return RowOperation(partial(reverse_kl_rows, **options))
@@ -55,6 +53,8 @@ def row_operation(spec: Spec, rows: int, first_column: int = 0) -> RowOperation:
         from opcd_fast.kernels import triton_divergence_rows
 
         return RowOperation(partial(triton_divergence_rows.divergence_rows, **shared))
+    if spec.backend == "native" and not spec.group:
+        return RowOperation(partial(native.divergence_rows, **shared))
     return RowOperation(
         partial(divergence_rows.divergence_rows, **shared), divergence_rows.scratch_planes(spec.softcap_s), 3
     )

@@ -1,10 +1,10 @@
-"""The loss on a device, in bf16, through its GEMMs with float32 output and the compiled row kernel."""
+"""The losses on a device, in bf16, through GEMMs with float32 output and the compiled kernels."""
 
 import pytest
 import torch
 from loss_oracle import logits64, relative_error, states, token_kl64
 
-from opcd_fast.loss import LMHead, fused_linear_reverse_kl
+from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_logprobs, fused_linear_reverse_kl
 
 pytestmark = pytest.mark.gpu
 # 3 rows more than two multiples of 128; a vocabulary that is no multiple of 8; mean KL about 1 … 3e-5.
@@ -71,3 +71,114 @@ def test_peak_memory(train_head):
     fused_linear_reverse_kl(h, w, h_t, w.detach(), workspace_bytes=workspace).backward()
     gradients = 2 * h.numel() * 2 + (w.numel() * (4 + 2 + 2) if train_head else 0)
     assert torch.cuda.max_memory_allocated() - before <= workspace + gradients + (8 << 20)
+
+
+OTHERS = [
+    ("forward_kl", {}), ("jsd", {"beta": 0.3}), ("skew_reverse_kl", {"alpha": 0.1}), ("skew_forward_kl", {"alpha": 0.2}),
+    ("topk_reverse_kl", {"k": 64, "tail": "bucket"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("divergence", "options"), OTHERS)
+@pytest.mark.parametrize("rows", [40, ROWS])  # rows split over programs, and not
+def test_divergences_against_the_torch_backend_in_float64(divergence, options, rows):
+    h, w, h_t = (x.cuda() for x in states(rows, WIDTH, VOCABULARY, 0.1))
+    h.requires_grad_(), w.requires_grad_()
+    h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    exact = fused_linear_divergence(
+        h64, w64, h_t.bfloat16().double(), w64.detach(), divergence=divergence, backend="torch", **options
+    )
+    exact.backward()
+    loss = fused_linear_divergence(h, w, h_t.bfloat16(), w.detach(), divergence=divergence, backend="triton", **options)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-3)
+    assert relative_error(h.grad, h64.grad) <= 3e-3 and relative_error(w.grad, w64.grad) <= 3e-3
+
+
+@pytest.mark.parametrize("spread", [0.28, 0.029, 0.0049])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_the_dual_projection_is_as_accurate(spread, train_head):
+    h, w, h_t = states(ROWS, WIDTH, VOCABULARY, spread)
+    h, w, h_t = h.cuda().requires_grad_(), w.cuda().requires_grad_(train_head), h_t.bfloat16().cuda()
+    h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_(train_head)
+    exact = token_kl64(logits64(h64, LMHead(w64)), logits64(h_t, LMHead(w64.detach())))
+    exact.mean().backward()
+    loss, stats = fused_linear_reverse_kl(h, w, h_t, w.detach(), return_stats=True, projection="dual")
+    loss.backward()
+    assert relative_error(h.grad, h64.grad) <= 3e-3
+    if train_head:
+        assert relative_error(w.grad, w64.grad) <= 3e-3
+    with torch.no_grad():
+        _, alone = fused_linear_reverse_kl(h, w, h_t, w, return_stats=True, projection="dual")
+    for found in (stats, alone):
+        assert ((found.token_kl - exact.detach()).abs() <= 3e-3 * exact.detach() + 1e-9).all()
+        assert torch.equal(found.top1_agreement, alone.top1_agreement)
+
+
+def test_logprobs():
+    h, w, _ = (x.cuda() for x in states(ROWS, WIDTH, VOCABULARY, 0.1))
+    ids = torch.randint(VOCABULARY, (ROWS,), device="cuda")
+    h.requires_grad_(), w.requires_grad_()
+    h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    logp = fused_linear_logprobs(h, w, ids)
+    exact = (h64 @ w64.T).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(logp.double(), exact, rtol=1e-4, atol=1e-4)
+    logp.sum().backward(), exact.sum().backward()
+    assert relative_error(h.grad, h64.grad) <= 3e-3 and relative_error(w.grad, w64.grad) <= 3e-3
+
+
+@pytest.mark.parametrize("projection", ["fp32", "dual"])
+def test_a_cuda_graph_replays_the_loss_on_new_inputs(projection):
+    """Rows of weight 0 cannot be left out while a graph is captured; they are masked, whatever they hold."""
+    h, w, h_t = (x.cuda() for x in states(ROWS, WIDTH, VOCABULARY, 0.1))
+    h_t = h_t.bfloat16()
+    weights = torch.ones(ROWS, device="cuda")
+
+    def call():
+        leaf = h.detach().requires_grad_()
+        loss = fused_linear_reverse_kl(leaf, w, h_t, w, token_weights=weights, projection=projection)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = call()
+    weights[5:9] = 0
+    h[7] = float("nan")
+    h[20] *= 1.5
+    graph.replay()
+    torch.cuda.synchronize()
+    wanted_loss, wanted = call()
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
+    assert relative_error(gradient, wanted) < 1e-3 and not gradient[7].any()
+
+
+def test_torch_compile_keeps_one_graph():
+    h, w, h_t = (x.cuda() for x in states(ROWS, WIDTH, VOCABULARY, 0.1))
+    h_t = h_t.bfloat16()
+
+    def step(h):
+        return fused_linear_reverse_kl(h * 2, w, h_t, w)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        leaf = h.detach().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0]) and relative_error(results[1][1], results[0][1]) < 1e-6
+
+
+def test_main_grad_takes_the_weight_gradient():
+    h, w, h_t = (x.cuda() for x in states(ROWS, WIDTH, VOCABULARY, 0.1))
+    h_t = h_t.bfloat16()
+    plain, added = w.clone().requires_grad_(), w.clone().requires_grad_()
+    added.main_grad = torch.zeros(w.shape, device="cuda")
+    fused_linear_reverse_kl(h, plain, h_t, w, denominator=7.0).backward()
+    loss = fused_linear_reverse_kl(h, added, h_t, w, denominator=7.0, accumulate_weight_grad=True)
+    if loss.requires_grad:
+        loss.backward()
+    assert added.grad is None and relative_error(added.main_grad, plain.grad) < 3e-3

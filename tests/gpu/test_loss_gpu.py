@@ -74,9 +74,12 @@ def test_peak_memory(train_head):
 
 
 OTHERS = [
-    ("forward_kl", {}), ("jsd", {"beta": 0.3}), ("skew_reverse_kl", {"alpha": 0.1}), ("skew_forward_kl", {"alpha": 0.2}),
+    ("forward_kl", {}),
+    ("jsd", {"beta": 0.3}),
+    ("skew_reverse_kl", {"alpha": 0.1}),
+    ("skew_forward_kl", {"alpha": 0.2}),
     ("topk_reverse_kl", {"k": 64, "tail": "bucket"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("divergence", "options"), OTHERS)

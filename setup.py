@@ -36,10 +36,11 @@ class BuildWithNative(build_py):
             with tempfile.TemporaryDirectory() as scratch:
                 build = ["cmake", "-S", str(ROOT), "-B", scratch, "-DCMAKE_BUILD_TYPE=Release"]
                 subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
-                subprocess.run(
-                    ["cmake", "--build", scratch, "--config", "Release"], check=True, stdout=subprocess.DEVNULL
-                )
+                build = ["cmake", "--build", scratch, "--config", "Release", "--parallel"]
+                subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
                 for found in (path for name in LIBRARIES for path in Path(scratch).rglob(name)):
+                    # A new file: writing into the old one would crash whoever has it loaded.
+                    (target / found.name).unlink(missing_ok=True)
                     shutil.copy2(found, target / found.name)
         except (subprocess.CalledProcessError, OSError) as error:
             print(f"opcd-fast: the CPU library did not build ({error}), it is left out", file=sys.stderr)

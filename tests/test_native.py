@@ -15,9 +15,11 @@ LEVELS = native.supported_levels() if native.available() else ()
 
 @pytest.fixture
 def no_cache():
-    native._open.cache_clear()
+    for cached in (native._open, native._with_threads):
+        cached.cache_clear()
     yield
-    native._open.cache_clear()
+    for cached in (native._open, native._with_threads):
+        cached.cache_clear()
 
 
 def test_the_library_is_there_where_it_can_be_built():
@@ -67,7 +69,9 @@ def test_the_level_is_the_best_or_the_one_asked_for(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="torch without libgomp")
 def test_the_threads_are_those_of_torch():
     assert native._openmp_of_torch()
-    code = "import torch, opcd_fast.native as n; n.available()"
+    code = "import sys, opcd_fast.native as n; n.status(); assert 'torch' not in sys.modules"
+    code += "; look = n._openmp_of_torch; found = []; n._openmp_of_torch = lambda: found.append(look()) or found[-1]"
+    code += "; n.available(); assert found[0]"
     code += "; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp.so' in line or 'omp-' in line})"
     runtimes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert len(runtimes.stdout.split()) == 1, runtimes

@@ -73,13 +73,13 @@ enum { REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, SKEW_REVERSE_KL };
 double value_and_gradient(const Work& work, int divergence, float parameter) {
   const FirstPass& found = work.found;
   const double lse_s = found.s.logsumexp(), lse_t = found.t.logsumexp();
-  const bool numbers = found.s.total > 0.0 && found.t.total > 0.0;
-  const bool infinite =
-      divergence == REVERSE_KL
-          ? numbers && found.t.has_infinity && forbidden(work.row_s, float(lse_s), work.row_t, work.buffer_s, work.buffer_t)
-      : divergence == FORWARD_KL
-          ? numbers && found.s.has_infinity && forbidden(work.row_t, float(lse_t), work.row_s, work.buffer_t, work.buffer_s)
-          : false;
+  bool infinite = false;
+  if (found.s.total > 0.0 && found.t.total > 0.0) {
+    if (divergence == REVERSE_KL && found.t.has_infinity)
+      infinite = forbidden(work.row_s, float(lse_s), work.row_t, work.buffer_s, work.buffer_t);
+    if (divergence == FORWARD_KL && found.s.has_infinity)
+      infinite = forbidden(work.row_t, float(lse_t), work.row_s, work.buffer_t, work.buffer_s);
+  }
   if (infinite) {
     if (work.gradient.to != nullptr) work.gradient.clear(work.row_s.columns);
     return INFINITE;

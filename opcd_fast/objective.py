@@ -32,6 +32,7 @@ def context_kl(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     divergence: Mapping[str, Any] = REVERSE_KL,
+    student_head: LMHead | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> tuple[Tensor, LossStats]:
     """sum(w * KL(student || teacher)) / denominator over the batch's response tokens, and its statistics.
@@ -44,6 +45,7 @@ def context_kl(
         denominator: sum of the token weights over the whole step, micro-batches included.
         compute_dtype: type in which hidden states and heads are multiplied.
         autocast: makes the context of the student's forward when its weights are fp32 masters.
+        student_head: where the caller has it already; None looks at the student.
         divergence: another one than the reverse KL, as keywords of `fused_linear_divergence`.
     Returns:
         scalar loss, LossStats with (N,) fields.
@@ -61,7 +63,7 @@ def context_kl(
             student, batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student
         )  # (N, D_s)
     with watch("loss"):
-        head_s, head_t = _same_vocabulary(LMHead.from_model(student), teacher.head)
+        head_s, head_t = _same_vocabulary(student_head or LMHead.from_model(student), teacher.head)
         return fused_linear_divergence(
             h_s.to(compute_dtype),
             _cast(head_s, compute_dtype),

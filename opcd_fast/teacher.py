@@ -59,6 +59,7 @@ class ContextTeacher:
             seam.refuse_virtual_tokens(model)
         self._adapter = adapter
         self._contexts = _as_contexts(contexts, seam.embedding_rows(self._body))
+        self._head: LMHead | None = None  # looking at the model anew for every batch would cost tens of milliseconds
         self._prefixes: dict[int, SharedPrefix] = {}  # by context; only those that were asked for
         self._built_with: tuple[Any, ...] = ()
         self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
@@ -100,7 +101,10 @@ class ContextTeacher:
         """The model's lm-head, for the loss."""
         from opcd_fast.heads import LMHead
 
-        return LMHead.from_model(seam.causal_lm(self.model))
+        model: Any = seam.causal_lm(self.model)
+        if self._head is None or self._head.weight is not model.get_output_embeddings().weight:
+            self._head = LMHead.from_model(model)
+        return self._head
 
     @property
     def prefixes(self) -> list[SharedPrefix]:

@@ -26,6 +26,7 @@ from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.evaluate import divergence, samples_of
+from opcd_fast.heads import LMHead
 from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
@@ -165,6 +166,7 @@ class OPCDTrainer:
             if first == 0:
                 self._evaluate(0, fixed, result, progress)
             self.model.train()
+            student_head = LMHead.from_model(self.model)
             for step in range(first, config.steps):
                 watch = Stopwatch(self.device)
                 rows = self._prompts_of(step)
@@ -186,6 +188,7 @@ class OPCDTrainer:
                             self.teacher,
                             denominator=denominator,
                             stopwatch=watch,
+                            student_head=student_head,
                             divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
                             **self._loss_options(),
                         )

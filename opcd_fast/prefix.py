@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opcd_fast import chunked_prefill
 from opcd_fast import transformers_seam as seam
 
 _FORMAT = "opcd-fast-prefix"
@@ -29,25 +30,51 @@ class SharedPrefix:
     metadata: dict[str, str] = field(default_factory=dict)  # what it was built with, see `describe`
 
     @classmethod
-    def build(cls, model: nn.Module, token_ids: Tensor, *, keep_kv: bool = True) -> SharedPrefix:
+    def build(
+        cls,
+        model: nn.Module,
+        token_ids: Tensor,
+        *,
+        keep_kv: bool = True,
+        chunk_tokens: int | None = None,
+        after: SharedPrefix | None = None,
+    ) -> SharedPrefix:
         """Run `token_ids` (P,) through the body of `model` once, without gradients, in the mode it is in.
 
         keep_kv=False keeps only the last hidden state (for architectures whose cache is not used). P = 0
         gives a prefix without keys. The caller turns dropout, checkpointing and adapters off
         (`ContextTeacher` does).
+
+        chunk_tokens: tokens that go through the model at once; 0 for all of them, None for
+        `chunked_prefill.chunk_tokens`. A model that does not run exactly on a packed row reads all at once,
+        whatever is asked for. after: the same model's prefix of the first tokens of `token_ids`, which are then not
+        run again; its keys and values are copied. Raises ValueError when it is not that.
         """
         body = seam.body_of(model)
         ids = token_ids.detach().to("cpu", torch.int64)
         metadata = describe(body)
+        if after is not None:
+            _check_start(after, ids, keep_kv, metadata, seam.refuses_packing(body))
+            if len(after) == ids.numel():
+                return after
         if ids.numel() == 0:
             return cls(ids, (), (), None, metadata)
         row = ids.unsqueeze(0).to(next(body.parameters()).device)
         with torch.no_grad():
             if not keep_kv:
                 return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), metadata)
-            layers, hidden = seam.fill_cache(body, row)
-        keys, values = tuple(k for k, _ in layers), tuple(v for _, v in layers)
-        return cls(ids, keys, values, hidden[0, -1].clone(), metadata)
+            chunk = ids.numel()
+            if chunk_tokens != 0 and seam.refuses_packing(body) is None:
+                chunk = chunked_prefill.chunk_tokens(body) if chunk_tokens is None else chunk_tokens
+            if after is not None and len(after):
+                start = list(zip(after.keys, after.values, strict=True))
+                layers, last = chunked_prefill.grow(body, ids, chunk, start, len(after))
+            elif chunk < ids.numel():
+                layers, last = chunked_prefill.grow(body, ids, chunk)
+            else:
+                layers, hidden = seam.fill_cache(body, row)
+                last = hidden[0, -1].clone()
+        return cls(ids, tuple(k for k, _ in layers), tuple(v for _, v in layers), last, metadata)
 
     def __len__(self) -> int:
         """P, tokens of the context."""
@@ -126,6 +153,18 @@ class SharedPrefix:
                     + "; ".join(f"{name} is {metadata.get(name)}, the model has {expected[name]}" for name in wrong)
                 )
         return prefix
+
+
+def _check_start(
+    after: SharedPrefix, ids: Tensor, keep_kv: bool, metadata: dict[str, str], refused: str | None
+) -> None:
+    if not keep_kv or refused is not None:
+        raise ValueError(f"after: a prefix cannot be extended here, because {refused or 'keep_kv=False keeps no keys'}")
+    if len(after) > ids.numel() or not torch.equal(after.token_ids, ids[: len(after)]):
+        raise ValueError(f"after: its {len(after)} tokens are not the first of token_ids ({ids.numel()})")
+    wrong = [name for name in metadata if after.metadata.get(name) != metadata[name]]
+    if wrong or bool(len(after)) != bool(after.keys):
+        raise ValueError(f"after: has no keys of this model (differs in {wrong or 'having keys at all'})")
 
 
 def describe(body: nn.Module) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ class SharedPrefix:
             "layers": str(len(self.keys)),
         }
         target = Path(path)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         try:
             save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata=header)
             os.replace(partial, target)

@@ -1,0 +1,147 @@
+"""A folder of prefixes, so that a second run does not read its contexts again.
+
+One safetensors file for each prefix (`SharedPrefix.save`), named after everything its numbers depend on. A file also
+holds that key and a checksum of its tensors. What does not match is refused with one line in the log, and rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from opcd_fast import fingerprint
+from opcd_fast import transformers_seam as seam
+from opcd_fast.prefix import SharedPrefix, describe
+
+logger = logging.getLogger("opcd_fast")
+
+FORMAT = 1
+"""Raised when the meaning of a key or the layout of a file changes; older files are then not found."""
+
+_ABANDONED_SECONDS = 24 * 3600  # a partial file this old has lost its writer
+# Entries of a configuration that no key or value depends on.
+_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+class PrefixStore:
+    """Prefixes in `folder`, which is made if need be.
+
+    Several processes may share it: a file appears whole, by renaming, or not at all. Trust the folder as you trust the
+    weights: the checksum is a guard against accidents only.
+
+    Raises ValueError when `folder` is not a folder that can be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"store: cannot use {os.fspath(folder)!r} as a folder ({error})") from error
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left unfinished."""
+        for partial in self.folder.glob("*.safetensors.*.partial"):
+            with contextlib.suppress(OSError):
+                if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                    partial.unlink()
+
+    def path_of(self, identity: str, token_ids: Tensor) -> Path:
+        """Where the prefix of `token_ids` is kept for the teacher that `identity_of` describes."""
+        return self.folder / f"{_key(identity, token_ids)}.safetensors"
+
+    def read(self, identity: str, token_ids: Tensor, model: nn.Module) -> SharedPrefix | None:
+        """The prefix on `model`'s device; None when there is none, or none that can be trusted."""
+        path = self.path_of(identity, token_ids)
+        if not path.is_file():
+            return None
+        try:
+            prefix = _in_memory(SharedPrefix.load(path, model=model))
+            metadata = dict(prefix.metadata)
+            if metadata.pop("store_key", None) != path.stem:
+                raise ValueError("it was written for another teacher or context")
+            if not torch.equal(prefix.token_ids, token_ids):
+                raise ValueError("it holds other token ids")
+            if metadata.pop("checksum", None) != fingerprint.of_tensors(_tensors(prefix)):
+                raise ValueError("its checksum does not match")
+        except (ValueError, OSError, RuntimeError) as error:
+            logger.warning("prefix store: %s is refused and will be rebuilt: %s", path.name, error)
+            return None
+        return dataclasses.replace(prefix, metadata=metadata)
+
+    def write(self, identity: str, prefix: SharedPrefix) -> None:
+        """Keep `prefix`; a folder that cannot be written to is told in the log and changes nothing else."""
+        path = self.path_of(identity, prefix.token_ids)
+        metadata = {
+            **prefix.metadata,
+            "store_key": path.stem,
+            "checksum": fingerprint.of_tensors(_tensors(prefix)),
+        }
+        try:
+            dataclasses.replace(prefix, metadata=metadata).save(path)
+        except Exception as error:  # safetensors raises its own type for a full disk
+            logger.warning("prefix store: %s was not written: %s", path.name, error)
+
+
+def identity_of(model: nn.Module, weights: str) -> str:
+    """All that a prefix depends on besides its token ids, as JSON.
+
+    The format of this store; transformers' version; the body's class, dtype and whole configuration, RoPE included;
+    autocast; weights, buffers and adapters, of which `weights` is the `fingerprint.of_teacher`.
+    """
+    body = seam.body_of(model)
+    device = next(body.parameters()).device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    config = {
+        name: value
+        for name, value in seam.config_of(body).to_dict().items()
+        if name not in _WITHOUT_EFFECT and not name.startswith("_attn")
+    }
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "transformers": transformers.__version__,
+            "body": describe(body),
+            "config": config,
+            "autocast": autocast,
+            "weights": weights,
+        },
+        sort_keys=True,
+        default=str,
+    )
+
+
+def _key(identity: str, token_ids: Tensor) -> str:
+    ids = token_ids.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(identity.encode() + b"\0" + ids).hexdigest()
+
+
+def _in_memory(prefix: SharedPrefix) -> SharedPrefix:
+    """On the CPU safetensors maps the file into memory; a file that changes after its check would change the prefix."""
+    if not prefix.keys or prefix.keys[0].device.type != "cpu":
+        return prefix
+    return dataclasses.replace(
+        prefix, keys=tuple(k.clone() for k in prefix.keys), values=tuple(v.clone() for v in prefix.values)
+    )
+
+
+def _tensors(prefix: SharedPrefix) -> Iterator[tuple[str, Any]]:
+    yield "token_ids", prefix.token_ids
+    if prefix.last_hidden_state is not None:
+        yield "last_hidden_state", prefix.last_hidden_state
+    for index, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        yield f"keys.{index}", key
+        yield f"values.{index}", value

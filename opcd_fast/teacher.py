@@ -12,6 +12,7 @@ use.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from opcd_fast import transformers_seam as seam
 from opcd_fast.attention import PackedRow, packed_row
 from opcd_fast.prefix import SharedPrefix
+from opcd_fast.prefix_memory import PrefixMemory
+from opcd_fast.prefix_store import PrefixStore
 from opcd_fast.teacher_paths import concat_forward, merge_forward, verify
 
 if TYPE_CHECKING:
@@ -37,6 +40,10 @@ class ContextTeacher:
     contexts: token ids of one context (1-D tensor or list of ints, possibly empty), or a list of such.
     path: "auto" (merge where it is exact, checked at first use, else concat), "merge" or "concat".
     adapter: "disabled" runs a PEFT model without its adapters, "active" as they are.
+    store: a folder where contexts' caches are kept for later runs, see `PrefixStore`; made if need be. Left alone as
+        soon as the teacher's weights are seen to change, while they are being trained, and on path "concat".
+    max_prefix_bytes: bound for the keys and values of contexts in memory; those used longest ago are dropped and
+        rebuilt when needed. A call keeps all contexts it reads until it returns.
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
     A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
@@ -46,7 +53,16 @@ class ContextTeacher:
     Raises ValueError for malformed arguments, and for path="merge" on an architecture that refuses it.
     """
 
-    def __init__(self, model: nn.Module, contexts: Any, *, path: str = "auto", adapter: str = "disabled") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        contexts: Any,
+        *,
+        path: str = "auto",
+        adapter: str = "disabled",
+        store: str | os.PathLike[str] | None = None,
+        max_prefix_bytes: int | None = None,
+    ) -> None:
         if path in ("mask", "pad"):
             raise ValueError(f"path={path!r} is not available yet; use 'merge' or 'concat'")
         if path not in ("auto", "merge", "concat"):
@@ -60,7 +76,11 @@ class ContextTeacher:
         self._adapter = adapter
         self._contexts = _as_contexts(contexts, seam.embedding_rows(self._body))
         self._head: LMHead | None = None  # looking at the model anew for every batch would cost tens of milliseconds
-        self._prefixes: dict[int, SharedPrefix] = {}  # by context; only those that were asked for
+        if max_prefix_bytes is not None and (type(max_prefix_bytes) is not int or max_prefix_bytes < 1):
+            raise ValueError(f"max_prefix_bytes: expected an integer >= 1, or None, got {max_prefix_bytes!r}")
+        self._prefixes = PrefixMemory(
+            model, self._contexts, adapter, None if store is None else PrefixStore(store), max_prefix_bytes
+        )
         self._built_with: tuple[Any, ...] = ()
         self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
 
@@ -123,19 +143,15 @@ class ContextTeacher:
             f"contexts: {len(self._contexts)} of {sizes} tokens; adapter: {self._adapter}",
         ]
         if path == "merge":
-            if not self._prefixes:
-                lines.append("prefix KV: not built yet")
-            else:
-                total = sum(prefix.nbytes for prefix in self._prefixes.values())
-                built = f"{len(self._prefixes)} of {len(self._contexts)} contexts built"
-                lines.append(f"prefix KV: {total / 2**20:.1f} MiB ({built}), read by a batch of any size")
+            lines.extend(self._prefixes.explain())
         else:
             lines.append("the context is read again for every sequence")
+            lines.extend(self._prefixes.explain_store(unused="path 'concat' keeps no keys"))
         return "\n".join(lines)
 
     def invalidate(self) -> None:
-        """Forget what was computed from the weights; the next use reads the contexts again."""
-        self._prefixes = {}
+        """Forget what was computed from the weights; the next use reads the contexts again, and no store."""
+        self._prefixes.forget(weights_moved=True)
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, context_index: Any = None
@@ -212,18 +228,20 @@ class ContextTeacher:
             stack.enter_context(seam.scoring_mode(self._body))
             if self._adapter == "disabled":
                 stack.enter_context(seam.without_adapters(self.model))
+            stack.callback(self._prefixes.trim)
             yield
 
     def _prefixes_of(self, wanted: Iterable[int]) -> dict[int, SharedPrefix]:
-        """Prefixes by context: those `wanted`, built where missing, among all that the present weights built."""
+        """Prefixes by context, of those `wanted`; built by the present weights."""
         state = self._state()
         if state != self._built_with:
-            self._prefixes, self._built_with = {}, state
+            moved = bool(self._built_with) and state[0] != self._built_with[0]
+            self._prefixes.forget(weights_moved=moved)
+            self._built_with = state
+        if self.model.training and any(p.requires_grad for p in self._watched):
+            self._prefixes.leave_store("the teacher's weights are being trained")
         # Only what this call reads: one sequence among a thousand contexts must not wait for a thousand forwards.
-        for index in sorted(set(wanted) - self._prefixes.keys()):
-            ids = self._contexts[index]
-            self._prefixes[index] = SharedPrefix.build(self.model, ids, keep_kv=self.path == "merge")
-        return self._prefixes
+        return self._prefixes.get(wanted, extendable=self.path == "merge", keep_kv=self.path == "merge")
 
     def _state(self) -> tuple[Any, ...]:
         """What the prefixes were computed from; changes with every in-place update that torch counts."""

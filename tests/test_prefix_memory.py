@@ -1,0 +1,125 @@
+"""max_prefix_bytes: the contexts used longest ago leave memory, those of the call never do, and numbers stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_chunked_prefill import tokens_run
+from tiny_models import pack, plain_after_context, random_ids, tiny_model
+
+from opcd_fast import nested_contexts
+from opcd_fast.teacher import ContextTeacher
+
+PER_TOKEN = 2 * 3 * 2 * 8 * 4  # keys and values, layers, H_kv, d, fp32
+
+
+def bounded(model, contexts, tokens, **options):
+    return ContextTeacher(model, contexts, path="merge", max_prefix_bytes=tokens * PER_TOKEN, **options)
+
+
+def held(teacher):
+    """Indices of the contexts in memory."""
+    found = []
+    for index in range(len(teacher._contexts)):
+        try:
+            teacher._prefixes[index]
+        except KeyError:
+            continue
+        found.append(index)
+    return found
+
+
+def ask(teacher, *index):
+    """One sequence of three tokens after each of the contexts, checked against plain forward passes."""
+    sequences = random_ids(*[3] * len(index), seed=5)
+    ids, bounds = pack(sequences)
+    got = teacher.hidden_states_packed(ids, bounds, context_index=list(index))
+    plain = tiny_model()
+    want = [plain_after_context(plain, teacher._contexts[i], s) for i, s in zip(index, sequences, strict=True)]
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=0)
+
+
+def test_the_longest_unused_leaves():
+    model, contexts = tiny_model(), random_ids(10, 10, 10, 10)
+    counts = tokens_run(model)
+    teacher = bounded(model, contexts, 30)
+    for index, remain, read in (
+        ((0,), [0], 10),
+        ((1,), [0, 1], 10),
+        ((2,), [0, 1, 2], 10),
+        ((0,), [0, 1, 2], 0),  # makes 0 the last one used
+        ((3,), [0, 2, 3], 10),
+        ((1, 2), [1, 2, 3], 10),
+        ((0,), [0, 1, 2], 10),  # 3 is older than 1 and 2
+    ):
+        counts.clear()
+        ask(teacher, *index)
+        assert held(teacher) == remain and teacher._prefixes.nbytes <= 30 * PER_TOKEN
+        assert sum(counts) == read + 3 * len(index)
+    text = teacher.explain()
+    assert "3 of 4 contexts built" in text and "evicted: 3" in text and "6 (60 tokens)" in text
+    assert f"{30 * PER_TOKEN / 2**20:.1f} MiB of at most {30 * PER_TOKEN / 2**20:.1f} MiB" in text
+
+
+def test_what_the_call_needs_stays_until_it_returns(monkeypatch):
+    model, contexts = tiny_model(), random_ids(10, 10, 10, 10)
+    teacher = bounded(model, contexts, 20)
+    ask(teacher, 3)
+    counts = tokens_run(model)
+    during = []
+    model.model.register_forward_pre_hook(lambda *_: during.append(held(teacher)))
+    ask(teacher, 2, 0, 1, 2)
+    assert sum(counts) == 30 + 12 and during[-1] == [0, 1, 2]  # the last pass is the sequences'
+    assert [3 in now for now in during] == [True, True, False, False]  # room was made before the last one came
+    assert held(teacher) == [1, 2]
+    assert [len(prefix) for prefix in teacher.prefixes] == [10] * 4
+    assert teacher._prefixes.nbytes == 20 * PER_TOKEN
+
+
+def test_without_a_bound_nothing_leaves():
+    contexts = random_ids(*[30] * 8)
+    teacher = ContextTeacher(tiny_model(), contexts, path="merge")
+    for index in range(8):
+        ask(teacher, index)
+    assert held(teacher) == list(range(8)) and "at most" not in teacher.explain()
+    assert "evicted: 0" in teacher.explain()
+
+
+def test_a_context_larger_than_the_bound_is_used_and_not_kept():
+    model, contexts = tiny_model(), random_ids(30, 10)
+    teacher = bounded(model, contexts, 20)
+    ask(teacher, 1)
+    ask(teacher, 0)
+    ask(teacher, 0, 1)
+    assert held(teacher) == [1]
+
+
+def test_evicted_contexts_come_back_from_the_store(tmp_path):
+    model, contexts = tiny_model(), random_ids(10, 10, 10)
+    teacher = bounded(model, contexts, 10, store=tmp_path)
+    for index in range(3):
+        ask(teacher, index)
+    counts = tokens_run(model)
+    for index in (0, 2, 1):
+        ask(teacher, index)
+    assert counts == [3, 3, 3] and "from the store: 3" in teacher.explain()
+
+
+def test_shared_beginnings_count_and_leave(monkeypatch):
+    monkeypatch.setattr(nested_contexts, "LEAST_TOKENS", 10)
+    system, a, b, c = random_ids(20, 10, 10, 10)
+    model = tiny_model()
+    counts = tokens_run(model)
+    teacher = bounded(model, [torch.cat([system, x]) for x in (a, b, c)], 50)
+    ask(teacher, 0)
+    assert sum(counts) == 30 + 3 and teacher._prefixes.nbytes == 50 * PER_TOKEN
+    ask(teacher, 1)  # after the beginning in memory; then the first context is the oldest
+    assert sum(counts) == 30 + 3 + 10 + 3 and held(teacher) == [1] and teacher._prefixes.nbytes == 50 * PER_TOKEN
+    ask(teacher, 0, 2)
+    assert sum(counts) == 46 + 20 + 6 and teacher._prefixes.nbytes <= 50 * PER_TOKEN
+
+
+@pytest.mark.parametrize("bound", [0, -1, 1.5, True, "1"])
+def test_bad_bounds(bound):
+    with pytest.raises(ValueError, match="max_prefix_bytes: expected an integer >= 1"):
+        ContextTeacher(tiny_model(), [1], max_prefix_bytes=bound)

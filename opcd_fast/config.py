@@ -82,6 +82,10 @@ class OPCDConfig:
     """Bound for the loss's scratch memory; None: the loss's own default."""
     teacher_path: str = "auto"
     """How the teacher reads the context: "auto" | "merge" | "concat"."""
+    prefix_store: str | None = None
+    """Folder where contexts' caches are kept, so that a second run does not read them again; None: nowhere."""
+    max_prefix_bytes: int | None = None
+    """Bound for the contexts' caches in memory; the ones used longest ago are dropped. None: no bound."""
     eval_every: int = 10
     """Held-out evaluation every so many steps, and before the first and after the last; 0: never."""
     eval_batch: int = 32
@@ -120,7 +124,7 @@ class OPCDConfig:
         for name in ("lora_rank", "eval_every", "save_every", "seed"):
             at_least(name, 0)
         at_least("keep_checkpoints", 1)
-        for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha"):
+        for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha", "max_prefix_bytes"):
             if getattr(self, name) is not None:
                 at_least(name, 1)
         within("temperature", 0, 100, open_low=True)

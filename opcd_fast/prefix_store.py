@@ -36,20 +36,18 @@ _WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "tr
 
 
 class PrefixStore:
-    """Prefixes in `folder`, which is made if need be.
+    """Prefixes in `folder`, which is made when the first one is written.
 
     Several processes may share it: a file appears whole, by renaming, or not at all. Trust the folder as you trust the
     weights: the checksum is a guard against accidents only.
 
-    Raises ValueError when `folder` is not a folder that can be made.
+    Raises ValueError when `folder` is something else than a folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"store: cannot use {os.fspath(folder)!r} as a folder ({error})") from error
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"store: {os.fspath(folder)!r} is not a folder")
         self._sweep()
 
     def _sweep(self) -> None:
@@ -91,6 +89,7 @@ class PrefixStore:
             "checksum": fingerprint.of_tensors(_tensors(prefix)),
         }
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             dataclasses.replace(prefix, metadata=metadata).save(path)
         except Exception as error:  # safetensors raises its own type for a full disk
             logger.warning("prefix store: %s was not written: %s", path.name, error)

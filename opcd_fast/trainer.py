@@ -43,7 +43,8 @@ from opcd_fast.timing import Stopwatch
 # Settings that may change between a run and its continuation without changing the steps already made.
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
-    "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend",
+    "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
+    "max_prefix_bytes",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -126,6 +127,8 @@ class OPCDTrainer:
                 [torch.tensor(prefix, dtype=torch.int64) for prefix in self.prefixes],
                 path=config.teacher_path,
                 adapter=self._adapter,
+                store=config.prefix_store,
+                max_prefix_bytes=config.max_prefix_bytes,
             )
         except ValueError as error:
             raise InputError(str(error)) from error

@@ -128,6 +128,17 @@ def test_the_teacher_reads_long_contexts_in_chunks(monkeypatch):
     assert counts == [16, 16, 9]
 
 
+def test_planted_error_in_chunks_steps_down(monkeypatch):
+    honest = chunked_prefill.GrowingLayer.update
+
+    def off_by_one(self, key, value, *args, **kwargs):
+        keys, values = honest(self, key, value, *args, **kwargs)
+        return (keys.roll(1, -2), values) if self.past > key.shape[-2] else (keys, values)
+
+    monkeypatch.setattr(chunked_prefill.GrowingLayer, "update", off_by_one)
+    assert ContextTeacher(tiny_model(), [1, 2]).path == "concat"
+
+
 def test_peak_memory_does_not_depend_on_the_length():
     model = tiny_model(max_position_embeddings=4096)
     peaks = {}

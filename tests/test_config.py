@@ -40,6 +40,7 @@ def test_a_divergence_with_a_bad_parameter_is_refused(settings, word):
         ("teacher_mode", "ema"), ("normalize", "batch"),
         ("dtype", "float16"), ("loss_backend", "cuda"), ("teacher_path", "pad"), ("lora_alpha", 8),
         ("merge_for_rollout", True), ("micro_batch_tokens", 0), ("workspace_bytes", 0), ("seed", -1),
+        ("max_prefix_bytes", 0), ("max_prefix_bytes", 1.5), ("prefix_store", ""), ("prefix_store", True),
         ("keep_checkpoints", 0), ("lora_rank", -4),
         # wrong types, some of which Python would take for something else
         ("stop_tokens", "abc"), ("stop_tokens", ["a", 5]), ("stop_tokens", [""]), ("stop_tokens", None),

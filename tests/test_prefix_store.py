@@ -176,6 +176,12 @@ def test_a_file_that_changes_after_its_check_does_not_change_the_prefix(tmp_path
     assert_same_prefix(loaded, want)
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, said):
+    teacher = teacher_of(tiny_model(), [3, 4], tmp_path / "late")
+    (tmp_path / "late").write_text("")
+    assert len(teacher.prefixes[0]) == 2 and "was not written" in said.text
+
+
 def test_a_full_disk_is_told_and_nothing_else(tmp_path, said, monkeypatch):
     model, (context,) = tiny_model(), random_ids(20)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -214,8 +220,10 @@ def test_a_kill_leaves_no_file_that_is_read(tmp_path):
 
 def test_store_must_be_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="store: cannot use .*file"):
+    with pytest.raises(ValueError, match="store: .*file' is not a folder"):
         ContextTeacher(tiny_model(), [1], store=tmp_path / "file")
+    ContextTeacher(tiny_model(), [1], store=tmp_path / "new")
+    assert not (tmp_path / "new").exists()  # until there is something to keep
 
 
 # --- teachers that move -------------------------------------------------------------------------------------

@@ -413,3 +413,36 @@ def test_resume_refuses_other_weights_and_fewer_steps(tokenizer, tmp_path):
         make(tokenizer, tmp_path / "run", resume=True, steps=3).train()
     with pytest.raises(InputError, match="make a new trainer"):
         trainer.train()
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_the_second_run_takes_contexts_from_the_store(tokenizer, tmp_path, lora_rank):
+    def train(folder, **settings):
+        trainer = make(tokenizer, tmp_path / folder, steps=2, lora_rank=lora_rank, **settings)
+        result = trainer.train()
+        memory = trainer.teacher._prefixes
+        return losses(result), (memory.built, memory.loaded), trainer
+
+    store = tmp_path / "prefixes"
+    without, _, _ = train("a")
+    first, counts, trainer = train("b", prefix_store=str(store))
+    assert counts == (1, 0) and len(list(store.iterdir())) == 1
+    second, counts, trainer = train("c", prefix_store=str(store))
+    assert counts == (0, 1) and len(list(store.iterdir())) == 1
+    assert without == first == second
+    text = trainer.teacher.explain()
+    assert f"store: {store}" in text and "not used" not in text
+    other, counts, _ = train("d", prefix_store=str(store), model=tiny_model(seed=1))
+    assert counts == (1, 0) and other != first
+
+
+def test_bound_and_store_are_free_on_resume(tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "run", steps=2).train()
+    trainer = make(
+        tokenizer, tmp_path / "run", steps=4, resume=True, max_prefix_bytes=1, prefix_store=str(tmp_path / "prefixes")
+    )
+    trainer.train()
+    memory = trainer.teacher._prefixes
+    assert memory.evicted and memory.loaded and memory.built == 1  # not kept between calls, and not read again
+    with pytest.raises(InputError, match="is not a folder"):
+        make(tokenizer, tmp_path / "new", prefix_store=str(tmp_path / "run" / "metrics.jsonl"))

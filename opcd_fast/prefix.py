@@ -46,16 +46,18 @@ class SharedPrefix:
         gives a prefix without keys. The caller turns dropout, checkpointing and adapters off
         (`ContextTeacher` does).
 
-        chunk_tokens: tokens that go through the model at once; 0 for all of them, None for
-        `chunked_prefill.chunk_tokens`. A model that does not run exactly on a packed row reads all at once,
+        chunk_tokens: tokens that go through the model at once, None for `chunked_prefill.chunk_tokens`; 0 for all of
+        them with the model's own attention. A model that does not run exactly on a packed row reads all at once,
         whatever is asked for. after: the same model's prefix of the first tokens of `token_ids`, which are then not
         run again; its keys and values are copied. Raises ValueError when it is not that.
         """
+        if chunk_tokens is not None and chunk_tokens < 0:
+            raise ValueError(f"chunk_tokens: expected a number of tokens, 0 or None, got {chunk_tokens}")
         body = seam.body_of(model)
         ids = token_ids.detach().to("cpu", torch.int64)
         metadata = describe(body)
         if after is not None:
-            _check_start(after, ids, keep_kv, metadata, seam.refuses_packing(body))
+            _check_start(after, ids, keep_kv and chunk_tokens != 0, metadata, seam.refuses_packing(body))
             if len(after) == ids.numel():
                 return after
         if ids.numel() == 0:
@@ -64,14 +66,10 @@ class SharedPrefix:
         with torch.no_grad():
             if not keep_kv:
                 return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), metadata)
-            chunk = ids.numel()
             if chunk_tokens != 0 and seam.refuses_packing(body) is None:
-                chunk = chunked_prefill.chunk_tokens(body) if chunk_tokens is None else chunk_tokens
-            if after is not None and len(after):
-                start = list(zip(after.keys, after.values, strict=True))
-                layers, last = chunked_prefill.grow(body, ids, chunk, start, len(after))
-            elif chunk < ids.numel():
-                layers, last = chunked_prefill.grow(body, ids, chunk)
+                chunk = chunk_tokens or chunked_prefill.chunk_tokens(body)
+                start = [] if after is None else list(zip(after.keys, after.values, strict=True))
+                layers, last = chunked_prefill.grow(body, ids, chunk, start, 0 if after is None else len(after))
             else:
                 layers, hidden = seam.fill_cache(body, row)
                 last = hidden[0, -1].clone()
@@ -157,10 +155,10 @@ class SharedPrefix:
 
 
 def _check_start(
-    after: SharedPrefix, ids: Tensor, keep_kv: bool, metadata: dict[str, str], refused: str | None
+    after: SharedPrefix, ids: Tensor, extendable: bool, metadata: dict[str, str], refused: str | None
 ) -> None:
-    if not keep_kv or refused is not None:
-        raise ValueError(f"after: a prefix cannot be extended here, because {refused or 'keep_kv=False keeps no keys'}")
+    if not extendable or refused is not None:
+        raise ValueError(f"after: a prefix cannot be extended here, because {refused or 'all keys are made anew'}")
     if len(after) > ids.numel() or not torch.equal(after.token_ids, ids[: len(after)]):
         raise ValueError(f"after: its {len(after)} tokens are not the first of token_ids ({ids.numel()})")
     wrong = [name for name in metadata if after.metadata.get(name) != metadata[name]]

@@ -49,6 +49,24 @@ def test_chunks_equal_one_pass(name):
             assert x.untyped_storage().nbytes() == x.numel() * 4 and not x.requires_grad
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed-window"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_chunks_are_as_close_to_fp32_as_one_pass(name, autocast):
+    model, (context,) = tiny_model(name), random_ids(100)
+    exact = SharedPrefix.build(model, context, chunk_tokens=0)
+    if not autocast:
+        model.bfloat16()
+    errors = {}
+    for chunk in (0, 16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            prefix = SharedPrefix.build(model, context, chunk_tokens=chunk)
+        errors[chunk] = sum(
+            float((a.float() - b).norm() / b.norm())
+            for a, b in zip((*prefix.keys, *prefix.values), (*exact.keys, *exact.values), strict=True)
+        )
+    assert 0 < errors[16] <= 1.25 * errors[0]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("first", [1, 6, 7, 30])
 def test_extending_a_prefix_equals_one_pass(name, first):
@@ -68,6 +86,11 @@ def test_extending_a_prefix_equals_one_pass(name, first):
     assert_same_prefix(SharedPrefix.build(model, context, after=empty), prefix)
 
 
+def test_a_negative_chunk_is_refused():
+    with pytest.raises(ValueError, match="chunk_tokens: .* got -1"):
+        SharedPrefix.build(tiny_model(), random_ids(3)[0], chunk_tokens=-1)
+
+
 def test_what_cannot_be_extended_is_refused():
     model, (context,) = tiny_model(), random_ids(20)
     start = SharedPrefix.build(model, context[:6])
@@ -81,8 +104,9 @@ def test_what_cannot_be_extended_is_refused():
         SharedPrefix.build(tiny_model("qwen3"), context, after=start)
     with pytest.raises(ValueError, match="after: has no keys"):
         SharedPrefix.build(model, context, after=SharedPrefix.build(model, context[:6], keep_kv=False))
-    with pytest.raises(ValueError, match="after: a prefix cannot be extended here, because keep_kv"):
-        SharedPrefix.build(model, context, after=start, keep_kv=False)
+    for option in ({"keep_kv": False}, {"chunk_tokens": 0}):
+        with pytest.raises(ValueError, match="after: a prefix cannot be extended here, because all keys"):
+            SharedPrefix.build(model, context, after=start, **option)
     unpackable = tiny_model("gemma2")
     with pytest.raises(ValueError, match="after: a prefix cannot be extended here, because arch"):
         SharedPrefix.build(unpackable, context, after=SharedPrefix.build(unpackable, context[:6]))

@@ -26,19 +26,23 @@ _LEAST_TOKENS = 256  # fewer leave matrix products too thin to be worth their la
 class GrowingLayer(CacheLayerMixin):
     """One layer's keys and values (1, H_kv, ..., d) of a context of `length` tokens that arrives in chunks.
 
-    window: tokens a query sees, itself included, or None. Without a window there is one buffer of the final size, and
-    `update` returns views of it; with one, only the last window - 1 tokens are kept.
+    window: tokens a query sees, itself included, or None. Without one there is one buffer of the final size, and
+    `update` returns views of it; with one, only the last window - 1 tokens are kept. start: keys and values after the
+    first `start_length` tokens.
     """
 
     is_sliding = False
 
-    def __init__(self, length: int, window: int | None, start: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self, length: int, window: int | None, start: tuple[Tensor, Tensor] | None = None, start_length: int = 0
+    ) -> None:
         super().__init__()
         self.length, self.window = length, window
         self.past = 0
         self.is_initialized = True
         if start is not None:
             self.update(*start)
+            self.past = start_length  # a window kept fewer keys than there were tokens
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -82,6 +86,25 @@ def _kept(past: int, window: int | None) -> int:
     return past if window is None else min(past, window - 1)
 
 
+def refuses_chunks(body: nn.Module) -> str | None:
+    """Why `body` cannot read a context piece by piece with packed attention, in words; None when it can.
+
+    Besides what a packed row needs: RoPE that is the same for every length (the pieces would be on different sides of
+    a switch), and layers with a cache of their own.
+    """
+    reason = seam.refuses_packing(body)
+    if reason is not None:
+        return reason
+    config = seam.config_of(body)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
+    if kinds & {"dynamic", "longrope", "su"}:
+        return "its RoPE changes with the length of the input"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "some of its layers read the keys of others"
+    return None
+
+
 def chunk_tokens(body: nn.Module) -> int:
     """Tokens of one chunk: as many as one layer's activations fit in 256 MiB, a multiple of 256, at least 256.
 
@@ -114,16 +137,15 @@ def grow(
     copied. Keys and values are (1, H_kv, kept, d) in storage of their own; kept is P, or min(P, W - 1) for a layer
     with a sliding window of W tokens. The hidden state is (D,), at the last token.
 
-    For a body that `transformers_seam.refuses_packing` does not refuse, without gradients. Raises RuntimeError when an
+    For a body that `refuses_chunks` does not refuse, without gradients. Raises RuntimeError when an
     attention layer did not read the cache.
     """
     length = token_ids.numel()
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=seam.config_of(body)).layers]
     layers = [
-        GrowingLayer(length, window, start[index] if start_length else None) for index, window in enumerate(windows)
+        GrowingLayer(length, window, start[index] if start_length else None, start_length)
+        for index, window in enumerate(windows)
     ]
-    for layer in layers:
-        layer.past = start_length  # also where a window kept fewer keys than there were tokens
     cache, ids = Cache(layers=[*layers]), token_ids.to(next(body.parameters()).device)
     for first in range(start_length, length, chunk):
         piece = ids[first : first + chunk]

@@ -33,8 +33,8 @@ def shared_beginnings(contexts: Sequence[Tensor], least: int | None = None) -> l
     """
     least = LEAST_TOKENS if least is None else least
     found: list[list[Beginning]] = [[] for _ in contexts]
-    # As big-endian bytes, sorting compares token by token, and neighbours in the order share the most.
-    order = sorted(range(len(contexts)), key=lambda i: contexts[i].numpy().astype(">i8").tobytes())
+    # Bytes of fixed width compare token by token, so that neighbours in the order share the most.
+    order = sorted(range(len(contexts)), key=lambda i: contexts[i].numpy().tobytes())
     common = [_common(contexts[a], contexts[b]) for a, b in zip(order, order[1:])]  # noqa: B905 (one shorter)
     ranges = [(0, len(order), 0)]  # of `order`, with the length of the beginning around it
     while ranges:

@@ -47,8 +47,8 @@ class SharedPrefix:
         (`ContextTeacher` does).
 
         chunk_tokens: tokens that go through the model at once, None for `chunked_prefill.chunk_tokens`; 0 for all of
-        them with the model's own attention. A model that does not run exactly on a packed row reads all at once,
-        whatever is asked for. after: the same model's prefix of the first tokens of `token_ids`, which are then not
+        them with the model's own attention. A model that `chunked_prefill.refuses_chunks` reads all at once, whatever
+        is asked for. after: the same model's prefix of the first tokens of `token_ids`, which are then not
         run again; its keys and values are copied. Raises ValueError when it is not that.
         """
         if chunk_tokens is not None and chunk_tokens < 0:
@@ -57,7 +57,7 @@ class SharedPrefix:
         ids = token_ids.detach().to("cpu", torch.int64)
         metadata = describe(body)
         if after is not None:
-            _check_start(after, ids, keep_kv and chunk_tokens != 0, metadata, seam.refuses_packing(body))
+            _check_start(after, ids, keep_kv and chunk_tokens != 0, metadata, chunked_prefill.refuses_chunks(body))
             if len(after) == ids.numel():
                 return after
         if ids.numel() == 0:
@@ -66,7 +66,7 @@ class SharedPrefix:
         with torch.no_grad():
             if not keep_kv:
                 return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), metadata)
-            if chunk_tokens != 0 and seam.refuses_packing(body) is None:
+            if chunk_tokens != 0 and chunked_prefill.refuses_chunks(body) is None:
                 chunk = chunk_tokens or chunked_prefill.chunk_tokens(body)
                 start = [] if after is None else list(zip(after.keys, after.values, strict=True))
                 layers, last = chunked_prefill.grow(body, ids, chunk, start, 0 if after is None else len(after))
@@ -84,15 +84,19 @@ class SharedPrefix:
         """Bytes of the keys and values. They do not depend on any batch."""
         return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write token ids, keys, values and metadata as one safetensors file, atomically."""
-        from safetensors.torch import save_file
-
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it holds, by the names it has in a file."""
         tensors = {"token_ids": self.token_ids}
         if self.last_hidden_state is not None:
             tensors["last_hidden_state"] = self.last_hidden_state
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"keys.{index}"], tensors[f"values.{index}"] = key, value
+        return tensors
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write token ids, keys, values and metadata as one safetensors file, atomically."""
+        from safetensors.torch import save_file
+
         header = {
             **self.metadata,
             "format": _FORMAT,
@@ -102,7 +106,7 @@ class SharedPrefix:
         target = Path(path)
         partial = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         try:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata=header)
+            save_file({name: x.contiguous() for name, x in self.tensors().items()}, partial, metadata=header)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -134,11 +138,16 @@ class SharedPrefix:
                 if header.get("format") != _FORMAT or header.get("format_version") != _FORMAT_VERSION:
                     raise ValueError(f"path: {os.fspath(path)!r} is not a prefix that this version wrote")
                 names = set(file.keys())
+
+                def read(name: str) -> Tensor:
+                    # On the CPU these are views of the mapped file: what happens to it later must not matter.
+                    return file.get_tensor(name).clone()
+
                 layers = range(int(header.pop("layers")))
-                keys = tuple(file.get_tensor(f"keys.{i}") for i in layers)
-                values = tuple(file.get_tensor(f"values.{i}") for i in layers)
-                ids = file.get_tensor("token_ids").cpu()
-                last = file.get_tensor("last_hidden_state") if "last_hidden_state" in names else None
+                keys = tuple(read(f"keys.{i}") for i in layers)
+                values = tuple(read(f"values.{i}") for i in layers)
+                ids = read("token_ids").cpu()
+                last = read("last_hidden_state") if "last_hidden_state" in names else None
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"path: {os.fspath(path)!r} is not a readable prefix file ({error})") from error
         metadata = {name: value for name, value in header.items() if name not in ("format", "format_version")}

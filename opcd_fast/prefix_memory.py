@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from opcd_fast import fingerprint
+from opcd_fast import transformers_seam as seam
+from opcd_fast.chunked_prefill import refuses_chunks
 from opcd_fast.nested_contexts import Beginning, shared_beginnings
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_store import PrefixStore, identity_of
@@ -61,10 +63,10 @@ class PrefixMemory:
     def get(self, wanted: Iterable[int], *, extendable: bool, keep_kv: bool = True) -> dict[int, SharedPrefix]:
         """Prefixes of the contexts `wanted`, under the weights and adapters of this moment.
 
-        extendable: contexts may be read in chunks, and after a beginning they share; needs a model that runs exactly
-        on a packed row.
+        extendable: contexts may be read in chunks, and after a beginning they share, if the model allows that.
         """
         indices = sorted(set(wanted))
+        extendable = extendable and keep_kv and refuses_chunks(seam.body_of(self._model)) is None
         missing = [index for index in indices if self._places[index] not in self._held]
         if missing and keep_kv:
             self._look_at_weights()
@@ -125,7 +127,7 @@ class PrefixMemory:
         *beginnings, place = self._chain(index)
         if self._find(place, keep_kv) is None:
             after: SharedPrefix | None = None
-            if not (extendable and keep_kv):
+            if not extendable:
                 beginnings = []
             known = len(beginnings)
             while known and after is None:  # the longest that is there already

@@ -13,9 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -67,13 +65,13 @@ class PrefixStore:
         if not path.is_file():
             return None
         try:
-            prefix = _in_memory(SharedPrefix.load(path, model=model))
+            prefix = SharedPrefix.load(path, model=model)
             metadata = dict(prefix.metadata)
             if metadata.pop("store_key", None) != path.stem:
                 raise ValueError("it was written for another teacher or context")
             if not torch.equal(prefix.token_ids, token_ids):
                 raise ValueError("it holds other token ids")
-            if metadata.pop("checksum", None) != fingerprint.of_tensors(_tensors(prefix)):
+            if metadata.pop("checksum", None) != fingerprint.of_tensors(prefix.tensors().items()):
                 raise ValueError("its checksum does not match")
         except (ValueError, OSError, RuntimeError) as error:
             logger.warning("prefix store: %s is refused and will be rebuilt: %s", path.name, error)
@@ -86,7 +84,7 @@ class PrefixStore:
         metadata = {
             **prefix.metadata,
             "store_key": path.stem,
-            "checksum": fingerprint.of_tensors(_tensors(prefix)),
+            "checksum": fingerprint.of_tensors(prefix.tensors().items()),
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +97,7 @@ def identity_of(model: nn.Module, weights: str) -> str:
     """All that a prefix depends on besides its token ids, as JSON.
 
     The format of this store; transformers' version; the body's class, dtype and whole configuration, RoPE included;
-    autocast; weights, buffers and adapters, of which `weights` is the `fingerprint.of_teacher`.
+    its attention function; autocast; weights, buffers and adapters (`weights`, from `fingerprint.of_teacher`).
     """
     body = seam.body_of(model)
     device = next(body.parameters()).device.type
@@ -115,6 +113,7 @@ def identity_of(model: nn.Module, weights: str) -> str:
             "transformers": transformers.__version__,
             "body": describe(body),
             "config": config,
+            "attention": seam.config_of(body)._attn_implementation,
             "autocast": autocast,
             "weights": weights,
         },
@@ -126,21 +125,3 @@ def identity_of(model: nn.Module, weights: str) -> str:
 def _key(identity: str, token_ids: Tensor) -> str:
     ids = token_ids.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
     return hashlib.sha256(identity.encode() + b"\0" + ids).hexdigest()
-
-
-def _in_memory(prefix: SharedPrefix) -> SharedPrefix:
-    """On the CPU safetensors maps the file into memory; a file that changes after its check would change the prefix."""
-    if not prefix.keys or prefix.keys[0].device.type != "cpu":
-        return prefix
-    return dataclasses.replace(
-        prefix, keys=tuple(k.clone() for k in prefix.keys), values=tuple(v.clone() for v in prefix.values)
-    )
-
-
-def _tensors(prefix: SharedPrefix) -> Iterator[tuple[str, Any]]:
-    yield "token_ids", prefix.token_ids
-    if prefix.last_hidden_state is not None:
-        yield "last_hidden_state", prefix.last_hidden_state
-    for index, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        yield f"keys.{index}", key
-        yield f"values.{index}", value

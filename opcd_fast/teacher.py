@@ -142,11 +142,11 @@ class ContextTeacher:
             f"path: {path} ({self._reason})",
             f"contexts: {len(self._contexts)} of {sizes} tokens; adapter: {self._adapter}",
         ]
-        if path == "merge":
-            lines.extend(self._prefixes.explain())
-        else:
+        if path == "concat":
             lines.append("the context is read again for every sequence")
             lines.extend(self._prefixes.explain_store(unused="path 'concat' keeps no keys"))
+        else:
+            lines.extend(self._prefixes.explain())
         return "\n".join(lines)
 
     def invalidate(self) -> None:
@@ -241,7 +241,7 @@ class ContextTeacher:
         if self.model.training and any(p.requires_grad for p in self._watched):
             self._prefixes.leave_store("the teacher's weights are being trained")
         # Only what this call reads: one sequence among a thousand contexts must not wait for a thousand forwards.
-        return self._prefixes.get(wanted, extendable=self.path == "merge", keep_kv=self.path == "merge")
+        return self._prefixes.get(wanted, extendable=self.path == "merge", keep_kv=self.path != "concat")
 
     def _state(self) -> tuple[Any, ...]:
         """What the prefixes were computed from; changes with every in-place update that torch counts."""

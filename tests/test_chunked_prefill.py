@@ -86,6 +86,17 @@ def test_extending_a_prefix_equals_one_pass(name, first):
     assert_same_prefix(SharedPrefix.build(model, context, after=empty), prefix)
 
 
+@pytest.mark.parametrize(("window", "kept"), [(None, 6), (4, 3), (40, 6)])
+def test_a_layer_knows_how_many_tokens_it_has_seen(window, kept):
+    x = torch.arange(12.0).view(1, 2, 6, 1)
+    layer = chunked_prefill.GrowingLayer(9, window, (x[..., 6 - kept :, :], x[..., 6 - kept :, :]), 6)
+    assert layer.get_seq_length() == 6 and layer.get_mask_sizes(3) == (kept + 3, 6 - kept)
+    keys, values = layer.update(x[..., :3, :] + 100, x[..., :3, :] + 200)
+    assert layer.get_seq_length() == 9
+    assert torch.equal(keys, torch.cat([x[..., 6 - kept :, :], x[..., :3, :] + 100], dim=-2))
+    assert torch.equal(values, torch.cat([x[..., 6 - kept :, :], x[..., :3, :] + 200], dim=-2))
+
+
 def test_a_negative_chunk_is_refused():
     with pytest.raises(ValueError, match="chunk_tokens: .* got -1"):
         SharedPrefix.build(tiny_model(), random_ids(3)[0], chunk_tokens=-1)
@@ -112,9 +123,24 @@ def test_what_cannot_be_extended_is_refused():
         SharedPrefix.build(unpackable, context, after=SharedPrefix.build(unpackable, context[:6]))
 
 
-@pytest.mark.parametrize("name", UNPACKABLE)
-def test_models_that_refuse_packing_read_all_at_once(name):
-    model, (context,) = tiny_model(name), random_ids(41)
+def changed(**settings):
+    """A Llama that says it is something else; only what it says is looked at."""
+    model = tiny_model()
+    for setting, value in settings.items():
+        setattr(model.config, setting, value)
+    return model
+
+
+REFUSED = {
+    **{name: lambda name=name: tiny_model(name) for name in UNPACKABLE},
+    "longrope": lambda: changed(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
+    "shared keys": lambda: changed(num_kv_shared_layers=1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_refuse_chunks_read_all_at_once(name):
+    model, (context,) = REFUSED[name](), random_ids(41)
     counts = tokens_run(model)
     SharedPrefix.build(model, context, chunk_tokens=5)
     assert counts == [41]

@@ -40,6 +40,16 @@ def test_swaps_shapes_names_and_types_count():
     assert len(seen) == 9
 
 
+def test_every_sign_counts():
+    """The highest bit of a word is lost when its factor is even."""
+    x = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    before = of(x)
+    for place in range(400):
+        changed = x.clone()
+        changed[place].neg_()
+        assert of(changed) != before
+
+
 def test_layout_in_memory_does_not_count():
     x = torch.randn(7, 5)
     assert of(x.t().contiguous().t()) == of(x)

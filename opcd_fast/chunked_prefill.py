@@ -95,14 +95,18 @@ def refuses_chunks(body: nn.Module) -> str | None:
     reason = seam.refuses_packing(body)
     if reason is not None:
         return reason
-    config = seam.config_of(body)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
-    if kinds & {"dynamic", "longrope", "su"}:
+    if moves_rope(body):
         return "its RoPE changes with the length of the input"
-    if getattr(config, "num_kv_shared_layers", None):
+    if getattr(seam.config_of(body), "num_kv_shared_layers", None):
         return "some of its layers read the keys of others"
     return None
+
+
+def moves_rope(body: nn.Module) -> bool:
+    """Whether any of its layers has RoPE whose frequencies depend on the length of the call."""
+    rope = getattr(seam.config_of(body), "rope_parameters", None) or {}
+    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
+    return bool(kinds & {"dynamic", "longrope", "su"})
 
 
 def chunk_tokens(body: nn.Module) -> int:

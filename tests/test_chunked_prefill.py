@@ -134,8 +134,13 @@ def changed(**settings):
 REFUSED = {
     **{name: lambda name=name: tiny_model(name) for name in UNPACKABLE},
     "longrope": lambda: changed(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
-    "shared keys": lambda: changed(num_kv_shared_layers=1),
 }
+
+
+def test_layers_that_share_keys_refuse_chunks():
+    assert chunked_prefill.refuses_chunks(seam.body_of(changed(num_kv_shared_layers=0))) is None
+    reason = chunked_prefill.refuses_chunks(seam.body_of(changed(num_kv_shared_layers=1)))
+    assert reason == "some of its layers read the keys of others"
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -297,6 +297,14 @@ def test_weights_that_are_not_plain_bytes_are_not_stored(tmp_path, said):
     assert "layers.0.self_attn.q_proj.weight is a Packed" in said.text
 
 
+def test_rope_that_moves_is_not_stored(tmp_path, said):
+    """Its frequencies are a buffer, which would look like weights that change."""
+    model = tiny_model()
+    model.config.rope_parameters = {"rope_type": "default", "sliding_attention": {"rope_type": "longrope"}}
+    teacher_of(model, random_ids(20)[0], tmp_path).prefixes  # noqa: B018
+    assert not files(tmp_path) and len(said.records) == 1 and "RoPE" in said.text
+
+
 def test_concat_leaves_the_store_alone(tmp_path):
     teacher = ContextTeacher(tiny_model("gpt2"), random_ids(20)[0], store=tmp_path)
     teacher.prefixes  # noqa: B018

@@ -131,15 +131,9 @@ class SharedPrefix:
 def describe(body: nn.Module) -> dict[str, str]:
     """What a KV cache of `body` depends on besides its weights, as strings."""
     config = body.config
-    rope: Any = getattr(config, "rope_parameters", None)
-    heads = (
-        getattr(config, "num_hidden_layers", None),
-        getattr(config, "num_attention_heads", None),
-        getattr(config, "num_key_value_heads", None),
-        getattr(config, "head_dim", None),
-        getattr(config, "hidden_size", None),
-        getattr(config, "sliding_window", None),
-    )
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    heads = [seam.setting(config, name) for name in (*names, "sliding_window")]
+    rope = seam.setting(config, "rope_parameters")
     return {
         "model": type(body).__name__,
         "shape": json.dumps(heads),
@@ -148,12 +142,18 @@ def describe(body: nn.Module) -> dict[str, str]:
     }
 
 
-def cache_of(prefixes: Sequence[SharedPrefix], num_layers: int) -> tuple[Any, list[list[int]]]:
+def cache_of(prefixes: Sequence[SharedPrefix]) -> tuple[Any, list[list[int] | None] | None]:
     """The read-only cache that puts `prefixes` in front of a packed row, in this order.
 
-    Also how many keys it holds of each prefix in each layer, [layer][prefix]; 0 for an empty prefix.
+    Also how many keys it holds of each prefix in each layer, [layer][prefix]: 0 for an empty prefix, None for a layer
+    that reads another's keys. (None, None) when all prefixes are empty.
     """
     full = [prefix for prefix in prefixes if len(prefix)]
-    layers = [([p.keys[i] for p in full], [p.values[i] for p in full]) for i in range(num_layers)]
-    counts = [[p.keys[i].shape[-2] if len(p) else 0 for p in prefixes] for i in range(num_layers)]
+    if not full:
+        return None, None
+    layers = []
+    counts: list[list[int] | None] = []
+    for i, key in enumerate(full[0].keys):
+        layers.append(([p.keys[i] for p in full], [p.values[i] for p in full]))
+        counts.append([p.keys[i].shape[-2] if len(p) else 0 for p in prefixes] if key.numel() else None)
     return seam.frozen_cache(layers), counts

@@ -28,6 +28,16 @@ _PACKABLE = frozenset({
 # fmt: on
 
 
+def refuses_stock_attention(body: nn.Module) -> str | None:
+    """Why the model's own attention, as it is set, does not compute what the model means; None when it does."""
+    if seam.config_of(body)._attn_implementation != "sdpa":
+        return None
+    for has, what in ((_caps_scores(body), "cap on attention scores"), (_has_sinks(body), "attention sinks")):
+        if has:
+            return f"sdpa attention drops this model's {what}; load it with attn_implementation='eager'"
+    return None
+
+
 def refuses_packing(body: nn.Module) -> str | None:
     """Why a packed row cannot be run through `body` exactly, in words; None when it can."""
     kinds = moving_rope(body)
@@ -85,6 +95,14 @@ def _ropes(body: nn.Module) -> list[dict[str, Any]]:
     return [value for value in (rope, *rope.values()) if isinstance(value, dict)]
 
 
+def _caps_scores(body: nn.Module) -> bool:
+    return seam.setting(seam.config_of(body), "attn_logit_softcapping") is not None
+
+
+def _has_sinks(body: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "sinks" for name, _ in body.named_parameters())
+
+
 def _refuses_dynamic(body: nn.Module) -> str | None:
     return "RoPE type 'dynamic' changes every position with the length" if "dynamic" in moving_rope(body) else None
 
@@ -92,9 +110,9 @@ def _refuses_dynamic(body: nn.Module) -> str | None:
 def _refuses_row(body: nn.Module) -> str | None:
     config = seam.config_of(body)
     # The two features first: they say more than that the architecture is not on the list.
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    if _caps_scores(body):
         return f"architecture {config.model_type!r} caps attention scores, which packed attention does not"
-    if any(name.rpartition(".")[2] == "sinks" for name, _ in body.named_parameters()):
+    if _has_sinks(body):
         return f"architecture {config.model_type!r} has attention sinks, which packed attention lacks"
     if config.model_type not in _PACKABLE:
         return f"architecture {config.model_type!r} is not known to run exactly on a packed row"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import refuses_merge, refuses_pad, rope_switch
+from opcd_fast.architectures import refuses_merge, refuses_pad, refuses_stock_attention, rope_switch
 from opcd_fast.attention import PackedRow, packed_row
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
@@ -46,7 +46,8 @@ class ContextTeacher:
     were computed from was changed in place, the model's dtype or device changed or, with adapter="active", the
     adapters' state changed. Changes that torch does not count (through `.data`) need `invalidate()`.
 
-    Raises ValueError for malformed arguments, and for a path that cannot be exact for this model.
+    Raises ValueError for malformed arguments, for a path that cannot be exact for this model, and
+    for a model whose attention, as it is set, leaves out a part of it.
     """
 
     def __init__(self, model: nn.Module, contexts: Any, *, path: str = "auto", adapter: str = "disabled") -> None:
@@ -67,6 +68,9 @@ class ContextTeacher:
         self._built_with: tuple[Any, ...] = ()
         self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
 
+        wrong = refuses_stock_attention(self._body)
+        if wrong is not None:
+            raise ValueError(f"model: {wrong}")
         self._refused = {"merge": refuses_merge(self._body), "pad": refuses_pad(self._body)}
         self._rope_switch = rope_switch(self._body)
         self._told_of_switch = False

@@ -128,7 +128,9 @@ ARCHITECTURES: dict[str, Config] = {
     "qwen3-moe": _config("Qwen3MoeConfig", _EXPERTS, head_dim=16),
     "olmoe": _config("OlmoeConfig", num_experts=4, num_experts_per_tok=2),
     "gemma": _config("GemmaConfig", head_dim=12),
-    "gemma2": _config("Gemma2Config", _ALTERNATING, head_dim=12, attn_logit_softcapping=2.0),
+    "gemma2": _config(
+        "Gemma2Config", _ALTERNATING, head_dim=12, attn_logit_softcapping=2.0, attn_implementation="eager"
+    ),
     "gemma3": _config("Gemma3TextConfig", _ALTERNATING, head_dim=12),
     "gemma3n": _config(
         "Gemma3nTextConfig",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
+from opcd_fast.expanded_cache import states_of
 
 _FORMAT = "opcd-fast-prefix"
 _FORMAT_VERSION = "1"
@@ -27,6 +28,8 @@ class SharedPrefix:
     values: tuple[Tensor, ...]
     last_hidden_state: Tensor | None  # (D,): what predicts the first token after the context; None when P = 0
     metadata: dict[str, str] = field(default_factory=dict)  # what it was built with, see `describe`
+    # What recurrent layers carry on, one for each layer, each (1, ...); () for models without such layers.
+    states: tuple[dict[str, Tensor], ...] = ()
 
     @classmethod
     def build(cls, model: nn.Module, token_ids: Tensor, *, keep_kv: bool = True) -> SharedPrefix:
@@ -45,9 +48,10 @@ class SharedPrefix:
         with torch.no_grad():
             if not keep_kv:
                 return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), metadata)
-            layers, hidden = seam.fill_cache(body, row)
+            layers, filled, hidden = seam.fill_cache(body, row)
         keys, values = tuple(k for k, _ in layers), tuple(v for _, v in layers)
-        return cls(ids, keys, values, hidden[0, -1].clone(), metadata)
+        states = tuple(states_of(layer) for layer in filled)
+        return cls(ids, keys, values, hidden[0, -1].clone(), metadata, states if any(states) else ())
 
     def __len__(self) -> int:
         """P, tokens of the context."""
@@ -55,8 +59,9 @@ class SharedPrefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values. They do not depend on any batch."""
-        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+        """Bytes of the keys, values and states. They do not depend on any batch."""
+        states = (x for layer in self.states for x in layer.values())
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values, *states))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write token ids, keys, values and metadata as one safetensors file, atomically."""
@@ -67,6 +72,8 @@ class SharedPrefix:
             tensors["last_hidden_state"] = self.last_hidden_state
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"keys.{index}"], tensors[f"values.{index}"] = key, value
+        for index, state in enumerate(self.states):
+            tensors.update({f"states.{index}.{name}": x for name, x in state.items()})
         header = {
             **self.metadata,
             "format": _FORMAT,
@@ -111,12 +118,14 @@ class SharedPrefix:
                 layers = range(int(header.pop("layers")))
                 keys = tuple(file.get_tensor(f"keys.{i}") for i in layers)
                 values = tuple(file.get_tensor(f"values.{i}") for i in layers)
+                found = [{n: f"states.{i}.{n}" for n in _names(names, f"states.{i}.")} for i in layers]
+                states = tuple({n: file.get_tensor(name) for n, name in layer.items()} for layer in found)
                 ids = file.get_tensor("token_ids").cpu()
                 last = file.get_tensor("last_hidden_state") if "last_hidden_state" in names else None
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"path: {os.fspath(path)!r} is not a readable prefix file ({error})") from error
         metadata = {name: value for name, value in header.items() if name not in ("format", "format_version")}
-        prefix = cls(ids, keys, values, last, metadata)
+        prefix = cls(ids, keys, values, last, metadata, states if any(states) else ())
         if body is not None:
             expected = describe(body)
             wrong = [name for name in expected if metadata.get(name) != expected[name]]
@@ -126,6 +135,10 @@ class SharedPrefix:
                     + "; ".join(f"{name} is {metadata.get(name)}, the model has {expected[name]}" for name in wrong)
                 )
         return prefix
+
+
+def _names(names: set[str], start: str) -> list[str]:
+    return sorted(name[len(start) :] for name in names if name.startswith(start))
 
 
 def describe(body: nn.Module) -> dict[str, str]:

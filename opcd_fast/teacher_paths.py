@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import moving_rope
 from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, attention_on_row, packed_row, running
+from opcd_fast.expanded_cache import expanded_cache, unread_layers
 from opcd_fast.prefix import SharedPrefix, cache_of
 from opcd_fast.student import padded_forward
 
@@ -86,11 +87,13 @@ def _padded_after(body: nn.Module, prefix: SharedPrefix, sequences: list[Tensor]
     # look, and a mask with a row for each sequence would be the one tensor of size batch x context that stays.
     grid = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     positions = torch.arange(len(prefix), len(prefix) + grid.shape[1], device=grid.device).expand_as(grid)
-    cache = seam.expanded_cache(prefix.keys, prefix.values, len(prefix)) if len(prefix) else None
+    cache = None
+    if len(prefix):
+        cache = expanded_cache(prefix.keys, prefix.values, prefix.states, len(prefix), len(sequences))
     hidden = seam.run_body(body, grid, position_ids=positions, cache=cache)
-    missed = seam.unread_layers(cache) if cache is not None else []
+    missed = unread_layers(cache) if cache is not None else []
     if missed:
-        raise RuntimeError(f"attention layers {missed} did not read the context; use path='concat'")
+        raise RuntimeError(f"layers {missed} did not read the context; use path='concat'")
     return [states[: len(ids)] for states, ids in zip(hidden, sequences, strict=True)]
 
 

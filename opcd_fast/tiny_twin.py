@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _MOST_PARAMETERS = 30_000_000  # a second on one CPU core
 # Sizes that do not decide how attention and its cache work, as configurations spell them. All experts are chosen:
 # a router that is near a tie would turn rounding into another expert.
 _SMALL = {
-    "intermediate_size": 48,
+    "intermediate_size": 128,
     "intermediate_size_mlp": 48,
     "ffn_dim": 48,
     "ffn_hidden_size": 48,
@@ -34,6 +35,11 @@ _SMALL = {
     "kv_lora_rank": 16,
     "hidden_size_per_layer_input": 8,
     "laurel_rank": 8,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "num_mem_blocks": 1,
 }
 _FOR_EACH_LAYER = ("no_rope_layers", "mlp_layer_types", "activation_sparsity_pattern", "intermediate_size")
 
@@ -46,18 +52,23 @@ def tiny_twin(body: nn.Module, *, window: int | None = None) -> nn.Module:
 
     Raises ValueError where the twin would not be small.
     """
-    config = _shrunk(seam.config_of(body), window)
+    return twin_of(type(body), seam.config_of(body), next(body.parameters()).device, window=window)
+
+
+def twin_of(kind: type[nn.Module], original: Any, device: torch.device, *, window: int | None = None) -> nn.Module:
+    """`tiny_twin` of a model that need not exist: of class `kind` with configuration `original`."""
+    config = _shrunk(original, window)
     with torch.device("meta"):
-        size = sum(p.numel() for p in type(body)(config).parameters())
+        size = sum(p.numel() for p in kind(config).parameters())
     if size > _MOST_PARAMETERS:
         raise ValueError(f"a small model of this kind still has {size:,} parameters")
     with torch.random.fork_rng(devices=[]):
-        twin = type(body)(config)
-    twin = twin.to(device=next(body.parameters()).device, dtype=torch.float32).eval()
+        twin = kind(config)
+    twin = twin.to(device=device, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
-        # Wide weights, so that attention is far from uniform and a wrong key shows in the output.
-        std = 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[-1] ** 0.5
+        # Wide enough that attention is far from uniform and a wrong key shows, not so wide that rounding does.
+        std = 1.0 if parameter.ndim < 2 else 1.0 / parameter.shape[-1] ** 0.5
         noise = torch.randn(parameter.shape, generator=generator) * std
         parameter.data.copy_(noise if parameter.ndim > 1 else 1.0 + 0.1 * noise)
     return twin
@@ -78,6 +89,7 @@ def _shrunk(original: Any, window: int | None) -> Any:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, value)
     _shrink_heads(config)
+    _shrink_recurrence(config)
     config.vocab_size = VOCABULARY
     if hasattr(config, "vocab_size_per_layer_input"):
         config.vocab_size_per_layer_input = VOCABULARY
@@ -105,10 +117,10 @@ def _settings_by_layer(config: Any) -> dict[int, dict[str, Any]]:
 
 
 def _shrink_heads(config: Any) -> None:
-    """Few heads of the same size, in the same grouping up to 4 to a key head."""
+    """Few heads of the same size, two to a key head where the model groups them."""
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
-    groups = min(4, max(1, heads // shared))
+    groups = min(2, max(1, heads // shared))
     own_size = getattr(config, "head_dim", None)
     size = own_size or config.hidden_size // heads
     if getattr(config, "num_key_value_heads", None) is not None:
@@ -118,6 +130,30 @@ def _shrink_heads(config: Any) -> None:
     config.hidden_size = 32 if own_size else size * config.num_attention_heads
     if hasattr(config, "word_embed_proj_dim"):
         config.word_embed_proj_dim = config.hidden_size
+
+
+def _shrink_recurrence(config: Any) -> None:
+    """Few heads of recurrent layers, whose sizes hang together: heads x size = expansion x hidden size."""
+    if hasattr(config, "linear_num_key_heads"):
+        groups = config.linear_num_value_heads // config.linear_num_key_heads
+        config.linear_num_key_heads, config.linear_num_value_heads = 2, 2 * groups
+    heads = 4
+    inner = getattr(config, "mamba_d_ssm", None)
+    width = getattr(config, "mamba_expand", 2) * config.hidden_size
+    for count, size in (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")):
+        if hasattr(config, count):
+            setattr(config, count, heads)
+            setattr(config, size, width // heads)
+    if inner is not None:
+        config.mamba_d_ssm = width
+    if hasattr(config, "mamba_num_heads"):
+        config.mamba_num_heads = heads
+    for name in ("mamba_n_groups", "mamba_ngroups", "n_groups"):
+        if hasattr(config, name):
+            setattr(config, name, 2)
+    if hasattr(config, "attention_hidden_size"):
+        config.attention_hidden_size = 2 * config.hidden_size
+        config.attention_head_dim = config.attention_hidden_size // config.num_attention_heads
 
 
 def _shrink_depth(config: Any) -> list[int]:
@@ -131,12 +167,18 @@ def _shrink_depth(config: Any) -> list[int]:
         kept.append(min(kept[0] + 1, depth - 1))
     if shared:
         config.num_kv_shared_layers = sum(layer >= depth - shared for layer in kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [types[layer] for layer in kept]
+    if hasattr(config, "attn_layer_indices"):  # Bamba derives its layer types from these
+        config.attn_layer_indices = [new for new, old in enumerate(kept) if types[old] == "full_attention"]
+    elif getattr(config, "layer_types", None):
+        with suppress(AttributeError):  # a property that follows the number of layers (Falcon-H1)
+            config.layer_types = [types[layer] for layer in kept]
+    if hasattr(config, "hybrid_layer_ids"):
+        config.hybrid_layer_ids = [new for new, old in enumerate(kept) if types[old] == "hybrid"]
     for name in _FOR_EACH_LAYER:
         values = getattr(config, name, None)
         if isinstance(values, list) and len(values) == depth:
-            setattr(config, name, [values[layer] for layer in kept])
+            small = _SMALL.get(name)
+            setattr(config, name, [values[layer] if small is None else small for layer in kept])
     config.num_hidden_layers = len(kept)
     return kept
 

@@ -18,15 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 PACKED_ATTENTION = "opcd_packed"
 """Name under which `using_attention` registers its function. transformers builds no mask for a name that its
 mask registry lacks, which is what a packed row needs."""
-
-# What stands in a cache for a layer that reads another layer's keys; 5.17 leaves such layers out.
-_NoKeysLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
 
 # --- finding the parts of a model ---------------------------------------------------------------------------
@@ -307,76 +304,18 @@ def frozen_cache(layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) ->
     return Cache(layers=[FrozenLayer(keys, values) for keys, values in layers])
 
 
-class ExpandedLayer(CacheLayerMixin):
-    """One layer's prefix for a padded batch, read-only: `update` puts it in front of every row's new keys.
-
-    keys, values: (1, H_kv, kept, d) of a prefix of `length` tokens, whose last `kept` they are. The copy for each
-    row of the batch is made in `update` and lives as long as the layer's attention uses it.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
-        super().__init__()
-        self.prefix_keys, self.prefix_values, self.length = keys, values, length
-        self.is_sliding = keys.shape[-2] < length
-        self.is_initialized = True
-        self.times_read = 0
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.times_read += 1
-        batch = key_states.shape[0]
-        keys = self.prefix_keys.to(key_states.dtype).expand(batch, -1, -1, -1)
-        values = self.prefix_values.to(value_states.dtype).expand(batch, -1, -1, -1)
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-
-    def get_seq_length(self, *args: Any) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that the mask covers, and the position of the first of them."""
-        kept = self.prefix_keys.shape[-2]
-        return kept + query_length, self.length - kept
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before 5.18
-
-
-def expanded_cache(keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> Cache:
-    """A cache of `ExpandedLayer`s for one prefix; layers that hold no keys stay without."""
-    layers = [ExpandedLayer(k, v, length) if k.numel() else _NoKeysLayer() for k, v in zip(keys, values, strict=True)]
-    return Cache(layers=layers)
-
-
-def unread_layers(cache: Cache) -> list[int]:
-    """Layers of an `expanded_cache` whose prefix no attention has asked for."""
-    return [i for i, layer in enumerate(cache.layers) if isinstance(layer, ExpandedLayer) and layer.times_read == 0]
-
-
-def state_besides_keys(body: nn.Module) -> str | None:
-    """Name of the first kind of cache layer of `body` that holds more than keys and values; None without."""
-    for layer in DynamicCache(config=config_of(body)).layers:
-        # Exact types: the recurrent and indexed layers derive from these and add states of their own.
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, _NoKeysLayer):
-            return type(layer).__name__
-    return None
-
-
-def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Run `input_ids` (1, P), P >= 1, with stock attention: each layer's (keys, values), hidden states.
+def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Any], Tensor]:
+    """Run `input_ids` (1, P), P >= 1, with stock attention: each layer's (keys, values), cache layers, hidden states.
 
     Keys and values are (1, H_kv, kept, d) in storage of their own; kept is P, or min(P, W - 1) for a layer
-    with a sliding window of W tokens; (1, 0, 0, 0) for a layer that reads another's. The hidden states are (1, P, D).
+    with a sliding window of W tokens; (1, 0, 0, 0) for a layer without any. The hidden states are (1, P, D).
     """
     cache = DynamicCache(config=config_of(body))
     hidden = run_body(body, input_ids, cache=cache)
     layers = []
     layer: Any
     for layer in cache.layers:
-        if layer.keys is None:
+        if getattr(layer, "keys", None) is None:
             layers.append((hidden.new_zeros(1, 0, 0, 0), hidden.new_zeros(1, 0, 0, 0)))
             continue
         window = getattr(layer, "sliding_window", None)
@@ -389,4 +328,4 @@ def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, T
                 layer.values[..., start:, :].contiguous().clone(),
             )
         )
-    return layers, hidden
+    return layers, list(cache.layers), hidden

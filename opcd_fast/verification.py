@@ -45,7 +45,7 @@ def verify(body: nn.Module, path: str) -> tuple[str, bool]:
             for kind in dict.fromkeys((torch.float32, dtype)):
                 twin = twin.to(kind)
                 with _full_precision(device):
-                    got, oracle = _both(twin, path, device)
+                    got, oracle = both(path, twin, device)
                 if kind == torch.float32:
                     worst = max(worst, float((got - oracle).abs().max()))
                 else:
@@ -58,7 +58,7 @@ def verify(body: nn.Module, path: str) -> tuple[str, bool]:
     return text, worst <= _TOLERANCE_FP32 and worst_half <= _TOLERANCE_HALF
 
 
-def _both(twin: nn.Module, path: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def both(path: str, twin: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
     """Hidden states of a ragged batch after three contexts, one of them empty, by `path` and by concat."""
     contexts = [torch.arange(9) * 7 % VOCABULARY, torch.arange(5) * 11 % VOCABULARY, torch.arange(0)]
     lengths, index = [1, 4, 7, 2], [1, 0, 0, 2]

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opcd_fast import attention, verification
 from opcd_fast import transformers_seam as seam
+from opcd_fast.expanded_cache import ExpandedLayer
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.teacher import ContextTeacher
 
@@ -169,11 +170,11 @@ def test_path_to_come():
 
 @pytest.mark.parametrize(("wrong", "path"), [(("merge",), "pad"), (("merge", "pad"), "concat")])
 def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
-    honest_merge, honest_update = attention.merge_by_logsumexp, seam.ExpandedLayer.update
+    honest_merge, honest_update = attention.merge_by_logsumexp, ExpandedLayer.update
     if "merge" in wrong:
         monkeypatch.setattr(attention, "merge_by_logsumexp", lambda a, la, b, lb: honest_merge(a, la, b, lb + 0.01))
     if "pad" in wrong:
-        monkeypatch.setattr(seam.ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
+        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
     model = tiny_model()
     (context,), sequences = random_ids(20), random_ids(5, 3)
     ids, bounds = pack(sequences)
@@ -196,8 +197,8 @@ def test_planted_error_in_windows_steps_down(name, monkeypatch):
 
     monkeypatch.setattr(attention, "windowed_attention", off_by_one)
     assert ContextTeacher(tiny_model(name), [1, 2]).path == "pad"
-    honest_sizes = seam.ExpandedLayer.get_mask_sizes
-    monkeypatch.setattr(seam.ExpandedLayer, "get_mask_sizes", lambda self, q: (honest_sizes(self, q)[0], 0))
+    honest_sizes = ExpandedLayer.get_mask_sizes
+    monkeypatch.setattr(ExpandedLayer, "get_mask_sizes", lambda self, q: (honest_sizes(self, q)[0], 0))
     assert ContextTeacher(tiny_model(name), [1, 2]).path == "concat"
 
 

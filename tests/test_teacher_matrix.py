@@ -3,23 +3,58 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, WINDOW, build
 from tiny_models import pack, plain_after_context, random_ids
+from transformers import AutoModelForCausalLM
 
-from opcd_fast import architectures
+from opcd_fast import architectures, expanded_cache, tiny_twin, verification
 from opcd_fast import transformers_seam as seam
+from opcd_fast.prefix import SharedPrefix
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 
 TOLERANCE = 1e-4
 
 # What `auto` must choose. A silent step down is a failing test.
-MERGE = """llama qwen2 qwen3 mistral-window olmo olmo2 olmo3 smollm3 phi phi3 phi3-window phi3-longrope llama3-rope yarn
-    mixtral qwen2-moe qwen3-moe olmoe gemma gemma3 gemma3n gemma4 gemma4-shared-kv granite glm glm4 cohere cohere2
-    starcoder2 starcoder2-window exaone4 stablelm gpt-neox""".split()
+MERGE = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral-window",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "phi",
+    "phi3",
+    "phi3-window",
+    "phi3-longrope",
+    "llama3-rope",
+    "yarn",
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
+    "olmoe",
+    "gemma",
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "gemma4-shared-kv",
+    "granite",
+    "glm",
+    "glm4",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "starcoder2-window",
+    "exaone4",
+    "stablelm",
+    "gpt-neox",
+]
 PAD = {  # and why not merge
     "gemma2": "caps attention scores",
     "gpt-oss": "has attention sinks",
@@ -31,29 +66,54 @@ PAD = {  # and why not merge
     "mpt": "not known to run exactly on a packed row",
     "falcon": "not known to run exactly on a packed row",
     "falcon-alibi": "not known to run exactly on a packed row",
+    "qwen3-next": "not known to run exactly on a packed row",
+    "qwen3.5": "not known to run exactly on a packed row",
+    "falcon-h1": "not known to run exactly on a packed row",
+    "bamba": "not known to run exactly on a packed row",
+    "granite-hybrid": "not known to run exactly on a packed row",
+    "nemotron-h": "not known to run exactly on a packed row",
+    "zamba2": "not known to run exactly on a packed row",
+    "lfm2": "not known to run exactly on a packed row",
 }
 CONCAT = {  # and why not pad
     "llama-dynamic": "RoPE type 'dynamic'",
-    "deepseek-v32": "keep more than keys and values",
-    "qwen3-next": "keep more than keys and values",
-    "qwen3.5": "keep more than keys and values",
-    "falcon-h1": "keep more than keys and values",
-    "bamba": "keep more than keys and values",
-    "granite-hybrid": "keep more than keys and values",
-    "nemotron-h": "keep more than keys and values",
-    "zamba2": "keep more than keys and values",
-    "lfm2": "keep more than keys and values",
+    "deepseek-v32": "keep more than keys and values (DynamicIndexedLayer)",
     "mamba2": "takes no cache of keys and values",
-    "jamba": "do not go on from a cached state",
-    "recurrent-gemma": "do not go on from a cached state",
-    "minimax": "do not go on from a cached state",
+    "jamba": "not known to go on from a cached state",
+    "recurrent-gemma": "not known to go on from a cached state",
+    "minimax": "not known to go on from a cached state",
 }
 # One member of every mechanism; the others are walked with -m slow.
-MECHANISMS = set(
-    """qwen3 mistral-window olmo3 smollm3 phi3-longrope yarn qwen3-moe gemma3 gemma4-shared-kv granite stablelm gemma2
-    gpt-oss gpt2 deepseek-v3 llama4 bloom falcon-alibi mpt llama-dynamic deepseek-v32 qwen3-next falcon-h1 mamba2
-    jamba""".split()
-)
+MECHANISMS = {
+    "qwen3",
+    "mistral-window",
+    "olmo3",
+    "smollm3",
+    "phi3-longrope",
+    "yarn",
+    "qwen3-moe",
+    "gemma3",
+    "gemma4-shared-kv",
+    "granite",
+    "stablelm",
+    "gemma2",
+    "gpt-oss",
+    "gpt2",
+    "deepseek-v3",
+    "llama4",
+    "bloom",
+    "falcon-alibi",
+    "mpt",
+    "llama-dynamic",
+    "deepseek-v32",
+    "qwen3-next",
+    "falcon-h1",
+    "bamba",
+    "zamba2",
+    "lfm2",
+    "mamba2",
+    "jamba",
+}
 WALK = [pytest.param(n, marks=() if n in MECHANISMS else pytest.mark.slow) for n in (*MERGE, *PAD, *CONCAT)]
 WINDOWED = [p for p in WALK if {"sliding_window", "attention_chunk_size"} & set(vars(ARCHITECTURES[p.values[0]]()))]
 
@@ -215,18 +275,87 @@ def test_pad_passes_positions(name, monkeypatch):
     assert largest_error(model, "pad")[1] > 0.01
 
 
-@pytest.mark.parametrize("name", ["jamba", "qwen3-next"])
-def test_recurrent_state_is_not_silently_dropped(name, monkeypatch):
-    # Without the refusals: keys and values are not all that these layers hand on.
+def test_a_scan_that_starts_anew_is_refused(monkeypatch):
+    name = "jamba"
     monkeypatch.setattr("opcd_fast.teacher.refuses_pad", lambda body: None)
+    assert largest_error(build(name), "pad")[1] > 0.1
     teacher, error = largest_error(build(name))
     assert teacher.path == "concat" and "not pad: it failed its check" in teacher.explain()
     assert error <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["qwen3-next", "falcon-h1", "zamba2", "lfm2"])
+def test_recurrent_state_is_copied_for_every_call(name, monkeypatch):
+    # Layers overwrite the state they are given.
+    model = build(name)
+    ids, bounds = pack(random_ids(*LENGTHS, seed=2))
+    teacher = ContextTeacher(model, contexts(), path="pad")
+    first = teacher.hidden_states_packed(ids, bounds, context_index=INDEX)
+    assert torch.equal(teacher.hidden_states_packed(ids, bounds, context_index=INDEX), first)
+    assert any(teacher.prefixes[0].states)
+
+    honest = torch.Tensor.repeat
+    monkeypatch.setattr(torch.Tensor, "repeat", lambda x, b, *more: x if b == 1 else honest(x, b, *more))
+    one = random_ids(7)[0].unsqueeze(0)
+    states = [teacher.hidden_states(one, context_index=[0]) for _ in range(2)]
+    assert not torch.equal(*states)
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "bamba", "lfm2"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_recurrent_layer_that_gets_no_state_is_an_error(name, tokens, monkeypatch):
+    model = build(name)
+    teacher = ContextTeacher(model, contexts(), path="pad")
+    one = random_ids(tokens)[0].unsqueeze(0)
+    teacher.hidden_states(one, context_index=[0])
+    layer = model.model.layers[0]
+    honest = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, **kw: honest(*args, **{**kw, "past_key_values": None}))
+    with pytest.raises(RuntimeError, match=r"layers \[0\] did not read the context"):
+        teacher.hidden_states(one, context_index=[0])
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "falcon-h1", "gemma4-shared-kv"])
+def test_prefixes_of_every_kind_come_back_from_disk(name, tmp_path):
+    model = build(name)
+    prefix = ContextTeacher(model, contexts(), path="pad").prefixes[0]
+    prefix.save(tmp_path / "prefix.safetensors")
+    again = SharedPrefix.load(tmp_path / "prefix.safetensors", model=model)
+    assert again.nbytes == prefix.nbytes and len(again.states) == len(prefix.states)
+    for a, b in zip((*prefix.keys, *prefix.values), (*again.keys, *again.values), strict=True):
+        assert torch.equal(a, b)
+    for one, other in zip(prefix.states, again.states, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+# --- the check at first use, at real sizes ------------------------------------------------------------------
+
+
+NO_ATTENTION_BY_DEFAULT = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "granite-hybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
+}
+
+
+@pytest.mark.parametrize("name", [p for p in WALK if p.values[0] not in CONCAT])
+def test_a_small_twin_of_a_model_of_default_size_agrees(name):
+    eager = {"attn_implementation": "eager"} if name == "gemma2" else {}
+    config = type(ARCHITECTURES[name]())(**eager, **NO_ATTENTION_BY_DEFAULT.get(name, {}))
+    with torch.device("meta"):
+        body = seam.body_of(AutoModelForCausalLM.from_config(config))
+    cpu = torch.device("cpu")
+    start = time.perf_counter()
+    for window in (5, 4096):
+        twin = tiny_twin.twin_of(type(body), config, cpu, window=window)
+        with torch.no_grad():
+            got, oracle = verification.both("merge" if name in MERGE else "pad", twin, cpu)
+        assert (got - oracle).abs().max() <= TOLERANCE
+    assert time.perf_counter() - start < 2.0  # the bound on a real first use is one second; CI machines are slow
+
+
 def test_wrong_rows_of_a_windowed_cache_are_seen(monkeypatch):
     # A windowed layer keeps the last W - 1 positions; a mask that starts elsewhere shifts every key.
     model = build("mistral-window")
-    honest = seam.ExpandedLayer.get_mask_sizes
-    monkeypatch.setattr(seam.ExpandedLayer, "get_mask_sizes", lambda self, q: (honest(self, q)[0], 0))
+    honest = expanded_cache.ExpandedLayer.get_mask_sizes
+    monkeypatch.setattr(expanded_cache.ExpandedLayer, "get_mask_sizes", lambda self, q: (honest(self, q)[0], 0))
     assert largest_error(model, "pad")[1] > 0.1

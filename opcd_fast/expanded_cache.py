@@ -22,9 +22,9 @@ from transformers.cache_utils import (
 
 from opcd_fast.transformers_seam import config_of
 
-# What stands in a cache for a layer that reads another layer's keys; 5.17 leaves such layers out.
-_NoKeysLayer: Any = getattr(cache_utils, "DummyLayer", None)
-_KEYS_ALONE = (DynamicLayer, DynamicSlidingWindowLayer, _NoKeysLayer)
+# What stands in a cache for a layer that holds nothing: one that reads another's keys, or is no attention at all.
+_EmptyLayer: Any = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)  # the second on 5.17
+_KEYS_ALONE = (DynamicLayer, DynamicSlidingWindowLayer, _EmptyLayer)
 _RECURRENT = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 
 
@@ -146,7 +146,7 @@ def expanded_cache(
         elif state:
             layers.append(StateLayer(state, batch))
         else:
-            layers.append(ExpandedLayer(k, v, length) if k.numel() else _NoKeysLayer())
+            layers.append(ExpandedLayer(k, v, length) if k.numel() else _EmptyLayer())
     return Cache(layers=layers)
 
 

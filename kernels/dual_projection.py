@@ -33,10 +33,15 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By major compute capability, where the epilogue is plain (see `choose_launch`). Chosen from registers and shared
-# memory of the compiled code; none was timed on a device yet. On sm_90 (64, 64, 4, 3) also fits, with two programs
-# per multiprocessor, so that one's epilogue overlaps the other's K loop: the first alternative to time.
-LAUNCH = {9: Launch(128, 64, 8, 3), 10: Launch(128, 64, 8, 3)}
+# By major compute capability and presence of a softcap, where the epilogue is plain (see `choose_launch`). Chosen
+# from registers and shared memory of the compiled code; none was timed on a device yet. On sm_90 (64, 64, 4, 3) also
+# fits, with two programs per multiprocessor, so that one's epilogue overlaps the other's K loop: the first
+# alternative to time.
+LAUNCH = {
+    (9, False): Launch(128, 64, 8, 3),
+    (9, True): Launch(128, 64, 8, 3),
+    (10, False): Launch(128, 64, 8, 3),
+}
 # Half the accumulators per lane, because the wider epilogues need registers.
 NARROW = Launch(64, 64, 8, 3)
 
@@ -139,7 +144,7 @@ def _dual_projection_kernel(
 
     z_s = tl.where(inside, z_s, float("-inf"))
     m = tl.max(z_s, 1)
-    m = m
+    m = tl.where(m == float("-inf"), 0.0, m)
     z_s -= m[:, None]
     e = tl.exp(z_s)
     z_s = tl.maximum(z_s, -_FLOOR)
@@ -176,10 +181,10 @@ def _dual_projection_kernel(
         tl.store(tiles_ptr + 7 * stride_plane, top.to(tl.float32), mask=row_inside)
 
 
-def choose_launch(major: int, plain: bool, itemsize: int) -> Launch:
-    """plain: no bias, not all statistics, and no softcap beside the KL of a loss alone. itemsize: bytes of the
-    wider of the two sides' inputs."""
-    launch = LAUNCH.get(major, NARROW) if plain and itemsize == 2 else NARROW
+def choose_launch(major: int, softcap: bool, plain: bool, itemsize: int) -> Launch:
+    """plain: no bias, not all statistics, and no softcap together with the KL of a loss alone. itemsize: bytes of
+    the wider of the two sides' inputs."""
+    launch = LAUNCH.get((major, softcap), NARROW) if plain and itemsize == 2 else NARROW
     return launch._replace(block_k=launch.block_k * 2 // itemsize)
 
 
@@ -219,7 +224,7 @@ def dual_projection(
     descriptor = major >= 9
     softcap = softcap_s is not None or softcap_t is not None
     plain = bias_s is None and bias_t is None and not all_statistics and (store or not softcap)
-    launch = choose_launch(major, plain, max(m.itemsize for m in matrices))
+    launch = choose_launch(major, softcap, plain, max(m.itemsize for m in matrices))
     block_k = launch.block_k
     sources = [
         TensorDescriptor.from_tensor(m, [rows, block_k]) if descriptor else m

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opcd_fast.kernels import reference_dual
 
-MERGE_PLANES = 9  # (n_tiles, n) temporaries alive together in the merge, at most
+MERGE_PLANES = 9  # (n_tiles, n) temporaries of the merge, counted by hand: a share of scratch, not a hard bound
 ROW_BLOCK = 128  # rows of one program: chunks are whole blocks
 
 
@@ -38,7 +38,7 @@ def linear_statistics(
     """Write the KL of every row, and with `all_statistics` the other four planes.
 
     Works through the rows in chunks whose tile statistics (tile_planes * V / 128 floats a row) and the temporaries
-    of their merge, about as many again, fit `scratch_bytes`. projection: `dual_projection.dual_projection` by
+    of their merge, about as many again, about fit `scratch_bytes`. projection: `dual_projection.dual_projection` by
     default, or the reference's, which holds the logits of a chunk.
 
     A row of infinite KL has its other statistics all the same.

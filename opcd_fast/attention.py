@@ -109,11 +109,32 @@ def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedR
 
 @dataclass(frozen=True, eq=False)
 class PackedCall:
-    """One forward pass over a row. `prefix_keys[layer][group]` counts the keys the cache holds there."""
+    """One forward pass over a row.
+
+    `prefix_keys[layer][group]` counts the keys the cache holds there; None for a layer that reads another's keys.
+    """
 
     row: PackedRow
-    prefix_keys: Sequence[Sequence[int]] | None = None
+    prefix_keys: Sequence[Sequence[int] | None] | None = None
     layers_done: set[int] = field(default_factory=set)
+
+    def counts(self, layer: int, past: int) -> Sequence[int]:
+        """Prefix keys of each group in a layer that got `past` of them. RuntimeError when it should have others."""
+        if self.prefix_keys is None:
+            own: Sequence[int] | None = []
+        else:
+            own = self.prefix_keys[layer] if layer < len(self.prefix_keys) else None
+        if own is None:
+            # Which layer lent its keys shows in their number: it differs between full layers and windowed ones
+            # unless the window holds all contexts, and then the counts are the same.
+            lenders = [counts for counts in self.prefix_keys or () if counts is not None]
+            own = next((counts for counts in lenders if sum(counts) == past), lenders[-1])
+        if past != sum(own):
+            raise RuntimeError(
+                f"attention layer {layer} did not get its context: {past} prefix keys, expected {sum(own)}; "
+                "the cache was dropped on the way"
+            )
+        return own
 
 
 _CALL: ContextVar[PackedCall | None] = ContextVar("opcd_fast_packed_call", default=None)
@@ -143,21 +164,16 @@ def attention_on_row(
     """transformers' attention interface: (1, H, N, d) queries, prefix keys in front of the row's own keys.
 
     Returns ((1, N, H_q, d), None). Raises RuntimeError when the layer's keys do not begin with its prefixes,
-    and NotImplementedError for scores that are capped or have sinks.
+    and NotImplementedError for scores that are capped, have sinks or a bias.
     """
     call = _CALL.get()
     if call is None:
         raise RuntimeError("packed attention was called outside of a packed forward pass")
-    refused = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if refused:
         raise NotImplementedError(f"packed attention has no {refused[0]}; use path='concat'")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    counts = [] if call.prefix_keys is None else list(call.prefix_keys[layer])
-    if key.shape[2] - query.shape[2] != sum(counts):
-        raise RuntimeError(
-            f"attention layer {layer} did not get its context: {key.shape[2] - query.shape[2]} prefix keys "
-            f"in front of {query.shape[2]} tokens, expected {sum(counts)}; the cache was dropped on the way"
-        )
+    counts = call.counts(layer, key.shape[2] - query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast RoPE leaves queries and keys in fp32 while values are in the shorter type.
     query, key = query.to(value.dtype), key.to(value.dtype)

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import moving_rope, refuses_packing
 from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, attention_on_row, running
 
 _ACTIVATION_BYTES = 256 * 2**20  # of one layer, for one chunk
@@ -92,21 +93,14 @@ def refuses_chunks(body: nn.Module) -> str | None:
     Besides what a packed row needs: RoPE that is the same for every length (the pieces would be on different sides of
     a switch), and layers with a cache of their own.
     """
-    reason = seam.refuses_packing(body)
+    reason = refuses_packing(body)
     if reason is not None:
         return reason
-    if moves_rope(body):
+    if moving_rope(body):
         return "its RoPE changes with the length of the input"
     if getattr(seam.config_of(body), "num_kv_shared_layers", None):
         return "some of its layers read the keys of others"
     return None
-
-
-def moves_rope(body: nn.Module) -> bool:
-    """Whether any of its layers has RoPE whose frequencies depend on the length of the call."""
-    rope = getattr(seam.config_of(body), "rope_parameters", None) or {}
-    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
-    return bool(kinds & {"dynamic", "longrope", "su"})
 
 
 def chunk_tokens(body: nn.Module) -> int:
@@ -116,16 +110,23 @@ def chunk_tokens(body: nn.Module) -> int:
     queries, keys and values, and the residual stream four times, once of these in float32. A Qwen3-8B in bf16 gets
     1,792 tokens, a SmolLM2-135M in fp32 7,680.
     """
-    config = seam.config_of(body)
-    hidden = int(config.hidden_size)
-    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
-    expert = int(getattr(config, "moe_intermediate_size", None) or 0)
-    inner = max(int(getattr(config, "intermediate_size", None) or 4 * hidden), experts * expert)
-    heads = int(config.num_attention_heads)
-    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    hidden = int(_setting(body, "hidden_size") or 0)
+    experts, expert = int(_setting(body, "num_experts_per_tok") or 1), int(_setting(body, "moe_intermediate_size") or 0)
+    inner = max(int(_setting(body, "intermediate_size") or 4 * hidden), experts * expert)
+    heads = int(_setting(body, "num_attention_heads") or 1)
+    head_dim = int(_setting(body, "head_dim") or hidden // heads)
     size = next(body.parameters()).element_size()
     per_token = (3 * inner + 3 * heads * head_dim + 3 * hidden) * size + 4 * hidden
     return max(_LEAST_TOKENS, _ACTIVATION_BYTES // per_token // _LEAST_TOKENS * _LEAST_TOKENS)
+
+
+def _setting(body: nn.Module, name: str) -> int | None:
+    """One number of the configuration; None where it has none, or one for each layer."""
+    try:
+        value = getattr(seam.config_of(body), name, None)
+    except Exception:  # newer versions of transformers refuse to name one of several, with an error of their own
+        return None
+    return value if isinstance(value, int) else None
 
 
 def grow(

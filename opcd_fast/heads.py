@@ -85,7 +85,7 @@ class LMHead:
         softcap(scale * (h @ weight.T + bias)).
         """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base = getattr(base, "_orig_mod", base)  # torch.compile wraps
+        base = getattr(base, "_orig_mod", base)  # looking at a compiled forward would compile it
         name = type(base).__name__
         layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if layer is None:

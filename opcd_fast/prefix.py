@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from opcd_fast import chunked_prefill
 from opcd_fast import transformers_seam as seam
+from opcd_fast.expanded_cache import states_of
 
 _FORMAT = "opcd-fast-prefix"
 _FORMAT_VERSION = "1"
@@ -29,6 +30,8 @@ class SharedPrefix:
     values: tuple[Tensor, ...]
     last_hidden_state: Tensor | None  # (D,): what predicts the first token after the context; None when P = 0
     metadata: dict[str, str] = field(default_factory=dict)  # what it was built with, see `describe`
+    # What recurrent layers carry on, one for each layer, each (1, ...); () for models without such layers.
+    states: tuple[dict[str, Tensor], ...] = ()
 
     @classmethod
     def build(
@@ -66,14 +69,16 @@ class SharedPrefix:
         with torch.no_grad():
             if not keep_kv:
                 return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), metadata)
+            states: tuple[dict[str, Tensor], ...] = ()
             if chunk_tokens != 0 and chunked_prefill.refuses_chunks(body) is None:
                 chunk = chunk_tokens or chunked_prefill.chunk_tokens(body)
                 start = [] if after is None else list(zip(after.keys, after.values, strict=True))
                 layers, last = chunked_prefill.grow(body, ids, chunk, start, 0 if after is None else len(after))
             else:
-                layers, hidden = seam.fill_cache(body, row)
-                last = hidden[0, -1].clone()
-        return cls(ids, tuple(k for k, _ in layers), tuple(v for _, v in layers), last, metadata)
+                layers, filled, hidden = seam.fill_cache(body, row)
+                states, last = tuple(states_of(layer) for layer in filled), hidden[0, -1].clone()
+        keys, values = tuple(k for k, _ in layers), tuple(v for _, v in layers)
+        return cls(ids, keys, values, last, metadata, states if any(states) else ())
 
     def __len__(self) -> int:
         """P, tokens of the context."""
@@ -81,8 +86,9 @@ class SharedPrefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values. They do not depend on any batch."""
-        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+        """Bytes of the keys, values and states. They do not depend on any batch."""
+        states = (x for layer in self.states for x in layer.values())
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values, *states))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it holds, by the names it has in a file."""
@@ -91,6 +97,8 @@ class SharedPrefix:
             tensors["last_hidden_state"] = self.last_hidden_state
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"keys.{index}"], tensors[f"values.{index}"] = key, value
+        for index, state in enumerate(self.states):
+            tensors.update({f"states.{index}.{name}": x for name, x in state.items()})
         return tensors
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -146,12 +154,14 @@ class SharedPrefix:
                 layers = range(int(header.pop("layers")))
                 keys = tuple(read(f"keys.{i}") for i in layers)
                 values = tuple(read(f"values.{i}") for i in layers)
+                found = [{n: f"states.{i}.{n}" for n in _names(names, f"states.{i}.")} for i in layers]
+                states = tuple({n: read(name) for n, name in layer.items()} for layer in found)
                 ids = read("token_ids").cpu()
                 last = read("last_hidden_state") if "last_hidden_state" in names else None
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"path: {os.fspath(path)!r} is not a readable prefix file ({error})") from error
         metadata = {name: value for name, value in header.items() if name not in ("format", "format_version")}
-        prefix = cls(ids, keys, values, last, metadata)
+        prefix = cls(ids, keys, values, last, metadata, states if any(states) else ())
         if body is not None:
             expected = describe(body)
             wrong = [name for name in expected if metadata.get(name) != expected[name]]
@@ -175,18 +185,16 @@ def _check_start(
         raise ValueError(f"after: has no keys of this model (differs in {wrong or 'having keys at all'})")
 
 
+def _names(names: set[str], start: str) -> list[str]:
+    return sorted(name[len(start) :] for name in names if name.startswith(start))
+
+
 def describe(body: nn.Module) -> dict[str, str]:
     """What a KV cache of `body` depends on besides its weights, as strings."""
     config = body.config
-    rope: Any = getattr(config, "rope_parameters", None)
-    heads = (
-        getattr(config, "num_hidden_layers", None),
-        getattr(config, "num_attention_heads", None),
-        getattr(config, "num_key_value_heads", None),
-        getattr(config, "head_dim", None),
-        getattr(config, "hidden_size", None),
-        getattr(config, "sliding_window", None),
-    )
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    heads = [seam.setting(config, name) for name in (*names, "sliding_window")]
+    rope = seam.setting(config, "rope_parameters")
     return {
         "model": type(body).__name__,
         "shape": json.dumps(heads),
@@ -195,12 +203,18 @@ def describe(body: nn.Module) -> dict[str, str]:
     }
 
 
-def cache_of(prefixes: Sequence[SharedPrefix], num_layers: int) -> tuple[Any, list[list[int]]]:
+def cache_of(prefixes: Sequence[SharedPrefix]) -> tuple[Any, list[list[int] | None] | None]:
     """The read-only cache that puts `prefixes` in front of a packed row, in this order.
 
-    Also how many keys it holds of each prefix in each layer, [layer][prefix]; 0 for an empty prefix.
+    Also how many keys it holds of each prefix in each layer, [layer][prefix]: 0 for an empty prefix, None for a layer
+    that reads another's keys. (None, None) when all prefixes are empty.
     """
     full = [prefix for prefix in prefixes if len(prefix)]
-    layers = [([p.keys[i] for p in full], [p.values[i] for p in full]) for i in range(num_layers)]
-    counts = [[p.keys[i].shape[-2] if len(p) else 0 for p in prefixes] for i in range(num_layers)]
+    if not full:
+        return None, None
+    layers = []
+    counts: list[list[int] | None] = []
+    for i, key in enumerate(full[0].keys):
+        layers.append(([p.keys[i] for p in full], [p.values[i] for p in full]))
+        counts.append([p.keys[i].shape[-2] if len(p) else 0 for p in prefixes] if key.numel() else None)
     return seam.frozen_cache(layers), counts

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from opcd_fast import fingerprint
 from opcd_fast import transformers_seam as seam
-from opcd_fast.chunked_prefill import moves_rope, refuses_chunks
+from opcd_fast.architectures import moving_rope
+from opcd_fast.chunked_prefill import refuses_chunks
 from opcd_fast.nested_contexts import Beginning, shared_beginnings
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_store import PrefixStore, identity_of
@@ -169,7 +170,7 @@ class PrefixMemory:
         """Compute what the store's keys hold, anew: torch does not count every change of a weight."""
         if self._store is None or self._store_unused:
             return
-        if moves_rope(seam.body_of(self._model)):
+        if moving_rope(seam.body_of(self._model)):
             self.leave_store("the model's RoPE changes with the length of the input")  # and with it a buffer
             return
         try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import refuses_packing
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
 from opcd_fast.seeds import seeded
@@ -150,7 +151,7 @@ class TransformersRollout:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
-        if windowed or len(prompts) < 2 or seam.refuses_packing(seam.body_of(model)) is not None:
+        if windowed or len(prompts) < 2 or refuses_packing(seam.body_of(model)) is not None:
             return 0
         length = common_prefix_length(prompts)
         return length if length >= MIN_SHARED_PREFIX else 0

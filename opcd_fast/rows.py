@@ -41,7 +41,8 @@ def select_rows(
     if token_weights is None:
         weights = torch.ones(count, dtype=dtype, device=device)
     else:
-        weights = token_weights.to(device=device, dtype=dtype)
+        # Kernels read them by address: the gradient of a sum, for one, is a single number that was expanded.
+        weights = token_weights.to(device=device, dtype=dtype).contiguous()
         if not graph:
             active = weights.nonzero().squeeze(1)
             if active.shape[0] == count:

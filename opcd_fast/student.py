@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import refuses_packing
 from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, packed_row, running
 
 logger = logging.getLogger("opcd_fast")
@@ -35,7 +36,7 @@ def packed_hidden_states(
     body = seam.body_of(model)
     seam.refuse_virtual_tokens(model)
     row = checked_row(body, input_ids, cu_seqlens)
-    reason = seam.refuses_packing(body)
+    reason = refuses_packing(body)
     if reason is None:
         hidden = _packed(body, input_ids, row)
     else:

@@ -3,10 +3,10 @@
     teacher = ContextTeacher(model, context_ids)
     hidden = teacher.hidden_states_packed(input_ids, cu_seqlens)      # (N, D), what teacher.head reads
 
-Two paths give the same numbers. `merge` computes the context's keys and values once, at batch size 1, and
-runs all sequences as one packed row whose attention is merged with the attention over the context. `concat`
-runs context and sequence together with the model's own attention: the oracle, and what other architectures
-use.
+Three paths give the same numbers. `merge` computes the context's keys and values once, at batch size 1, and
+runs all sequences as one packed row whose attention is merged with the attention over the context. `pad` reads the
+same keys and values with the model's own attention, in a padded batch. `concat` runs context and sequence
+together: the oracle, and the last resort.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import refuses_merge, refuses_pad, refuses_stock_attention, rope_switch
 from opcd_fast.attention import PackedRow, packed_row
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_memory import PrefixMemory
 from opcd_fast.prefix_store import PrefixStore
-from opcd_fast.teacher_paths import concat_forward, merge_forward, verify
+from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
+from opcd_fast.verification import verify
 
 if TYPE_CHECKING:
     from opcd_fast.heads import LMHead
@@ -38,7 +40,8 @@ class ContextTeacher:
 
     model: a transformers causal LM, or PEFT around one; it may be the student itself.
     contexts: token ids of one context (1-D tensor or list of ints, possibly empty), or a list of such.
-    path: "auto" (merge where it is exact, checked at first use, else concat), "merge" or "concat".
+    path: "auto" (the first of merge and pad that is exact for this model, checked at first use, else concat), "merge",
+        "pad" or "concat".
     adapter: "disabled" runs a PEFT model without its adapters, "active" as they are.
     store: a folder where contexts' caches are kept for later runs, see `PrefixStore`; made if need be. Left alone as
         soon as the teacher's weights are seen to change, while they are being trained, and on path "concat".
@@ -50,7 +53,8 @@ class ContextTeacher:
     were computed from was changed in place, the model's dtype or device changed or, with adapter="active", the
     adapters' state changed. Changes that torch does not count (through `.data`) need `invalidate()`.
 
-    Raises ValueError for malformed arguments, and for path="merge" on an architecture that refuses it.
+    Raises ValueError for malformed arguments, for a path that cannot be exact for this model, and
+    for a model whose attention, as it is set, leaves out a part of it.
     """
 
     def __init__(
@@ -63,10 +67,10 @@ class ContextTeacher:
         store: str | os.PathLike[str] | None = None,
         max_prefix_bytes: int | None = None,
     ) -> None:
-        if path in ("mask", "pad"):
-            raise ValueError(f"path={path!r} is not available yet; use 'merge' or 'concat'")
-        if path not in ("auto", "merge", "concat"):
-            raise ValueError(f"path: expected 'auto', 'merge' or 'concat', got {path!r}")
+        if path == "mask":
+            raise ValueError("path='mask' is not available yet; use 'merge', 'pad' or 'concat'")
+        if path not in ("auto", "merge", "pad", "concat"):
+            raise ValueError(f"path: expected 'auto', 'merge', 'pad' or 'concat', got {path!r}")
         if adapter not in ("disabled", "active"):
             raise ValueError(f"adapter: expected 'disabled' or 'active', got {adapter!r}")
         self.model = model
@@ -84,18 +88,21 @@ class ContextTeacher:
         self._built_with: tuple[Any, ...] = ()
         self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
 
-        refused = seam.refuses_packing(self._body)
+        wrong = refuses_stock_attention(self._body)
+        if wrong is not None:
+            raise ValueError(f"model: {wrong}")
+        self._refused = {"merge": refuses_merge(self._body), "pad": refuses_pad(self._body)}
+        self._rope_switch = rope_switch(self._body)
+        self._told_of_switch = False
         self._path: str | None = None  # None until the first use has checked it
         self._reason = ""
         if path == "concat":
             self._path, self._reason = "concat", "asked for"
-        elif refused is not None and path == "merge":
-            raise ValueError(f"path='merge': {refused}; use path='concat'")
-        elif refused is not None:
-            self._path, self._reason = "concat", refused
-            logger.warning("teacher: path 'concat', because %s", refused)
-        elif path == "merge":
-            self._path, self._reason = "merge", "asked for; not checked against concat"
+        elif path != "auto":
+            reason = self._refused[path]
+            if reason is not None:
+                raise ValueError(f"path={path!r}: {reason}; use path='concat'")
+            self._path, self._reason = path, "asked for; not checked against concat"
         longest = max(context.numel() for context in self._contexts)
         limit = seam.longest_input(self._body)
         if limit is not None and longest >= limit:
@@ -106,15 +113,25 @@ class ContextTeacher:
 
     @property
     def path(self) -> str:
-        """The path in use, "merge" or "concat". With path="auto", asking runs the check of first use."""
+        """The path in use: "merge", "pad" or "concat". With path="auto", asking runs the check of first use."""
         if self._path is None:
-            error, passed = verify(self._body)
-            if passed:
-                self._path, self._reason = "merge", f"matches concat on a tiny model of this kind ({error})"
-            else:
-                self._path, self._reason = "concat", f"merge failed its check against concat ({error})"
-                logger.warning("teacher: path 'concat', because %s", self._reason)
+            self._path, self._reason = self._choose()
+            if self._path != "merge":
+                logger.warning("teacher: path %r, because %s", self._path, self._reason)
         return self._path
+
+    def _choose(self) -> tuple[str, str]:
+        """The first path that agrees with concat on a tiny model of this kind, and why not those before it."""
+        against = []
+        for path, refused in self._refused.items():
+            if refused is not None:
+                against.append(f"not {path}: {refused}")
+                continue
+            measured, passed = verify(self._body, path)
+            if passed:
+                return path, "; ".join([*against, f"{path} matches concat on a tiny model of this kind ({measured})"])
+            against.append(f"not {path}: it failed its check against concat ({measured})")
+        return "concat", "; ".join(against)
 
     @property
     def head(self) -> LMHead:
@@ -147,6 +164,10 @@ class ContextTeacher:
             lines.extend(self._prefixes.explain_store(unused="path 'concat' keeps no keys"))
         else:
             lines.extend(self._prefixes.explain())
+        if path == "pad":
+            lines.append("a batch of sequences copies it for one layer at a time")
+        if path != "concat" and self._rope_switch is not None:
+            lines.append(f"calls that cross {self._rope_switch} tokens, where longrope moves positions, run on concat")
         return "\n".join(lines)
 
     def invalidate(self) -> None:
@@ -212,11 +233,13 @@ class ContextTeacher:
                 f"select: expected integer positions of shape (M,), got {select.dtype} {tuple(select.shape)}"
             )
 
-        path = self.path
+        path = "concat" if self._crosses_rope_switch(row, index) else self.path
         ids = input_ids.to(device)
         with self._scoring():
             if path == "merge":
                 hidden = merge_forward(self._body, self._prefixes_of(index), ids, row, index)
+            elif path == "pad":
+                hidden = pad_forward(self._body, self._prefixes_of(index), ids, row, index)
             else:
                 hidden = concat_forward(self._body, self._contexts, ids, row, index)
         return hidden if select is None else hidden.index_select(0, select.to(device))
@@ -263,6 +286,21 @@ class ContextTeacher:
                 f"context_index: expected {batch} integers from 0 to {len(self._contexts) - 1}, got {index}"
             )
         return index
+
+    def _crosses_rope_switch(self, row: PackedRow, index: list[int]) -> bool:
+        """Whether contexts and sequences of this call lie on both sides of the length where longrope switches."""
+        if self._rope_switch is None or self.path == "concat":
+            return False
+        contexts = [self._contexts[which].numel() for which in index]
+        ends = [context + tokens for context, tokens in zip(contexts, row.lengths, strict=True) if tokens]
+        sides = {length > self._rope_switch for length in (*contexts, *ends) if length}
+        if len(sides) > 1 and not self._told_of_switch:
+            self._told_of_switch = True
+            logger.warning(
+                "teacher: path 'concat' for calls that cross %d tokens, where longrope moves all positions",
+                self._rope_switch,
+            )
+        return len(sides) > 1
 
     def _check_length(self, row: PackedRow, index: list[int]) -> None:
         limit = seam.longest_input(self._body)

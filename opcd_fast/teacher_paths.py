@@ -1,20 +1,18 @@
-"""The ways to run packed sequences after their contexts, and the check of one against the other."""
+"""The ways to run packed sequences after their contexts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import moving_rope
 from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, attention_on_row, packed_row, running
+from opcd_fast.expanded_cache import expanded_cache, unread_layers
 from opcd_fast.prefix import SharedPrefix, cache_of
 from opcd_fast.student import padded_forward
-
-_TOLERANCE_FP32 = 1e-4  # max |difference| of hidden states of order 1
-_TOLERANCE_HALF = 0.05  # relative RMS; a missing or wrong key gives differences of order 1
 
 
 def merge_forward(
@@ -33,7 +31,7 @@ def merge_forward(
         input_ids = input_ids.index_select(0, moved)
         back = torch.empty_like(moved).scatter_(0, moved, torch.arange(moved.numel(), device=moved.device))
     row, used = _grouped(row, order, [index[s] for s in order], prefixes)
-    cache, counts = cache_of(used, seam.num_layers(body))
+    cache, counts = cache_of(used)
     starts = torch.tensor(row.prefix_lengths, device=input_ids.device)
     positions = row.offset_of_token + starts[row.sequence_of_token]
     call = PackedCall(row, counts)
@@ -65,10 +63,54 @@ def _grouped(
     return PackedRow(lengths, cu_seqlens, tuple(groups)), used
 
 
+def pad_forward(
+    body: nn.Module, prefixes: Mapping[int, SharedPrefix], input_ids: Tensor, row: PackedRow, index: Sequence[int]
+) -> Tensor:
+    """Packed ids (N,) after their prefixes -> (N, D), one right-padded batch with stock attention for each prefix.
+
+    prefixes: by context, at least those that `index` (B,) names. RuntimeError if a layer did not read its prefix.
+    """
+    pieces: list[Tensor | None] = [None] * len(index)
+    sequences = input_ids.split(list(row.lengths))
+    for context in sorted(set(index)):
+        members = [s for s, which in enumerate(index) if which == context and row.lengths[s]]
+        if members:
+            hidden = _padded_after(body, prefixes[context], [sequences[s] for s in members])
+            for s, states in zip(members, hidden, strict=True):
+                pieces[s] = states
+    return torch.cat([states for states in pieces if states is not None])
+
+
+def _padded_after(body: nn.Module, prefix: SharedPrefix, sequences: list[Tensor]) -> list[Tensor]:
+    """Hidden states (T_i, D) of each of `sequences` (T_i,) after `prefix`."""
+    # Without a padding mask: padding lies to the right of every token that is kept, where causal attention does not
+    # look, and a mask with a row for each sequence would be the one tensor of size batch x context that stays.
+    grid = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    positions = torch.arange(len(prefix), len(prefix) + grid.shape[1], device=grid.device).expand_as(grid)
+    cache = None
+    if len(prefix):
+        cache = expanded_cache(prefix.keys, prefix.values, prefix.states, len(prefix), len(sequences))
+    hidden = seam.run_body(body, grid, position_ids=positions, cache=cache)
+    missed = unread_layers(cache) if cache is not None else []
+    if missed:
+        raise RuntimeError(f"layers {missed} did not read the context; use path='concat'")
+    return [states[: len(ids)] for states, ids in zip(hidden, sequences, strict=True)]
+
+
 def concat_forward(
     body: nn.Module, contexts: Sequence[Tensor], input_ids: Tensor, row: PackedRow, index: Sequence[int]
 ) -> Tensor:
-    """Packed ids (N,) after their contexts -> (N, D), in one right-padded batch of context and sequence."""
+    """Packed ids (N,) after their contexts -> (N, D), in one right-padded batch of context and sequence.
+
+    One sequence at a time where the longest of a batch would change the positions of all others.
+    """
+    if moving_rope(body) and len(index) > 1:
+        alone = [
+            concat_forward(body, contexts, ids, packed_row(torch.tensor([0, len(ids)]), len(ids), ids.device), [which])
+            for ids, which in zip(input_ids.split(list(row.lengths)), index, strict=True)
+            if len(ids)
+        ]
+        return torch.cat(alone)
     placed = [contexts[i].to(input_ids.device) for i in index]
     pieces = [part for pair in zip(placed, input_ids.split(list(row.lengths)), strict=True) for part in pair]
     ends = torch.tensor([0] + [c.numel() + t for c, t in zip(placed, row.lengths, strict=True)]).cumsum(0)
@@ -77,46 +119,3 @@ def concat_forward(
     context_lengths = torch.tensor([c.numel() for c in placed], device=input_ids.device)
     is_suffix = whole.offset_of_token >= context_lengths[whole.sequence_of_token]
     return padded_forward(body, ids, whole)[is_suffix]
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: either would turn rounding into a mismatch."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def verify(body: nn.Module) -> tuple[str, bool]:
-    """Run merge and concat on tiny random models of `body`'s kind; (what was measured, whether they agree).
-
-    In fp32, and once more in the model's own dtype when that is shorter, because other kernels run there.
-    """
-    contexts = [torch.arange(9) * 7 % 64, torch.arange(5) * 11 % 64, torch.arange(0)]
-    lengths, index = [1, 4, 7, 2], [1, 0, 0, 2]
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    worst, worst_half, passed = 0.0, 0.0, True
-    dtype, device = next(body.parameters()).dtype, next(body.parameters()).device
-    ids = (torch.arange(sum(lengths)) * 5 % 64).to(device)
-    row = packed_row(bounds, ids.numel(), device)
-    for window in (5, 4096) if seam.has_sliding_window(body) else (None,):
-        twin = seam.tiny_twin(body, window=window)
-        for kind in dict.fromkeys((torch.float32, dtype)):
-            twin = twin.to(kind)
-            with _full_precision(device):
-                # In chunks, as long contexts are read, so that the check covers that too.
-                prefixes = {i: SharedPrefix.build(twin, c, chunk_tokens=4) for i, c in enumerate(contexts)}
-                merged = merge_forward(twin, prefixes, ids, row, index).double()
-                oracle = concat_forward(twin, contexts, ids, row, index).double()
-            if kind == torch.float32:
-                error = float((merged - oracle).abs().max())
-                worst, passed = max(worst, error), passed and error <= _TOLERANCE_FP32
-            else:
-                error = float((merged - oracle).norm() / oracle.norm())
-                worst_half, passed = max(worst_half, error), passed and error <= _TOLERANCE_HALF
-    text = f"max difference {worst:.1e} in fp32"
-    return text + (f", relative {worst_half:.1e} in {dtype}" if dtype != torch.float32 else ""), passed

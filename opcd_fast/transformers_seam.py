@@ -10,8 +10,8 @@ exception. They are not safe for two threads that run the same model at once.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,12 +24,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 PACKED_ATTENTION = "opcd_packed"
 """Name under which `using_attention` registers its function. transformers builds no mask for a name that its
 mask registry lacks, which is what a packed row needs."""
-
-# Every attention call of these goes through the attention interface, with all keyword arguments, at the
-# positions given by `position_ids`. Others need their own check before they are added.
-_PACKABLE = frozenset({"llama", "qwen2", "qwen3", "mistral", "olmo2"})
-# RoPE whose frequencies depend on the longest position seen: a cached prefix would not stay valid.
-_MOVING_ROPE = frozenset({"dynamic", "longrope", "su"})
 
 
 # --- finding the parts of a model ---------------------------------------------------------------------------
@@ -53,7 +47,9 @@ def body_of(model: nn.Module) -> nn.Module:
     Raises TypeError when `model` is not a transformers model.
     """
     lm = causal_lm(model)
-    body = getattr(lm, "base_model", None)
+    body: Any = getattr(lm, "base_model", None)
+    if body is lm and hasattr(lm, "lm_head"):
+        body = getattr(lm, "model", None)  # base_model_prefix of Llama-4 names an attribute that it does not have
     if not isinstance(body, nn.Module) or not hasattr(body, "config"):
         raise TypeError(f"model: expected a transformers causal LM (or PEFT around one), got {type(model).__name__}")
     return body
@@ -69,8 +65,8 @@ def run_body(
 ) -> Tensor:
     """Last hidden state (B, T, D) of `input_ids` (B, T); after the final norm, what the lm-head reads."""
     kwargs: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None, "return_dict": True}
-    # Passed only when given: some architectures take neither argument.
-    if position_ids is not None:
+    # Passed only when given and known: some architectures take neither argument, and count positions themselves.
+    if position_ids is not None and "position_ids" in inspect.signature(body.forward).parameters:
         kwargs["position_ids"] = position_ids
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask
@@ -82,6 +78,14 @@ def run_body(
 def config_of(body: nn.Module) -> Any:
     """transformers' configuration object of `body`."""
     return body.config
+
+
+def setting(config: Any, name: str) -> Any:
+    """`config.name`, None where there is none, and a list of every layer's where layers differ (Gemma-4)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def num_layers(body: nn.Module) -> int:
@@ -96,22 +100,8 @@ def embedding_rows(body: nn.Module) -> int | None:
 
 def longest_input(body: nn.Module) -> int | None:
     """`max_position_embeddings` of the model in tokens, or None where the architecture has no such limit."""
-    limit = getattr(config_of(body), "max_position_embeddings", None)
+    limit = setting(config_of(body), "max_position_embeddings")
     return int(limit) if isinstance(limit, int) and limit > 0 else None
-
-
-def refuses_packing(body: nn.Module) -> str | None:
-    """Why a packed row cannot be run through `body` exactly, in words; None when it can."""
-    config = config_of(body)
-    if config.model_type not in _PACKABLE:
-        return f"architecture {config.model_type!r} is not known to run exactly on a packed row"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _MOVING_ROPE:
-        return f"RoPE type {rope['rope_type']!r} changes every position with the length"
-    device = next(body.parameters()).device.type
-    if device not in ("cpu", "cuda"):
-        return f"no packed attention for device type {device!r}"
-    return None
 
 
 # --- attention function -------------------------------------------------------------------------------------
@@ -314,17 +304,20 @@ def frozen_cache(layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) ->
     return Cache(layers=[FrozenLayer(keys, values) for keys, values in layers])
 
 
-def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Run `input_ids` (1, P), P >= 1, with stock attention: each layer's (keys, values), hidden states.
+def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Any], Tensor]:
+    """Run `input_ids` (1, P), P >= 1, with stock attention: each layer's (keys, values), cache layers, hidden states.
 
     Keys and values are (1, H_kv, kept, d) in storage of their own; kept is P, or min(P, W - 1) for a layer
-    with a sliding window of W tokens. The hidden states are (1, P, D).
+    with a sliding window of W tokens; (1, 0, 0, 0) for a layer without any. The hidden states are (1, P, D).
     """
     cache = DynamicCache(config=config_of(body))
     hidden = run_body(body, input_ids, cache=cache)
     layers = []
     layer: Any
     for layer in cache.layers:
+        if getattr(layer, "keys", None) is None:
+            layers.append((hidden.new_zeros(1, 0, 0, 0), hidden.new_zeros(1, 0, 0, 0)))
+            continue
         window = getattr(layer, "sliding_window", None)
         kept = input_ids.shape[1] if window is None else min(input_ids.shape[1], window - 1)
         start = layer.keys.shape[-2] - kept
@@ -335,42 +328,4 @@ def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, T
                 layer.values[..., start:, :].contiguous().clone(),
             )
         )
-    return layers, hidden
-
-
-# --- a small model of the same kind -------------------------------------------------------------------------
-
-
-def tiny_twin(body: nn.Module, *, window: int | None = None) -> nn.Module:
-    """A model of `body`'s class, layer types, head size and RoPE: two or so layers, random fp32 weights.
-
-    window: the sliding window in tokens of its windowed layers. It lives on `body`'s device, in eval mode,
-    with torch's sdpa attention. The global random state is left alone.
-    """
-    config = copy.deepcopy(config_of(body))
-    groups = max(1, config.num_attention_heads // config.num_key_value_heads)
-    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    config.num_key_value_heads, config.num_attention_heads = 2, 2 * groups
-    config.hidden_size, config.intermediate_size, config.vocab_size = 32, 48, 64
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    kinds = sorted(set(getattr(config, "layer_types", None) or []))
-    if kinds:
-        config.layer_types = kinds * (2 // len(kinds) or 1)
-    config.num_hidden_layers = len(config.layer_types) if kinds else 2
-    if getattr(config, "sliding_window", None) is not None:
-        config.sliding_window = window
-    config._attn_implementation_internal = "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        twin = type(body)(config)
-    twin = twin.to(device=next(body.parameters()).device, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in twin.parameters():
-        # Wide weights, so that attention is far from uniform and a wrong key shows in the output.
-        std = 1.0 if parameter.ndim < 2 else 2.0 / parameter.shape[-1] ** 0.5
-        noise = torch.randn(parameter.shape, generator=generator) * std
-        parameter.data.copy_(noise if parameter.ndim > 1 else 1.0 + 0.1 * noise)
-    return twin
-
-
-def has_sliding_window(body: nn.Module) -> bool:
-    return getattr(config_of(body), "sliding_window", None) is not None
+    return layers, list(cache.layers), hidden

@@ -280,6 +280,20 @@ def test_only_the_gradients_asked_for_are_computed(backend, trains, monkeypatch)
     assert seen[-1] == (False, False, False)
 
 
+def test_weights_that_are_one_number_expanded(backend):
+    """As the upstream gradient of a sum is. A kernel that took them by address would read what lies behind."""
+    student, h, teacher, h_t = heads(rows=6)
+    results = []
+    for weights in (torch.full((6,), 0.5), torch.tensor(0.5).expand(6)):
+        late, given = leaf(h), leaf(h)
+        fused_linear_reverse_kl(late, student, h_t, teacher, reduction="none", backend=backend).backward(weights)
+        fused_linear_reverse_kl(
+            given, student, h_t, teacher, reduction="sum", token_weights=weights, backend=backend
+        ).backward()
+        results.append((late.grad, given.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
 def test_non_contiguous_inputs(backend):
     student, h, teacher, h_t = heads(rows=6)
     weight = student.weight.T.contiguous().T

@@ -301,11 +301,12 @@ def test_rope_that_moves_is_not_stored(tmp_path, said):
     """Its frequencies are a buffer, which would look like weights that change."""
     model = tiny_model()
     model.config.rope_parameters = {"rope_type": "default", "sliding_attention": {"rope_type": "longrope"}}
+    model.config.original_max_position_embeddings = 64
     teacher_of(model, random_ids(20)[0], tmp_path).prefixes  # noqa: B018
     assert not files(tmp_path) and len(said.records) == 1 and "RoPE" in said.text
 
 
 def test_concat_leaves_the_store_alone(tmp_path):
-    teacher = ContextTeacher(tiny_model("gpt2"), random_ids(20)[0], store=tmp_path)
+    teacher = ContextTeacher(tiny_model(), random_ids(20)[0], path="concat", store=tmp_path)
     teacher.prefixes  # noqa: B018
     assert not files(tmp_path) and "not used: path 'concat' keeps no keys" in teacher.explain()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -19,8 +20,9 @@ from tiny_models import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opcd_fast import attention, teacher_paths
+from opcd_fast import attention, verification
 from opcd_fast import transformers_seam as seam
+from opcd_fast.expanded_cache import ExpandedLayer
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.teacher import ContextTeacher
 
@@ -80,11 +82,11 @@ def test_shapes_of_batch(lengths):
     (context,), sequences = random_ids(20), random_ids(*lengths, seed=2)
     ids, bounds = pack(sequences)
     expected = reference(model, [context], sequences, [0] * len(lengths))
-    for path in ("merge", "concat"):
+    for path in ("merge", "pad", "concat"):
         assert_close(ContextTeacher(model, context, path=path).hidden_states_packed(ids, bounds), expected)
 
 
-@pytest.mark.parametrize("path", ["merge", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 def test_select(path):
     model = tiny_model()
     ids, bounds = pack(random_ids(5, 1, 12))
@@ -98,7 +100,7 @@ def test_select(path):
 
 
 @pytest.mark.parametrize("empty", [[], torch.zeros(0, dtype=torch.int64), [[]]])
-@pytest.mark.parametrize("path", ["merge", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 def test_empty_context(path, empty):
     model = tiny_model()
     sequences = random_ids(5, 3)
@@ -117,7 +119,7 @@ def test_contexts_as_lists_of_ints():
     assert len(ContextTeacher(model, a.tolist()).prefixes) == 1
 
 
-@pytest.mark.parametrize("path", ["merge", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 def test_last_prefix_state_predicts_the_first_token(path):
     model = tiny_model()
     contexts = random_ids(20, 6)
@@ -125,7 +127,7 @@ def test_last_prefix_state_predicts_the_first_token(path):
     for prefix, context in zip(prefixes, contexts, strict=True):
         assert_close(prefix.last_hidden_state, plain_after_context(model, context[:-1], context[-1:])[0])
         assert torch.equal(prefix.token_ids, context)
-        assert (prefix.nbytes > 0) == (path == "merge")
+        assert (prefix.nbytes > 0) == (path != "concat")
 
 
 def test_bf16_is_as_close_to_fp32_as_concat():
@@ -135,48 +137,53 @@ def test_bf16_is_as_close_to_fp32_as_concat():
     exact = ContextTeacher(model, context, path="concat").hidden_states_packed(ids, bounds)
     model.bfloat16()
     errors = {}
-    for path in ("merge", "concat"):
+    for path in ("merge", "pad", "concat"):
         got = ContextTeacher(model, context, path=path).hidden_states_packed(ids, bounds)
         assert got.dtype == torch.bfloat16
         errors[path] = ((got.float() - exact).norm() / exact.norm()).item()
-    assert errors["merge"] <= 1.25 * errors["concat"]
+    assert max(errors["merge"], errors["pad"]) <= 1.25 * errors["concat"]
 
 
 # --- choice of path -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", UNPACKABLE)
-def test_other_architectures_go_through_concat_and_say_so(name, caplog):
+@pytest.mark.parametrize(("name", "path"), [("gpt2", "pad"), ("gemma2", "pad"), ("llama-dynamic-rope", "concat")])
+def test_other_architectures_take_another_path_and_say_so(name, path, caplog):
     model = tiny_model(name)
     with caplog.at_level(logging.WARNING, "opcd_fast"):
         teacher = ContextTeacher(model, random_ids(20)[0])
-        assert teacher.path == "concat"
+        assert teacher.path == path
         ids, bounds = pack(random_ids(5, 3))
         teacher.hidden_states_packed(ids, bounds)
         teacher.hidden_states_packed(ids, bounds)
     assert len(caplog.records) == 1
     reason = "RoPE" if "rope" in name else model.config.model_type
-    assert reason in caplog.text and reason in teacher.explain() and "concat" in teacher.explain()
+    assert reason in caplog.text and reason in teacher.explain() and path in teacher.explain()
     with pytest.raises(ValueError, match=r"path='merge'.*use path='concat'"):
         ContextTeacher(model, [1, 2], path="merge")
 
 
-@pytest.mark.parametrize("path", ["mask", "pad"])
-def test_paths_to_come(path):
-    with pytest.raises(ValueError, match=f"path='{path}' is not available yet; use 'merge' or 'concat'"):
-        ContextTeacher(tiny_model(), [1, 2], path=path)
+def test_path_to_come():
+    with pytest.raises(ValueError, match="path='mask' is not available yet; use 'merge', 'pad' or 'concat'"):
+        ContextTeacher(tiny_model(), [1, 2], path="mask")
 
 
-def test_planted_error_steps_down(monkeypatch, caplog):
-    honest = attention.merge_by_logsumexp
-    monkeypatch.setattr(attention, "merge_by_logsumexp", lambda a, la, b, lb: honest(a, la, b, lb + 0.01))
+@pytest.mark.parametrize(("wrong", "path"), [(("merge",), "pad"), (("merge", "pad"), "concat")])
+def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
+    honest_merge, honest_update = attention.merge_by_logsumexp, ExpandedLayer.update
+    if "merge" in wrong:
+        monkeypatch.setattr(attention, "merge_by_logsumexp", lambda a, la, b, lb: honest_merge(a, la, b, lb + 0.01))
+    if "pad" in wrong:
+        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
     model = tiny_model()
     (context,), sequences = random_ids(20), random_ids(5, 3)
     ids, bounds = pack(sequences)
     with caplog.at_level(logging.WARNING, "opcd_fast"):
         teacher = ContextTeacher(model, context)
         got = teacher.hidden_states_packed(ids, bounds)
-    assert teacher.path == "concat" and "failed its check" in teacher.explain()
+    assert teacher.path == path
+    for step in wrong:
+        assert f"not {step}: it failed its check" in teacher.explain()
     assert len(caplog.records) == 1
     assert_close(got, reference(model, [context], sequences, [0, 0]))
 
@@ -189,16 +196,29 @@ def test_planted_error_in_windows_steps_down(name, monkeypatch):
         return honest(q, k, v, row, counts, scale, window - 1, dropout)
 
     monkeypatch.setattr(attention, "windowed_attention", off_by_one)
+    assert ContextTeacher(tiny_model(name), [1, 2]).path == "pad"
+    honest_sizes = ExpandedLayer.get_mask_sizes
+    monkeypatch.setattr(ExpandedLayer, "get_mask_sizes", lambda self, q: (honest_sizes(self, q)[0], 0))
     assert ContextTeacher(tiny_model(name), [1, 2]).path == "concat"
 
 
-def test_verification_is_quick_and_leaves_the_random_state_alone():
+def test_a_model_that_cannot_be_tried_goes_through_concat(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("a small model of this kind still has 99 parameters")
+
+    monkeypatch.setattr(verification, "tiny_twin", fail)
+    teacher = ContextTeacher(tiny_model(), [1, 2])
+    assert teacher.path == "concat" and "still has 99 parameters" in teacher.explain()
+
+
+@pytest.mark.parametrize("path", ["merge", "pad"])
+def test_verification_is_quick_and_leaves_the_random_state_alone(path):
     import time
 
     body = seam.body_of(tiny_model("mistral-window-below-context"))
     state = torch.random.get_rng_state()
     start = time.perf_counter()
-    text, passed = teacher_paths.verify(body)
+    text, passed = verification.verify(body, path)
     assert time.perf_counter() - start < 1.0
     assert passed and "fp32" in text
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -221,14 +241,14 @@ def test_under_autocast():
 
 def test_verification_runs_once(monkeypatch):
     calls = []
-    honest = teacher_paths.verify
-    monkeypatch.setattr("opcd_fast.teacher.verify", lambda body: calls.append(1) or honest(body))
+    honest = verification.verify
+    monkeypatch.setattr("opcd_fast.teacher.verify", lambda body, path: calls.append(path) or honest(body, path))
     teacher = ContextTeacher(tiny_model(), random_ids(20)[0])
     ids, bounds = pack(random_ids(5, 3))
     assert not calls
     teacher.hidden_states_packed(ids, bounds)
     teacher.hidden_states_packed(ids, bounds)
-    assert len(calls) == 1 and "matches concat" in teacher.explain()
+    assert calls == ["merge"] and "matches concat" in teacher.explain()
 
 
 # --- every layer reads the context --------------------------------------------------------------------------
@@ -247,6 +267,20 @@ def test_layer_that_loses_its_prefix_is_an_error(monkeypatch):
 
     monkeypatch.setattr(seam.FrozenLayer, "update", forgetful)
     with pytest.raises(RuntimeError, match="layer 1 did not get its context: 0 prefix keys"):
+        teacher.hidden_states_packed(ids, bounds)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_layer_that_never_asks_for_its_prefix_is_an_error_on_pad(name, monkeypatch):
+    model = tiny_model(name)
+    teacher = ContextTeacher(model, random_ids(20)[0], path="pad")
+    ids, bounds = pack(random_ids(5, 3))
+    teacher.hidden_states_packed(ids, bounds)
+    attend = model.model.layers[1].self_attn
+    honest = attend.forward
+    forget = {"past_key_values": None, "attention_mask": None}
+    monkeypatch.setattr(attend, "forward", lambda *args, **kw: honest(*args, **{**kw, **forget}))
+    with pytest.raises(RuntimeError, match=r"layers \[1\] did not read the context"):
         teacher.hidden_states_packed(ids, bounds)
 
 
@@ -290,6 +324,36 @@ def test_nothing_of_size_batch_times_context():
     # What does depend on the batch is the suffix alone.
     assert largest["merge"] <= (110 + 36) * 2 * 8 + 36 * 64 < replicated / 2
     assert largest["concat"] >= replicated  # the meter sees what it should
+
+
+def test_pad_copies_the_prefix_for_one_layer_at_a_time():
+    model = tiny_model()
+    (context,) = random_ids(110)
+    ids, bounds = pack(random_ids(*[3] * 12))
+    replicated = 12 * 110 * 2 * 8 * 4  # bytes of one layer's keys, copied per sequence
+    alive, most = set(), 0
+
+    class Alive(TorchDispatchMode):
+        """Storages of at least one layer's replicated keys that exist at the same time."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= replicated:
+                    storage = x.untyped_storage()
+                    if storage.data_ptr() not in alive:
+                        alive.add(storage.data_ptr())
+                        weakref.finalize(storage, alive.discard, storage.data_ptr())
+                    most = max(most, len(alive))
+            return out
+
+    teacher = ContextTeacher(model, context, path="pad")
+    before = teacher.prefixes[0].nbytes
+    with Alive():
+        teacher.hidden_states_packed(ids, bounds)
+    assert teacher.prefixes[0].nbytes == before
+    assert 0 < most <= 4, most  # keys and values, once more with their heads repeated; never a second layer
 
 
 def test_prefix_bytes_do_not_depend_on_the_batch():
@@ -381,7 +445,7 @@ def flags(model):
     return [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()]
 
 
-@pytest.mark.parametrize("path", ["merge", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 def test_shared_model_in_training_with_checkpointing(path):
     model = in_training()
     model.base_model.model.model.layers[1].mlp.eval()  # a module of its own mind
@@ -414,7 +478,7 @@ def test_flags_come_back_after_an_error():
     assert seam.adapter_state(model) == seam.adapter_state(in_training())
 
 
-@pytest.mark.parametrize("path", ["merge", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 def test_adapter_disabled_is_the_base_and_active_is_not(path):
     model = with_lora(tiny_model())
     base = tiny_model()
@@ -547,7 +611,7 @@ def test_change_of_dtype_is_noticed():
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["merge", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 def test_too_long_is_an_error_with_counts(path):
     teacher = ContextTeacher(tiny_model(), random_ids(100)[0], path=path)
     ids, bounds = pack(random_ids(5, 29))

@@ -45,7 +45,7 @@ UNPACKABLE = {
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
     ),
-    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8, sliding_window=8),
+    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8, sliding_window=8, attn_implementation="eager"),
     "llama-dynamic-rope": lambda: LlamaConfig(
         **_SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     ),
@@ -93,6 +93,8 @@ def pack(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
 def plain_hidden(model: nn.Module, sequence: Tensor) -> Tensor:
     """(T, D): one sequence alone through the body, nothing of ours involved."""
     body = model.get_base_model().base_model if hasattr(model, "peft_config") else model.base_model
+    if body is model:  # Llama-4 names an attribute that it does not have
+        body = model.model
     return body(input_ids=sequence.unsqueeze(0), use_cache=False).last_hidden_state[0]
 
 

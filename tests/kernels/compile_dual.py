@@ -56,7 +56,7 @@ def projection(capability: int, name: str) -> tuple[ASTSource, dual_projection.L
     constants = {**flags, "DESCRIPTOR": capability >= 90, **PROJECTIONS[name]}
     wide = constants["HAS_BIAS_S"] or constants["ALL_STATISTICS"]
     plain = not wide and (constants["STORE"] or not constants["SOFTCAP_S"])
-    launch = dual_projection.choose_launch(capability // 10, plain, 2)
+    launch = dual_projection.choose_launch(capability // 10, constants["SOFTCAP_S"], plain, 2)
     types = {"s_ptr": "*fp16", "delta_ptr": "*fp16"}
     for matrix, rows in (("h_s", launch.block_n), ("w_s", 128), ("h_t", launch.block_n), ("w_t", 128)):
         descriptor = f"tensordesc<bf16[{rows}, {launch.block_k}]>"
@@ -66,10 +66,11 @@ def projection(capability: int, name: str) -> tuple[ASTSource, dual_projection.L
 
 
 def waits(body: str) -> dict:
-    """HGMMA instructions of a loop, and how many are followed by a wait until all have finished."""
-    order = re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x[0-9a-f]+)", body)
-    full = sum(first == "HGMMA" and second.endswith(", 0x0") for first, second in zip(order, order[1:], strict=False))
-    return {"hgmma": order.count("HGMMA"), "full_waits": full}
+    """HGMMA instructions of a loop, and its waits until all of them have finished."""
+    return {
+        "hgmma": len(re.findall(r"\bHGMMA\b", body)),
+        "full_waits": len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", body)),
+    }
 
 
 def report(capability: int, name: str, compiled_source: ASTSource, warps: int, stages: int) -> dict:
@@ -84,7 +85,8 @@ def report(capability: int, name: str, compiled_source: ASTSource, warps: int, s
     # Waits for a copy loop from behind the last EXIT back into the code; they are not loops of the program.
     bodies = [body for body in loops(sass) if "EXIT" not in body]
     return {
-        "capability": capability, "kernel": name, "warps": warps, "stages": stages, **numbers,
+        "triton": triton.__version__, "capability": capability, "kernel": name,
+        "warps": warps, "stages": stages, **numbers,
         "SHARED": compiled.metadata.shared, "sass": bool(sass),
         "mma": len(re.findall(r"\b(?:HGMMA|UTCHMMA|HMMA)\b", sass)),
         "mainloops": [waits(body) for body in bodies if "HGMMA" in body],

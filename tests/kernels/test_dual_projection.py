@@ -213,7 +213,7 @@ def test_gradient_over_the_student_logits():
 def test_forbidden_tokens():
     """-inf in the biases: 0 and 1 both sides, 2 the student alone, tile 1 the student alone and tile 2 both."""
     h_s, w_s, h_t, w_t = heads(3, 24, 500)
-    bias_s, bias_t = torch.zeros(2, 500, device=DEVICE)
+    bias_s, bias_t = torch.full((2, 500), -20.0, device=DEVICE)  # all logits negative: 0 stands for a forbidden tile
     bias_s[:3] = bias_s[128:384] = bias_t[:2] = bias_t[256:384] = -torch.inf
     inputs, weights = (h_s, w_s, h_t, w_t, bias_s, bias_t), torch.rand(3, device=DEVICE)
     truth = exact(*inputs, weights, **PLAIN)

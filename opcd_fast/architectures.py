@@ -1,0 +1,132 @@
+"""Which models can run on a prefix computed once, and why others cannot.
+
+`merge` and the student's packed row need attention that goes through transformers' attention interface with
+nothing but a window on top; `pad` needs a cache of keys and values alone. What is said here is what is known
+before running anything; `opcd_fast.verification` then tries the path on a small model of the same kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.expanded_cache import is_recurrent, unknown_state
+
+# Models with recurrent layers that go on from a cached state, in tests/test_teacher_matrix.py. Known not to: Jamba,
+# MiniMax and RecurrentGemma, whose scans start anew or whose state no cache sees.
+_GOES_ON = frozenset(
+    {"bamba", "falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_next", "zamba2"}
+)
+
+_HIDDEN_STATE = frozenset({"recurrent_gemma"})  # does not show in the cache of every version
+
+# Every attention call of these goes through the attention interface, with all keyword arguments, at the
+# positions given by `position_ids`. Each is in tests/test_teacher_matrix.py; others need a test before they are added.
+# fmt: off
+_PACKABLE = frozenset({
+    "llama", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "olmo3", "smollm3", "phi", "phi3", "mixtral",
+    "qwen2_moe", "qwen3_moe", "olmoe", "gemma", "gemma3_text", "gemma3n_text", "gemma4_text", "granite", "glm",
+    "glm4", "cohere", "cohere2", "starcoder2", "exaone4", "stablelm", "gpt_neox",
+})
+# fmt: on
+
+
+def refuses_stock_attention(body: nn.Module) -> str | None:
+    """Why the model's own attention, as it is set, does not compute what the model means; None when it does."""
+    if seam.config_of(body)._attn_implementation != "sdpa":
+        return None
+    for has, what in ((_caps_scores(body), "cap on attention scores"), (_has_sinks(body), "attention sinks")):
+        if has:
+            return f"sdpa attention drops this model's {what}; load it with attn_implementation='eager'"
+    return None
+
+
+def refuses_packing(body: nn.Module) -> str | None:
+    """Why a packed row cannot be run through `body` exactly, in words; None when it can."""
+    kinds = moving_rope(body)
+    return _refuses_row(body) if not kinds else f"RoPE type {kinds[0]!r} changes every position with the length"
+
+
+def refuses_merge(body: nn.Module) -> str | None:
+    """Why sequences in a packed row cannot be merged with a prefix; None when they can.
+
+    "longrope" is allowed: which of its two sets of frequencies holds is known for each call, see `rope_switch`.
+    """
+    return _refuses_dynamic(body) or _refuses_row(body)
+
+
+def refuses_pad(body: nn.Module) -> str | None:
+    """Why a padded batch cannot continue a prefix's cache; None when nothing is known against it."""
+    config = seam.config_of(body)
+    if config.get_text_config() is not config:
+        return f"{type(body).__name__} is a model of several inputs; pass its language model"
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "the model has cross-attention"
+    if "past_key_values" not in inspect.signature(body.forward).parameters:
+        return f"architecture {config.model_type!r} takes no cache of keys and values"
+    state = unknown_state(body)
+    if state is not None:
+        return f"layers of architecture {config.model_type!r} keep more than keys and values ({state})"
+    recurrent = is_recurrent(body) or config.model_type in _HIDDEN_STATE
+    if recurrent and config.model_type not in _GOES_ON:
+        return f"recurrent layers of architecture {config.model_type!r} are not known to go on from a cached state"
+    implementation = config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        return f"the padded path runs eager or sdpa attention, the model has {implementation!r}"
+    return _refuses_dynamic(body)
+
+
+def moving_rope(body: nn.Module) -> list[str]:
+    """RoPE types of `body` whose frequencies depend on the longest position of a call."""
+    return sorted({str(rope["rope_type"]) for rope in _ropes(body) if rope.get("rope_type") in ("dynamic", "longrope")})
+
+
+def rope_switch(body: nn.Module) -> int | None:
+    """Length beyond which "longrope" moves all positions of a call, None without such RoPE.
+
+    A prefix computed on one side of it is wrong for sequences that end on the other.
+    """
+    for rope in _ropes(body):
+        if rope.get("rope_type") == "longrope":
+            length = rope.get("original_max_position_embeddings")
+            return int(length or seam.config_of(body).original_max_position_embeddings)
+    return None
+
+
+def _ropes(body: nn.Module) -> list[dict[str, Any]]:
+    """RoPE settings, one for all layers or one for each layer type."""
+    rope = getattr(seam.config_of(body), "rope_parameters", None) or {}
+    return [value for value in (rope, *rope.values()) if isinstance(value, dict)]
+
+
+def _caps_scores(body: nn.Module) -> bool:
+    return seam.setting(seam.config_of(body), "attn_logit_softcapping") is not None
+
+
+def _has_sinks(body: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "sinks" for name, _ in body.named_parameters())
+
+
+def _refuses_dynamic(body: nn.Module) -> str | None:
+    return "RoPE type 'dynamic' changes every position with the length" if "dynamic" in moving_rope(body) else None
+
+
+def _refuses_row(body: nn.Module) -> str | None:
+    config = seam.config_of(body)
+    # The two features first: they say more than that the architecture is not on the list.
+    if _caps_scores(body):
+        return f"architecture {config.model_type!r} caps attention scores, which packed attention does not"
+    if _has_sinks(body):
+        return f"architecture {config.model_type!r} has attention sinks, which packed attention lacks"
+    if config.model_type not in _PACKABLE:
+        return f"architecture {config.model_type!r} is not known to run exactly on a packed row"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"architecture {config.model_type!r} has layers of type {min(kinds)!r}"
+    device = next(body.parameters()).device.type
+    if device not in ("cpu", "cuda"):
+        return f"no packed attention for device type {device!r}"
+    return None

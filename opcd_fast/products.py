@@ -28,7 +28,7 @@ class Weight:
             and native.has_bf16_dot()
         )
         self.buffer: Tensor | None = None
-        if shares is not None and same_memory(self.weight, shares.weight):
+        if shares is not None and self.native == shares.native and same_memory(self.weight, shares.weight):
             self.buffer = shares.buffer
         elif not self.native and self.weight.dtype != dtype:
             self.buffer = torch.empty(tile, self.weight.shape[1], dtype=dtype, device=self.weight.device)

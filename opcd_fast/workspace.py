@@ -42,6 +42,12 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def returned_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How a gradient is kept until the upstream gradient is known: a loss scaler's 65536 would come too late for
+    one that was rounded to fp16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def runs_native(h: Tensor, weight: Tensor) -> bool:
     """Whether one GEMM can read both as they are and write float32. Only bf16 on a device: cuBLAS gives bf16
     inputs a float32 output, CPU libraries do not, and an fp16 gradient would underflow."""

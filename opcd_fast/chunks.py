@@ -58,7 +58,11 @@ def linear_divergence(
     dh = torch.zeros(h_s.shape, dtype=returned_dtype(h_s.dtype), device=device) if wanted.hidden else None
     dw: Tensor | None = None
     if wanted.weight:
-        dw = torch.zeros(w_s.shape, dtype=dtype, device=device) if dw_into is None else dw_into
+        dw = dw_into
+        if dw is None:
+            # Its first chunk writes it whole but for the padding: a (V, D) of zeros would be a pass for nothing.
+            dw = torch.empty(w_s.shape, dtype=dtype, device=device)
+            dw[v if n > 0 else 0 :].zero_()
     db = torch.zeros(w_s.shape[0], dtype=dtype, device=device) if wanted.bias else None
     if spec.projection == "dual":
         check_dual(Side(h_s, w_s), Side(h_t, w_t), spec)
@@ -75,11 +79,13 @@ def linear_divergence(
                 "hand over both in bf16 (head.weight.bfloat16()) for fast ones",
                 stacklevel=2,
             )
-        # Added to somebody's running sum, dW must carry its factor from the start.
-        dw_factor = 1.0 if dw_into is None else float(rows.factor)
+        # A factor that is a number rides on the product. One on the device waits until the end, unless dW is added to
+        # somebody's running sum.
+        late = dw_into is None and isinstance(rows.factor, Tensor)
+        dw_factor = 1.0 if late else float(rows.factor)
         arguments = (
             student, _valid(b_s, v, dtype), teacher, _valid(b_t, v, dtype), rows, spec, wanted, statistics,
-            dh, None if dw is None else dw[:v], dw_factor, None if db is None else db[:v],
+            dh, None if dw is None else dw[:v], dw_factor, dw_into is None, None if db is None else db[:v],
         )  # fmt: skip
         if spec.projection == "dual":
             run_dual(*arguments)
@@ -87,8 +93,8 @@ def linear_divergence(
             _run(*arguments, *place)
         if rows.hidden:
             statistics = torch.where(seen.t(), statistics, 0)
-    if dw is not None and dw_into is None:
-        _scale(dw, rows.factor)
+    if dw is not None and dw_into is None and isinstance(rows.factor, Tensor):
+        dw.mul_(rows.factor)
     if db is not None:
         _scale(db, rows.factor)
     return (
@@ -120,6 +126,7 @@ def _run(
     dh: Tensor | None,
     dw: Tensor | None,
     dw_factor: float,
+    fresh: bool,  # dW holds nothing yet
     db: Tensor | None,
     first_column: int,  # of this rank's slice of the vocabulary
     columns: int,  # of the largest slice; v unless the head is sharded
@@ -165,7 +172,7 @@ def _run(
             _scale(part, rows.factor)
             dh[slice(first, last) if active is None else active[first:last]] = part.to(dh.dtype)
         if dw is not None:
-            add_weight_gradient(dw, g, h_big, weight_s, dw_factor)
+            add_weight_gradient(dw, g, h_big, weight_s, dw_factor, fresh=fresh and first == 0)
         if db is not None:
             db.add_(g.sum(dim=0, dtype=db.dtype))
 

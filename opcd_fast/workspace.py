@@ -102,6 +102,8 @@ def make_plan(rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, 
     width_s = student.h.shape[-1]
     others = sum(side.h.shape[-1] for side in sides[1:])
 
+    budget = spec.workspace_bytes
+    default = DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE
     tile, fixed = upcast_tile(sides, dtype, v)
     # Per logit row: a logit buffer a side and the teacher's hidden state. Per gradient row: the student's hidden
     # state, dH before and after its cast, and G where it has a buffer of its own.
@@ -112,9 +114,8 @@ def make_plan(rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, 
 
     block_row = planes * v * size
     smallest = fixed + per_row + block_row
-    budget = spec.workspace_bytes
     if budget is None:
-        budget = max(smallest, DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE)
+        budget = max(smallest, default)
     if budget < smallest:
         raise ValueError(
             f"workspace_bytes is {budget}, too small for one row of {v} logits; "

@@ -27,10 +27,10 @@ def bf16_gemms(monkeypatch):
         calls.append("mm")
         return mm(a.float(), b.float(), out=out)
 
-    def wide_addmm(c, a, b, out_dtype=None, *, alpha=1.0, out=None):
+    def wide_addmm(c, a, b, out_dtype=None, *, beta=1.0, alpha=1.0, out=None):
         assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == c.dtype == torch.float32
         calls.append("addmm")
-        return addmm(c, a.float(), b.float(), alpha=alpha, out=out)
+        return addmm(c, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
 
     def runs_native(h, weight):
         return h.dtype == weight.dtype == torch.bfloat16

@@ -47,8 +47,8 @@ OWN_SCRATCH = 1 << 24  # bytes of each scratch plane where the caller brings non
 def scratch_planes(softcap_s: float | None) -> int:
     """How many (block, V) buffers `divergence_rows` needs beside its inputs.
 
-    Beyond them it allocates one such buffer and two masks of a byte per element, on a CPU only for blocks in which a
-    probability underflows.
+    Beyond them it allocates two such buffers and two masks of a byte per element, on a CPU only for blocks in which
+    a probability underflows.
     """
     return 3 if softcap_s is None else 4
 
@@ -146,14 +146,20 @@ def _passes(
     scale_s, scale_t, softcap_s, softcap_t, temperature = transform
     n = len(z_s)
     blocks = [slice(start, min(start + scratch.shape[1], n)) for start in range(0, n, scratch.shape[1])]
-    normalisers = z_s.new_empty(4, n)
+    with_difference = divergence == "reverse_kl" and gradient is not None
+    normalisers = z_s.new_zeros(6 if with_difference else 4, n)
     for block in blocks:
-        transform_logits(z_s[block], bias_s, scale_s, softcap_s, temperature)
-        transform_logits(z_t[block], bias_t, scale_t, softcap_t, temperature)
-        for plane, z in ((0, z_s[block]), (2, z_t[block])):
+        student, teacher = z_s[block], z_t[block]
+        transform_logits(student, bias_s, scale_s, softcap_s, temperature)
+        transform_logits(teacher, bias_t, scale_t, softcap_t, temperature)
+        exponentials, difference = scratch[0, : len(student)], scratch[1, : len(student)]
+        for plane, z in ((2, teacher), (0, student)):
             top = normalisers[plane, block] = z.amax(-1)
-            shifted = torch.sub(z, _column(top.masked_fill(top == float("-inf"), 0.0)), out=scratch[0, : len(z)])
-            normalisers[plane + 1, block] = shifted.exp_().sum(-1)
+            torch.sub(z, _column(top.masked_fill(top == float("-inf"), 0.0)), out=exponentials).exp_()
+            normalisers[plane + 1, block] = exponentials.sum(-1)
+        if with_difference:
+            torch.sub(student, teacher, out=difference).nan_to_num_(0.0, 0.0, 0.0)
+            normalisers[4, block] = difference.mul_(exponentials).sum(-1)
     if gather is not None:
         normalisers = merge_normalisers(gather(normalisers))
     rows = normalise(normalisers)
@@ -213,17 +219,19 @@ def _terms(
     torch.sub(z_s, z_t, out=l)
     if divergence != "reverse_kl":
         l.sub_(_column(rows.log_ratio))
-    # In two steps, because sum p - 1 is multiplied with c, which is large where the models are far apart.
-    log_p = torch.sub(z_s, _column(rows.max_s), out=b).sub_(_column(rows.lse_s - rows.max_s))
+    elif rows.difference is not None:
+        l.sub_(_column(rows.difference))
+    log_p = torch.sub(z_s, _column(rows.lse_s), out=b)
     p = torch.exp(log_p, out=z_s)
     q = z_t.sub_(_column(rows.lse_t)).exp_()
     none_p, none_q = _underflown(p), _underflown(q)
     if all_statistics:
         out[1] = _total(log_p.mul_(p), none_p, p, 0.0)
     if divergence == "reverse_kl":
-        # The logsumexps cancel in l - KL, and without them phi keeps its digits where they are far apart.
+        # l - KL does not depend on the logsumexps, so the gradient keeps its digits where they are far apart.
         phi = l
-        torch.sub(phi, _column(rows.log_ratio), out=a)
+        log_ratio = rows.log_ratio if rows.difference is None else rows.log_ratio - rows.difference
+        torch.sub(phi, _column(log_ratio), out=a)
         out[0] = _total(torch.neg(a, out=b).expm1_().add_(a).mul_(p), none_p, q)
     elif divergence == "forward_kl":
         # p phi = p - q in place of phi, because p may be 0; its sum is 0.

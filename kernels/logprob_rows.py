@@ -38,8 +38,8 @@ def logprob_rows(
     """Write log p(token) and the entropy of n rows, and d(sum_n w_n log p_n)/d(raw product) into `gradient`.
 
     The model's logits are softcap(scale * (z + bias)); the gradient carries the derivatives of softcap, scale and
-    1/temperature. A token whose logit is -inf has log-probability -inf and its row the gradient 0. NaN inputs give
-    NaN outputs.
+    1/temperature. A token of probability 0 (logit -inf) has log-probability -inf, and its row the gradient 0. NaN
+    inputs give NaN outputs.
     """
     if len(z) == 0:
         return
@@ -64,8 +64,7 @@ def logprob_rows(
         statistics[1, rows] = -log_p.clamp_(min=torch.finfo(p.dtype).min).mul_(p).sum(-1)
         if gradient is None:
             continue
-        # 1 - p of a token that is nearly certain has no digits left; -expm1(log p) has.
-        g = p.neg_().scatter_(-1, chosen, torch.expm1(logprob).neg_().unsqueeze(-1))
+        g = p.neg_().scatter_add_(-1, chosen, torch.ones_like(logprob).unsqueeze(-1))
         g.mul_((row_weights[rows] * factor).unsqueeze(-1))
         if slope is not None:
             g.mul_(slope)

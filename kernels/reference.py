@@ -125,7 +125,7 @@ def _one_block(
     smallest = torch.finfo(p.dtype).tiny
     unreached: Tensor | None = None
     torch.exp(log_p, out=p)
-    if p.is_cuda or bool(p.amin() < smallest):
+    if p.is_cuda or not bool(p.amin() >= smallest):  # a NaN in one row must not hide the others
         zero = p < smallest
         p.masked_fill_(zero, 0.0)
         l.masked_fill_(zero, 0.0)

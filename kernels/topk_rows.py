@@ -84,7 +84,9 @@ def _truncated(
     log_p_k, log_q_k = log_p.gather(-1, chosen), log_q.gather(-1, chosen)
     if tail == "renormalize":
         log_p_k = log_p_k - log_p_k.logsumexp(-1, keepdim=True)
-        log_q_k = log_q_k - log_q_k.logsumexp(-1, keepdim=True)
+        mass = log_q_k.logsumexp(-1, keepdim=True)
+        # A teacher that forbids them all has nothing to normalise, and the row is infinite.
+        log_q_k = log_q_k - mass.masked_fill(mass == float("-inf"), 0.0)
     p_k = log_p_k.exp()
     reached = ~(p_k < tiny)
     l = torch.where(reached, log_p_k - log_q_k, 0.0)

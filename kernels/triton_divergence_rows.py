@@ -40,6 +40,7 @@ from opcd_fast.kernels.triton_logits import (
     accumulate,
     check_logits,
     difference_of,
+    expm1,
     inner_and_outer,
     launch_shape,
     load_logits,
@@ -119,16 +120,9 @@ def _normaliser_kernel(
 
 
 @triton.jit
-def _expm1(x):
-    """exp(x) - 1 to a relative error of 1e-6."""
-    series = x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720))))))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
-
-
-@triton.jit
 def _log_ratio_to_mixture(l, w, rest):
     """x = log(p / m), m / p - 1 and m / p, for m = rest p + w q, rest = 1 - w and l = log(p / q)."""
-    excess = w * _expm1(-l)
+    excess = w * expm1(-l)
     ratio = rest + w * tl.exp(-l)
     # log1p(e) = 2 atanh(s)
     s = excess / (2.0 + excess)
@@ -149,7 +143,7 @@ def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE):
         # Where one side is -inf, l is wrong: if it is the student's, the row is infinite, and else q underflows.
         l = difference_of(z_s, z_t) - log_ratio
         terms = tl.where(q < SMALLEST, p, psi_terms(q, p, -l))
-        p_phi = tl.where((tl.abs(l) < 0.25) & (q >= SMALLEST), -p * _expm1(-l), p - q)
+        p_phi = tl.where((tl.abs(l) < 0.25) & (q >= SMALLEST), -p * expm1(-l), p - q)
     else:
         # Finite also where one is forbidden, or both (where the difference is not a number, and p = q = 0).
         l = z_s - z_t - log_ratio

@@ -60,6 +60,13 @@ def psi_terms(p, other, l):
     return tl.where(tl.abs(l) < 0.25, p * series, other - p + p * l)
 
 
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 to a relative error of 1e-6."""
+    series = x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720))))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+
+
 def check_logits(name: str, z: Tensor) -> None:
     """Raise ValueError for logits that the kernels cannot read."""
     if z.dtype != torch.float32 or z.stride(1) != 1:

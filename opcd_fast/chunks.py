@@ -7,11 +7,13 @@ several such chunks, because dW is read and written once for each of the latter.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from opcd_fast import sharding
-from opcd_fast.dual_chunks import run_dual
+from opcd_fast.dual_chunks import check_dual, run_dual
 from opcd_fast.kernels import reference
 from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, take
 from opcd_fast.row_operations import row_operation
@@ -25,6 +27,7 @@ from opcd_fast.workspace import (
     has_gradient_buffer,
     make_plan,
     pitch_of,
+    returned_dtype,
 )
 
 LOGITS_SCRATCH = 1 << 28  # bytes, for logits that exist already
@@ -52,34 +55,53 @@ def linear_divergence(
     n = total if rows.active is None else rows.active.shape[0]
     dtype, device = compute_dtype(h_s, w_s, h_t, w_t), h_s.device
     statistics = torch.zeros(len(reference.STATISTICS), total, dtype=dtype, device=device)
-    dh = torch.zeros_like(h_s, memory_format=torch.contiguous_format) if wanted.hidden else None
+    dh = torch.zeros(h_s.shape, dtype=returned_dtype(h_s.dtype), device=device) if wanted.hidden else None
     dw: Tensor | None = None
     if wanted.weight:
-        dw = torch.zeros(w_s.shape, dtype=dtype, device=device) if dw_into is None else dw_into
+        dw = dw_into
+        if dw is None:
+            # Its first chunk writes it whole but for the padding: a (V, D) of zeros would be a pass for nothing.
+            dw = torch.empty(w_s.shape, dtype=dtype, device=device)
+            dw[v if n > 0 else 0 :].zero_()
     db = torch.zeros(w_s.shape[0], dtype=dtype, device=device) if wanted.bias else None
+    if spec.projection == "dual":
+        check_dual(Side(h_s, w_s), Side(h_t, w_t), spec)
+    # Before anything that a rank might skip: the ranks of a sharded head meet here.
+    place = sharding.slices(spec, wanted, n, device) if spec.group else (0, v)
     if n > 0:
         if rows.hidden:
             seen = (rows.weights != 0).unsqueeze(1)
             h_s, h_t = torch.where(seen, h_s, 0), torch.where(seen, h_t, 0)
         student, teacher = Side(h_s, w_s[:v]), Side(h_t, w_t[:v])
-        # Added to somebody's running sum, dW must carry its factor from the start.
-        dw_factor = 1.0 if dw_into is None else float(rows.factor)
-        run = run_dual if spec.projection == "dual" else _run
-        run(
+        if h_s.is_cuda and h_s.dtype != w_s.dtype and torch.float64 not in (h_s.dtype, w_s.dtype):
+            warnings.warn(
+                f"student_hidden is {h_s.dtype} and its head {w_s.dtype}: exact, but in float32 GEMMs, which are slow; "
+                "hand over both in bf16 (head.weight.bfloat16()) for fast ones",
+                stacklevel=2,
+            )
+        # A factor that is a number rides on the product. One on the device waits until the end, unless dW is added to
+        # somebody's running sum.
+        late = dw_into is None and isinstance(rows.factor, Tensor)
+        dw_factor = 1.0 if late else float(rows.factor)
+        arguments = (
             student, _valid(b_s, v, dtype), teacher, _valid(b_t, v, dtype), rows, spec, wanted, statistics,
-            dh, None if dw is None else dw[:v], dw_factor, None if db is None else db[:v],
+            dh, None if dw is None else dw[:v], dw_factor, dw_into is None, None if db is None else db[:v],
         )  # fmt: skip
+        if spec.projection == "dual":
+            run_dual(*arguments)
+        else:
+            _run(*arguments, *place)
         if rows.hidden:
             statistics = torch.where(seen.t(), statistics, 0)
-    if dw is not None and dw_into is None:
-        _scale(dw, rows.factor)
+    if dw is not None and dw_into is None and isinstance(rows.factor, Tensor):
+        dw.mul_(rows.factor)
     if db is not None:
         _scale(db, rows.factor)
     return (
         statistics,
         dh,
-        None if dw is None or dw_into is not None else dw.to(w_s.dtype),
-        None if db is None or b_s is None else db.to(b_s.dtype),
+        None if dw is None or dw_into is not None else dw.to(returned_dtype(w_s.dtype)),
+        None if db is None or b_s is None else db.to(returned_dtype(b_s.dtype)),
     )
 
 
@@ -104,14 +126,16 @@ def _run(
     dh: Tensor | None,
     dw: Tensor | None,
     dw_factor: float,
+    fresh: bool,  # dW holds nothing yet
     db: Tensor | None,
+    first_column: int,  # of this rank's slice of the vocabulary
+    columns: int,  # of the largest slice; v unless the head is sharded
 ) -> None:
     active = rows.active
     n = student.h.shape[0] if active is None else active.shape[0]
     v, pitch, device = spec.vocab_size, pitch_of(spec.vocab_size), student.h.device
     dtype = compute_dtype(*student, *teacher)
     operation = row_operation(spec, n)
-    first_column, columns = sharding.slices(spec.group, v, device) if spec.group else (0, v)
     plan = make_plan(n, [student, teacher], columns, spec, wanted, operation.planes + operation.temporaries)
     run_rows = row_operation(spec, plan.logit_rows, first_column).run
     weight_s = Weight(student, dtype, plan.tile, spec.backend)
@@ -148,7 +172,7 @@ def _run(
             _scale(part, rows.factor)
             dh[slice(first, last) if active is None else active[first:last]] = part.to(dh.dtype)
         if dw is not None:
-            add_weight_gradient(dw, g, h_big, weight_s, dw_factor)
+            add_weight_gradient(dw, g, h_big, weight_s, dw_factor, fresh=fresh and first == 0)
         if db is not None:
             db.add_(g.sum(dim=0, dtype=db.dtype))
 
@@ -170,10 +194,14 @@ def logits_divergence(
     n = total if rows.active is None else rows.active.shape[0]
     dtype, device = compute_dtype(logits_s, logits_t), logits_s.device
     kl = torch.zeros(total, dtype=dtype, device=device)
-    gradient = torch.zeros_like(logits_s, memory_format=torch.contiguous_format) if wanted else None
+    gradient = torch.zeros(logits_s.shape, dtype=returned_dtype(logits_s.dtype), device=device) if wanted else None
     if n == 0:
         return kl, gradient
-    if spec.backend == "native" and rows.active is None and _readable(logits_s) and _readable(logits_t):
+    if rows.hidden:
+        seen = (rows.weights != 0).unsqueeze(1)
+        logits_s, logits_t = torch.where(seen, logits_s, 0), torch.where(seen, logits_t, 0)
+    all_rows = rows.active is None and not rows.hidden
+    if spec.backend == "native" and all_rows and _readable(logits_s) and _readable(logits_t):
         # The library reads bf16 as it is, leaves the logits alone and rounds the gradient once.
         computed = torch.zeros(len(reference.STATISTICS), n, dtype=dtype)
         weights = rows.weights * rows.factor
@@ -198,4 +226,6 @@ def logits_divergence(
         if gradient is not None:
             _scale(z_s, rows.factor)
             gradient[chosen] = z_s.to(gradient.dtype)
+    if rows.hidden:
+        kl = torch.where(seen.squeeze(1), kl, 0)
     return kl, gradient

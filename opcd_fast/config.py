@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from opcd_fast.divergences import check_divergence
+from opcd_fast.divergences import ALPHA, BETA, TAIL, K, check_divergence, unused_parameter
 from opcd_fast.errors import InputError
 
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
@@ -46,13 +46,13 @@ class OPCDConfig:
     divergence: str = "reverse_kl"
     """"reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", or
     "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations always report the reverse KL."""
-    beta: float = 0.5
+    beta: float = BETA
     """Of "jsd": weight of the teacher's half; 0 is the forward, 1 the reverse KL."""
-    alpha: float = 0.1
+    alpha: float = ALPHA
     """Of the skewed divergences: share of the first model in the mixture."""
-    k: int = 256
+    k: int = K
     """Of "topk_reverse_kl": how many of the student's most likely tokens count."""
-    tail: str = "none"
+    tail: str = TAIL
     """Of "topk_reverse_kl": what becomes of the other tokens: "none" (left out), "renormalize" or "bucket"."""
     normalize: str = "sequence"
     """"sequence": mean over answers of the mean over their tokens (the paper's Eq. 1); "token": mean over tokens."""
@@ -137,6 +137,9 @@ class OPCDConfig:
             check_divergence(self.divergence, self.beta, self.alpha, self.k, self.tail)
         except ValueError as error:
             raise InputError(str(error)) from error
+        unused = unused_parameter(self.divergence, self.beta, self.alpha, self.k, self.tail)
+        if unused is not None:
+            raise InputError(f"{unused} is set, but divergence={self.divergence!r} has no {unused}; drop one of them")
         one_of("teacher_mode", "frozen")
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")

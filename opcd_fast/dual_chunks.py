@@ -64,15 +64,15 @@ def run_dual(
     dh: Tensor | None,
     dw: Tensor | None,
     dw_factor: float,
+    fresh: bool,
     db: Tensor | None,
 ) -> None:
-    """As `chunks._run`: statistics of the active rows, dH scaled by the factor, dW and db added up unscaled (dW times
-    dw_factor)."""
+    """As `chunks._run`: statistics of the active rows, dH scaled by the factor, dW times dw_factor (written if it is
+    fresh, else added), db added up unscaled."""
     from opcd_fast.kernels.dual_projection import dual_projection
     from opcd_fast.kernels.dual_rows import dual_gradient
     from opcd_fast.kernels.linear_statistics import linear_statistics
 
-    check_dual(student, teacher, spec)
     active, device, v = rows.active, student.h.device, spec.vocab_size
     n = student.h.shape[0] if active is None else active.shape[0]
     transforms: dict[str, Any] = {
@@ -139,7 +139,7 @@ def run_dual(
                 part.mul_(rows.factor)
             dh[slice(first, last) if active is None else active[first:last]] = part.to(dh.dtype)
         if dw is not None:
-            add_weight_gradient(dw, g, h_big.to(operand), weight, dw_factor)
+            add_weight_gradient(dw, g, h_big.to(operand), weight, dw_factor, fresh=first == 0 and fresh)
         if db is not None:
             db.add_(g.sum(dim=0, dtype=db.dtype))
 
@@ -151,6 +151,8 @@ def _make_plan(n: int, student: Side, teacher: Side, spec: Spec, wanted: Wanted,
     Raises ValueError when the workspace does not hold one row.
     """
     pitch = pitch_of(spec.vocab_size)
+    budget = spec.workspace_bytes
+    default = DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE
     tile, fixed = upcast_tile([student], torch.float32, spec.vocab_size)
     ratio = GRADIENT_CHUNKS if wanted.weight else 1
     # Merging the tiles takes about twice their size once more.
@@ -161,9 +163,8 @@ def _make_plan(n: int, student: Side, teacher: Side, spec: Spec, wanted: Wanted,
     width = student.h.shape[1]
     per_row = 2 * pitch + of_tiles + teacher.h.shape[1] * teacher.h.dtype.itemsize
     per_row += ratio * (2 * pitch + own_g + 4 * 4 * width)
-    budget = spec.workspace_bytes
     if budget is None:
-        budget = max(fixed + per_row, DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE)
+        budget = max(fixed + per_row, default)
     if budget < fixed + per_row:
         raise ValueError(
             f"workspace_bytes is {budget}, too small for one row of {spec.vocab_size} logits; "

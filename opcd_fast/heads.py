@@ -30,6 +30,16 @@ class LMHead:
     group: Any = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.weight, Tensor) and self.weight.numel() == 0 and hasattr(self.weight, "ds_shape"):
+            raise ValueError(
+                "LMHead: weight is partitioned by ZeRO-3 and empty on this rank; compute the loss inside "
+                "deepspeed.zero.GatheredParameters([weight]) or inside the module's forward"
+            )
+        for name, value in (("scale", self.scale), ("softcap", self.softcap)):
+            if isinstance(value, Tensor):
+                raise ValueError(
+                    f"LMHead: {name} is a tensor, and no gradient would reach it; pass its number, float({name})"
+                )
         if not isinstance(self.weight, Tensor):
             raise TypeError(f"LMHead: weight is a {type(self.weight).__name__}; pass a (V, D) tensor")
         if self.weight.ndim != 2 or not self.weight.is_floating_point():

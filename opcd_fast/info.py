@@ -74,7 +74,7 @@ def _torch() -> list[tuple[str, str]]:
     cpu = f"{torch.get_num_threads()} threads, bf16 arithmetic: {'yes' if cpu_has_bf16() else 'no'}"
     rows = [("torch", torch.__version__), ("cpu", cpu)]
     if not torch.cuda.is_available():
-        return [*rows, ("gpu", "none: the loss runs on its torch backend")]
+        return [*rows, ("gpu", "none: the loss runs on the CPU")]
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         size = found.total_memory / 2**30

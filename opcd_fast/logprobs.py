@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from opcd_fast import sharding
+from opcd_fast.exact import exactly
 from opcd_fast.heads import LMHead
 from opcd_fast.kernels import logprob_rows
 from opcd_fast.loss_inputs import as_head, check_finite, check_side, check_temperature, check_workspace, resolve_backend
 from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, take
+from opcd_fast.rows import refuse_capture
 from opcd_fast.spec import NOTHING, Spec, Wanted
 from opcd_fast.workspace import Side, compute_dtype, gradient_dtype, has_gradient_buffer, make_plan, pitch_of
 
@@ -43,16 +46,20 @@ def fused_linear_logprobs(
     leading = hidden.shape[:-1]
     if head.group is not None:
         raise ValueError("head is sharded over a group, which log-probabilities do not support; gather it first")
-    if not isinstance(token_ids, Tensor) or token_ids.shape != leading or token_ids.is_floating_point():
+    integers = isinstance(token_ids, Tensor) and not token_ids.is_floating_point() and token_ids.dtype != torch.bool
+    if not integers or token_ids.shape != leading:
         kind = f"{token_ids.dtype} {tuple(token_ids.shape)}" if isinstance(token_ids, Tensor) else type(token_ids)
         raise ValueError(f"token_ids is {kind}; expected integers of shape {tuple(leading)}, one per position")
-    h, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).to(hidden.device)
-    if os.environ.get("OPCD_CHECK") == "1":
-        check_finite({"": (h, head)}, ids >= 0)
-        if bool((ids >= head.valid_size).any()):
-            raise ValueError(f"token_ids holds {int(ids.max())}; the head has {head.valid_size} tokens")
-    weight, bias = sharding.whole(head.weight, "head"), sharding.whole(head.bias, "head.bias")
+    h, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).to(hidden.device, torch.int64)
+    refuse_capture(h.device, "fused_linear_logprobs")
+    weight, bias = sharding.whole(head.weight), sharding.whole(head.bias)
     assert weight is not None
+    check = os.environ.get("OPCD_CHECK") == "1"
+    if check:
+        check_finite({"": (h, replace(head, weight=weight, bias=bias))}, ids >= 0)
+    # On a device looking would synchronise; there such a token has probability 0.
+    if (check or not ids.is_cuda) and not torch.compiler.is_compiling() and bool((ids >= head.valid_size).any()):
+        raise ValueError(f"token_ids holds {int(ids.max())}; the head has {head.valid_size} tokens")
     trained = torch.is_grad_enabled()
     wanted = Wanted(
         trained and h.requires_grad, trained and weight.requires_grad,
@@ -89,7 +96,7 @@ def linear_logprobs_op(
         resolve_backend(backend, h.device, dtype), False,
     )  # fmt: skip
     wanted = Wanted(want_hidden, want_weight, want_bias)
-    with torch.autocast(h.device.type, enabled=False):
+    with exactly(h.device):
         logprobs, *found = _run(h, weight, bias, token_ids, upstream, spec, wanted, dtype)
     gradients = [h.new_empty(0) if gradient is None else gradient for gradient in found]
     return logprobs, gradients[0], gradients[1], gradients[2]
@@ -135,7 +142,7 @@ def _run(
     active = _active(token_ids, upstream)
     n = active.shape[0]
     logprobs = torch.zeros(h.shape[0], dtype=dtype, device=device)
-    dh = torch.zeros_like(h, memory_format=torch.contiguous_format) if wanted.hidden else None
+    dh = torch.zeros(h.shape, dtype=h.dtype, device=device) if wanted.hidden else None
     dw = torch.zeros(weight.shape, dtype=dtype, device=device) if wanted.weight else None
     db = torch.zeros(weight.shape[0], dtype=dtype, device=device) if wanted.bias else None
     if n > 0:

@@ -12,14 +12,14 @@ exist for a few rows at a time, in float32: rounded to bf16 they would put an er
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opcd_fast import sharding
-from opcd_fast.divergences import check_divergence
+from opcd_fast.divergences import ALPHA, BETA, TAIL, K, check_divergence
 from opcd_fast.heads import LMHead
 from opcd_fast.logprobs import fused_linear_logprobs
 from opcd_fast.loss_inputs import (
@@ -103,10 +103,11 @@ def fused_linear_reverse_kl(
         these that can run.
     accumulate_weight_grad: add dW to `student_head.weight.main_grad` (or to a float32 `.grad`) in forward, without
         a buffer of its own, and return none. Needs reduction="sum" or denominator=, a backward with an upstream
-        gradient of exactly 1, and no activation checkpointing around the call.
+        gradient of exactly 1, and no activation checkpointing around the call. The gradient is added when the loss is
+        computed, whether or not backward follows.
     projection: "fp32" writes float32 logits. "dual" keeps both logits of a tile in registers and writes two bytes of
         each: half the memory traffic at the accuracy of float32 logits, and none without a wanted gradient. Triton
-        alone; not measured on a device yet, hence no default.
+        alone; a KL beyond 80 nats is reported as about 80. Not measured on a device yet, hence no default.
 
     A row in which the teacher gives probability 0 to a token that the student gives more has kl = inf and
     gradient 0. With the environment variable OPCD_CHECK=1, NaN or infinite inputs raise an error naming the
@@ -132,10 +133,10 @@ def fused_linear_divergence(
     teacher_head: LMHead | Tensor,
     *,
     divergence: str = "reverse_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    k: int = 256,
-    tail: str = "none",
+    beta: float = BETA,
+    alpha: float = ALPHA,
+    k: int = K,
+    tail: str = TAIL,
     token_weights: Tensor | None = None,
     temperature: float = 1.0,
     reduction: str = "mean",
@@ -161,8 +162,9 @@ def fused_linear_divergence(
                            counts all other tokens as one more
 
     The forward KL is infinite, with gradient 0, where the student gives probability 0 to a token that the teacher
-    gives more; the JSD and the skewed divergences are always finite. All other arguments, the result and the errors
-    as in `fused_linear_reverse_kl`; `LossStats.token_kl` holds the value of the divergence asked for.
+    gives more; the JSD and the skewed divergences are always finite. A parameter of another divergence is checked and
+    not used. All other arguments, the result and the errors as in `fused_linear_reverse_kl`; `LossStats.token_kl`
+    holds the value of the divergence asked for.
     """
     student, teacher = as_head(student_head, "student_head"), as_head(teacher_head, "teacher_head")
     leading = check_pair(student_hidden, student, teacher_hidden, teacher)
@@ -173,17 +175,20 @@ def fused_linear_divergence(
             "group=None"
         )
     operator_reduction, factor, scalar = check_reduction(reduction, denominator)
-    weights = flat_weights(token_weights, leading)
+    weights = flat_weights(token_weights, leading, student_hidden.device)
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
-    h_t = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
-    if os.environ.get("OPCD_CHECK") == "1":
-        check_finite({"student_": (h_s, student), "teacher_": (h_t, teacher)}, weights)
-
-    weight, bias = sharding.whole(student.weight, "student_head"), sharding.whole(student.bias, "student_head.bias")
+    h_t = _outside_inference(teacher_hidden.detach(), reduction).reshape(-1, teacher_hidden.shape[-1])
+    weight, bias = sharding.whole(student.weight), sharding.whole(student.bias)
     with torch.no_grad():
-        weight_t = weight if teacher.weight is student.weight else sharding.whole(teacher.weight, "teacher_head")
-        bias_t = sharding.whole(teacher.bias, "teacher_head.bias")
+        weight_t = weight if teacher.weight is student.weight else sharding.whole(teacher.weight)
+        bias_t = sharding.whole(teacher.bias)
     assert weight is not None and weight_t is not None
+    if os.environ.get("OPCD_CHECK") == "1":
+        gathered = {
+            "student_": (h_s, replace(student, weight=weight, bias=bias)),
+            "teacher_": (h_t, replace(teacher, weight=weight_t, bias=bias_t)),
+        }
+        _check_on_all_ranks(gathered, weights, student)
     trained = torch.is_grad_enabled()
     wanted = Wanted(
         hidden=trained and h_s.requires_grad,
@@ -192,7 +197,9 @@ def fused_linear_divergence(
     )
     target = None
     if accumulate_weight_grad:
-        target = accumulation_target(student.weight, operator_reduction, scalar) if wanted.weight else None
+        target = accumulation_target(
+            student.weight, operator_reduction, scalar, compute_dtype(h_s, weight, h_t, weight_t)
+        ) if wanted.weight else None
     spec = Spec(
         scale_s=float(student.scale),
         scale_t=float(teacher.scale),
@@ -246,9 +253,10 @@ def reverse_kl(
     if student_logits.device != teacher_logits.device:
         raise ValueError(f"student_logits is on {student_logits.device}, teacher_logits on {teacher_logits.device}")
     leading, v = student_logits.shape[:-1], student_logits.shape[-1]
-    z_s, z_t = student_logits.reshape(-1, v), teacher_logits.detach().reshape(-1, v)
+    z_s = student_logits.reshape(-1, v)
+    z_t = _outside_inference(teacher_logits.detach(), reduction).reshape(-1, v)
     operator_reduction, factor, scalar = check_reduction(reduction, denominator)
-    weights = flat_weights(token_weights, leading)
+    weights = flat_weights(token_weights, leading, z_s.device)
     backend = resolve_backend("auto", z_s.device, compute_dtype(z_s, z_t))
     spec = Spec(1.0, 1.0, None, None, check_temperature(temperature), v, None, backend, all_statistics=False)
     if os.environ.get("OPCD_CHECK") == "1":
@@ -257,3 +265,23 @@ def reverse_kl(
     wanted = torch.is_grad_enabled() and z_s.requires_grad
     loss = LogitsReverseKL.apply(z_s, z_t, weights, scalar, operator_reduction, factor, spec, wanted)
     return loss.reshape(leading) if reduction == "none" else loss
+
+
+def _outside_inference(tensor: Tensor, reduction: str) -> Tensor:
+    """Autograd cannot keep an inference tensor, and "none" keeps the teacher's until backward."""
+    if reduction == "none" and not torch.compiler.is_compiling() and tensor.is_inference():
+        return tensor.clone()
+    return tensor
+
+
+def _check_on_all_ranks(sides: dict[str, tuple[Tensor, LMHead]], weights: Tensor | None, student: LMHead) -> None:
+    """A rank that raised alone would leave the others waiting for it."""
+    if student.group is None:
+        check_finite(sides, weights)
+        return
+    error: ValueError | None = None
+    try:
+        check_finite(sides, weights)
+    except ValueError as found:
+        error = found
+    sharding.raise_together(error, student.group.group_name, sides["student_"][0].device)

@@ -126,8 +126,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return backend
 
 
-def flat_weights(token_weights: Tensor | None, leading: torch.Size) -> Tensor | None:
-    """token_weights as (N,), after checking that they are one constant per token."""
+def flat_weights(token_weights: Tensor | None, leading: torch.Size, device: torch.device) -> Tensor | None:
+    """token_weights as (N,) on the device, after checking that they are one constant per token."""
     if token_weights is None:
         return None
     if not isinstance(token_weights, Tensor) or token_weights.shape != leading:
@@ -137,7 +137,7 @@ def flat_weights(token_weights: Tensor | None, leading: torch.Size) -> Tensor | 
         raise ValueError("token_weights requires grad, but is treated as a constant; pass token_weights.detach()")
     if token_weights.is_complex():
         raise ValueError(f"token_weights has dtype {token_weights.dtype}; expected bool or float")
-    return token_weights.reshape(-1)
+    return token_weights.reshape(-1).to(device)
 
 
 def check_reduction(reduction: str, denominator: float | Tensor | None) -> tuple[str, float, Tensor | None]:
@@ -164,6 +164,8 @@ def check_finite(sides: dict[str, tuple[Tensor, LMHead]], token_weights: Tensor 
     sides: name prefix ("student_", …) -> hidden states (N, D) and head.
     """
     active = None if token_weights is None else token_weights.nonzero().squeeze(1)
+    if token_weights is not None:
+        _first_bad("token_weights", "entry", token_weights.isfinite(), None)
     for prefix, (rows, _) in sides.items():
         used = rows if active is None else rows[active]
         _first_bad(f"{prefix}hidden", "row", used.isfinite().all(dim=-1), active)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from opcd_fast.chunks import linear_divergence, logits_divergence
+from opcd_fast.exact import exactly
 from opcd_fast.kernels.reference import STATISTICS
 from opcd_fast.loss_inputs import resolve_backend
+from opcd_fast.main_grad import placeholder
 from opcd_fast.rows import select_rows
 from opcd_fast.spec import NOTHING, Spec, Wanted
-from opcd_fast.workspace import compute_dtype
+from opcd_fast.workspace import compute_dtype, returned_dtype
 
 
 # ruff: noqa: UP007, UP045  (the operator's schema is inferred from these annotations; torch 2.10 reads Optional)
@@ -60,7 +62,7 @@ def linear_divergence_op(
         resolve_backend(backend, h_s.device, dtype), all_statistics, divergence, parameter, tail, group, projection,
     )  # fmt: skip
     rows = select_rows(token_weights, h_s.shape[0], reduction, denominator, factor, dtype, h_s.device)
-    with torch.autocast(h_s.device.type, enabled=False):
+    with exactly(h_s.device):
         wanted = Wanted(want_hidden, want_weight, want_bias)
         statistics, dh, dw, db = linear_divergence(h_s, w_s, b_s, h_t, w_t, b_t, rows, spec, wanted, dw_into)
         loss = _reduce(statistics[0], rows.weights, rows.factor, reduction)
@@ -79,10 +81,14 @@ def _(
     return (
         loss,
         h_s.new_empty((len(STATISTICS), count), dtype=dtype),
-        h_s.new_empty(h_s.shape if want_hidden else (0,)),
-        w_s.new_empty(w_s.shape) if want_weight and dw_into is None else h_s.new_empty(0),
-        b_s.new_empty(b_s.shape) if want_bias else h_s.new_empty(0),
+        _like(h_s) if want_hidden else h_s.new_empty(0),
+        _like(w_s) if want_weight and dw_into is None else h_s.new_empty(0),
+        _like(b_s) if want_bias else h_s.new_empty(0),
     )
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape, dtype=returned_dtype(tensor.dtype))
 
 
 def _reduce(kl: Tensor, weights: Tensor, factor: float | Tensor, reduction: str) -> Tensor:
@@ -117,7 +123,9 @@ class LinearDivergence(torch.autograd.Function):
             h_s, w_s, b_s, h_t, w_t, b_t, token_weights, denominator, dw_into,
             *(NOTHING if late else wanted), reduction, factor, *astuple(spec),
         )  # fmt: skip
-        ctx.late, ctx.spec, ctx.wanted, ctx.accumulated = late, spec, wanted, dw_into is not None
+        ctx.late, ctx.spec, ctx.wanted = late, spec, wanted
+        ctx.accumulated = w_s if dw_into is not None else None
+        ctx.dtypes = (h_s.dtype, w_s.dtype, None if b_s is None else b_s.dtype)
         if late:
             ctx.save_for_backward(h_s, w_s, b_s, h_t, w_t, b_t, token_weights)
         else:
@@ -138,11 +146,15 @@ class LinearDivergence(torch.autograd.Function):
                 h_s, w_s, b_s, h_t, w_t, b_t, weights, None, None, *ctx.wanted, "sum", 1.0, *astuple(ctx.spec)
             )
         else:
-            if ctx.accumulated:
+            if ctx.accumulated is not None:
                 _require_one(upstream)
             gradients = [scaled(gradient, upstream) for gradient in ctx.saved_tensors]
-        asked = (ctx.wanted.hidden, ctx.wanted.weight and not ctx.accumulated, ctx.wanted.bias)
-        return (*(g if want else None for g, want in zip(gradients, asked, strict=True)), *(None,) * 10)
+        found = [
+            g.to(dtype) if want else None for g, want, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True)
+        ]
+        if ctx.accumulated is not None:
+            found[1] = placeholder(ctx.accumulated)
+        return (*found, *(None,) * 10)
 
 
 class LogitsReverseKL(torch.autograd.Function):
@@ -152,8 +164,9 @@ class LogitsReverseKL(torch.autograd.Function):
         rows = select_rows(
             token_weights, z_s.shape[0], reduction, denominator, factor, compute_dtype(z_s, z_t), z_s.device
         )
-        kl, gradient = logits_divergence(z_s, z_t, rows, spec, wanted and not late)
-        ctx.late, ctx.spec = late, spec
+        with exactly(z_s.device):
+            kl, gradient = logits_divergence(z_s, z_t, rows, spec, wanted and not late)
+        ctx.late, ctx.spec, ctx.dtype = late, spec, z_s.dtype
         if late and wanted:
             ctx.save_for_backward(z_s, z_t, token_weights)
         else:
@@ -163,14 +176,16 @@ class LogitsReverseKL(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
+        gradient: Any
         if ctx.late:
             z_s, z_t, token_weights = ctx.saved_tensors
             weights = upstream if token_weights is None else torch.where(token_weights != 0, upstream, 0)
             rows = select_rows(weights, z_s.shape[0], "sum", None, 1.0, compute_dtype(z_s, z_t), z_s.device)
-            _, gradient = logits_divergence(z_s, z_t, rows, ctx.spec, True)
+            with exactly(z_s.device):
+                _, gradient = logits_divergence(z_s, z_t, rows, ctx.spec, True)
         else:
             gradient = scaled(ctx.saved_tensors[0], upstream)
-        return (gradient, *(None,) * 7)
+        return (gradient.to(ctx.dtype), *(None,) * 7)
 
 
 def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -5,8 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opcd_fast.rows import refuse_capture
 
-def accumulation_target(weight: Tensor, reduction: str, denominator: Tensor | None) -> Tensor:
+
+def placeholder(weight: Tensor) -> Tensor | None:
+    """The gradient to return for a weight whose gradient has been added already.
+
+    Megatron's protocol: its data-parallel hook runs on any gradient, and a set `grad_added_to_main_grad` tells it that
+    the numbers in it mean nothing.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight, requires_grad=False)
+
+
+def accumulation_target(weight: Tensor, reduction: str, denominator: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`weight.main_grad` (Megatron's float32 buffer), else a float32 `weight.grad`, made here if there is none.
 
     Raises ValueError where adding to it in forward would give another gradient than backward does.
@@ -21,7 +36,10 @@ def accumulation_target(weight: Tensor, reduction: str, denominator: Tensor | No
             "accumulate_weight_grad=True needs student_head.weight to be the parameter itself, not a cast, a view or "
             "a DTensor of it; its gradient has nowhere else to go"
         )
-    if torch._C._current_graph_task_id() != -1:
+    if dtype == torch.float64:
+        raise ValueError("accumulate_weight_grad=True adds in float32, but some input is float64; pass False")
+    refuse_capture(weight.device, "accumulate_weight_grad=True")
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         raise ValueError(
             "accumulate_weight_grad=True inside a backward pass (activation checkpointing recomputes the loss) would "
             "add dW twice; call the loss outside the checkpointed region"

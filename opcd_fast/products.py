@@ -28,7 +28,7 @@ class Weight:
             and native.has_bf16_dot()
         )
         self.buffer: Tensor | None = None
-        if shares is not None and same_memory(self.weight, shares.weight):
+        if shares is not None and self.native == shares.native and same_memory(self.weight, shares.weight):
             self.buffer = shares.buffer
         elif not self.native and self.weight.dtype != dtype:
             self.buffer = torch.empty(tile, self.weight.shape[1], dtype=dtype, device=self.weight.device)
@@ -89,9 +89,12 @@ def hidden_gradient(g: Tensor, h: Tensor, weight: Weight) -> Tensor:
     return part
 
 
-def add_weight_gradient(dw: Tensor, g: Tensor, h: Tensor, weight: Weight, factor: float = 1.0) -> None:
-    """dW += factor * G.T h, accumulated in dw's dtype. dw: (V, D)."""
+def add_weight_gradient(
+    dw: Tensor, g: Tensor, h: Tensor, weight: Weight, factor: float = 1.0, fresh: bool = False
+) -> None:
+    """dW += factor * G.T h, accumulated in dw's dtype. dw: (V, D); fresh: it holds nothing yet, not even zeros."""
+    beta = 0.0 if fresh else 1.0
     if weight.native:
-        torch.addmm(dw, g.t(), h, alpha=factor, out_dtype=dw.dtype, out=dw)
+        torch.addmm(dw, g.t(), h, beta=beta, alpha=factor, out_dtype=dw.dtype, out=dw)
     else:
-        dw.addmm_(g.t(), h, alpha=factor)
+        dw.addmm_(g.t(), h, beta=beta, alpha=factor)

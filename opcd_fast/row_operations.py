@@ -34,9 +34,11 @@ def row_operation(spec: Spec, rows: int, first_column: int = 0) -> RowOperation:
         "all_statistics": spec.all_statistics,
     }
     if spec.divergence == "topk_reverse_kl":
-        planes = topk_rows.scratch_planes(spec.softcap_s)
+        planes, k = topk_rows.scratch_planes(spec.softcap_s), int(spec.parameter)
+        # About eight (block, k) tensors beside two of the whole width.
+        temporaries = 2 + -(-8 * min(k, spec.vocab_size) // spec.vocab_size)
         return RowOperation(
-            partial(topk_rows.topk_reverse_kl_rows, k=int(spec.parameter), tail=spec.tail, **options), planes, 2
+            partial(topk_rows.topk_reverse_kl_rows, k=k, tail=spec.tail, **options), planes, temporaries
         )
     if spec.divergence == "reverse_kl" and not spec.group:
         if spec.backend == "torch":

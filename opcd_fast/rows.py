@@ -20,12 +20,18 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def refuse_capture(device: torch.device, what: str) -> None:
+    """Raises RuntimeError while a CUDA graph is captured."""
+    if capturing(device):
+        raise RuntimeError(f"{what} synchronises with the device, which a CUDA graph cannot record; leave it outside")
+
+
 def select_rows(
     token_weights: Tensor | None,  # (N,)
     count: int,
     reduction: str,
     denominator: Tensor | None,  # scalar, of "mean"
-    factor: float,
+    factor: float | Tensor,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Rows:
@@ -48,16 +54,18 @@ def select_rows(
             if active.shape[0] == count:
                 active = None
     hidden = graph and token_weights is not None
+    if count == 0 or (active is not None and active.shape[0] == 0):
+        return Rows(weights, active, 0.0)  # whatever the denominator is: a micro-batch may be empty
     if reduction != "mean":
         return Rows(weights, active, factor, hidden)
     if denominator is not None:
         # Stays a tensor: a count that was summed over ranks on the device is used without a synchronisation.
-        return Rows(weights, active, denominator.detach().reshape(()).to(device, dtype).reciprocal(), hidden)
+        total = denominator.detach().reshape(()).to(device, dtype)
+        factor = torch.where(total > 0, total.reciprocal(), 0.0) if graph else total.reciprocal()
+        return Rows(weights, active, factor, hidden)
     if hidden:
         total = weights.sum()
         return Rows(weights, active, torch.where(total > 0, total.reciprocal(), 0.0), hidden)
-    if count == 0 or (active is not None and active.shape[0] == 0):
-        return Rows(weights, active, 0.0)
     total_weight = float(count) if token_weights is None else float(weights.sum())
     if not total_weight > 0:
         raise ValueError(

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opcd_fast.rows import refuse_capture
+from opcd_fast.spec import Spec, Wanted
+
 
 def gather(group: str) -> Callable[[Tensor], Tensor]:
     """A function (planes, n) -> (world, planes, n) that stacks every rank's tensor in rank order."""
@@ -39,15 +42,39 @@ def sum_(tensor: Tensor, group: str) -> Tensor:
     return tensor
 
 
-def slices(group: str, columns: int, device: torch.device) -> tuple[int, int]:
+def slices(spec: Spec, wanted: Wanted, rows: int, device: torch.device) -> tuple[int, int]:
     """(vocabulary entries on the ranks before this one, most entries on any rank); synchronises with a device once.
 
-    Chunks are cut for the largest slice: ranks that cut their own would not meet in the same collectives.
+    Chunks are cut for the largest slice: ranks that cut their own would not meet in the same collectives. For the
+    same reason all ranks must want the same gradients of the same rows in the same workspace.
+
+    Raises ValueError, on every rank, when they do not.
     """
     import torch.distributed as dist
 
-    sizes = [int(size) for size in gather(group)(torch.full((1, 1), float(columns), device=device)).view(-1).tolist()]
-    return sum(sizes[: dist.get_rank(_resolve(group))]), max(sizes)
+    refuse_capture(device, "a loss over a sharded head")
+    mine = [spec.vocab_size, rows, spec.workspace_bytes or 0, *(int(want) for want in wanted)]
+    # float64 holds every integer that occurs here
+    ranks = gather(spec.group)(torch.tensor(mine, dtype=torch.float64, device=device).unsqueeze(1)).squeeze(2).tolist()
+    for name, place in (("rows of non-zero weight", 1), ("workspace_bytes", 2), ("hidden states that require grad", 3),
+                        ("head weights that require grad", 4), ("head biases that require grad", 5)):  # fmt: skip
+        if len({rank[place] for rank in ranks}) > 1:
+            raise ValueError(
+                f"the ranks of a sharded head differ in {name}: {[int(rank[place]) for rank in ranks]}; they must "
+                "agree, because all of them compute the same loss"
+            )
+    sizes = [int(rank[0]) for rank in ranks]
+    return sum(sizes[: dist.get_rank(_resolve(spec.group))]), max(sizes)
+
+
+def raise_together(error: ValueError | None, group: str, device: torch.device) -> None:
+    """Raise the error that this rank has found, or that another one has, on every rank."""
+    found = gather(group)(torch.tensor([[float(error is not None)]], device=device))
+    if error is not None:
+        raise error
+    if bool(found.any()):
+        ranks = found.view(-1).nonzero().view(-1).tolist()
+        raise ValueError(f"the inputs on rank(s) {ranks} of the sharded head are not usable; see the error there")
 
 
 def _resolve(group: str) -> Any:
@@ -56,21 +83,14 @@ def _resolve(group: str) -> Any:
     return _resolve_process_group(group)  # type: ignore[arg-type]
 
 
-def whole(weight: Tensor | None, name: str) -> Tensor | None:
+def whole(weight: Tensor | None) -> Tensor | None:
     """The full tensor of a parameter that FSDP2 has sharded; a plain tensor as it is.
 
     The gradient that flows back is averaged over the ranks and sharded again, which is what FSDP2 does with the
     gradients of a module's own forward.
-
-    Raises ValueError for a parameter that DeepSpeed ZeRO-3 has partitioned: only its own context gathers those.
     """
     if weight is None:
         return None
-    if hasattr(weight, "ds_shape") and weight.numel() == 0:
-        raise ValueError(
-            f"{name} is partitioned by ZeRO-3 and empty on this rank; compute the loss inside "
-            "deepspeed.zero.GatheredParameters([head.weight]) or inside the module's forward"
-        )
     if not hasattr(weight, "full_tensor"):
         return weight
     from torch.distributed.tensor import DTensor, Partial

@@ -42,6 +42,12 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def returned_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How a gradient is kept until the upstream gradient is known: a loss scaler's 65536 would come too late for
+    one that was rounded to fp16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def runs_native(h: Tensor, weight: Tensor) -> bool:
     """Whether one GEMM can read both as they are and write float32. Only bf16 on a device: cuBLAS gives bf16
     inputs a float32 output, CPU libraries do not, and an fp16 gradient would underflow."""
@@ -96,6 +102,8 @@ def make_plan(rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, 
     width_s = student.h.shape[-1]
     others = sum(side.h.shape[-1] for side in sides[1:])
 
+    budget = spec.workspace_bytes
+    default = DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE
     tile, fixed = upcast_tile(sides, dtype, v)
     # Per logit row: a logit buffer a side and the teacher's hidden state. Per gradient row: the student's hidden
     # state, dH before and after its cast, and G where it has a buffer of its own.
@@ -106,9 +114,8 @@ def make_plan(rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, 
 
     block_row = planes * v * size
     smallest = fixed + per_row + block_row
-    budget = spec.workspace_bytes
     if budget is None:
-        budget = max(smallest, DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE)
+        budget = max(smallest, default)
     if budget < smallest:
         raise ValueError(
             f"workspace_bytes is {budget}, too small for one row of {v} logits; "

@@ -102,6 +102,21 @@ for call in (
     with pytest.raises(ValueError, match="group"):
         call()
 
+# What the ranks disagree in is an error on all of them, not a rank that waits for ever.
+part = w[mine].clone()
+for options in ({"workspace_bytes": 60_000 + rank}, {"token_weights": torch.ones(N) if rank else torch.zeros(N)}):
+    with pytest.raises(ValueError, match="ranks of a sharded head differ"):
+        fused_linear_divergence(h, LMHead(part, group=group), h_t, LMHead(part, group=group), **options)
+with pytest.raises(ValueError, match="differ in head weights that require grad"):
+    trained = LMHead(part.clone().requires_grad_(rank == 0), group=group)
+    fused_linear_divergence(h.clone().requires_grad_(), trained, h_t, LMHead(part, group=group))
+os.environ["OPCD_CHECK"] = "1"
+if rank == 0:
+    part[3, 2] = float("nan")
+with pytest.raises(ValueError, match="vocabulary row 3" if rank == 0 else r"rank\(s\) \[0\]"):
+    fused_linear_divergence(h, LMHead(part, group=group), h_t, LMHead(part, group=group))
+del os.environ["OPCD_CHECK"]
+
 # FSDP2 keeps parameters as DTensors. Each rank has its own rows; the gradient is the mean over ranks, sharded.
 mesh = init_device_mesh("cpu", (world,))
 parameter = torch.nn.Parameter(distribute_tensor(w.clone(), mesh, [Shard(0)]))

@@ -24,6 +24,8 @@ def test_the_papers_defaults():
         ({"divergence": "jsd", "beta": 2.0}, "beta"),
         ({"divergence": "skew_reverse_kl", "alpha": 1.0}, "alpha"),
         ({"divergence": "topk_reverse_kl", "tail": "drop"}, "tail"),
+        ({"beta": 0.3}, "beta is set"),
+        ({"divergence": "jsd", "k": 5}, "k is set"),
     ],
 )
 def test_a_divergence_with_a_bad_parameter_is_refused(settings, word):

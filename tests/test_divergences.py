@@ -197,6 +197,21 @@ def test_infinities_of_each_divergence(backend):
         assert not stats.token_kl.isnan().any()
 
 
+@pytest.mark.parametrize("tail", ["none", "renormalize", "bucket"])
+def test_a_teacher_that_forbids_all_of_the_students_top_is_infinite(tail, backend):
+    student, h, teacher, h_t = problem(rows=3, vocabulary=64)
+    bias = torch.zeros(64)
+    bias[(h[0] @ student.weight.T).topk(3).indices] = -INF
+    h_leaf = h.clone().requires_grad_()
+    kl = fused_linear_divergence(
+        h_leaf, student, h_t, LMHead(teacher.weight, bias), divergence="topk_reverse_kl", k=3, tail=tail,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    kl.backward(torch.ones(3))
+    assert kl[0] == INF and not kl.isnan().any()
+    assert not h_leaf.grad[0].any() and h_leaf.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"])
 def test_identical_models_have_no_loss_and_no_gradient(name, backend):
     student, h, _, _ = problem()

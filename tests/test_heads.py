@@ -156,3 +156,18 @@ def test_compiled_and_bf16_models_have_the_same_head():
     model = tiny("Granite").bfloat16()
     assert LMHead.from_model(model).scale == 1 / 8
     assert LMHead.from_model(torch.compile(model)).weight is model.lm_head.weight
+
+
+def test_what_a_loss_could_not_use_is_refused():
+    weight = torch.zeros(5, 4)
+    for options, words in (
+        ({"scale": torch.tensor(2.0)}, "scale is a tensor.*float"),
+        ({"softcap": torch.tensor(2.0)}, "softcap is a tensor"),
+        ({"group": "tp"}, "group is a str.*ProcessGroup"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LMHead(weight, **options)
+    partitioned = torch.nn.Parameter(torch.zeros(0))
+    partitioned.ds_shape = (5, 4)  # as DeepSpeed ZeRO-3 leaves a parameter
+    with pytest.raises(ValueError, match="ZeRO-3.*GatheredParameters"):
+        LMHead(partitioned)

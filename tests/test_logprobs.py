@@ -93,10 +93,16 @@ def test_bad_input_says_what_and_what_instead(monkeypatch):
         ((h, head, ids.float()), ["token_ids", "integers"]),
         ((h[..., :3], head, ids), ["hidden", "width 3", "16"]),
         ((h.long(), head, ids), ["hidden", "int64"]),
+        ((h, head, ids > 3), ["token_ids", "integers"]),
+        ((h, head, ids.clone().fill_(701)), ["token_ids holds 701", "701 tokens"]),
     ):
         with pytest.raises(ValueError) as error:
             fused_linear_logprobs(*arguments)
         assert all(word in str(error.value) for word in words), error.value
+    torch.testing.assert_close(
+        fused_linear_logprobs(h, head, ids.short()), fused_linear_logprobs(h, head, ids)
+    )
     monkeypatch.setenv("OPCD_CHECK", "1")
-    with pytest.raises(ValueError, match="token_ids holds 701"):
-        fused_linear_logprobs(h, head, ids.clone().fill_(701))
+    h[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="hidden: row 7"):
+        fused_linear_logprobs(h, head, ids)

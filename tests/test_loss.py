@@ -239,6 +239,30 @@ def test_reduction_none_has_gradients_for_any_upstream(backend):
     assert kl[1] == 0 and kl.isfinite().all() and h_leaf.grad.isfinite().all() and not h_leaf.grad[1].any()
 
 
+def test_a_micro_batch_without_weights_under_a_denominator_of_its_own(backend):
+    student, h, teacher, h_t = heads(rows=3)
+    for weights, rows in ((torch.zeros(3), 3), (torch.zeros(0), 0)):
+        h_leaf, weight = leaf(h[:rows]), leaf(student.weight)
+        loss = fused_linear_reverse_kl(
+            h_leaf, weight, h_t[:rows], teacher, token_weights=weights, denominator=weights.sum(), backend=backend
+        )
+        loss.backward()
+        assert float(loss.detach()) == 0.0 and not h_leaf.grad.any() and not weight.grad.any()
+
+
+def test_a_teacher_from_inference_mode_and_weights_from_another_dtype():
+    student, h, teacher, _ = heads(rows=4)
+    with torch.inference_mode():
+        h_t = h + 0.1
+    h_leaf = leaf(h)
+    fused_linear_reverse_kl(h_leaf, student, h_t, teacher, reduction="none").sum().backward()
+    z_leaf = leaf(h @ student.weight.T)
+    with torch.inference_mode():
+        z_t = h_t @ teacher.weight.T
+    reverse_kl(z_leaf, z_t, reduction="none").sum().backward()
+    assert h_leaf.grad.any() and z_leaf.grad.any()
+
+
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3])
 def test_upstream_gradient_and_a_second_backward(upstream):
     student, h, teacher, h_t = heads(dtype=torch.bfloat16)
@@ -435,6 +459,8 @@ def test_checks_name_the_first_bad_row(monkeypatch):
     h[4, 2] = float("nan")
     h_t[5, 0] = INF
     monkeypatch.setenv("OPCD_CHECK", "1")
+    with pytest.raises(ValueError, match="token_weights: entry 2"):
+        fused_linear_reverse_kl(h, student, h_t, teacher, token_weights=torch.tensor([1, 1, INF, 1, 1, 1]))
     with pytest.raises(ValueError, match="student_hidden: row 4"):
         fused_linear_reverse_kl(h, student, h_t, teacher)
     weights = torch.tensor([1.0, 1, 1, 1, 0, 1])

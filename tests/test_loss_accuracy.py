@@ -6,7 +6,7 @@ from loss_oracle import logits64, relative_error, states, token_kl64
 
 from opcd_fast import native, row_operations
 from opcd_fast.kernels import reference
-from opcd_fast.loss import LMHead, fused_linear_reverse_kl
+from opcd_fast.loss import LMHead, fused_linear_reverse_kl, reverse_kl
 
 # Lanes beyond the vocabulary compute inf - inf on the way to being masked; numpy says so, a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -77,6 +77,27 @@ def test_other_input_dtypes(dtype):
     assert h.grad.dtype == dtype
     if dtype == torch.float32:
         assert relative_error(h.grad, h64.grad) < 1e-4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fp16_gradients_survive_until_the_loss_scaler(reduction):
+    """A mean over many tokens lies below fp16's smallest numbers; the scaler's factor arrives in backward."""
+    h, w, h_t = states(64, 32, 1500, 0.03, torch.float16)
+    h64, w64 = h.double().requires_grad_(), w.double().requires_grad_()
+    scale = 65536.0
+    exact = token_kl64(logits64(h64, LMHead(w64)), logits64(h_t.half(), LMHead(w))).sum() / 131072
+    (exact * scale).backward()
+    h.requires_grad_(), w.requires_grad_()
+    options = {"denominator": 131072.0} if reduction == "mean" else {"reduction": "none"}
+    loss = fused_linear_reverse_kl(h, w, h_t.half(), w.detach(), **options)
+    ((loss if reduction == "mean" else loss.sum() / 131072) * scale).backward()
+    assert h.grad.dtype == w.grad.dtype == torch.float16
+    assert relative_error(h.grad, h64.grad) < 1e-3 and relative_error(w.grad, w64.grad) < 1e-3
+    z_s, z_t = (h.detach() @ w.detach().T).requires_grad_(), h_t.half() @ w.detach().T
+    z64 = z_s.detach().double().requires_grad_()
+    (token_kl64(z64, z_t.double()).sum() / 131072 * scale).backward()
+    (reverse_kl(z_s, z_t, denominator=131072.0) * scale).backward()
+    assert relative_error(z_s.grad, z64.grad) < 2e-3
 
 
 def test_identical_models_have_zero_loss_and_gradient(backend):

@@ -27,10 +27,10 @@ def bf16_gemms(monkeypatch):
         calls.append("mm")
         return mm(a.float(), b.float(), out=out)
 
-    def wide_addmm(c, a, b, out_dtype=None, *, alpha=1.0, out=None):
+    def wide_addmm(c, a, b, out_dtype=None, *, beta=1.0, alpha=1.0, out=None):
         assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == c.dtype == torch.float32
         calls.append("addmm")
-        return addmm(c, a.float(), b.float(), alpha=alpha, out=out)
+        return addmm(c, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
 
     def runs_native(h, weight):
         return h.dtype == weight.dtype == torch.bfloat16
@@ -74,6 +74,17 @@ def test_bf16_gradients_through_every_buffer_layout(bf16_gemms, backend, bytes_,
     assert relative_error(h.grad, h64.grad) < limit
     if train_head:
         assert relative_error(w.grad, w64.grad) < limit
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_one_shared_head_and_hidden_states_of_two_dtypes(bf16_gemms, dtypes):
+    """One side multiplies the head as it is, the other an upcast copy of it."""
+    h, w, h_t = states(9, 16, 610, 0.1)
+    h, h_t = h.to(dtypes[0]).requires_grad_(), h_t.to(dtypes[1])
+    h64 = h.detach().double().requires_grad_()
+    token_kl64(logits64(h64, LMHead(w)), logits64(h_t, LMHead(w))).mean().backward()
+    fused_linear_reverse_kl(h, w, h_t, w, backend="torch").backward()
+    assert "mm" in bf16_gemms and relative_error(h.grad, h64.grad) < 3e-3
 
 
 def test_the_device_gemms_exist_with_this_signature():

@@ -6,7 +6,13 @@ from loss_oracle import relative_error, states
 from torch.utils.checkpoint import checkpoint
 
 from opcd_fast import rows
-from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_logprobs, fused_linear_reverse_kl
+from opcd_fast.loss import (
+    LMHead,
+    fused_linear_divergence,
+    fused_linear_logprobs,
+    fused_linear_reverse_kl,
+    reverse_kl,
+)
 from opcd_fast.loss_operators import linear_divergence_op
 from opcd_fast.spec import Spec
 
@@ -109,15 +115,34 @@ def test_while_a_graph_is_captured_no_row_is_left_out_and_none_is_seen(monkeypat
             if bad:
                 h_leaf[1], teacher[5] = float("nan"), float("inf")
             h_leaf.requires_grad_()
-            for extra in ({}, {"denominator": torch.tensor(9.0)}):
-                loss, stats = fused_linear_reverse_kl(
+            found = []
+            for extra in ({}, {"denominator": torch.tensor(9.0)}, {"divergence": "jsd"}):
+                h_leaf.grad = w_leaf.grad = None
+                loss, stats = fused_linear_divergence(
                     h_leaf, w_leaf, teacher, w, token_weights=WEIGHTS, return_stats=True, **extra
                 )
-            loss.backward()
-            results.append((loss.detach(), h_leaf.grad, w_leaf.grad, stats.token_kl, stats.student_entropy))
+                loss.backward()
+                found += [loss.detach(), h_leaf.grad, w_leaf.grad, stats.token_kl, stats.student_entropy]
+            results.append(found)
     for other in results[1:]:
         for ours, first in zip(other, results[0], strict=True):
             torch.testing.assert_close(ours, first, rtol=1e-5, atol=1e-7)
+
+
+def test_logits_while_a_graph_is_captured(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    z_s, z_t = torch.randn(7, 33, generator=g), torch.randn(7, 33, generator=g)
+    leaf = z_s.clone().requires_grad_()
+    reverse_kl(leaf, z_t, token_weights=WEIGHTS).backward()
+    monkeypatch.setattr(rows, "capturing", lambda device: True)
+    z_s[1], z_t[5] = float("nan"), float("inf")
+    captured = z_s.clone().requires_grad_()
+    reverse_kl(captured, z_t, token_weights=WEIGHTS).backward()
+    torch.testing.assert_close(captured.grad, leaf.grad, rtol=1e-5, atol=1e-7)
+    kl = reverse_kl(z_s, z_t, token_weights=WEIGHTS, reduction="none")
+    assert kl.isfinite().all() and not kl[[1, 5]].any() and kl[[0, 2]].all()
+    with pytest.raises(RuntimeError, match="fused_linear_logprobs.*graph"):
+        fused_linear_logprobs(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))
 
 
 def test_no_weights_at_all_while_a_graph_is_captured(monkeypatch):
@@ -152,6 +177,17 @@ def test_the_weight_gradient_is_added_to_main_grad(dtype):
         assert torch.equal(before, added.main_grad)
 
 
+def test_megatrons_protocol_is_followed():
+    """Its hook needs some gradient to run on, and a flag that tells it not to read it."""
+    h, w, h_t = problem()
+    weight = torch.nn.Parameter(w.clone())
+    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.zeros(w.shape), False, True
+    seen = []
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append((p.grad is None, p.grad_added_to_main_grad)))
+    fused_linear_reverse_kl(h, weight, h_t, w, reduction="sum", accumulate_weight_grad=True).backward()
+    assert seen == [(False, True)] and not weight.grad.any() and weight.main_grad.any()
+
+
 def test_a_float32_grad_serves_as_main_grad():
     h, w, h_t = problem()
     plain, added = w.clone().requires_grad_(), w.clone().requires_grad_()
@@ -176,6 +212,7 @@ def test_main_grad_is_refused_where_it_would_be_wrong():
         ({"reduction": "mean"}, "denominator="),
         ({"weight": weight * 1.0}, "parameter itself"),
         ({"weight": w.bfloat16().requires_grad_()}, "main_grad"),
+        ({"weight": w.double().requires_grad_()}, "float64"),
     ):
         with pytest.raises(ValueError, match=words):
             call(**options)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 
 import triton
-from compile_reverse_kl_rows import loops, tool
+from compile_kernels import loops, tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

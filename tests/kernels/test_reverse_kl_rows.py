@@ -116,3 +116,21 @@ def test_logits_of_another_dtype_or_layout_are_refused():
     for wrong in (z_s.double(), z_s.T.contiguous().T):
         with pytest.raises(ValueError, match="z_s"):
             launched(wrong, z_t, None, None, weights, **PLAIN)
+
+
+def test_a_nan_in_one_row_leaves_the_others_alone():
+    """In plain PyTorch a block looks once whether any probability underflows; a NaN must not answer for it."""
+    z_s, z_t, _, _, weights = inputs(2, 64)
+    z_s[0, 3] = float("nan")
+    z_s[1, 5], z_t[1, 6] = -300.0, 300.0
+    statistics, g = specified(z_s, z_t, None, None, weights, **PLAIN)
+    alone, g_alone = specified(z_s[1:], z_t[1:], None, None, weights[1:], **PLAIN)
+    assert statistics[0, 0].isnan()
+    assert torch.equal(statistics[:, 1:], alone) and torch.equal(g[1:], g_alone)
+    floats, scratch = torch.zeros(5, 2), torch.empty(3, 2, 64)
+    z = z_s.clone()
+    reference.reverse_kl_rows(
+        z, z_t.clone(), None, None, weights, floats, z, all_statistics=True, scratch=scratch, **PLAIN
+    )
+    torch.testing.assert_close(floats[:, 1], alone[:, 0].float(), rtol=1e-4, atol=1e-5)
+    assert z[1].isfinite().all()

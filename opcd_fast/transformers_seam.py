@@ -58,7 +58,7 @@ def body_of(model: nn.Module) -> nn.Module:
 
 def _language_model(body: Any) -> nn.Module:
     text = body.config.get_text_config()
-    decoder = body.get_decoder() if text is not body.config and hasattr(body, "get_decoder") else None
+    decoder: Any = body.get_decoder() if text is not body.config and hasattr(body, "get_decoder") else None
     return decoder if getattr(decoder, "config", None) is text else body
 
 

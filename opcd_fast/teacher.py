@@ -94,6 +94,7 @@ class ContextTeacher:
         self._refused = {"merge": refuses_merge(self._body), "pad": refuses_pad(self._body)}
         self._rope_switch = rope_switch(self._body)
         self._told_of_switch = False
+        self._alone: bool | None = None  # whether concat runs one sequence at a time; None until it was checked
         self._path: str | None = None  # None until the first use has checked it
         self._reason = ""
         if path == "concat":
@@ -160,7 +161,8 @@ class ContextTeacher:
             f"contexts: {len(self._contexts)} of {sizes} tokens; adapter: {self._adapter}",
         ]
         if path == "concat":
-            lines.append("the context is read again for every sequence")
+            one = ", one at a time: a padded batch failed its check" if self._alone else ""
+            lines.append(f"the context is read again for every sequence{one}")
             lines.extend(self._prefixes.explain_store(unused="path 'concat' keeps no keys"))
         else:
             lines.extend(self._prefixes.explain())
@@ -241,7 +243,7 @@ class ContextTeacher:
             elif path == "pad":
                 hidden = pad_forward(self._body, self._prefixes_of(index), ids, row, index)
             else:
-                hidden = concat_forward(self._body, self._contexts, ids, row, index)
+                hidden = concat_forward(self._body, self._contexts, ids, row, index, alone=self._runs_alone())
         return hidden if select is None else hidden.index_select(0, select.to(device))
 
     @contextmanager
@@ -286,6 +288,17 @@ class ContextTeacher:
                 f"context_index: expected {batch} integers from 0 to {len(self._contexts) - 1}, got {index}"
             )
         return index
+
+    def _runs_alone(self) -> bool:
+        """Whether this model's padded batches are not to be trusted: then concat runs one sequence at a time."""
+        if self._alone is None:
+            measured, passed = verify(self._body, "concat")
+            self._alone = not passed
+            if self._alone:
+                logger.warning(
+                    "teacher: one sequence at a time, as a padded batch failed its check (%s)", measured
+                )
+        return self._alone
 
     def _crosses_rope_switch(self, row: PackedRow, index: list[int]) -> bool:
         """Whether contexts and sequences of this call lie on both sides of the length where longrope switches."""

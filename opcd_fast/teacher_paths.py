@@ -98,19 +98,25 @@ def _padded_after(body: nn.Module, prefix: SharedPrefix, sequences: list[Tensor]
 
 
 def concat_forward(
-    body: nn.Module, contexts: Sequence[Tensor], input_ids: Tensor, row: PackedRow, index: Sequence[int]
+    body: nn.Module,
+    contexts: Sequence[Tensor],
+    input_ids: Tensor,
+    row: PackedRow,
+    index: Sequence[int],
+    *,
+    alone: bool = False,
 ) -> Tensor:
     """Packed ids (N,) after their contexts -> (N, D), in one right-padded batch of context and sequence.
 
-    One sequence at a time where the longest of a batch would change the positions of all others.
+    One sequence at a time with `alone`, and where the longest of a batch would change the positions of all others.
     """
-    if moving_rope(body) and len(index) > 1:
-        alone = [
+    if (alone or moving_rope(body)) and len(index) > 1:
+        singles = [
             concat_forward(body, contexts, ids, packed_row(torch.tensor([0, len(ids)]), len(ids), ids.device), [which])
             for ids, which in zip(input_ids.split(list(row.lengths)), index, strict=True)
             if len(ids)
         ]
-        return torch.cat(alone)
+        return torch.cat(singles)
     placed = [contexts[i].to(input_ids.device) for i in index]
     pieces = [part for pair in zip(placed, input_ids.split(list(row.lengths)), strict=True) for part in pair]
     ends = torch.tensor([0] + [c.numel() + t for c, t in zip(placed, row.lengths, strict=True)]).cumsum(0)

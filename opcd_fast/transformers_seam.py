@@ -44,6 +44,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
 def body_of(model: nn.Module) -> nn.Module:
     """The part of a causal LM that ends in `last_hidden_state`, without the lm-head.
 
+    Of a model that also takes images or sound, the language model alone: given token ids only, the rest does nothing.
     Raises TypeError when `model` is not a transformers model.
     """
     lm = causal_lm(model)
@@ -52,7 +53,13 @@ def body_of(model: nn.Module) -> nn.Module:
         body = getattr(lm, "model", None)  # base_model_prefix of Llama-4 names an attribute that it does not have
     if not isinstance(body, nn.Module) or not hasattr(body, "config"):
         raise TypeError(f"model: expected a transformers causal LM (or PEFT around one), got {type(model).__name__}")
-    return body
+    return _language_model(body)
+
+
+def _language_model(body: Any) -> nn.Module:
+    text = body.config.get_text_config()
+    decoder: Any = body.get_decoder() if text is not body.config and hasattr(body, "get_decoder") else None
+    return decoder if getattr(decoder, "config", None) is text else body
 
 
 def run_body(

@@ -1,4 +1,4 @@
-"""The check of a path against `concat`, on small random models of the same kind."""
+"""The check of a path against sequences run alone, on small random models of the same kind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from opcd_fast.tiny_twin import VOCABULARY, has_window, tiny_twin
 _TOLERANCE_FP32 = 1e-4  # max |difference| of hidden states of order 1
 _TOLERANCE_HALF = 0.05  # relative RMS; a missing or wrong key gives differences of order 1
 
-_FORWARD = {"merge": merge_forward, "pad": pad_forward}
-
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
@@ -32,7 +30,9 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def verify(body: nn.Module, path: str) -> tuple[str, bool]:
-    """Run `path` ("merge" or "pad") and concat on tiny random models of `body`'s kind; (what came out, agreement).
+    """Run `path` ("merge", "pad" or "concat") on tiny random models of `body`'s kind; (what came out, agreement).
+
+    Against each sequence alone after its context, a plain forward without padding.
 
     In fp32, and once more in the model's own dtype when that is shorter, because other kernels run there. With
     windows smaller and larger than the contexts. Whatever cannot be tried does not agree.
@@ -59,14 +59,18 @@ def verify(body: nn.Module, path: str) -> tuple[str, bool]:
 
 
 def both(path: str, twin: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states of a ragged batch after three contexts, one of them empty, by `path` and by concat."""
+    """Hidden states of a ragged batch after three contexts, one of them empty: by `path`, and of each row alone."""
     contexts = [torch.arange(9) * 7 % VOCABULARY, torch.arange(5) * 11 % VOCABULARY, torch.arange(0)]
     lengths, index = [1, 4, 7, 2], [1, 0, 0, 2]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     ids = (torch.arange(sum(lengths)) * 5 % VOCABULARY).to(device)
     row = packed_row(bounds, ids.numel(), device)
-    # In chunks, as long contexts are read on merge, so that the check covers that too.
-    chunk = 4 if path == "merge" else 0
-    prefixes = {i: SharedPrefix.build(twin, c, chunk_tokens=chunk) for i, c in enumerate(contexts)}
-    got = _FORWARD[path](twin, prefixes, ids, row, index)
-    return got.double(), concat_forward(twin, contexts, ids, row, index).double()
+    if path == "concat":
+        got = concat_forward(twin, contexts, ids, row, index)
+    else:
+        # In chunks, as long contexts are read on merge, so that the check covers that too.
+        chunk = 4 if path == "merge" else 0
+        prefixes = {i: SharedPrefix.build(twin, c, chunk_tokens=chunk) for i, c in enumerate(contexts)}
+        forward = merge_forward if path == "merge" else pad_forward
+        got = forward(twin, prefixes, ids, row, index)
+    return got.double(), concat_forward(twin, contexts, ids, row, index, alone=True).double()

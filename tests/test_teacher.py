@@ -20,7 +20,7 @@ from tiny_models import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opcd_fast import attention, verification
+from opcd_fast import attention, teacher_paths, verification
 from opcd_fast import transformers_seam as seam
 from opcd_fast.expanded_cache import ExpandedLayer
 from opcd_fast.prefix import SharedPrefix
@@ -200,6 +200,25 @@ def test_planted_error_in_windows_steps_down(name, monkeypatch):
     honest_sizes = ExpandedLayer.get_mask_sizes
     monkeypatch.setattr(ExpandedLayer, "get_mask_sizes", lambda self, q: (honest_sizes(self, q)[0], 0))
     assert ContextTeacher(tiny_model(name), [1, 2]).path == "concat"
+
+
+def test_a_padded_batch_that_is_wrong_runs_one_by_one(monkeypatch, caplog):
+    # CPM-Ant, for one, takes padding for text.
+    honest = teacher_paths.padded_forward
+
+    def wrong_when_ragged(body, ids, row):
+        return honest(body, ids, row) * (1.01 if row.ragged else 1.0)
+
+    monkeypatch.setattr(teacher_paths, "padded_forward", wrong_when_ragged)
+    model = tiny_model()
+    (context,), sequences = random_ids(20), random_ids(5, 3)
+    ids, bounds = pack(sequences)
+    teacher = ContextTeacher(model, context, path="concat")
+    with caplog.at_level(logging.WARNING, "opcd_fast"):
+        for _ in range(2):
+            assert_close(teacher.hidden_states_packed(ids, bounds), reference(model, [context], sequences, [0, 0]))
+    assert len(caplog.records) == 1 and "one sequence at a time" in caplog.text
+    assert "one at a time" in teacher.explain()
 
 
 def test_a_model_that_cannot_be_tried_goes_through_concat(monkeypatch):
@@ -457,14 +476,16 @@ def test_shared_model_in_training_with_checkpointing(path):
     assert_close(got, reference(tiny_model(), [context], sequences, [0, 0]))
 
 
-def test_without_the_guard_the_count_raises(monkeypatch):
+@pytest.mark.parametrize("path", ["merge", "pad"])
+def test_without_the_guard_the_count_raises(path, monkeypatch):
     # transformers hands a checkpointed layer past_key_values=None: the context would be gone, silently.
     model = in_training()
-    (context,), (sequence,) = random_ids(20), random_ids(5)
-    teacher = ContextTeacher(model, context, path="merge")
+    # One token on pad: with more, the mask would not fit keys that lack the context, an error as well.
+    (context,), (sequence,) = random_ids(20), random_ids(5 if path == "merge" else 1)
+    teacher = ContextTeacher(model, context, path=path)
     teacher.hidden_states(sequence.unsqueeze(0))
     monkeypatch.setattr(seam, "scoring_mode", lambda model: nullcontext())
-    with pytest.raises(RuntimeError, match="did not get its context"):
+    with pytest.raises(RuntimeError, match="did not (get its|read the) context"):
         teacher.hidden_states(sequence.unsqueeze(0))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, WINDOW, build
 from tiny_models import pack, plain_after_context, random_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from opcd_fast import architectures, expanded_cache, tiny_twin, verification
 from opcd_fast import transformers_seam as seam
@@ -182,6 +182,17 @@ def test_the_student_packs_what_merges(name):
     got = packed_hidden_states(model, *pack(sequences))
     alone = plain(model, sequences, contexts_=[torch.zeros(0, dtype=torch.int64)] * 3)
     assert (got - alone).abs().max() <= TOLERANCE
+
+
+def test_the_language_model_of_a_model_that_sees_images():
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=ARCHITECTURES["gemma3"](), vision_config={**vision, "image_size": 28})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    teacher, error = largest_error(model)  # the oracle runs the whole model
+    assert teacher.path == "merge" and error <= TOLERANCE
+    assert teacher.head.weight is model.get_output_embeddings().weight
 
 
 # --- traps --------------------------------------------------------------------------------------------------

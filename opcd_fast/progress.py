@@ -30,21 +30,21 @@ class Progress:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=30),
-                TextColumn("KL {task.fields[kl]}  {task.fields[speed]} tokens/s"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
                 TimeRemainingColumn(),
             )
-            self._task = self._bar.add_task("", total=total, completed=done, kl="-", speed="-")
+            self._task = self._bar.add_task("", total=total, completed=done, loss="-", speed="-")
             self._bar.start()
 
-    def step(self, kl: float, tokens_per_second: float) -> None:
+    def step(self, loss: float, tokens_per_second: float) -> None:
         self._done += 1
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, kl=f"{kl:.4f}", speed=f"{tokens_per_second:.0f}")
+            self._bar.update(self._task, completed=self._done, loss=f"{loss:.4f}", speed=f"{tokens_per_second:.0f}")
         elif not self._quiet:
             spent = time.perf_counter() - self._start
             left = spent / (self._done - self._first) * (self._total - self._done)
             print(
-                f"step {self._done}/{self._total}  KL {kl:.4f}  {tokens_per_second:.0f} tokens/s  {_clock(left)} left",
+                f"step {self._done}/{self._total}  loss {loss:.4f}  {tokens_per_second:.0f} tokens/s  {_clock(left)} left",
                 flush=True,
             )
 

@@ -64,8 +64,8 @@ def test_progress_outside_a_terminal_is_plain_lines(capsys):
     progress.step(0.25, 120.0)
     progress.close()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 2/3  KL 0.5000  100 tokens/s") and lines[1] == "held-out"
-    assert lines[2].startswith("step 3/3  KL 0.2500") and "\x1b" not in "".join(lines)
+    assert lines[0].startswith("step 2/3  loss 0.5000  100 tokens/s") and lines[1] == "held-out"
+    assert lines[2].startswith("step 3/3  loss 0.2500") and "\x1b" not in "".join(lines)
 
 
 def test_plot_is_a_picture(tmp_path):

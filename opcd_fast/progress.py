@@ -43,8 +43,9 @@ class Progress:
         elif not self._quiet:
             spent = time.perf_counter() - self._start
             left = spent / (self._done - self._first) * (self._total - self._done)
+            speed = f"{tokens_per_second:.0f} tokens/s"
             print(
-                f"step {self._done}/{self._total}  loss {loss:.4f}  {tokens_per_second:.0f} tokens/s  {_clock(left)} left",
+                f"step {self._done}/{self._total}  loss {loss:.4f}  {speed}  {_clock(left)} left",
                 flush=True,
             )
 

@@ -126,8 +126,8 @@ class DensePair:
     the heads that share keys folded into the queries, since without a mask it does not matter where a query stands.
     """
 
-    kernel: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-    backward_kernel: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], Gradients]
+    kernel: Callable[..., tuple[Tensor, Tensor]]
+    backward_kernel: Callable[..., Gradients]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
         query, key, value = map(_computed_in, (query, key, value))

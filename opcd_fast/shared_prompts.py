@@ -54,13 +54,8 @@ def shared_prompt_hidden_states(
         place = place if select is None else place.index_select(0, select)
         return packed_hidden_states(model, input_ids.index_select(0, index), bounds, select=place)
     call = TreeCall(row)
-    hidden = forward_on_row(
-        body,
-        input_ids.index_select(0, row.order),
-        row.positions,
-        partial(_attention, body, call),
-        call.layers_done,
-    )
+    attention = partial(_attention, body, call)
+    hidden = forward_on_row(body, input_ids.index_select(0, row.order), row.positions, attention, call.layers_done)
     return hidden.index_select(0, row.back if select is None else row.back.index_select(0, select))
 
 
@@ -80,6 +75,7 @@ def refuses_sharing(model: nn.Module, *, training: bool | None = None) -> str | 
     if reason is not None:
         return reason
     dropout = seam.setting(seam.config_of(body), "attention_dropout")
+    dropout = max(dropout) if isinstance(dropout, list) else dropout
     if dropout and (body.training if training is None else training):
         return f"attention_dropout={dropout} is not in the kernels that merge prompt and continuation"
     return None

@@ -72,7 +72,9 @@ def check_fits(body: nn.Module, longest: int) -> None:
 
 def _packed(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
     call = PackedCall(row)
-    return forward_on_row(body, input_ids, row.offset_of_token, partial(_packed_attention, body, call), call.layers_done)
+    return forward_on_row(
+        body, input_ids, row.offset_of_token, partial(_packed_attention, body, call), call.layers_done
+    )
 
 
 @contextmanager

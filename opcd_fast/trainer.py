@@ -37,6 +37,7 @@ from opcd_fast.records import step_record, total_weight
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.seeds import digest, seeded, stream_seed
+from opcd_fast.shared_prompts import refuses_sharing
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
 
@@ -44,7 +45,7 @@ from opcd_fast.timing import Stopwatch
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes",
+    "max_prefix_bytes", "share_prompts",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -118,6 +119,7 @@ class OPCDTrainer:
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
         self.model, teacher = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype)
+        self.share_prompts = _shares_prompts(self.model, config)
         vocab_size = shared_vocabulary(self.model, teacher, tokenizer, teacher_tokenizer)
         same_weights = teacher is self.model
         self._adapter = "disabled" if same_weights else "active"
@@ -184,9 +186,9 @@ class OPCDTrainer:
                 denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
                 self.optimizer.zero_grad(set_to_none=True)
                 with seeded(stream_seed(config.seed, "dropout", step), self.device):
-                    for group in micro_batches(samples, config.micro_batch_tokens):
+                    for group in micro_batches(samples, config.micro_batch_tokens, share_prompts=self.share_prompts):
                         part, stats = context_kl(  # teacher with context, student without
-                            pack(group, normalize=config.normalize).to(self.device),
+                            pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
                             self.model,
                             self.teacher,
                             denominator=denominator,
@@ -346,6 +348,14 @@ class OPCDTrainer:
         self.folder.log(record)
         for callback in self.callbacks:
             callback(record)
+
+
+def _shares_prompts(model: Any, config: OPCDConfig) -> bool:
+    asked = config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts
+    reason = refuses_sharing(model, training=True) if asked else None
+    if reason is not None and config.share_prompts:
+        raise InputError(f"share_prompts=True: {reason}; leave it out")
+    return asked and reason is None
 
 
 def _check_finite(step: int, loss: float, norm: float) -> None:

@@ -217,7 +217,7 @@ class _AttentionAfterPrompts(torch.autograd.Function):
     """Children (1, H, C, d) after their prompts' keys and values -> (C, H_q, d)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -232,15 +232,13 @@ class _AttentionAfterPrompts(torch.autograd.Function):
         prompt, prompt_lse = pair.forward(query, prompt_key, prompt_value, row.prompt_spans, scale)
         weight = torch.sigmoid(prompt_lse - own_lse).unsqueeze(-1)
         out = torch.lerp(own.to(weight.dtype), prompt.to(weight.dtype), weight).to(query.dtype)
-        ctx.save_for_backward(
-            query, key, value, prompt_key, prompt_value, out, torch.logaddexp(own_lse, prompt_lse)
-        )
+        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, out, torch.logaddexp(own_lse, prompt_lse))
         ctx.row, ctx.scale = row, scale
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
         query, key, value, prompt_key, prompt_value, out, lse = ctx.saved_tensors
         row, scale, pair = ctx.row, ctx.scale, pair_for(query)
         # Both get the logsumexp over the keys of both phases, and the output of both.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import refuses_packing
+from opcd_fast.architectures import refuses_sharing
 from opcd_fast.student import check_fits, forward_on_row, packed_hidden_states, say_once
 from opcd_fast.tree_attention import TreeCall, TreeRow, tree_row
 
@@ -38,8 +38,8 @@ def shared_prompt_hidden_states(
     Returns (N, D) or (M, D) in the model's dtype, differentiable once. Adapters and gradient checkpointing act as
     `model` has them. So does dropout, except that a prompt's tokens are dropped alike for all of its continuations.
 
-    Where `refuses_sharing` has a reason, sequences run unshared, said once in the log. Raises ValueError for
-    malformed rows and for a prompt with continuation longer than the model's `max_position_embeddings`.
+    Where `architectures.refuses_sharing` has a reason, sequences run unshared, said once in the log. Raises ValueError
+    for malformed rows and for a prompt with continuation longer than the model's `max_position_embeddings`.
     """
     if input_ids.ndim != 1 or input_ids.is_floating_point():
         raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
@@ -47,7 +47,7 @@ def shared_prompt_hidden_states(
     seam.refuse_virtual_tokens(model)
     row = tree_row(cu_seqlens, parent, input_ids.numel(), input_ids.device)
     check_fits(body, row.longest)
-    reason = refuses_sharing(model)
+    reason = refuses_sharing(body, training=body.training)
     if reason is not None:
         say_once(f"shared prompts {type(body).__name__}", f"student: prompts are not shared, because {reason}")
         index, bounds, place = unshared(row)
@@ -63,22 +63,6 @@ def shared_prompt_hidden_states(
 def _attention(body: nn.Module, call: TreeCall) -> Iterator[None]:
     with seam.using_attention(body, call.attend):
         yield
-
-
-def refuses_sharing(model: nn.Module, *, training: bool | None = None) -> str | None:
-    """Why prompts cannot be shared in a forward of `model`, in words; None when they can.
-
-    training: whether the forward is one in training mode; None asks the model.
-    """
-    body = seam.body_of(model)
-    reason = refuses_packing(body)
-    if reason is not None:
-        return reason
-    dropout = seam.setting(seam.config_of(body), "attention_dropout")
-    dropout = max(dropout) if isinstance(dropout, list) else dropout
-    if dropout and (body.training if training is None else training):
-        return f"attention_dropout={dropout} is not in the kernels that merge prompt and continuation"
-    return None
 
 
 def unshared(row: TreeRow) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ keeps records.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ import torch
 
 from opcd_fast import checkpoint
 from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import refuses_sharing
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
@@ -37,9 +39,10 @@ from opcd_fast.records import step_record, total_weight
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.seeds import digest, seeded, stream_seed
-from opcd_fast.shared_prompts import refuses_sharing
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
+
+logger = logging.getLogger("opcd_fast")
 
 # Settings that may change between a run and its continuation without changing the steps already made.
 FREE_ON_RESUME = (
@@ -351,11 +354,14 @@ class OPCDTrainer:
 
 
 def _shares_prompts(model: Any, config: OPCDConfig) -> bool:
-    asked = config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts
-    reason = refuses_sharing(model, training=True) if asked else None
+    if not (config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts):
+        return False
+    reason = refuses_sharing(seam.body_of(model), training=True)
     if reason is not None and config.share_prompts:
         raise InputError(f"share_prompts=True: {reason}; leave it out")
-    return asked and reason is None
+    if reason is not None:
+        logger.warning("student: every answer has its own copy of the prompt, because %s", reason)
+    return reason is None
 
 
 def _check_finite(step: int, loss: float, norm: float) -> None:

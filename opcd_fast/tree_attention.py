@@ -25,10 +25,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opcd_fast.attention import PackedRow, PrefixGroup, packed_row, row_attention, windowed_attention
+from opcd_fast.attention import PackedRow, PrefixGroup, packed_row, row_attention
 from opcd_fast.attention_pairs import Spans, pair_for
 
 
@@ -54,10 +55,14 @@ class TreeRow:
         return tuple(group.length for group in self.children.groups)
 
     @functools.cached_property
+    def longest_child(self) -> int:
+        """Tokens of the longest child, its prompt included."""
+        return max((p + t for p, t in zip(self.children.prefix_lengths, self.children.lengths, strict=True)), default=0)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence, its prompt included."""
-        within = (p + t for p, t in zip(self.children.prefix_lengths, self.children.lengths, strict=True))
-        return max(self.roots.longest, max(within, default=0))
+        return max(self.roots.longest, self.longest_child)
 
     @functools.cached_property
     def positions(self) -> Tensor:
@@ -170,8 +175,8 @@ class TreeCall:
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: (1, H, N, d) queries, keys and values in the tree row's order.
 
-        Returns ((1, N, H_q, d), None). NotImplementedError for dropout and for scores that are capped, have sinks or a
-        bias; RuntimeError for keys that are not the row's own.
+        Values may be narrower than keys. Returns ((1, N, H_q, d_v), None). NotImplementedError for dropout and for
+        scores that are capped, have sinks or a bias; RuntimeError for keys that are not the row's own.
         """
         refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
         if dropout:
@@ -186,9 +191,12 @@ class TreeCall:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # Under autocast RoPE leaves queries and keys in fp32 while values are in the shorter type.
         query, key = query.to(value.dtype), key.to(value.dtype)
+        width = value.shape[-1]
+        if width < query.shape[-1]:  # kernels want one head size; the added zeros come out as zeros
+            value = F.pad(value, (0, query.shape[-1] - width))
         out = tree_attention(query, key, value, self.row, scale, sliding_window)
         self.layers_done.add(module.layer_idx)  # type: ignore[arg-type]
-        return out.unsqueeze(0), None
+        return out[..., :width].unsqueeze(0), None
 
 
 def tree_attention(
@@ -205,9 +213,9 @@ def tree_attention(
         return out
     query, key, value = query[:, :, roots:], key[:, :, roots:], value[:, :, roots:]
     prompt_key, prompt_value = root_key[:, :, :prompts], root_value[:, :, :prompts]
-    if window is not None and row.longest > window:
+    if window is not None and row.longest_child > window:
         key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        of_children = windowed_attention(query, key, value, row.children, row.prompt_lengths, scale, window)
+        of_children = row_attention(query, key, value, row.children, row.prompt_lengths, scale, window)
     else:
         of_children = _AttentionAfterPrompts.apply(query, key, value, prompt_key, prompt_value, row, scale)
     return torch.cat([out, of_children])

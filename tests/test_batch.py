@@ -74,8 +74,8 @@ def test_shared_prompts_occur_once_and_every_position_predicts_its_token():
     segments = [batch.student_ids[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:])]
     assert segments == [[7, 8, 9], [1, 2], [], [8], [4], [], [10, 11], [5, 6, 6]]
     assert batch.student_parent.tolist() == [-1, 0, 0, 0, -1, 4, 4, -1]
-    first_of = [2, 6, 2, 9, 2, 6]  # the prompt's last position, which siblings share
-    rest = [[3, 4], [], [], [10], [5], [7, 8]]
+    first_of = [2, 6, 2, 10, 2, 6]  # the prompt's last position, which siblings share
+    rest = [[3, 4], [], [], [11], [5], [7, 8]]
     expected = [[first, *others] for first, others in zip(first_of, rest)]
     assert batch.response_index_student.tolist() == [position for positions in expected for position in positions]
     apart = pack(samples)

@@ -269,7 +269,7 @@ def test_micro_batches_count_a_shared_prompt_once():
     assert split(129, True) == split(110, True) == [3, 1, 3]  # a run that no group holds is cut
     assert split(109, True) == [2, 2, 3]
     assert split(20, True) == [1] * 7
-    assert split(220, False) == [3, 3, 1]
+    assert split(220, False) == [3, 4]
     assert split(None, True) == [7]
     for bound in (20, 90, 129, 200):
         assert [s for g in micro_batches(samples, bound, share_prompts=True) for s in g] == samples

@@ -61,9 +61,10 @@ def refuses_sharing(body: nn.Module, *, training: bool) -> str | None:
     for has, what in ((_caps_scores(body), "cap on attention scores"), (_has_sinks(body), "attention sinks")):
         if has:
             return f"attention with shared prompts has no {what}"
-    dropout = seam.setting(seam.config_of(body), "attention_dropout")
-    if training and any(dropout if isinstance(dropout, list) else [dropout]):
-        return f"attention with shared prompts has no dropout, the model has attention_dropout={dropout}"
+    for name in ("attention_dropout", "attn_pdrop"):
+        dropout = seam.setting(seam.config_of(body), name)
+        if training and any(dropout if isinstance(dropout, list) else [dropout]):
+            return f"attention with shared prompts has no dropout, the model has {name}={dropout}"
     return None
 
 

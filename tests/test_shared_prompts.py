@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import architectures
 import pytest
@@ -187,16 +188,23 @@ def test_positions_may_repeat_and_their_gradients_add_up():
     torch.testing.assert_close(grad, wanted)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gemma2", "dropout"])
-def test_what_cannot_share_runs_unshared_and_says_so_once(case, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("llama", {"attention_dropout": 0.5}, "attention_dropout=0.5"),
+        ("llama-dynamic-rope", {}, "RoPE type 'dynamic'"),
+        ("gemma2", {}, "caps? .*attention"),
+        ("gpt2", {"attn_pdrop": 0.5}, "attn_pdrop=0.5|'gpt2'"),
+    ],
+)
+def test_what_cannot_share_runs_unshared_and_says_so_once(name, changes, reason, caplog, monkeypatch):
     monkeypatch.setattr(student, "_told", set())
-    model = tiny_models.tiny_model(**{"attention_dropout": 0.5} if case == "dropout" else {"name": case})
-    model.train(case == "dropout")
+    model = tiny_models.tiny_model(name, **changes).train()
     batch = pack(make_samples(), share_prompts=True)
     with caplog.at_level(logging.WARNING, "opcd_fast"):
         run(model, batch), run(model, batch)
     told = [record.message for record in caplog.records if "prompts are not shared" in record.message]
-    assert len(told) == 1 and ("attention_dropout=0.5" if case == "dropout" else case) in told[0]
+    assert len(told) == 1 and re.search(reason, told[0]), told
     model.eval()
     check_equal(model)
 

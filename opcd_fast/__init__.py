@@ -22,6 +22,7 @@ _HOME = {
     "ContextTeacher": "teacher",
     "SharedPrefix": "prefix",
     "packed_hidden_states": "student",
+    "shared_prompt_hidden_states": "shared_prompts",
     "Batch": "batch",
     "Sample": "batch",
     "pack": "batch",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prefix import SharedPrefix
     from opcd_fast.rollout import Completion, Rollout, TransformersRollout
+    from opcd_fast.shared_prompts import shared_prompt_hidden_states
     from opcd_fast.student import packed_hidden_states
     from opcd_fast.teacher import ContextTeacher
     from opcd_fast.trainer import OPCDTrainer, TrainResult

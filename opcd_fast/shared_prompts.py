@@ -69,7 +69,7 @@ def unshared(row: TreeRow) -> tuple[Tensor, Tensor, Tensor]:
     """The same sequences with a copy of the prompt in each.
 
     Returns (M,) the caller's token that each place of the expanded row holds, (B + 1,) int32 bounds of its sequences,
-    and (N,) where each of the caller's tokens is in it; a prompt's are in the first of its copies.
+    and (N,) where each of the caller's tokens is in it; a prompt's are in one of its copies.
     """
     prompts = len(row.children.groups)
     starts = [0, *accumulate((*row.roots.lengths, *row.children.lengths))]

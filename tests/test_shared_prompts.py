@@ -42,13 +42,13 @@ def run(model, batch):
     return shared_prompt_hidden_states(model, *row, batch.student_parent, select=batch.response_index_student)
 
 
-def both(model, samples):
+def both(model, samples, device="cpu"):
     """((hidden, gradients) with shared prompts, the same with copies)."""
     results = []
     for share in (True, False):
         model.zero_grad()
-        hidden = run(model, pack(samples, share_prompts=share))
-        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+        hidden = run(model, pack(samples, share_prompts=share).to(torch.device(device)))
+        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(device)
         (hidden * weight).sum().backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         results.append((hidden.detach(), grads))

@@ -164,7 +164,7 @@ def _check_length(teacher: ContextTeacher, i: int, context: int, tokens: int) ->
     if switch is not None and context <= switch < longest:
         raise ValueError(
             f"continuations[{i}]: {tokens} tokens after a context of {context} cross {switch} tokens, where the "
-            "model's RoPE moves the positions of the context too, so that its last hidden state is no longer the one that "
+            "model's RoPE moves the positions of the context too, so that its last hidden state no longer is what "
             "predicts the first token; use a shorter continuation or context"
         )
 

@@ -1,7 +1,8 @@
 """The one JSON schema of every benchmark result in this repository.
 
 A file is one `Report`: where it was measured, with what, and one `Row` per (case, implementation) of the loss, or
-one `TeacherRow` of the teacher. It is written again after every case, so a run that is killed leaves what it had, with `complete` false.
+one `TeacherRow` of the teacher. It is written again after every case, so a run that is killed leaves what it had, with
+`complete` false.
 """
 
 from __future__ import annotations

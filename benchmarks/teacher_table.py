@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _title(options: argparse.Namespace) -> tuple[str, str]:
-    """The benchmark's name, which starts its file's name, and the command; a part of the table has a name of its own."""
+    """The benchmark's name, which starts its file's name, and the command. A part of the table has its own name."""
     name, command = "teacher", "python -m benchmarks.teacher_table"
     if options.quick:
         name, command = name + "-quick", command + " --quick"

@@ -142,7 +142,8 @@ def _first_call(
         return outcome
     hidden, row.peak_bytes, reason = outcome
     notes = [one.note, reason]
-    if one.name == BOUND:
+    row.note = one.note
+    if one.name == BOUND:  # its buffers are made beforehand
         row.peak_bytes = None
         return taken[0]
     row.sequences_at_once = contender.at_once or row.batch

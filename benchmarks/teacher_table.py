@@ -104,7 +104,7 @@ def measure_case(case: Case, setting: Setting, model: str, exact: Tensor | None,
                 row.time_ms, row.status = Time(outcome, outcome, outcome, 1), "ok"
     timed = time_interleaved(
         {name: contender.call for name, contender in live.items()}, device,
-        seconds=seconds, warm=True, untimed=False, at_most=calls_left,
+        seconds=seconds, min_rounds=2 if device.type == "cuda" else 3, warm=True, untimed=False, at_most=calls_left,
     )  # fmt: skip
     for name, result in timed.items():
         if isinstance(result, Failure):
@@ -228,7 +228,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups", type=names, default=[], metavar="NAME,...", help=f"only of {groups}")
     parser.add_argument("--layers", type=int, help="of the model on a GPU; default: all of them")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--case-seconds", type=float, default=8.0, help="of timing a case; 3 rounds at least")
+    parser.add_argument("--case-seconds", type=float, default=8.0, help="of timing a case; 3 rounds at least, on a GPU 2")
     parser.add_argument("--limit-seconds", type=float, default=330.0, help="no case starts after this long")
     parser.add_argument("--note", dest="notes", action="append", default=[], help="kept in the file; repeat")
     return parser.parse_args(arguments)

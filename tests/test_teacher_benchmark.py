@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def test_modelled_speedups():
     assert teacher_model.speedups(QWEN3_8B, 8192, 512, 64) == pytest.approx((12.2, 14.8), abs=0.05)
     assert teacher_model.speedups(QWEN3_8B, 2048, 4096, 64) == pytest.approx((1.4, 1.4), abs=0.05)
     assert len(teacher_model.markdown()) == 4 + len(teacher_model.CASES)
+
+
+def test_figures_in_the_docs_are_the_model_s():
+    """docs/teacher.md quotes arithmetic, and says so."""
+    text = (ROOT / "docs" / "teacher.md").read_text(encoding="utf-8")
+    assert "python -m benchmarks.teacher_model" in text
+    row = r"^\| ([\d,]+) \| (\d+) of ([\d,]+) tokens \| ([\d.]+) \| ([\d.]+) \|$"
+    found = re.findall(row, text, re.MULTILINE)
+    assert len(found) == 4
+    for context, batch, response, kept, rebuilt in found:
+        sizes = [int(size.replace(",", "")) for size in (context, response, batch)]
+        assert [f"{value:.1f}" for value in teacher_model.speedups(QWEN3_8B, *sizes)] == [rebuilt, kept]
 
 
 # --- the contenders -----------------------------------------------------------------------------------------

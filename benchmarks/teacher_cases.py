@@ -97,30 +97,38 @@ def make_model(device: torch.device, quick: bool, layers: int | None = None) -> 
     """(model, its name for rows, what a reader must know of it).
 
     SmolLM2-135M-Instruct in float32 on a CPU; a Qwen3-8B of random weights in bfloat16 on a GPU, or its first
-    `layers` layers. Raises `InputError` when SmolLM2 is not installed.
+    `layers` layers. Raises `InputError` when SmolLM2 is not installed, ValueError for `layers` that cannot be had.
     """
+    if layers is not None and (quick or device.type != "cuda"):
+        raise ValueError("--layers is for the model on a GPU; leave it out")
     if quick:
         return tiny_model(device), "tiny Llama", "The model is a tiny Llama with random weights."
     if device.type == "cuda":
-        from transformers import AutoModelForCausalLM, Qwen3Config
-
-        shape = QWEN3_8B
-        config = Qwen3Config(
-            num_hidden_layers=layers or shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, intermediate_size=shape.intermediate,
-            max_position_embeddings=40_960, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            vocab_size=8192, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        name = "Qwen3-8B" if config.num_hidden_layers == shape.layers else f"{layers} layers of a Qwen3-8B"
-        note = f"The model has the shape of {name}, random weights and a vocabulary of 8,192, which no row reads."
-        return model.eval(), name, note
+        return _large_model(device, layers)
     from opcd_fast.models import load_model
 
     model = load_model("smollm2", dtype="float32", device="cpu")
     return model, "SmolLM2-135M", "The model is SmolLM2-135M-Instruct with its own weights."
+
+
+def _large_model(device: torch.device, layers: int | None) -> tuple[Any, str, str]:
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    shape = QWEN3_8B
+    if layers is not None and not 1 <= layers <= shape.layers:
+        raise ValueError(f"--layers: expected 1 to {shape.layers}, got {layers}")
+    config = Qwen3Config(
+        num_hidden_layers=layers or shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, intermediate_size=shape.intermediate,
+        max_position_embeddings=40_960, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        vocab_size=8192, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    name = "Qwen3-8B" if config.num_hidden_layers == shape.layers else f"{layers} layers of a Qwen3-8B"
+    note = f"The model has the shape of {name}, random weights and a vocabulary of 8,192, which no row reads."
+    return model.eval(), name, note
 
 
 def tiny_model(device: torch.device) -> Any:

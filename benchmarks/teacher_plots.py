@@ -26,9 +26,7 @@ def draw(report: Report, folder: Path, stem: str) -> list[tuple[str, Path]]:
     return written + figure(panels, _LABELS["batch"], PEAK, "Peak memory against the batch", path)
 
 
-def swept(
-    rows: Iterable[TeacherRow], size: str, value: Value, *, with_model: bool = False
-) -> dict[str, Points]:
+def swept(rows: Iterable[TeacherRow], size: str, value: Value, *, with_model: bool = False) -> dict[str, Points]:
     """Panels of the rows that differ in one size alone, where at least two values of it were measured."""
     chosen = [row for row in rows if row.group not in ("flex", "check") and row.implementation != BOUND]
     concat = {row.case: row for row in chosen if row.implementation == CONCAT}

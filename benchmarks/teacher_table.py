@@ -228,7 +228,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups", type=names, default=[], metavar="NAME,...", help=f"only of {groups}")
     parser.add_argument("--layers", type=int, help="of the model on a GPU; default: all of them")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--case-seconds", type=float, default=8.0, help="of timing a case; 3 rounds at least, on a GPU 2")
+    parser.add_argument(
+        "--case-seconds", type=float, default=8.0, help="of timing a case; 3 rounds at least, on a GPU 2"
+    )
     parser.add_argument("--limit-seconds", type=float, default=330.0, help="no case starts after this long")
     parser.add_argument("--note", dest="notes", action="append", default=[], help="kept in the file; repeat")
     return parser.parse_args(arguments)

@@ -120,9 +120,7 @@ def score_continuations(
     return ContinuationScores(torch.cat(pieces), torch.tensor(bounds, dtype=torch.int32))
 
 
-def _predicting(
-    teacher: ContextTeacher, rows: list[Tensor], index: list[int], first: list[Tensor | None]
-) -> Tensor:
+def _predicting(teacher: ContextTeacher, rows: list[Tensor], index: list[int], first: list[Tensor | None]) -> Tensor:
     """(N, D): for every token of `rows` the hidden state one position before it."""
     states: list[list[Tensor]] = []
     for state in first:

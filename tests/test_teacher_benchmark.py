@@ -15,7 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
 from benchmarks import report as report_page  # noqa: E402
-from benchmarks import teacher_implementations, teacher_model, teacher_plots, teacher_table, teacher_targets  # noqa: E402
+from benchmarks import (  # noqa: E402
+    teacher_cases,
+    teacher_implementations,
+    teacher_model,
+    teacher_plots,
+    teacher_table,
+    teacher_targets,
+)
 from benchmarks.measure import time_interleaved  # noqa: E402
 from benchmarks.schema import BOUND, TEACHER_GROUPS, Device, Report, TeacherRow, Time, from_json, read  # noqa: E402
 from benchmarks.teacher_cases import Case, cases, make_setting, references, select, tiny_model  # noqa: E402
@@ -110,6 +117,19 @@ def test_references_are_the_first_and_the_last_answer(setting):
     hidden = _contenders(setting, SMALL)["concat"].build(setting).call().view(3, 5, -1)
     torch.testing.assert_close(hidden[[0, 2]], exact, atol=1e-5, rtol=0)
     assert torch.equal(make_setting(setting.model, SMALL).answers, setting.answers)
+
+
+@pytest.mark.parametrize(("layers", "name"), [(None, "Qwen3-8B"), (3, "3 layers of a Qwen3-8B")])
+def test_the_model_on_a_gpu_has_the_modelled_shape(layers, name):
+    model, found, _ = teacher_cases._large_model(torch.device("meta"), layers)
+    assert found == name and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert Shape.of(model.config) == dataclasses.replace(QWEN3_8B, layers=layers or 36)
+    weights = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    assert 2 * weights == Shape.of(model.config).flops_per_token
+    longest = max(case.context + case.response for case in cases(torch.device("cuda"), quick=False))
+    assert longest <= model.config.max_position_embeddings
+    with pytest.raises(ValueError, match="1 to 36"):
+        teacher_cases._large_model(torch.device("meta"), 37)
 
 
 def test_concat_in_parts(setting, monkeypatch):
@@ -239,6 +259,8 @@ def test_no_case_starts_too_late_and_bad_arguments(tmp_path, capsys):
     assert status == 0 and {row.status for row in report.teacher if row.group != "check"} == {"skipped"}
     assert teacher_table.main(["--out", str(tmp_path), "--quick", "--groups", "speed"]) == 2
     assert "unknown group 'speed'" in capsys.readouterr().err
+    assert teacher_table.main(["--out", str(tmp_path), "--quick", "--layers", "2"]) == 2
+    assert "--layers is for the model on a GPU" in capsys.readouterr().err
 
 
 def test_rounds_of_slow_contenders():

@@ -112,6 +112,23 @@ def test_all_contenders_give_the_same_hidden_states(setting):
             assert contender.held() == copies.get(name, 1) * one, name
 
 
+def test_each_call_runs_the_tokens_that_its_limit_counts(setting):
+    """Kept prefixes are not read again, rebuilt ones in every call."""
+    seen: list[int] = []
+    mlp = setting.body.layers[0].mlp
+    hook = mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    try:
+        for name, implementation in _contenders(setting, SMALL).items():
+            contender = implementation.build(setting)
+            for _ in range(2):
+                seen.clear()
+                contender.call()
+                expected = {"concat": 3 * 25, BOUND: 0}.get(name, 3 * 5 + (20 if "rebuilt" in name else 0))
+                assert sum(seen) == expected, name
+    finally:
+        hook.remove()
+
+
 def test_references_are_the_first_and_the_last_answer(setting):
     exact = references(setting.model, [SMALL])[SMALL.name]
     hidden = _contenders(setting, SMALL)["concat"].build(setting).call().view(3, 5, -1)

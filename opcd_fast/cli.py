@@ -172,14 +172,14 @@ def _train(arguments: list[str]) -> int:
         read_context(context)
     prompts = read_prompts(command.prompts)
     held_out = None if command.eval_prompts is None else read_prompts(command.eval_prompts, "eval_prompts")
-    place = {"dtype": config.dtype, "device": config.device}
     tokenizer = load_tokenizer(command.model)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
         teacher_tokenizer = load_tokenizer(command.teacher_model)
-        teacher = load_model(command.teacher_model, **place)
+        place = config.device if config.teacher_device == "auto" else config.teacher_device
+        teacher = load_model(command.teacher_model, **_loading(config, config.teacher_quantization, place))
     trainer = OPCDTrainer(
-        load_model(command.model, **place),
+        load_model(command.model, **_loading(config, config.quantization, config.device)),
         tokenizer,
         context,
         prompts,
@@ -191,6 +191,16 @@ def _train(arguments: list[str]) -> int:
     result = trainer.train()
     print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
     return 0
+
+
+def _loading(config: OPCDConfig, quantization: str, device: str) -> dict[str, str]:
+    """Type and place to load a model with. What is to be packed waits on the CPU: whole it might not fit the GPU."""
+    from opcd_fast.models import pick_device, pick_dtype
+
+    if quantization == "none":
+        return {"dtype": config.dtype, "device": device}
+    dtype = pick_dtype(config.dtype, pick_device(device, make_current=False))
+    return {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
 
 
 def _generate(arguments: list[str]) -> int:

@@ -11,8 +11,9 @@ import torch
 
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.fingerprint import described
 from opcd_fast.heads import LMHead
-from opcd_fast.models import pick_device, refuse_unsupported, same_tokenizer
+from opcd_fast.models import pick_device, refuse_unsupported, same_device, same_tokenizer
 from opcd_fast.moving_teacher import MovingWeights, copy_of_trained
 from opcd_fast.quantized import is_quantized, keep_gradients, quantize_4bit
 from opcd_fast.seeds import seeded, stream_seed
@@ -126,19 +127,12 @@ def refuse_contradictions(
     if config.teacher_device == "auto":
         return device
     place = pick_device(config.teacher_device, name="teacher_device", make_current=False)
-    if shares and _index(place) != _index(device):
+    if shares and not same_device(place, device):
         raise InputError(
             f"teacher_device={config.teacher_device!r}: the teacher shares the student's weights on {device}; "
             "drop teacher_device, or give a teacher_model"
         )
     return place
-
-
-def _index(device: torch.device) -> tuple[str, int]:
-    """cuda without a number is the current device."""
-    if device.index is not None or device.type == "cpu":
-        return device.type, device.index or 0
-    return device.type, torch.cuda.current_device()
 
 
 def _placed(model: Any, device: torch.device, dtype: torch.dtype, quantization: str) -> Any:
@@ -219,7 +213,8 @@ def shared_vocabulary(student: Any, teacher: Any, tokenizer: Any, teacher_tokeni
 def fingerprint(model: Any) -> str:
     """Tells one set of weights from another: names, shapes, and the first values of every parameter, hashed."""
     seen = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    named = (part for name, parameter in model.named_parameters() for part in described(name, parameter))
+    for name, parameter in named:
         seen.update(f"{name} {tuple(parameter.shape)}".encode())
         seen.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return seen.hexdigest()

@@ -50,6 +50,16 @@ def pick_device(device: str = "auto", *, name: str = "device", make_current: boo
     return picked
 
 
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Whether both are one; cuda without a number is the current device."""
+
+    def place(device: torch.device) -> tuple[str, int]:
+        current = torch.cuda.current_device() if device.type == "cuda" and device.index is None else 0
+        return device.type, device.index or current
+
+    return place(a) == place(b)
+
+
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Compute type of a model's body.
 

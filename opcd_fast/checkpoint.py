@@ -24,7 +24,7 @@ TEACHER = "teacher.safetensors"
 
 @dataclass
 class Saved:
-    """What a step leaves behind: trained weights, the optimizer's state, and a moving teacher's average (or nothing)."""
+    """What a step leaves behind: trained weights, the optimizer's state, a moving teacher's average (or nothing)."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]

@@ -58,8 +58,8 @@ class OPCDConfig:
     normalize: str = "sequence"
     """"sequence": mean over answers of the mean over their tokens (the paper's Eq. 1); "token": mean over tokens."""
     teacher_mode: str = "frozen"
-    """"frozen": the teacher keeps the weights it starts with. "live": it has the student's present ones. "ema": a moving
-    average of them. "periodic": a copy of them, made anew every `teacher_sync_every` steps."""
+    """"frozen": the teacher keeps the weights it starts with. "live": it has the student's. "ema": a moving average of the
+    student's. "periodic": a copy of the student's, made anew every `teacher_sync_every` steps."""
     teacher_ema_decay: float = EMA_DECAY
     """Of "ema": share of the average kept at each step; it looks back over about 1 / (1 - decay) steps."""
     teacher_sync_every: int = SYNC_EVERY
@@ -69,7 +69,7 @@ class OPCDConfig:
     teacher_quantization: str = "none"
     """"none", or "4bit": pack a teacher with weights of its own to NF4 (needs bitsandbytes)."""
     quantization: str = "none"
-    """"none", or "4bit": pack the base under the adapter to NF4, for student and teacher (QLoRA; needs bitsandbytes)."""
+    """"none", or "4bit": pack the base under the adapter to NF4 for both models (QLoRA; needs bitsandbytes)."""
     lora_rank: int = 0
     """0: full fine-tuning with fp32 master weights; above: LoRA, and the base with the adapter off is the teacher."""
     lora_alpha: int | None = None

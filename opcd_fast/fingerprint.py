@@ -31,12 +31,13 @@ class NoFingerprintError(ValueError):
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     """Hexadecimal SHA-256 over names, shapes, dtypes and every byte of the tensors, in the order given.
 
-    Weights that bitsandbytes packed to 4 bits are described by their bytes and all of their scales. Raises NoFingerprintError for tensor subclasses (quantized, distributed), whose meaning is not all in their bytes,
+    Weights that bitsandbytes packed to 4 bits are described by their bytes and all of their scales. Raises
+    NoFingerprintError for other tensor subclasses (quantized, distributed), whose meaning is not all in their bytes,
     and for tensors without data.
     """
     seen = hashlib.sha256()
     factors: dict[torch.device, Tensor] = {}
-    for name, x in (part for name, x in named for part in described(name, x)):
+    for name, x in (part for whole in named for part in described(*whole)):
         if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided:
             raise NoFingerprintError(f"{name} is a {type(x).__name__}, which plain bytes do not describe")
         if x.is_meta:

@@ -8,6 +8,7 @@ from typing import Any
 
 from opcd_fast.batch import Sample
 from opcd_fast.evaluate import divergence, samples_of
+from opcd_fast.objective import Teacher
 from opcd_fast.prompts import RenderedPrompt
 from opcd_fast.rollout import Rollout
 from opcd_fast.run_folder import RunFolder
@@ -42,7 +43,7 @@ def held_out_record(
     rollout: Rollout,
     sampling: Mapping[str, Any],
     student: Any,
-    reference: Any,
+    reference: Teacher,
     **options: Any,
 ) -> dict[str, Any]:
     """Divergence of `student` from `reference` on its own answers (`own_…`) and on `fixed` ones (`fixed_…`).

@@ -28,7 +28,7 @@ class ModelPair:
     """What the student learns from, with `teacher_adapter`."""
     teacher_adapter: str
     reference: Any
-    """The teacher with its first weights, with `reference_adapter`: what evaluations measure against. None: not kept."""
+    """The teacher with its first weights, with `reference_adapter`: for evaluations. None: not kept."""
     reference_adapter: str
     moving: MovingWeights | None = None
     """How the teacher follows, in modes "ema" and "periodic"."""
@@ -96,7 +96,8 @@ def student_and_teacher(
         pair.teacher, pair.teacher_adapter = student, "active"
     if config.teacher_mode in ("ema", "periodic"):
         trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        pair.teacher = _teacher(copied, place, dtype) if whole else copy_of_trained(student).requires_grad_(False).eval()
+        follower = _teacher(copied, place, dtype) if whole else copy_of_trained(student)
+        pair.teacher = follower.requires_grad_(False).eval()
         ema = config.teacher_mode == "ema"
         decay, every = (config.teacher_ema_decay, 1) if ema else (0.0, config.teacher_sync_every)
         pair.moving = MovingWeights(trained, pair.teacher, decay, every)

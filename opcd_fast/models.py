@@ -43,7 +43,8 @@ def pick_device(device: str = "auto", *, name: str = "device", make_current: boo
         return torch.device("cuda")
     index, count = int(device.partition(":")[2]), torch.cuda.device_count()
     if index >= count:
-        raise InputError(f"{name}={device!r}, but torch sees {count} GPU{'s' * (count > 1)}; use 'cuda:{count - 1}'")
+        seen = f"{count} GPU{'s' * (count > 1)}"
+        raise InputError(f"{name}={device!r}, but torch sees {seen}; use 'cuda:{count - 1}'")
     picked = torch.device("cuda", index)
     if make_current:
         torch.cuda.set_device(picked)  # Triton launches and timers go to the current device

@@ -58,8 +58,10 @@ def check_context_matters(
     """Compare the teacher with and without the context where the first answer token is predicted.
 
     The difference must be larger than what rounding makes of no difference at all, which is measured the same way
-    with an empty context. Both run where the teacher's model is. Raises InputError: a context without effect, weights that give no finite numbers, or
-    settings that the loss or the teacher refuses.
+    with an empty context. Both run where the teacher's model is.
+
+    Raises InputError: a context without effect, weights that give no finite numbers, or settings that the loss or the
+    teacher refuses.
     """
     probes = rows[:PROBES]
     with_context = [Sample(row.student_ids, row.teacher_ids, row.context_index, (0,)) for row in probes]

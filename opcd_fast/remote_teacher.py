@@ -29,10 +29,12 @@ class RemoteTeacher:
         self._copied_from: tuple[Any, ...] = ()
         self._head: LMHead | None = None
 
-    def hidden_states_packed(self, input_ids: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+    def hidden_states_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, *, context_index: Any = None, select: Tensor | None = None
+    ) -> Tensor:
         """See `ContextTeacher.hidden_states_packed`; (N, D_t) on `device`."""
         with _current(self.local.head.weight.device):
-            hidden = self.local.hidden_states_packed(input_ids, cu_seqlens, **options)
+            hidden = self.local.hidden_states_packed(input_ids, cu_seqlens, context_index=context_index, select=select)
         return hidden.to(self.device)
 
     @property

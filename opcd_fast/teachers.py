@@ -61,8 +61,8 @@ class Teachers:
             self.reference = reader(pair.reference, pair.reference_adapter, config.prefix_store)
         elif config.prefix_store is not None:
             raise InputError(
-                f"prefix_store: a teacher in mode {config.teacher_mode!r} reads the context anew whenever it moves, and "
-                "without held-out evaluation nothing else reads it; drop prefix_store"
+                f"prefix_store: a teacher in mode {config.teacher_mode!r} reads the context anew whenever it moves, "
+                "and without held-out evaluation nothing else reads it; drop prefix_store"
             )
         if not self._moves:
             assert self.reference is not None

@@ -127,24 +127,15 @@ class OPCDTrainer:
         self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
         self.teacher = self.teachers.teacher
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
-        self.rollout = TransformersRollout(
-            self.model,
-            stop_token_ids=stop_ids,
-            max_batch=config.rollout_batch,
-            merge_adapter=config.merge_for_rollout,
-            vocab_size=vocab_size,
-        )
+
+        def sampler(sampled: Any, merge: bool | None) -> TransformersRollout:
+            options = {"max_batch": config.rollout_batch, "merge_adapter": merge, "vocab_size": vocab_size}
+            return TransformersRollout(sampled, stop_token_ids=stop_ids, **options)
+
+        self.rollout = sampler(self.model, config.merge_for_rollout)
         # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It
         # is None when the first weights are not kept (full fine-tuning, a moving teacher, and no evaluation).
-        self.teacher_rollout = None
-        if pair.reference is not None:
-            self.teacher_rollout = TransformersRollout(
-                pair.reference,
-                stop_token_ids=stop_ids,
-                max_batch=config.rollout_batch,
-                merge_adapter=False,
-                vocab_size=vocab_size,
-            )
+        self.teacher_rollout: Any = None if pair.reference is None else sampler(pair.reference, False)
         self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
 
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -270,25 +261,18 @@ class OPCDTrainer:
         """Against the teacher's first weights, whatever the teacher has become."""
         if not fixed:
             return
+        assert self.teachers.reference is not None
         record = held_out_record(
-            step,
-            self.eval_rows,
-            fixed,
-            self.rollout,
-            self._sampling("evaluation", 0),
-            self.model,
-            self.teachers.reference,
-            device=self.device,
-            micro_batch_tokens=self.config.micro_batch_tokens,
+            step, self.eval_rows, fixed, self.rollout, self._sampling("evaluation", 0), self.model,
+            self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
             **self._loss_options(),
-        )
+        )  # fmt: skip
         self._log(record, result.evaluations)
         progress.note(in_words(record))
 
     def _fixed_sequences(self) -> list[Sample]:
         if not self.eval_rows or not self.config.eval_every:
             return []
-        assert self.teacher_rollout is not None
         sampling, first = self._sampling("fixed", 0), self.base_weights()
         return fixed_sequences(self.folder, self.eval_rows, self.prefixes, self.teacher_rollout, first, sampling)
 

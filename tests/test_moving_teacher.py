@@ -138,10 +138,10 @@ def test_no_prefix_is_stale_whatever_the_optimizer(tokenizer, tmp_path, mode, lo
     """A fused optimizer changes weights without torch's counters; path "concat" keeps nothing that could be stale."""
 
     def run(path):
-        trainer = make(
-            tokenizer, tmp_path / path, teacher_path=path, eval_prompts=None, **fast(lora_rank), **MODES[mode]
-        )
-        trainer.optimizer = torch.optim.AdamW(trainer.parameters.values(), lr=fast(lora_rank)["learning_rate"], fused=True)
+        settings = {**fast(lora_rank), **MODES[mode], "teacher_path": path, "eval_prompts": None}
+        trainer = make(tokenizer, tmp_path / path, **settings)
+        rate = settings["learning_rate"]
+        trainer.optimizer = torch.optim.AdamW(trainer.parameters.values(), lr=rate, fused=True)
         return losses(trainer.train())
 
     assert run("merge") == pytest.approx(run("concat"), rel=1e-4)

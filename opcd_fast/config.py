@@ -58,8 +58,8 @@ class OPCDConfig:
     normalize: str = "sequence"
     """"sequence": mean over answers of the mean over their tokens (the paper's Eq. 1); "token": mean over tokens."""
     teacher_mode: str = "frozen"
-    """"frozen": the teacher keeps the weights it starts with. "live": it has the student's. "ema": a moving average of the
-    student's. "periodic": a copy of the student's, made anew every `teacher_sync_every` steps."""
+    """"frozen": the teacher keeps the weights it starts with. "live": it has the student's. "ema": a moving average of
+    the student's. "periodic": a copy of the student's, made anew every `teacher_sync_every` steps."""
     teacher_ema_decay: float = EMA_DECAY
     """Of "ema": share of the average kept at each step; it looks back over about 1 / (1 - decay) steps."""
     teacher_sync_every: int = SYNC_EVERY

@@ -94,8 +94,8 @@ def load_model(name: str | os.PathLike[str], *, dtype: str = "auto", device: str
         dtype: "auto" | "float32" | "bfloat16" | "float16", see `pick_dtype`.
         device: "auto" | "cpu" | "cuda" | "cuda:N".
     Raises:
-        InputError: nothing can be loaded under that name, what is there is damaged or incomplete, or quantised otherwise
-            than in 4 bits by bitsandbytes.
+        InputError: nothing can be loaded under that name, what is there is damaged or incomplete, or quantised
+            otherwise than to 4 bits by bitsandbytes.
     """
     place = pick_device(device)
     kind = pick_dtype(dtype, place)

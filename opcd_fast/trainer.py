@@ -129,8 +129,10 @@ class OPCDTrainer:
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
 
         def sampler(sampled: Any, merge: bool | None) -> TransformersRollout:
-            options = {"max_batch": config.rollout_batch, "merge_adapter": merge, "vocab_size": vocab_size}
-            return TransformersRollout(sampled, stop_token_ids=stop_ids, **options)
+            size = config.rollout_batch
+            return TransformersRollout(
+                sampled, stop_token_ids=stop_ids, max_batch=size, merge_adapter=merge, vocab_size=vocab_size
+            )
 
         self.rollout = sampler(self.model, config.merge_for_rollout)
         # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It

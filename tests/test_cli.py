@@ -1,5 +1,6 @@
 """The command line: every mistake is one line and status 2, and nothing is left half-written."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,8 +9,9 @@ import sys
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import cli
-from opcd_fast.cli import _train_command, main
+from opcd_fast.cli import main
+from opcd_fast.commands import info
+from opcd_fast.commands.train import train_command
 from opcd_fast.errors import InputError
 
 
@@ -90,7 +92,7 @@ def test_yaml_and_command_line_are_checked_together(model_folder, files):
     )
 
     def parse(*more):
-        return _train_command(["--model", "M", "--prompts", "P", "--config", str(files / "run.yaml"), *more])
+        return train_command(["--model", "M", "--prompts", "P", "--config", str(files / "run.yaml"), *more])
 
     config = parse("--lora-rank", "4", "--steps", "1", "--no-gradient-checkpointing")[1]
     assert (config.lora_alpha, config.merge_for_rollout, config.lora_targets) == (8, True, "q_proj,v_proj")
@@ -179,6 +181,37 @@ def test_a_teacher_with_another_tokenizer_is_refused(model_folder, files, tmp_pa
     assert not (files / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--teacher-mode", "ema", "--teacher-ema-decay", "0.5"],
+        ["--teacher-mode", "periodic", "--teacher-sync-every", "1", "--lora-rank", "0"],
+        ["--teacher-device", "cpu", "--teacher-model", "itself"],
+    ],
+)
+def test_teachers_from_the_command_line(model_folder, files, options):
+    options = [model_folder if option == "itself" else option for option in options]
+    assert main(train_arguments(model_folder, files, *options)) == 0
+    written = json.loads((files / "run" / "config.json").read_text())
+    for name, value in zip(options[::2], options[1::2]):
+        if name != "--teacher-model":
+            assert str(written[name[2:].replace("-", "_")]) == value
+    averages = list((files / "run").glob("checkpoints/*/teacher.safetensors"))
+    assert len(averages) == ("--teacher-mode" in options)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_teacher_packed_from_the_command_line(model_folder, files, monkeypatch):
+    from opcd_fast import model_pair
+
+    seen = []
+    pack = model_pair.quantize_4bit
+    monkeypatch.setattr(model_pair, "quantize_4bit", lambda *a: seen.append(a[-1]) or pack(*a))
+    more = ["--teacher-model", model_folder, "--teacher-quantization", "4bit", "--quantization", "4bit"]
+    assert main(train_arguments(model_folder, files, *more)) == 0
+    assert seen == ["quantization='4bit'", "teacher_quantization='4bit'"]
+
+
 def test_info_names_what_is_there(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -247,16 +280,16 @@ def test_failures_of_libraries_are_one_line(monkeypatch, capsys):
 
     monkeypatch.delenv("OPCD_DEBUG", raising=False)
     for error in (ValueError("bad\nmore"), OSError("bad"), RuntimeError("bad"), safetensors.SafetensorError("bad")):
-        monkeypatch.setattr(cli, "_info", failing(error))
+        monkeypatch.setattr(info, "run", failing(error))
         assert main(["info"]) == 2
         assert capsys.readouterr().err == "opcd: bad (OPCD_DEBUG=1 shows where)\n"
-    monkeypatch.setattr(cli, "_info", failing(torch.OutOfMemoryError("CUDA out of memory.\nTried")))
+    monkeypatch.setattr(info, "run", failing(torch.OutOfMemoryError("CUDA out of memory.\nTried")))
     assert main(["info"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "micro_batch_tokens" in error and "rollout_batch" in error
     monkeypatch.setenv("OPCD_DEBUG", "1")
     for error in (InputError("bad"), OSError("bad")):
-        monkeypatch.setattr(cli, "_info", failing(error))
+        monkeypatch.setattr(info, "run", failing(error))
         with pytest.raises(type(error)):
             main(["info"])
 
@@ -264,7 +297,7 @@ def test_failures_of_libraries_are_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("kind", [KeyError, AttributeError, TypeError, AssertionError, NotImplementedError])
 def test_bugs_keep_their_traceback(monkeypatch, kind):
     monkeypatch.delenv("OPCD_DEBUG", raising=False)
-    monkeypatch.setattr(cli, "_info", failing(kind("bug")))
+    monkeypatch.setattr(info, "run", failing(kind("bug")))
     with pytest.raises(kind):
         main(["info"])
 

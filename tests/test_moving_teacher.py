@@ -207,8 +207,13 @@ def test_bf16_teachers_run_as_the_student_does(tokenizer, tmp_path, mode, lora_r
     trainer = make(tokenizer, tmp_path / "run", dtype="bfloat16", eval_prompts=None, **fast(lora_rank), **MODES[mode])
     trainer.train()
     assert trainer.teacher.path == "merge"
+    kinds = set()
+    for name, layer in trainer.teacher.model.named_modules():
+        if name.endswith("q_proj"):
+            layer.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
     ids = torch.arange(40, 75)
     hidden = trainer.teacher.hidden_states_packed(ids, torch.tensor([0, 20, 35]), context_index=[0, 0])
+    assert kinds == {torch.bfloat16}, "fp32 masters have to run under autocast"
     whole = trainer.teachers.pair.teacher
     fp64 = {name: p.detach().double() for name, p in whole.named_parameters()}
     exact = torch.func.functional_call

@@ -60,11 +60,7 @@ def quantize_4bit(model: Any, device: torch.device, dtype: torch.dtype, setting:
     for parameter in lm.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    # What transformers sets on models that it loads packed: it then refuses casts, and peft picks its 4-bit layers.
-    from transformers.utils.quantization_config import QuantizationMethod
-
-    lm.is_loaded_in_4bit = lm.is_quantized = True
-    lm.quantization_method = QuantizationMethod.BITS_AND_BYTES
+    seam.mark_4bit(lm)
     return lm.to(device).requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ from opcd_fast.divergences import ALPHA, BETA, TAIL, K, check_divergence, unused
 from opcd_fast.errors import InputError
 
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
+EMA_DECAY, SYNC_EVERY = 0.99, 10
 FULL_LEARNING_RATE = 5e-6  # the paper's (arXiv 2602.12275, searched 1e-6 ... 5e-6)
 
 
@@ -57,7 +58,18 @@ class OPCDConfig:
     normalize: str = "sequence"
     """"sequence": mean over answers of the mean over their tokens (the paper's Eq. 1); "token": mean over tokens."""
     teacher_mode: str = "frozen"
-    """"frozen": the teacher keeps the weights it starts with."""
+    """"frozen": the teacher keeps the weights it starts with. "live": it has the student's. "ema": a moving average of
+    the student's. "periodic": a copy of the student's, made anew every `teacher_sync_every` steps."""
+    teacher_ema_decay: float = EMA_DECAY
+    """Of "ema": share of the average kept at each step; it looks back over about 1 / (1 - decay) steps."""
+    teacher_sync_every: int = SYNC_EVERY
+    """Of "periodic": optimizer steps from one copy to the next."""
+    teacher_device: str = "auto"
+    """Where the teacher's body runs: "auto" (with the student) | "cpu" | "cuda" | "cuda:N"."""
+    teacher_quantization: str = "none"
+    """"none", or "4bit": pack a teacher with weights of its own to NF4 (needs bitsandbytes)."""
+    quantization: str = "none"
+    """"none", or "4bit": pack the base under the adapter to NF4 for both models (QLoRA; needs bitsandbytes)."""
     lora_rank: int = 0
     """0: full fine-tuning with fp32 master weights; above: LoRA, and the base with the adapter off is the teacher."""
     lora_alpha: int | None = None
@@ -142,7 +154,17 @@ class OPCDConfig:
         unused = unused_parameter(self.divergence, self.beta, self.alpha, self.k, self.tail)
         if unused is not None:
             raise InputError(f"{unused} is set, but divergence={self.divergence!r} has no {unused}; drop one of them")
-        one_of("teacher_mode", "frozen")
+        one_of("teacher_mode", "frozen", "live", "ema", "periodic")
+        within("teacher_ema_decay", 0, 1)
+        at_least("teacher_sync_every", 1)
+        for name, mode, default in (("ema_decay", "ema", EMA_DECAY), ("sync_every", "periodic", SYNC_EVERY)):
+            if self.teacher_mode != mode and getattr(self, f"teacher_{name}") != default:
+                raise InputError(
+                    f"teacher_{name} is set, but teacher_mode={self.teacher_mode!r} has none; drop it, or set "
+                    f"teacher_mode={mode!r}"
+                )
+        one_of("teacher_quantization", "none", "4bit")
+        one_of("quantization", "none", "4bit")
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")
         one_of("loss_backend", "auto", "triton", "native", "torch")

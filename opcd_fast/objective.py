@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +15,26 @@ from opcd_fast.heads import LMHead
 from opcd_fast.loss import LossStats, fused_linear_divergence
 from opcd_fast.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.student import packed_hidden_states
-from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
 
 REVERSE_KL: Mapping[str, Any] = {"divergence": "reverse_kl"}
 
 
+class Teacher(Protocol):
+    """What is asked of a teacher: a `ContextTeacher`, or one that stands in for it."""
+
+    def hidden_states_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, *, context_index: Any = None, select: Tensor | None = None
+    ) -> Tensor: ...
+
+    @property
+    def head(self) -> LMHead: ...
+
+
 def context_kl(
     batch: Batch,
     student: Any,
-    teacher: ContextTeacher,
+    teacher: Teacher,
     *,
     temperature: float,
     denominator: float,

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,11 +47,13 @@ class ContextTeacher:
         soon as the teacher's weights are seen to change, while they are being trained, and on path "concat".
     max_prefix_bytes: bound for the keys and values of contexts in memory; those used longest ago are dropped and
         rebuilt when needed. A call keeps all contexts it reads until it returns.
+    autocast: makes a context manager under which the model runs, for a model whose weights are fp32 masters.
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
     A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
     were computed from was changed in place, the model's dtype or device changed or, with adapter="active", the
-    adapters' state changed. Changes that torch does not count (through `.data`) need `invalidate()`.
+    adapters' state changed. Changes that torch does not count (through `.data`, or by a fused optimizer's step) need
+    `invalidate()`.
 
     Raises ValueError for malformed arguments, for a path that cannot be exact for this model, and
     for a model whose attention, as it is set, leaves out a part of it.
@@ -66,6 +68,7 @@ class ContextTeacher:
         adapter: str = "disabled",
         store: str | os.PathLike[str] | None = None,
         max_prefix_bytes: int | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if path == "mask":
             raise ValueError("path='mask' is not available yet; use 'merge', 'pad' or 'concat'")
@@ -78,6 +81,7 @@ class ContextTeacher:
         if adapter == "active":
             seam.refuse_virtual_tokens(model)
         self._adapter = adapter
+        self.autocast = autocast
         self._contexts = _as_contexts(contexts, seam.embedding_rows(self._body))
         self._head: LMHead | None = None  # looking at the model anew for every batch would cost tens of milliseconds
         if max_prefix_bytes is not None and (type(max_prefix_bytes) is not int or max_prefix_bytes < 1):
@@ -250,6 +254,7 @@ class ContextTeacher:
     def _scoring(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(self.autocast())
             stack.enter_context(seam.scoring_mode(self._body))
             if self._adapter == "disabled":
                 stack.enter_context(seam.without_adapters(self.model))

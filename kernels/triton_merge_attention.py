@@ -38,9 +38,7 @@ def _merge_attention_kernel(
     inside = pairs < n_pairs
     tokens = pairs // HEADS
     heads = pairs % HEADS
-    level_a, there_a = _level(
-        lse_a_ptr, has_a_ptr, tokens, heads, inside, stride_lse_a_n, stride_lse_a_h, HAS_FLAG_A
-    )
+    level_a, there_a = _level(lse_a_ptr, has_a_ptr, tokens, heads, inside, stride_lse_a_n, stride_lse_a_h, HAS_FLAG_A)
     top = level_a
     if HAS_B:
         level_b, there_b = _level(

@@ -146,7 +146,7 @@ def windowed(need: Need, packages: frozenset[str] | None = None, *, with_lse: bo
 
 
 def merge(need: Need) -> str:
-    """"Triton" on CUDA where nothing wants a gradient, else "torch"."""
+    """ "Triton" on CUDA where nothing wants a gradient, else "torch"."""
     plain = not need.gradient and not need.lse_gradient and need.dtype != torch.float64
     return "Triton" if need.device == "cuda" and plain and _triton_ready() else "torch"
 

@@ -254,17 +254,22 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
+@functools.lru_cache(maxsize=8)  # one function for each bound: another one would be compiled anew
+def _cap(softcap: float) -> Callable[..., Tensor]:
+    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
+
+
 def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, mask: Any) -> Any:
     """torch's flex_attention on (B, H, n, d): out (B, H, n, d), logsumexp (B, H, n). Compiled only on CUDA, where the
     eager version would hold all scores."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    def cap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    function = _compiled_flex() if query.is_cuda else flex_attention
+    function: Any = _compiled_flex() if query.is_cuda else flex_attention
     out, aux = function(
-        query, key, value, score_mod=None if softcap is None else cap, block_mask=mask, scale=scale,
+        query, key, value, score_mod=None if softcap is None else _cap(softcap), block_mask=mask, scale=scale,
         enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     return out, aux.lse

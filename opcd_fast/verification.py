@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opcd_fast.attention import packed_row
 from opcd_fast import transformers_seam as seam
+from opcd_fast.attention import packed_row
 from opcd_fast.mask_path import mask_forward
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
@@ -32,7 +32,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def verify(body: nn.Module, path: str) -> tuple[str, bool]:
-    """Run `path` ("merge", "pad", "mask" or "concat") on tiny random models of `body`'s kind; (what came out, agreement).
+    """Run `path` ("merge", "pad", "mask" or "concat") on tiny random models of `body`'s kind: what came out, agreement.
 
     Against each sequence alone after its context, a plain forward without padding.
 

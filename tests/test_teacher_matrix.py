@@ -446,6 +446,7 @@ def test_a_wrong_mask_steps_down(monkeypatch):
 def test_the_newer_falcon_under_a_mask(kv_heads):
     model = build("falcon", new_decoder_architecture=True, multi_query=False, num_kv_heads=kv_heads)
     assert largest_error(model, "mask")[1] <= TOLERANCE
+    assert ContextTeacher(model, contexts()).path == "pad"  # its small twin has as many heads to a key
 
 
 @pytest.mark.parametrize(("name", "implementation"), [("qwen3", "eager"), ("gemma3", "eager"), ("falcon", "eager")])

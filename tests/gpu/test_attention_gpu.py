@@ -1,4 +1,4 @@
-"""Every attention kernel that this device takes, against blocks of scores in fp64; the merge against its specification."""
+"""Every attention kernel that this device takes against blocks of scores in fp64, and the merge against its twin."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ def test_varlen(name, softcap, window):
     skip_where_missing(name)
     sizes = [(5, 120), (1, 1), (64, 64), (33, 700)]
     q, k, v = tensors(sum(n for n, _ in sizes), sum(m for _, m in sizes), 128)
-    cu_q, cu_k = (
-        torch.tensor([0, *x], device="cuda").cumsum(0, dtype=torch.int32) for x in zip(*sizes, strict=True)
-    )
+    cu_q, cu_k = (torch.tensor([0, *x], device="cuda").cumsum(0, dtype=torch.int32) for x in zip(*sizes, strict=True))
     out, lse = VARLEN[name](q, k, v, Bounds(cu_q, cu_k, 64, 700), 0.1, softcap, window, True)
     expected = [
         blocked_attention(a.double(), b.double(), c.double(), 0.1, softcap=softcap, causal=True, window=window)

@@ -22,7 +22,7 @@ VARIANTS = {
     "plain": PLAIN,
     "sink": {**PLAIN, "HAS_SINK": True},
     "sink_alone": {**PLAIN, "HAS_SINK": True, "HAS_B": False},
-    "everything": {key: True for key in PLAIN},
+    "everything": dict.fromkeys(PLAIN, True),
 }
 TYPES = {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*bf16", "has_a_ptr": "*i8", "has_b_ptr": "*i8"}
 # Of outputs as kernels make them: whole heads of a multiple of 16 elements. Logsumexps may lie any way.

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 from architectures import ARCHITECTURES, WINDOW, build
-from tiny_models import pack, plain_after_context, random_ids
+from tiny_models import pack, plain_after_context, plain_hidden, random_ids
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from opcd_fast import architectures, expanded_cache, mask_path, teacher_paths, tiny_twin, verification
+from opcd_fast import architectures, expanded_cache, mask_path, student, teacher_paths, tiny_twin, verification
 from opcd_fast import transformers_seam as seam
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.student import packed_hidden_states
@@ -204,6 +204,37 @@ def test_the_student_packs_what_merges(name):
     got = packed_hidden_states(model, *pack(sequences))
     alone = plain(model, sequences, contexts_=[torch.zeros(0, dtype=torch.int64)] * 3)
     assert (got - alone).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "deepseek-v3", "opt"])
+def test_gradients_of_the_student(name):
+    model, sequences = build(name), random_ids(*LENGTHS, seed=2)
+    gradients = []
+    for packed in (True, False):
+        model.zero_grad()
+        if packed:
+            hidden = packed_hidden_states(model, *pack(sequences))
+        else:
+            hidden = torch.cat([plain_hidden(model, s) for s in sequences])
+        # Not the sum of squares: the final norm holds that constant.
+        (hidden * torch.linspace(-1.0, 1.0, hidden.shape[-1]).sin()).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert name != "gpt-oss" or any(n.endswith("sinks") and g.abs().max() > 0.01 for n, g in gradients[0].items())
+    for parameter, expected in gradients[1].items():
+        assert (gradients[0][parameter] - expected).norm() <= 1e-4 * expected.norm().clamp_min(1e-2), parameter
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_dropout_with_caps_or_sinks_is_left_to_the_model(name, caplog, monkeypatch):
+    monkeypatch.setattr(student, "_told", set())
+    model = build(name, attention_dropout=0.5)
+    ids, bounds = pack(random_ids(*LENGTHS, seed=2))
+    still = packed_hidden_states(model, ids, bounds)
+    assert not caplog.records
+    model.train()
+    assert not torch.allclose(packed_hidden_states(model, ids, bounds), still)
+    assert "attention_dropout=0.5" in caplog.text
 
 
 def test_the_language_model_of_a_model_that_sees_images():

@@ -222,7 +222,8 @@ def test_gradients_of_the_student(name):
     assert gradients[0].keys() == gradients[1].keys()
     assert name != "gpt-oss" or any(n.endswith("sinks") and g.abs().max() > 0.01 for n, g in gradients[0].items())
     for parameter, expected in gradients[1].items():
-        assert (gradients[0][parameter] - expected).norm() <= 1e-4 * expected.norm().clamp_min(1e-2), parameter
+        # The bias of keys has no gradient but rounding: it adds the same to all scores.
+        assert (gradients[0][parameter] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, parameter
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])

@@ -95,7 +95,7 @@ class OPCDConfig:
     workspace_bytes: int | None = None
     """Bound for the loss's scratch memory; None: the loss's own default."""
     teacher_path: str = "auto"
-    """How the teacher reads the context: "auto" | "merge" | "concat"."""
+    """How the teacher reads the context: "auto" | "merge" | "pad" | "mask" | "concat"."""
     prefix_store: str | None = None
     """Folder where contexts' caches are kept, so that a second run does not read them again; None: nowhere."""
     max_prefix_bytes: int | None = None
@@ -168,7 +168,7 @@ class OPCDConfig:
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")
         one_of("loss_backend", "auto", "triton", "native", "torch")
-        one_of("teacher_path", "auto", "merge", "concat")
+        one_of("teacher_path", "auto", "merge", "pad", "mask", "concat")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
         if self.merge_for_rollout and not self.lora_rank:

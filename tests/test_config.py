@@ -41,7 +41,7 @@ def test_a_divergence_with_a_bad_parameter_is_refused(settings, word):
         ("max_grad_norm", -1), ("divergence", "kl"), ("k", 2.5), ("tail", 5),
         ("teacher_mode", "moving"), ("teacher_ema_decay", 0.9), ("teacher_sync_every", 5), ("teacher_sync_every", 0),
         ("teacher_ema_decay", 1.5), ("teacher_quantization", "8bit"), ("quantization", "nf4"), ("normalize", "batch"),
-        ("dtype", "float16"), ("loss_backend", "cuda"), ("teacher_path", "pad"), ("lora_alpha", 8),
+        ("dtype", "float16"), ("loss_backend", "cuda"), ("teacher_path", "best"), ("lora_alpha", 8),
         ("merge_for_rollout", True), ("micro_batch_tokens", 0), ("workspace_bytes", 0), ("seed", -1),
         ("max_prefix_bytes", 0), ("max_prefix_bytes", 1.5), ("prefix_store", ""), ("prefix_store", True),
         ("keep_checkpoints", 0), ("lora_rank", -4),

@@ -12,7 +12,7 @@ from opcd_fast.tables import read_rows
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4!"}]
 ROWS = [
     {"prompt": "plain ü 日本\u2028", "privileged_context": "one"},
-    {"prompt": "two\nlines, \"quoted\"; and more", "privileged_context": None},
+    {"prompt": 'two\nlines\r, "quoted"; and more', "privileged_context": None},
 ]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -60,7 +60,8 @@ def test_parquet_datasets_and_frames(tmp_path):
     for number, row in enumerate(ROWS):
         pandas.DataFrame([row]).to_parquet(tmp_path / "shards" / f"{number}.parquet")
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
-    for source in (data, frame, tmp_path / "saved", tmp_path / "p.parquet", tmp_path / "shards", tmp_path / "splits/test"):
+    files = [tmp_path / name for name in ("saved", "p.parquet", "shards", "splits/test")]
+    for source in (data, frame, *files):
         assert texts(read_prompts(source)) == WANTED
     with pytest.raises(InputError, match="splits.*splits/train"):
         read_prompts(tmp_path / "splits")

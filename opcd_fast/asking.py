@@ -109,7 +109,8 @@ def ask(
             break
     if not found:
         raise InputError("the model wrote no list of messages that could be used; try a larger model, --logs or --data")
-    return found[:count]
+    # Spread over all requests: the first `count` would come from the first kinds of users alone.
+    return [found[place * len(found) // count] for place in range(count)] if len(found) > count else found
 
 
 def request(context: Context, users: str) -> list[Message]:

@@ -55,6 +55,20 @@ def test_what_is_dropped_is_counted():
     assert all(len(c.text.split()) <= 1 for c in long.train) and long.dropped["too long"] > 0
 
 
+def test_turns_of_one_conversation_are_no_duplicates_of_each_other():
+    before = words(5, 1)[0] * 3
+    found = [candidate(before, "one"), candidate(before + " and", "one"), candidate(before + " and so", "two")]
+    chosen = select(found, [], Selection(held_out=0))
+    assert texts(chosen.train) == [before, before + " and"] and chosen.dropped == {"repeated": 1}
+
+
+def test_of_too_many_prompts_some_are_drawn():
+    found = [candidate(text) for text in words(6, 50)]
+    drawn = [texts(select(found, [], Selection(max_prompts=10, held_out=0, seed=seed)).train) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 10
+    assert drawn[0] != texts(found[:10]) and sorted(drawn[0], key=texts(found).index) == drawn[0]
+
+
 def test_general_prompts_have_their_share_of_training_and_none_of_the_evaluation():
     found = [candidate(text) for text in words(3, 100)]
     general = [*general_prompts(), candidate(found[0].text + "!")]

@@ -18,7 +18,7 @@ from opcd_fast.rollout import Completion, TransformersRollout
         ("**1.** One?\n(2) Two?\n[3] Three?", ["One?", "Two?", "Three?"]),
         ('Here:\n["One?", "Two?"]', ["One?", "Two?"]),
         ("One?\nTwo?\n\nThree?", ["One?", "Two?", "Three?"]),
-        ("<think>\n1. no\n</think>\n1. yes", ["yes"]),
+        ("<think>\n1. a thought\n</think>\n1. yes", ["yes"]),
         ("1. User: hello there\n2. Question 2: why?", ["hello there", "why?"]),
         ("1. [Your item] costs 2.50?\n2. 3.5 litres, is it", ["[Your item] costs 2.50?", "3.5 litres, is it"]),
         ("Here are the messages:\n", []),

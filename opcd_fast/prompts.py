@@ -71,7 +71,7 @@ def _prompt_from_row(row: Any, where: str, prompt_column: str | None, drop_last_
         if raw is not None:
             more["privileged_context"] = _own_context(raw, f"{where} privileged_context")
         if row.get("tools") is not None:
-            more["tools"] = _checked_tools(row["tools"], where) or None
+            more["tools"] = _checked_tools(row["tools"], where)
         if row.get("chat_template_kwargs") is not None:
             more["chat_template_kwargs"] = _checked_variables(row["chat_template_kwargs"], where)
         row = _prompt_of(row, where, prompt_column)

@@ -73,7 +73,7 @@ def jsonl_rows(text: str, where: str) -> list[Row]:
         try:
             rows.append((f"{where} line {number}", json.loads(line)))
         except json.JSONDecodeError as error:
-            remedy = "" if line.lstrip()[:1] in "{[\"" else '; a line is {"prompt": "..."}'
+            remedy = "" if line.lstrip()[:1] in '{["' else '; a line is {"prompt": "..."}'
             raise InputError(f"{where} line {number} is not valid JSON: {error}{remedy}") from error
     return rows
 

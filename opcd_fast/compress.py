@@ -54,7 +54,7 @@ class Ranked:
     """A candidate and what it costs."""
 
     candidate: Candidate
-    tokens: int  # that every prompt carries because of it
+    tokens: float  # that a prompt carries because of it, mean over prompts
     kl: float  # mean over answers of the mean over tokens, nats
     low: float  # 95 % interval of the mean over answers
     high: float

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries
 from opcd_fast.errors import InputError
 
 
@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     quiet_libraries()
-    full = read_context(as_file(command.context))
+    full = read_context(Path(command.context))
     own = [Candidate(read_context(Path(name)), f"file {name}") for name in command.candidates]
     prompts = read_prompts(command.prompts)[: command.max_prompts]
     tokenizer = load_tokenizer(command.model)
@@ -135,7 +135,7 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
     good = [one for one in ranked if one.kl <= command.max_kl and 0 < one.tokens < most]
     if not good:
         print(
-            f"no shorter candidate has a KL of at most {command.max_kl}; raise max_kl, or train the context into weights"
+            f"no shorter candidate has a KL of at most {command.max_kl}; raise max_kl, or `opcd train` with it"
         )
         return
     context = good[0].candidate.context

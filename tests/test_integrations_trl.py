@@ -156,11 +156,11 @@ def test_exact_counts_the_tokens_that_are_scored(tmp_path):
         use_fused_loss(trainer, normalize=normalize)
         ours, seen = trainer.compute_loss, []
 
-        def watched(model, inputs, *rest, ours=ours, seen=seen, **more):
+        def watched(model, inputs, *rest, ours=ours, seen=seen, teacher=trainer.teacher_model, **more):
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             with torch.no_grad():
-                heads = [LMHead.from_model(m) for m in (model, trainer.teacher_model)]
-                states = [m.base_model(ids, attention_mask=mask)[0][:, :-1] for m in (model, trainer.teacher_model)]
+                heads = [LMHead.from_model(m) for m in (model, teacher)]
+                states = [m.base_model(ids, attention_mask=mask)[0][:, :-1] for m in (model, teacher)]
                 kl = fused_linear_reverse_kl(
                     states[0], heads[0], states[1], heads[1], token_weights=inputs["labels"][:, 1:] != -100
                 )
@@ -228,9 +228,8 @@ def test_restore_gives_trls_loss_back(tmp_path, kind):
     assert vars(cls)[name] is original
 
 
-def test_refuses_what_it_cannot_follow(tmp_path, monkeypatch):
+def test_refuses_what_it_cannot_follow(tmp_path):
     distillation, sdft = TRAINERS["distillation"](tmp_path), TRAINERS["sdft"](tmp_path)
-
     for trainer, setting, value, message in (
         (distillation, "use_liger_kernel", True, "use_liger_kernel"),
         (sdft, "distillation_mode", "topk_logits", "distillation_alpha=1.0"),

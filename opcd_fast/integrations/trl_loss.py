@@ -67,20 +67,20 @@ def use_fused_loss(
 ) -> FusedLoss:
     """Put the fused loss into a TRL trainer: DistillationTrainer, GKDTrainer or SDFTTrainer.
 
-    Student and teacher run through their bodies only, and the loss is computed from hidden states: no tensor of tokens x
-    vocabulary exists. Divergence, temperature, masks and metrics are those that the trainer's own config asks for.
+    Student and teacher run through their bodies only, and the loss is computed from hidden states: no tensor of
+    tokens x vocabulary exists. Divergence, temperature, masks and metrics are those of the trainer's own config.
 
     target: a trainer, or its class (or one of these classes' subclasses) for all trainers made from it.
     normalize: "trl" divides by what TRL divides by, so that losses compare. "exact" divides GKD's loss by the tokens
-        that are scored in each micro-batch (TRL divides by the data set's labels, also when other tokens were generated)
-        and leaves sequences without a scored token out of SDFT's mean (TRL counts them as 0). DistillationTrainer
-        counts right, and both are the same.
+        that are scored in each micro-batch (TRL divides by the data set's labels, even when other tokens were
+        generated) and leaves sequences without a scored token out of SDFT's mean (TRL counts them as 0).
+        DistillationTrainer counts right, and both are the same.
     workspace_bytes, backend: as in `fused_linear_divergence`.
 
     Returns a `FusedLoss`, whose `restore()` puts TRL's loss back.
 
-    Raises ImportError for another TRL than 1.16, TypeError for another trainer, ValueError for settings that a fused loss
-    cannot follow; of a class's trainers, these are known when their first loss is computed.
+    Raises ImportError for another TRL than 1.16, TypeError for another trainer, ValueError for settings that a fused
+    loss cannot follow; of a class's trainers, these are known when their first loss is computed.
     """
     check_trl()
     if normalize not in NORMALIZE:
@@ -89,8 +89,8 @@ def use_fused_loss(
     base = next((b for b in cls.__mro__ if (b.__module__, b.__qualname__) in _KINDS), None)
     if base is None:
         raise TypeError(
-            f"use_fused_loss: {cls.__name__} is not one of {', '.join(name for _, name in _KINDS)} of TRL. Of its other "
-            "trainers, those for different tokenizers (GOLD) or a teacher on a server have no hidden states to compare"
+            f"use_fused_loss: {cls.__name__} is not one of TRL's {', '.join(name for _, name in _KINDS)}; trainers for "
+            "different tokenizers (GOLD) or for a teacher on a server have no hidden states to compare"
         )
     check, losses = _KINDS[base.__module__, base.__qualname__]
     for name in losses:

@@ -85,7 +85,7 @@ def gkd_loss(
 ) -> Tensor:
     """`GKDTrainer.compute_loss`. As there, the loss is at temperature 1, whatever the config's (that of sampling)."""
     if return_outputs:
-        raise ValueError("return_outputs=True asks for logits, which the fused loss does not make; evaluate the loss only")
+        raise ValueError("return_outputs=True asks for logits, which the fused loss does not make; set it to False")
     mask = inputs["labels"][:, 1:] != -100
     scored = mask.sum().clamp(min=1)
     if options.exact:
@@ -187,9 +187,10 @@ def sdft_loss(
                     gap = own - logprobs(teacher)
                 per_token = gap * own.detach() * ratio
                 return (gap * own * ratio * weights).sum(), per_token
+            which = {**_sdft_divergence(trainer.args), **options.loss}
             value, stats = divergence(
-                *student, *teacher, **_sdft_divergence(trainer.args), token_weights=weights * ratio,
-                temperature=trainer.temperature, reduction="sum", **options.loss,
+                *student, *teacher, token_weights=weights * ratio, temperature=trainer.temperature, reduction="sum",
+                **which,
             )  # fmt: skip
             return value, stats.token_kl * ratio
 

@@ -8,7 +8,7 @@ from loss_oracle import token_kl64
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-trl = pytest.importorskip("trl", reason="needs the trl extra: pip install 'opcd-fast[trl]'")
+pytest.importorskip("trl", reason="needs the trl extra: pip install 'opcd-fast[trl]'")
 from tiny import TEMPLATE, lora_model, tiny_model, tiny_tokenizer
 from trl_runs import ROWS, compare, dataset, heads_that_refuse, settings
 
@@ -31,6 +31,8 @@ def chats(**columns):
 
 
 def make(tmp_path, model=None, *, context=CONTEXT, train=None, tokenizer=None, others=None, **more):
+    import trl
+
     options = {"max_completion_length": 6, "learning_rate": 2e-2, **more}
     return ContextDistillationTrainer(
         tiny_model(1) if model is None else model, context,

@@ -64,7 +64,7 @@ class ContextDistillationTrainer(DistillationTrainer):
 
     _tag_names = ["trl", "opcd-fast", "context-distillation"]
     _name = "Context distillation"
-    _paper = {"title": "On-policy context distillation", "id": "2602.12275"}
+    _paper = {"title": "On-Policy Context Distillation for Language Models", "id": "2602.12275"}
 
     def __init__(
         self,
@@ -117,11 +117,11 @@ class ContextDistillationTrainer(DistillationTrainer):
     # ------------------------------------------------------------------------------------- prompts and contexts
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt", "privileged_context"]
+        self._signature_columns: Any = ["prompt", "privileged_context"]
 
     def _template(self) -> _Template:
-        return _Template(self.processing_class, self.chat_template_kwargs)
+        arguments: Any = self.chat_template_kwargs  # a dict; the config's JSON text has been read
+        return _Template(self.processing_class, arguments)
 
     def _read_all(self, train_dataset: Any, eval_dataset: Any) -> list[list[Prompt]]:
         several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -136,10 +136,11 @@ class ContextDistillationTrainer(DistillationTrainer):
         return groups
 
     def _check_lengths(self, rendered: list[RenderedPrompts], prefixes: Any) -> None:
-        teacher = self.model if self.teacher_model is None else self.teacher_model
-        windows = [seam.longest_input(seam.body_of(m)) for m in (self.model, teacher)]
+        models: list[Any] = [self.model, self.model if self.teacher_model is None else self.teacher_model]
+        windows = [seam.longest_input(seam.body_of(self.accelerator.unwrap_model(model))) for model in models]
         for rows in rendered:
-            check_lengths(rows.rows, prefixes, self.max_completion_length, *windows)
+            # Without a limit an answer ends at the window; then a prompt must leave room for one token.
+            check_lengths(rows.rows, prefixes, self.max_completion_length or 1, *windows)
 
     # ---------------------------------------------------------------------------------------------- one batch
 
@@ -182,7 +183,7 @@ class ContextDistillationTrainer(DistillationTrainer):
             h_s, self._heads(unwrapped_student), h_t, teacher.head, divergence="jsd", beta=self.beta,
             temperature=self.temperature, denominator=num_items_in_batch, return_stats=True,
         )  # fmt: skip
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if unwrapped_student.training else "eval"
         self._metrics[mode]["top1_agreement"].append(stats.top1_agreement.mean().item())
         return loss, stats.student_entropy.sum(), torch.tensor(len(batch.response_ids), device=loss.device)
 

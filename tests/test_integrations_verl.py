@@ -336,6 +336,25 @@ def test_real_verls_own_topk_is_never_taken_for_ours(engine):
             verl_loss(output, data)
 
 
+def test_real_verls_config_takes_the_documented_options():
+    verl = real()
+    hydra = pytest.importorskip("hydra")
+    from verl.utils.config import omega_conf_to_dataclass
+
+    ours.register()
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(.*?)```", page[page.index("## verl") :], re.DOTALL).group(1)
+    options = [word for word in block.split() if re.match(r"[a-z_.]+\.[a-z_.]+=", word)]
+    assert len(options) == 11
+    with hydra.initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        config = hydra.compose("ppo_trainer", overrides=options)
+    distillation = omega_conf_to_dataclass(config.distillation)
+    loss = distillation.distillation_loss
+    assert distillation.enabled and loss.loss_settings.use_topk and loss.loss_mode == "opcd_reverse_kl"
+    assert not loss.use_policy_gradient and loss.loss_max_clamp is None
+    assert config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2")
+
+
 @pytest.mark.slow
 def test_real_verl_loads_the_plugin_by_itself(tmp_path):
     """As after installation: the entry point in a distribution's metadata, and nothing else."""

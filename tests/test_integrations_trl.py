@@ -33,11 +33,11 @@ OTHER = {  # every divergence that the trainers know, with the settings around i
          "distillation_add_tail": True},
     ),
     "sdft sampled": ("sdft", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}),
-    "sdft reused": ("sdft", {"num_iterations": 3, "max_steps": 3}),
+    "sdft reused": ("sdft", {"num_iterations": 3, "max_steps": 3, "distillation_is_clip": 0.9}),
     "sdft reused sampled": (
         "sdft",
         {"num_iterations": 3, "max_steps": 3, "distillation_mode": "sampled_token", "distillation_alpha": 1.0,
-         "distillation_is_clip": 1.01},
+         "distillation_is_clip": 0.6},
     ),
 }  # fmt: skip
 

@@ -166,7 +166,7 @@ class ContextDistillationTrainer(DistillationTrainer):
     def _compute_loss(
         self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch = pack([Sample(*row) for row in _rows(inputs)], normalize="token").to(inputs["prompt_ids"].device)
+        batch = pack([Sample(*row) for row in _rows(inputs)]).to(inputs["prompt_ids"].device)
         h_s = packed_hidden_states(
             unwrapped_student, batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student
         )

@@ -255,9 +255,10 @@ def test_refuses_what_it_cannot_follow(tmp_path):
     with pytest.raises(ValueError, match="WithItsOwn has its own _compute_loss"):
         use_fused_loss(WithItsOwn)
     from trl.experimental.gold import GOLDTrainer
+    from trl.experimental.server_distillation import ServerDistillationTrainer
 
-    for other in (GOLDTrainer, int):
-        with pytest.raises(TypeError, match=f"{other.__name__} is not one of DistillationTrainer"):
+    for other in (GOLDTrainer, ServerDistillationTrainer, int):
+        with pytest.raises(TypeError, match=f"{other.__name__} is not one of TRL's DistillationTrainer"):
             use_fused_loss(other)
     # A class is checked when its first loss is computed.
     with use_fused_loss(type(distillation)):

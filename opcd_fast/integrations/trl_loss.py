@@ -87,7 +87,7 @@ def use_fused_loss(
         raise ValueError(f"normalize is {normalize!r}; expected 'trl' or 'exact'")
     cls = target if isinstance(target, type) else type(target)
     base = next((b for b in cls.__mro__ if (b.__module__, b.__qualname__) in _KINDS), None)
-    if base is None:
+    if base is None or any(b.__qualname__ == "ServerDistillationTrainer" for b in cls.__mro__):
         raise TypeError(
             f"use_fused_loss: {cls.__name__} is not one of TRL's {', '.join(name for _, name in _KINDS)}; trainers for "
             "different tokenizers (GOLD) or for a teacher on a server have no hidden states to compare"

@@ -15,17 +15,10 @@ from opcd_fast.batch import Sample, pack
 from opcd_fast.errors import InputError
 from opcd_fast.integrations.forward import Heads, divergence, inside_forward
 from opcd_fast.integrations.trl_version import check_trl
+from opcd_fast.messages import Message, Prompt
 from opcd_fast.preflight import check_lengths
-from opcd_fast.prompts import (
-    Message,
-    Prompt,
-    RenderedPrompts,
-    read_context,
-    read_prompts,
-    render,
-    student_ids,
-    teacher_ids,
-)
+from opcd_fast.prompts import read_context, read_prompts
+from opcd_fast.rendering import RenderedPrompts, render, student_ids, teacher_ids
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 

@@ -24,8 +24,10 @@ from torch import Tensor
 from opcd_fast import transformers_seam as seam
 from opcd_fast.heads import LMHead
 from opcd_fast.integrations.forward import divergence
+from opcd_fast.messages import Message, Prompt
 from opcd_fast.models import load_tokenizer
-from opcd_fast.prompts import Message, Prompt, read_context, student_ids, teacher_ids
+from opcd_fast.prompts import read_context
+from opcd_fast.rendering import student_ids, teacher_ids
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.token_prefix import common_prefix_length
 

@@ -111,9 +111,7 @@ class StateLayer(LinearAttentionLayer):
 class StateAndExpandedLayer(StateLayer, ExpandedLayer):  # type: ignore[override]
     """A layer that has both, side by side (Falcon-H1) or one after the other (Zamba-2)."""
 
-    def __init__(
-        self, stream: PrefixStream, index: int, length: int, states: Mapping[str, Tensor], batch: int
-    ) -> None:
+    def __init__(self, stream: PrefixStream, index: int, length: int, states: Mapping[str, Tensor], batch: int) -> None:
         StateLayer.__init__(self, states, batch)
         self._hold(stream, index, length)
         self.keys = self.values = None

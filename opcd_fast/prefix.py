@@ -94,7 +94,9 @@ class SharedPrefix:
         prefix = cls(ids, keys, values, last, metadata, states if any(states) else ())
         return prefix if device is None else prefix.stored(device=device)
 
-    def stored(self, *, device: torch.device | str | None = None, dtype: str | torch.dtype | None = None) -> SharedPrefix:
+    def stored(
+        self, *, device: torch.device | str | None = None, dtype: str | torch.dtype | None = None
+    ) -> SharedPrefix:
         """With keys and values on `device` and in `dtype`, "float8_e4m3fn"; None: as they are.
 
         On the CPU of a machine with CUDA they are pinned. States of recurrent layers and the last hidden state stay as
@@ -183,7 +185,9 @@ class SharedPrefix:
         model: nn.Module | None = None,
         device: torch.device | str | None = None,
     ) -> SharedPrefix:
-        """Read what `save` wrote, onto `device` (default: the model's, else the CPU), in the type it was kept in.
+        """Read what `save` wrote, in the type it was kept in.
+
+        device: where keys and values go (default: the model's, else the CPU); the rest goes to the model's, if given.
 
         With `model`, the file must come from a model of the same architecture, shapes, RoPE and dtype;
         whether the weights are the same is not recorded. Raises ValueError for a file that is not a prefix,
@@ -192,8 +196,8 @@ class SharedPrefix:
         from safetensors import SafetensorError, safe_open
 
         body = None if model is None else seam.body_of(model)
-        if device is None:
-            device = "cpu" if body is None else next(body.parameters()).device
+        home = device or "cpu" if body is None else next(body.parameters()).device
+        device = device or home
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: no prefix file at {os.fspath(path)!r}")
         try:
@@ -214,9 +218,9 @@ class SharedPrefix:
                 scaled = layers if version == _QUANTISED else range(0)
                 scales = [tuple(read(f"{name}_scales.{i}") for i in scaled) for name in ("key", "value")]
                 found = [{n: f"states.{i}.{n}" for n in _names(names, f"states.{i}.")} for i in layers]
-                states = tuple({n: read(name) for n, name in layer.items()} for layer in found)
+                states = tuple({n: read(name).to(home) for n, name in layer.items()} for layer in found)
                 ids = read("token_ids").cpu()
-                last = read("last_hidden_state") if "last_hidden_state" in names else None
+                last = read("last_hidden_state").to(home) if "last_hidden_state" in names else None
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"path: {os.fspath(path)!r} is not a readable prefix file ({error})") from error
         metadata = {name: value for name, value in header.items() if name not in ("format", "format_version")}

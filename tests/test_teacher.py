@@ -261,7 +261,7 @@ def test_under_autocast():
 def test_verification_runs_once(monkeypatch):
     calls = []
     honest = verification.verify
-    monkeypatch.setattr("opcd_fast.teacher.verify", lambda body, path: calls.append(path) or honest(body, path))
+    monkeypatch.setattr("opcd_fast.path_choice.verify", lambda body, path, *rest: calls.append(path) or honest(body, path, *rest))
     teacher = ContextTeacher(tiny_model(), random_ids(20)[0])
     ids, bounds = pack(random_ids(5, 3))
     assert not calls
@@ -305,6 +305,7 @@ def test_layer_that_never_asks_for_its_prefix_is_an_error_on_pad(name, monkeypat
 
 def test_attention_that_bypasses_ours_is_an_error(monkeypatch):
     teacher = ContextTeacher(tiny_model(), random_ids(20)[0], path="merge")
+    assert teacher.path == "merge"  # the check, too, would see it
     ids, bounds = pack(random_ids(5, 3))
     monkeypatch.setattr(seam, "using_attention", lambda *_: nullcontext())
     with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\] did not read the context"):

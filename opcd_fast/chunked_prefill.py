@@ -69,7 +69,7 @@ class GrowingLayer(CacheLayerMixin):
             assert self.values is not None
             self.keys[..., self.past : end, :] = key_states
             self.values[..., self.past : end, :] = value_states
-            if self.keys.device == key_states.device:
+            if _lies_at(self.keys, key_states.device):
                 keys, values = self.keys[..., :end, :], self.values[..., :end, :]
             else:
                 keys = _after(self.keys[..., : self.past, :], key_states)
@@ -91,6 +91,10 @@ class GrowingLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # the name before 5.18
+
+
+def _lies_at(x: Tensor, device: torch.device) -> bool:
+    return x.device == device
 
 
 def _after(past: Tensor, new: Tensor) -> Tensor:

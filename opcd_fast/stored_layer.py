@@ -52,8 +52,8 @@ class StoredLayer:
     def quantise(self, dtype: torch.dtype) -> StoredLayer:
         """In `dtype`, float8_e4m3fn; itself if it is that already.
 
-        Rounding is at most 2^-4 of each number (three bits of mantissa) down to 2^-15 of the largest one that shares
-        its scale, and 2^-19 of that one below. It is done once, in float32.
+        Rounding is at most 2^-4 of each number (three bits of mantissa) down to 2^-14 of the largest one that shares
+        its scale, and 2^-18 of that one below. It is done once, in float32.
         """
         if self.key_scale is not None:
             return self

@@ -23,7 +23,7 @@ def split(
     max_bytes: int,
     fetched: float = 0.0,
 ) -> tuple[list[list[int]], int]:
-    """Sequences in parts, each of which needs at most `max_bytes`; and the bytes of the largest part.
+    """Sequences that have tokens in parts, each of which needs at most `max_bytes`; and the bytes of the largest part.
 
     lengths, index, context_lengths: tokens, context and tokens of the context of each sequence. One that needs more by
     itself is a part of its own. Sequences of one context stay together and long ones come first, so that few contexts
@@ -38,7 +38,7 @@ def split(
 
     parts: list[list[int]] = []
     part, most = Part(), 0
-    for sequence in sorted(range(len(lengths)), key=order):
+    for sequence in sorted((s for s, length in enumerate(lengths) if length), key=order):
         one = (lengths[sequence], index[sequence], context_lengths[sequence])
         longer = part.plus(*one)
         fits = part_bytes(sizes, path, longer, fetched) <= max_bytes
@@ -61,7 +61,7 @@ def run_in_parts(
     parts: Sequence[Sequence[int]],
     select: Tensor | None,
 ) -> Tensor:
-    """`run` for each of `parts`, which hold every sequence once: (N, D) in the order of `row`, or (M, D) of `select`.
+    """`run` for each of `parts`, which hold every sequence that has tokens once: (N, D) in the order of `row`, or (M, D) of `select`.
 
     Of each part only the selected positions are kept.
     """

@@ -44,7 +44,7 @@ from opcd_fast.timing import Stopwatch
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes",
+    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -129,7 +129,11 @@ class OPCDTrainer:
                 adapter=self._adapter,
                 store=config.prefix_store,
                 max_prefix_bytes=config.max_prefix_bytes,
+                max_batch_bytes=config.teacher_batch_bytes,
+                prefix_device=config.prefix_device,
+                prefix_dtype=config.prefix_dtype,
             )
+            _ = self.teacher.path  # a path that fails its check is an error now, not in the first step
         except ValueError as error:
             raise InputError(str(error)) from error
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)

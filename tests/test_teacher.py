@@ -403,6 +403,8 @@ def built(monkeypatch):
 def test_context_is_read_once(built):
     teacher = ContextTeacher(tiny_model(), random_ids(20, 4), path="merge")
     ids, bounds = pack(random_ids(5, 3))
+    assert teacher.path == "merge"  # its check reads contexts of its own
+    built.clear()
     for _ in range(3):
         teacher.hidden_states_packed(ids, bounds, context_index=[0, 1])
     assert built == [20, 4]

@@ -61,9 +61,9 @@ def run_in_parts(
     parts: Sequence[Sequence[int]],
     select: Tensor | None,
 ) -> Tensor:
-    """`run` for each of `parts`, which hold every sequence that has tokens once: (N, D) in the order of `row`, or (M, D) of `select`.
+    """`run` for each of `parts`: hidden states (N, D) in the order of `row`, or (M, D) of the positions `select`.
 
-    Of each part only the selected positions are kept.
+    Parts hold every sequence that has tokens once. Of each part only the selected positions are kept.
     """
     bounds = row.cu_seqlens.tolist()
     wanted = None if select is None else select.cpu()

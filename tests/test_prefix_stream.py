@@ -13,7 +13,7 @@ from architectures import build
 from test_chunked_prefill import assert_same_prefix
 from tiny_models import pack, plain_after_context, random_ids, tiny_model
 
-from opcd_fast import chunked_prefill, prefix_stream
+from opcd_fast import chunked_prefill, prefix, prefix_stream
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_stream import BlockingTransfer, PrefixStream, open_transfer
 from opcd_fast.stored_layer import StoredLayer
@@ -197,6 +197,22 @@ def test_a_context_grows_where_it_is_kept(name, monkeypatch):
     assert len(copies) >= 2 * 3 * 6  # keys and values, layers, chunks after the first
     for x in (*grown.keys, *grown.values):
         assert x.untyped_storage().nbytes() == x.numel() * 4
+
+
+def test_every_key_is_put_where_it_was_asked(monkeypatch, tmp_path):
+    """Where the model is and where keys are kept is one device here; that they are put there shows in who does it."""
+    put = []
+    honest = prefix._placed
+    monkeypatch.setattr(prefix, "_placed", lambda x, device: put.append(device) or honest(x, device))
+    model, contexts = tiny_model(), random_ids(20, 6)
+    ContextTeacher(model, contexts, path="merge", store=tmp_path).prefixes  # noqa: B018
+    assert not put
+    for store in (None, tmp_path):  # read by the model, and from the folder
+        put.clear()
+        teacher = ContextTeacher(model, contexts, path="merge", store=store, prefix_device="cpu")
+        _ = teacher.path
+        put.clear()
+        assert len(teacher.prefixes) == 2 and put == [torch.device("cpu")] * 2 * 2 * 3
 
 
 def test_bad_places():

@@ -102,10 +102,10 @@ def test_peak_of_a_divided_call_stays_below_the_bound(path, selected):
         run()
         return peak_bytes(run)
 
-    whole, bound = peak(), 600 * KB if path == "merge" else 2000 * KB
+    whole, bound = peak(), 300 * KB if path == "merge" else 1500 * KB
     kept = (4 if selected else sum(lengths)) * 64 * 4  # what the call returns
     part = peak(max_batch_bytes=bound)
-    assert part <= FACTOR * bound + kept + 64 * KB
+    assert part <= FACTOR * bound + kept + 32 * KB
     assert whole > 2 * part
 
 

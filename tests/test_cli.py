@@ -8,8 +8,9 @@ import sys
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import cli
-from opcd_fast.cli import _train_command, main
+from opcd_fast.cli import main
+from opcd_fast.commands import info
+from opcd_fast.commands.train import train_command
 from opcd_fast.errors import InputError
 
 
@@ -90,7 +91,7 @@ def test_yaml_and_command_line_are_checked_together(model_folder, files):
     )
 
     def parse(*more):
-        return _train_command(["--model", "M", "--prompts", "P", "--config", str(files / "run.yaml"), *more])
+        return train_command(["--model", "M", "--prompts", "P", "--config", str(files / "run.yaml"), *more])
 
     config = parse("--lora-rank", "4", "--steps", "1", "--no-gradient-checkpointing")[1]
     assert (config.lora_alpha, config.merge_for_rollout, config.lora_targets) == (8, True, "q_proj,v_proj")
@@ -247,16 +248,16 @@ def test_failures_of_libraries_are_one_line(monkeypatch, capsys):
 
     monkeypatch.delenv("OPCD_DEBUG", raising=False)
     for error in (ValueError("bad\nmore"), OSError("bad"), RuntimeError("bad"), safetensors.SafetensorError("bad")):
-        monkeypatch.setattr(cli, "_info", failing(error))
+        monkeypatch.setattr(info, "run", failing(error))
         assert main(["info"]) == 2
         assert capsys.readouterr().err == "opcd: bad (OPCD_DEBUG=1 shows where)\n"
-    monkeypatch.setattr(cli, "_info", failing(torch.OutOfMemoryError("CUDA out of memory.\nTried")))
+    monkeypatch.setattr(info, "run", failing(torch.OutOfMemoryError("CUDA out of memory.\nTried")))
     assert main(["info"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "micro_batch_tokens" in error and "rollout_batch" in error
     monkeypatch.setenv("OPCD_DEBUG", "1")
     for error in (InputError("bad"), OSError("bad")):
-        monkeypatch.setattr(cli, "_info", failing(error))
+        monkeypatch.setattr(info, "run", failing(error))
         with pytest.raises(type(error)):
             main(["info"])
 
@@ -264,7 +265,7 @@ def test_failures_of_libraries_are_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("kind", [KeyError, AttributeError, TypeError, AssertionError, NotImplementedError])
 def test_bugs_keep_their_traceback(monkeypatch, kind):
     monkeypatch.delenv("OPCD_DEBUG", raising=False)
-    monkeypatch.setattr(cli, "_info", failing(kind("bug")))
+    monkeypatch.setattr(info, "run", failing(kind("bug")))
     with pytest.raises(kind):
         main(["info"])
 

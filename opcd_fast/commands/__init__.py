@@ -1,0 +1,12 @@
+"""The commands of `opcd`, one module each; `run(arguments)` of a module returns the exit status.
+
+A module is imported when its command runs: `opcd --help` needs nothing but Python.
+"""
+
+COMMANDS = {
+    "demo": "watch it happen on a small real model, on this machine, in a few minutes",
+    "train": "do it with your model, context and prompts",
+    "generate": "answer a prompt with a trained (or any) model",
+    "info": "what is installed here and what is missing",
+}
+"""Name (also of the module) and what a command is for, in the order of `opcd --help`."""

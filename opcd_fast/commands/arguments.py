@@ -1,0 +1,48 @@
+"""What the commands share: arguments to a dataclass, and checks of options that several have."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from opcd_fast.errors import InputError
+
+
+def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
+    """Arguments to a command's dataclass. Raises InputError with tyro's complaint in one line."""
+    import tyro
+
+    flat: Any = Annotated[kind, tyro.conf.OmitArgPrefixes]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(flat, prog=f"opcd {name}", args=arguments, **settings)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # tyro's boxes: drawn characters, or rules of dashes where the terminal is not UTF-8.
+        words = re.sub(r"[╭╮╰╯│─]+|(?<!\S)-{3,}(?!\S)", " ", complaint.getvalue()).split("For full helptext")[0]
+        raise InputError(f"{name}: {' '.join(words.split())}; see `opcd {name} --help`") from stop
+
+
+def quiet_libraries() -> None:
+    """A bar for a second of loading, or a library's note to its own callers, hides the line that matters."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed} must be a whole number from 0 up to 2**63 - 1")
+
+
+def as_file(context: str | None) -> Path | None:
+    """On the command line a context is always a file: a mistyped name must not become the context's text."""
+    return None if context is None else Path(context)

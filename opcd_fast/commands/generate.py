@@ -1,0 +1,71 @@
+"""`opcd generate`: one answer of a trained model, or of any other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries
+from opcd_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Print a model's answer to a prompt."""
+
+    model: str
+    """Folder (full model or adapter), hub id, or "smollm2"."""
+    prompt: str
+    """The user's message."""
+    context: str | None = None
+    """A text file, or chat turns as .json or .jsonl, put in front."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 takes the most probable token each time; above 0 samples."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
+    seed: int = 0
+    """Fixes the samples."""
+    dtype: str = "auto"
+    """"auto" | "float32" | "bfloat16"."""
+    device: str = "auto"
+    """"auto" | "cpu" | "cuda" | "cuda:N"."""
+
+
+def run(arguments: list[str]) -> int:
+    command = parse(GenerateCommand, "generate", arguments)
+    if command.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={command.max_new_tokens} must be at least 1")
+    if not 0 <= command.temperature < math.inf:  # refuses NaN too
+        raise InputError(f"temperature={command.temperature} must be a number, 0 or more")
+    if not 0 < command.top_p <= 1:
+        raise InputError(f"top_p={command.top_p} must be a number above 0 up to 1")
+    check_seed(command.seed)
+    from opcd_fast import transformers_seam as seam
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.preflight import check_prompt_length
+    from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, student_ids, teacher_ids
+    from opcd_fast.rollout import TransformersRollout, stop_token_ids
+
+    quiet_libraries()
+    file = as_file(command.context)
+    context = None if file is None else read_context(file)
+    tokenizer = load_tokenizer(command.model)
+    (prompt,) = adapt_to_tokenizer(tokenizer, read_prompts([command.prompt], "prompt"))
+    ids = student_ids(tokenizer, prompt) if context is None else teacher_ids(tokenizer, prompt, context)
+    model = load_model(command.model, dtype=command.dtype, device=command.device)
+    check_prompt_length(len(ids), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
+    stop_ids = stop_token_ids(tokenizer, model, command.stop_tokens)
+    rollout = TransformersRollout(model, stop_token_ids=stop_ids, merge_adapter=False)
+    (answer,) = rollout.generate(
+        [ids],
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature,
+        top_p=command.top_p,
+        seed=command.seed,
+    )
+    print(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+    return 0

@@ -1,0 +1,114 @@
+"""`opcd train`: the loop on files, every setting an option or a line of a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
+from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml, typed_values
+from opcd_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainOptions(OPCDConfig):
+    """The same options, checked only once those of a YAML file and of the command line are together."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a model to answer as it would with the context in front.
+
+    Writes metrics.jsonl, checkpoints/ and final/ (the adapter, or the whole model) into the output folder.
+    Options may also come from a YAML file: `--config FILE`, the same names; the command line wins.
+    """
+
+    model: str
+    """Folder, hub id, or "smollm2" (the packaged SmolLM2-135M-Instruct)."""
+    prompts: str
+    """JSONL file, one {"prompt": text or messages} a line."""
+    context: str | None = None
+    """What the teacher sees: a text file, or chat turns as .json or .jsonl."""
+    eval_prompts: str | None = None
+    """Held-out prompts, same form, for evaluation during the run."""
+    teacher_model: str | None = None
+    """Another model as the teacher (same tokenizer); default: the model without a trained adapter, as it was at the
+    start (LoRA: the base with the adapter off)."""
+    run: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+
+
+def run(arguments: list[str]) -> int:
+    command, config = train_command(arguments)
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.prompts import read_context, read_prompts
+    from opcd_fast.trainer import OPCDTrainer
+
+    quiet_libraries()
+    # Small files first: a wrong name must not cost the loading of a model.
+    context = as_file(command.context)
+    if context is not None:
+        read_context(context)
+    prompts = read_prompts(command.prompts)
+    held_out = None if command.eval_prompts is None else read_prompts(command.eval_prompts, "eval_prompts")
+    place = {"dtype": config.dtype, "device": config.device}
+    tokenizer = load_tokenizer(command.model)
+    teacher_tokenizer = teacher = None
+    if command.teacher_model is not None:
+        teacher_tokenizer = load_tokenizer(command.teacher_model)
+        teacher = load_model(command.teacher_model, **place)
+    trainer = OPCDTrainer(
+        load_model(command.model, **place),
+        tokenizer,
+        context,
+        prompts,
+        config,
+        teacher_model=teacher,
+        teacher_tokenizer=teacher_tokenizer,
+        eval_prompts=held_out,
+    )
+    result = trainer.train()
+    print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
+    return 0
+
+
+def train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:
+    """A YAML file's values become the command line's defaults; only what both make together is checked."""
+    import tyro
+
+    arguments, path = _take_config(arguments)
+    values: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if path is not None:
+        found, where = read_yaml(path), f"config file {path!r}"
+        of_command = [name for name in option_names(TrainCommand) if name != "run"]
+        check_names(found, of_command + option_names(TrainOptions), where)
+        try:
+            values = typed_values(TrainCommand, {k: v for k, v in found.items() if k in of_command})
+            options = {k: v for k, v in found.items() if k not in of_command}
+            options = typed_values(TrainOptions, options, numbers_as_text=True)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    required = {"model": tyro.MISSING, "prompts": tyro.MISSING}
+    default = TrainCommand(**{**required, **values}, run=TrainOptions(**options))
+    command = parse(TrainCommand, "train", arguments, default=default)
+    return command, OPCDConfig(**dataclasses.asdict(command.run))
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Split `--config FILE` off."""
+    rest, path = [], None
+    words = iter(arguments)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            if path is not None:
+                raise InputError("--config is given twice; put the options into one file")
+            path = word.partition("=")[2] if "=" in word else next(words, "")
+            if not path:
+                raise InputError("--config needs a file")
+        else:
+            rest.append(word)
+    return rest, path

@@ -210,7 +210,7 @@ def test_every_key_is_put_where_it_was_asked(monkeypatch, tmp_path):
     for store in (None, tmp_path):  # read by the model, and from the folder
         put.clear()
         teacher = ContextTeacher(model, contexts, path="merge", store=store, prefix_device="cpu")
-        _ = teacher.path
+        assert teacher.path == "merge" and set(put) == {torch.device("cpu")}  # its check goes that way, too
         put.clear()
         assert len(teacher.prefixes) == 2 and put == [torch.device("cpu")] * 2 * 2 * 3
 

@@ -21,7 +21,10 @@ _HOME = {
     "sequence_mean_weights": "loss",
     "ContextTeacher": "teacher",
     "SharedPrefix": "prefix",
+    "ContinuationScores": "scoring",
+    "score_continuations": "scoring",
     "packed_hidden_states": "student",
+    "shared_prompt_hidden_states": "shared_prompts",
     "Batch": "batch",
     "Sample": "batch",
     "pack": "batch",
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prefix import SharedPrefix
     from opcd_fast.rollout import Completion, Rollout, TransformersRollout
+    from opcd_fast.scoring import ContinuationScores, score_continuations
+    from opcd_fast.shared_prompts import shared_prompt_hidden_states
     from opcd_fast.student import packed_hidden_states
     from opcd_fast.teacher import ContextTeacher
     from opcd_fast.trainer import OPCDTrainer, TrainResult

@@ -50,6 +50,24 @@ def refuses_packing(body: nn.Module) -> str | None:
     return _refuses_row(body) if not kinds else f"RoPE type {kinds[0]!r} changes every position with the length"
 
 
+def refuses_sharing(body: nn.Module, *, training: bool) -> str | None:
+    """Why several continuations cannot share their prompt in a packed row through `body`; None when they can.
+
+    training: whether dropout is on.
+    """
+    reason = refuses_packing(body)
+    if reason is not None:
+        return reason
+    for has, what in ((_caps_scores(body), "cap on attention scores"), (_has_sinks(body), "attention sinks")):
+        if has:
+            return f"attention with shared prompts has no {what}"
+    for name in ("attention_dropout", "attn_pdrop"):
+        dropout = seam.setting(seam.config_of(body), name)
+        if training and any(dropout if isinstance(dropout, list) else [dropout]):
+            return f"attention with shared prompts has no dropout, the model has {name}={dropout}"
+    return None
+
+
 def refuses_merge(body: nn.Module) -> str | None:
     """Why sequences in a packed row cannot be merged with a prefix; None when they can.
 

@@ -72,6 +72,8 @@ class OPCDConfig:
     """"auto" | "cpu" | "cuda" | "cuda:N"."""
     micro_batch_tokens: int | None = None
     """Student plus teacher tokens run through the models at once; None: the whole batch."""
+    share_prompts: bool | None = None
+    """The student reads a prompt once for all of its answers. None: where rollouts_per_prompt > 1 and its model can."""
     rollout_batch: int = 64
     """Sequences generated at once."""
     merge_for_rollout: bool | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from opcd_fast.batch import Batch
 from opcd_fast.heads import LMHead
 from opcd_fast.loss import LossStats, fused_linear_divergence
+from opcd_fast.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
@@ -59,9 +60,7 @@ def context_kl(
             select=batch.response_index_teacher,
         )  # (N, D_t)
     with watch("student"), autocast():
-        h_s = packed_hidden_states(
-            student, batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student
-        )  # (N, D_s)
+        h_s = _student_hidden_states(student, batch)  # (N, D_s)
     with watch("loss"):
         head_s, head_t = _same_vocabulary(student_head or LMHead.from_model(student), teacher.head)
         return fused_linear_divergence(
@@ -77,6 +76,13 @@ def context_kl(
             backend=backend,
             **divergence,
         )
+
+
+def _student_hidden_states(student: Any, batch: Batch) -> Tensor:
+    row = (batch.student_ids, batch.student_cu_seqlens)
+    if batch.student_parent is None:
+        return packed_hidden_states(student, *row, select=batch.response_index_student)
+    return shared_prompt_hidden_states(student, *row, batch.student_parent, select=batch.response_index_student)
 
 
 def _same_vocabulary(student: LMHead, teacher: LMHead) -> tuple[LMHead, LMHead]:

@@ -9,6 +9,7 @@ keeps records.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ import torch
 
 from opcd_fast import checkpoint
 from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import refuses_sharing
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
@@ -40,11 +42,13 @@ from opcd_fast.seeds import digest, seeded, stream_seed
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
 
+logger = logging.getLogger("opcd_fast")
+
 # Settings that may change between a run and its continuation without changing the steps already made.
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes",
+    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -118,6 +122,7 @@ class OPCDTrainer:
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
         self.model, teacher = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype)
+        self.share_prompts = _shares_prompts(self.model, config)
         vocab_size = shared_vocabulary(self.model, teacher, tokenizer, teacher_tokenizer)
         same_weights = teacher is self.model
         self._adapter = "disabled" if same_weights else "active"
@@ -188,9 +193,9 @@ class OPCDTrainer:
                 denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
                 self.optimizer.zero_grad(set_to_none=True)
                 with seeded(stream_seed(config.seed, "dropout", step), self.device):
-                    for group in micro_batches(samples, config.micro_batch_tokens):
+                    for group in micro_batches(samples, config.micro_batch_tokens, share_prompts=self.share_prompts):
                         part, stats = context_kl(  # teacher with context, student without
-                            pack(group, normalize=config.normalize).to(self.device),
+                            pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
                             self.model,
                             self.teacher,
                             denominator=denominator,
@@ -350,6 +355,17 @@ class OPCDTrainer:
         self.folder.log(record)
         for callback in self.callbacks:
             callback(record)
+
+
+def _shares_prompts(model: Any, config: OPCDConfig) -> bool:
+    if not (config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts):
+        return False
+    reason = refuses_sharing(seam.body_of(model), training=True)
+    if reason is not None and config.share_prompts:
+        raise InputError(f"share_prompts=True: {reason}; leave it out")
+    if reason is not None:
+        logger.warning("student: every answer has its own copy of the prompt, because %s", reason)
+    return reason is None
 
 
 def _check_finite(step: int, loss: float, norm: float) -> None:

@@ -107,6 +107,13 @@ class OPCDConfig:
     """Folder where contexts' caches are kept, so that a second run does not read them again; None: nowhere."""
     max_prefix_bytes: int | None = None
     """Bound for the contexts' caches in memory; the ones used longest ago are dropped. None: no bound."""
+    prefix_device: str | None = None
+    """Where contexts' caches are kept; "cpu" brings them to a GPU layer by layer. None: where the teacher is."""
+    prefix_dtype: str | None = None
+    """"float8_e4m3fn" keeps contexts' caches in eight bits, with the error that brings. None: the teacher's type."""
+    teacher_batch_bytes: int | None = None
+    """Bound for what the teacher holds besides weights and caches; larger batches run in parts. None: a quarter of
+    its weights, at least 1 GiB."""
     eval_every: int = 10
     """Held-out evaluation every so many steps, and before the first and after the last; 0: never."""
     eval_batch: int = 32
@@ -145,7 +152,7 @@ class OPCDConfig:
         for name in ("lora_rank", "eval_every", "save_every", "seed"):
             at_least(name, 0)
         at_least("keep_checkpoints", 1)
-        for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha", "max_prefix_bytes"):
+        for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha", "max_prefix_bytes", "teacher_batch_bytes"):
             if getattr(self, name) is not None:
                 at_least(name, 1)
         within("temperature", 0, 100, open_low=True)
@@ -176,6 +183,11 @@ class OPCDConfig:
         one_of("dtype", "auto", "float32", "bfloat16")
         one_of("loss_backend", "auto", "triton", "native", "torch")
         one_of("teacher_path", "auto", "merge", "pad", "mask", "concat")
+        if self.prefix_dtype is not None:
+            one_of("prefix_dtype", "float8_e4m3fn")
+        for name in ("prefix_device", "prefix_dtype"):
+            if self.teacher_path == "concat" and getattr(self, name) is not None:
+                raise InputError(f"{name} is set, but teacher_path='concat' keeps no caches; drop one of them")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
         if self.merge_for_rollout and not self.lora_rank:

@@ -72,7 +72,7 @@ def _counted(used: Sequence[SharedPrefix]) -> tuple[Any, list[list[int] | None]]
     plain, counts = cache_of(used)
     if plain is None or counts is None:
         return None, []
-    return Cache(layers=[CountedLayer(layer.prefix_keys, layer.prefix_values) for layer in plain.layers]), counts
+    return Cache(layers=[CountedLayer(layer.stream, layer.index) for layer in plain.layers]), counts
 
 
 def _masks(

@@ -52,7 +52,7 @@ logger = logging.getLogger("opcd_fast")
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes", "share_prompts", "teacher_device",
+    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts", "teacher_device",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")

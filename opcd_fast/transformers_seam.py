@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
+
+from opcd_fast.frozen_cache import FrozenLayer, frozen_cache
+
+__all__ = ["FrozenLayer", "frozen_cache"]  # the part of this seam that has a file of its own
 
 PACKED_ATTENTION = "opcd_packed"
 """Name under which `using_attention` registers its function. transformers builds no mask for a name that its
@@ -281,45 +284,6 @@ def mark_4bit(model: Any) -> None:
 
 
 # --- caches -------------------------------------------------------------------------------------------------
-
-
-class FrozenLayer(CacheLayerMixin):
-    """One layer's prefixes, read-only: `update` returns them in front of the new keys and stores nothing.
-
-    keys, values: lists of (1, H_kv, P_i, d), in the order of the packed row's prefix groups. RoPE is applied
-    before a cache sees keys, so they are final.
-    """
-
-    is_sliding = False
-
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.prefix_keys, self.prefix_values = list(keys), list(values)
-        self.is_initialized = True
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys = [k.to(key_states.dtype) for k in self.prefix_keys]
-        values = [v.to(value_states.dtype) for v in self.prefix_values]
-        return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
-
-    def get_seq_length(self, *args: Any) -> int:
-        return sum(k.shape[-2] for k in self.prefix_keys)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before 5.18
-
-
-def frozen_cache(layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> Cache:
-    """A cache of `FrozenLayer`s; `layers` holds (keys, values) of each layer."""
-    return Cache(layers=[FrozenLayer(keys, values) for keys, values in layers])
 
 
 def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Any], Tensor]:

@@ -195,7 +195,11 @@ def plant(error, monkeypatch):
     """An error in one path; which one, is the first word of its name."""
     if error == "merge: weights":
         honest_merge = attention.merge_by_logsumexp
-        monkeypatch.setattr(attention, "merge_by_logsumexp", lambda a, la, b, lb: honest_merge(a, la, b, lb + 0.01))
+
+        def off_by_a_hundredth(a, la, b, lb, **more):
+            return honest_merge(a, la, b, lb + 0.01, **more)
+
+        monkeypatch.setattr(attention, "merge_by_logsumexp", off_by_a_hundredth)
     elif error.endswith("a layer without its prefix"):
         layer = seam.FrozenLayer if error.startswith("merge") else ExpandedLayer
         honest, calls = layer.update, []

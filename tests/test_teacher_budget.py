@@ -69,7 +69,8 @@ def counted(model, path, lengths, context, **options):
 
 
 CASES = [(300, [32] * 16), (300, [64, 48, 16, 3, 1] * 3), (20, [128] * 6), (900, [8] * 6), (0, [60] * 6)]
-WAYS = [("llama", "merge"), ("llama", "pad"), ("llama", "concat"), ("eager", "pad"), ("eager", "concat"),
+WAYS = [("llama", "merge"), ("llama", "pad"), ("llama", "mask"), ("eager", "mask"), ("llama", "concat"),
+        ("eager", "pad"), ("eager", "concat"),
         ("wide-mlp", "merge"), ("many-keys", "merge"), ("many-keys", "pad"), ("mixtral", "merge"), ("gpt2", "pad"),
         ("gpt2", "concat")]  # fmt: skip
 
@@ -109,7 +110,7 @@ def test_peak_of_a_divided_call_stays_below_the_bound(path, selected):
     assert whole > 2 * part
 
 
-@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "mask", "concat"])
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed-window"])
 def test_parts_change_no_number(name, path):
     model, contexts = tiny_model(name), random_ids(20, 6, 0)

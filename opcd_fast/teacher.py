@@ -43,6 +43,7 @@ from opcd_fast.teacher_inputs import (
 )
 from opcd_fast.teacher_parts import run_in_parts, split
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
+from opcd_fast.weight_versions import changed, versions_of
 
 if TYPE_CHECKING:
     from opcd_fast.heads import LMHead
@@ -77,9 +78,9 @@ class ContextTeacher:
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
     A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
-    were computed from was changed in place, the model's dtype or device changed or, with adapter="active", the
-    adapters' state changed. Changes that torch does not count (through `.data`, or by a fused optimizer's step) need
-    `invalidate()`.
+    were computed from was changed in place or replaced, the model's dtype or device changed or, with
+    adapter="active", the adapters' state or strength changed. Changes that torch does not count (written through
+    `.data`, or by a fused optimizer's step) need `invalidate()`.
 
     Raises ValueError for malformed arguments, for a path that cannot be exact for this model, for prefix_device and
     prefix_dtype with path="concat", which keeps no keys, and for a model whose attention, as it is set, leaves out a
@@ -126,7 +127,6 @@ class ContextTeacher:
             dtype=kept_as,
         )
         self._built_with: tuple[Any, ...] = ()
-        self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
 
         wrong = refuses_stock_attention(self._body)
         if wrong is not None:
@@ -298,19 +298,23 @@ class ContextTeacher:
 
     def _prefixes_of(self, wanted: Iterable[int]) -> dict[int, SharedPrefix]:
         """Prefixes by context, of those `wanted`; built by the present weights."""
-        state = self._state()
+        watched = self._watched()
+        state = self._state(watched)
         if state != self._built_with:
-            moved = bool(self._built_with) and state[0] != self._built_with[0]
-            self._prefixes.forget(weights_moved=moved)
+            moved = bool(self._built_with) and state[1:3] == self._built_with[1:3]  # or it is a cast
+            self._prefixes.forget(weights_moved=moved and changed(self._built_with[0], state[0]))
             self._built_with = state
-        if self.model.training and any(p.requires_grad for p in self._watched):
+        if self.model.training and any(p.requires_grad for p in watched):
             self._prefixes.leave_store("the teacher's weights are being trained")
         # Only what this call reads: one sequence among a thousand contexts must not wait for a thousand forwards.
         return self._prefixes.get(wanted, extendable=self.path == "merge", keep_kv=self.path != "concat")
 
-    def _state(self) -> tuple[Any, ...]:
+    def _watched(self) -> list[Tensor]:
+        """What the prefixes depend on. Looked up anew: adapters come and go, and loading may put in other tensors."""
+        return seam.base_parameters(self.model) if self._adapter == "disabled" else list(self.model.parameters())
+
+    def _state(self, watched: Sequence[Tensor]) -> tuple[Any, ...]:
         """What the prefixes were computed from; changes with every in-place update that torch counts."""
-        first = self._watched[0]
-        versions = sum(p._version for p in self._watched if not p.is_inference())
+        first = next(self._body.parameters())
         adapters = seam.adapter_state(self.model) if self._adapter == "active" else ()
-        return versions, first.dtype, first.device, adapters
+        return versions_of(watched), first.dtype, first.device, adapters

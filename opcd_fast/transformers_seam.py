@@ -260,13 +260,14 @@ def base_parameters(model: nn.Module) -> list[Tensor]:
 
 
 def adapter_state(model: nn.Module) -> tuple[Any, ...]:
-    """Which adapters act on the forward pass now; compares unequal after a change."""
+    """Which adapters act on the forward pass now, and how strongly; compares unequal after a change."""
     modules: list[Any] = list(adapter_modules(model))
     return tuple(
         (
             tuple(module.active_adapters),
             bool(module._disable_adapters),
             bool(getattr(module, "merged", False)),
+            str(getattr(module, "scaling", None)),
         )
         for module in modules
     )

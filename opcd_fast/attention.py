@@ -162,7 +162,7 @@ def row_attention(
 
     in_place = not any(x.requires_grad for x in (out, lse, *(() if sink is None else (sink,))))
     pieces, start, done = [], 0, 0
-    for group, count in zip(row.groups, prefix_counts, strict=True):
+    for group, count in zip(row.groups if past else (), prefix_counts if past else (), strict=True):
         tokens, keys = slice(group.first_token, group.end_token), slice(start, start + count)
         start, done = start + count, group.end_token
         second: tuple[Tensor, Tensor] | tuple[()] = ()

@@ -518,12 +518,12 @@ def test_flex_attention_takes_a_block_mask(name, monkeypatch):
 def test_a_mask_too_large_is_refused(monkeypatch):
     teacher = ContextTeacher(build("llama"), contexts(), path="mask")
     assert teacher.path == "mask"  # the check is over
-    packed = pack(random_ids(*LENGTHS, seed=2))
-    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * 62 * 4 - 1)
-    with pytest.raises(ValueError, match=r"input_ids: 36 tokens that see 62 keys.*use path='pad'"):
-        teacher.hidden_states_packed(*packed, context_index=INDEX)
-    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * 62 * 4)
-    teacher.hidden_states_packed(*packed, context_index=INDEX)
+    packed, keys = pack(random_ids(36, seed=2)), len(contexts()[0]) + 36
+    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * keys * 4 - 1)
+    with pytest.raises(ValueError, match=rf"input_ids: 36 tokens that see {keys} keys.*use path='pad'"):
+        teacher.hidden_states_packed(*packed, context_index=[0])
+    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * keys * 4)
+    teacher.hidden_states_packed(*packed, context_index=[0])
 
 
 def test_a_masked_layer_that_does_not_read_its_context_is_an_error(monkeypatch):

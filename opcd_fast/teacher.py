@@ -43,7 +43,7 @@ from opcd_fast.teacher_inputs import (
 )
 from opcd_fast.teacher_parts import run_in_parts, split
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
-from opcd_fast.weight_versions import changed, versions_of
+from opcd_fast.weight_versions import changed, count_optimizer_steps, versions_of
 
 if TYPE_CHECKING:
     from opcd_fast.heads import LMHead
@@ -80,7 +80,8 @@ class ContextTeacher:
     A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
     were computed from was changed in place or replaced, the model's dtype or device changed or, with
     adapter="active", the adapters' state or strength changed. Changes that torch does not count (written through
-    `.data`, or by a fused optimizer's step) need `invalidate()`.
+    `.data`, say, or by code that is no torch optimizer) need `invalidate()`. A change of dtype, device or attention
+    implementation also has the path checked anew.
 
     Raises ValueError for malformed arguments, for a path that cannot be exact for this model, for prefix_device and
     prefix_dtype with path="concat", which keeps no keys, and for a model whose attention, as it is set, leaves out a
@@ -128,14 +129,26 @@ class ContextTeacher:
         )
         self._built_with: tuple[Any, ...] = ()
 
-        wrong = refuses_stock_attention(self._body)
-        if wrong is not None:
-            raise ValueError(f"model: {wrong}")
-        self._choice = PathChoice(self._body, path, kept_on)
+        count_optimizer_steps()
+        self._asked = path
+        self._checked: tuple[PathChoice, tuple[Any, ...]] | None = None
+        _ = self._choice
         self._storage = [name for name, x in (("prefix_device", kept_on), ("prefix_dtype", kept_as)) if x is not None]
         if path == "concat" and self._storage:
             raise ValueError(f"{self._storage[0]}: path='concat' keeps no keys; leave it None, or take another path")
         check_contexts_fit(self._contexts, seam.longest_input(self._body))
+
+    @property
+    def _choice(self) -> PathChoice:
+        """Made anew when the model was moved, cast, or given another attention implementation: other kernels run."""
+        first = next(self._body.parameters())
+        runs_as = first.dtype, first.device, seam.attention_of(self._body)
+        if self._checked is None or self._checked[1] != runs_as:
+            wrong = refuses_stock_attention(self._body)
+            if wrong is not None:
+                raise ValueError(f"model: {wrong}")
+            self._checked = PathChoice(self._body, self._asked, self._kept_on), runs_as
+        return self._checked[0]
 
     @property
     def path(self) -> str:

@@ -117,6 +117,11 @@ def longest_input(body: nn.Module) -> int | None:
 # --- attention function -------------------------------------------------------------------------------------
 
 
+def attention_of(body: nn.Module) -> str | None:
+    """Name of the attention implementation that `body` is set to."""
+    return config_of(body)._attn_implementation
+
+
 def _configs(body: nn.Module) -> list[Any]:
     """Every distinct config object a submodule consults when it picks its attention function."""
     found = {id(body.config): body.config}

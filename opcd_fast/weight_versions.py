@@ -6,10 +6,12 @@ assignment, an adapter that was added later, a model cast to another type and ba
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
 
 Versions = dict[int, tuple[Any, ...]]
@@ -19,7 +21,8 @@ Versions = dict[int, tuple[Any, ...]]
 def versions_of(parameters: Iterable[Tensor]) -> Versions:
     """Compares equal as long as all `parameters` are the same tensors and hold what they held.
 
-    Not seen: writes through `.data` or by a fused optimizer, into memory that stays in use.
+    Not seen: writes through `.data` into memory that stays in use. Nor what fused optimizers write, but for
+    `count_optimizer_steps`.
     """
     return {id(p): (_memory(p), 0 if p.is_inference() else p._version) for p in parameters}
 
@@ -35,3 +38,20 @@ def _memory(p: Tensor) -> Any:
         return StorageWeakRef(p.untyped_storage())
     except (RuntimeError, NotImplementedError):  # subclasses that have no memory of their own
         return None
+
+
+@functools.cache
+def count_optimizer_steps() -> None:
+    """From now on, every step of any optimizer counts as a change of its parameters.
+
+    Fused ones, and those with kernels of their own, write without telling torch. The hook is put in once per process.
+    """
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(_count)
+
+
+def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            increment_version(parameter)

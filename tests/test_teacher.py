@@ -716,6 +716,41 @@ def test_updates_that_torch_counts_are_noticed(adapter):
         assert_close(got, reference(tiny_model(), [context], sequences, [0, 0]))
 
 
+def test_steps_of_fused_optimizers_are_noticed():
+    """Torch does not count what they write."""
+    model = tiny_model()
+    (context,), sequences = random_ids(20), random_ids(5, 3)
+    ids, bounds = pack(sequences)
+    teacher = ContextTeacher(model, context)
+    before = teacher.hidden_states_packed(ids, bounds)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    model(ids.unsqueeze(0)).logits.square().mean().backward()
+    optimizer.step()
+    got = teacher.hidden_states_packed(ids, bounds)
+    assert (got - before).abs().max() > 1e-2
+    assert_close(got, reference(model, [context], sequences, [0, 0]))
+
+
+@pytest.mark.parametrize("path", ["pad", "concat"])
+def test_an_attention_that_drops_sinks_is_refused_also_when_it_is_set_later(path):
+    from architectures import build
+
+    model, (context, sequence) = build("gpt-oss"), random_ids(20, 5)
+    teacher = ContextTeacher(model, context, path=path)
+    teacher.hidden_states_packed(*pack([sequence]))
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ValueError, match="sdpa attention drops this model's attention sinks"):
+        teacher.hidden_states_packed(*pack([sequence]))
+
+
+def test_a_cast_model_is_checked_anew():
+    model, (context, sequence) = tiny_model(), random_ids(20, 5)
+    teacher = ContextTeacher(model, context)
+    teacher.hidden_states_packed(*pack([sequence]))
+    model.bfloat16()
+    assert "in torch.bfloat16" in teacher.explain()
+
+
 def test_change_of_dtype_is_noticed():
     model = tiny_model()
     teacher = ContextTeacher(model, random_ids(20)[0])

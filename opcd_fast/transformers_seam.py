@@ -311,6 +311,75 @@ def frozen_cache(layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) ->
     return Cache(layers=[FrozenLayer(keys, values) for keys, values in layers])
 
 
+class BufferedLayer(CacheLayerMixin):
+    """One layer's keys and values in a buffer that `update` writes in place, (rows, H_kv, capacity, d) each."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.end, self.capacity = 1, 0, 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def spread(self, rows: Tensor, capacity: int) -> None:
+        """Row i becomes a copy of what row `rows[i]` held; room for `capacity` tokens. An empty cache has one row."""
+        self.rows, self.capacity = len(rows), capacity
+        if self.end:
+            self.keys, self.values = self._moved(self.keys, rows), self._moved(self.values, rows)
+
+    def _moved(self, held: Tensor, rows: Tensor) -> Tensor:
+        new = held.new_empty(len(rows), held.shape[1], self.capacity, held.shape[3])
+        new[:, :, : self.end] = held[rows, :, : self.end]
+        return new
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows stay, in rising order; the buffer is the same."""
+        count = len(rows)
+        for held in (self.keys, self.values):
+            held[:count, :, : self.end] = held[rows, :, : self.end]
+        self.keys, self.values, self.rows = self.keys[:count], self.values[:count], count
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, self.end = self.end, self.end + key_states.shape[-2]
+        if start == 0:
+            shape = (self.rows, key_states.shape[1], self.capacity)
+            self.keys = key_states.new_empty(*shape, key_states.shape[3])
+            self.values = value_states.new_empty(*shape, value_states.shape[3])
+        self.keys[:, :, start : self.end] = key_states
+        self.values[:, :, start : self.end] = value_states
+        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.end
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.end + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before 5.18
+
+
+class BufferedCache(Cache):
+    """A `BufferedLayer` for every layer; the two methods act on all."""
+
+    def spread(self, rows: Tensor, capacity: int) -> None:
+        for layer in self.layers:
+            layer.spread(rows, capacity)  # type: ignore[attr-defined]
+
+    def keep(self, rows: Tensor) -> None:
+        for layer in self.layers:
+            layer.keep(rows)  # type: ignore[attr-defined]
+
+
+def buffered_cache(body: nn.Module) -> BufferedCache:
+    return BufferedCache(layers=[BufferedLayer() for _ in range(num_layers(body))])
+
+
 def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Any], Tensor]:
     """Run `input_ids` (1, P), P >= 1, with stock attention: each layer's (keys, values), cache layers, hidden states.
 
@@ -336,3 +405,51 @@ def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, T
             )
         )
     return layers, list(cache.layers), hidden
+
+
+# --- continuous batching ------------------------------------------------------------------------------------
+
+
+def continuous_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop_token_ids: Sequence[int],
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[tuple[list[int], list[float]]]:
+    """`generate_batch`: tokens and log-probabilities per prompt. Raises RuntimeError when a request failed."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    tokens = sum(map(len, prompts)) + len(prompts) * max_new_tokens
+    size = 32
+    settings: dict[str, Any] = {
+        # Sized by this job; left alone, the pool takes most of the memory that is free.
+        "num_blocks": -(-tokens // size) + 2 * len(prompts) + 2,
+        "max_batch_tokens": max(256, max(map(len, prompts)), len(prompts)),
+        "return_logprobs": True,
+        "seed": seed % 2**31,
+        "use_async_batching": False,
+    }
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    settings["page_size" if "page_size" in known else "block_size"] = size
+    if "auto_switch_to_flash" in known:
+        settings["auto_switch_to_flash"] = False  # the attention that the model was given
+    lm: Any = causal_lm(model)
+    results = lm.generate_batch(
+        [list(prompt) for prompt in prompts],
+        generation_config=GenerationConfig(
+            **sampling, max_new_tokens=max_new_tokens, eos_token_id=list(stop_token_ids),
+            pad_token_id=stop_token_ids[0],
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(**settings),
+        warmup=False,
+    )  # fmt: skip
+    done = list(results.values())
+    bad = next((result.error for result in done if result.error), None)
+    if bad is not None or len(done) != len(prompts):
+        raise RuntimeError(f"continuous batching answered {len(done)} of {len(prompts)} prompts: {bad}")
+    return [(list(result.generated_tokens), list(result.logprobs)) for result in done]

@@ -148,6 +148,8 @@ class BatchRun:
         b, heads, count, _d = query.shape
         groups = heads // key.shape[1]
         scaling = options.get("scaling")
+        if self.mask is not None and self.mask.dtype != query.dtype:  # float32 adapters on a bfloat16 model
+            self.mask = self.mask.to(query.dtype)
         if count == 1 and groups > 1:
             folded = query.reshape(b, key.shape[1], groups, -1)
             out = F.scaled_dot_product_attention(folded, key, value, attn_mask=self.mask, scale=scaling)

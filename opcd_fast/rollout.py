@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class TransformersRollout:
             only where it is faster and the log-probabilities agree; for smaller ones, on the CPU.
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
         engine: "auto" | "decode" | "generate" | "continuous". Auto is "decode" where it agrees with "generate".
-        choice_file: a file that keeps what was chosen, so that a resumed run rounds as it did before.
+        choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class TransformersRollout:
         merge_adapter: bool | None = None,
         vocab_size: int | None = None,
         engine: str = "auto",
-        choice_file: str | Path | None = None,
+        choice: Choice | None = None,
     ) -> None:
         if not stop_token_ids:
             raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
@@ -84,7 +83,7 @@ class TransformersRollout:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
         self._merged: MergedCopy | None = None
         self._folded: Any = None  # version of the weights that the copy holds
-        self._kept = Choice.of_file(choice_file)
+        self._kept = choice or Choice()
         kept = self._kept.values
         self._engine = self._kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
         if self._engine is None and refusal is not None:

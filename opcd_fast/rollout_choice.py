@@ -71,17 +71,21 @@ def _wait(device: torch.device) -> None:
 class Choice:
     """Decisions by name with their reasons, kept in a JSON file (or nowhere, with None)."""
 
-    def __init__(self, file: Path | None, values: dict[str, Any], reasons: dict[str, str]) -> None:
-        self.values, self._reasons, self._file = values, reasons, file
-        self._written = dict(values)
+    def __init__(
+        self, file: str | Path | None = None, values: dict[str, Any] | None = None, reasons: dict[str, str] | None = None
+    ) -> None:
+        self.values, self._reasons = dict(values or {}), dict(reasons or {})
+        self._file = None if file is None else Path(file)
+        self._written = dict(self.values)
 
     @classmethod
-    def of_file(cls, file: str | Path | None) -> Choice:
-        if file is None or not Path(file).is_file():
-            return cls(None if file is None else Path(file), {}, {})
+    def of_file(cls, file: str | Path) -> Choice:
+        """What an earlier run decided; nothing where it did not get that far. Raises InputError for a damaged file."""
+        if not Path(file).is_file():
+            return cls(file)
         try:
             kept = json.loads(Path(file).read_text(encoding="utf-8"))
-            return cls(Path(file), dict(kept["values"]), dict(kept["reasons"]))
+            return cls(file, dict(kept["values"]), dict(kept["reasons"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{str(file)!r} cannot be read ({error}); delete it to decide anew") from error
 
@@ -105,4 +109,4 @@ class Choice:
         self._written = dict(self.values)
 
     def explain(self) -> str:
-        return "\n".join(f"{name}: {self.values[name]} ({self._reasons[name]})" for name in self.values)
+        return "\n".join(f"{name}: {value} ({self._reasons.get(name)})" for name, value in self.values.items())

@@ -192,7 +192,7 @@ class ServerRollout:
                     raise InputError(f"rollout server {self.server.url} refused the weights: {error}") from error
 
     def _refusal(self, error: Refused) -> str:
-        hint = f"; {NEEDS}" if error.status in (400, 422) and "prompt" in str(error) else ""
+        hint = f"; {NEEDS}" if "prompt must be" in str(error) or "token_ids" in str(error) else ""
         return f"rollout server {self.server.url} refused a prompt (HTTP {error.status}): {error}{hint}"
 
     def _read(self, reply: Any, prompt: tuple[int, ...], limit: int, with_logprobs: bool, index: int) -> Completion:

@@ -16,6 +16,41 @@ from opcd_fast.rollout_http import JsonServer, Refused
 from opcd_fast.rollout_protocol import weights_version
 
 
+class AdapterFolder:
+    """Adapters on disk, each under a name that its content decides."""
+
+    def __init__(self, folder: str | Path, name: str = "opcd") -> None:
+        self.folder = Path(folder).absolute()
+        self.name = name
+        self._version: Any = None
+        self._written: Path | None = None
+
+    def write(self, model: Any) -> Path:
+        """The folder that holds `model`'s adapter as it is now; written only when the weights moved."""
+        if not hasattr(model, "peft_config"):
+            raise InputError(
+                "this engine gets LoRA adapters, and the model has none: set lora_rank, or use rollout='server' with "
+                "rollout_command"
+            )
+        version = weights_version(model)
+        if self._written is not None and version == self._version:
+            return self._written
+        scratch = self.folder / f"{self.name}-new"
+        _save(scratch, model)
+        target = self.folder / f"{self.name}-{_digest(scratch)}"
+        if target.exists():
+            shutil.rmtree(scratch)
+        else:
+            scratch.rename(target)
+        self._version, self._written = version, target
+        return target
+
+    def keep_only(self, kept: Path) -> None:
+        for path in self.folder.glob(f"{self.name}-*"):
+            if path != kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 class LoRAWeights:
     """The adapter, through vLLM's endpoints for loading LoRA adapters at run time.
 
@@ -28,30 +63,17 @@ class LoRAWeights:
     """
 
     def __init__(self, folder: str | Path, name: str = "opcd") -> None:
-        self.folder = Path(folder).absolute()
-        self.name = name
-        self._version: Any = None
+        self._adapters = AdapterFolder(folder, name)
         self._loaded: str | None = None
 
     def push(self, server: JsonServer, model: Any) -> str:
-        if not hasattr(model, "peft_config"):
-            raise InputError("the server gets LoRA adapters, and the model has none: set lora_rank, or rollout_command")
-        version = weights_version(model)
-        if self._loaded is not None and version == self._version:
-            return self._loaded
-        scratch = self.folder / f"{self.name}-new"
-        _save(scratch, model)
-        name = f"{self.name}-{_digest(scratch)}"
-        target = self.folder / name
-        if target.exists():
-            shutil.rmtree(scratch)
-        else:
-            scratch.rename(target)
-        if name != self._loaded:
-            self._load(server, name)
-            self._forget(server, name)
-        self._version, self._loaded = version, name
-        return name
+        path = self._adapters.write(model)
+        if path.name != self._loaded:
+            self._load(server, path.name)
+            self._forget(server)
+            self._adapters.keep_only(path)
+            self._loaded = path.name
+        return path.name
 
     def lost(self, server: JsonServer, name: str) -> str:
         self._load(server, name)
@@ -59,7 +81,7 @@ class LoRAWeights:
 
     def _load(self, server: JsonServer, name: str) -> None:
         try:
-            server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder / name)})
+            server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._adapters.folder / name)})
         except Refused as error:
             if "already" in str(error):  # the answer to an earlier try was lost on the way
                 return
@@ -70,17 +92,15 @@ class LoRAWeights:
                 ) from error
             raise
 
-    def _forget(self, server: JsonServer, name: str) -> None:
-        """The version before, on the server and on disk."""
-        old = self._loaded
-        if old is None:
+    def _forget(self, server: JsonServer) -> None:
+        """The version before."""
+        if self._loaded is None:
             return
         try:
-            server.post("/v1/unload_lora_adapter", {"lora_name": old})
+            server.post("/v1/unload_lora_adapter", {"lora_name": self._loaded})
         except Refused as error:
             if error.status != 404:  # 404: the server was started anew in between
                 raise
-        shutil.rmtree(self.folder / old, ignore_errors=True)
 
 
 class CommandWeights:

@@ -35,6 +35,7 @@ from opcd_fast.progress import Progress
 from opcd_fast.prompts import Message, RenderedPrompt, adapt_to_tokenizer, read_context, read_prompts, render
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
+from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.seeds import digest, seeded, stream_seed
 from opcd_fast.teacher import ContextTeacher
@@ -44,7 +45,8 @@ from opcd_fast.timing import Stopwatch
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes",
+    "max_prefix_bytes", "rollout_url", "rollout_timeout", "rollout_tries", "rollout_concurrency",
+    "rollout_gpu_share",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -133,13 +135,13 @@ class OPCDTrainer:
         except ValueError as error:
             raise InputError(str(error)) from error
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
-        self.rollout = TransformersRollout(
-            self.model,
-            stop_token_ids=stop_ids,
-            max_batch=config.rollout_batch,
-            merge_adapter=config.merge_for_rollout,
-            vocab_size=vocab_size,
+        common = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
+        self.rollout = make_rollout(
+            config, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
         )
+        # Held-out answers are always the student's own.
+        replayed = config.rollout == "replay"
+        self.eval_rollout = local_rollout(config, self.model, **common) if replayed else self.rollout
         self.teacher_rollout = TransformersRollout(
             teacher, stop_token_ids=stop_ids, max_batch=config.rollout_batch, merge_adapter=False, vocab_size=vocab_size
         )
@@ -175,6 +177,7 @@ class OPCDTrainer:
                 rows = self._prompts_of(step)
 
                 with watch("rollout"):  # the student answers, without the context
+                    self.rollout.sync(self.model)
                     answers = self.rollout.generate(
                         [row.student_ids for row in rows], **self._sampling("rollout", step)
                     )
@@ -269,7 +272,10 @@ class OPCDTrainer:
         if not self.eval_rows or not self.config.eval_every:
             return
         config = self.config
-        answers = self.rollout.generate([row.student_ids for row in self.eval_rows], **self._sampling("evaluation", 0))
+        self.eval_rollout.sync(self.model)
+        answers = self.eval_rollout.generate(
+            [row.student_ids for row in self.eval_rows], **self._sampling("evaluation", 0)
+        )
         own = samples_of(self.eval_rows, answers)
         record: dict[str, Any] = {"step": step, "kind": "evaluation"}
         for name, samples in (("own", own), ("fixed", fixed)):

@@ -10,7 +10,7 @@ from opcd_fast import rollout as rollout_module
 from opcd_fast import rollout_choice
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import TransformersRollout
-from opcd_fast.rollout_choice import agree, faster
+from opcd_fast.rollout_choice import Choice, agree, faster
 
 PROMPTS = [[*range(20, 40), 41], [*range(20, 40), 43, 44]]
 
@@ -26,18 +26,16 @@ def sampler(model=None, **options):
 
 @pytest.mark.parametrize("slow", ["merged", "unmerged"])
 def test_the_faster_one_is_taken(measured, monkeypatch, slow):
-    import time
-
-    seen = {}
+    seen, clock = {}, [0.0]
     inner = TransformersRollout._run
 
     def run(self, engine, model, *arguments, **options):
         merged = model is not self.model
-        if merged == (slow == "merged") and engine == "decode":
-            time.sleep(0.01 * arguments[1].shape[1])
+        clock[0] += (10.0 if merged == (slow == "merged") else 1.0) * arguments[1].shape[1]
         seen[merged] = seen.get(merged, 0) + 1
         return inner(self, engine, model, *arguments, **options)
 
+    monkeypatch.setattr(rollout_choice.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(TransformersRollout, "_run", run)
     engine = sampler()
     wanted = sampler(merge_adapter=False).generate(PROMPTS, max_new_tokens=12, seed=1)
@@ -83,7 +81,7 @@ def test_what_is_given_is_not_measured(measured):
 
 def test_the_choice_is_kept_and_comes_back(measured, monkeypatch, tmp_path):
     file = tmp_path / "rollout.json"
-    first = sampler(choice_file=file, max_batch=None)
+    first = sampler(choice=Choice(file), max_batch=None)
     assert not file.exists(), "nothing is written before the first answers"
     first.generate(PROMPTS, max_new_tokens=4)
     kept = json.loads(file.read_text())["values"]
@@ -92,12 +90,12 @@ def test_the_choice_is_kept_and_comes_back(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(TransformersRollout, "_verified", lambda *a: 1 / 0)
     for merge in (True, False):
         file.write_text(json.dumps({"values": {**kept, "merge": merge, "batch": 1}, "reasons": dict.fromkeys(kept, "x")}))
-        again = sampler(choice_file=file, max_batch=None)
+        again = sampler(choice=Choice.of_file(file), max_batch=None)
         again.generate(PROMPTS, max_new_tokens=4)
         assert (again._merged is not None) == merge and again.max_batch == 1
     file.write_text("{")
     with pytest.raises(InputError, match="delete it to decide anew"):
-        sampler(choice_file=file)
+        Choice.of_file(file)
 
 
 def test_small_models_are_not_timed():

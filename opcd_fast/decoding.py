@@ -120,11 +120,10 @@ class BatchRun:
             self.mask = self._additive(seen[:, None])
         logits = self._forward(ids, positions)
         self.mask = None
+        self.decoding_mask: Tensor | None = None
         if bool(padding.any()):
             more = real.new_ones(count, self.limit)
             self.decoding_mask = self._additive(torch.cat([real, more], dim=1)[:, None, None])[self.row_of]
-        else:
-            self.decoding_mask = None
         self.cache.spread(self.row_of, width + self.limit)
         self.positions = (width - padding)[self.row_of]
         return logits[self.row_of]

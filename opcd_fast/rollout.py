@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd_fast import rollout_generate
+from opcd_fast import rollout_generate, rollout_memory
 from opcd_fast import transformers_seam as seam
 from opcd_fast.decoding import decode, refuses_decoding
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
 from opcd_fast.rollout_choice import Choice, agree, faster
-from opcd_fast import rollout_memory
 from opcd_fast.rollout_protocol import Completion, Rollout, check_request, stop_token_ids, weights_version
 
 __all__ = ["Completion", "Rollout", "TransformersRollout", "stop_token_ids"]
@@ -232,7 +231,8 @@ class TransformersRollout:
         def run(model: Any, count: int) -> list[tuple[list[int], list[float]]]:
             return self._run(self._engine, model, rows, zeros[:, :count], temperature=0.0, top_p=1.0)
 
-        good, difference = agree(run(self.model, tokens), run(copy.refresh(), tokens), next(copy.model.parameters()).dtype)
+        dtype = next(self.model.parameters()).dtype
+        good, difference = agree(run(self.model, tokens), run(copy.refresh(), tokens), dtype)
         if not good:
             return False, f"merged log-probabilities differ by {difference:.1e}"
         merged, seconds = faster(

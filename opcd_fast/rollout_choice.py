@@ -72,7 +72,10 @@ class Choice:
     """Decisions by name with their reasons, kept in a JSON file (or nowhere, with None)."""
 
     def __init__(
-        self, file: str | Path | None = None, values: dict[str, Any] | None = None, reasons: dict[str, str] | None = None
+        self,
+        file: str | Path | None = None,
+        values: dict[str, Any] | None = None,
+        reasons: dict[str, str] | None = None,
     ) -> None:
         self.values, self._reasons = dict(values or {}), dict(reasons or {})
         self._file = None if file is None else Path(file)

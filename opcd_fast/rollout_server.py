@@ -240,7 +240,7 @@ class ServerRollout:
             raise InputError(f"{where}: drew token {max(tokens)}, which the teacher's vocabulary does not have")
         if with_logprobs and (values is None or len(values) != len(tokens) or None in values):
             raise InputError(f"{where}: no log-probability for every token; the server must support logprobs=1")
-        kept = tuple(float(value) for value in values) if with_logprobs else None
+        kept = tuple(map(float, values)) if with_logprobs and values is not None else None
         return Completion(tuple(tokens), kept, tokens[-1] in self.stop_token_ids)
 
 

@@ -135,7 +135,7 @@ class OPCDTrainer:
         except ValueError as error:
             raise InputError(str(error)) from error
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
-        common = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
+        common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
         self.rollout = make_rollout(
             config, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
         )

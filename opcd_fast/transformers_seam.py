@@ -330,7 +330,7 @@ class BufferedLayer(CacheLayerMixin):
         if self.end:
             self.keys, self.values = self._moved(self.keys, rows), self._moved(self.values, rows)
 
-    def _moved(self, held: Tensor, rows: Tensor) -> Tensor:
+    def _moved(self, held: Any, rows: Tensor) -> Tensor:
         new = held.new_empty(len(rows), held.shape[1], self.capacity, held.shape[3])
         new[:, :, : self.end] = held[rows, :, : self.end]
         return new
@@ -338,19 +338,26 @@ class BufferedLayer(CacheLayerMixin):
     def keep(self, rows: Tensor) -> None:
         """Only these rows stay, in rising order; the buffer is the same."""
         count = len(rows)
+        held: Any
         for held in (self.keys, self.values):
             held[:count, :, : self.end] = held[rows, :, : self.end]
-        self.keys, self.values, self.rows = self.keys[:count], self.values[:count], count
+        self.keys, self.values, self.rows = self._first(self.keys, count), self._first(self.values, count), count
+
+    @staticmethod
+    def _first(held: Any, count: int) -> Tensor:
+        return held[:count]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, self.end = self.end, self.end + key_states.shape[-2]
+        keys: Any = self.keys
+        values: Any = self.values
         if start == 0:
             shape = (self.rows, key_states.shape[1], self.capacity)
-            self.keys = key_states.new_empty(*shape, key_states.shape[3])
-            self.values = value_states.new_empty(*shape, value_states.shape[3])
-        self.keys[:, :, start : self.end] = key_states
-        self.values[:, :, start : self.end] = value_states
-        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+            self.keys = keys = key_states.new_empty(*shape, key_states.shape[3])
+            self.values = values = value_states.new_empty(*shape, value_states.shape[3])
+        keys[:, :, start : self.end] = key_states
+        values[:, :, start : self.end] = value_states
+        return keys[:, :, : self.end], values[:, :, : self.end]
 
     def get_seq_length(self, *args: Any) -> int:
         return self.end
@@ -368,12 +375,14 @@ class BufferedCache(Cache):
     """A `BufferedLayer` for every layer; the two methods act on all."""
 
     def spread(self, rows: Tensor, capacity: int) -> None:
+        layer: Any
         for layer in self.layers:
-            layer.spread(rows, capacity)  # type: ignore[attr-defined]
+            layer.spread(rows, capacity)
 
     def keep(self, rows: Tensor) -> None:
+        layer: Any
         for layer in self.layers:
-            layer.keep(rows)  # type: ignore[attr-defined]
+            layer.keep(rows)
 
 
 def buffered_cache(body: nn.Module) -> BufferedCache:

@@ -147,7 +147,8 @@ class Handler(BaseHTTPRequestHandler):
             "prompt_token_ids": body["prompt"],
             "logprobs": {
                 "tokens": [f"token_id:{t}" for t in tokens], "token_logprobs": logprobs,
-                "top_logprobs": [{f"token_id:{t}": v} for t, v in zip(tokens, logprobs)], "text_offset": [0] * len(tokens),
+                "top_logprobs": [{f"token_id:{t}": v} for t, v in zip(tokens, logprobs)],
+                "text_offset": [0] * len(tokens),
             },
         }  # fmt: skip
         reply = {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
@@ -164,16 +165,18 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             if fault == "reset":  # a reset, not an orderly end
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.shutdown(socket.SHUT_WR) if fault == "cut" else None
+            else:
+                self.connection.shutdown(socket.SHUT_WR)
             self.close_connection = True
             self.connection.close()
-            return
+            return None
         if fault == "drip":
             for byte in raw:
                 self.wfile.write(bytes([byte]))
                 self.wfile.flush()
                 time.sleep(0.1)
         self.wfile.write(raw)
+        return None
 
 
 def change_answer(fault, choice, reply):

@@ -89,7 +89,8 @@ def test_the_choice_is_kept_and_comes_back(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(TransformersRollout, "_measured", lambda *a: 1 / 0)
     monkeypatch.setattr(TransformersRollout, "_verified", lambda *a: 1 / 0)
     for merge in (True, False):
-        file.write_text(json.dumps({"values": {**kept, "merge": merge, "batch": 1}, "reasons": dict.fromkeys(kept, "x")}))
+        values = {**kept, "merge": merge, "batch": 1}
+        file.write_text(json.dumps({"values": values, "reasons": dict.fromkeys(kept, "x")}))
         again = sampler(choice=Choice.of_file(file), max_batch=None)
         again.generate(PROMPTS, max_new_tokens=4)
         assert (again._merged is not None) == merge and again.max_batch == 1

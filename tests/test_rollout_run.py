@@ -15,7 +15,6 @@ from opcd_fast.rollout_server import ServerRollout
 from opcd_fast.trainer import OPCDTrainer
 
 PROMPTS = [f"question {n}?" for n in range(6)]
-SERVER_STOPS = 256
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +107,7 @@ def test_replayed_answers_are_trained_on_and_evaluations_are_the_students_own(to
         ({"rollout_timeout": 5.0}, "rollout_timeout is set, but"),
         ({"rollout_gpu_share": 0.4}, "rollout_gpu_share is set, but"),
         ({"rollout": "server", "rollout_url": "http://x", "merge_for_rollout": True}, "merge_for_rollout is set, but"),
-        ({"rollout": "server", "rollout_url": "http://x", "lora_rank": 0}, "sends a LoRA adapter, and the model has none"),
+        ({"rollout": "server", "rollout_url": "http://x", "lora_rank": 0}, "sends a LoRA adapter, and the model has"),
         ({"rollout": "server", "rollout_url": "x:1"}, "rollout_url='x:1' must look like"),
         ({"rollout": "vllm", "lora_rank": 0}, "sends a LoRA adapter, and the model has none"),
         ({"rollout_batch": 0}, "rollout_batch=0"),

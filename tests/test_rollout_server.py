@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import logprobs_by_hand, lora_model, tiny_model
+from tiny import logprobs_by_hand, lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
 from opcd_fast.rollout_http import JsonServer, Refused, ServerGone
@@ -290,7 +290,8 @@ def test_other_servers_get_the_weights_by_a_command(server, tmp_path):
     engine.sync(model)
     assert note.read_text().count("adapter_model.safetensors") == 2
     assert len(engine.generate(PROMPTS, max_new_tokens=2)) == len(PROMPTS)
-    whole = CommandWeights(tmp_path / "whole", "base", lambda path: "other" if (path / "config.json").exists() else None)
+    found = lambda path: "other" if (path / "config.json").exists() else None  # noqa: E731
+    whole = CommandWeights(tmp_path / "whole", "base", found)
     assert whole.push(engine.server, tiny_model()) == "other"
     for command, message in [
         (f"{sys.executable} -c 'import sys; sys.exit(\"no such gpu\")'", "status 1: no such gpu"),
@@ -299,7 +300,8 @@ def test_other_servers_get_the_weights_by_a_command(server, tmp_path):
         with pytest.raises(InputError, match=message):
             CommandWeights(tmp_path / "x", "base", command).push(engine.server, model)
     with pytest.raises(InputError, match="did not end within 0.1 s"):
-        CommandWeights(tmp_path / "x", "base", f"{sys.executable} -c 'import time; time.sleep(5)'", timeout=0.1).push(engine.server, model)
+        slow = f"{sys.executable} -c 'import time; time.sleep(5)'"
+        CommandWeights(tmp_path / "x", "base", slow, timeout=0.1).push(engine.server, model)
 
 
 @pytest.mark.parametrize(
@@ -328,3 +330,32 @@ def test_a_server_without_lora_endpoints(tmp_path):
 
     with pytest.raises(InputError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, or give rollout_command"):
         LoRAWeights(tmp_path).push(Bare(), lora_model())
+
+
+@pytest.mark.slow
+def test_transformers_serve_is_refused_because_it_knows_text_only(tmp_path):
+    """The real server of the transformers package: it takes text and gives text, so it must not be trained on."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", str(tmp_path), "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        JsonServer(url, tries=60).get("/health")
+        said = JsonServer(url).post("/v1/completions", {"model": str(tmp_path), "prompt": "abc", "max_tokens": 4})
+        assert "token_ids" not in said["choices"][0], "it has learned to; support it"
+        engine = ServerRollout(url, stop_token_ids=[256], weights=FixedWeights(str(tmp_path)))
+        engine.sync(None)
+        with pytest.raises(InputError, match="refused a prompt .* must take a prompt of token ids"):
+            engine.generate([[1, 2, 3]], max_new_tokens=4)
+    finally:
+        process.kill()
+        process.wait()

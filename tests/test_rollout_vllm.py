@@ -90,7 +90,8 @@ class Engine:
 @pytest.fixture
 def engines(monkeypatch):
     made = []
-    vllm, inputs, lora, request = (types.ModuleType(n) for n in ("vllm", "vllm.inputs", "vllm.lora", "vllm.lora.request"))
+    names = ("vllm", "vllm.inputs", "vllm.lora", "vllm.lora.request")
+    vllm, inputs, lora, request = map(types.ModuleType, names)
     vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     vllm.LLM = lambda **settings: made.append(Engine(settings)) or made[-1]
     vllm.SamplingParams, inputs.TokensPrompt, request.LoRARequest = SamplingParams, dict, LoRARequest

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,26 +63,32 @@ def time_interleaved(
     min_rounds: int = 3,
     max_rounds: int = 20,
     warm: bool = False,
+    untimed: bool = True,
+    at_most: Mapping[str, int] | None = None,
 ) -> dict[str, Time | Failure]:
     """Time of one call of each, from as many rounds as fit in `seconds` (at least min_rounds).
 
     On a GPU, between CUDA events; each timed call follows an untimed one of the same contender, which
-    compiles kernels and lets the allocator settle after the contender before. On a CPU with perf_counter, after
-    one untimed round unless every contender has run already (`warm`). A contender that fails leaves the rounds.
+    compiles kernels and lets the allocator settle after the contender before, unless calls are so long that this
+    does not matter (`untimed` false). On a CPU with perf_counter, after
+    one untimed round unless every contender has run already (`warm`). A contender that fails leaves the rounds, and so
+    does one that was timed as often as `at_most` says, because it is too slow for more.
     """
+    limits = at_most or {}
     results: dict[str, Time | Failure] = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     if not warm and device.type != "cuda":
-        _round(calls, device, results, None)
+        _round(calls, device, results, None, untimed)
         start = time.perf_counter()
     for done in range(max_rounds):
         each = (time.perf_counter() - start) / max(done, 1)
         if done >= min_rounds and time.perf_counter() - start + each > seconds:
             break
-        _round(calls, device, results, samples)
+        left = {n: call for n, call in calls.items() if done < limits.get(n, max_rounds)}
+        _round(left, device, results, samples, untimed)
     for name, values in samples.items():
-        if name not in results:
+        if name not in results and values:
             results[name] = Time(statistics.median(values), min(values), max(values), len(values))
     return results
 
@@ -92,6 +98,7 @@ def _round(
     device: torch.device,
     results: dict[str, Time | Failure],
     samples: dict[str, list[float]] | None,
+    untimed: bool,
 ) -> None:
     for name, call in calls.items():
         if name in results:
@@ -100,7 +107,7 @@ def _round(
             # Otherwise the allocator would give back and take memory again inside somebody's timed call.
             release(device)
         outcome: Any = None
-        if samples is None or device.type == "cuda":
+        if samples is None or (untimed and device.type == "cuda"):
             outcome = attempt(call, device)
         if samples is not None and not isinstance(outcome, Failure):
             outcome = None  # frees the untimed call's gradients before the timed one

@@ -24,12 +24,21 @@ _STYLES = {
     "eager-bf16-logits": ("#CC79A7", "P"),
     "compile-fp32": ("#999999", "X"),
     "compile-bf16-logits": ("#882255", "X"),
+    "opcd_fast-merge": ("#0072B2", "o"),
+    "opcd_fast-merge-rebuilt": ("#56B4E9", "s"),
+    "opcd_fast-pad": ("#009E73", "v"),
+    "concat": ("#000000", "D"),
+    "transformers-cache": ("#D55E00", "^"),
+    "transformers-cache-rebuilt": ("#E69F00", "<"),
+    "opcd_fast-merge, model": ("#0072B2", "+"),
+    "opcd_fast-merge-rebuilt, model": ("#56B4E9", "x"),
 }
 _SIZES = ("N", "V", "D")
 PEAK = "peak memory, MiB"
 TIME = "time / bare products"
 ERROR = "relative error of dL/dh"
-_REFERENCES = {TIME: 1.0, ERROR: ACCURACY}  # dotted lines
+SPEEDUP = "speed-up over concat"
+_REFERENCES = {TIME: 1.0, ERROR: ACCURACY, SPEEDUP: 1.0}  # dotted lines
 
 
 def draw(report: Report, folder: Path, stem: str) -> list[tuple[str, Path]]:
@@ -37,10 +46,10 @@ def draw(report: Report, folder: Path, stem: str) -> list[tuple[str, Path]]:
     written = []
     for size in _SIZES:
         panels = swept(report.rows, size, _time_over_bound)
-        written += _figure(panels, size, TIME, f"Time against {size}", folder / f"{stem}_time_{size.lower()}.svg")
+        written += figure(panels, size, TIME, f"Time against {size}", folder / f"{stem}_time_{size.lower()}.svg")
     panels = swept(report.rows, "N", lambda row: None if row.peak_bytes is None else row.peak_bytes / 2**20)
-    written += _figure(panels, "N", PEAK, "Peak memory against N", folder / f"{stem}_memory_n.svg")
-    written += _figure(
+    written += figure(panels, "N", PEAK, "Peak memory against N", folder / f"{stem}_memory_n.svg")
+    written += figure(
         accuracy(report.rows),
         "mean KL",
         ERROR,
@@ -68,7 +77,7 @@ def swept(rows: Iterable[Row], size: str, value: Callable[[Row], float | None]) 
         others = ", ".join(f"{name} = {getattr(row, name):,}" for name in _SIZES if name != size)
         panel = panels.setdefault(f"{others}, {row.dtype}", {})
         panel.setdefault(row.implementation, []).append((getattr(row, size), y))
-    return _with_two_points(panels)
+    return with_two_points(panels)
 
 
 def accuracy(rows: Iterable[Row]) -> dict[str, Points]:
@@ -80,10 +89,11 @@ def accuracy(rows: Iterable[Row]) -> dict[str, Points]:
         panel[row.implementation] = [
             (e.mean_kl, e.relative_error) for e in row.gradient_error if e.of == "hidden" and e.relative_error
         ]
-    return _with_two_points(panels)
+    return with_two_points(panels)
 
 
-def _with_two_points(panels: dict[str, Points]) -> dict[str, Points]:
+def with_two_points(panels: dict[str, Points]) -> dict[str, Points]:
+    """The panels with at least two values of x, their points sorted."""
     kept = {}
     for title, lines in panels.items():
         sorted_lines = {name: sorted(set(points)) for name, points in lines.items()}
@@ -96,7 +106,8 @@ def _time_over_bound(row: Row) -> float | None:
     return None if row.bound_fraction is None else 1 / row.bound_fraction
 
 
-def _figure(panels: dict[str, Points], x: str, y: str, title: str, path: Path) -> list[tuple[str, Path]]:
+def figure(panels: dict[str, Points], x: str, y: str, title: str, path: Path) -> list[tuple[str, Path]]:
+    """Write one figure with a panel for each of `panels`; nothing when there is none."""
     if not panels:
         return []
     pyplot = _pyplot()
@@ -105,7 +116,8 @@ def _figure(panels: dict[str, Points], x: str, y: str, title: str, path: Path) -
     for axis, (panel, lines) in zip(axes[0], panels.items()):
         for name, points in lines.items():
             colour, marker = _STYLES.get(name, ("#000000", "."))
-            (names[name],) = axis.plot(*zip(*points), color=colour, marker=marker, markersize=5, label=name)
+            line = ":" if name.endswith(", model") else "-"
+            (names[name],) = axis.plot(*zip(*points), color=colour, marker=marker, ls=line, markersize=5, label=name)
         axis.set(title=panel, xlabel=x, xscale="log", yscale="log")
         _ticks(axis, sorted({x for points in lines.values() for x, _ in points}), y)
         axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
@@ -133,7 +145,7 @@ def _ticks(axis: Any, values: list[float], y: str) -> None:
     else:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_minor_locator(NullLocator())
-    if y in (TIME, PEAK):
+    if y in (TIME, PEAK, SPEEDUP):
         axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())

@@ -1,9 +1,10 @@
 """`python -m benchmarks.report [--results DIR] [--out docs/performance.md]`: the measured numbers as a page.
 
-Reads every JSON file of the results folder and renders, for each device, the newest report of the loss table:
-the targets and whether they are met, tables, plots (in images/ beside the page), and the roofline model. The same
-files give the same page. A file that is half-written, of another schema, or of a run that was stopped is an error,
-not something to skip: numbers that nobody noticed missing are worse than none.
+Reads every JSON file of the results folder and renders, for each device, the newest report of the loss table and of
+the teacher's: the targets and whether they are met, tables, plots (in images/ beside the page), and what arithmetic
+says of both. The teacher's table may be missing, the loss's may not. The same files give the same page. A file that
+is half-written, of another schema, or of a run that was stopped is an error, not something to skip: numbers that
+nobody noticed missing are worse than none.
 
 Exit status: 0, or 2 with the reason on stderr.
 """
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import roofline, targets
+from benchmarks import roofline, targets, teacher_report
 from benchmarks.schema import BOUND, GradientError, Report, Row, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = newest(options.results)
-        text = page(found, options.out.parent)
+        teacher = newest(options.results, "teacher")
+        text = page(found, teacher, options.out.parent)
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
@@ -39,14 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
-    print(f"{options.out}: {', '.join(name for name, _ in found)}")
+    print(f"{options.out}: {', '.join(name for name, _ in [*found, *teacher])}")
     return 0
 
 
-def newest(folder: Path) -> list[tuple[str, Report]]:
-    """(file name, report) of the newest loss table of each device, GPUs first.
+def newest(folder: Path, benchmark: str = "loss") -> list[tuple[str, Report]]:
+    """(file name, report) of the newest table "loss" or "teacher" of each device, GPUs first.
 
-    Raises ValueError for any JSON file there that is not a complete report, whatever its benchmark.
+    Raises ValueError for any JSON file there that is not a complete report, whatever its benchmark, and when there is
+    no loss table.
     """
     by_device: dict[tuple[str, str], tuple[str, Report]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -56,31 +59,39 @@ def newest(folder: Path) -> list[tuple[str, Report]]:
                 f"{path.name} is not complete: its run was stopped. Run it again, or move the file out of {folder}"
             )
         device = (report.device.kind, report.device.name)
-        if report.benchmark == "loss" and (device not in by_device or by_device[device][1].date < report.date):
+        if report.benchmark == benchmark and (device not in by_device or by_device[device][1].date < report.date):
             by_device[device] = (path.name, report)
-    if not by_device:
+    if not by_device and benchmark == "loss":
         raise ValueError(f"no report of the loss table in {folder}; make one with python -m benchmarks.loss_table")
     return [by_device[device] for device in sorted(by_device, key=lambda key: (key[0] != "cuda", key[1]))]
 
 
-def page(found: Sequence[tuple[str, Report]], folder: Path) -> str:
+def page(found: teacher_report.Found, teacher: teacher_report.Found, folder: Path) -> str:
     """The page's Markdown; the plots are written to `folder`/images."""
     lines = [
         "# Performance",
         "",
-        "Written by `python -m benchmarks.report` from the files named below; do not edit. One call is forward and "
-        "backward of the mean reverse KL over N rows. [How it is measured](../benchmarks/README.md).",
+        "Written by `python -m benchmarks.report` from the files named below; do not edit. First "
+        "the loss, then [the teacher](#the-shared-prefix-teacher). [How it is measured](../benchmarks/README.md).",
         "",
     ]
-    if not any(report.device.kind == "cuda" for _, report in found):
+    if not any(report.device.kind == "cuda" for _, report in [*found, *teacher]):
         lines += ["**Nothing here was measured on a GPU.**", ""]
     lines += ["## Targets", ""]
+    lines += ["One call of the loss is forward and backward of the mean reverse KL over N rows.", ""]
     lines += targets.markdown(targets.judge([report for _, report in found]))
     for name, report in found:
         lines += ["", f"## {report.device.name}", "", *_head(name, report), *_device_tables(report)]
         lines += _plots(report, name, folder)
     lines += ["", "## Roofline", "", *roofline.markdown(), ""]
+    lines += teacher_report.section(teacher, folder, _head, _slug)
     return "\n".join(lines)
+
+
+def _slug(report: Report) -> str:
+    """The device in the name of a plot's file."""
+    device = "cpu" if report.device.kind == "cpu" else report.device.name
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _head(name: str, report: Report) -> list[str]:
@@ -190,10 +201,8 @@ def _sweep_cell(row: Row | None) -> str:
 def _plots(report: Report, name: str, folder: Path) -> list[str]:
     from benchmarks import plots
 
-    device = "cpu" if report.device.kind == "cpu" else report.device.name
-    stem = "loss_" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     lines = []
-    for title, path in plots.draw(report, folder / "images", stem):
+    for title, path in plots.draw(report, folder / "images", f"loss_{_slug(report)}"):
         lines += [
             f"![{title}]({path.relative_to(folder).as_posix()})",
             "",

@@ -1,7 +1,8 @@
 """The one JSON schema of every benchmark result in this repository.
 
-A file is one `Report`: where it was measured, with what, and one `Row` per (case, implementation). It is
-written again after every case, so a run that is killed leaves what it had, with `complete` false.
+A file is one `Report`: where it was measured, with what, and one `Row` per (case, implementation) of the loss, or
+one `TeacherRow` of the teacher. It is written again after every case, so a run that is killed leaves what it had, with
+`complete` false.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "opcd-fast-benchmark/2"
+SCHEMA = "opcd-fast-benchmark/3"
 FIRST_SCHEMA = "opcd-fast-benchmark/1"  # had neither groups nor a workspace; still read
+SECOND_SCHEMA = "opcd-fast-benchmark/2"  # had no rows of the teacher; still read
 GROUPS = ("main", "accuracy", "N", "V", "D", "workspace")
+TEACHER_GROUPS = ("main", "context", "response", "batch", "flex", "check")
 BOUND = "gemms"  # the bare matrix products
 OURS = ("opcd_fast-triton", "opcd_fast-native", "opcd_fast-torch")  # in the order in which backend="auto" prefers
 STATUSES = ("ok", "out of memory", "failed", "skipped")
@@ -79,6 +82,31 @@ class Row:
 
 
 @dataclass
+class TeacherRow:
+    """Hidden states of `batch` answers of `response` tokens each, after one context of `context` tokens."""
+
+    case: str
+    implementation: str
+    model: str  # whose shape; weights are random unless the report's notes say otherwise
+    layers: int
+    context: int
+    response: int
+    batch: int
+    dtype: str
+    group: str = "main"  # what the case is for: one of TEACHER_GROUPS
+    status: str = "ok"
+    time_ms: Time | None = None
+    peak_bytes: int | None = None  # above what was allocated before the call; the hidden states included
+    prefix_bytes: int | None = None  # the context's keys and values during a call, all layers; 0: never held together
+    one_prefix_bytes: int | None = None  # the same for batch size 1, from the model's shape
+    max_error: float | None = None  # largest |difference| from the hidden states of `concat` in float32
+    flops: float | None = None  # what the call must compute, see teacher_model.py
+    limit_ms: float | None = None  # flops at the rate of bare matrix products, measured in the same run
+    sequences_at_once: int | None = None  # fewer than `batch` where all of them do not fit
+    note: str | None = None  # why something is missing
+
+
+@dataclass
 class Report:
     benchmark: str
     date: str  # ISO 8601
@@ -91,6 +119,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     complete: bool = False
     rows: list[Row] = field(default_factory=list)
+    teacher: list[TeacherRow] = field(default_factory=list)
 
     def validate(self) -> None:
         """Raise ValueError naming the first field that a reader could trip over."""
@@ -122,37 +151,60 @@ def read(path: Path) -> Report:
 def from_json(data: Any) -> Report:
     """Build and check a report from parsed JSON: names, types, units' signs and the links between fields.
 
-    A file of the first schema is read as one of this schema whose rows are all in the group "main".
+    A file of an older schema is read as one of this schema: what it did not have has its default.
     """
-    if isinstance(data, dict) and data.get("schema") == FIRST_SCHEMA:
+    if isinstance(data, dict) and data.get("schema") in (FIRST_SCHEMA, SECOND_SCHEMA):
         data = {**data, "schema": SCHEMA}
     report: Report = _build(Report, data, "report")
     if report.schema != SCHEMA:
         raise ValueError(f"schema is {report.schema!r}; this code reads {SCHEMA!r}")
-    seen = set()
     for index, row in enumerate(report.rows):
-        where = f"report.rows[{index}]"
-        if row.status not in STATUSES:
-            raise ValueError(f"{where}.status is {row.status!r}; expected one of {', '.join(STATUSES)}")
-        if min(row.N, row.V, row.D) < 1:
-            raise ValueError(f"{where}: N, V and D must be positive, got {row.N}, {row.V}, {row.D}")
-        if row.group not in GROUPS:
-            raise ValueError(f"{where}.group is {row.group!r}; expected one of {', '.join(GROUPS)}")
-        for error in row.gradient_error:
-            if error.of not in ("hidden", "weight"):
-                raise ValueError(f"{where}.gradient_error is of {error.of!r}; expected 'hidden' or 'weight'")
-        if row.status == "ok" and row.time_ms is None and row.group != "accuracy":
-            raise ValueError(f"{where}.time_ms is missing although status is 'ok'")
-        if row.status != "ok" and not row.note:
-            raise ValueError(f"{where}.note must say why status is {row.status!r}")
-        if row.time_ms is not None and not 0 < row.time_ms.min <= row.time_ms.median <= row.time_ms.max:
-            raise ValueError(f"{where}.time_ms is not 0 < min <= median <= max: {row.time_ms}")
-        if row.peak_bytes is None and row.status == "ok" and not row.note:
-            raise ValueError(f"{where}.note must say why peak_bytes is missing")
-        if (row.case, row.implementation) in seen:
-            raise ValueError(f"{where}: {row.implementation} appears twice in case {row.case}")
-        seen.add((row.case, row.implementation))
+        _check_loss(row, f"report.rows[{index}]")
+    for index, teacher_row in enumerate(report.teacher):
+        _check_teacher(teacher_row, f"report.teacher[{index}]")
+    for name, rows in (("rows", report.rows), ("teacher", report.teacher)):
+        seen = set()
+        for index, row in enumerate(rows):
+            where = f"report.{name}[{index}]"
+            _check_common(row, where)
+            if (row.case, row.implementation) in seen:
+                raise ValueError(f"{where}: {row.implementation} appears twice in case {row.case}")
+            seen.add((row.case, row.implementation))
     return report
+
+
+def _check_loss(row: Row, where: str) -> None:
+    if min(row.N, row.V, row.D) < 1:
+        raise ValueError(f"{where}: N, V and D must be positive, got {row.N}, {row.V}, {row.D}")
+    if row.group not in GROUPS:
+        raise ValueError(f"{where}.group is {row.group!r}; expected one of {', '.join(GROUPS)}")
+    for error in row.gradient_error:
+        if error.of not in ("hidden", "weight"):
+            raise ValueError(f"{where}.gradient_error is of {error.of!r}; expected 'hidden' or 'weight'")
+    if row.status == "ok" and row.time_ms is None and row.group != "accuracy":
+        raise ValueError(f"{where}.time_ms is missing although status is 'ok'")
+
+
+def _check_teacher(row: TeacherRow, where: str) -> None:
+    if min(row.layers, row.context, row.response, row.batch) < 1:
+        raise ValueError(f"{where}: layers, context, response and batch must be positive")
+    if row.group not in TEACHER_GROUPS:
+        raise ValueError(f"{where}.group is {row.group!r}; expected one of {', '.join(TEACHER_GROUPS)}")
+    if row.status == "ok" and row.time_ms is None:
+        raise ValueError(f"{where}.time_ms is missing although status is 'ok'")
+    if row.status == "ok" and row.max_error is None and not row.note:
+        raise ValueError(f"{where}.note must say why max_error is missing")
+
+
+def _check_common(row: Row | TeacherRow, where: str) -> None:
+    if row.status not in STATUSES:
+        raise ValueError(f"{where}.status is {row.status!r}; expected one of {', '.join(STATUSES)}")
+    if row.status != "ok" and not row.note:
+        raise ValueError(f"{where}.note must say why status is {row.status!r}")
+    if row.time_ms is not None and not 0 < row.time_ms.min <= row.time_ms.median <= row.time_ms.max:
+        raise ValueError(f"{where}.time_ms is not 0 < min <= median <= max: {row.time_ms}")
+    if row.peak_bytes is None and row.status == "ok" and not row.note:
+        raise ValueError(f"{where}.note must say why peak_bytes is missing")
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

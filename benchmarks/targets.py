@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.schema import BOUND, OURS, Report, Row
 
@@ -55,7 +56,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    target: Target
+    target: Any  # a `Target`, or a `TeacherTarget`
     device: str
     status: str  # "met", "missed" or "unmeasured"
     value: float | None  # in the target's measure

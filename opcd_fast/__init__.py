@@ -21,7 +21,10 @@ _HOME = {
     "sequence_mean_weights": "loss",
     "ContextTeacher": "teacher",
     "SharedPrefix": "prefix",
+    "ContinuationScores": "scoring",
+    "score_continuations": "scoring",
     "packed_hidden_states": "student",
+    "shared_prompt_hidden_states": "shared_prompts",
     "Batch": "batch",
     "Sample": "batch",
     "pack": "batch",
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
     from opcd_fast.rollout_replay import ReplayRollout
     from opcd_fast.rollout_server import ServerRollout
     from opcd_fast.rollout_vllm import VLLMRollout
+    from opcd_fast.scoring import ContinuationScores, score_continuations
+    from opcd_fast.shared_prompts import shared_prompt_hidden_states
     from opcd_fast.student import packed_hidden_states
     from opcd_fast.teacher import ContextTeacher
     from opcd_fast.trainer import OPCDTrainer, TrainResult

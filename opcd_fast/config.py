@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -14,6 +15,7 @@ from opcd_fast.divergences import ALPHA, BETA, TAIL, K, check_divergence, unused
 from opcd_fast.errors import InputError
 
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
+EMA_DECAY, SYNC_EVERY = 0.99, 10
 FULL_LEARNING_RATE = 5e-6  # the paper's (arXiv 2602.12275, searched 1e-6 ... 5e-6)
 
 # Which kinds of rollout use which settings; setting another one is an error.
@@ -49,6 +51,12 @@ class OPCDConfig:
     """Nucleus sampling of the answers; the paper trains with 1."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
+    prompt_column: str | None = None
+    """Column that holds the prompts; None: `prompt`, or `messages`."""
+    drop_last_answer: bool = False
+    """Leave an assistant's answer at the end of a prompt's messages out; without it such a prompt is refused."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'. A row's own win."""
     learning_rate: float | None = None
     """Constant AdamW rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3 for LoRA (the demo's)."""
     weight_decay: float = 0.01
@@ -69,7 +77,18 @@ class OPCDConfig:
     normalize: str = "sequence"
     """"sequence": mean over answers of the mean over their tokens (the paper's Eq. 1); "token": mean over tokens."""
     teacher_mode: str = "frozen"
-    """"frozen": the teacher keeps the weights it starts with."""
+    """"frozen": the teacher keeps the weights it starts with. "live": it has the student's. "ema": a moving average of
+    the student's. "periodic": a copy of the student's, made anew every `teacher_sync_every` steps."""
+    teacher_ema_decay: float = EMA_DECAY
+    """Of "ema": share of the average kept at each step; it looks back over about 1 / (1 - decay) steps."""
+    teacher_sync_every: int = SYNC_EVERY
+    """Of "periodic": optimizer steps from one copy to the next."""
+    teacher_device: str = "auto"
+    """Where the teacher's body runs: "auto" (with the student) | "cpu" | "cuda" | "cuda:N"."""
+    teacher_quantization: str = "none"
+    """"none", or "4bit": pack a teacher with weights of its own to NF4 (needs bitsandbytes)."""
+    quantization: str = "none"
+    """"none", or "4bit": pack the base under the adapter to NF4 for both models (QLoRA; needs bitsandbytes)."""
     lora_rank: int = 0
     """0: full fine-tuning with fp32 master weights; above: LoRA, and the base with the adapter off is the teacher."""
     lora_alpha: int | None = None
@@ -84,6 +103,8 @@ class OPCDConfig:
     """"auto" | "cpu" | "cuda" | "cuda:N"."""
     micro_batch_tokens: int | None = None
     """Student plus teacher tokens run through the models at once; None: the whole batch."""
+    share_prompts: bool | None = None
+    """The student reads a prompt once for all of its answers. None: where rollouts_per_prompt > 1 and its model can."""
     rollout: str = "transformers"
     """Where answers come from: "transformers" (this process, the fastest way that is exact), "generate" or
     "continuous" (transformers' own ways), "server" (OpenAI's protocol with token ids), "vllm" (in this process),
@@ -117,7 +138,7 @@ class OPCDConfig:
     workspace_bytes: int | None = None
     """Bound for the loss's scratch memory; None: the loss's own default."""
     teacher_path: str = "auto"
-    """How the teacher reads the context: "auto" | "merge" | "concat"."""
+    """How the teacher reads the context: "auto" | "merge" | "pad" | "mask" | "concat"."""
     prefix_store: str | None = None
     """Folder where contexts' caches are kept, so that a second run does not read them again; None: nowhere."""
     max_prefix_bytes: int | None = None
@@ -176,11 +197,21 @@ class OPCDConfig:
         unused = unused_parameter(self.divergence, self.beta, self.alpha, self.k, self.tail)
         if unused is not None:
             raise InputError(f"{unused} is set, but divergence={self.divergence!r} has no {unused}; drop one of them")
-        one_of("teacher_mode", "frozen")
+        one_of("teacher_mode", "frozen", "live", "ema", "periodic")
+        within("teacher_ema_decay", 0, 1)
+        at_least("teacher_sync_every", 1)
+        for name, mode, default in (("ema_decay", "ema", EMA_DECAY), ("sync_every", "periodic", SYNC_EVERY)):
+            if self.teacher_mode != mode and getattr(self, f"teacher_{name}") != default:
+                raise InputError(
+                    f"teacher_{name} is set, but teacher_mode={self.teacher_mode!r} has none; drop it, or set "
+                    f"teacher_mode={mode!r}"
+                )
+        one_of("teacher_quantization", "none", "4bit")
+        one_of("quantization", "none", "4bit")
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")
         one_of("loss_backend", "auto", "triton", "native", "torch")
-        one_of("teacher_path", "auto", "merge", "concat")
+        one_of("teacher_path", "auto", "merge", "pad", "mask", "concat")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
         self._check_rollout(one_of, at_least, within)
@@ -202,6 +233,14 @@ class OPCDConfig:
             for name in names:
                 if self.rollout not in kinds and getattr(self, name) != defaults[name]:
                     raise InputError(f"{name} is set, but rollout={self.rollout!r} does not use it; drop one of them")
+
+    def columns(self) -> dict[str, Any]:
+        """How `read_prompts` reads the rows."""
+        return {"prompt_column": self.prompt_column, "drop_last_answer": self.drop_last_answer}
+
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as Python values."""
+        return json.loads(self.chat_template_kwargs or "{}")
 
     def learning_rate_for(self, adapter: bool) -> float:
         """The rate of a run that trains an adapter (a new one, or that of a PEFT model), or the whole model."""
@@ -229,6 +268,8 @@ def _typed(name: str, declared: str, value: Any, numbers_as_text: bool) -> Any:
             value = float(value)
     if name == "lora_targets":
         value = _comma_separated(value)
+    if name == "chat_template_kwargs":
+        value = _json_object(value)
     if kind == "str" and isinstance(value, PurePath):
         value = str(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -251,6 +292,21 @@ def _comma_separated(value: Any) -> Any:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return value
     return ",".join(name.strip() for name in names if name.strip())
+
+
+def _json_object(value: Any) -> Any:
+    """{"a": False} and '{"a": false}' as the second; text that is no object raises InputError, other types pass."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(f"chat_template_kwargs={value!r:.80} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise InputError(f"chat_template_kwargs={json.dumps(value)} must be an object: '{{\"name\": value}}'")
+    try:
+        return json.dumps(dict(value), sort_keys=True) if isinstance(value, Mapping) else value
+    except TypeError as error:
+        raise InputError(f"chat_template_kwargs={value!r:.80} must hold JSON values: {error}") from error
 
 
 def check_names(values: Mapping[str, Any], allowed: list[str], where: str) -> None:

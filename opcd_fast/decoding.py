@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import refuses_packing
+from opcd_fast.architectures import refuses_sharing
 from opcd_fast.sampling import draw
 from opcd_fast.token_prefix import common_prefix_length
 
@@ -34,7 +34,7 @@ def refuses_decoding(model: Any) -> str | None:
         return "its attention is windowed"
     if seam.setting(config, "num_kv_shared_layers"):
         return "its layers share keys and values"
-    return refuses_packing(body)
+    return refuses_sharing(body, training=False)
 
 
 @torch.no_grad()
@@ -144,6 +144,9 @@ class BatchRun:
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
         """transformers' attention function: (B, H, Q, d) queries over the cache's (B, H_kv, K, d)."""
+        for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
+            if options.get(name) is not None:
+                raise NotImplementedError(f"the decoding loop has no {name}; use engine='generate'")
         b, heads, count, _d = query.shape
         groups = heads // key.shape[1]
         scaling = options.get("scaling")

@@ -74,4 +74,6 @@ class MergedCopy:
 
 
 def _is_lora(layer: Any) -> bool:
-    return hasattr(layer, "lora_A") and isinstance(getattr(layer, "base_layer", None), nn.Linear)
+    base = getattr(layer, "base_layer", None)
+    # A layer of packed weights is an nn.Linear too, by inheritance.
+    return hasattr(layer, "lora_A") and isinstance(base, nn.Linear) and base.weight.is_floating_point()

@@ -54,7 +54,9 @@ def make_rollout(
     if config.rollout == "replay":
         from opcd_fast.rollout_replay import ReplayRollout
 
-        replay = ReplayRollout(config.rollout_file or "", tokenizer=tokenizer, **common)
+        replay = ReplayRollout(
+            config.rollout_file or "", tokenizer=tokenizer, template_kwargs=config.template_variables(), **common
+        )
         replay.check(prompts)
         return replay
     return local_rollout(config, model, **common)

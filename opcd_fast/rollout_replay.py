@@ -11,7 +11,7 @@ A prompt may have several answers. `write_replay` writes the first form.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class ReplayRollout:
         file: JSONL, see above.
         stop_token_ids: an answer ends after the first of these. To text, the first one is added at the end.
         tokenizer: for rows of text; prompts are rendered with its chat template, as the trainer does.
+        template_kwargs: variables of that template.
         vocab_size: an id from here on is an error.
     Raises:
         InputError: the file is missing or a line is wrong (it says which).
@@ -41,13 +42,14 @@ class ReplayRollout:
         *,
         stop_token_ids: Sequence[int],
         tokenizer: Any = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
     ) -> None:
         if not stop_token_ids:
             raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
         self.file = Path(file)
         self.stop_token_ids = tuple(stop_token_ids)
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._tokenizer, self._template_kwargs, self._vocab_size = tokenizer, template_kwargs, vocab_size
         self._answers: dict[tuple[int, ...], list[Completion]] = {}
         try:
             lines = self.file.read_text(encoding="utf-8").splitlines()
@@ -131,7 +133,8 @@ class ReplayRollout:
         return tuple(ids)
 
     def _from_text(self, where: str, row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        from opcd_fast.prompts import adapt_to_tokenizer, read_prompts, student_ids
+        from opcd_fast.prompts import read_prompts
+        from opcd_fast.rendering import adapt_to_tokenizer, student_ids
 
         if not isinstance(row.get("response"), str) or "prompt" not in row:
             raise InputError(f"{where}: must have prompt_ids and response_ids, or prompt and response (text)")
@@ -139,7 +142,7 @@ class ReplayRollout:
             raise InputError(f"{where}: the answer is text; give tokenizer=, or write response_ids")
         (prompt,) = adapt_to_tokenizer(self._tokenizer, read_prompts([{"prompt": row["prompt"]}], where))
         written = self._tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        return tuple(student_ids(self._tokenizer, prompt)), (*written, self.stop_token_ids[0])
+        return tuple(student_ids(self._tokenizer, prompt, self._template_kwargs)), (*written, self.stop_token_ids[0])
 
 
 def write_replay(file: str | Path, prompts: Sequence[Sequence[int]], answers: Sequence[Completion]) -> None:

@@ -3,26 +3,35 @@
     teacher = ContextTeacher(model, context_ids)
     hidden = teacher.hidden_states_packed(input_ids, cu_seqlens)      # (N, D), what teacher.head reads
 
-Three paths give the same numbers. `merge` computes the context's keys and values once, at batch size 1, and
+Four paths give the same numbers. `merge` computes the context's keys and values once, at batch size 1, and
 runs all sequences as one packed row whose attention is merged with the attention over the context. `pad` reads the
-same keys and values with the model's own attention, in a padded batch. `concat` runs context and sequence
-together: the oracle, and the last resort.
+same keys and values with the model's own attention, in a padded batch; `mask` does so in a packed row under an explicit
+mask, at the price of attention between all sequences on dense kernels. `concat` runs context and sequence together:
+the oracle, and the last resort.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import refuses_merge, refuses_pad, refuses_stock_attention, rope_switch
+from opcd_fast.architectures import (
+    kernels_of,
+    refuses_mask,
+    refuses_merge,
+    refuses_pad,
+    refuses_stock_attention,
+    rope_switch,
+)
 from opcd_fast.attention import PackedRow, packed_row
+from opcd_fast.mask_path import mask_forward
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_memory import PrefixMemory
 from opcd_fast.prefix_store import PrefixStore
@@ -40,18 +49,20 @@ class ContextTeacher:
 
     model: a transformers causal LM, or PEFT around one; it may be the student itself.
     contexts: token ids of one context (1-D tensor or list of ints, possibly empty), or a list of such.
-    path: "auto" (the first of merge and pad that is exact for this model, checked at first use, else concat), "merge",
-        "pad" or "concat".
+    path: "auto" (the first of merge, pad and mask that is exact for this model, checked at first use, else concat),
+        "merge", "pad", "mask" or "concat".
     adapter: "disabled" runs a PEFT model without its adapters, "active" as they are.
     store: a folder where contexts' caches are kept for later runs, see `PrefixStore`; made if need be. Left alone as
         soon as the teacher's weights are seen to change, while they are being trained, and on path "concat".
     max_prefix_bytes: bound for the keys and values of contexts in memory; those used longest ago are dropped and
         rebuilt when needed. A call keeps all contexts it reads until it returns.
+    autocast: makes a context manager under which the model runs, for a model whose weights are fp32 masters.
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
     A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
     were computed from was changed in place, the model's dtype or device changed or, with adapter="active", the
-    adapters' state changed. Changes that torch does not count (through `.data`) need `invalidate()`.
+    adapters' state changed. Changes that torch does not count (through `.data`, or by a fused optimizer's step) need
+    `invalidate()`.
 
     Raises ValueError for malformed arguments, for a path that cannot be exact for this model, and
     for a model whose attention, as it is set, leaves out a part of it.
@@ -66,11 +77,10 @@ class ContextTeacher:
         adapter: str = "disabled",
         store: str | os.PathLike[str] | None = None,
         max_prefix_bytes: int | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        if path == "mask":
-            raise ValueError("path='mask' is not available yet; use 'merge', 'pad' or 'concat'")
-        if path not in ("auto", "merge", "pad", "concat"):
-            raise ValueError(f"path: expected 'auto', 'merge', 'pad' or 'concat', got {path!r}")
+        if path not in ("auto", "merge", "pad", "mask", "concat"):
+            raise ValueError(f"path: expected 'auto', 'merge', 'pad', 'mask' or 'concat', got {path!r}")
         if adapter not in ("disabled", "active"):
             raise ValueError(f"adapter: expected 'disabled' or 'active', got {adapter!r}")
         self.model = model
@@ -78,6 +88,7 @@ class ContextTeacher:
         if adapter == "active":
             seam.refuse_virtual_tokens(model)
         self._adapter = adapter
+        self.autocast = autocast
         self._contexts = _as_contexts(contexts, seam.embedding_rows(self._body))
         self._head: LMHead | None = None  # looking at the model anew for every batch would cost tens of milliseconds
         if max_prefix_bytes is not None and (type(max_prefix_bytes) is not int or max_prefix_bytes < 1):
@@ -91,7 +102,11 @@ class ContextTeacher:
         wrong = refuses_stock_attention(self._body)
         if wrong is not None:
             raise ValueError(f"model: {wrong}")
-        self._refused = {"merge": refuses_merge(self._body), "pad": refuses_pad(self._body)}
+        self._refused = {
+            "merge": refuses_merge(self._body),
+            "pad": refuses_pad(self._body),
+            "mask": refuses_mask(self._body),
+        }
         self._rope_switch = rope_switch(self._body)
         self._told_of_switch = False
         self._alone: bool | None = None  # whether concat runs one sequence at a time; None until it was checked
@@ -114,7 +129,7 @@ class ContextTeacher:
 
     @property
     def path(self) -> str:
-        """The path in use: "merge", "pad" or "concat". With path="auto", asking runs the check of first use."""
+        """The path in use: "merge", "pad", "mask" or "concat". With path="auto", asking runs the check of first use."""
         if self._path is None:
             self._path, self._reason = self._choose()
             if self._path != "merge":
@@ -166,8 +181,12 @@ class ContextTeacher:
             lines.extend(self._prefixes.explain_store(unused="path 'concat' keeps no keys"))
         else:
             lines.extend(self._prefixes.explain())
+        if path == "merge":
+            lines.append(kernels_of(self._body))
         if path == "pad":
             lines.append("a batch of sequences copies it for one layer at a time")
+        if path == "mask":
+            lines.append("every token pays for all keys of a call, of other sequences too, but with flex_attention")
         if path != "concat" and self._rope_switch is not None:
             lines.append(f"calls that cross {self._rope_switch} tokens, where longrope moves positions, run on concat")
         return "\n".join(lines)
@@ -242,6 +261,8 @@ class ContextTeacher:
                 hidden = merge_forward(self._body, self._prefixes_of(index), ids, row, index)
             elif path == "pad":
                 hidden = pad_forward(self._body, self._prefixes_of(index), ids, row, index)
+            elif path == "mask":
+                hidden = mask_forward(self._body, self._prefixes_of(index), ids, row, index)
             else:
                 hidden = concat_forward(self._body, self._contexts, ids, row, index, alone=self._runs_alone())
         return hidden if select is None else hidden.index_select(0, select.to(device))
@@ -250,6 +271,7 @@ class ContextTeacher:
     def _scoring(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(self.autocast())
             stack.enter_context(seam.scoring_mode(self._body))
             if self._adapter == "disabled":
                 stack.enter_context(seam.without_adapters(self.model))

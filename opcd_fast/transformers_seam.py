@@ -269,6 +269,17 @@ def adapter_state(model: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def mark_4bit(model: Any) -> None:
+    """Set what transformers sets on a model that it loads packed by bitsandbytes.
+
+    It then refuses casts of the model, and peft picks its layers for 4 bits.
+    """
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+
+
 # --- caches -------------------------------------------------------------------------------------------------
 
 

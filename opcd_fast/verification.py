@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from opcd_fast import transformers_seam as seam
 from opcd_fast.attention import packed_row
+from opcd_fast.mask_path import mask_forward
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
 from opcd_fast.tiny_twin import VOCABULARY, has_window, tiny_twin
@@ -30,7 +32,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def verify(body: nn.Module, path: str) -> tuple[str, bool]:
-    """Run `path` ("merge", "pad" or "concat") on tiny random models of `body`'s kind; (what came out, agreement).
+    """Run `path` ("merge", "pad", "mask" or "concat") on tiny random models of `body`'s kind: what came out, agreement.
 
     Against each sequence alone after its context, a plain forward without padding.
 
@@ -42,6 +44,10 @@ def verify(body: nn.Module, path: str) -> tuple[str, bool]:
     try:
         for window in (5, 4096) if has_window(body) else (None,):
             twin = tiny_twin(body, window=window)
+            if path == "mask":
+                # Its mask depends on the implementation, which a twin changes where it is neither eager nor sdpa.
+                name = seam.config_of(body)._attn_implementation
+                seam.config_of(twin)._attn_implementation_internal = name
             for kind in dict.fromkeys((torch.float32, dtype)):
                 twin = twin.to(kind)
                 with _full_precision(device):
@@ -71,6 +77,6 @@ def both(path: str, twin: nn.Module, device: torch.device) -> tuple[Tensor, Tens
         # In chunks, as long contexts are read on merge, so that the check covers that too.
         chunk = 4 if path == "merge" else 0
         prefixes = {i: SharedPrefix.build(twin, c, chunk_tokens=chunk) for i, c in enumerate(contexts)}
-        forward = merge_forward if path == "merge" else pad_forward
+        forward = {"merge": merge_forward, "pad": pad_forward, "mask": mask_forward}[path]
         got = forward(twin, prefixes, ids, row, index)
     return got.double(), concat_forward(twin, contexts, ids, row, index, alone=True).double()

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# What a machine with a GPU is asked for: the tests marked `gpu`, then the table of the loss beside its peers, in
-# under 9 minutes. The table does its most important cases first and the sweeps over N, D, V and the workspace with
-# the time that is left; a case that gets none is in the file as skipped.
+# What a machine with a GPU is asked for: the tests marked `gpu`, the table of the teacher, and the table of the loss
+# beside its peers, in under 9 minutes. Each table does its most important cases first and the others with the time
+# that is left; a case that gets none is in the file as skipped.
 #
-#   scripts/gpu.sh              on a machine with a CUDA device
-#   scripts/gpu.sh --dry-run    the same flow on the CPU with tiny shapes; the tests are only collected
+#   scripts/gpu.sh                     on a machine with a CUDA device
+#   scripts/gpu.sh teacher loss        only some of the parts: tests, teacher, loss; one alone has all the time
+#   scripts/gpu.sh --dry-run [PART…]   the same flow on the CPU with tiny shapes; the tests are only collected
 #
-# Leaves gpu_tests.txt and loss_<device>_<date>.json in $OUT (default: benchmarks/results/; for a dry run a
-# temporary folder), also when a test fails or a part runs out of time. Exit status: 0 if both parts passed.
-# `python -m benchmarks.report` makes docs/performance.md of the JSON, anywhere.
+# Leaves gpu_tests.txt, teacher_<device>_<date>.json and loss_<device>_<date>.json in $OUT (default:
+# benchmarks/results/; for a dry run a temporary folder), also when a test fails or a part runs out of time. Exit
+# status: 0 if all parts passed. `python -m benchmarks.report` makes docs/performance.md of the JSON, anywhere.
 #
 # Installs nothing. It runs with $PYTHON, else .venv/bin/python, else python3; opcd_fast is imported from this
 # tree, whatever is installed. Packages that are missing there can be put into a folder named by PYTHONPATH or
@@ -27,14 +28,18 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 dry_run=
-case "${1:-}" in
-"") ;;
---dry-run) dry_run=1 ;;
-*)
-    echo "usage: scripts/gpu.sh [--dry-run]" >&2
-    exit 2
-    ;;
-esac
+parts=
+for argument in "$@"; do
+    case "$argument" in
+    --dry-run) dry_run=1 ;;
+    tests | teacher | loss) parts="$parts $argument" ;;
+    *)
+        echo "usage: scripts/gpu.sh [--dry-run] [tests] [teacher] [loss]" >&2
+        exit 2
+        ;;
+    esac
+done
+parts="${parts:- tests teacher loss} "
 
 if [ -n "${PYTHON:-}" ]; then
     python=$PYTHON
@@ -48,15 +53,20 @@ site=${SITE:-}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-# The parts' limits add up to 8 minutes and 40 seconds, kills included.
-tests_seconds=150 table_seconds=360
+# The parts' limits add up to 8 minutes and 45 seconds, kills included.
+tests_seconds=120 teacher_seconds=150 loss_seconds=240
+alone=525
+case "$parts" in
+" tests " | " teacher " | " loss ") tests_seconds=$alone teacher_seconds=$alone loss_seconds=$alone ;;
+esac
 if [ -n "$dry_run" ]; then
     out=${OUT:-$(mktemp -d)}
     export OMP_NUM_THREADS=1 # tiny shapes: threads would only wait for each other
     test_options=(--collect-only)
     # torch.compile takes longer for a tiny shape than all the rest.
-    table_options=(--quick --device cpu --case-seconds 0.1 --limit-seconds 60
+    loss_options=(--quick --device cpu --case-seconds 0.1 --limit-seconds 60
         --without compile-fp32,compile-bf16-logits,liger-chunked)
+    teacher_options=(--quick --device cpu --case-seconds 0.1 --limit-seconds 60)
 else
     out=${OUT:-benchmarks/results}
     unset TRITON_INTERPRET
@@ -65,26 +75,47 @@ else
         exit 2
     fi
     test_options=(--durations=10)
-    # The last case to start can overrun this by the time of a large case with its compilations.
-    table_options=(--device cuda --case-seconds 5 --limit-seconds 290)
+    # The last case to start can overrun its limit by the time of a large case with its compilations.
+    loss_options=(--device cuda --case-seconds 5 --limit-seconds $((loss_seconds - 70)))
+    teacher_options=(--device cuda --case-seconds 5 --limit-seconds $((teacher_seconds - 45)))
 fi
 mkdir -p "$out" || exit 2
 
-echo "== tests marked gpu (at most $tests_seconds s)"
-# One module that does not import must not keep the others from running; it still fails the run.
-timeout --kill-after=5 "$tests_seconds" "$python" -m pytest -m gpu tests --continue-on-collection-errors \
-    -p no:cacheprovider -o timeout=100 "${test_options[@]}" 2>&1 | tee "$out/gpu_tests.txt"
-tests_status=${PIPESTATUS[0]}
-if [ "$tests_status" = 5 ]; then
-    echo "no test is marked gpu" | tee -a "$out/gpu_tests.txt"
-    [ -n "$dry_run" ] && tests_status=0
-fi
-[ "$tests_status" = 124 ] && echo "stopped after $tests_seconds s" | tee -a "$out/gpu_tests.txt"
+failed=
+asked_for() { [ "${parts#* "$1" }" != "$parts" ]; }
 
-echo "== table of the loss (at most $table_seconds s)"
-timeout --kill-after=5 "$table_seconds" "$python" -m benchmarks.loss_table --out "$out" "${table_options[@]}"
-table_status=$?
-[ "$table_status" = 124 ] && echo "stopped after $table_seconds s; the JSON holds the cases that were done"
+run_tests() {
+    echo "== tests marked gpu (at most $tests_seconds s)"
+    # One module that does not import must not keep the others from running; it still fails the run.
+    timeout --kill-after=5 "$tests_seconds" "$python" -m pytest -m gpu tests --continue-on-collection-errors \
+        -p no:cacheprovider -o timeout=100 "${test_options[@]}" 2>&1 | tee "$out/gpu_tests.txt"
+    local status=${PIPESTATUS[0]}
+    if [ "$status" = 5 ]; then
+        echo "no test is marked gpu" | tee -a "$out/gpu_tests.txt"
+        [ -n "$dry_run" ] && status=0
+    fi
+    [ "$status" = 124 ] && echo "stopped after $tests_seconds s" | tee -a "$out/gpu_tests.txt"
+    finish tests "$status"
+}
 
-echo "== gpu tests: exit status $tests_status; table: exit status $table_status; results in $out"
-[ "$tests_status" = 0 ] && [ "$table_status" = 0 ]
+run_table() { # NAME SECONDS OPTION...
+    local name=$1 seconds=$2
+    shift 2
+    echo "== table of the $name (at most $seconds s)"
+    timeout --kill-after=5 "$seconds" "$python" -m "benchmarks.${name}_table" --out "$out" "$@"
+    local status=$?
+    [ "$status" = 124 ] && echo "stopped after $seconds s; the JSON holds the cases that were done"
+    finish "$name" "$status"
+}
+
+finish() { # NAME STATUS
+    echo "== $1: exit status $2"
+    [ "$2" = 0 ] || failed="$failed $1"
+}
+
+asked_for tests && run_tests
+asked_for teacher && run_table teacher "$teacher_seconds" "${teacher_options[@]}"
+asked_for loss && run_table loss "$loss_seconds" "${loss_options[@]}"
+
+echo "== results in $out; failed:${failed:- nothing}"
+[ -z "$failed" ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks.schema import (  # noqa: E402
     FIRST_SCHEMA,
     GROUPS,
     OURS,
+    SECOND_SCHEMA,
     Device,
     GradientError,
     Report,
@@ -85,8 +87,11 @@ def test_schema_refuses(change, named):
         from_json(data)
 
 
-def test_files_of_the_first_schema_are_read():
+def test_files_of_older_schemas_are_read():
     data = json.loads(json.dumps(dataclasses.asdict(_report())))
+    data["schema"] = SECOND_SCHEMA
+    del data["teacher"]
+    assert from_json(data) == _report()
     data["schema"] = FIRST_SCHEMA
     for row in data["rows"]:
         del row["group"], row["workspace_bytes"]
@@ -98,7 +103,7 @@ def test_files_of_the_first_schema_are_read():
 def test_stored_results_are_valid():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         report = read(path)
-        assert report.complete and report.rows, path.name
+        assert report.complete and (report.rows or report.teacher), path.name
 
 
 def test_oracle_is_autograd_in_float64():
@@ -295,7 +300,7 @@ def test_contenders_compute_the_same_gradient(dtype, frozen):
 
 
 def _check_quick_table(directory: Path) -> None:
-    (path,) = directory.glob("*.json")
+    (path,) = directory.glob("loss*.json")
     report = read(path)
     assert report.complete and report.benchmark == "loss-quick"
     for case in cases(CPU, quick=True):
@@ -324,7 +329,7 @@ def _check_quick_table(directory: Path) -> None:
 
 
 def test_gpu_script_dry_run(tmp_path):
-    """The whole flow of a GPU machine, which includes the quick table."""
+    """The whole flow of a GPU machine, which includes the quick tables."""
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
     done = subprocess.run(
         [str(ROOT / "scripts" / "gpu.sh"), "--dry-run"], cwd=tmp_path, env=environment, capture_output=True,
@@ -333,6 +338,40 @@ def test_gpu_script_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert (tmp_path / "gpu_tests.txt").stat().st_size > 0
     _check_quick_table(tmp_path)
+    (path,) = tmp_path.glob("teacher*.json")
+    assert read(path).complete and read(path).benchmark == "teacher-quick"
+    assert "failed: nothing" in done.stdout
+
+
+def _parts(tmp_path, *arguments, failing):
+    """Run the script with a python that only says what it was asked to run, and fails for one module."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "ran $*"\n[ "$2" != "{failing}" ] || exit 7\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": str(fake)}
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "gpu.sh"), "--dry-run", *arguments], env=environment, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    ran = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("ran -m")]
+    return done.returncode, ran, done.stdout.splitlines()[-1].rpartition("failed: ")[2]
+
+
+def test_gpu_script_runs_the_parts_asked_for(tmp_path):
+    modules = {"tests": "pytest", "teacher": "benchmarks.teacher_table", "loss": "benchmarks.loss_table"}
+    for part, module in modules.items():  # one that fails must not keep the others from running
+        assert _parts(tmp_path, failing=module) == (1, list(modules.values()), part)
+        assert _parts(tmp_path, part, failing="none") == (0, [module], "nothing")
+    assert _parts(tmp_path, "loss", "teacher", failing="pytest") == (0, [*modules.values()][1:], "nothing")
+
+
+def test_gpu_script_ends_in_time():
+    """Whatever hangs: the parts' limits and the kills after them are below nine minutes."""
+    text = (ROOT / "scripts" / "gpu.sh").read_text(encoding="utf-8")
+    limits = [int(seconds) for seconds in re.findall(r"_seconds=(\d+)", text)]
+    assert len(limits) == 3 and sum(limits) + 5 * len(limits) < 9 * 60
+    (alone,) = re.findall(r"^alone=(\d+)", text, re.MULTILINE)
+    assert int(alone) + 5 < 9 * 60
 
 
 def test_gpu_script_refuses_unknown_arguments():

@@ -58,7 +58,7 @@ def test_what_runs_through_the_model(monkeypatch):
     assert still[0] < 12, "some answers ended at their first token, or this test shows nothing"
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2", "qwen3", "olmo2", "mistral-no-window"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2", "qwen3", "olmo2", "mistral-no-window", "gpt2"])
 def test_decode_is_generate(name):
     model = tiny_models.tiny_model(name)
     prompts = [row.tolist() for row in tiny_models.random_ids(5, 17, 17, 1, 9)]
@@ -72,7 +72,7 @@ def test_decode_is_generate(name):
         torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mistral-window-below-context", "qwen2-mixed-window", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral-window-below-context", "qwen2-mixed-window", "gemma2", "llama-dynamic-rope"])
 def test_models_that_decode_cannot_run_are_generated(name):
     model = tiny_models.tiny_model(name)
     sampler = TransformersRollout(model, stop_token_ids=[2])

@@ -20,9 +20,10 @@ from tiny_models import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opcd_fast import attention, teacher_paths, verification
+from opcd_fast import attention, mask_path, teacher_paths, verification
 from opcd_fast import transformers_seam as seam
 from opcd_fast.expanded_cache import ExpandedLayer
+from opcd_fast.mask_path import CountedLayer
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.teacher import ContextTeacher
 
@@ -147,7 +148,7 @@ def test_bf16_is_as_close_to_fp32_as_concat():
 # --- choice of path -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "path"), [("gpt2", "pad"), ("gemma2", "pad"), ("llama-dynamic-rope", "concat")])
+@pytest.mark.parametrize(("name", "path"), [("falcon", "pad"), ("bloom", "pad"), ("llama-dynamic-rope", "concat")])
 def test_other_architectures_take_another_path_and_say_so(name, path, caplog):
     model = tiny_model(name)
     with caplog.at_level(logging.WARNING, "opcd_fast"):
@@ -163,16 +164,18 @@ def test_other_architectures_take_another_path_and_say_so(name, path, caplog):
         ContextTeacher(model, [1, 2], path="merge")
 
 
-def test_path_to_come():
-    with pytest.raises(ValueError, match="path='mask' is not available yet; use 'merge', 'pad' or 'concat'"):
-        ContextTeacher(tiny_model(), [1, 2], path="mask")
-
-
-@pytest.mark.parametrize(("wrong", "path"), [(("merge",), "pad"), (("merge", "pad"), "concat")])
+@pytest.mark.parametrize(
+    ("wrong", "path"), [(("merge",), "pad"), (("merge", "pad"), "mask"), (("merge", "pad", "mask"), "concat")]
+)
 def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
     honest_merge, honest_update = attention.merge_by_logsumexp, ExpandedLayer.update
     if "merge" in wrong:
-        monkeypatch.setattr(attention, "merge_by_logsumexp", lambda a, la, b, lb: honest_merge(a, la, b, lb + 0.01))
+        monkeypatch.setattr(
+            attention, "merge_by_logsumexp", lambda a, la, b, lb, **kw: honest_merge(a, la, b, lb + 0.01, **kw)
+        )
+    if "mask" in wrong:
+        honest_read = CountedLayer.update
+        monkeypatch.setattr(CountedLayer, "update", lambda self, k, v, *_: honest_read(self, k * 1.01, v))
     if "pad" in wrong:
         monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
     model = tiny_model()
@@ -192,13 +195,18 @@ def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
 def test_planted_error_in_windows_steps_down(name, monkeypatch):
     honest = attention.windowed_attention
 
-    def off_by_one(q, k, v, row, counts, scale, window, dropout=0.0):
-        return honest(q, k, v, row, counts, scale, window - 1, dropout)
+    def off_by_one(q, k, v, row, counts, scale, window, *more, **options):
+        return honest(q, k, v, row, counts, scale, window - 1, *more, **options)
 
     monkeypatch.setattr(attention, "windowed_attention", off_by_one)
     assert ContextTeacher(tiny_model(name), [1, 2]).path == "pad"
     honest_sizes = ExpandedLayer.get_mask_sizes
     monkeypatch.setattr(ExpandedLayer, "get_mask_sizes", lambda self, q: (honest_sizes(self, q)[0], 0))
+    assert ContextTeacher(tiny_model(name), [1, 2]).path == "mask"
+    honest_mask = mask_path._mask
+    monkeypatch.setattr(
+        mask_path, "_mask", lambda *args: honest_mask(*args[:-1], None if args[-1] is None else args[-1] - 1)
+    )
     assert ContextTeacher(tiny_model(name), [1, 2]).path == "concat"
 
 

@@ -446,3 +446,43 @@ def test_bound_and_store_are_free_on_resume(tokenizer, tmp_path):
     assert memory.evicted and memory.loaded and memory.built == 1  # not kept between calls, and not read again
     with pytest.raises(InputError, match="is not a folder"):
         make(tokenizer, tmp_path / "new", prefix_store=str(tmp_path / "run" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 0, "learning_rate": 3e-3, "micro_batch_tokens": 700}])
+def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeypatch, settings):
+    from opcd_fast import shared_prompts
+
+    calls = []
+    inner = shared_prompts.shared_prompt_hidden_states
+
+    def counted(*args, **options):
+        calls.append(0)
+        return inner(*args, **options)
+
+    monkeypatch.setattr("opcd_fast.objective.shared_prompt_hidden_states", counted)
+
+    def history(name, share):
+        calls.clear()
+        trainer = make(tokenizer, tmp_path / name, rollouts_per_prompt=4, batch_size=2, share_prompts=share, **settings)
+        return trainer.train().history
+
+    alone = history("alone", False)
+    assert not calls
+    for name, share in (("asked", True), ("default", None)):
+        shared = history(name, share)
+        assert len(calls) >= len(shared) == 4
+        for record, reference in zip(shared, alone, strict=True):
+            assert record["response_tokens"] == reference["response_tokens"]
+            for field in ("loss", "kl_per_token", "student_entropy", "grad_norm"):
+                assert record[field] == pytest.approx(reference[field], rel=1e-4), field
+
+
+def test_prompts_are_shared_by_default_only_where_there_is_something_to_share(tokenizer, tmp_path, caplog):
+    assert make(tokenizer, tmp_path / "a", rollouts_per_prompt=2).share_prompts is True
+    assert make(tokenizer, tmp_path / "b").share_prompts is False
+    dropping = lambda: {"model": tiny_model(attention_dropout=0.1), "rollouts_per_prompt": 2}  # noqa: E731
+    with caplog.at_level("WARNING", "opcd_fast"):
+        assert make(tokenizer, tmp_path / "c", **dropping()).share_prompts is False
+    assert "attention_dropout=0.1" in caplog.text
+    with pytest.raises(InputError, match="share_prompts=True: .*attention_dropout=0.1"):
+        make(tokenizer, tmp_path / "d", share_prompts=True, **dropping())

@@ -30,7 +30,7 @@ class TrainCommand:
     model: str
     """Folder, hub id, or "smollm2" (the packaged SmolLM2-135M-Instruct)."""
     prompts: str
-    """JSONL file, one {"prompt": text or messages} a line."""
+    """JSONL ({"prompt": text or messages} a line), JSON, CSV or parquet, or a Hugging Face data set's folder."""
     context: str | None = None
     """What the teacher sees: a text file, or chat turns as .json or .jsonl."""
     eval_prompts: str | None = None
@@ -52,16 +52,21 @@ def run(arguments: list[str]) -> int:
     context = as_file(command.context)
     if context is not None:
         read_context(context)
-    prompts = read_prompts(command.prompts)
-    held_out = None if command.eval_prompts is None else read_prompts(command.eval_prompts, "eval_prompts")
-    place = {"dtype": config.dtype, "device": config.device}
+    prompts = read_prompts(command.prompts, **config.columns())
+    general = sum(prompt.privileged_context == "" for prompt in prompts)
+    if general:
+        print(f"{general} of {len(prompts)} prompts have an empty privileged_context: their teacher sees no context")
+    held_out = None
+    if command.eval_prompts is not None:
+        held_out = read_prompts(command.eval_prompts, "eval_prompts", **config.columns())
     tokenizer = load_tokenizer(command.model)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
         teacher_tokenizer = load_tokenizer(command.teacher_model)
-        teacher = load_model(command.teacher_model, **place)
+        elsewhere = config.teacher_device != "auto"
+        teacher = load_model(command.teacher_model, **_loading(config, config.teacher_quantization, elsewhere))
     trainer = OPCDTrainer(
-        load_model(command.model, **place),
+        load_model(command.model, **_loading(config, config.quantization)),
         tokenizer,
         context,
         prompts,
@@ -73,6 +78,19 @@ def run(arguments: list[str]) -> int:
     result = trainer.train()
     print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
     return 0
+
+
+def _loading(config: OPCDConfig, quantization: str, elsewhere: bool = False) -> dict[str, str]:
+    """Type and place to load a model with. One that is to be packed, or to run elsewhere, waits on the CPU: it might
+    not fit whole beside the other, and loading it elsewhere would change the current device."""
+    from opcd_fast.models import pick_device, pick_dtype
+
+    if quantization == "none" and not elsewhere:
+        return {"dtype": config.dtype, "device": config.device}
+    dtype = pick_dtype(
+        config.dtype, pick_device(config.teacher_device if elsewhere else config.device, make_current=False)
+    )
+    return {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
 
 
 def train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:

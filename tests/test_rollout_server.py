@@ -139,6 +139,17 @@ def test_what_passes_is_tried_again_and_changes_nothing(server, fault):
     assert sorted(good) == sorted(PROMPTS), "each prompt was answered once"
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("500", "HTTP 500: engine died of something"), ("cut", "the answer broke off after"), ("garbage", "is no JSON")],
+)
+def test_what_does_not_pass_is_said(server, fault, message):
+    server.faults(fault, fault)
+    with pytest.raises(ServerGone, match=f"{message}.*2 tries") as error:
+        rollout(server, tries=2).generate(PROMPTS[:1], max_new_tokens=4)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("fault", ["slow", "drip"])
 def test_a_slow_answer_is_given_up_and_asked_again(server, fault):
     engine = rollout(server)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -37,6 +38,12 @@ class OPCDConfig:
     """Nucleus sampling of the answers; the paper trains with 1."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
+    prompt_column: str | None = None
+    """Column that holds the prompts; None: `prompt`, or `messages`."""
+    drop_last_answer: bool = False
+    """Leave an assistant's answer at the end of a prompt's messages out; without it such a prompt is refused."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'. A row's own win."""
     learning_rate: float | None = None
     """Constant AdamW rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3 for LoRA (the demo's)."""
     weight_decay: float = 0.01
@@ -150,6 +157,14 @@ class OPCDConfig:
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
 
+    def columns(self) -> dict[str, Any]:
+        """How `read_prompts` reads the rows."""
+        return {"prompt_column": self.prompt_column, "drop_last_answer": self.drop_last_answer}
+
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as Python values."""
+        return json.loads(self.chat_template_kwargs or "{}")
+
     def learning_rate_for(self, adapter: bool) -> float:
         """The rate of a run that trains an adapter (a new one, or that of a PEFT model), or the whole model."""
         if self.learning_rate is not None:
@@ -176,6 +191,8 @@ def _typed(name: str, declared: str, value: Any, numbers_as_text: bool) -> Any:
             value = float(value)
     if name == "lora_targets":
         value = _comma_separated(value)
+    if name == "chat_template_kwargs":
+        value = _json_object(value)
     if kind == "str" and isinstance(value, PurePath):
         value = str(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -198,6 +215,21 @@ def _comma_separated(value: Any) -> Any:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return value
     return ",".join(name.strip() for name in names if name.strip())
+
+
+def _json_object(value: Any) -> Any:
+    """{"a": False} and '{"a": false}' as the second; text that is no object raises InputError, other types pass."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(f"chat_template_kwargs={value!r:.80} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise InputError(f"chat_template_kwargs={json.dumps(value)} must be an object: '{{\"name\": value}}'")
+    try:
+        return json.dumps(dict(value), sort_keys=True) if isinstance(value, Mapping) else value
+    except TypeError as error:
+        raise InputError(f"chat_template_kwargs={value!r:.80} must hold JSON values: {error}") from error
 
 
 def check_names(values: Mapping[str, Any], allowed: list[str], where: str) -> None:

@@ -27,13 +27,15 @@ from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.evaluate import divergence, samples_of
 from opcd_fast.heads import LMHead
+from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
 from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress
-from opcd_fast.prompts import Message, RenderedPrompt, adapt_to_tokenizer, read_context, read_prompts, render
+from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.records import step_record, total_weight
+from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.seeds import digest, seeded, stream_seed
@@ -68,7 +70,7 @@ class OPCDTrainer:
         model: transformers causal LM; trained in place. With `lora_rank` it gets an adapter (see `self.model`).
         tokenizer: its tokenizer; the chat template renders prompts.
         context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
-        prompts: JSONL file, or a list of strings, messages or rows (see `opcd_fast.prompts.read_prompts`).
+        prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`).
         config: settings, see OPCDConfig.
         teacher_model: another model as the teacher (same tokenizer). None: the model as it is now, without its adapter.
         eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
@@ -99,11 +101,12 @@ class OPCDTrainer:
         self.quiet = quiet
         self.device = pick_device(config.device)
         self.folder = RunFolder(config.output_dir, config.resume)
-        read = [read_prompts(prompts)]
+        read = [read_prompts(prompts, **config.columns())]
         if eval_prompts is not None:
-            read.append(read_prompts(eval_prompts, "eval_prompts"))
+            read.append(read_prompts(eval_prompts, "eval_prompts", **config.columns()))
         groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
-        rendered, self.prefixes = render(tokenizer, groups, None if context is None else read_context(context))
+        shown = None if context is None else read_context(context)
+        rendered, self.prefixes = render(tokenizer, groups, shown, config.template_variables())
         self.train_rows = rendered[0].rows
         self.held_out_rows = rendered[1].rows if len(rendered) > 1 else ()
         self.eval_rows = self.held_out_rows[: config.eval_batch]

@@ -1,4 +1,4 @@
-"""What a model's name stands for, found without torch: a folder, a snapshot in the hub's cache, or SmolLM2's package."""
+"""What a model's name stands for, found without torch: a folder, a snapshot of the hub, or SmolLM2's package."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import torch
 from opcd_fast.errors import InputError
 from opcd_fast.model_names import SMOLLM2, is_path, smollm2_folder, smollm2_source
 
+
 def pick_device(device: str = "auto") -> torch.device:
     """`auto` is the GPU where there is one; `cuda:N` becomes the current device. Raises InputError for any other."""
     if device == "auto":

@@ -16,7 +16,6 @@ from opcd_fast import checkpoint
 from opcd_fast.batch import Sample
 from opcd_fast.errors import InputError
 
-
 SCRATCH = (".step-", ".final.", ".config.json.", ".metrics.", ".eval_fixed.", ".run.", ".prompts.", ".held_out.")
 
 

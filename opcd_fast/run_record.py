@@ -1,8 +1,8 @@
 """run.json, prompts.jsonl and held_out.jsonl: what a run was started with, for `opcd report`, `check` and `diff`.
 
-    run.json         the context itself, hashes of context, prompts, template, tokenizer and base, versions
-    prompts.jsonl    the training prompts; --replay of a later run draws from them
-    held_out.jsonl   the held-out prompts, which the report measures on
+run.json         the context itself, hashes of context, prompts, template, tokenizer and base, versions
+prompts.jsonl    the training prompts; --replay of a later run draws from them
+held_out.jsonl   the held-out prompts, which the report measures on
 """
 
 from __future__ import annotations

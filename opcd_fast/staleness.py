@@ -121,9 +121,7 @@ def _files(part: str, before: Files, place: Place | None, read: Callable[[Place]
     return Finding(part, "changed", f"{place.folder}: {listed}", remedy)
 
 
-def _weights(
-    card: Mapping[str, Any], record: Mapping[str, Any] | None, run: Path, hashes: FileHashes
-) -> list[Finding]:
+def _weights(card: Mapping[str, Any], record: Mapping[str, Any] | None, run: Path, hashes: FileHashes) -> list[Finding]:
     """The card measured one set of weights; these may have been trained since."""
     folder = next((f for f in (run / "final", run) if (f / "config.json").is_file() or _has_adapter(f)), None)
     if folder is None:

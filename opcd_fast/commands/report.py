@@ -69,7 +69,10 @@ def run(arguments: list[str]) -> int:
     from opcd_fast.training_curve import run_settings
 
     settings, record = run_settings(folder), read_record(folder)
-    columns = {"prompt_column": settings.get("prompt_column"), "drop_last_answer": settings.get("drop_last_answer", False)}
+    columns = {
+        "prompt_column": settings.get("prompt_column"),
+        "drop_last_answer": settings.get("drop_last_answer", False),
+    }
     options = ReportOptions(
         context=None if command.context is None else read_context(Path(command.context)),
         prompts=None if command.prompts is None else read_prompts(command.prompts, **columns),

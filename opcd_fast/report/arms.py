@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.batch import Sample
-from opcd_fast.evaluate import samples_of
 from opcd_fast.intervals import bootstrap, wilson
 from opcd_fast.messages import Message, Prompt
 from opcd_fast.rendering import RenderedPrompt
@@ -28,9 +26,12 @@ class Answers:
 
     completions: list[Completion]
     texts: list[str]
-    samples: list[Sample]  # the same answers, ready to be scored by student and teacher
     messages: list[Sequence[Message]]  # what was asked, per answer
     per_prompt: int
+
+    @property
+    def responses(self) -> list[tuple[int, ...]]:
+        return [one.token_ids for one in self.completions]
 
     @property
     def transcripts(self) -> list[str]:
@@ -76,7 +77,7 @@ def draw_arms(
     for arm, (side, ids) in sides.items():
         completions = side.answers(ids, seed=stream_seed(seed, f"report {arm}", 0), **sampling)
         texts = [models.tokenizer.decode(c.token_ids, skip_special_tokens=True).strip() for c in completions]
-        drawn[arm] = Answers(completions, texts, samples_of(rows, completions), messages, per_prompt)
+        drawn[arm] = Answers(completions, texts, messages, per_prompt)
     return drawn
 
 
@@ -109,21 +110,22 @@ def share(units: Sequence[float], per_prompt: int = 1) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": len(units), "interval": "wilson"}
 
 
-def greedy_agreement(
+def greedy_answers(
     models: RunModels, rows: Sequence[RenderedPrompt], prefixes: Prefixes, max_new_tokens: int
-) -> dict[str, Any]:
-    """Greedy answers compared with those of base + context, token for token, before training and after."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
-    wanted = models.teacher.answers([with_context(row, prefixes) for row in rows], **options)
-    without = [row.student_ids for row in rows]
-    return {
-        "before": _compared(models.base.answers(without, **options), wanted),
-        "after": _compared(models.student.answers(without, **options), wanted),
-    }
+) -> list[tuple[int, ...]]:
+    """What base + context (or the run's other teacher) answers when it always takes the most probable token."""
+    asked = [with_context(row, prefixes) for row in rows]
+    drawn = models.teacher.answers(asked, max_new_tokens=max_new_tokens, temperature=0.0)
+    return [one.token_ids for one in drawn]
 
 
-def _compared(answers: Sequence[Completion], wanted: Sequence[Completion]) -> dict[str, Any]:
-    places = [first_difference(a.token_ids, b.token_ids) for a, b in zip(answers, wanted, strict=True)]
+def identical_greedy(most_probable: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Whether a model would write the greedy answers `wanted` itself, and where it would leave them first.
+
+    most_probable: the model's most probable token at every place of them. Along equal tokens greedy decoding sees the
+    same prefixes, so that nothing has to be generated to know where it differs first.
+    """
+    places = [first_difference(a, b) for a, b in zip(most_probable, wanted, strict=True)]
     found = sorted(place for place in places if place is not None)
     same = share([float(place is None) for place in places])
     return {"identical": same, "first_difference": {"median": statistics.median(found) if found else None, "of": found}}

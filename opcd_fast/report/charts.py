@@ -40,7 +40,9 @@ def training(curve: Mapping[str, Any]) -> str:
         body.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in _ticks(last):
-        body.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick}</text>')
+        body.append(
+            f'<text class="tick" x="{x_of(tick):.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick}</text>'
+        )
     body.append(f'<text class="tick" x="{(left + WIDTH) / 2:.0f}" y="{height - 8}" text-anchor="middle">step</text>')
     place = left
     for css, label, points in series:
@@ -88,12 +90,14 @@ def before_after(kl: Mapping[str, Any]) -> str:
         body.append(f'<text class="label" x="{left - 14}" y="{y + 4}" text-anchor="end">{label}</text>')
         body.append(f'<line class="link" x1="{x_of(first):.1f}" x2="{x_of(second):.1f}" y1="{y}" y2="{y}"/>')
         body.append(f'<circle class="dot muted" cx="{x_of(first):.1f}" cy="{y}" r="5"/>')
-        body.append(f'<circle class="dot s2" cx="{x_of(second):.1f}" cy="{y}" r="5"><title>{nats(second)}</title></circle>')
+        body.append(
+            f'<circle class="dot s2" cx="{x_of(second):.1f}" cy="{y}" r="5"><title>{nats(second)}</title></circle>'
+        )
     return _svg(body, height, "token KL before and after, nats, logarithmic")
 
 
 def scores(scores_: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str:
-    """Each score of each arm with its 95 % interval."""
+    """Each score of each arm with its 95% interval."""
     if not scores_:
         return ""
     left, right, step = 190, 80, 26
@@ -112,15 +116,19 @@ def scores(scores_: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str:
             middle = y + step / 2
             css = "s2" if arm.startswith("student") else "muted"
             body.append(f'<text class="label" x="{left - 14}" y="{middle + 4}" text-anchor="end">{escape(arm)}</text>')
-            body.append(f'<rect class="track" x="{left}" y="{middle - 7}" width="{WIDTH - left - right}" height="14" rx="3"/>')
+            body.append(
+                f'<rect class="track" x="{left}" y="{middle - 7}" width="{WIDTH - left - right}" height="14" rx="3"/>'
+            )
             width = max(0.0, x_of(found["value"]) - left)
             body.append(f'<rect class="bar {css}" x="{left}" y="{middle - 7}" width="{width:.1f}" height="14" rx="3"/>')
             low, high = x_of(found["low"]), x_of(found["high"])
             body.append(f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
-            body.append(f'<text class="label" x="{WIDTH - right + 10}" y="{middle + 4}">{percent(found["value"])}</text>')
+            body.append(
+                f'<text class="label" x="{WIDTH - right + 10}" y="{middle + 4}">{percent(found["value"])}</text>'
+            )
             y += step
         y += 12
-    return _svg(body, y, "scores of the four arms with 95 % intervals")
+    return _svg(body, y, "scores of the four arms with 95% intervals")
 
 
 def _svg(body: Sequence[str], height: float, title: str) -> str:

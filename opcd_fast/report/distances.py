@@ -1,28 +1,33 @@
-"""KL between the models of a run, token by token."""
+"""KL between the models of a run, token by token, and where their most probable tokens agree."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.errors import InputError
-from opcd_fast.evaluate import samples_of
+from opcd_fast.heads import LMHead
 from opcd_fast.intervals import bootstrap
+from opcd_fast.loss import fused_linear_divergence
 from opcd_fast.messages import Prompt
-from opcd_fast.objective import context_kl
-from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, student_ids
-from opcd_fast.report.arms import Answers, mean
+from opcd_fast.rendering import adapt_to_tokenizer, student_ids
+from opcd_fast.report.arms import mean
 from opcd_fast.report.models import RunModels, Side
 from opcd_fast.seeds import stream_seed
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.token_prefix import common_prefix_length
 
 PERCENTILES = (50, 90, 99)
 MICRO_BATCH_TOKENS = 8192
+ROWS_AT_ONCE = 256  # of logits, when the most probable tokens are looked for
+
+Responses = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -37,60 +42,113 @@ class AnswerDistance:
         return statistics.fmean(self.token_kl)
 
 
-class Distances:
-    """KL(side || teacher with the context); the contexts are read at the first use."""
+class Reader:
+    """One model on one list of prompts. What these have in common, a context or a template's own words, is read once.
+
+    prompts: token ids, one row per answer. groups: (B,) prompts of one group share a beginning (one context each);
+    None: all of them.
+    """
 
     def __init__(
         self,
-        models: RunModels,
-        prefixes: Sequence[Sequence[int]],
-        temperature: float,
+        side: Side,
+        prompts: Sequence[Sequence[int]],
         settings: Mapping[str, Any],
-        reader: Side | None = None,
+        groups: Sequence[int] | None = None,
     ) -> None:
-        """reader: who reads the contexts; None: the teacher."""
-        side = reader or models.teacher
+        self._prompts, self._groups = prompts, list(groups or [0] * len(prompts))
+        members = [[p for p, g in zip(prompts, self._groups) if g == group] for group in range(max(self._groups) + 1)]
+        # One token at least stays with each prompt: its hidden state predicts the answer's first token.
+        shared = [min(common_prefix_length(rows), *(len(row) - 1 for row in rows)) if rows else 0 for rows in members]
+        self._shared = shared
+        contexts = [
+            torch.tensor(list(rows[0][:n]) if rows else [], dtype=torch.int64) for rows, n in zip(members, shared)
+        ]
         try:
             self._teacher = ContextTeacher(
-                side.model,
-                [torch.tensor(prefix, dtype=torch.int64) for prefix in prefixes],
-                path=settings.get("teacher_path", "auto"),
-                adapter=side.adapter,
+                side.model, contexts, path=settings.get("teacher_path", "auto"), adapter=side.adapter
             )
         except ValueError as error:
             raise InputError(str(error)) from error
-        self._models, self._temperature = models, temperature
+        self._device = next(side.model.parameters()).device
         self._tokens = settings.get("micro_batch_tokens") or MICRO_BATCH_TOKENS
 
+    @property
+    def head(self) -> LMHead:
+        return self._teacher.head
+
     @torch.no_grad()
-    def __call__(self, side: Side, samples: Sequence[Sample]) -> list[AnswerDistance]:
-        found: list[AnswerDistance] = []
-        for group in micro_batches(samples, self._tokens):
-            with side.acting():
-                _, stats = context_kl(
-                    pack(group).to(self._models.device),
-                    side.model,
-                    self._teacher,
-                    temperature=self._temperature,
-                    denominator=1.0,
-                    compute_dtype=self._models.dtype,
+    def hidden(self, responses: Responses) -> Tensor:
+        """(N, D): for every token of the responses the hidden state that predicts it."""
+        samples = []
+        for prompt, group, response in zip(self._prompts, self._groups, responses, strict=True):
+            own = prompt[self._shared[group] :]
+            samples.append(Sample(own, own, group, response))
+        pieces = []
+        for group_of_samples in micro_batches(samples, self._tokens):
+            batch = pack(group_of_samples).to(self._device)
+            pieces.append(
+                self._teacher.hidden_states_packed(
+                    batch.teacher_ids,
+                    batch.teacher_cu_seqlens,
+                    context_index=batch.context_index,
+                    select=batch.response_index_teacher,
                 )
-            sizes = [len(sample.response) for sample in group]
-            for kl, same in zip(stats.token_kl.cpu().split(sizes), stats.top1_agreement.cpu().split(sizes)):
-                found.append(AnswerDistance(kl.tolist(), [bool(x) for x in same.tolist()]))
-        return found
+            )
+        return torch.cat(pieces)
+
+    @torch.no_grad()
+    def most_probable(self, responses: Responses) -> list[list[int]]:
+        """For every token of the responses the one that the model holds most probable in its place."""
+        hidden, head, found = self.hidden(responses), self.head, []
+        for rows in hidden.split(ROWS_AT_ONCE):
+            logits = rows @ head.weight[: head.valid_size].T  # a softcap and a positive scale keep the order
+            if head.bias is not None:
+                logits = logits + head.bias[: head.valid_size]
+            found.append((logits if head.scale > 0 else -logits).argmax(-1))
+        tokens = torch.cat(found).tolist()
+        rows_of, start = [], 0
+        for response in responses:
+            rows_of.append(tokens[start : start + len(response)])
+            start += len(response)
+        return rows_of
 
 
-def distances(distance: Distances, side: Side, answers: Answers) -> list[AnswerDistance]:
-    """One per prompt: the tokens of its answers together."""
-    found, n = distance(side, answers.samples), answers.per_prompt
-    return [
-        AnswerDistance(
-            [kl for one in found[start : start + n] for kl in one.token_kl],
-            [same for one in found[start : start + n] for same in one.same_first],
-        )
-        for start in range(0, len(found), n)
-    ]
+@torch.no_grad()
+def distances(
+    student: Reader, teacher: Reader, responses: Responses, temperature: float, per_prompt: int = 1
+) -> list[AnswerDistance]:
+    """KL(student || teacher) of the responses' tokens, logits divided by `temperature`; one entry per prompt."""
+    return compared(
+        student.hidden(responses), student, teacher.hidden(responses), teacher, responses, temperature, per_prompt
+    )
+
+
+@torch.no_grad()
+def compared(
+    h_s: Tensor,
+    student: Reader,
+    h_t: Tensor,
+    teacher: Reader,
+    responses: Responses,
+    temperature: float,
+    per_prompt: int,
+) -> list[AnswerDistance]:
+    """The same from hidden states (N, D) that are there already."""
+    head_s, head_t = student.head, teacher.head
+    if head_s.valid_size != head_t.valid_size:  # padding of one tokenizer's vocabulary to different lengths
+        size = min(head_s.valid_size, head_t.valid_size)
+        head_s, head_t = replace(head_s, vocab_size=size), replace(head_t, vocab_size=size)
+    _, stats = fused_linear_divergence(
+        h_s, head_s, h_t, head_t, divergence="reverse_kl", temperature=temperature, reduction="sum", return_stats=True
+    )
+    sizes = [len(response) for response in responses]
+    kl, same = stats.token_kl.cpu().split(sizes), stats.top1_agreement.cpu().split(sizes)
+    found = []
+    for start in range(0, len(sizes), per_prompt):
+        part = slice(start, start + per_prompt)
+        found.append(AnswerDistance(torch.cat(kl[part]).tolist(), [bool(x) for x in torch.cat(same[part])]))
+    return found
 
 
 def summary(found: Sequence[AnswerDistance]) -> dict[str, Any]:
@@ -116,13 +174,13 @@ def gap(before: Sequence[AnswerDistance], after: Sequence[AnswerDistance]) -> di
 
 def agreement(found: Sequence[AnswerDistance]) -> dict[str, Any]:
     """Share of tokens at which the most probable token is the teacher's."""
+    units = [(sum(one.same_first), len(one.same_first)) for one in found]
 
-    def pooled(units: Sequence[AnswerDistance]) -> float:
-        flags = [flag for one in units for flag in one.same_first]
-        return sum(flags) / len(flags)
+    def pooled(drawn: Sequence[tuple[int, int]]) -> float:
+        return sum(same for same, _ in drawn) / sum(count for _, count in drawn)
 
-    low, high = bootstrap(found, pooled)
-    return {"value": pooled(found), "low": low, "high": high, "n": len(found), "interval": "bootstrap"}
+    low, high = bootstrap(units, pooled)
+    return {"value": pooled(units), "low": low, "high": high, "n": len(found), "interval": "bootstrap"}
 
 
 def forgetting(
@@ -135,9 +193,8 @@ def forgetting(
 ) -> dict[str, Any]:
     """KL(student || base) without any context, on the student's answers to unrelated prompts."""
     prompts = adapt_to_tokenizer(models.tokenizer, general)
-    ids = [tuple(student_ids(models.tokenizer, prompt, variables)) for prompt in prompts]
-    rows = [RenderedPrompt(row, row, 0, has_context=False) for row in ids]
+    ids = [student_ids(models.tokenizer, prompt, variables) for prompt in prompts]
     answers = models.student.answers(ids, seed=stream_seed(seed, "report general", 0), **sampling)
-    distance = Distances(models, [()], sampling["temperature"], settings, reader=models.base)
-    found = distance(models.student, samples_of(rows, answers))
+    student, base = Reader(models.student, ids, settings), Reader(models.base, ids, settings)
+    found = distances(student, base, [answer.token_ids for answer in answers], sampling["temperature"])
     return {"kl": summary(found), "top1_agreement": agreement(found), "prompts": len(found)}

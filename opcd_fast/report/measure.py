@@ -17,11 +17,22 @@ from opcd_fast.preflight import check_lengths
 from opcd_fast.prompts import read_prompts
 from opcd_fast.provenance import FileHashes, hash_of, of_code, of_model, of_tokenizer
 from opcd_fast.rendering import adapt_to_tokenizer, render
-from opcd_fast.report.arms import ARMS, BASE, SHOWN, STUDENT, Answers, draw_arms, greedy_agreement, lengths
-from opcd_fast.report.distances import Distances, agreement, distances, forgetting, gap
+from opcd_fast.report.arms import (
+    ARMS,
+    BASE,
+    SHOWN,
+    STUDENT,
+    Answers,
+    draw_arms,
+    greedy_answers,
+    identical_greedy,
+    lengths,
+    with_context,
+)
+from opcd_fast.report.distances import Reader, agreement, compared, distances, forgetting, gap
 from opcd_fast.report.models import RunModels, final_files, load_run
-from opcd_fast.report.scores import behaviour, task_scores
 from opcd_fast.report.scorers import Scorer
+from opcd_fast.report.scores import behaviour, task_scores
 from opcd_fast.report.speed import saved
 from opcd_fast.run_record import HELD_OUT, PROMPTS, read_record, row_of
 from opcd_fast.training_curve import curve, run_settings
@@ -84,13 +95,25 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     told(f"answers of {len(ARMS)} arms to {len(rows)} held-out prompts")
     answers = draw_arms(models, prompts, rows, prefixes, options.samples, options.seed, sampling)
     told("KL to the teacher")
-    distance = Distances(models, prefixes, sampling["temperature"], settings)
-    own_before = distances(distance, models.base, answers[BASE])
-    own_after = distances(distance, models.student, answers[STUDENT])
-    fixed_before = distances(distance, models.base, answers[SHOWN])
-    fixed_after = distances(distance, models.student, answers[SHOWN])
-    told("greedy answers")
-    greedy = greedy_agreement(models, rows, prefixes, new_tokens)
+    n, temperature = options.samples, sampling["temperature"]
+    many_rows = [row for row in rows for _ in range(n)]
+    without, within = [row.student_ids for row in many_rows], [with_context(row, prefixes) for row in many_rows]
+    teacher = Reader(models.teacher, within, settings, [row.context_index for row in many_rows])
+    base, student = Reader(models.base, without, settings), Reader(models.student, without, settings)
+    own_before = distances(base, teacher, answers[BASE].responses, temperature, n)
+    own_after = distances(student, teacher, answers[STUDENT].responses, temperature, n)
+    fixed = answers[SHOWN].responses
+    h_t = teacher.hidden(fixed)
+    fixed_before, fixed_after = (
+        compared(reader.hidden(fixed), reader, h_t, teacher, fixed, temperature, n) for reader in (base, student)
+    )
+    told("greedy answers of the teacher")
+    wanted = greedy_answers(models, rows, prefixes, new_tokens)
+    places = [wanted[index // n] for index in range(len(many_rows))]
+    greedy = {
+        when: identical_greedy(reader.most_probable(places)[::n], wanted)
+        for when, reader in (("before", base), ("after", student))
+    }
     told("distance to the base on unrelated prompts")
     forgot = forgetting(models, general, variables, sampling, options.seed, settings) if general else None
     told("scores")

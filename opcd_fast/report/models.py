@@ -78,13 +78,15 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
     if adapter_of is not None:
         from peft import PeftModel
 
-        student = PeftModel.from_pretrained(base, str(final)).eval()
+        # On a CPU memory is there for a second copy, and a base without PEFT's layers in it is faster.
+        own = base if base.device.type == "cuda" else load_model(base_name, **place)
+        student = PeftModel.from_pretrained(own, str(final)).eval()
     else:
         student = load_model(final, **place)
     teacher, other = base, (record or {}).get("teacher")
     if other is not None:
         if other["name"] is None:
-            raise InputError("the run's teacher was a model in memory, which cannot be loaded again; train with a folder")
+            raise InputError("the run's teacher was a model in memory, which cannot be loaded again")
         teacher = load_model(other["name"], **place)
 
     size = shared_vocabulary(student, teacher, tokenizer, tokenizer)
@@ -99,7 +101,7 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
             TransformersRollout(one, stop_token_ids=stop, max_batch=batch, merge_adapter=merge, vocab_size=size),
         )
 
-    shared = adapter_of is not None
+    shared = adapter_of is not None and base.device.type == "cuda"
     base_side = side(student if shared else base, shared)
     return RunModels(
         base=base_side,
@@ -109,7 +111,7 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
         device=next(student.parameters()).device,
         dtype=base.dtype,
         base_name=base_name,
-        is_adapter=shared,
+        is_adapter=adapter_of is not None,
     )
 
 

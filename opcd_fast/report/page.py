@@ -43,7 +43,8 @@ svg .strong { font-weight: 600; } .grid { stroke: var(--rule); } .link { stroke:
 .line.s3 { stroke: var(--second); } .dot.s1, .muted { fill: var(--muted); } .s2 { fill: var(--accent); }
 .dot.s3 { fill: var(--second); } .line.s2, .line.s3 { fill: none; } .track { fill: var(--rule); opacity: .5; }
 .whisker { stroke: var(--text); stroke-width: 1.5; }
-.pair { border: 1px solid var(--rule); border-radius: 10px; margin: 14px 0; overflow: hidden; background: var(--panel); }
+.pair { border: 1px solid var(--rule); border-radius: 10px; margin: 14px 0; overflow: hidden;
+  background: var(--panel); }
 .pair > .asked { padding: 10px 14px; border-bottom: 1px solid var(--rule); }
 .sides { display: grid; grid-template-columns: 1fr 1fr; } .sides > div { padding: 10px 14px; min-width: 0; }
 .sides > .worse { background: var(--bad); } .sides > .shown { background: var(--good); }
@@ -73,9 +74,8 @@ def _head(card: Mapping[str, Any]) -> str:
     ran = card["ran"]
     kind = "adapter on" if card["adapter"] else "fine-tuned from"
     where = f"{card['written']} on {ran['device']}, {ran['dtype']}, in {card['seconds']:.0f} s"
-    return (
-        f'<h1>{escape(card["run"])}</h1><p class="soft">{kind} {escape(card["base_model"])}; measured {escape(where)}</p>'
-    )
+    said = f"{kind} {card['base_model']}; measured {where}"
+    return f'<h1>{escape(card["run"])}</h1><p class="soft">{escape(said)}</p>'
 
 
 def _tiles(card: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ def _kl(card: Mapping[str, Any]) -> str:
         "<h2>How far is it from the teacher?</h2>"
         f'<p class="soft">KL(student || {_teacher(card)}) in nats per token, on {with_["held_out_prompts"]} of '
         f"{with_['of']} held-out prompts, {with_['samples_per_prompt']} answer(s) each of at most "
-        f"{with_['max_new_tokens']} tokens, temperature {with_['temperature']:g}. In brackets: 95 % intervals over "
+        f"{with_['max_new_tokens']} tokens, temperature {with_['temperature']:g}. In brackets: 95% intervals over "
         "prompts. Percentiles are over tokens.</p>"
         f"<figure><figcaption>Token KL before and after training, logarithmic</figcaption>"
         f"{charts.before_after(card['kl'])}</figure>{_table(columns, rows)}"
@@ -133,7 +133,7 @@ def _arms(card: Mapping[str, Any]) -> str:
     rows.append(["tokens per answer", *(tokens(card["arms"][arm]["length"]) for arm in ARMS)])
     rows.append(["cut at the limit", *(rate(card["arms"][arm]["truncated"]) for arm in ARMS)])
     chart = charts.scores(card["scores"], ARMS)
-    figure = f"<figure><figcaption>Scores with 95 % intervals</figcaption>{chart}</figure>" if chart else ""
+    figure = f"<figure><figcaption>Scores with 95% intervals</figcaption>{chart}</figure>" if chart else ""
     hint = "" if chart else '<p class="soft">No behaviour was named; --regex, --scorer or --task measures one.</p>'
     return f"<h2>Does it behave?</h2>{hint}{figure}{_table(['', *ARMS], rows)}"
 
@@ -199,8 +199,8 @@ def _saved(card: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     timed = saved["timed_tokens"]
     note = (
-        f"Timed on {card['ran']['device']}, {card['ran']['dtype']}: one prompt of {timed['with']} and {timed['without']} "
-        f"tokens, median of {saved['repeats']}, on the base; no cache of the context, which a server may keep."
+        f"Timed on {card['ran']['device']}, {card['ran']['dtype']}: one prompt of {timed['with']} tokens and one of "
+        f"{timed['without']}, median of {saved['repeats']}, on the base; no cache of the context, which a server may keep."
     )
     table = _table(["per call", "with the context", "without", "saved"], rows)
     return f'<h2>What does it save?</h2>{table}<p class="soft">{escape(note)}</p>'
@@ -228,11 +228,15 @@ def _context(context: Context | None) -> str:
 
 def _made_of(card: Mapping[str, Any]) -> str:
     versions = "; ".join(f"{k} {card['ran'][k]}" for k in ("python", "torch", "transformers", "peft"))
-    rows = "".join(f'<tr><td>{escape(name)}</td><td class="hash">{escape(value)}</td></tr>' for name, value in hashes(card))
+    rows = "".join(
+        f'<tr><td>{escape(name)}</td><td class="hash">{escape(value)}</td></tr>' for name, value in hashes(card)
+    )
     head = "<tr><th>part</th><th>SHA-256 (first 16 digits) or version</th></tr>"
     return (
-        f'<h2>What was it made of?</h2><p class="soft">Recorded {escape(card["hashes"]["recorded"])}. {escape(versions)}. '
-        f'<code>opcd check</code> compares this with what there is now.</p><div class="scroll"><table>{head}{rows}</table></div>'
+        "<h2>What was it made of?</h2>"
+        f'<p class="soft">Recorded {escape(card["hashes"]["recorded"])}. {escape(versions)}. '
+        "<code>opcd check</code> compares this with what there is now.</p>"
+        f'<div class="scroll"><table>{head}{rows}</table></div>'
     )
 
 

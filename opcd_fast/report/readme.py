@@ -28,8 +28,9 @@ def readme(card: Mapping[str, Any]) -> str:
     ]
     with_ = card["measured_with"]
     lines += [
-        f"Measured on {with_['held_out_prompts']} held-out prompts, {with_['samples_per_prompt']} sampled answer(s) each "
-        f"of at most {with_['max_new_tokens']} tokens, temperature {with_['temperature']}. In brackets: 95 % intervals.",
+        f"Measured on {with_['held_out_prompts']} held-out prompts, {with_['samples_per_prompt']} sampled answer(s) "
+        f"each of at most {with_['max_new_tokens']} tokens, temperature {with_['temperature']}. In brackets: 95% "
+        "intervals.",
         "",
         "| KL to base + context, nats per token | before | after | gap closed |",
         "|---|---|---|---|",
@@ -71,8 +72,8 @@ def readme(card: Mapping[str, Any]) -> str:
         "## What it saves",
         "",
         f"{saved['tokens']:.0f} of {saved['tokens_with_context']:.0f} prompt tokens per call, and "
-        f"{seconds(saved['prefill_seconds'])} of {seconds(saved['prefill_seconds_with_context'])} until the first token "
-        f"({_plain(card['ran']['device'])}, {card['ran']['dtype']}, one prompt at a time, no cache of the context).",
+        f"{seconds(saved['prefill_seconds'])} of {seconds(saved['prefill_seconds_with_context'])} until the first "
+        f"token ({_plain(card['ran']['device'])}, {card['ran']['dtype']}, one prompt at a time, no cache of the context).",
         "",
         "## What it was made of",
         "",

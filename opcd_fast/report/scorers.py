@@ -29,7 +29,8 @@ class Scorer:
             score = self.function(answer, messages)
             value = float(score)
         except Exception as error:
-            raise InputError(f"scorer {self.name!r} failed on {answer!r:.60}: {type(error).__name__}: {error}") from error
+            said = f"{type(error).__name__}: {error}"
+            raise InputError(f"scorer {self.name!r} failed on {answer!r:.60}: {said}") from error
         if not 0 <= value <= 1:  # refuses NaN too
             raise InputError(f"scorer {self.name!r} gave {score!r} for {answer!r:.60}; it must be from 0 to 1")
         return value

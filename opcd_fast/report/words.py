@@ -9,7 +9,7 @@ from typing import Any
 def percent(value: float) -> str:
     """One decimal where a whole number would claim too much or too little."""
     text = f"{value * 100:.0f}"
-    return f"{value * 100:.1f} %" if text in ("0", "100", "99", "-0") and value not in (0.0, 1.0) else f"{text} %"
+    return f"{value * 100:.1f}%" if text in ("0", "100", "99", "-0") and value not in (0.0, 1.0) else f"{text}%"
 
 
 def nats(value: float) -> str:

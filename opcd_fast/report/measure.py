@@ -38,6 +38,7 @@ from opcd_fast.run_record import HELD_OUT, PROMPTS, read_record, row_of
 from opcd_fast.training_curve import curve, run_settings
 
 SCHEMA = 1
+OF_THIS_MACHINE = ("output_dir", "prefix_store")  # settings that are folders
 GENERAL = Path(__file__).parent.parent / "prompt_data" / "general.jsonl"
 WARNING = (
     "A context that was moved into weights can be drawn out of them again, by anybody who can use or read the weights. "
@@ -155,7 +156,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "saved": time_saved,
         "furthest": _furthest(answers, own_after),
         "training": curve(run),
-        "settings": settings,
+        "settings": {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE},
         "hashes": hashes,
         "seconds": round(time.perf_counter() - started, 2),
     }  # fmt: skip

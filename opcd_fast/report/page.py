@@ -200,7 +200,8 @@ def _saved(card: Mapping[str, Any]) -> str:
     timed = saved["timed_tokens"]
     note = (
         f"Timed on {card['ran']['device']}, {card['ran']['dtype']}: one prompt of {timed['with']} tokens and one of "
-        f"{timed['without']}, median of {saved['repeats']}, on the base; no cache of the context, which a server may keep."
+        f"{timed['without']}, median of {saved['repeats']}, on the base; no cache of the context, which a server may "
+        "keep."
     )
     table = _table(["per call", "with the context", "without", "saved"], rows)
     return f'<h2>What does it save?</h2>{table}<p class="soft">{escape(note)}</p>'

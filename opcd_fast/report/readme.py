@@ -73,7 +73,8 @@ def readme(card: Mapping[str, Any]) -> str:
         "",
         f"{saved['tokens']:.0f} of {saved['tokens_with_context']:.0f} prompt tokens per call, and "
         f"{seconds(saved['prefill_seconds'])} of {seconds(saved['prefill_seconds_with_context'])} until the first "
-        f"token ({_plain(card['ran']['device'])}, {card['ran']['dtype']}, one prompt at a time, no cache of the context).",
+        f"token ({_plain(card['ran']['device'])}, {card['ran']['dtype']}, one prompt at a time, no cache of the "
+        "context).",
         "",
         "## What it was made of",
         "",

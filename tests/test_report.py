@@ -156,7 +156,7 @@ def test_the_arms_are_base_and_student_with_and_without_the_context(lora_run, mo
     asked = []
 
     def answers(self, prompts, **sampling):
-        asked.append((self, [tuple(prompt) for prompt in prompts], sampling["seed"] if "seed" in sampling else None))
+        asked.append((self, [tuple(prompt) for prompt in prompts], sampling.get("seed")))
         return original(self, prompts, **sampling)
 
     original = module.Side.answers

@@ -128,7 +128,7 @@ def test_plots_stand_extreme_values(card, value):
         card["kl"][key]["after"] = kl(value)
     card["training"] = {"steps": [[1, value]], "evaluations": [[0, value, value]]}
     html = page(card, None)
-    assert "nan" not in html.lower().replace("nanos", "") and "inf" not in re.sub(r"[a-z]+inf[a-z]*|inf[a-z]+", "", html)
+    assert not re.search(r'="[^"]*\b(nan|inf)\b[^"]*"', html)
     for x in re.findall(r'c?x[12]?="([-\d.]+)"', html):
         assert -1 <= float(x) <= 721
 

@@ -1,8 +1,9 @@
 """Which models can run on a prefix computed once, and why others cannot.
 
-`merge` and the student's packed row need attention that goes through transformers' attention interface with
-nothing but a window on top; `pad` needs a cache of keys and values alone. What is said here is what is known
-before running anything; `opcd_fast.verification` then tries the path on a small model of the same kind.
+`merge` and the student's packed row need attention that goes through transformers' attention interface with windows,
+caps and sinks on top; `mask` needs positions that come from `position_ids` alone, and a mask that reaches every layer;
+`pad` needs a cache of keys and values alone. What is said here is what is known before running anything;
+`opcd_fast.verification` then tries the path on a small model of the same kind.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import DynamicCache
 
+from opcd_fast import attention_backends as backends
 from opcd_fast import transformers_seam as seam
 from opcd_fast.expanded_cache import is_recurrent, unknown_state
 
@@ -29,9 +33,17 @@ _HIDDEN_STATE = frozenset({"recurrent_gemma"})  # does not show in the cache of 
 _PACKABLE = frozenset({
     "llama", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "olmo3", "smollm3", "phi", "phi3", "mixtral",
     "qwen2_moe", "qwen3_moe", "olmoe", "gemma", "gemma3_text", "gemma3n_text", "gemma4_text", "granite", "glm",
-    "glm4", "cohere", "cohere2", "starcoder2", "exaone4", "stablelm", "gpt_neox",
+    "glm4", "cohere", "cohere2", "starcoder2", "exaone4", "stablelm", "gpt_neox", "gemma2", "gpt_oss", "gpt2", "opt",
+    "deepseek_v3",
 })
 # fmt: on
+# Those, and others whose own attention does what an explicit mask and explicit positions say.
+_MASKABLE = _PACKABLE | {"falcon"}
+_PLACES_IN_ROW = {
+    "llama4_text": "scales queries by their place in the row",
+    "mpt": "biases scores by places in the row (ALiBi)",
+    "bloom": "biases scores by places in the row (ALiBi)",
+}
 
 
 def refuses_stock_attention(body: nn.Module) -> str | None:
@@ -47,7 +59,30 @@ def refuses_stock_attention(body: nn.Module) -> str | None:
 def refuses_packing(body: nn.Module) -> str | None:
     """Why a packed row cannot be run through `body` exactly, in words; None when it can."""
     kinds = moving_rope(body)
-    return _refuses_row(body) if not kinds else f"RoPE type {kinds[0]!r} changes every position with the length"
+    if kinds:
+        return f"RoPE type {kinds[0]!r} changes every position with the length"
+    dropout = seam.setting(seam.config_of(body), "attention_dropout")
+    if body.training and dropout and (_caps_scores(body) or _has_sinks(body)):
+        return f"attention_dropout={dropout} with capped scores or sinks, which packed attention does not combine"
+    return _refuses_row(body)
+
+
+def refuses_sharing(body: nn.Module, *, training: bool) -> str | None:
+    """Why several continuations cannot share their prompt in a packed row through `body`; None when they can.
+
+    training: whether dropout is on.
+    """
+    reason = refuses_packing(body)
+    if reason is not None:
+        return reason
+    for has, what in ((_caps_scores(body), "cap on attention scores"), (_has_sinks(body), "attention sinks")):
+        if has:
+            return f"attention with shared prompts has no {what}"
+    for name in ("attention_dropout", "attn_pdrop"):
+        dropout = seam.setting(seam.config_of(body), name)
+        if training and any(dropout if isinstance(dropout, list) else [dropout]):
+            return f"attention with shared prompts has no dropout, the model has {name}={dropout}"
+    return None
 
 
 def refuses_merge(body: nn.Module) -> str | None:
@@ -76,6 +111,29 @@ def refuses_pad(body: nn.Module) -> str | None:
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         return f"the padded path runs eager or sdpa attention, the model has {implementation!r}"
+    return _refuses_dynamic(body)
+
+
+def refuses_mask(body: nn.Module) -> str | None:
+    """Why a packed row under an explicit mask would not be exact with the model's own attention; None when it is.
+
+    Whether the masks fit in memory is known for each call, see `mask_path.MASK_BYTES`.
+    """
+    config = seam.config_of(body)
+    kind = config.model_type
+    state = unknown_state(body)
+    if state is not None or is_recurrent(body) or kind in _HIDDEN_STATE:
+        return f"layers of architecture {kind!r} keep more than keys and values ({state or 'a recurrent state'})"
+    if kind in _PLACES_IN_ROW or getattr(config, "alibi", False):
+        return f"architecture {kind!r} {_PLACES_IN_ROW.get(kind, 'biases scores by places in the row (ALiBi)')}"
+    if kind not in _MASKABLE or getattr(config, "add_cross_attention", False):
+        return f"architecture {kind!r} is not known to run exactly on a packed row under a mask"
+    types = _other_layer_types(body)
+    if types:
+        return f"architecture {kind!r} has layers of type {min(types)!r}"
+    implementation = config._attn_implementation
+    if implementation not in ("eager", "sdpa", "flex_attention"):
+        return f"the masked path runs eager, sdpa or flex attention, the model has {implementation!r}"
     return _refuses_dynamic(body)
 
 
@@ -114,19 +172,40 @@ def _refuses_dynamic(body: nn.Module) -> str | None:
     return "RoPE type 'dynamic' changes every position with the length" if "dynamic" in moving_rope(body) else None
 
 
+def _other_layer_types(body: nn.Module) -> set[str]:
+    types = getattr(seam.config_of(body), "layer_types", None) or ()
+    return set(types) - {"full_attention", "sliding_attention"}
+
+
 def _refuses_row(body: nn.Module) -> str | None:
     config = seam.config_of(body)
-    # The two features first: they say more than that the architecture is not on the list.
-    if _caps_scores(body):
-        return f"architecture {config.model_type!r} caps attention scores, which packed attention does not"
-    if _has_sinks(body):
-        return f"architecture {config.model_type!r} has attention sinks, which packed attention lacks"
-    if config.model_type not in _PACKABLE:
+    if config.model_type not in _PACKABLE or getattr(config, "add_cross_attention", False):
         return f"architecture {config.model_type!r} is not known to run exactly on a packed row"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = _other_layer_types(body)
     if kinds:
         return f"architecture {config.model_type!r} has layers of type {min(kinds)!r}"
     device = next(body.parameters()).device.type
     if device not in ("cpu", "cuda"):
         return f"no packed attention for device type {device!r}"
     return None
+
+
+def kernels_of(body: nn.Module) -> str:
+    """One line: the kernels that attention on a packed row of `body` goes to, without gradients."""
+    config, first = seam.config_of(body), next(body.parameters())
+    sizes = seam.setting(config, "head_dim")
+    if getattr(config, "qk_rope_head_dim", None):
+        sizes = config.qk_nope_head_dim + config.qk_rope_head_dim
+    if sizes is None:
+        sizes = config.hidden_size // config.num_attention_heads
+    more = (getattr(config, name, None) or 0 for name in ("global_head_dim",))
+    size = max(*(sizes if isinstance(sizes, list) else [sizes]), *more)
+    need = backends.Need(
+        device=first.device.type,
+        capability=torch.cuda.get_device_capability(first.device) if first.is_cuda else (0, 0),
+        dtype=first.dtype,
+        head_size=size,
+        softcap=_caps_scores(body),
+    )
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return "kernels: " + backends.describe(need, windows=any(windows), sinks=_has_sinks(body))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 class Batch:
     """Packed student and teacher sequences of one step (B sequences, N response tokens in all).
 
-    The last response token predicts nothing, so it is in neither model's input.
+    The last response token predicts nothing, so it is in neither model's input. With `student_parent` the student's
+    row has S segments instead of B sequences: a prompt that several responses follow is one, each response another.
     """
 
     student_ids: Tensor  # (sum T_s,) int64: prompt and response
-    student_cu_seqlens: Tensor  # (B + 1,) int32
+    student_cu_seqlens: Tensor  # (B + 1,) or (S + 1,) int32
     teacher_ids: Tensor  # (sum T_t,) int64: what follows the shared prefix, and the response
     teacher_cu_seqlens: Tensor  # (B + 1,) int32
     context_index: Tensor  # (B,) int64: which shared prefix each sequence continues
@@ -29,6 +31,7 @@ class Batch:
     response_ids: Tensor  # (N,) int64
     response_cu_seqlens: Tensor  # (B + 1,) int32
     behaviour_logprobs: Tensor | None  # (N,) float32: log-probability under the sampler, or None
+    student_parent: Tensor | None = None  # (S,) int64: index of the segment's prompt, -1 for none; None: not shared
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in vars(self).items()}
@@ -46,35 +49,34 @@ class Sample:
     logprobs: Sequence[float] | None = None  # of the response under the sampler
 
 
-def pack(samples: Sequence[Sample], *, normalize: str = "sequence") -> Batch:
+def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompts: bool = False) -> Batch:
     """Pack samples into a Batch on the CPU.
 
     Args:
         normalize: "sequence" gives each response token weight 1/|y|, so that sum(w * kl) / B is the paper's Eq. 1
             (arXiv 2602.12275); "token" gives every response token weight 1.
+        share_prompts: a student prompt that several samples have occurs once in the student's row, see
+            `opcd_fast.shared_prompts`. Everything per response stays in the order of `samples`.
     Raises:
         ValueError: no sample, an empty response or an empty prompt.
     """
     if not samples:
         raise ValueError("samples is empty; a batch needs at least one sequence")
-    student_rows, teacher_rows, weights = [], [], []
+    teacher_rows, weights = [], []
     for index, sample in enumerate(samples):
         length = len(sample.response)
         if not length or not sample.student_prompt or not sample.teacher_prompt:
             raise ValueError(f"samples[{index}] has an empty prompt or response")
-        student_rows.append([*sample.student_prompt, *sample.response[:-1]])
         teacher_rows.append([*sample.teacher_prompt, *sample.response[:-1]])
         weights.append(torch.full((length,), 1.0 / length if normalize == "sequence" else 1.0))
     lengths = [len(sample.response) for sample in samples]
-    student_cu, teacher_cu = _offsets(map(len, student_rows)), _offsets(map(len, teacher_rows))
+    teacher_cu = _offsets(map(len, teacher_rows))
     has_logprobs = all(sample.logprobs is not None for sample in samples)
     return Batch(
-        student_ids=_flat(student_rows),
-        student_cu_seqlens=student_cu,
+        **(_shared_rows(samples) if share_prompts else _separate_rows(samples)),
         teacher_ids=_flat(teacher_rows),
         teacher_cu_seqlens=teacher_cu,
         context_index=torch.tensor([sample.context_index for sample in samples]),
-        response_index_student=_tails(student_cu, lengths),
         response_index_teacher=_tails(teacher_cu, lengths),
         token_weights=torch.cat(weights),
         response_ids=_flat([sample.response for sample in samples]),
@@ -83,22 +85,82 @@ def pack(samples: Sequence[Sample], *, normalize: str = "sequence") -> Batch:
     )
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int | None) -> Iterator[list[Sample]]:
+def _separate_rows(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The student's fields of a Batch, one sequence for each sample."""
+    rows = [[*sample.student_prompt, *sample.response[:-1]] for sample in samples]
+    bounds = _offsets(map(len, rows))
+    index = _tails(bounds, [len(sample.response) for sample in samples])
+    return {"student_ids": _flat(rows), "student_cu_seqlens": bounds, "response_index_student": index}
+
+
+def _shared_rows(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The student's fields of a Batch, one segment for each prompt of several samples and each of their responses."""
+    siblings: dict[tuple[int, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        siblings.setdefault(tuple(sample.student_prompt), []).append(index)
+    segments: list[Sequence[int]] = []
+    parents: list[int] = []
+    index_of: list[Tensor] = [torch.empty(0)] * len(samples)  # positions that predict each response
+    end = 0
+    for prompt, members in siblings.items():
+        if len(members) == 1:
+            response = samples[members[0]].response
+            segments.append([*prompt, *response[:-1]])
+            parents.append(-1)
+            end += len(segments[-1])
+            index_of[members[0]] = torch.arange(end - len(response), end)
+            continue
+        which = len(segments)
+        segments.append(prompt)
+        parents.append(-1)
+        end += len(prompt)
+        last = torch.tensor([end - 1])  # predicts the first token of every response
+        for member in members:
+            segments.append(samples[member].response[:-1])
+            parents.append(which)
+            index_of[member] = torch.cat([last, torch.arange(end, end + len(segments[-1]))])
+            end += len(segments[-1])
+    return {
+        "student_ids": _flat(segments),
+        "student_cu_seqlens": _offsets(map(len, segments)),
+        "student_parent": torch.tensor(parents),
+        "response_index_student": torch.cat(index_of),
+    }
+
+
+def micro_batches(
+    samples: Sequence[Sample], max_tokens: int | None, *, share_prompts: bool = False
+) -> Iterator[list[Sample]]:
     """Split samples, in order, into groups of at most `max_tokens` student plus teacher tokens each.
 
-    A single sample above the bound makes a group of its own: sequences are never cut.
+    A single sample above the bound makes a group of its own: sequences are never cut. With share_prompts, neighbours
+    of one student prompt count it once, and stay together where a group can hold them all.
     """
+    bound = math.inf if max_tokens is None else max_tokens
+    runs = [[sample] for sample in samples]
+    if share_prompts:
+        runs = [list(run) for _, run in groupby(samples, key=lambda sample: tuple(sample.student_prompt))]
     group: list[Sample] = []
     used = 0
-    for sample in samples:
-        size = len(sample.student_prompt) + len(sample.teacher_prompt) + 2 * (len(sample.response) - 1)
-        if group and max_tokens is not None and used + size > max_tokens:
+    for run in runs:
+        shared = len(run[0].student_prompt)
+        if group and used + sum(map(_tokens, run)) - shared * (len(run) - 1) > bound:
             yield group
             group, used = [], 0
-        group.append(sample)
-        used += size
+        for place, sample in enumerate(run):
+            size = _tokens(sample) - (shared if place else 0)
+            if group and used + size > bound:  # only a run that no group can hold
+                yield group
+                group, used, size = [], 0, _tokens(sample)
+            group.append(sample)
+            used += size
     if group:
         yield group
+
+
+def _tokens(sample: Sample) -> int:
+    """Student and teacher tokens of one sample."""
+    return len(sample.student_prompt) + len(sample.teacher_prompt) + 2 * (len(sample.response) - 1)
 
 
 def _flat(rows: Sequence[Sequence[int]]) -> Tensor:

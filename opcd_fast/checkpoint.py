@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from opcd_fast.errors import InputError
 STATE = "state.json"
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"
+TEACHER = "teacher.safetensors"
+
+
+@dataclass
+class Saved:
+    """What a step leaves behind: trained weights, the optimizer's state, a moving teacher's average (or nothing)."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    teacher: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -69,15 +80,18 @@ def write_text(path: Path, text: str) -> None:
             Path(scratch).unlink(missing_ok=True)
 
 
-def save_checkpoint(
-    root: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any], keep: int
-) -> Path:
+def save_checkpoint(root: Path, step: int, saved: Saved, state: dict[str, Any], keep: int) -> Path:
     """Write `root/step-NNNNNN` and remove all but the newest `keep` checkpoints."""
     from safetensors.torch import save_file
 
+    def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
     def fill(folder: Path) -> None:
-        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS)
-        torch.save(optimizer, folder / OPTIMIZER)
+        save_file(plain(saved.weights), folder / WEIGHTS)
+        if saved.teacher:
+            save_file(plain(saved.teacher), folder / TEACHER)
+        torch.save(saved.optimizer, folder / OPTIMIZER)
         (folder / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
 
     path = root / f"step-{step:06d}"
@@ -92,20 +106,21 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if (path / STATE).is_file())
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Weights, optimizer state and run state. Raises InputError for a damaged checkpoint."""
+def load_checkpoint(path: Path) -> tuple[Saved, dict[str, Any]]:
+    """What was saved, and the run's state. Raises InputError for a damaged checkpoint."""
     from safetensors.torch import load_file
 
     try:
         state = json.loads((path / STATE).read_text())
         weights = load_file(path / WEIGHTS)
+        teacher = load_file(path / TEACHER) if (path / TEACHER).exists() else {}
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
             f"checkpoint {str(path)!r} is damaged ({type(error).__name__}: {error}); "
             "remove it to resume from an older one"
         ) from error
-    return weights, optimizer, state
+    return Saved(weights, optimizer, teacher), state
 
 
 def _sync(folder: Path) -> None:

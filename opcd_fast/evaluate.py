@@ -8,17 +8,16 @@ from typing import Any
 import torch
 
 from opcd_fast.batch import Sample, micro_batches, pack
-from opcd_fast.objective import context_kl
+from opcd_fast.objective import Teacher, context_kl
 from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.rollout import Completion
-from opcd_fast.teacher import ContextTeacher
 
 
 @torch.no_grad()
 def divergence(
     samples: Sequence[Sample],
     student: Any,
-    teacher: ContextTeacher,
+    teacher: Teacher,
     *,
     temperature: float,
     compute_dtype: torch.dtype,

@@ -31,12 +31,13 @@ class NoFingerprintError(ValueError):
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     """Hexadecimal SHA-256 over names, shapes, dtypes and every byte of the tensors, in the order given.
 
-    Raises NoFingerprintError for tensor subclasses (quantized, distributed), whose meaning is not all in their bytes,
+    Weights that bitsandbytes packed to 4 bits are described by their bytes and all of their scales. Raises
+    NoFingerprintError for other tensor subclasses (quantized, distributed), whose meaning is not all in their bytes,
     and for tensors without data.
     """
     seen = hashlib.sha256()
     factors: dict[torch.device, Tensor] = {}
-    for name, x in named:
+    for name, x in (part for whole in named for part in described(*whole)):
         if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided:
             raise NoFingerprintError(f"{name} is a {type(x).__name__}, which plain bytes do not describe")
         if x.is_meta:
@@ -46,6 +47,15 @@ def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
         seen.update(f"{name} {tuple(x.shape)} {x.dtype}\n".encode())
         seen.update(_sums(x.detach(), factors[x.device]))
     return seen.hexdigest()
+
+
+def described(name: str, x: Tensor) -> list[tuple[str, Tensor]]:
+    """Plain tensors that together say what a packed weight is; any other tensor is its own only part."""
+    state: Any = getattr(x, "quant_state", None)
+    if state is None or not hasattr(state, "as_dict"):
+        return [(name, x)]
+    described = state.as_dict(packed=True)
+    return [(name, x.detach().as_subclass(Tensor)), *((f"{name}.{key}", described[key]) for key in sorted(described))]
 
 
 def _factors(device: torch.device) -> Tensor:

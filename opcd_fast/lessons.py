@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opcd_fast.duplicates import repeats
 from opcd_fast.errors import InputError
 from opcd_fast.messages import Message
 from opcd_fast.tasks.episode import as_user, final_part
@@ -28,6 +29,18 @@ Here is a problem and how somebody tried to solve it.
 Write down what would help with OTHER problems of this kind: rules that hold, steps that work, mistakes to avoid. \
 Leave out this problem's own numbers, positions and answer. Write at most {most} lessons, each on one line that begins \
 with `{mark}`."""
+
+# Two worked examples of the form; small models do not take it from the words alone.
+EXAMPLES = (
+    (
+        "## Problem\nA shop sells 3 apples for 2 coins. What do 12 cost?\n\n## Attempt\n12 / 2 = 6, so 6 coins.",
+        ("Find out what one unit of the goods costs before multiplying.", "Check which number is divided by which."),
+    ),
+    (
+        "## Turn 1\nThe door is red. Moves: [open], [knock].\n\n## Attempt\n[open]\n\n## Outcome\nYou lost: locked.",
+        ("Try the careful move first when nothing says that the other one is safe.",),
+    ),
+)
 
 WRITE_AFTER = """
 
@@ -51,8 +64,12 @@ def ask_for_lessons(played: Played, most: int, known: Sequence[str] = ()) -> lis
         parts.append(f"## {head}\n{turn.messages[-1]['content']}\n\n## Attempt\n{final_part(turn.answer) or '(none)'}")
     if played.feedback:
         parts.append(f"## Outcome\n{played.feedback}")
-    text = WRITE.format(attempt="\n\n".join(parts), most=most, mark=MARK)
-    return as_user(text + (WRITE_AFTER.format(known=as_lines(known)) if known else ""))
+    more = WRITE_AFTER.format(known=as_lines(known)) if known else ""
+    examples: list[Message] = []
+    for attempt, lessons in EXAMPLES:
+        examples += as_user(WRITE.format(attempt=attempt, most=most, mark=MARK))
+        examples.append({"role": "assistant", "content": as_lines(lessons[:most])})
+    return examples + as_user(WRITE.format(attempt="\n\n".join(parts), most=most, mark=MARK) + more)
 
 
 def ask_to_merge(lessons: Sequence[str]) -> list[Message]:
@@ -103,12 +120,5 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 def without_similar(lessons: Sequence[str], threshold: float) -> list[str]:
-    """Lessons in order, without those whose set of words overlaps an earlier one's by `threshold` or more (Jaccard)."""
-    kept: list[str] = []
-    sets: list[set[str]] = []
-    for lesson in lessons:
-        words = set(re.findall(r"\w+", lesson.lower()))
-        if all(len(words & other) < threshold * len(words | other) for other in sets):
-            kept.append(lesson)
-            sets.append(words)
-    return kept
+    """Lessons in order, without those that repeat an earlier one (`opcd_fast.duplicates`, 1: the same words)."""
+    return [lesson for lesson, same in zip(lessons, repeats(lessons, threshold), strict=True) if same is None]

@@ -4,27 +4,52 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.fingerprint import described
 from opcd_fast.heads import LMHead
-from opcd_fast.models import refuse_unsupported, same_tokenizer
+from opcd_fast.models import pick_device, refuse_unsupported, same_device, same_tokenizer
+from opcd_fast.moving_teacher import MovingWeights, copy_of_trained
+from opcd_fast.quantized import is_quantized, keep_gradients, quantize_4bit
 from opcd_fast.seeds import seeded, stream_seed
 
 
+@dataclass
+class ModelPair:
+    """The models of a run. One object may appear more than once; adapter flags are those of `ContextTeacher`."""
+
+    student: Any
+    teacher: Any
+    """What the student learns from, with `teacher_adapter`."""
+    teacher_adapter: str
+    reference: Any
+    """The teacher with its first weights, with `reference_adapter`: for evaluations. None: not kept."""
+    reference_adapter: str
+    moving: MovingWeights | None = None
+    """How the teacher follows, in modes "ema" and "periodic"."""
+
+
 def student_and_teacher(
-    model: Any, teacher_model: Any, config: OPCDConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[Any, Any]:
-    """Place both models; the same object twice when an adapter tells student and teacher apart.
+    model: Any,
+    teacher_model: Any,
+    config: OPCDConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep_reference: bool = True,
+) -> ModelPair:
+    """Place the models that a run needs, as few copies of the weights as that takes.
 
-    LoRA (`lora_rank`, or a PEFT model): the base keeps `dtype`, the adapter is fp32, and the teacher is the base with
-    the adapter off. Full fine-tuning: the student gets fp32 master weights, its copy in `dtype` is the teacher. A
-    `teacher_model` takes the teacher's place in either case.
+    LoRA (`lora_rank`, or a PEFT model): the base keeps `dtype`, the adapter is fp32, and the teacher's first weights
+    are the base with the adapter off. Full fine-tuning: the student gets fp32 master weights, and a copy in `dtype` is
+    kept of the first weights where the teacher stays there, or with `keep_reference`. A `teacher_model` takes the
+    teacher's place in either case.
 
-    Raises InputError: a model that cannot be trained this way.
+    Raises InputError: a model that cannot be trained this way, or settings of the teacher that contradict each other.
     """
     for name, given in (("model", model), ("teacher_model", teacher_model)):
         if given is not None:
@@ -39,26 +64,95 @@ def student_and_teacher(
     has_adapter = is_peft(model)
     if has_adapter and config.lora_rank:
         raise InputError("model already carries an adapter; set lora_rank=0 to train that one")
-    model = model.to(device=device, dtype=dtype)
-    teacher = teacher_model
-    if config.lora_rank:
+    whole = not (has_adapter or config.lora_rank)
+    place = refuse_contradictions(model, teacher_model, config, device, whole)
+
+    model = _placed(model, device, dtype, config.quantization)
+    first = None
+    moves = config.teacher_mode != "frozen"
+    if whole:
+        if teacher_model is None and (keep_reference or not moves):
+            first = _teacher(copy.deepcopy(model), place, dtype, config.teacher_quantization)
+        copied = copy.deepcopy(model) if config.teacher_mode in ("ema", "periodic") else None
+        student = model.float().requires_grad_(True)
+    elif config.lora_rank:
         student = with_adapter(model, config, device)
-    elif has_adapter:
+    else:
         student = model
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-    else:
-        teacher = teacher_model or copy.deepcopy(model)
-        student = model.float().requires_grad_(True)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise InputError("model has nothing to train: its adapter is not LoRA; set lora_rank on the base model instead")
+
+    if teacher_model is not None:
+        given = _teacher(teacher_model, place, dtype, config.teacher_quantization)
+        pair = ModelPair(student, given, "active", given, "active")
+    else:
+        reference = (first, "active") if whole else (student, "disabled")
+        pair = ModelPair(student, *reference, *reference)
+    if moves:
+        pair.teacher, pair.teacher_adapter = student, "active"
+    if config.teacher_mode in ("ema", "periodic"):
+        trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        follower = _teacher(copied, place, dtype) if whole else copy_of_trained(student)
+        pair.teacher = follower.requires_grad_(False).eval()
+        ema = config.teacher_mode == "ema"
+        decay, every = (config.teacher_ema_decay, 1) if ema else (0.0, config.teacher_sync_every)
+        pair.moving = MovingWeights(trained, pair.teacher, decay, every)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if teacher is None:
-        return student, student
-    return student, teacher.to(device=device).requires_grad_(False).eval()
+    return pair
+
+
+def refuse_contradictions(
+    model: Any, teacher_model: Any, config: OPCDConfig, device: torch.device, whole: bool
+) -> torch.device:
+    """Check the teacher's settings against the models; returns the teacher's device. Raises InputError."""
+    if teacher_model is not None and config.teacher_mode != "frozen":
+        raise InputError(
+            f"teacher_mode={config.teacher_mode!r} makes a teacher of the student's own weights, and teacher_model is "
+            "another model; drop teacher_model, or set teacher_mode='frozen'"
+        )
+    shares = teacher_model is None and not (whole and config.teacher_mode != "live")
+    if shares and config.teacher_quantization != "none":
+        raise InputError(
+            "teacher_quantization: the teacher is the student's own base here; set quantization='4bit', which packs it "
+            "for both, or give a teacher_model"
+        )
+    if config.teacher_quantization != "none" and config.teacher_mode != "frozen":
+        raise InputError(f"teacher_quantization: packed weights cannot follow as teacher_mode={config.teacher_mode!r}")
+    if whole and (config.quantization != "none" or is_quantized(model)):
+        raise InputError("full fine-tuning cannot move weights of 4 bits; set lora_rank to train an adapter on them")
+    if config.teacher_device == "auto":
+        return device
+    place = pick_device(config.teacher_device, name="teacher_device", make_current=False)
+    if shares and not same_device(place, device):
+        raise InputError(
+            f"teacher_device={config.teacher_device!r}: the teacher shares the student's weights on {device}; "
+            "drop teacher_device, or give a teacher_model"
+        )
+    return place
+
+
+def _placed(model: Any, device: torch.device, dtype: torch.dtype, quantization: str) -> Any:
+    """`model` on `device`, its parameters in `dtype` unless they are packed."""
+    if quantization == "4bit":
+        model = quantize_4bit(model, device, dtype, "quantization='4bit'")
+    if is_quantized(model):
+        keep_gradients(model)
+        return model.to(device=device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # not the buffers: RoPE's frequencies are fp32 in a model of any type
+    return model.to(device=device)
+
+
+def _teacher(model: Any, device: torch.device, dtype: torch.dtype, quantization: str = "none") -> Any:
+    """A model that is only read; one that was given keeps its type."""
+    if quantization == "4bit":
+        model = quantize_4bit(model, device, dtype, "teacher_quantization='4bit'")
+    return model.to(device=device).requires_grad_(False).eval()
 
 
 def with_adapter(model: Any, config: OPCDConfig, device: torch.device) -> Any:
@@ -126,7 +220,8 @@ def shared_vocabulary(student: Any, teacher: Any, tokenizer: Any, teacher_tokeni
 def fingerprint(model: Any) -> str:
     """Tells one set of weights from another: names, shapes, and the first values of every parameter, hashed."""
     seen = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    named = (part for name, parameter in model.named_parameters() for part in described(name, parameter))
+    for name, parameter in named:
         seen.update(f"{name} {tuple(parameter.shape)}".encode())
         seen.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return seen.hexdigest()

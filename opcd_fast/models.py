@@ -19,24 +19,36 @@ from opcd_fast.errors import InputError
 from opcd_fast.model_names import SMOLLM2, is_path, smollm2_folder, smollm2_source
 
 
-def pick_device(device: str = "auto") -> torch.device:
+def pick_device(device: str = "auto", *, name: str = "device", make_current: bool = True) -> torch.device:
     """`auto` is the GPU where there is one; `cuda:N` becomes the current device. Raises InputError for any other."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"device={device!r} is not available; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise InputError(f"{name}={device!r} is not available; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError(f"device={device!r}, but torch sees no GPU; use device='cpu'")
+        raise InputError(f"{name}={device!r}, but torch sees no GPU; use {name}='cpu'")
     if device == "cuda":
         return torch.device("cuda")
     index, count = int(device.partition(":")[2]), torch.cuda.device_count()
     if index >= count:
-        raise InputError(f"device={device!r}, but torch sees {count} GPU{'s' * (count > 1)}; use 'cuda:{count - 1}'")
+        seen = f"{count} GPU{'s' * (count > 1)}"
+        raise InputError(f"{name}={device!r}, but torch sees {seen}; use 'cuda:{count - 1}'")
     picked = torch.device("cuda", index)
-    torch.cuda.set_device(picked)  # Triton launches and timers go to the current device
+    if make_current:
+        torch.cuda.set_device(picked)  # Triton launches and timers go to the current device
     return picked
+
+
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Whether both are one; cuda without a number is the current device."""
+
+    def place(device: torch.device) -> tuple[str, int]:
+        current = torch.cuda.current_device() if device.type == "cuda" and device.index is None else 0
+        return device.type, device.index or current
+
+    return place(a) == place(b)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -72,7 +84,8 @@ def load_model(name: str | os.PathLike[str], *, dtype: str = "auto", device: str
         dtype: "auto" | "float32" | "bfloat16" | "float16", see `pick_dtype`.
         device: "auto" | "cpu" | "cuda" | "cuda:N".
     Raises:
-        InputError: nothing can be loaded under that name, what is there is damaged or incomplete, or quantised.
+        InputError: nothing can be loaded under that name, what is there is damaged or incomplete, or quantised
+            otherwise than to 4 bits by bitsandbytes.
     """
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
@@ -116,9 +129,17 @@ def _load_whole(name: str, dtype: torch.dtype) -> Any:
 
 
 def refuse_unsupported(model: Any, name: str = "model") -> None:
-    """Raises InputError for a model (or its config) whose weights are not plain tensors on one device."""
-    if getattr(getattr(model, "config", model), "quantization_config", None) is not None:
-        raise InputError(f"model {name!r} is quantised; give its float32, float16 or bfloat16 weights")
+    """Raises InputError for a model (or its config) on several devices, or packed otherwise than in 4 bits."""
+    packed = getattr(getattr(model, "config", model), "quantization_config", None)
+    if packed is not None:
+        setting = packed.get if isinstance(packed, dict) else lambda key: getattr(packed, key, None)
+        if not setting("load_in_4bit"):
+            raise InputError(
+                f"model {name!r} is quantised, and not by bitsandbytes to 4 bits; give its float32, float16 or "
+                "bfloat16 weights"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError(f"model {name!r} is in 4 bits: pip install 'opcd-fast[quant]'")
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise InputError(f"model {name!r} is spread over devices by device_map; load it on one")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,17 +13,28 @@ from torch import Tensor
 from opcd_fast.batch import Batch
 from opcd_fast.heads import LMHead
 from opcd_fast.loss import LossStats, fused_linear_divergence
+from opcd_fast.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.student import packed_hidden_states
-from opcd_fast.teacher import ContextTeacher
 from opcd_fast.timing import Stopwatch
 
 REVERSE_KL: Mapping[str, Any] = {"divergence": "reverse_kl"}
 
 
+class Teacher(Protocol):
+    """What is asked of a teacher: a `ContextTeacher`, or one that stands in for it."""
+
+    def hidden_states_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, *, context_index: Any = None, select: Tensor | None = None
+    ) -> Tensor: ...
+
+    @property
+    def head(self) -> LMHead: ...
+
+
 def context_kl(
     batch: Batch,
     student: Any,
-    teacher: ContextTeacher,
+    teacher: Teacher,
     *,
     temperature: float,
     denominator: float,
@@ -59,9 +70,7 @@ def context_kl(
             select=batch.response_index_teacher,
         )  # (N, D_t)
     with watch("student"), autocast():
-        h_s = packed_hidden_states(
-            student, batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student
-        )  # (N, D_s)
+        h_s = _student_hidden_states(student, batch)  # (N, D_s)
     with watch("loss"):
         head_s, head_t = _same_vocabulary(student_head or LMHead.from_model(student), teacher.head)
         return fused_linear_divergence(
@@ -77,6 +86,13 @@ def context_kl(
             backend=backend,
             **divergence,
         )
+
+
+def _student_hidden_states(student: Any, batch: Batch) -> Tensor:
+    row = (batch.student_ids, batch.student_cu_seqlens)
+    if batch.student_parent is None:
+        return packed_hidden_states(student, *row, select=batch.response_index_student)
+    return shared_prompt_hidden_states(student, *row, batch.student_parent, select=batch.response_index_student)
 
 
 def _same_vocabulary(student: LMHead, teacher: LMHead) -> tuple[LMHead, LMHead]:

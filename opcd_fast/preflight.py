@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from opcd_fast import transformers_seam as seam
 from opcd_fast.batch import Sample, pack
 from opcd_fast.errors import InputError
 from opcd_fast.objective import context_kl
@@ -51,21 +52,25 @@ def check_lengths(
 def check_context_matters(
     rows: Sequence[RenderedPrompt],
     teacher: ContextTeacher,
-    base_weights: Callable[[], AbstractContextManager[Any]],
     adapter: str,
-    device: torch.device,
     **loss_options: Any,
 ) -> None:
     """Compare the teacher with and without the context where the first answer token is predicted.
 
     The difference must be larger than what rounding makes of no difference at all, which is measured the same way
-    with an empty context. Raises InputError: a context without effect, weights that give no finite numbers, or
-    settings that the loss or the teacher refuses.
+    with an empty context. Both run where the teacher's model is.
+
+    Raises InputError: a context without effect, weights that give no finite numbers, or settings that the loss or the
+    teacher refuses.
     """
     probes = [row for row in rows if row.has_context][:PROBES]
     with_context = [Sample(row.student_ids, row.teacher_ids, row.context_index, (0,)) for row in probes]
     without = [Sample(row.student_ids, row.student_ids, 0, (0,)) for row in probes]
     model, was_training = teacher.model, teacher.model.training
+    device = next(model.parameters()).device
+    if device.type == "cpu" and loss_options.get("backend") == "triton":  # a teacher on the CPU, a student on a GPU
+        loss_options["backend"] = "auto"
+    base_weights = seam.without_adapters(model) if adapter == "disabled" else nullcontext()
     model.eval()
 
     def difference(samples: list[Sample], reader: ContextTeacher) -> float:
@@ -73,9 +78,9 @@ def check_context_matters(
         return float(context_kl(batch, model, reader, denominator=len(samples), **loss_options)[0])
 
     try:
-        with base_weights():
+        with base_weights:
             effect = difference(with_context, teacher)
-            rounding = difference(without, ContextTeacher(model, [[]], path=teacher.path, adapter=adapter))
+            rounding = difference(without, _without_context(teacher, adapter))
     except ValueError as error:
         raise InputError(str(error)) from error
     finally:
@@ -87,3 +92,7 @@ def check_context_matters(
             f"context changes nothing: the teacher's KL with and without it is {effect:.1e} (rounding alone: "
             f"{rounding:.1e}); check that the context reaches the model's prompt"
         )
+
+
+def _without_context(teacher: ContextTeacher, adapter: str) -> ContextTeacher:
+    return ContextTeacher(teacher.model, [[]], path=teacher.path, adapter=adapter, autocast=teacher.autocast)

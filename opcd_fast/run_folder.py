@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from opcd_fast import checkpoint
 from opcd_fast.batch import Sample
 from opcd_fast.errors import InputError
@@ -41,7 +39,7 @@ class RunFolder:
         if checkpoint.list_checkpoints(self._checkpoints):
             raise InputError(f"output_dir={str(self.path)!r} holds the run of an earlier train(); make a new trainer")
         self.clear_leftovers()
-        for name in ("metrics.jsonl", "eval_fixed.json"):
+        for name in ("metrics.jsonl", "eval_fixed.json", "rollout.json"):
             (self.path / name).unlink(missing_ok=True)
         self.write_config(config)
 
@@ -62,20 +60,16 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot write {str(self._metrics)!r}: {error.strerror or error}") from error
 
-    def save(
-        self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Any], identity: dict[str, Any], keep: int
-    ) -> None:
-        checkpoint.save_checkpoint(self._checkpoints, step, weights, optimizer, {"identity": identity}, keep)
+    def save(self, step: int, saved: checkpoint.Saved, identity: dict[str, Any], keep: int) -> None:
+        checkpoint.save_checkpoint(self._checkpoints, step, saved, {"identity": identity}, keep)
 
-    def restore(
-        self, identity: Mapping[str, Any]
-    ) -> tuple[int, dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
-        """Step, weights and optimizer state of the newest checkpoint, and the records up to it.
+    def restore(self, identity: Mapping[str, Any]) -> tuple[int, checkpoint.Saved, list[dict[str, Any]]]:
+        """Step and contents of the newest checkpoint, and the records up to it.
 
         Records of steps after the checkpoint are dropped from the file: these steps will be made again.
         Raises InputError for a damaged checkpoint, or one of a run with another identity.
         """
-        weights, optimizer, state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(self._checkpoints)[-1])
+        saved, state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(self._checkpoints)[-1])
         for name, value in identity.items():
             before = state["identity"].get(name)
             if before != value:
@@ -86,7 +80,7 @@ class RunFolder:
         self.clear_leftovers()
         kept = [record for record in self._records() if record["step"] <= state["step"]]
         checkpoint.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        return state["step"], weights, optimizer, kept
+        return state["step"], saved, kept
 
     def _records(self) -> list[dict[str, Any]]:
         """Whole lines; a killed run may leave half of one at the end."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -16,7 +16,13 @@ from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, packed_
 
 logger = logging.getLogger("opcd_fast")
 
-_told: set[str] = set()  # architectures whose padded fallback was logged, so that it is said once per process
+_told: set[str] = set()  # what was logged, so that each fallback of an architecture is said once per process
+
+
+def say_once(key: str, message: str) -> None:
+    if key not in _told:
+        _told.add(key)
+        logger.warning(message)
 
 
 def packed_hidden_states(
@@ -40,9 +46,7 @@ def packed_hidden_states(
     if reason is None:
         hidden = _packed(body, input_ids, row)
     else:
-        if type(body).__name__ not in _told:
-            _told.add(type(body).__name__)
-            logger.warning("student: padded batch with stock attention, because %s", reason)
+        say_once(type(body).__name__, f"student: padded batch with stock attention, because {reason}")
         hidden = padded_forward(body, input_ids, row)
     return hidden if select is None else hidden.index_select(0, select)
 
@@ -52,30 +56,51 @@ def checked_row(body: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> Packe
     if input_ids.ndim != 1 or input_ids.is_floating_point():
         raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
     row = packed_row(cu_seqlens, input_ids.numel(), input_ids.device)
-    limit = seam.longest_input(body)
-    if limit is not None and row.longest > limit:
-        raise ValueError(
-            f"input_ids: the longest sequence has {row.longest} tokens, {row.longest - limit} more than the "
-            f"model's max_position_embeddings of {limit}"
-        )
+    check_fits(body, row.longest)
     return row
 
 
+def check_fits(body: nn.Module, longest: int) -> None:
+    """ValueError when a sequence of `longest` tokens is more than the model takes."""
+    limit = seam.longest_input(body)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"input_ids: the longest sequence has {longest} tokens, {longest - limit} more than the "
+            f"model's max_position_embeddings of {limit}"
+        )
+
+
 def _packed(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
-    # A checkpointed layer recomputes in the backward pass and needs the row again there.
     call = PackedCall(row)
-    with _packed_attention(body, call), seam.recomputing_under(body, partial(_packed_attention, body, call)):
-        hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=row.offset_of_token.unsqueeze(0))
-    missed = sorted(set(range(seam.num_layers(body))) - call.layers_done)
-    if missed:
-        raise RuntimeError(f"layers {missed} did not run packed attention: tokens may see other sequences")
-    return hidden.squeeze(0)
+    return forward_on_row(
+        body, input_ids, row.offset_of_token, partial(_packed_attention, body, call), call.layers_done
+    )
 
 
 @contextmanager
 def _packed_attention(body: nn.Module, call: PackedCall) -> Iterator[None]:
     with running(call), seam.using_attention(body, attention_on_row):
         yield
+
+
+def forward_on_row(
+    body: nn.Module,
+    input_ids: Tensor,
+    positions: Tensor,
+    attention: Callable[[], AbstractContextManager[None]],
+    layers_done: Set[int],
+) -> Tensor:
+    """Ids (N,) at positions (N,) as one row -> (N, D), every layer's attention inside of `attention()`.
+
+    RuntimeError when a layer is missing in `layers_done` afterwards, which the attention fills.
+    """
+    # A checkpointed layer recomputes in the backward pass and needs the row again there.
+    with attention(), seam.recomputing_under(body, attention):
+        hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0))
+    missed = sorted(set(range(seam.num_layers(body))) - layers_done)
+    if missed:
+        raise RuntimeError(f"layers {missed} did not run packed attention: tokens may see other sequences")
+    return hidden.squeeze(0)
 
 
 def padded_forward(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:

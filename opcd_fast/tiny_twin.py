@@ -119,13 +119,16 @@ def _settings_by_layer(config: Any) -> dict[int, dict[str, Any]]:
 def _shrink_heads(config: Any) -> None:
     """Few heads of the same size, two to a key head where the model groups them."""
     heads = config.num_attention_heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
+    grouped_falcon = getattr(config, "new_decoder_architecture", False)
+    shared = getattr(config, "num_kv_heads" if grouped_falcon else "num_key_value_heads", None) or heads
     groups = min(2, max(1, heads // shared))
     own_size = getattr(config, "head_dim", None)
     size = own_size or config.hidden_size // heads
     if getattr(config, "num_key_value_heads", None) is not None:
         config.num_key_value_heads = 2
     config.num_attention_heads = 2 * groups
+    if hasattr(config, "num_kv_heads"):
+        config.num_kv_heads = 2 if grouped_falcon else config.num_attention_heads
     # Where the configuration has no head size of its own, it follows from these two.
     config.hidden_size = 32 if own_size else size * config.num_attention_heads
     if hasattr(config, "word_embed_proj_dim"):

@@ -9,6 +9,7 @@ keeps records.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +23,14 @@ import torch
 
 from opcd_fast import checkpoint
 from opcd_fast import transformers_seam as seam
+from opcd_fast.acceleration import make_accelerator
+from opcd_fast.architectures import refuses_sharing
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.evaluate import divergence, samples_of
+from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
+from opcd_fast.held_out import fixed_sequences, held_out_record, in_words
 from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
@@ -37,17 +41,21 @@ from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
+from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.run_record import Origins, write_record
 from opcd_fast.seeds import digest, seeded, stream_seed
-from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teachers import Teachers
 from opcd_fast.timing import Stopwatch
+
+logger = logging.getLogger("opcd_fast")
 
 # Settings that may change between a run and its continuation without changing the steps already made.
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes",
+    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts", "teacher_device", "rollout_url",
+    "rollout_timeout", "rollout_tries", "rollout_concurrency", "rollout_gpu_share",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -73,7 +81,7 @@ class OPCDTrainer:
         context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
         prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`).
         config: settings, see OPCDConfig.
-        teacher_model: another model as the teacher (same tokenizer). None: the model as it is now, without its adapter.
+        teacher_model: another model as the teacher (same tokenizer). None: the model itself, see `teacher_mode`.
         eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
         teacher_tokenizer: checked against `tokenizer` when given.
         callbacks: called as `callback(record)` with each step's record.
@@ -131,36 +139,31 @@ class OPCDTrainer:
             template=getattr(tokenizer, "chat_template", None),
             weights=self._weights,
         )
-        self.model, teacher = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype)
-        vocab_size = shared_vocabulary(self.model, teacher, tokenizer, teacher_tokenizer)
-        same_weights = teacher is self.model
-        self._adapter = "disabled" if same_weights else "active"
-        try:
-            self.teacher = ContextTeacher(
-                teacher,
-                [torch.tensor(prefix, dtype=torch.int64) for prefix in self.prefixes],
-                path=config.teacher_path,
-                adapter=self._adapter,
-                store=config.prefix_store,
-                max_prefix_bytes=config.max_prefix_bytes,
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        evaluates = bool(self.eval_rows and config.eval_every)
+        pair = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype, evaluates)
+        self.model = pair.student
+        self.share_prompts = _shares_prompts(self.model, config)
+        vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)
+        self.accelerator = make_accelerator(self.device, self.compute_dtype)
+        self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
+        self.teacher = self.teachers.teacher
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
-        self.rollout = TransformersRollout(
-            self.model,
-            stop_token_ids=stop_ids,
-            max_batch=config.rollout_batch,
-            merge_adapter=config.merge_for_rollout,
-            vocab_size=vocab_size,
+        common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
+        self.rollout = make_rollout(
+            config, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
         )
-        self.teacher_rollout = TransformersRollout(
-            teacher, stop_token_ids=stop_ids, max_batch=config.rollout_batch, merge_adapter=False, vocab_size=vocab_size
-        )
-        # `with trainer.base_weights():` teacher_rollout answers as the teacher does, context or not.
-        self.base_weights = self.model.disable_adapter if same_weights else nullcontext
+        # Held-out answers are always the student's own.
+        replayed = config.rollout == "replay"
+        self.eval_rollout = local_rollout(config, self.model, **common) if replayed else self.rollout
+        # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It
+        # is None when the first weights are not kept (full fine-tuning, a moving teacher, and no evaluation).
+        self.teacher_rollout: Any = None
+        if pair.reference is not None:
+            self.teacher_rollout = TransformersRollout(
+                pair.reference, max_batch=config.rollout_batch, merge_adapter=False, **common
+            )
+        self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
 
-        self.accelerator = _accelerator(self.device, self.compute_dtype)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
@@ -189,6 +192,7 @@ class OPCDTrainer:
                 rows = self._prompts_of(step)
 
                 with watch("rollout"):  # the student answers, without the context
+                    self.rollout.sync(self.model)
                     answers = self.rollout.generate(
                         [row.student_ids for row in rows], **self._sampling("rollout", step)
                     )
@@ -198,9 +202,9 @@ class OPCDTrainer:
                 denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
                 self.optimizer.zero_grad(set_to_none=True)
                 with seeded(stream_seed(config.seed, "dropout", step), self.device):
-                    for group in micro_batches(samples, config.micro_batch_tokens):
+                    for group in micro_batches(samples, config.micro_batch_tokens, share_prompts=self.share_prompts):
                         part, stats = context_kl(  # teacher with context, student without
-                            pack(group, normalize=config.normalize).to(self.device),
+                            pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
                             self.model,
                             self.teacher,
                             denominator=denominator,
@@ -219,6 +223,7 @@ class OPCDTrainer:
                     norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
                     _check_finite(step + 1, loss, norm)  # before the weights are touched
                     self.optimizer.step()
+                    self.teachers.after_step(step + 1)
 
                 record = step_record(step + 1, loss, norm, samples, answers, statistics, watch.seconds)
                 self._log(record, result.history)
@@ -280,62 +285,40 @@ class OPCDTrainer:
         }
 
     def _evaluate(self, step: int, fixed: list[Sample], result: TrainResult, progress: Progress) -> None:
-        if not self.eval_rows or not self.config.eval_every:
+        """Against the teacher's first weights, whatever the teacher has become."""
+        if not fixed:
             return
-        config = self.config
-        answers = self.rollout.generate([row.student_ids for row in self.eval_rows], **self._sampling("evaluation", 0))
-        own = samples_of(self.eval_rows, answers)
-        record: dict[str, Any] = {"step": step, "kind": "evaluation"}
-        for name, samples in (("own", own), ("fixed", fixed)):
-            measured = divergence(
-                samples,
-                self.model,
-                self.teacher,
-                device=self.device,
-                micro_batch_tokens=config.micro_batch_tokens,
-                **self._loss_options(),
-            )
-            record.update({f"{name}_{key}": value for key, value in measured.items()})
-        record["response_length"] = sum(len(answer.token_ids) for answer in answers) / len(answers)
+        self.eval_rollout.sync(self.model)
+        assert self.teachers.reference is not None
+        record = held_out_record(
+            step, self.eval_rows, fixed, self.eval_rollout, self._sampling("evaluation", 0), self.model,
+            self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
+            **self._loss_options(),
+        )  # fmt: skip
         self._log(record, result.evaluations)
-        line = (
-            f"held-out after step {step}: KL {record['own_kl']:.4f} on its own answers, "
-            f"{record['fixed_kl']:.4f} on the teacher's; top-1 agreement {record['own_top1_agreement']:.1%}"
-        )
-        progress.note(line)
+        progress.note(in_words(record))
 
     def _fixed_sequences(self) -> list[Sample]:
-        """Held-out answers written by the teacher with the context; kept on disk, the same for the whole run."""
         if not self.eval_rows or not self.config.eval_every:
             return []
-        kept = self.folder.read_samples()
-        if kept is not None:
-            return kept
-        with self.base_weights():
-            answers = self.teacher_rollout.generate(
-                [(*self.prefixes[row.context_index], *row.teacher_ids) for row in self.eval_rows],
-                **self._sampling("fixed", 0),
-            )
-        samples = samples_of(self.eval_rows, answers)
-        self.folder.write_samples(samples)
-        return samples
+        sampling, first = self._sampling("fixed", 0), self.base_weights()
+        return fixed_sequences(self.folder, self.eval_rows, self.prefixes, self.teacher_rollout, first, sampling)
 
     def _start_or_resume(self) -> tuple[int, TrainResult]:
         result = TrainResult(self.config.output_dir, 0, 0.0)
         if not self.config.resume:
-            check_context_matters(
-                self.train_rows, self.teacher, self.base_weights, self._adapter, self.device, **self._loss_options()
-            )
+            check_context_matters(self.train_rows, *self.teachers.first_weights(), **self._loss_options())
             self.folder.start(asdict(self.config))
             write_record(self.folder.path, self.origins)
             return 0, result
-        step, weights, optimizer, records = self.folder.restore(self._identity)
+        step, saved, records = self.folder.restore(self._identity)
         if step > self.config.steps:
             raise InputError(f"resume: the run has made {step} steps already, steps={self.config.steps}; give more")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
-        self.optimizer.load_state_dict(optimizer)
+                parameter.copy_(saved.weights[name])
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.teachers.restore(saved.teacher)
         self.folder.write_config(asdict(self.config))
         result.history = [record for record in records if record["kind"] == "step"]
         result.evaluations = [record for record in records if record["kind"] == "evaluation"]
@@ -352,9 +335,8 @@ class OPCDTrainer:
         return json.loads(json.dumps(settings))
 
     def _save_checkpoint(self, step: int) -> None:
-        self.folder.save(
-            step, self.parameters, self.optimizer.state_dict(), self._identity, self.config.keep_checkpoints
-        )
+        saved = checkpoint.Saved(self.parameters, self.optimizer.state_dict(), self.teachers.state())
+        self.folder.save(step, saved, self._identity, self.config.keep_checkpoints)
 
     def _log(self, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
         records.append(record)
@@ -363,33 +345,20 @@ class OPCDTrainer:
             callback(record)
 
 
+def _shares_prompts(model: Any, config: OPCDConfig) -> bool:
+    if not (config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts):
+        return False
+    reason = refuses_sharing(seam.body_of(model), training=True)
+    if reason is not None and config.share_prompts:
+        raise InputError(f"share_prompts=True: {reason}; leave it out")
+    if reason is not None:
+        logger.warning("student: every answer has its own copy of the prompt, because %s", reason)
+    return reason is None
+
+
 def _check_finite(step: int, loss: float, norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise InputError(
             f"loss is {loss} and gradient norm {norm} at step {step}; the weights of the last checkpoint are intact: "
             "lower learning_rate (OPCD_CHECK=1 names the first bad row)"
         )
-
-
-def _accelerator(device: torch.device, dtype: torch.dtype) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
-
-    def make() -> Any:
-        # The loop accumulates itself, so the environment must not make accelerate divide once more.
-        plugin = GradientAccumulationPlugin(num_steps=1)
-        precision = "bf16" if dtype == torch.bfloat16 else "no"
-        return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", gradient_accumulation_plugin=plugin)
-
-    try:
-        accelerator = make()
-        stale = accelerator.device.type != device.type
-    except ValueError:
-        stale = True
-    if stale:  # accelerate's state is global: an earlier run in this process had another precision or device
-        AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = make()
-    if accelerator.num_processes > 1:
-        raise InputError("several processes are not supported yet; start without `accelerate launch`")
-    return accelerator

@@ -63,3 +63,24 @@ def test_micro_batches_keep_order_and_respect_the_bound():
 def test_empty_parts_are_refused(bad):
     with pytest.raises(ValueError, match="empty"):
         pack(bad)
+
+
+def test_shared_prompts_occur_once_and_every_position_predicts_its_token():
+    prompts = [[7, 8, 9], [4], [5, 6]]
+    which, answers = [0, 1, 0, 2, 0, 1], [[1, 2, 3], [4], [5], [6, 7], [8, 9], [10, 11, 12]]
+    samples = [Sample(prompts[w], [2], 0, answer) for w, answer in zip(which, answers)]
+    batch = pack(samples, share_prompts=True)
+    bounds = batch.student_cu_seqlens.tolist()
+    segments = [batch.student_ids[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:])]
+    assert segments == [[7, 8, 9], [1, 2], [], [8], [4], [], [10, 11], [5, 6, 6]]
+    assert batch.student_parent.tolist() == [-1, 0, 0, 0, -1, 4, 4, -1]
+    first_of = [2, 6, 2, 10, 2, 6]  # the prompt's last position, which siblings share
+    rest = [[3, 4], [], [], [11], [5], [7, 8]]
+    expected = [[first, *others] for first, others in zip(first_of, rest)]
+    assert batch.response_index_student.tolist() == [position for positions in expected for position in positions]
+    apart = pack(samples)
+    assert apart.student_parent is None
+    for name in ("teacher_ids", "response_index_teacher", "token_weights", "response_ids", "response_cu_seqlens"):
+        assert getattr(batch, name).equal(getattr(apart, name)), name
+    moved = batch.to(torch.device("meta"))
+    assert moved.student_parent.device.type == "meta" and apart.to(torch.device("meta")).student_parent is None

@@ -118,7 +118,7 @@ def test_what_cannot_be_extended_is_refused():
     for option in ({"keep_kv": False}, {"chunk_tokens": 0}):
         with pytest.raises(ValueError, match="after: a prefix cannot be extended here, because all keys"):
             SharedPrefix.build(model, context, after=start, **option)
-    unpackable = tiny_model("gemma2")
+    unpackable = tiny_model("falcon")
     with pytest.raises(ValueError, match="after: a prefix cannot be extended here, because arch"):
         SharedPrefix.build(unpackable, context, after=SharedPrefix.build(unpackable, context[:6]))
 

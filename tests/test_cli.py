@@ -1,5 +1,6 @@
 """The command line: every mistake is one line and status 2, and nothing is left half-written."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -180,6 +181,37 @@ def test_a_teacher_with_another_tokenizer_is_refused(model_folder, files, tmp_pa
     assert not (files / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--teacher-mode", "ema", "--teacher-ema-decay", "0.5"],
+        ["--teacher-mode", "periodic", "--teacher-sync-every", "1", "--lora-rank", "0"],
+        ["--teacher-device", "cpu", "--teacher-model", "itself"],
+    ],
+)
+def test_teachers_from_the_command_line(model_folder, files, options):
+    options = [model_folder if option == "itself" else option for option in options]
+    assert main(train_arguments(model_folder, files, *options)) == 0
+    written = json.loads((files / "run" / "config.json").read_text())
+    for name, value in zip(options[::2], options[1::2]):
+        if name != "--teacher-model":
+            assert str(written[name[2:].replace("-", "_")]) == value
+    averages = list((files / "run").glob("checkpoints/*/teacher.safetensors"))
+    assert len(averages) == ("--teacher-mode" in options)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_teacher_packed_from_the_command_line(model_folder, files, monkeypatch):
+    from opcd_fast import model_pair
+
+    seen = []
+    pack = model_pair.quantize_4bit
+    monkeypatch.setattr(model_pair, "quantize_4bit", lambda *a: seen.append(a[-1]) or pack(*a))
+    more = ["--teacher-model", model_folder, "--teacher-quantization", "4bit", "--quantization", "4bit"]
+    assert main(train_arguments(model_folder, files, *more)) == 0
+    assert seen == ["quantization='4bit'", "teacher_quantization='4bit'"]
+
+
 def test_info_names_what_is_there(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -189,6 +221,7 @@ def test_info_names_what_is_there(capsys):
 
 def test_generate_ends_at_a_stop_token(model_folder, capsys):
     arguments = ["generate", "--model", model_folder, "--prompt", "q1", "--max-new-tokens", "24", "--temperature", "1"]
+    arguments += ["--seed", "3"]  # an answer with a printable letter in it
     assert main(arguments) == 0
     answer = capsys.readouterr().out.strip("\n")
     letter = next(c for c in answer if c.isascii() and c.isprintable() and c != " ")

@@ -204,6 +204,12 @@ def test_what_would_measure_something_else_is_refused(lora_run, options, words):
         measure(lora_run, ReportOptions(**options))
 
 
+def test_a_packed_base_is_not_measured_unpacked(lora_run):
+    settings = {**run_settings(lora_run), "quantization": "nf4"}
+    with pytest.raises(InputError, match="quantization='nf4'"):
+        load_run(lora_run, read_record(lora_run), settings, None)
+
+
 def test_another_base_than_the_runs_is_refused(lora_run, tmp_path):
     other = save_base(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match=r"model.safetensors has other content"):

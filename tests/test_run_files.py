@@ -30,11 +30,13 @@ def test_a_failed_write_leaves_the_old_folder_whole(tmp_path):
 def test_checkpoints_round_trip_and_only_the_newest_stay(tmp_path):
     weights = {"w": torch.randn(3, 2), "b": torch.randn(2, dtype=torch.float64)}
     for step in (1, 2, 10):
-        checkpoint.save_checkpoint(tmp_path, step, weights, {"state": {0: {"step": step}}}, {"identity": {}}, keep=2)
+        saved = checkpoint.Saved(weights, {"state": {0: {"step": step}}}, {"w": weights["w"] + step})
+        checkpoint.save_checkpoint(tmp_path, step, saved, {"identity": {}}, keep=2)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000002", "step-000010"]
-    loaded, optimizer, state = checkpoint.load_checkpoint(tmp_path / "step-000010")
-    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-    assert optimizer == {"state": {0: {"step": 10}}} and state["step"] == 10
+    loaded, state = checkpoint.load_checkpoint(tmp_path / "step-000010")
+    assert all(torch.equal(loaded.weights[name], weights[name]) for name in weights)
+    assert torch.equal(loaded.teacher["w"], weights["w"] + 10) and set(loaded.teacher) == {"w"}
+    assert loaded.optimizer == {"state": {0: {"step": 10}}} and state["step"] == 10
 
 
 def test_a_half_written_checkpoint_is_not_a_checkpoint(tmp_path):
@@ -48,10 +50,10 @@ def test_a_killed_run_may_leave_half_a_line(tmp_path):
     folder.start({})
     for step in (1, 2, 3):
         folder.log({"kind": "step", "step": step})
-    folder.save(2, {"w": torch.zeros(1)}, {}, {"seed": 0}, keep=1)
+    folder.save(2, checkpoint.Saved({"w": torch.zeros(1)}, {}), {"seed": 0}, keep=1)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "st')
-    step, _, _, records = RunFolder(tmp_path / "run", resume=True).restore({"seed": 0})
+    step, _, records = RunFolder(tmp_path / "run", resume=True).restore({"seed": 0})
     assert step == 2 and [record["step"] for record in records] == [1, 2]
     with pytest.raises(InputError, match="seed differs"):
         RunFolder(tmp_path / "run", resume=True).restore({"seed": 1})

@@ -85,7 +85,7 @@ def test_select():
 
 
 def test_empty_sequence_in_a_padded_batch_gives_finite_gradients():
-    model = tiny_model("gpt2")
+    model = tiny_model("falcon")
     ids, bounds = pack(random_ids(5, 0, 3))
     packed_hidden_states(model, ids, bounds).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -118,12 +118,12 @@ def test_dropout_acts_in_training():
 
 def test_unpackable_architecture_says_so_once(caplog, monkeypatch):
     monkeypatch.setattr(student, "_told", set())
-    model = tiny_model("gpt2")
+    model = tiny_model("falcon")
     ids, bounds = pack(random_ids(5, 3))
     with caplog.at_level(logging.WARNING, "opcd_fast"):
         packed_hidden_states(model, ids, bounds)
         packed_hidden_states(model, ids, bounds)
-    assert len(caplog.records) == 1 and "gpt2" in caplog.text
+    assert len(caplog.records) == 1 and "falcon" in caplog.text
 
 
 def test_no_tensor_has_a_vocabulary_dimension():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, WINDOW, build
-from tiny_models import pack, plain_after_context, random_ids
+from tiny_models import pack, plain_after_context, plain_hidden, random_ids
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from opcd_fast import architectures, expanded_cache, tiny_twin, verification
+from opcd_fast import architectures, expanded_cache, mask_path, student, teacher_paths, tiny_twin, verification
 from opcd_fast import transformers_seam as seam
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.student import packed_hidden_states
@@ -54,13 +55,13 @@ MERGE = [
     "exaone4",
     "stablelm",
     "gpt-neox",
+    "gemma2",
+    "gpt-oss",
+    "gpt2",
+    "opt",
+    "deepseek-v3",
 ]
 PAD = {  # and why not merge
-    "gemma2": "caps attention scores",
-    "gpt-oss": "has attention sinks",
-    "gpt2": "not known to run exactly on a packed row",
-    "opt": "not known to run exactly on a packed row",
-    "deepseek-v3": "not known to run exactly on a packed row",
     "llama4": "not known to run exactly on a packed row",
     "bloom": "not known to run exactly on a packed row",
     "mpt": "not known to run exactly on a packed row",
@@ -83,6 +84,19 @@ CONCAT = {  # and why not pad
     "recurrent-gemma": "not known to go on from a cached state",
     "minimax": "not known to go on from a cached state",
 }
+NOT_MASKED = {  # and why
+    "llama4": "scales queries by their place in the row",
+    "mpt": "ALiBi",
+    "bloom": "ALiBi",
+    "falcon-alibi": "ALiBi",
+    "llama-dynamic": "RoPE type 'dynamic'",
+    "deepseek-v32": "keep more than keys and values (DynamicIndexedLayer)",
+    **dict.fromkeys(
+        ["qwen3-next", "qwen3.5", "falcon-h1", "bamba", "granite-hybrid", "nemotron-h", "zamba2", "lfm2", "mamba2"],
+        "a recurrent state",
+    ),
+    **dict.fromkeys(["jamba", "recurrent-gemma", "minimax"], "a recurrent state"),
+}
 # One member of every mechanism; the others are walked with -m slow.
 MECHANISMS = {
     "qwen3",
@@ -100,6 +114,7 @@ MECHANISMS = {
     "gpt-oss",
     "gpt2",
     "deepseek-v3",
+    "falcon",
     "llama4",
     "bloom",
     "falcon-alibi",
@@ -158,6 +173,11 @@ def test_path_and_numbers(name):
             ContextTeacher(model, contexts(), path="pad")
     else:
         assert largest_error(model, "pad")[1] <= TOLERANCE
+    if name in NOT_MASKED:
+        with pytest.raises(ValueError, match=re.escape(NOT_MASKED[name])):
+            ContextTeacher(model, contexts(), path="mask")
+    else:
+        assert largest_error(model, "mask")[1] <= TOLERANCE
     sequences = random_ids(*LENGTHS, seed=2)
     without = plain(model, sequences, contexts_=[torch.zeros(0, dtype=torch.int64)] * 3)
     assert (without - plain(model, sequences)).abs().max() > 0.1  # the context matters
@@ -171,6 +191,8 @@ def test_window_larger_than_the_context(name):
     teacher, error = largest_error(model)
     assert teacher.path == ("merge" if name in MERGE else "pad" if name in PAD else "concat")
     assert error <= TOLERANCE
+    if name not in NOT_MASKED:
+        assert largest_error(model, "mask")[1] <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", [p for p in WALK if p.values[0] in MERGE])
@@ -182,6 +204,38 @@ def test_the_student_packs_what_merges(name):
     got = packed_hidden_states(model, *pack(sequences))
     alone = plain(model, sequences, contexts_=[torch.zeros(0, dtype=torch.int64)] * 3)
     assert (got - alone).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "deepseek-v3", "opt"])
+def test_gradients_of_the_student(name):
+    model, sequences = build(name), random_ids(*LENGTHS, seed=2)
+    gradients = []
+    for packed in (True, False):
+        model.zero_grad()
+        if packed:
+            hidden = packed_hidden_states(model, *pack(sequences))
+        else:
+            hidden = torch.cat([plain_hidden(model, s) for s in sequences])
+        # Not the sum of squares: the final norm holds that constant.
+        (hidden * torch.linspace(-1.0, 1.0, hidden.shape[-1]).sin()).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert name != "gpt-oss" or any(n.endswith("sinks") and g.abs().max() > 0.01 for n, g in gradients[0].items())
+    for parameter, expected in gradients[1].items():
+        # The bias of keys has no gradient but rounding: it adds the same to all scores.
+        assert (gradients[0][parameter] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, parameter
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_dropout_with_caps_or_sinks_is_left_to_the_model(name, caplog, monkeypatch):
+    monkeypatch.setattr(student, "_told", set())
+    model = build(name, attention_dropout=0.5)
+    ids, bounds = pack(random_ids(*LENGTHS, seed=2))
+    still = packed_hidden_states(model, ids, bounds)
+    assert not caplog.records
+    model.train()
+    assert not torch.allclose(packed_hidden_states(model, ids, bounds), still)
+    assert "attention_dropout=0.5" in caplog.text
 
 
 def test_the_language_model_of_a_model_that_sees_images():
@@ -204,7 +258,7 @@ def crossing():
     return build("phi3-longrope"), random_ids(20), random_ids(2, 17, seed=2)
 
 
-@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "mask", "concat"])
 def test_longrope_that_crosses_its_switch(path, caplog):
     model, context, sequences = crossing()
     ids, bounds = pack(sequences)
@@ -218,7 +272,7 @@ def test_longrope_that_crosses_its_switch(path, caplog):
     assert teacher.path == path and ("24 tokens" in teacher.explain()) == (path != "concat")
 
 
-@pytest.mark.parametrize("path", ["merge", "pad"])
+@pytest.mark.parametrize("path", ["merge", "pad", "mask"])
 @pytest.mark.parametrize(("context", "lengths"), [(10, (5, 14)), (30, (1, 9)), (0, (24, 3)), (0, (25, 40))])
 def test_longrope_on_one_side_of_its_switch_needs_no_concat(path, context, lengths, monkeypatch):
     model, contexts_, sequences = build("phi3-longrope"), random_ids(context), random_ids(*lengths, seed=2)
@@ -227,10 +281,10 @@ def test_longrope_on_one_side_of_its_switch_needs_no_concat(path, context, lengt
     assert (got - plain(model, sequences, [0, 0], contexts_)).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("path", ["merge", "pad"])
+@pytest.mark.parametrize("path", ["merge", "pad", "mask"])
 def test_longrope_without_the_guard_is_wrong(path, monkeypatch):
     model, context, sequences = crossing()
-    monkeypatch.setattr(ContextTeacher, "_crosses_rope_switch", lambda *_: False)
+    monkeypatch.setattr("opcd_fast.path_choice.PathChoice.for_call", lambda self, *_: self.path)
     got = ContextTeacher(model, context, path=path).hidden_states_packed(*pack(sequences))
     assert (got - plain(model, sequences, [0, 0], context)).abs().max() > 0.1
 
@@ -247,26 +301,44 @@ def test_longrope_in_one_batch_is_wrong(monkeypatch):
 def test_sdpa_that_drops_a_part_of_the_model_is_refused(name, setting):
     model = build(name)
     model.config._attn_implementation_internal = "sdpa"
-    for path in ("auto", "pad", "concat"):
+    for path in ("auto", "pad", "mask", "concat"):
         with pytest.raises(ValueError, match="sdpa attention drops.*attn_implementation='eager'"):
             ContextTeacher(model, contexts(), path=path)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
-def test_packed_attention_refuses_caps_and_sinks(name, monkeypatch):
-    monkeypatch.setattr("opcd_fast.teacher.refuses_merge", lambda body: None)
-    with pytest.raises(NotImplementedError, match="packed attention has no"):
+@pytest.mark.parametrize(("name", "dropped"), [("gemma2", "softcap"), ("gpt-oss", "s_aux")])
+def test_caps_and_sinks_reach_packed_attention(name, dropped, monkeypatch):
+    honest = teacher_paths.attention_on_row
+
+    def without(*args, **kwargs):
+        assert kwargs[dropped] is not None
+        return honest(*args, **{**kwargs, dropped: None})
+
+    monkeypatch.setattr(teacher_paths, "attention_on_row", without)
+    with pytest.raises(ValueError, match="path='merge': it failed its check"):
         largest_error(build(name), "merge")
+    teacher, error = largest_error(build(name))
+    assert teacher.path == "pad" and "not merge: it failed its check" in teacher.explain() and error <= TOLERANCE
+
+
+def test_explain_names_the_kernels():
+    kernels = ContextTeacher(build("gpt-oss"), contexts()).explain().splitlines()[-1]
+    assert kernels == (
+        "kernels: phase 1 CPU flash, phase 2 CPU flash, merge torch with sinks; windowed layers: blocked per sequence"
+    )
+    assert "phase 2 blocked, with softcap" in ContextTeacher(build("gemma2"), contexts()).explain()
+    assert "kernels" not in ContextTeacher(build("falcon"), contexts()).explain()
 
 
 @pytest.mark.parametrize(("name", "path"), [("llama4", "merge"), ("llama4", "auto"), ("bloom", "auto")])
 def test_what_packing_gets_wrong_is_refused(name, path, monkeypatch):
     # Chunks and scales by position (Llama-4), attention outside of the interface (Bloom).
-    monkeypatch.setattr("opcd_fast.teacher.refuses_merge", lambda body: None)
-    teacher, error = largest_error(build(name), path)
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_merge", lambda body: None)
     if path == "merge":
-        assert error > 0.1
+        with pytest.raises(ValueError, match="path='merge': it failed its check"):
+            largest_error(build(name), path)
     else:  # without the list, the check at first use still sees it
+        teacher, error = largest_error(build(name), path)
         assert teacher.path == "pad" and "merge: it failed its check" in teacher.explain() and error <= TOLERANCE
 
 
@@ -283,13 +355,15 @@ def test_pad_passes_positions(name, monkeypatch):
     monkeypatch.setattr(seam, "run_body", run)
     assert largest_error(model, "pad")[1] <= TOLERANCE
     shift[0] = 1
-    assert largest_error(model, "pad")[1] > 0.01
+    with pytest.raises(ValueError, match="path='pad': it failed its check"):
+        largest_error(model, "pad")
 
 
 def test_a_scan_that_starts_anew_is_refused(monkeypatch):
     name = "jamba"
-    monkeypatch.setattr("opcd_fast.teacher.refuses_pad", lambda body: None)
-    assert largest_error(build(name), "pad")[1] > 0.1
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: None)
+    with pytest.raises(ValueError, match="path='pad': it failed its check"):
+        largest_error(build(name), "pad")
     teacher, error = largest_error(build(name))
     assert teacher.path == "concat" and "not pad: it failed its check" in teacher.explain()
     assert error <= TOLERANCE
@@ -369,4 +443,107 @@ def test_wrong_rows_of_a_windowed_cache_are_seen(monkeypatch):
     model = build("mistral-window")
     honest = expanded_cache.ExpandedLayer.get_mask_sizes
     monkeypatch.setattr(expanded_cache.ExpandedLayer, "get_mask_sizes", lambda self, q: (honest(self, q)[0], 0))
-    assert largest_error(model, "pad")[1] > 0.1
+    with pytest.raises(ValueError, match="path='pad': it failed its check"):
+        largest_error(model, "pad")
+
+
+# --- the masked path ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama4", "mpt", "bloom", "falcon-alibi"])
+def test_what_a_mask_gets_wrong_is_refused(name, monkeypatch):
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_mask", lambda body: None)
+    try:
+        error = largest_error(build(name), "mask")[1]
+    except Exception:
+        error = float("inf")
+    assert error > 0.1
+
+
+def test_auto_takes_the_mask_after_pad(monkeypatch):
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: "of this test")
+    teacher, error = largest_error(build("falcon"))
+    assert teacher.path == "mask" and error <= TOLERANCE
+    assert "not pad: of this test" in teacher.explain() and "every token pays" in teacher.explain()
+
+
+def test_a_wrong_mask_steps_down(monkeypatch):
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: "of this test")
+    honest = mask_path._mask
+
+    def without_a_key(*args):
+        return honest(*args).index_fill(-1, torch.tensor([3]), False)
+
+    monkeypatch.setattr(mask_path, "_mask", without_a_key)
+    teacher, error = largest_error(build("falcon"))
+    assert teacher.path == "concat" and "not mask: it failed its check" in teacher.explain() and error <= TOLERANCE
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_newer_falcon_under_a_mask(kv_heads):
+    model = build("falcon", new_decoder_architecture=True, multi_query=False, num_kv_heads=kv_heads)
+    assert largest_error(model, "mask")[1] <= TOLERANCE
+    assert ContextTeacher(model, contexts()).path == "pad"  # its small twin has as many heads to a key
+
+
+@pytest.mark.parametrize(("name", "implementation"), [("qwen3", "eager"), ("gemma3", "eager"), ("falcon", "eager")])
+def test_masks_are_added_by_eager_attention(name, implementation):
+    model = build(name)
+    model.config._attn_implementation_internal = implementation
+    assert largest_error(model, "mask")[1] <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "olmo3"])
+def test_flex_attention_takes_a_block_mask(name, monkeypatch):
+    # Not compiled: the C++ that some releases of torch generate for flex_attention on the CPU does not build.
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    seen = []
+
+    def plainly(query, key, value, training=False, **options):
+        seen.append(isinstance(options["block_mask"], BlockMask))
+        return flex_attention(query, key, value, **options)
+
+    model = build(name, head_dim=16)
+    sequences = random_ids(*LENGTHS, seed=2)
+    expected = plain(model, sequences)
+    teacher = ContextTeacher(model, contexts(), path="mask")
+    teacher.prefixes  # noqa: B018 - transformers compiles its own masks, which takes long
+    model.config._attn_implementation_internal = "flex_attention"
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", plainly)
+    got = teacher.hidden_states_packed(*pack(sequences), context_index=INDEX)
+    assert (got - expected).abs().max() <= TOLERANCE and seen == [True, True]
+
+
+def test_a_mask_too_large_is_refused(monkeypatch):
+    teacher = ContextTeacher(build("llama"), contexts(), path="mask")
+    assert teacher.path == "mask"  # the check is over
+    packed = pack(random_ids(*LENGTHS, seed=2))
+    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * 62 * 4 - 1)
+    with pytest.raises(ValueError, match=r"input_ids: 36 tokens that see 62 keys.*use path='pad'"):
+        teacher.hidden_states_packed(*packed, context_index=INDEX)
+    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * 62 * 4)
+    teacher.hidden_states_packed(*packed, context_index=INDEX)
+
+
+def test_a_masked_layer_that_does_not_read_its_context_is_an_error(monkeypatch):
+    model = build("falcon")
+    teacher = ContextTeacher(model, contexts(), path="mask")
+    teacher.prefixes  # noqa: B018 - built with an honest model
+    layer = model.transformer.h[1]
+    honest = layer.self_attention.forward
+
+    def forgetful(*args, layer_past=None, attention_mask=None, **kwargs):
+        return honest(*args, layer_past=None, attention_mask=attention_mask[..., -36:], **kwargs)
+
+    monkeypatch.setattr(layer.self_attention, "forward", forgetful)
+    ids, bounds = pack(random_ids(*LENGTHS, seed=2))
+    with pytest.raises(RuntimeError, match=r"attention layers \[1\] did not read the context"):
+        teacher.hidden_states_packed(ids, bounds, context_index=INDEX)
+
+
+def test_a_masked_model_set_to_another_attention_is_refused():
+    model = build("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="masked path runs eager, sdpa or flex attention"):
+        ContextTeacher(model, contexts(), path="mask")

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -40,12 +42,14 @@ CONFIGS = {
     "mistral-window-in-suffix": lambda: MistralConfig(**_SHAPE, sliding_window=26),
     "mistral-window-above-all": lambda: MistralConfig(**_SHAPE, sliding_window=100),
     "olmo2": lambda: Olmo2Config(**_SHAPE),
-}
-UNPACKABLE = {
+    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8, sliding_window=8, attn_implementation="eager"),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
     ),
-    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8, sliding_window=8, attn_implementation="eager"),
+}
+UNPACKABLE = {
+    "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=4),
+    "falcon": lambda: FalconConfig(**_SHAPE, new_decoder_architecture=True),
     "llama-dynamic-rope": lambda: LlamaConfig(
         **_SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     ),

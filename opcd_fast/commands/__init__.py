@@ -6,6 +6,8 @@ A module is imported when its command runs: `opcd --help` needs nothing but Pyth
 COMMANDS = {
     "demo": "watch it happen on a small real model, on this machine, in a few minutes",
     "train": "do it with your model, context and prompts",
+    "init": "write a config to start from, with an example that trains at once",
+    "prompts": "make training prompts for a context, from a model, logs or a data set",
     "generate": "answer a prompt with a trained (or any) model",
     "report": "did it move in, and what did it cost? A card, a README and a page",
     "check": "has the context, template, tokenizer or base changed since?",

@@ -64,7 +64,6 @@ def run(arguments: list[str]) -> int:
     held_out = None
     if command.eval_prompts is not None:
         held_out = read_prompts(command.eval_prompts, "eval_prompts", **config.columns())
-    place = {"dtype": config.dtype, "device": config.device}
     start, replayed = None, []
     if command.replay is not None and command.init is None:
         raise InputError("replay needs init: the earlier run whose context shall stay")
@@ -79,7 +78,9 @@ def run(arguments: list[str]) -> int:
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
         teacher_tokenizer = load_tokenizer(command.teacher_model)
-        teacher = load_model(command.teacher_model, **place)
+        elsewhere = config.teacher_device != "auto"
+        teacher = load_model(command.teacher_model, **_loading(config, config.teacher_quantization, elsewhere))
+    place = _loading(config, config.quantization)
     if start is not None:
         model, teacher = start.models(**place)
     else:
@@ -99,6 +100,19 @@ def run(arguments: list[str]) -> int:
     result = trainer.train()
     print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
     return 0
+
+
+def _loading(config: OPCDConfig, quantization: str, elsewhere: bool = False) -> dict[str, str]:
+    """Type and place to load a model with. One that is to be packed, or to run elsewhere, waits on the CPU: it might
+    not fit whole beside the other, and loading it elsewhere would change the current device."""
+    from opcd_fast.models import pick_device, pick_dtype
+
+    if quantization == "none" and not elsewhere:
+        return {"dtype": config.dtype, "device": config.device}
+    dtype = pick_dtype(
+        config.dtype, pick_device(config.teacher_device if elsewhere else config.device, make_current=False)
+    )
+    return {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
 
 
 def train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:

@@ -62,6 +62,9 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
     final = run / "final"
     if not final.is_dir():
         raise InputError(f"{str(run)!r} has no final/ (the trained weights); finish the run, with --resume")
+    for name in ("quantization", "teacher_quantization"):
+        if settings.get(name, "none") != "none":
+            raise InputError(f"the run has {name}={settings[name]!r}; reports on packed weights are not available yet")
     adapter_of = base_of_adapter(final)
     base_name = model or (record["base"]["name"] if record else None) or adapter_of
     if base_name is None:

@@ -170,3 +170,36 @@ def test_the_seed_decides_and_the_callers_random_states_are_untouched():
     assert [answer.token_ids for answer in again] == [answer.token_ids for answer in first]
     other = sampler.generate(PROMPTS, max_new_tokens=8, seed=2)
     assert [answer.token_ids for answer in other] != [answer.token_ids for answer in first]
+
+
+# --- teachers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["live", "ema", "periodic"])
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_a_moving_teacher_is_never_stale(tokenizer, tmp_path, mode, lora_rank):
+    """The optimizer is fused here, and torch does not count its updates. The last teacher, asked again from nothing,
+    answers as the trainer's own does."""
+    trainer = make(
+        tokenizer, tmp_path / "run", lora_rank=lora_rank, teacher_mode=mode, dtype="float32",
+        **({"teacher_sync_every": 2} if mode == "periodic" else {}),
+    )  # fmt: skip
+    result = trainer.train()
+    ids, ends = torch.arange(40, 75, device=DEVICE), torch.tensor([0, 20, 35])
+    found = trainer.teacher.hidden_states_packed(ids, ends)
+    trainer.teacher.invalidate()
+    torch.testing.assert_close(trainer.teacher.hidden_states_packed(ids, ends), found, rtol=0, atol=1e-5)
+    first = trainer.teachers.reference.hidden_states_packed(ids, ends)
+    assert float((first - found).abs().max()) > 1e-3
+    assert [e["step"] for e in result.evaluations] == [0, 2, 4]
+
+
+def test_a_teacher_on_the_cpu_teaches_a_student_on_the_gpu(tokenizer, tmp_path):
+    settings = {"lora_rank": 0, "learning_rate": 3e-3, "dtype": "float32", "steps": 2}
+    here = make(tokenizer, tmp_path / "here", **settings).train()
+    trainer = make(tokenizer, tmp_path / "there", teacher_device="cpu", **settings)
+    assert {p.device.type for p in trainer.teacher.model.parameters()} == {"cpu"}
+    assert trainer.teacher.head.weight.device.type == "cuda"
+    there = trainer.train()
+    assert losses(there)[0] == pytest.approx(losses(here)[0], rel=1e-4)
+    assert there.evaluations[0]["fixed_kl"] == pytest.approx(here.evaluations[0]["fixed_kl"], rel=0.5)

@@ -1,0 +1,67 @@
+"""Held-out evaluation in the course of a run: on the student's own answers, and on the same sequences every time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from opcd_fast.batch import Sample
+from opcd_fast.evaluate import divergence, samples_of
+from opcd_fast.objective import Teacher
+from opcd_fast.rendering import RenderedPrompt
+from opcd_fast.rollout import Rollout
+from opcd_fast.run_folder import RunFolder
+
+
+def fixed_sequences(
+    folder: RunFolder,
+    rows: Sequence[RenderedPrompt],
+    prefixes: Sequence[Sequence[int]],
+    rollout: Rollout,
+    first_weights: AbstractContextManager[Any],
+    sampling: Mapping[str, Any],
+) -> list[Sample]:
+    """Answers written by the teacher's first weights with the context; kept on disk, the same for the whole run."""
+    kept = folder.read_samples()
+    if kept is not None:
+        return kept
+    with first_weights:
+        answers = rollout.generate(
+            [(*prefixes[row.context_index], *row.teacher_ids) for row in rows],
+            **sampling,
+        )
+    samples = samples_of(rows, answers)
+    folder.write_samples(samples)
+    return samples
+
+
+def held_out_record(
+    step: int,
+    rows: Sequence[RenderedPrompt],
+    fixed: Sequence[Sample],
+    rollout: Rollout,
+    sampling: Mapping[str, Any],
+    student: Any,
+    reference: Teacher,
+    **options: Any,
+) -> dict[str, Any]:
+    """Divergence of `student` from `reference` on its own answers (`own_…`) and on `fixed` ones (`fixed_…`).
+
+    options: those of `evaluate.divergence`.
+    """
+    answers = rollout.generate([row.student_ids for row in rows], **sampling)
+    record: dict[str, Any] = {"step": step, "kind": "evaluation"}
+    for name, samples in (("own", samples_of(rows, answers)), ("fixed", fixed)):
+        measured = divergence(samples, student, reference, **options)
+        record.update({f"{name}_{key}": value for key, value in measured.items()})
+    record["response_length"] = sum(len(answer.token_ids) for answer in answers) / len(answers)
+    return record
+
+
+def in_words(record: Mapping[str, Any]) -> str:
+    """One line for the display."""
+    return (
+        f"held-out after step {record['step']}: KL {record['own_kl']:.4f} on its own answers, "
+        f"{record['fixed_kl']:.4f} on the teacher's; top-1 agreement {record['own_top1_agreement']:.1%}"
+    )

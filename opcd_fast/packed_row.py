@@ -1,0 +1,103 @@
+"""Sequences back to back in one row, without padding: where they begin and end, and which prefix each continues.
+
+N tokens in the row, B sequences, T the longest of them, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """A run of sequences in the row that continue the same prefix of `length` tokens."""
+
+    first_sequence: int
+    end_sequence: int
+    first_token: int
+    end_token: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """Where the sequences of a row begin and end."""
+
+    lengths: tuple[int, ...]  # tokens of each sequence
+    cu_seqlens: Tensor  # (B + 1,) int32, on the row's device
+    groups: tuple[PrefixGroup, ...] = ()  # empty: no sequence has a prefix
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @functools.cached_property
+    def ragged(self) -> bool:
+        return len(set(self.lengths)) > 1
+
+    @functools.cached_property
+    def sequence_of_token(self) -> Tensor:
+        """(N,) int64."""
+        device = self.cu_seqlens.device
+        counts = torch.tensor(self.lengths, dtype=torch.int64, device=device)
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=device), counts)
+
+    @functools.cached_property
+    def offset_of_token(self) -> Tensor:
+        """(N,) int64, position inside its own sequence."""
+        starts = self.cu_seqlens[:-1].long()
+        return torch.arange(sum(self.lengths), device=starts.device) - starts[self.sequence_of_token]
+
+    @functools.cached_property
+    def slot_of_token(self) -> Tensor:
+        """(N,) int64, position in a flattened right-padded (B, T) grid."""
+        return self.sequence_of_token * self.longest + self.offset_of_token
+
+    @property
+    def prefix_lengths(self) -> list[int]:
+        """Context tokens in front of each sequence."""
+        lengths = [0] * len(self.lengths)
+        for group in self.groups:
+            lengths[group.first_sequence : group.end_sequence] = [group.length] * (
+                group.end_sequence - group.first_sequence
+            )
+        return lengths
+
+
+def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedRow:
+    """The row of `tokens` tokens that `cu_seqlens` (B + 1,) of any integer type divides.
+
+    Sequences may be empty, the row may not. Raises ValueError when cu_seqlens does not rise from 0 to
+    `tokens`.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens: expected integers of shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if tokens == 0:
+        raise ValueError("input_ids: no tokens at all")
+    bounds = cu_seqlens.tolist()
+    lengths = tuple(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
+        raise ValueError(
+            f"cu_seqlens: must rise from 0 to the {tokens} tokens of input_ids, got {bounds[:4]}…{bounds[-1]}"
+        )
+    return PackedRow(lengths, cu_seqlens.to(device=device, dtype=torch.int32))
+
+
+def to_grid(x: Tensor, row: PackedRow) -> Tensor:
+    """(1, H, N, d) -> (B, H, T, d), zeros after the end of a sequence."""
+    tokens = x[0].transpose(0, 1)  # (N, H, d)
+    shape = (len(row.lengths), row.longest, *tokens.shape[1:])
+    if row.ragged:
+        grid = tokens.new_zeros(shape[0] * shape[1], *tokens.shape[1:])
+        tokens = grid.index_copy(0, row.slot_of_token, tokens)
+    return tokens.reshape(shape).transpose(1, 2)
+
+
+def from_grid(x: Tensor, row: PackedRow) -> Tensor:
+    """(B, H, T, d) -> (N, H, d)."""
+    flat = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    return flat.index_select(0, row.slot_of_token) if row.ragged else flat

@@ -1,0 +1,88 @@
+"""Several continuations of one prompt through a model that is trained: the prompt is read once, forward and backward.
+
+    ids         prompt A | answer A1 | answer A2 | prompt B | answer B1 | answer B2 | answer B3
+    parent        -1          0           0          -1          3           3           3
+
+With n answers of T tokens after a prompt of P, the body runs P + n T tokens instead of n (P + T), and hidden states
+and gradients are those of n sequences that stand alone: the prompt's tokens do not see the answers, so that they are
+the same in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import refuses_sharing
+from opcd_fast.student import check_fits, forward_on_row, packed_hidden_states, say_once
+from opcd_fast.tree_attention import TreeCall, TreeRow, tree_row
+
+
+def shared_prompt_hidden_states(
+    model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, parent: Tensor, *, select: Tensor | None = None
+) -> Tensor:
+    """Last hidden states of segments that lie back to back, some of which continue another one.
+
+    input_ids: (N,) integers. cu_seqlens: (S + 1,), rising from 0 to N. parent: (S,) integers; -1 for a segment that
+    is a prompt or stands alone, else the index of its prompt, an earlier segment whose own parent is -1. A
+    continuation sees all of its prompt and, causally, itself; its positions go on where the prompt ends. select: (M,)
+    positions in the row, to return only those; they may repeat. The hidden state that predicts a continuation's first
+    token is that of the prompt's last token, one row for all continuations: its gradient is the sum of theirs.
+
+    Returns (N, D) or (M, D) in the model's dtype, differentiable once. Adapters and gradient checkpointing act as
+    `model` has them. So does dropout, except that a prompt's tokens are dropped alike for all of its continuations.
+
+    Where `architectures.refuses_sharing` has a reason, sequences run unshared, said once in the log. Raises ValueError
+    for malformed rows and for a prompt with continuation longer than the model's `max_position_embeddings`.
+    """
+    if input_ids.ndim != 1 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
+    body = seam.body_of(model)
+    seam.refuse_virtual_tokens(model)
+    row = tree_row(cu_seqlens, parent, input_ids.numel(), input_ids.device)
+    check_fits(body, row.longest)
+    reason = refuses_sharing(body, training=body.training)
+    if reason is not None:
+        say_once(f"shared prompts {type(body).__name__}", f"student: prompts are not shared, because {reason}")
+        index, bounds, place = unshared(row)
+        place = place if select is None else place.index_select(0, select)
+        return packed_hidden_states(model, input_ids.index_select(0, index), bounds, select=place)
+    call = TreeCall(row)
+    attention = partial(_attention, body, call)
+    hidden = forward_on_row(body, input_ids.index_select(0, row.order), row.positions, attention, call.layers_done)
+    return hidden.index_select(0, row.back if select is None else row.back.index_select(0, select))
+
+
+@contextmanager
+def _attention(body: nn.Module, call: TreeCall) -> Iterator[None]:
+    with seam.using_attention(body, call.attend):
+        yield
+
+
+def unshared(row: TreeRow) -> tuple[Tensor, Tensor, Tensor]:
+    """The same sequences with a copy of the prompt in each.
+
+    Returns (M,) the caller's token that each place of the expanded row holds, (B + 1,) int32 bounds of its sequences,
+    and (N,) where each of the caller's tokens is in it; a prompt's are in one of its copies.
+    """
+    prompts = len(row.children.groups)
+    starts = [0, *accumulate((*row.roots.lengths, *row.children.lengths))]
+    segments = [torch.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    roots, children = segments[: len(row.roots.lengths)], segments[len(row.roots.lengths) :]
+    sequences = [
+        torch.cat([roots[which], children[child]])
+        for which, group in enumerate(row.children.groups)
+        for child in range(group.first_sequence, group.end_sequence)
+    ] + roots[prompts:]
+    copies = torch.cat(sequences)  # in the order of the tree row
+    bounds = torch.tensor([0, *accumulate(map(len, sequences))], dtype=torch.int32)
+    place = torch.zeros(starts[-1], dtype=torch.int64)
+    place.scatter_reduce_(0, copies, torch.arange(len(copies)), "amin", include_self=False)
+    device = row.order.device
+    return row.order[copies.to(device)], bounds.to(device), place.to(device)[row.back]

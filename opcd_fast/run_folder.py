@@ -14,6 +14,8 @@ from opcd_fast import checkpoint
 from opcd_fast.batch import Sample
 from opcd_fast.errors import InputError
 
+SCRATCH = (".step-", ".final.", ".config.json.", ".metrics.", ".eval_fixed.", ".run.", ".prompts.", ".held_out.")
+
 
 class RunFolder:
     """The folder `output_dir`. Nothing is written before `start`.
@@ -48,7 +50,7 @@ class RunFolder:
         """Remove what a killed run was writing."""
         for folder in (self.path, self._checkpoints):
             for scratch in folder.glob(".*"):
-                if scratch.name.startswith((".step-", ".final.", ".config.json.", ".metrics.", ".eval_fixed.")):
+                if scratch.name.startswith(SCRATCH):
                     shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
 
     def log(self, record: Mapping[str, Any]) -> None:

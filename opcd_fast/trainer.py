@@ -32,7 +32,7 @@ from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
 from opcd_fast.held_out import fixed_sequences, held_out_record, in_words
 from opcd_fast.messages import Message
-from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
+from opcd_fast.model_pair import fingerprint, is_peft, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
 from opcd_fast.preflight import check_context_matters, check_lengths
@@ -43,6 +43,7 @@ from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
+from opcd_fast.run_record import Origins, write_record
 from opcd_fast.seeds import digest, seeded, stream_seed
 from opcd_fast.teachers import Teachers
 from opcd_fast.timing import Stopwatch
@@ -128,6 +129,16 @@ class OPCDTrainer:
 
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
+        self.origins = Origins(
+            context=shown,
+            prompts=read[0],
+            held_out=read[1] if len(read) > 1 else (),
+            base=name_of(model),
+            teacher=None if teacher_model is None else name_of(teacher_model) or "a model in memory",
+            tokenizer=getattr(tokenizer, "name_or_path", None),
+            template=getattr(tokenizer, "chat_template", None),
+            weights=self._weights,
+        )
         evaluates = bool(self.eval_rows and config.eval_every)
         pair = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype, evaluates)
         self.model = pair.student
@@ -298,6 +309,7 @@ class OPCDTrainer:
         if not self.config.resume:
             check_context_matters(self.train_rows, *self.teachers.first_weights(), **self._loss_options())
             self.folder.start(asdict(self.config))
+            write_record(self.folder.path, self.origins)
             return 0, result
         step, saved, records = self.folder.restore(self._identity)
         if step > self.config.steps:

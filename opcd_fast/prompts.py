@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +29,8 @@ class Prompt:
     messages: tuple[Message, ...] | None
     text: str | None = None
     privileged_context: Context | None = None
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The data row it came from, all columns; empty for a bare string or list of messages."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def adapt_to_tokenizer(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt
         messages = prompt.messages or ()
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise InputError("prompt holds chat messages, but this tokenizer has no chat template; give plain strings")
-        plain.append(Prompt(None, messages[0]["content"], prompt.privileged_context))
+        plain.append(replace(prompt, messages=None, text=messages[0]["content"]))
     return plain
 
 
@@ -229,9 +231,11 @@ def _jsonl_rows(path: Path, name: str) -> list[tuple[str, Any]]:
 
 def _prompt_from_row(row: Any, where: str) -> Prompt:
     own: Context | None = None
+    whole: Mapping[str, Any] = {}
     if isinstance(row, Prompt):
         return row
     if isinstance(row, dict):
+        whole = row
         if "prompt" not in row:
             raise InputError(f"{where} has no column 'prompt' (found: {', '.join(map(repr, row)) or 'nothing'})")
         raw = row.get("privileged_context")
@@ -243,11 +247,11 @@ def _prompt_from_row(row: Any, where: str) -> Prompt:
     if isinstance(row, str):
         if not row.strip():
             raise InputError(f"{where} is an empty prompt; remove the row or fill it")
-        return Prompt(({"role": "user", "content": row},), row, own)
+        return Prompt(({"role": "user", "content": row},), row, own, whole)
     messages = _checked_messages(row, where)
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{where} ends with an assistant message; the last message must be the one to answer")
-    return Prompt(tuple(messages), None, own)
+    return Prompt(tuple(messages), None, own, whole)
 
 
 def _checked_messages(value: Any, where: str) -> list[Message]:

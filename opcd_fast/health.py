@@ -46,8 +46,8 @@ def warnings_of(
         normal, whose = teacher_length, "for the teacher"
     if "short_answers" not in told and length < SHORT * normal:
         yield "short_answers", (
-            f"answers have collapsed in length: {length:.1f} tokens on average up to step {step}, {normal:.1f} {whose}; "
-            "look at them, and lower learning_rate"
+            f"answers have collapsed in length: {length:.1f} tokens on average up to step {step}, {normal:.1f} "
+            f"{whose}; look at them, and lower learning_rate"
         )
     entropy, before = mean(last, "student_entropy"), mean(first, "student_entropy")
     if "low_entropy" not in told and entropy < DULL * before:

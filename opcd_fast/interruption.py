@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal. `status` is the exit status that shells expect: 130 for Ctrl-C, 143 for SIGTERM."""
+    """A run was stopped by a signal. `status` is the exit status shells expect: 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message)

@@ -24,9 +24,11 @@ def tokenizer():
 
 def make(tokenizer, folder, model=None, *, eval_prompts=HELD_OUT, context=CONTEXT, prompts=PROMPTS, **settings):
     extra = {
-        name: settings.pop(name) for name in ("teacher_model", "teacher_tokenizer", "callbacks", "scorer", "trackers")
+        name: settings.pop(name) for name in ("teacher_model", "teacher_tokenizer", "callbacks", "scorer")
         if name in settings
     }
+    if not all(isinstance(tracker, str) for tracker in settings.get("trackers", ())):
+        extra["trackers"] = settings.pop("trackers")  # objects, not names
     config = OPCDConfig(
         **{
             "output_dir": str(folder), "steps": 4, "batch_size": 4, "max_new_tokens": 6, "lora_rank": 4,

@@ -58,11 +58,11 @@ def score_record(
         if not math.isfinite(value):
             raise InputError(f"scorer gave {value} for held-out answer {index}; it must give a finite number")
         scores.append(value)
-    mean, error = mean_and_error(scores)
-    low, high = mean - 1.96 * error, mean + 1.96 * error
+    mean, deviation = mean_and_error(scores)
+    low, high = mean - 1.96 * deviation, mean + 1.96 * deviation
     if set(scores) <= {0.0, 1.0}:
         low, high = wilson(round(sum(scores)), len(scores))
-    return {"score": mean, "score_error": error, "score_low": low, "score_high": high}
+    return {"score": mean, "score_error": deviation, "score_low": low, "score_high": high}
 
 
 class HeldOutScore:

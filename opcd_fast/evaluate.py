@@ -10,7 +10,7 @@ import torch
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.intervals import mean_and_error
 from opcd_fast.objective import Teacher, context_kl
-from opcd_fast.prompts import RenderedPrompt
+from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.rollout import Completion
 
 

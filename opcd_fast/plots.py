@@ -64,6 +64,25 @@ def plot_answers(path: Path, history: Records) -> None:
     _picture(path, draw)
 
 
+def plot_compression(path: Path, ranked: Records) -> None:
+    """PNG: tokens of every candidate context against the KL it loses, with the front that no candidate beats."""
+
+    def draw(axes: Any) -> None:
+        kl = [row["kl"] for row in ranked]
+        errors = [[row["kl"] - row["low"] for row in ranked], [row["high"] - row["kl"] for row in ranked]]
+        tokens = [row["tokens"] for row in ranked]
+        axes.errorbar(tokens, kl, yerr=errors, fmt="o", ms=3, lw=0.8, alpha=0.5, color="grey")
+        front = [row for row in ranked if row["front"]]
+        axes.plot([r["tokens"] for r in front], [r["kl"] for r in front], marker="o", lw=1.5, label="best so far")
+        axes.set(
+            xlabel="tokens of the context", ylabel="KL(full context || candidate), nats per token", ylim=(0, None)
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+
+    _picture(path, draw)
+
+
 def _picture(path: Path, draw: Callable[[Any], None]) -> None:
     """Whole or not at all: a run may be killed while it draws."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -11,7 +11,7 @@ from typing import Any
 
 from opcd_fast.errors import InputError
 from opcd_fast.intervals import mean_and_error, wilson
-from opcd_fast.prompts import Prompt
+from opcd_fast.messages import Prompt
 from opcd_fast.rollout import Completion
 
 Scorer = Callable[[list[dict[str, Any]], str, Mapping[str, Any]], float]

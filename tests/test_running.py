@@ -15,6 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from opcd_fast import checkpoint
 from opcd_fast.errors import InputError
 from opcd_fast.interruption import Interrupted
+from opcd_fast.rollout import TransformersRollout
 from opcd_fast.tracking import numbers_of
 
 
@@ -116,14 +117,19 @@ def stop_at(step):
     return callback
 
 
+def frozen_sampler(seed):
+    """Samples from weights that never follow the student's."""
+    sampler = TransformersRollout(tiny_model(seed), stop_token_ids=(256,), vocab_size=261)
+    sampler.sync = lambda model: None
+    return sampler
+
+
 def test_the_sampler_of_a_plain_run_does_not_drift(tokenizer, tmp_path):
     plain = make(tokenizer, tmp_path / "a", steps=6).train()
     for record in plain.history:
         assert record["sampler_distance"] < 1e-4 and abs(record["sampler_kl"]) < 1e-6
     stale = make(tokenizer, tmp_path / "b", steps=8, lora_rank=0, learning_rate=2e-2)
-    from opcd_fast.rollout import TransformersRollout
-
-    stale.rollout = TransformersRollout(tiny_model(), stop_token_ids=(256,), vocab_size=261)
+    stale.rollout = frozen_sampler(0)
     result = stale.train()
     drifts = [record["sampler_kl"] for record in result.history]
     assert drifts[0] < 1e-6 and min(drifts[4:]) > 0.02
@@ -134,10 +140,8 @@ def test_the_sampler_of_a_plain_run_does_not_drift(tokenizer, tmp_path):
 @pytest.mark.parametrize("correction", ["token", "sequence"])
 def test_the_correction_is_used(tokenizer, tmp_path, correction):
     def train(folder, **settings):
-        from opcd_fast.rollout import TransformersRollout
-
         trainer = make(tokenizer, tmp_path / folder, steps=2, **settings)
-        trainer.rollout = TransformersRollout(tiny_model(seed=8), stop_token_ids=(256,), vocab_size=261)
+        trainer.rollout = frozen_sampler(8)
         return trainer.train().history
 
     plain = train("plain")

@@ -35,9 +35,9 @@ def packed_hidden_states(
     gradient checkpointing act as `model` has them. The lm-head is not run; neither are the hooks of a
     data-parallel wrapper, whose gradients the caller reduces.
 
-    Architectures that do not run exactly on a packed row go through one right-padded batch, said once in the log; through
-    two, where sequences lie on both sides of the length at which longrope moves positions. Raises ValueError for
-    malformed rows and for a sequence longer than the model's `max_position_embeddings`.
+    Architectures that do not run exactly on a packed row go through one right-padded batch, said once in the log;
+    through two, where sequences lie on both sides of the length at which longrope moves positions. Raises ValueError
+    for malformed rows and for a sequence longer than the model's `max_position_embeddings`.
     """
     body = seam.body_of(model)
     seam.refuse_virtual_tokens(model)

@@ -48,3 +48,12 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, floa
     low = value - math.hypot(b["value"] - b["low"], a["high"] - a["value"])
     high = value + math.hypot(b["high"] - b["value"], a["value"] - a["low"])
     return value, low, high
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of a single value is 0."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))

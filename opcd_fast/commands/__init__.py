@@ -9,6 +9,7 @@ COMMANDS = {
     "init": "write a config to start from, with an example that trains at once",
     "prompts": "make training prompts for a context, from a model, logs or a data set",
     "generate": "answer a prompt with a trained (or any) model",
+    "export": "write a finished run as an adapter or one model that other programs load",
     "extract": "let a model play problems and write down what it learned",
     "accumulate": "put lessons together as notes of a bounded length",
     "select": "find the notes that help most on held-out problems",

@@ -290,6 +290,14 @@ def unmark_4bit(model: Any) -> None:
             delattr(model, name)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
+    # How the packed files were read; saving turns around every conversion that is noted here, and this has no inverse.
+    noted = getattr(model, "_weight_conversions", None)
+    if noted:
+        model._weight_conversions = [
+            one
+            for one in noted
+            if not any(type(step).__module__.endswith("bitsandbytes") for step in getattr(one, "operations", ()))
+        ]
 
 
 # --- caches -------------------------------------------------------------------------------------------------

@@ -122,8 +122,9 @@ def _one_line(repo: str) -> Iterator[None]:
                 "or a repository of your own"
             ) from error
         raise InputError(f"push_to_hub: the Hub refused ({status}: {said}); push again later") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"push_to_hub: the upload failed ({_first_line(error)}); push again") from error
+    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's for a file that did not arrive
+        why = _first_line(error) + (f" {_first_line(error.__cause__)}" if error.__cause__ else "")
+        raise InputError(f"push_to_hub: the upload failed ({why}); push again") from error
     except Exception as error:
         if not _of_the_network(error):
             raise
@@ -137,5 +138,5 @@ def _of_the_network(error: Exception) -> bool:
     return any(kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -60,7 +60,7 @@ def test_a_second_push_replaces_the_first(hub, folders):
     push(folders / "merged", "me/x", private=False)
     hub.repos["me/x"]["files"].update({"README.md": b"mine", "picture.png": b"mine", ".gitattributes": b"mine"})
     push(folders / "adapter", "me/x", private=False)
-    kept = {name: b"mine" for name in ("README.md", "picture.png", ".gitattributes")}
+    kept = dict.fromkeys(("README.md", "picture.png", ".gitattributes"), b"mine")
     assert hub.repos["me/x"]["files"] == {**contents(folders / "adapter"), **kept}
     assert len(hub.repos["me/x"]["commits"]) == 2
 

@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
     check_prompt_length(max(map(len, ids)), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
     stop_ids = stop_token_ids(tokenizer, model, command.stop_tokens)
     rollout = TransformersRollout(
-        model, stop_token_ids=stop_ids, max_batch=command.batch_size, merge_adapter=None if len(ids) > 1 else False
+        model, stop_token_ids=stop_ids, max_batch=command.batch_size, merge_adapter=False
     )
     for start in range(0, len(ids), command.batch_size):
         part = slice(start, start + command.batch_size)

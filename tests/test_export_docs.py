@@ -23,7 +23,6 @@ def test_the_page_runs(hub, tmp_path, monkeypatch, capsys):  # noqa: F811
     (tmp_path / "questions.jsonl").write_text(json.dumps({"prompt": "Hello?"}) + "\n")
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     assert len(commands) == 6 and all(line.startswith("opcd ") for line in commands)
-    printed = {}
     for line in commands:
         words = shlex.split(line)[1:]
         if "--push-to-hub" in words:
@@ -31,11 +30,13 @@ def test_the_page_runs(hub, tmp_path, monkeypatch, capsys):  # noqa: F811
             assert "opcd report runs/pirate" in capsys.readouterr().err
             words.append("--without-card")
         assert main(words) == 0, line
-        printed[line] = capsys.readouterr().out
     assert hub.repos["me/pirate"]["private"] and "config.json" in hub.repos["me/pirate"]["files"]
     assert "adapter_config.json" in hub.repos["me/pirate-adapter"]["files"]
 
-    (answer,) = (text for line, text in printed.items() if "--prompt " in line)
+    (line,) = (line for line in commands if "--prompt " in line)
+    capsys.readouterr()
+    main([*shlex.split(line)[1:], "--dtype", "bfloat16"])  # the type of the file, as the snippet asks for
+    answer = capsys.readouterr().out
     snippets = blocks("python")
     assert len(snippets) == 3
     for code in snippets:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_export import make_run, refused, save_base
+from test_export import refused, save_base
 from test_export_hub import hub  # noqa: F401
 
 from opcd_fast.cli import main
@@ -18,13 +18,16 @@ QUESTION = "Which way is it to the harbour?"
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     root = tmp_path_factory.mktemp("measured")
-    run = make_run(root / "run", save_base(root / "base"))
-    (run / "config.json").write_text(json.dumps({"dtype": "float32", "max_new_tokens": 4, "eval_every": 0}))
+    run, base = root / "run", save_base(root / "base")
     (root / "context.txt").write_text(CONTEXT)
-    rows = [QUESTION, "Who is there?", "Why?"]
-    (root / "held-out.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
-    arguments = ["--context", str(root / "context.txt"), "--prompts", str(root / "held-out.jsonl")]
-    assert main(["report", str(run), *arguments, "--regex", "parrot", "--max-prompts", "3"]) == 0
+    for name, rows in (("train", ["a", "b", "c", "d"]), ("held-out", [QUESTION, "Who is there?", "Why?"])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    arguments = ["--steps", "2", "--batch-size", "2", "--max-new-tokens", "4", "--lora-rank", "2", "--device", "cpu"]
+    files = ["--context", "context.txt", "--prompts", "train.jsonl", "--eval-prompts", "held-out.jsonl"]
+    files = [str(root / word) if "." in word else word for word in files]
+    more = ["--model", base, "--output-dir", str(run), "--dtype", "float32", "--learning-rate", "0.05"]
+    assert main(["train", *files, *arguments, *more]) == 0
+    assert main(["report", str(run), "--regex", "parrot"]) == 0
     return run
 
 

@@ -117,6 +117,11 @@ def longest_input(body: nn.Module) -> int | None:
 # --- attention function -------------------------------------------------------------------------------------
 
 
+def attention_of(body: nn.Module) -> str | None:
+    """Name of the attention implementation that `body` is set to."""
+    return config_of(body)._attn_implementation
+
+
 def _configs(body: nn.Module) -> list[Any]:
     """Every distinct config object a submodule consults when it picks its attention function."""
     found = {id(body.config): body.config}
@@ -260,13 +265,14 @@ def base_parameters(model: nn.Module) -> list[Tensor]:
 
 
 def adapter_state(model: nn.Module) -> tuple[Any, ...]:
-    """Which adapters act on the forward pass now; compares unequal after a change."""
+    """Which adapters act on the forward pass now, and how strongly; compares unequal after a change."""
     modules: list[Any] = list(adapter_modules(model))
     return tuple(
         (
             tuple(module.active_adapters),
             bool(module._disable_adapters),
             bool(getattr(module, "merged", False)),
+            str(getattr(module, "scaling", None)),
         )
         for module in modules
     )

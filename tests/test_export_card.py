@@ -9,8 +9,6 @@ from test_export_hub import hub  # noqa: F401
 from opcd_fast.cli import main
 from opcd_fast.export import ExportOptions, export
 
-pytest.importorskip("opcd_fast.report.measure")
-
 CONTEXT = "Talk like a pirate, with as many parrots as fit."
 QUESTION = "Which way is it to the harbour?"
 

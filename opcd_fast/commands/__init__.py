@@ -12,6 +12,7 @@ COMMANDS = {
     "report": "did it move in, and what did it cost? A card, a README and a page",
     "check": "has the context, template, tokenizer or base changed since?",
     "diff": "two runs compared by their cards",
+    "export": "write a finished run as an adapter or one model that other programs load",
     "extract": "let a model play problems and write down what it learned",
     "accumulate": "put lessons together as notes of a bounded length",
     "select": "find the notes that help most on held-out problems",

@@ -289,6 +289,23 @@ def mark_4bit(model: Any) -> None:
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
 
 
+def unmark_4bit(model: Any) -> None:
+    """Take back what marks a model as packed, after its weights were unpacked."""
+    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(model):
+            delattr(model, name)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    # How the packed files were read; saving turns around every conversion that is noted here, and this has no inverse.
+    noted = getattr(model, "_weight_conversions", None)
+    if noted:
+        model._weight_conversions = [
+            one
+            for one in noted
+            if not any(type(step).__module__.endswith("bitsandbytes") for step in getattr(one, "operations", ()))
+        ]
+
+
 # --- caches -------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opcd_fast.attention import PackedRow
+from opcd_fast.attention_kernels import repeat_heads
+from opcd_fast.packed_row import PackedRow, from_grid, to_grid
 
 aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]  # of query, key, value
@@ -132,9 +133,9 @@ class DensePair:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
         query, key, value = map(_computed_in, (query, key, value))
         if spans.causal:
-            repeated = (query, _repeat_heads(key, query), _repeat_heads(value, query))
-            out, lse = self.kernel(*(_to_grid(x, spans.row) for x in repeated), True, scale)
-            return _packed(_from_grid(out, spans.row)), _packed(_from_grid(lse.unsqueeze(-1), spans.row)).squeeze(-1)
+            repeated = (query, repeat_heads(key, query), repeat_heads(value, query))
+            out, lse = self.kernel(*(to_grid(x, spans.row) for x in repeated), True, scale)
+            return from_grid(out, spans.row), from_grid(lse.unsqueeze(-1), spans.row).squeeze(-1)
         outs, lses = [], []
         for at, keys in spans.slices():
             part = query[:, :, at]
@@ -158,10 +159,10 @@ class DensePair:
         grad_out, out = _computed_in(_unpacked(grad_out)), _computed_in(_unpacked(out))
         query, key, value = map(_computed_in, (query, key, value))
         if spans.causal:
-            tensors = (grad_out, query, _repeat_heads(key, query), _repeat_heads(value, query), out, lse)
-            *grids, lse_grid = (_to_grid(x, spans.row) for x in tensors)
+            tensors = (grad_out, query, repeat_heads(key, query), repeat_heads(value, query), out, lse)
+            *grids, lse_grid = (to_grid(x, spans.row) for x in tensors)
             grads = self.backward_kernel(*grids, lse_grid.squeeze(-1), True, scale)
-            of_query, of_key, of_value = (_from_grid(x, spans.row) for x in grads)
+            of_query, of_key, of_value = (_unpacked(from_grid(x, spans.row)) for x in grads)
             return of_query, _sum_heads(of_key, key), _sum_heads(of_value, value)
         of_queries, of_keys, of_values = [], [], []
         for at, keys in spans.slices():
@@ -231,22 +232,6 @@ def _fold_heads(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(1, like.shape[1], -1, x.shape[-1])
 
 
-def _repeat_heads(x: Tensor, like: Tensor) -> Tensor:
-    return x.repeat_interleave(like.shape[1] // x.shape[1], dim=1)
-
-
 def _sum_heads(x: Tensor, like: Tensor) -> Tensor:
-    """What `_repeat_heads` does, backwards: (1, H_q, n, d) -> (1, H_kv, n, d)."""
+    """What `repeat_heads` does, backwards: (1, H_q, n, d) -> (1, H_kv, n, d)."""
     return x.unflatten(1, (like.shape[1], -1)).sum(2)
-
-
-def _to_grid(x: Tensor, row: PackedRow) -> Tensor:
-    """(1, H, n, d) -> (B, H, T, d), zeros after the end of a stretch."""
-    grid = x.new_zeros(len(row.lengths) * row.longest, x.shape[1], x.shape[3])
-    grid = grid.index_copy_(0, row.slot_of_token, _packed(x))
-    return grid.view(len(row.lengths), row.longest, *grid.shape[1:]).transpose(1, 2)
-
-
-def _from_grid(x: Tensor, row: PackedRow) -> Tensor:
-    """(B, H, T, d) -> (1, H, n, d)."""
-    return _unpacked(x.transpose(1, 2).flatten(0, 1).index_select(0, row.slot_of_token))

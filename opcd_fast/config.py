@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -16,6 +17,18 @@ from opcd_fast.errors import InputError
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
 EMA_DECAY, SYNC_EVERY = 0.99, 10
 FULL_LEARNING_RATE = 5e-6  # the paper's (arXiv 2602.12275, searched 1e-6 ... 5e-6)
+
+# Which kinds of rollout use which settings; setting another one is an error.
+ROLLOUT_SETTINGS = {
+    ("transformers", "generate", "continuous", "replay"): ("merge_for_rollout",),  # replay: its evaluations
+    ("server",): (
+        "rollout_url", "rollout_command", "rollout_timeout", "rollout_tries", "rollout_concurrency",
+        "rollout_logprobs",
+    ),
+    ("server", "vllm"): ("rollout_model",),
+    ("vllm",): ("rollout_gpu_share",),
+    ("replay",): ("rollout_file",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,12 @@ class OPCDConfig:
     """Nucleus sampling of the answers; the paper trains with 1."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
+    prompt_column: str | None = None
+    """Column that holds the prompts; None: `prompt`, or `messages`."""
+    drop_last_answer: bool = False
+    """Leave an assistant's answer at the end of a prompt's messages out; without it such a prompt is refused."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'. A row's own win."""
     learning_rate: float | None = None
     """Constant AdamW rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3 for LoRA (the demo's)."""
     weight_decay: float = 0.01
@@ -86,20 +105,51 @@ class OPCDConfig:
     """Student plus teacher tokens run through the models at once; None: the whole batch."""
     share_prompts: bool | None = None
     """The student reads a prompt once for all of its answers. None: where rollouts_per_prompt > 1 and its model can."""
-    rollout_batch: int = 64
-    """Sequences generated at once."""
+    rollout: str = "transformers"
+    """Where answers come from: "transformers" (this process, the fastest way that is exact), "generate" or
+    "continuous" (transformers' own ways), "server" (OpenAI's protocol with token ids), "vllm" (in this process),
+    "replay" (a file). See docs/rollouts.md."""
+    rollout_batch: int | None = None
+    """Sequences generated at once; None: what memory holds at the first call, 256 at most."""
     merge_for_rollout: bool | None = None
-    """Generate with a copy that has the adapter folded in. None: on the CPU."""
+    """Generate with a copy that has the adapter folded in. None: on the CPU; on a GPU what is faster at the first
+    call, and exact (unmerged for models under 20 million parameters)."""
+    rollout_url: str | None = None
+    """Of "server": http://host:port, what stands in front of /v1."""
+    rollout_model: str | None = None
+    """Of "server" with rollout_command, and of "vllm": the model's name there; None: the name it was loaded by."""
+    rollout_command: str | None = None
+    """Of "server": a command that loads the weights from the folder it gets as its last argument. None: vLLM's
+    endpoints for LoRA adapters."""
+    rollout_timeout: float = 600.0
+    """Of "server": seconds for one answer."""
+    rollout_tries: int = 8
+    """Of "server": how often an answer is asked for before the run ends."""
+    rollout_concurrency: int = 64
+    """Of "server": answers asked for at the same time."""
+    rollout_logprobs: str = "raw"
+    """Of "server": its log-probabilities are "raw" (the model's) or "processed" (of the sampling distribution)."""
+    rollout_gpu_share: float = 0.5
+    """Of "vllm": share of the GPU's memory it may take while it generates."""
+    rollout_file: str | None = None
+    """Of "replay": JSONL of prompts and answers."""
     loss_backend: str = "auto"
     """"auto" | "triton" | "native" | "torch"."""
     workspace_bytes: int | None = None
     """Bound for the loss's scratch memory; None: the loss's own default."""
     teacher_path: str = "auto"
-    """How the teacher reads the context: "auto" | "merge" | "concat"."""
+    """How the teacher reads the context: "auto" | "merge" | "pad" | "mask" | "concat"."""
     prefix_store: str | None = None
     """Folder where contexts' caches are kept, so that a second run does not read them again; None: nowhere."""
     max_prefix_bytes: int | None = None
     """Bound for the contexts' caches in memory; the ones used longest ago are dropped. None: no bound."""
+    prefix_device: str | None = None
+    """Where contexts' caches are kept; "cpu" brings them to a GPU layer by layer. None: where the teacher is."""
+    prefix_dtype: str | None = None
+    """"float8_e4m3fn" keeps contexts' caches in eight bits, with the error that brings. None: the teacher's type."""
+    teacher_batch_bytes: int | None = None
+    """Bound for what the teacher holds besides weights and caches; larger batches run in parts. None: a quarter of
+    its weights, at least 1 GiB."""
     eval_every: int = 10
     """Held-out evaluation every so many steps, and before the first and after the last; 0: never."""
     eval_batch: int = 32
@@ -133,12 +183,13 @@ class OPCDConfig:
                 start = "above" if open_low else "from"
                 raise InputError(f"{name}={value!r} must be a number {start} {low} up to {high}")
 
-        for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "rollout_batch", "eval_batch"):
+        for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "eval_batch"):
             at_least(name, 1)
         for name in ("lora_rank", "eval_every", "save_every", "seed"):
             at_least(name, 0)
         at_least("keep_checkpoints", 1)
-        for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha", "max_prefix_bytes"):
+        bounds = ("micro_batch_tokens", "workspace_bytes", "max_prefix_bytes", "teacher_batch_bytes", "rollout_batch")
+        for name in (*bounds, "lora_alpha"):
             if getattr(self, name) is not None:
                 at_least(name, 1)
         within("temperature", 0, 100, open_low=True)
@@ -168,11 +219,41 @@ class OPCDConfig:
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")
         one_of("loss_backend", "auto", "triton", "native", "torch")
-        one_of("teacher_path", "auto", "merge", "concat")
+        one_of("teacher_path", "auto", "merge", "pad", "mask", "concat")
+        if self.prefix_dtype is not None:
+            one_of("prefix_dtype", "float8_e4m3fn")
+        for name in ("prefix_device", "prefix_dtype"):
+            if self.teacher_path == "concat" and getattr(self, name) is not None:
+                raise InputError(f"{name} is set, but teacher_path='concat' keeps no caches; drop one of them")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
+        self._check_rollout(one_of, at_least, within)
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
+
+    def _check_rollout(self, one_of: Any, at_least: Any, within: Any) -> None:
+        one_of("rollout", "transformers", "generate", "continuous", "server", "vllm", "replay")
+        one_of("rollout_logprobs", "raw", "processed")
+        at_least("rollout_tries", 1)
+        at_least("rollout_concurrency", 1)
+        within("rollout_timeout", 0, 86400, open_low=True)
+        within("rollout_gpu_share", 0, 1, open_low=True)
+        for kind, name in (("server", "rollout_url"), ("replay", "rollout_file")):
+            if self.rollout == kind and getattr(self, name) is None:
+                raise InputError(f"rollout={kind!r} needs {name}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for kinds, names in ROLLOUT_SETTINGS.items():
+            for name in names:
+                if self.rollout not in kinds and getattr(self, name) != defaults[name]:
+                    raise InputError(f"{name} is set, but rollout={self.rollout!r} does not use it; drop one of them")
+
+    def columns(self) -> dict[str, Any]:
+        """How `read_prompts` reads the rows."""
+        return {"prompt_column": self.prompt_column, "drop_last_answer": self.drop_last_answer}
+
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as Python values."""
+        return json.loads(self.chat_template_kwargs or "{}")
 
     def learning_rate_for(self, adapter: bool) -> float:
         """The rate of a run that trains an adapter (a new one, or that of a PEFT model), or the whole model."""
@@ -200,6 +281,8 @@ def _typed(name: str, declared: str, value: Any, numbers_as_text: bool) -> Any:
             value = float(value)
     if name == "lora_targets":
         value = _comma_separated(value)
+    if name == "chat_template_kwargs":
+        value = _json_object(value)
     if kind == "str" and isinstance(value, PurePath):
         value = str(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -222,6 +305,21 @@ def _comma_separated(value: Any) -> Any:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return value
     return ",".join(name.strip() for name in names if name.strip())
+
+
+def _json_object(value: Any) -> Any:
+    """{"a": False} and '{"a": false}' as the second; text that is no object raises InputError, other types pass."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(f"chat_template_kwargs={value!r:.80} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise InputError(f"chat_template_kwargs={json.dumps(value)} must be an object: '{{\"name\": value}}'")
+    try:
+        return json.dumps(dict(value), sort_keys=True) if isinstance(value, Mapping) else value
+    except TypeError as error:
+        raise InputError(f"chat_template_kwargs={value!r:.80} must hold JSON values: {error}") from error
 
 
 def check_names(values: Mapping[str, Any], allowed: list[str], where: str) -> None:

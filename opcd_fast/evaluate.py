@@ -9,7 +9,7 @@ import torch
 
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.objective import Teacher, context_kl
-from opcd_fast.prompts import RenderedPrompt
+from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.rollout import Completion
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from opcd_fast.batch import Sample
 from opcd_fast.evaluate import divergence, samples_of
 from opcd_fast.objective import Teacher
-from opcd_fast.prompts import RenderedPrompt
+from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.rollout import Rollout
 from opcd_fast.run_folder import RunFolder
 

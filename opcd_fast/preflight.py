@@ -13,7 +13,7 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.batch import Sample, pack
 from opcd_fast.errors import InputError
 from opcd_fast.objective import context_kl
-from opcd_fast.prompts import RenderedPrompt
+from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.teacher import ContextTeacher
 
 PROBES = 8  # prompts looked at
@@ -63,7 +63,7 @@ def check_context_matters(
     Raises InputError: a context without effect, weights that give no finite numbers, or settings that the loss or the
     teacher refuses.
     """
-    probes = rows[:PROBES]
+    probes = [row for row in rows if row.has_context][:PROBES]
     with_context = [Sample(row.student_ids, row.teacher_ids, row.context_index, (0,)) for row in probes]
     without = [Sample(row.student_ids, row.student_ids, 0, (0,)) for row in probes]
     model, was_training = teacher.model, teacher.model.training

@@ -1,51 +1,18 @@
-"""Contexts and prompts: from files or Python values to token ids, rendered by the tokenizer's chat template.
-
-A context is text, a list of chat messages (few-shot turns), or a file of either. The teacher's prompts are
-rendered whole, context included, and the shared prefix of one context is the longest common token prefix of
-those rendered prompts: templates merge tokens and may put a prompt's own words before the context, so nothing
-else is assumed about where the context ends.
-"""
+"""Contexts and prompts: from files or Python values to messages. `opcd_fast.rendering` turns them into token ids."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.token_prefix import common_prefix_length
+from opcd_fast.messages import Context, Message, Prompt, check_text, checked_messages
+from opcd_fast.tables import jsonl_rows, read_rows, read_text
 
-Message = dict[str, Any]
-Context: TypeAlias = str | list[Message]  # text, or chat turns
-ROLES = ("system", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt: its chat messages (or plain text for a tokenizer without template) and its own context."""
-
-    messages: tuple[Message, ...] | None
-    text: str | None = None
-    privileged_context: Context | None = None
-
-
-@dataclass(frozen=True)
-class RenderedPrompt:
-    """Token ids of one prompt as the student sees it and as the teacher sees it (without the shared prefix)."""
-
-    student_ids: tuple[int, ...]
-    teacher_ids: tuple[int, ...]  # what follows the shared prefix of its context; never empty
-    context_index: int
-
-
-@dataclass(frozen=True)
-class RenderedPrompts:
-    """All prompts of a run. `prefixes[i]` are the token ids shared by every teacher prompt of context i."""
-
-    rows: tuple[RenderedPrompt, ...]
-    prefixes: tuple[tuple[int, ...], ...]
+COLUMNS = ("prompt", "messages", "tools", "privileged_context", "chat_template_kwargs")
+"""What a row may hold besides columns that are nobody's business here, such as `source`."""
 
 
 def read_context(context: str | Path | Sequence[Message]) -> Context:
@@ -59,119 +26,105 @@ def read_context(context: str | Path | Sequence[Message]) -> Context:
     if isinstance(context, str):
         if not context.strip():
             raise InputError("context is empty; give the text, chat turns or file that the teacher shall see")
+        check_text(context, "context")
         return context
     if not isinstance(context, (list, tuple)):
         raise InputError(f"context is a {type(context).__name__}; give text, a file, or a list of messages")
-    return _checked_messages(list(context), "context")
+    return checked_messages(context, "context")
 
 
-def read_prompts(prompts: str | Path | Iterable[Any], name: str = "prompts") -> list[Prompt]:
-    """Prompts from a JSONL file or a list.
+def read_prompts(
+    prompts: str | Path | Iterable[Any],
+    name: str = "prompts",
+    *,
+    prompt_column: str | None = None,
+    drop_last_answer: bool = False,
+) -> list[Prompt]:
+    """Prompts from a file, a folder, a data set, a data frame or a list (forms and endings: `tables.read_rows`).
 
-    A JSONL row is `{"prompt": string or messages}`, with `privileged_context` (string or messages) when the row
-    has a context of its own. A list holds such rows, or strings, or lists of messages.
-    Raises InputError: missing file, bad row (with its line number), no prompt at all.
-    """
-    if isinstance(prompts, (str, Path)):
-        rows = _jsonl_rows(Path(prompts), name)
-    elif not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, bytes)):
-        raise InputError(f"{name} is a {type(prompts).__name__}; give a JSONL file or a list of prompts")
-    else:
-        rows = [(f"{name}[{index}]", row) for index, row in enumerate(prompts)]
-    if not rows:
-        where = prompts if isinstance(prompts, (str, Path)) else "a list"
-        raise InputError(f"{name} is empty ({where}); give at least one")
-    return [_prompt_from_row(row, where) for where, row in rows]
-
-
-def render(
-    tokenizer: Any, groups: Sequence[Sequence[Prompt]], context: Context | None
-) -> tuple[list[RenderedPrompts], tuple[tuple[int, ...], ...]]:
-    """Token ids of several lists of prompts (say training and held-out) over one set of shared prefixes.
+    A row has `prompt` (a string or messages) or `messages`, and may have `privileged_context` (a string or messages:
+    a context of its own; "": none at all), `tools` (JSON schemas) and `chat_template_kwargs`. A list holds such rows,
+    or strings, or lists of messages.
 
     Args:
-        tokenizer: a transformers tokenizer; its chat template renders the prompts.
-        groups: lists of prompts; the prefixes are shared over all of them.
-        context: what the teacher sees in front; rows with a `privileged_context` use their own instead.
-    Returns:
-        one RenderedPrompts per group, and the prefixes (token ids, one per distinct context).
+        name: what the prompts are, for errors.
+        prompt_column: the column to take in place of `prompt` and `messages`.
+        drop_last_answer: leave an assistant's answer at the end of a row out; without it, such a row is refused.
     Raises:
-        InputError: a prompt without any context, or a context that leaves every rendered prompt unchanged.
+        InputError: missing file, bad row (with its line or row number), no prompt at all.
     """
-    index_of: dict[str, int] = {}  # distinct contexts, as JSON, in order of appearance
-    rendered: list[list[tuple[list[int], list[int], int]]] = []
-    for group in groups:
-        rows = []
-        for prompt in group:
-            own = prompt.privileged_context if prompt.privileged_context is not None else context
-            if own is None:
-                raise InputError("context is missing: give context= or a `privileged_context` in every prompt row")
-            index = index_of.setdefault(json.dumps(own), len(index_of))
-            rows.append((student_ids(tokenizer, prompt), teacher_ids(tokenizer, prompt, own), index))
-        rendered.append(rows)
-    everything = [row for rows in rendered for row in rows]
-    if all(student == teacher for student, teacher, _ in everything):
-        raise InputError(
-            "context changes nothing: with and without it the rendered prompts are the same tokens; "
-            "check the context and the tokenizer's chat template"
-        )
-    rows_of: list[list[list[int]]] = [[] for _ in index_of]
-    for _, teacher, index in everything:
-        rows_of[index].append(teacher)
-    prefixes = tuple(tuple(own_rows[0][: common_prefix_length(own_rows)]) for own_rows in rows_of)
-    result = [
-        RenderedPrompts(
-            tuple(
-                RenderedPrompt(tuple(student), tuple(teacher[len(prefixes[index]) :]), index)
-                for student, teacher, index in rows
-            ),
-            prefixes,
-        )
-        for rows in rendered
-    ]
-    return result, prefixes
+    if prompt_column is not None and prompt_column in COLUMNS[2:]:
+        raise InputError(f"prompt_column={prompt_column!r} has another meaning; name a column that holds the prompts")
+    rows = read_rows(prompts, name, [*COLUMNS, *([prompt_column] if prompt_column else [])])
+    if not rows:
+        where = prompts if isinstance(prompts, (str, Path)) else f"a {type(prompts).__name__}"
+        raise InputError(f"{name} is empty ({where}); give at least one")
+    return [_prompt_from_row(row, where, prompt_column, drop_last_answer) for where, row in rows]
 
 
-def student_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of the prompt without any context, up to where the answer begins."""
-    if prompt.messages is None:
-        return _encode(tokenizer, prompt.text or "")
-    return _apply_template(tokenizer, list(prompt.messages))
+def _prompt_from_row(row: Any, where: str, prompt_column: str | None, drop_last_answer: bool) -> Prompt:
+    if isinstance(row, Prompt):
+        return row
+    more: dict[str, Any] = {}
+    if isinstance(row, Mapping):
+        raw = row.get("privileged_context")
+        if raw is not None:
+            more["privileged_context"] = _own_context(raw, f"{where} privileged_context")
+        if row.get("tools") is not None:
+            more["tools"] = _checked_tools(row["tools"], where)
+        if row.get("chat_template_kwargs") is not None:
+            more["chat_template_kwargs"] = _checked_variables(row["chat_template_kwargs"], where)
+        row = _prompt_of(row, where, prompt_column)
+    if isinstance(row, str):
+        if not row.strip():
+            raise InputError(f"{where} is an empty prompt; remove the row or fill it")
+        check_text(row, where)
+        return Prompt(({"role": "user", "content": row},), row, **more)
+    messages = checked_messages(row, where)
+    if messages[-1]["role"] == "assistant":
+        if not drop_last_answer:
+            raise InputError(
+                f"{where} ends with an assistant message; the last message must be the one to answer "
+                "(drop_last_answer leaves such an answer out)"
+            )
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise InputError(f"{where} holds nothing but assistant messages; remove the row")
+    return Prompt(tuple(messages), None, **more)
 
 
-def teacher_ids(tokenizer: Any, prompt: Prompt, context: Context) -> list[int]:
-    """Token ids of the prompt with the context in front, up to where the answer begins.
-
-    Text becomes (the beginning of) the system message. Turns go between the prompt's system message and the rest;
-    when both the turns and the prompt start with a system message, their texts are joined, the context's first.
-    Without a chat template, text is put in front with a blank line between, and turns are refused.
-    """
-    if prompt.messages is None:
-        if not isinstance(context, str):
-            raise InputError("context holds chat messages, but this tokenizer has no chat template; give plain text")
-        return _encode(tokenizer, f"{context}\n\n{prompt.text}")
-    turns = [{"role": "system", "content": context}] if isinstance(context, str) else list(context)
-    rest = list(prompt.messages)
-    if rest and rest[0]["role"] == "system":
-        own = rest.pop(0)
-        if turns and turns[0]["role"] == "system":
-            turns[0] = {**turns[0], "content": f"{turns[0]['content']}\n\n{own['content']}"}
-        else:
-            turns.insert(0, own)
-    return _apply_template(tokenizer, turns + rest)
+def _prompt_of(row: Mapping[str, Any], where: str, prompt_column: str | None) -> Any:
+    names = [prompt_column] if prompt_column is not None else [c for c in ("prompt", "messages") if c in row]
+    if len(names) == 2:
+        raise InputError(f"{where} has both 'prompt' and 'messages'; remove one, or choose with prompt_column")
+    if not names or names[0] not in row:
+        found = ", ".join(map(repr, row)) or "nothing"
+        column = prompt_column or "prompt"
+        remedy = "; prompt_column names another one" if prompt_column is None and row else ""
+        raise InputError(f"{where} has no column {column!r}, or nothing in it (found: {found}){remedy}")
+    return row[names[0]]
 
 
-def adapt_to_tokenizer(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Plain prompts for a tokenizer without chat template. Raises InputError when a prompt needs the template."""
-    if getattr(tokenizer, "chat_template", None):
-        return list(prompts)
-    plain = []
-    for prompt in prompts:
-        messages = prompt.messages or ()
-        if len(messages) != 1 or messages[0]["role"] != "user":
-            raise InputError("prompt holds chat messages, but this tokenizer has no chat template; give plain strings")
-        plain.append(Prompt(None, messages[0]["content"], prompt.privileged_context))
-    return plain
+def _own_context(raw: Any, where: str) -> Context:
+    if not isinstance(raw, str):
+        return checked_messages(raw, where)
+    if raw and not raw.strip():
+        raise InputError(f"{where}: an empty privileged_context; fill it, remove it, or make it '' for no context")
+    check_text(raw, where)
+    return raw
+
+
+def _checked_tools(tools: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise InputError(f"{where}: tools must be a list of JSON schemas, got {tools!r:.80}")
+    return tuple(dict(tool) for tool in tools)
+
+
+def _checked_variables(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{where}: chat_template_kwargs must be like {{'enable_thinking': false}}, got {value!r:.80}")
+    return dict(value)
 
 
 def _looks_like_file(text: str) -> bool:
@@ -182,94 +135,21 @@ def _looks_like_file(text: str) -> bool:
 
 
 def _context_from_file(path: Path) -> Context:
-    if not path.is_file():
-        raise InputError(f"context file {str(path)!r} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"context file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+    text, where = read_text(path, "context"), f"context file {str(path)!r}"
     if not text.strip():
-        raise InputError(f"context file {str(path)!r} is empty")
+        raise InputError(f"{where} is empty")
     if path.suffix == ".jsonl":
-        return _checked_messages([row for _, row in _jsonl_rows(path, "context")], f"context file {str(path)!r}")
+        return checked_messages([row for _, row in jsonl_rows(text, where)], where)
     if path.suffix == ".json":
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            raise InputError(f"context file {str(path)!r} is not valid JSON: {error}") from error
+            raise InputError(f"{where} is not valid JSON: {error}") from error
         messages = value.get("messages") if isinstance(value, dict) else value
         if not isinstance(messages, list):
             raise InputError(
-                f"context file {str(path)!r} must hold a list of messages or {{'messages': [...]}}, "
+                f"{where} must hold a list of messages or {{'messages': [...]}}, "
                 f"not a {type(value).__name__}; plain text belongs in a .txt file"
             )
-        return _checked_messages(messages, f"context file {str(path)!r}")
-    return text
-
-
-def _jsonl_rows(path: Path, name: str) -> list[tuple[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"{name} file {str(path)!r} does not exist")
-    rows = []
-    try:
-        # Not splitlines(): JSON text may hold U+2028 and others that Python takes for line ends.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name} file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{name} file {str(path)!r} line {number}"
-        try:
-            rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not valid JSON: {error}") from error
-    return rows
-
-
-def _prompt_from_row(row: Any, where: str) -> Prompt:
-    own: Context | None = None
-    if isinstance(row, Prompt):
-        return row
-    if isinstance(row, dict):
-        if "prompt" not in row:
-            raise InputError(f"{where} has no column 'prompt' (found: {', '.join(map(repr, row)) or 'nothing'})")
-        raw = row.get("privileged_context")
-        if raw is not None:
-            if isinstance(raw, str) and not raw.strip():
-                raise InputError(f"{where} has an empty privileged_context; fill it or remove the column")
-            own = raw if isinstance(raw, str) else _checked_messages(raw, f"{where} privileged_context")
-        row = row["prompt"]
-    if isinstance(row, str):
-        if not row.strip():
-            raise InputError(f"{where} is an empty prompt; remove the row or fill it")
-        return Prompt(({"role": "user", "content": row},), row, own)
-    messages = _checked_messages(row, where)
-    if messages[-1]["role"] == "assistant":
-        raise InputError(f"{where} ends with an assistant message; the last message must be the one to answer")
-    return Prompt(tuple(messages), None, own)
-
-
-def _checked_messages(value: Any, where: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where} must be a string or a non-empty list of messages, got {type(value).__name__}")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise InputError(f"{where}: message {index} must be {{'role': ..., 'content': text}}, got {message!r:.80}")
-        if message["role"] not in ROLES:
-            raise InputError(f"{where}: message {index} has role {message['role']!r}; use one of {', '.join(ROLES)}")
-    return value
-
-
-def _apply_template(tokenizer: Any, messages: list[Message]) -> list[int]:
-    try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except Exception as error:  # templates raise their own (jinja) errors, say for an unknown role order
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        roles = [message["role"] for message in messages]
-        raise InputError(f"the tokenizer's chat template refuses messages with roles {roles}: {reason}") from error
-    return [int(token) for token in ids]
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return [int(token) for token in tokenizer(text).input_ids]
+        return checked_messages(messages, where)
+    return text.replace("\r\n", "\n")

@@ -31,14 +31,17 @@ from opcd_fast.errors import InputError
 from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
 from opcd_fast.held_out import fixed_sequences, held_out_record, in_words
+from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
 from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress
-from opcd_fast.prompts import Message, RenderedPrompt, adapt_to_tokenizer, read_context, read_prompts, render
+from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.records import step_record, total_weight
+from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
+from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.seeds import digest, seeded, stream_seed
 from opcd_fast.teachers import Teachers
@@ -50,7 +53,8 @@ logger = logging.getLogger("opcd_fast")
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes", "share_prompts", "teacher_device",
+    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts", "teacher_device", "rollout_url",
+    "rollout_timeout", "rollout_tries", "rollout_concurrency", "rollout_gpu_share",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -74,7 +78,7 @@ class OPCDTrainer:
         model: transformers causal LM; trained in place. With `lora_rank` it gets an adapter (see `self.model`).
         tokenizer: its tokenizer; the chat template renders prompts.
         context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
-        prompts: JSONL file, or a list of strings, messages or rows (see `opcd_fast.prompts.read_prompts`).
+        prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`).
         config: settings, see OPCDConfig.
         teacher_model: another model as the teacher (same tokenizer). None: the model itself, see `teacher_mode`.
         eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
@@ -105,11 +109,12 @@ class OPCDTrainer:
         self.quiet = quiet
         self.device = pick_device(config.device)
         self.folder = RunFolder(config.output_dir, config.resume)
-        read = [read_prompts(prompts)]
+        read = [read_prompts(prompts, **config.columns())]
         if eval_prompts is not None:
-            read.append(read_prompts(eval_prompts, "eval_prompts"))
+            read.append(read_prompts(eval_prompts, "eval_prompts", **config.columns()))
         groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
-        rendered, self.prefixes = render(tokenizer, groups, None if context is None else read_context(context))
+        shown = None if context is None else read_context(context)
+        rendered, self.prefixes = render(tokenizer, groups, shown, config.template_variables())
         self.train_rows = rendered[0].rows
         self.held_out_rows = rendered[1].rows if len(rendered) > 1 else ()
         self.eval_rows = self.held_out_rows[: config.eval_batch]
@@ -132,17 +137,20 @@ class OPCDTrainer:
         self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
         self.teacher = self.teachers.teacher
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
-
-        def sampler(sampled: Any, merge: bool | None) -> TransformersRollout:
-            size = config.rollout_batch
-            return TransformersRollout(
-                sampled, stop_token_ids=stop_ids, max_batch=size, merge_adapter=merge, vocab_size=vocab_size
-            )
-
-        self.rollout = sampler(self.model, config.merge_for_rollout)
+        common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
+        self.rollout = make_rollout(
+            config, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
+        )
+        # Held-out answers are always the student's own.
+        replayed = config.rollout == "replay"
+        self.eval_rollout = local_rollout(config, self.model, **common) if replayed else self.rollout
         # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It
         # is None when the first weights are not kept (full fine-tuning, a moving teacher, and no evaluation).
-        self.teacher_rollout: Any = None if pair.reference is None else sampler(pair.reference, False)
+        self.teacher_rollout: Any = None
+        if pair.reference is not None:
+            self.teacher_rollout = TransformersRollout(
+                pair.reference, max_batch=config.rollout_batch, merge_adapter=False, **common
+            )
         self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
 
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -173,6 +181,7 @@ class OPCDTrainer:
                 rows = self._prompts_of(step)
 
                 with watch("rollout"):  # the student answers, without the context
+                    self.rollout.sync(self.model)
                     answers = self.rollout.generate(
                         [row.student_ids for row in rows], **self._sampling("rollout", step)
                     )
@@ -268,9 +277,10 @@ class OPCDTrainer:
         """Against the teacher's first weights, whatever the teacher has become."""
         if not fixed:
             return
+        self.eval_rollout.sync(self.model)
         assert self.teachers.reference is not None
         record = held_out_record(
-            step, self.eval_rows, fixed, self.rollout, self._sampling("evaluation", 0), self.model,
+            step, self.eval_rows, fixed, self.eval_rollout, self._sampling("evaluation", 0), self.model,
             self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
             **self._loss_options(),
         )  # fmt: skip

@@ -6,7 +6,8 @@ import pytest
 from tiny import tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, render, student_ids, teacher_ids
+from opcd_fast.prompts import read_context, read_prompts
+from opcd_fast.rendering import adapt_to_tokenizer, render, student_ids, teacher_ids
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4!"}]
 
@@ -141,7 +142,7 @@ def test_bad_input_is_one_clear_error(tmp_path, call, message):
 
 
 def test_a_context_that_changes_no_token_is_refused(tokenizer):
-    mute = tiny_tokenizer("{{ messages[-1]['content'] }}")
+    mute = tiny_tokenizer("{{ 'what messages say is left out' }}")
     with pytest.raises(InputError, match="changes nothing"):
         render(mute, [read_prompts(["hi"])], "ctx")
     with pytest.raises(InputError, match="context is missing"):

@@ -6,7 +6,13 @@ A module is imported when its command runs: `opcd --help` needs nothing but Pyth
 COMMANDS = {
     "demo": "watch it happen on a small real model, on this machine, in a few minutes",
     "train": "do it with your model, context and prompts",
+    "init": "write a config to start from, with an example that trains at once",
+    "prompts": "make training prompts for a context, from a model, logs or a data set",
     "generate": "answer a prompt with a trained (or any) model",
+    "extract": "let a model play problems and write down what it learned",
+    "accumulate": "put lessons together as notes of a bounded length",
+    "select": "find the notes that help most on held-out problems",
+    "compress": "look for a shorter text that does what the context does",
     "info": "what is installed here and what is missing",
 }
 """Name (also of the module) and what a command is for, in the order of `opcd --help`."""

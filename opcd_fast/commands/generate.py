@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 
 
@@ -27,6 +28,8 @@ class GenerateCommand:
     """Nucleus sampling."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'."""
     seed: int = 0
     """Fixes the samples."""
     dtype: str = "auto"
@@ -44,10 +47,12 @@ def run(arguments: list[str]) -> int:
     if not 0 < command.top_p <= 1:
         raise InputError(f"top_p={command.top_p} must be a number above 0 up to 1")
     check_seed(command.seed)
+    variables = OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables()
     from opcd_fast import transformers_seam as seam
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.preflight import check_prompt_length
-    from opcd_fast.prompts import adapt_to_tokenizer, read_context, read_prompts, student_ids, teacher_ids
+    from opcd_fast.prompts import read_context, read_prompts
+    from opcd_fast.rendering import adapt_to_tokenizer, teacher_ids
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     quiet_libraries()
@@ -55,7 +60,8 @@ def run(arguments: list[str]) -> int:
     context = None if file is None else read_context(file)
     tokenizer = load_tokenizer(command.model)
     (prompt,) = adapt_to_tokenizer(tokenizer, read_prompts([command.prompt], "prompt"))
-    ids = student_ids(tokenizer, prompt) if context is None else teacher_ids(tokenizer, prompt, context)
+    shown = "" if context is None else context
+    ids = teacher_ids(tokenizer, prompt, shown, variables)
     model = load_model(command.model, dtype=command.dtype, device=command.device)
     check_prompt_length(len(ids), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
     stop_ids = stop_token_ids(tokenizer, model, command.stop_tokens)

@@ -30,7 +30,7 @@ class TrainCommand:
     model: str
     """Folder, hub id, or "smollm2" (the packaged SmolLM2-135M-Instruct)."""
     prompts: str
-    """JSONL file, one {"prompt": text or messages} a line."""
+    """JSONL ({"prompt": text or messages} a line), JSON, CSV or parquet, or a Hugging Face data set's folder."""
     context: str | None = None
     """What the teacher sees: a text file, or chat turns as .json or .jsonl."""
     eval_prompts: str | None = None
@@ -52,8 +52,13 @@ def run(arguments: list[str]) -> int:
     context = as_file(command.context)
     if context is not None:
         read_context(context)
-    prompts = read_prompts(command.prompts)
-    held_out = None if command.eval_prompts is None else read_prompts(command.eval_prompts, "eval_prompts")
+    prompts = read_prompts(command.prompts, **config.columns())
+    general = sum(prompt.privileged_context == "" for prompt in prompts)
+    if general:
+        print(f"{general} of {len(prompts)} prompts have an empty privileged_context: their teacher sees no context")
+    held_out = None
+    if command.eval_prompts is not None:
+        held_out = read_prompts(command.eval_prompts, "eval_prompts", **config.columns())
     tokenizer = load_tokenizer(command.model)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:

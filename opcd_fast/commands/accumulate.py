@@ -1,0 +1,79 @@
+"""`opcd accumulate`: lessons as notes of a bounded length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries
+from opcd_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class AccumulateCommand:
+    """Put the lessons of `opcd extract` together as candidate notes, each within a budget of tokens.
+
+    Where lessons do not fit, the oldest leave whole. Writes the folder `notes`; earlier candidates are replaced.
+    """
+
+    model: str
+    """Its tokenizer counts the tokens; with --merge it also rewrites the notes."""
+    output_dir: str = "runs/experience"
+    """Folder of the attempts, the notes and their scores."""
+    max_tokens: int = 4096
+    """Longest notes, in tokens."""
+    candidates: int = 8
+    """How many different notes are made; all but the first take the attempts in a random order."""
+    duplicates: float = 0.7
+    """Lessons at least this similar to an earlier one are dropped: above 0 up to 1, which drops equal ones only."""
+    merge: bool = False
+    """Let the model rewrite each candidate as a shorter list."""
+    max_new_tokens: int = 1024
+    """Longest rewritten notes, in tokens."""
+    seed: int = 0
+    """Fixes the orders and the model's samples."""
+    dtype: str = "auto"
+    """"auto" | "float32" | "bfloat16"."""
+    device: str = "auto"
+    """"auto" | "cpu" | "cuda" | "cuda:N"."""
+
+
+def run(arguments: list[str]) -> int:
+    command = parse(AccumulateCommand, "accumulate", arguments)
+    for name in ("max_tokens", "candidates", "max_new_tokens"):
+        if getattr(command, name) < 1:
+            raise InputError(f"{name}={getattr(command, name)} must be at least 1")
+    if not 0 < command.duplicates <= 1:
+        raise InputError(f"duplicates={command.duplicates} must be a number above 0 up to 1")
+    check_seed(command.seed)
+    from functools import partial
+
+    from opcd_fast.experience import ExperienceFolder, Player, accumulate
+    from opcd_fast.lessons import without_similar
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.rollout import TransformersRollout, stop_token_ids
+
+    quiet_libraries()
+    folder = ExperienceFolder(command.output_dir)
+    tokenizer = load_tokenizer(command.model)
+    merge = None
+    if command.merge:
+        model = load_model(command.model, dtype=command.dtype, device=command.device)
+        rollout = TransformersRollout(model, stop_token_ids=stop_token_ids(tokenizer, model), merge_adapter=False)
+        merge = Player(rollout, tokenizer, command.max_new_tokens, temperature=0.0)
+    written = accumulate(
+        folder,
+        tokenizer,
+        max_tokens=command.max_tokens,
+        candidates=command.candidates,
+        seed=command.seed,
+        drop=partial(without_similar, threshold=command.duplicates),
+        merge=merge,
+    )
+    for name, counts in written.items():
+        rewritten = {None: "", True: ", rewritten", False: ", kept as it was: the model wrote no usable list"}
+        print(
+            f"{name}: {counts['lessons']} lessons, {counts['tokens']} tokens; {counts['duplicates']} duplicates and "
+            f"{counts['over_budget']} over the budget dropped{rewritten[counts['merged']]}"
+        )
+    print(f"saved: {folder.notes}; next: opcd select")
+    return 0

@@ -1,0 +1,145 @@
+"""`opcd compress`: a shorter text that does what the full context does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries
+from opcd_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class CompressCommand:
+    """Look for a shorter context: candidates are written by the model or cut out of the context, and ranked by their
+    exact KL to the full context on held-out prompts.
+
+    Writes ranked.json, curve.png and, where one is good enough, shorter.txt or shorter.json.
+    """
+
+    model: str
+    """Folder (full model or adapter), hub id, or "smollm2"."""
+    context: str
+    """The full context: a text file, or chat turns as .json or .jsonl."""
+    prompts: str
+    """Held-out prompts to rank on; a file as for `opcd train`."""
+    output_dir: str = "runs/compress"
+    """Folder for the results; earlier ones in it are replaced."""
+    candidates: tuple[str, ...] = ()
+    """Files with contexts of your own to rank beside the others."""
+    written: int = 1
+    """Texts that the model writes for each of 4 lengths and 3 styles; 0: none."""
+    cuts: bool = True
+    """Also try the context with whole turns, paragraphs or lines left out."""
+    max_prompts: int = 64
+    """Prompts used, from the beginning of the file."""
+    answers_per_prompt: int = 1
+    """Answers drawn for each prompt."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    max_context_tokens: int = 1024
+    """Longest text that the model writes as a candidate, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature of the answers; it also divides the logits that are compared."""
+    max_kl: float = 0.05
+    """The shortest candidate with at most this KL, in nats per token, is saved."""
+    rollout_batch: int = 64
+    """Sequences generated at once."""
+    seed: int = 0
+    """Fixes candidates and answers."""
+    dtype: str = "auto"
+    """"auto" | "float32" | "bfloat16"."""
+    device: str = "auto"
+    """"auto" | "cpu" | "cuda" | "cuda:N"."""
+
+
+def run(arguments: list[str]) -> int:
+    command = parse(CompressCommand, "compress", arguments)
+    for name in ("max_new_tokens", "max_context_tokens", "rollout_batch", "answers_per_prompt"):
+        if getattr(command, name) < 1:
+            raise InputError(f"{name}={getattr(command, name)} must be at least 1")
+    if command.max_prompts < 2 or command.written < 0:
+        raise InputError("max_prompts must be at least 2 and written at least 0")
+    if not 0 < command.temperature < 100 or not 0 <= command.max_kl < float("inf"):
+        raise InputError("temperature must be above 0 and below 100, max_kl 0 or more")
+    check_seed(command.seed)
+    from opcd_fast.compress import Candidate, cut_candidates, rank, written_candidates
+    from opcd_fast.experience import Player
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.prompts import read_context, read_prompts
+    from opcd_fast.rendering import adapt_to_tokenizer
+    from opcd_fast.rollout import TransformersRollout, stop_token_ids
+
+    quiet_libraries()
+    full = read_context(Path(command.context))
+    own = [Candidate(read_context(Path(name)), f"file {name}") for name in command.candidates]
+    prompts = read_prompts(command.prompts)[: command.max_prompts]
+    tokenizer = load_tokenizer(command.model)
+    prompts = adapt_to_tokenizer(tokenizer, prompts)
+    model = load_model(command.model, dtype=command.dtype, device=command.device)
+    rollout = TransformersRollout(
+        model,
+        stop_token_ids=stop_token_ids(tokenizer, model),
+        max_batch=command.rollout_batch,
+        merge_adapter=False,
+    )
+    candidates = own + (cut_candidates(full) if command.cuts else [])
+    if command.written:
+        player = Player(rollout, tokenizer, command.max_context_tokens, temperature=0.7)
+        candidates += written_candidates(full, player.answers, command.written, command.seed)
+    print(f"{len(candidates)} candidates on {len(prompts)} prompts ...", flush=True)
+    ranked = rank(
+        model,
+        tokenizer,
+        full,
+        candidates,
+        prompts,
+        rollout,
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature,
+        answers_per_prompt=command.answers_per_prompt,
+        seed=command.seed,
+    )
+    _save(Path(command.output_dir), ranked, command)
+    return 0
+
+
+def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from opcd_fast.checkpoint import write_text
+    from opcd_fast.plots import plot_compression
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{**vars(one), "candidate": vars(one.candidate)} for one in ranked]
+    record = {"command": asdict(command), "ranked": rows}
+    write_text(folder / "ranked.json", json.dumps(record, indent=1) + "\n")
+    plot_compression(folder / "curve.png", rows)
+    most = ranked[-1].tokens
+    table = Table(title="tokens saved against KL lost (candidates that no other one beats)")
+    for column in ("candidate", "tokens", "saved", "KL, nats per token", "95 % interval", "same first token"):
+        table.add_column(column)
+    for one in ranked:
+        if one.front:
+            interval = f"{one.low:.4f} to {one.high:.4f}"
+            table.add_row(
+                one.candidate.source.replace("[", "\\["), f"{one.tokens:.0f}", f"{1 - one.tokens / most:.0%}",
+                f"{one.kl:.4f}", interval, f"{one.top1_agreement:.1%}",
+            )  # fmt: skip
+    Console().print(table)
+    for old in ("shorter.txt", "shorter.json"):
+        (folder / old).unlink(missing_ok=True)
+    good = [one for one in ranked if one.kl <= command.max_kl and 0 < one.tokens < most]
+    if not good:
+        print(
+            f"no shorter candidate has a KL of at most {command.max_kl}; raise max_kl, or `opcd train` with it"
+        )
+        return
+    context = good[0].candidate.context
+    is_text = isinstance(context, str)
+    path = folder / ("shorter.txt" if is_text else "shorter.json")
+    write_text(path, context if is_text else json.dumps(context, indent=1) + "\n")
+    print(f"saved: {path} ({good[0].candidate.source})")

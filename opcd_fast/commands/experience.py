@@ -1,0 +1,91 @@
+"""What `opcd extract`, `opcd accumulate` and `opcd select` have in common: a task, a model and how it is sampled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from opcd_fast.commands.arguments import check_seed, quiet_libraries
+from opcd_fast.errors import InputError
+
+FOLDER_HELP = "Folder of the attempts, the notes and their scores."
+
+
+@dataclass(frozen=True)
+class PlayOptions:
+    """A model that plays a task."""
+
+    model: str
+    """Folder (full model or adapter), hub id, or "smollm2"."""
+    task: str
+    """"frozen-lake", "sokoban", "math:FILE", "choice:FILE", "yes-no:FILE", "reasoning:NAME", "instructions" ..."""
+    output_dir: str = "runs/experience"
+    """Folder of the attempts, the notes and their scores."""
+    task_options: str = "{}"
+    """Options of the task as JSON, such as {"size": 4}."""
+    problems: int = 30
+    """How many problems are played; fewer when the task has no more in its split."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.7
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    rollout_batch: int = 64
+    """Sequences generated at once."""
+    seed: int = 0
+    """Fixes problems and samples."""
+    dtype: str = "auto"
+    """"auto" | "float32" | "bfloat16"."""
+    device: str = "auto"
+    """"auto" | "cpu" | "cuda" | "cuda:N"."""
+
+
+def check(options: PlayOptions) -> None:
+    """Raises InputError for numbers out of range, before anything is loaded."""
+    for name in ("problems", "max_new_tokens", "rollout_batch"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{name}={getattr(options, name)} must be at least 1")
+    if not 0 <= options.temperature < 100:
+        raise InputError(f"temperature={options.temperature} must be a number from 0 up to 100")
+    if not 0 < options.top_p <= 1:
+        raise InputError(f"top_p={options.top_p} must be a number above 0 up to 1")
+    check_seed(options.seed)
+
+
+def task_of(options: PlayOptions) -> Any:
+    """The task. Raises InputError for a name, file or option that it does not know."""
+    from opcd_fast.tasks import load_task
+
+    try:
+        more = json.loads(options.task_options)
+    except json.JSONDecodeError as error:
+        raise InputError(f'task_options={options.task_options!r} must be JSON, such as {{"size": 4}}') from error
+    if not isinstance(more, dict):
+        raise InputError(f'task_options={options.task_options!r} must be a JSON object, such as {{"size": 4}}')
+    return load_task(options.task, **more)
+
+
+def player_of(options: PlayOptions) -> Any:
+    """The model, ready to answer."""
+    from opcd_fast.experience import Player
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.rollout import TransformersRollout, stop_token_ids
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    rollout = TransformersRollout(
+        model,
+        stop_token_ids=stop_token_ids(tokenizer, model),
+        max_batch=options.rollout_batch,
+        merge_adapter=False,
+    )
+    return Player(rollout, tokenizer, options.max_new_tokens, options.temperature, options.top_p)
+
+
+def settings(options: PlayOptions) -> dict[str, Any]:
+    """What decides a step's results, for the folder to remember."""
+    free = ("output_dir", "rollout_batch", "dtype", "device")
+    return {name: value for name, value in asdict(options).items() if name not in free}

@@ -1,0 +1,122 @@
+"""Shorter contexts are ranked by the exact KL to the full one."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from opcd_fast.cli import main
+from opcd_fast.compress import Candidate, Ranked, cut_candidates, rank, with_front, written_candidates
+from opcd_fast.errors import InputError
+from opcd_fast.prompts import read_prompts
+from opcd_fast.rendering import teacher_ids
+from opcd_fast.rollout import TransformersRollout
+
+TURNS = [
+    {"role": "user", "content": "one"}, {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two"}, {"role": "assistant", "content": "2"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().eval()
+
+
+def test_cuts_keep_whole_exchanges():
+    system = {"role": "system", "content": "s"}
+    cuts = cut_candidates([system, *TURNS])
+    assert [cut.context for cut in cuts] == [[system, *TURNS[:2]], [system, *TURNS[2:]]]
+    assert [cut.context for cut in cut_candidates("a\nb\n\nc\n\nd")] == ["a\nb", "d", "a\nb\n\nc", "c\n\nd"]
+    assert [cut.context for cut in cut_candidates("a\nb")] == ["a", "b"]
+    assert cut_candidates("one line") == []
+
+
+def test_written_candidates_are_shorter_and_different():
+    asked = []
+
+    def answers(questions, seed):
+        asked.extend(question[0]["content"] for question in questions)
+        return [["short text", "short text", "", "word " * 50][index % 4] for index in range(len(questions))]
+
+    found = written_candidates("one two three four five six", answers, 1, 0)
+    assert [candidate.context for candidate in found] == ["short text"] and len(asked) == 12
+    assert all("one two three four five six" in question for question in asked)
+    assert "at most 4 words" in asked[0] and "at most 3 words" in asked[-1]
+
+
+def test_the_ranking_is_the_kl_of_plain_forward_passes(model):
+    tokenizer = tiny_tokenizer()
+    prompts = read_prompts(["what is it", "say more", "why"])
+    rollout = TransformersRollout(model, stop_token_ids=[tokenizer.eos_token_id])
+    full = "be brief\nbe kind\nbe quick"
+    candidates = [*cut_candidates(full), Candidate("be brief and kind", "mine")]
+    temperature = 0.8
+    ranked = rank(
+        model, tokenizer, full, candidates, prompts, rollout,
+        max_new_tokens=5, temperature=temperature, answers_per_prompt=2, micro_batch_tokens=40,
+    )  # fmt: skip
+    assert {str(one.candidate.context) for one in ranked} == {"", full, *(str(c.context) for c in candidates)}
+    assert [one.tokens for one in ranked] == sorted(one.tokens for one in ranked)
+    assert ranked[0].candidate.context == "" and ranked[0].tokens == 0
+    whole = next(one for one in ranked if one.candidate.context == full)
+    assert abs(whole.kl) < 1e-6 and whole.top1_agreement == 1.0
+    assert all(one.kl > 1e-5 for one in ranked if one is not whole)
+
+    from opcd_fast.seeds import stream_seed
+
+    double = [prompt for prompt in prompts for _ in range(2)]
+    drawn = rollout.generate(
+        [teacher_ids(tokenizer, prompt, full) for prompt in double],
+        max_new_tokens=5, temperature=temperature, seed=stream_seed(0, "compress answers", 0),
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def logprobs(prompt, answer, context):
+        ids = [*teacher_ids(tokenizer, prompt, context), *answer]
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -len(answer) - 1 : -1]
+        return (logits.double() / temperature).log_softmax(-1)
+
+    for one in ranked:
+        means = []
+        for prompt, answer in zip(double, drawn):
+            p = logprobs(prompt, answer.token_ids, full)
+            q = logprobs(prompt, answer.token_ids, one.candidate.context)
+            means.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        assert one.kl == pytest.approx(sum(means) / len(means), abs=2e-6), one.candidate
+        assert one.low <= one.kl <= one.high
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(0, 1.0), (3, 1.2), (5, 0.4), (5, 0.5), (9, 0.4), (12, 0.0)]
+    ranked = [Ranked(Candidate(str(p), ""), p[0], p[1], 0, 0, 1.0) for p in points]
+    assert [one.front for one in with_front(ranked)] == [True, False, True, False, False, True]
+
+
+def test_one_prompt_is_too_few(model):
+    with pytest.raises(InputError, match="at least two"):
+        rank(model, tiny_tokenizer(), "a b", [], read_prompts(["x"]), None, max_new_tokens=2)
+
+
+def test_the_command(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "context.json").write_text(json.dumps(TURNS))
+    (tmp_path / "own.txt").write_text("count up")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"p {n}"}) + "\n" for n in range(4)))
+    arguments = [
+        "compress", "--model", str(tmp_path / "model"), "--context", str(tmp_path / "context.json"),
+        "--prompts", str(tmp_path / "prompts.jsonl"), "--output-dir", str(tmp_path / "out"), "--max-new-tokens", "4",
+        "--max-context-tokens", "6", "--candidates", str(tmp_path / "own.txt"), "--device", "cpu",
+    ]  # fmt: skip
+    assert main([*arguments, "--max-kl", "100"]) == 0
+    assert "saved" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "ranked.json").read_text())
+    sources = {row["candidate"]["source"] for row in record["ranked"]}
+    assert {"none", "the full context", f"file {tmp_path / 'own.txt'}", "first 1 of 2 parts"} <= sources
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
+    assert [path.name for path in (tmp_path / "out").glob("shorter.*")]
+    assert main([*arguments, "--max-kl", "0", "--written", "0"]) == 0
+    assert "no shorter candidate" in capsys.readouterr().out and not list((tmp_path / "out").glob("shorter.*"))
+    assert main([*arguments, "--temperature", "0"]) == 2

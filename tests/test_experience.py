@@ -1,0 +1,294 @@
+"""From attempts to notes: nothing is lost when a step is stopped, and notes are judged on other problems."""
+
+import json
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+from opcd_fast.cli import main
+from opcd_fast.errors import InputError
+from opcd_fast.experience import ExperienceFolder, Player, accumulate, extract, select
+from opcd_fast.lessons import (
+    HEAD,
+    as_notes,
+    ask_for_lessons,
+    lessons_in,
+    lessons_of_notes,
+    within_budget,
+    without_similar,
+)
+from opcd_fast.tasks import load_task
+from opcd_fast.tasks.episode import SPLITS, Questions
+from opcd_fast.tasks.play import Played, Turn, play
+
+
+class Words:
+    """A tokenizer whose tokens are words: enough for prompts that nobody reads."""
+
+    chat_template = None
+    eos_token_id = 0
+    bos_token_id = None
+
+    def __init__(self):
+        self.words = ["<end>"]
+
+    def __call__(self, text, **_):
+        return {"input_ids": [self._id(word) for word in text.split(" ")]}
+
+    def encode(self, text, **_):
+        return self(text)["input_ids"]
+
+    def _id(self, word):
+        if word not in self.words:
+            self.words.append(word)
+        return self.words.index(word)
+
+    def decode(self, ids, **_):
+        return " ".join(self.words[token] for token in ids)
+
+
+def scripted(answer):
+    """A player whose answers are those of `answer(text of the prompt)`; it keeps what it was asked."""
+
+    class Scripted(Player):
+        asked = []
+        seeds = []
+
+        def answers(self, questions, seed):
+            self.seeds.append(seed)
+            texts = [question[-1]["content"] for question in questions]
+            self.asked.extend(texts)
+            return [answer(text) for text in texts]
+
+        def play(self, task, episodes, seed, context=None):
+            played = []
+            for episode in episodes:
+                text = episode.messages()[0]["content"]
+                said = answer((context or "") + text)
+                episode.answer(said)
+                turn = Turn(episode.messages(), said, True, 1)
+                played.append(Played(episode.id, [turn], episode.score, episode.feedback))
+            return played
+
+    return Scripted(None, Words(), 8, 0.7)
+
+
+def sums(count=120):
+    return Questions(
+        "sums",
+        [([{"role": "user", "content": f"sum {n}"}], lambda text, n=n: text == f"right {n}") for n in range(count)],
+    )
+
+
+def test_lessons_are_the_marked_lines():
+    answer = "<think>- LESSON: secret</think>Sure!\n- LESSON: Look first.\n2. **Lesson:** Then  move.\n"
+    answer += "LESSON:\nlesson 3: x"
+    assert lessons_in(answer) == ["Look first.", "Then move.", "x"]
+    assert lessons_in(answer, most=1) == ["Look first."]
+    assert lessons_in("I learned a lesson: nothing") == []
+    assert lessons_of_notes(as_notes(["a", "b - c"])) == ["a", "b - c"] and lessons_of_notes("") == []
+    with pytest.raises(InputError, match="opcd accumulate"):
+        lessons_of_notes("- a\n")
+
+
+def test_the_question_shows_the_attempt_and_how_it_ended_but_no_right_answer():
+    turns = [Turn([{"role": "user", "content": f"board {n}"}], f"<think>hm</think>move {n}", True, 3) for n in (1, 2)]
+    (message,) = ask_for_lessons(Played("x", turns, 0.0, "You lost. A hole."), 3, known=["old"])
+    for part in ("board 1", "move 2", "You lost. A hole.", "at most 3", "- LESSON: old"):
+        assert part in message["content"]
+    assert "<think>" not in message["content"]
+    (message,) = ask_for_lessons(Played("x", turns[:1], 0.0, ""), 3)
+    assert "Outcome" not in message["content"]
+
+
+def test_the_oldest_lessons_leave_whole():
+    def count(text):
+        return len(text.split())
+
+    lessons = [f"l{n} a b c d" for n in range(10)]
+    fixed = count(HEAD)
+    kept, dropped = within_budget(lessons, fixed + 3 * 6, count)
+    assert kept == lessons[-3:] and dropped == 7
+    assert within_budget(lessons, fixed + 3 * 6 + 5, count)[0] == lessons[-3:]
+    assert within_budget(lessons, 1000, count) == (lessons, 0)
+    assert within_budget([*lessons, "word " * 500], fixed + 12, count)[0] == lessons[-2:]
+    assert within_budget(lessons, 1, count) == ([], 10)
+
+
+def test_similar_lessons_leave():
+    lessons = ["Avoid the holes on the board.", "avoid the holes on the board!", "Walk to the goal.", "Mind the holes."]
+    assert without_similar(lessons, 0.7) == [lessons[0], lessons[2], lessons[3]]
+    assert without_similar(["a b c d", "a b c e"], 1.0) == ["a b c d", "a b c e"]
+
+
+def lesson_of(text):
+    return (
+        f"- LESSON: lesson about {text.partition('sum ')[2].split()[0]} nothing else" if "Write down" in text else "?"
+    )
+
+
+def test_extract_goes_on_where_it_stopped(tmp_path):
+    task = sums()
+    whole = extract(ExperienceFolder(tmp_path / "a"), task, scripted(lesson_of), problems=6, repeats=2, batch=3)
+    assert len({(record["repeat"], record["id"]) for record in whole}) == len(whole) >= 8
+    assert all(len(record["lessons"]) == 1 and record["score"] == 0 for record in whole)
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        if done >= 6:
+            raise Stop
+
+    folder = ExperienceFolder(tmp_path / "b")
+    first = scripted(lesson_of)
+    with pytest.raises(Stop):
+        extract(folder, task, first, problems=6, repeats=2, batch=3, told=stop)
+    with open(folder.path / "attempts.jsonl", "a") as file:
+        file.write('{"repeat": 1, "id"')  # as a kill leaves it
+    second = scripted(lesson_of)
+    again = extract(folder, task, second, problems=6, repeats=2, batch=3)
+    assert again == whole and len(first.asked) == 6 and len(second.asked) == len(whole) - 6
+    assert ExperienceFolder(tmp_path / "b").attempts() == whole
+
+
+def test_accumulate_makes_different_notes_within_the_budget(tmp_path):
+    folder = ExperienceFolder(tmp_path)
+    with pytest.raises(InputError, match="opcd extract"):
+        accumulate(folder, Words(), max_tokens=100)
+    extract(folder, sums(), scripted(lesson_of), problems=6)
+    attempts = [record["lessons"][0] for record in folder.attempts()]
+    written = accumulate(folder, Words(), max_tokens=26, candidates=4, seed=1)
+    notes = folder.candidates()
+    assert set(notes) == set(written) and len(set(notes.values())) == len(notes) >= 2
+    assert all(len(Words()(text)["input_ids"]) <= 26 for text in notes.values())
+    assert lessons_of_notes(notes["notes_000.txt"]) == attempts[-written["notes_000.txt"]["lessons"] :]
+    assert written == json.loads((folder.notes / "notes.json").read_text())
+    accumulate(folder, Words(), max_tokens=26, candidates=1, seed=1)
+    assert len(folder.candidates()) == 1, "candidates of an earlier call would be scored as if they were new"
+    with pytest.raises(InputError, match="max_tokens=3"):
+        accumulate(folder, Words(), max_tokens=3)
+
+
+def test_merged_notes_are_what_the_model_wrote_or_stay(tmp_path):
+    folder = ExperienceFolder(tmp_path)
+    extract(folder, sums(), scripted(lesson_of), problems=6)
+    merging = scripted(lambda text: "- LESSON: one for all")
+    assert accumulate(folder, Words(), max_tokens=500, candidates=1, merge=merging)["notes_000.txt"]["merged"] is True
+    assert lessons_of_notes(folder.candidates()["notes_000.txt"]) == ["one for all"]
+    assert "lesson about" in merging.asked[0]
+    useless = accumulate(folder, Words(), max_tokens=500, candidates=1, merge=scripted(lambda text: "no"))
+    assert useless["notes_000.txt"]["merged"] is False and useless["notes_000.txt"]["lessons"] > 1
+
+
+def test_select_takes_the_notes_that_help_and_never_the_problems_of_the_lessons(tmp_path):
+    folder = ExperienceFolder(tmp_path)
+    task = sums()
+    folder.notes.mkdir(parents=True)
+    for number, text in enumerate(("useless", "magic", "magic, but longer")):
+        (folder.notes / f"notes_{number:03}.txt").write_text(as_notes([text]))
+    seen = []
+
+    def answer(text):
+        seen.append(text)
+        return f"right {text.rpartition('sum ')[2]}" if "magic" in text else "?"
+
+    told = []
+    scores = select(folder, task, scripted(answer), problems=10, told=lambda name, score: told.append(name))
+    assert {name: score["score"] for name, score in scores.items()} == {
+        "": 0.0, "notes_000.txt": 0.0, "notes_001.txt": 1.0, "notes_002.txt": 1.0,
+    }  # fmt: skip
+    assert folder.best.read_text() == as_notes(["magic"])
+    asked = {text.rpartition("sum ")[2] for text in seen}
+    for split in SPLITS:
+        of_split = {episode.messages()[0]["content"].rpartition("sum ")[2] for episode in task.episodes(split, 120)}
+        assert split == "selection" or not asked & of_split
+    assert len(told) == 4
+    select(folder, task, scripted(answer), problems=10, told=lambda name, score: told.append(name))
+    assert len(told) == 4, "scored again what was scored"
+    (folder.notes / "notes_000.txt").write_text(as_notes(["other"]))
+    select(folder, task, scripted(answer), problems=10, told=lambda name, score: told.append(name))
+    assert told[4:] == ["notes_000.txt"], "new notes under an old name have no score yet"
+
+
+def test_a_step_refuses_the_results_of_other_settings(tmp_path):
+    folder = ExperienceFolder(tmp_path)
+    folder.settle("extract", {"seed": 0, "task": "a"})
+    folder.settle("extract", {"seed": 0, "task": "a"})
+    with pytest.raises(InputError, match="task='a', now it is 'b'"):
+        folder.settle("extract", {"seed": 0, "task": "b"})
+
+
+def test_play_shows_the_context_and_asks_only_those_that_go_on():
+    class Counting:
+        feedback = ""
+
+        def __init__(self, turns):
+            self.left, self.score, self.id = turns, None, f"c{turns}"
+
+        def messages(self):
+            return [{"role": "user", "content": f"left {self.left}"}]
+
+        def answer(self, text):
+            self.left -= 1
+            self.score = 1.0 if self.left == 0 else None
+
+    class Recording:
+        batches = []
+
+        def generate(self, prompts, **_):
+            from opcd_fast.rollout import Completion
+
+            self.batches.append([tokenizer.decode(prompt) for prompt in prompts])
+            return [Completion((0,), (0.0,), True) for _ in prompts]
+
+    tokenizer = tiny_tokenizer()
+    rollout = Recording()
+    played = play(
+        [Counting(1), Counting(3), Counting(9)], rollout, tokenizer,
+        context="remember", max_turns=4, max_new_tokens=4, temperature=1.0,
+    )  # fmt: skip
+    assert [len(batch) for batch in rollout.batches] == [3, 2, 2, 1]
+    assert all("remember" in prompt for batch in rollout.batches for prompt in batch)
+    assert [one.score for one in played] == [1.0, 1.0, 0.0] and [len(one.turns) for one in played] == [1, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_commands_from_attempts_to_the_best_notes(tmp_path, model_folder, monkeypatch, capsys):
+    monkeypatch.setattr("opcd_fast.experience.lessons_in", lambda text, most=None: [f"note {text[:5]!r}"])
+    shared = ["--model", model_folder, "--output-dir", str(tmp_path), "--device", "cpu"]
+    playing = [*shared, "--task", "instructions", "--problems", "3", "--max-new-tokens", "4"]
+    assert main(["select", *playing]) == 2
+    assert "opcd accumulate" in capsys.readouterr().err
+    assert main(["extract", *playing]) == 0
+    assert "3 attempts" in capsys.readouterr().out
+    assert main(["extract", *playing[:-1], "5"]) == 2
+    assert "max_new_tokens" in capsys.readouterr().err
+    assert main(["accumulate", *shared, "--candidates", "2"]) == 0
+    assert main(["select", *playing]) == 0
+    out = capsys.readouterr().out
+    assert "no notes: " in out and (tmp_path / "best.txt").read_text().startswith(HEAD)
+    task = load_task("instructions")
+    used = {record["id"] for record in ExperienceFolder(tmp_path).attempts()}
+    assert used <= {episode.id for episode in task.episodes("notes", 1000)}
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--problems", "0"], "problems"), (["--temperature", "-1"], "temperature"), (["--task-options", "{"], "JSON"),
+        (["--task-options", "[1]"], "JSON"), (["--task", "chess"], "use one of"), (["--top-p", "0"], "top_p"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_one_line(model_folder, tmp_path, capsys, more, named):
+    arguments = ["extract", "--model", model_folder, "--task", "instructions", "--output-dir", str(tmp_path / "x")]
+    assert main([*arguments, *more]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1 and not (tmp_path / "x").exists()

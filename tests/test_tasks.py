@@ -1,0 +1,354 @@
+"""Tasks: scorers that can be fooled by nothing cheap, splits that share no problem."""
+
+import json
+import random
+
+import numpy
+import pytest
+
+from opcd_fast.errors import InputError
+from opcd_fast.tasks import TASKS, load_task
+from opcd_fast.tasks.choice import choice_file, chosen_letter, said_yes, yes_no_file
+from opcd_fast.tasks.episode import SPLITS, Questions, final_part, split_of
+from opcd_fast.tasks.instructions import RULES, rules
+
+GAMES = ("frozen-lake", "frozen-lake-gymnasium", "sokoban")
+
+
+def task_or_skip(name):
+    try:
+        return load_task(name)
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def all_episodes(task, count=1000):
+    found = {}
+    for split in SPLITS:
+        try:
+            found[split] = task.episodes(split, count)
+        except InputError:
+            found[split] = []
+    return found
+
+
+# --- splits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*GAMES, "reasoning:chain_sum", "instructions"])
+def test_splits_share_no_problem(name):
+    task = task_or_skip(name)
+    ids = {split: {episode.id for episode in task.episodes(split, 12, seed=1)} for split in SPLITS}
+    for one in SPLITS:
+        assert len(ids[one]) >= 3, (one, ids)
+        for other in SPLITS:
+            assert one == other or not ids[one] & ids[other]
+
+
+@pytest.mark.parametrize("name", [*GAMES, "reasoning:chain_sum", "instructions"])
+def test_episodes_are_reproducible_and_leave_random_streams_alone(name):
+    task = task_or_skip(name)
+    random.seed(5), numpy.random.seed(5)
+    expected = random.random(), numpy.random.rand()
+    random.seed(5), numpy.random.seed(5)
+    first = [episode.messages() for episode in task.episodes("train", 5, seed=3)]
+    assert (random.random(), numpy.random.rand()) == expected
+    assert first == [episode.messages() for episode in task.episodes("train", 5, seed=3)]
+    assert first != [episode.messages() for episode in task.episodes("train", 5, seed=4)]
+
+
+def test_a_split_depends_on_the_content_alone():
+    def questions(texts):
+        return Questions("t", [([{"role": "user", "content": text}], len) for text in texts])
+
+    texts = [f"question {n}" for n in range(400)]
+    one = questions(texts)
+    other = questions([*texts[::-1], *texts])  # another order, and every question twice
+    for split in SPLITS:
+        ids = [sorted(episode.id for episode in task.episodes(split, 400)) for task in (one, other)]
+        assert ids[0] == ids[1] and len(set(ids[0])) == len(ids[0])
+    sizes = {split: len(one.episodes(split, 400)) for split in SPLITS}
+    assert sum(sizes.values()) == 400 and 160 <= sizes["train"] <= 240 and 20 <= sizes["notes"] <= 60
+    with pytest.raises(InputError, match="split='dev'"):
+        one.episodes("dev", 1)
+    with pytest.raises(InputError, match="no problem"):
+        questions([]).episodes("test", 1)
+
+
+# --- games --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["frozen-lake", "frozen-lake-gymnasium"])
+def test_lakes_are_won_by_walking_round_holes_and_lost_in_them(name):
+    task = task_or_skip(name)
+    outcomes = set()
+    for index in range(12):
+        episode = task.episodes("train", 12)[index]
+        for move in path_on(episode.board):
+            assert episode.score is None
+            episode.answer(f"Perhaps [left]? No: [{move}].")
+        assert episode.score == 1.0 and episode.feedback.startswith("You won.")
+        loser = task.episodes("train", 12)[index]
+        for _ in range(task.max_turns):
+            if loser.score is None:
+                loser.answer("[up]")
+        assert loser.score == 0.0
+        outcomes.add(loser.feedback.partition(".")[0])
+    assert outcomes == {"You lost"}
+
+
+def path_on(board):
+    """Shortest path from P to G, found here on the drawn board: rows of letters, or cells between bars."""
+    rows = [line.strip("|").split("|") for line in board.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() or "." for cell in row] for row in rows] or [line.split() for line in board.splitlines()]
+    at = next((r, c) for r, row in enumerate(rows) for c, cell in enumerate(row) if cell == "P")
+    paths, seen = [(at, [])], {at}
+    while paths:
+        (r, c), moves = paths.pop(0)
+        if rows[r][c] == "G":
+            return moves
+        for name, (dr, dc) in {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}.items():
+            there = (r + dr, c + dc)
+            inside = 0 <= there[0] < len(rows) and 0 <= there[1] < len(rows)
+            if inside and there not in seen and rows[there[0]][there[1]] != "H":
+                seen.add(there)
+                paths.append((there, [*moves, name]))
+    raise AssertionError("no path")
+
+
+def test_progress_in_the_lake_is_not_a_win():
+    task = task_or_skip("frozen-lake")  # textarena pays 0.5 for half of the way
+    for episode in task.episodes("train", 12):
+        moves = path_on(episode.board)
+        episode.answer(f"[{moves[0]}]")
+        while episode.score is None:
+            episode.answer("I do not know.")
+        assert episode.score == 0.0
+
+
+def test_sokoban_is_won_by_pushing_the_box_home():
+    task = task_or_skip("sokoban")
+    won = 0
+    for episode in task.episodes("train", 6):
+        for move in solution(episode.board):
+            if episode.score is None:
+                episode.answer(f"[{move}]")
+        won += episode.score == 1.0
+    assert won >= 3, "boards that need more than max_turns moves are lost; most need fewer"
+
+
+def solution(board):
+    lines = [line.split() for line in board.splitlines() if line.startswith("#")]
+    grid = {(r, c): cell for r, row in enumerate(lines) for c, cell in enumerate(row)}
+    (me,) = [p for p, cell in grid.items() if cell in "PS"]
+    (box,) = [p for p, cell in grid.items() if cell in "X√"]
+    goals = {p for p, cell in grid.items() if cell in "OS√"}
+    # Where the player stands on a goal the board shows P: the goal is then hidden.
+    goals = goals or {me}
+    states, seen = [((me, box), [])], {(me, box)}
+    while states:
+        (me, box), moves = states.pop(0)
+        if box in goals:
+            return moves
+        for name, (dr, dc) in {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}.items():
+            there = (me[0] + dr, me[1] + dc)
+            moved = (box[0] + dr, box[1] + dc) if there == box else box
+            if grid[there] != "#" and grid[moved] != "#" and (there, moved) not in seen:
+                seen.add((there, moved))
+                states.append(((there, moved), [*moves, name]))
+    return []
+
+
+def test_a_game_ends_at_its_limit():
+    task = task_or_skip("frozen-lake-gymnasium")
+    (episode,) = task.episodes("test", 1)
+    for _ in range(task.max_turns):
+        assert episode.score is None
+        episode.answer("I think I should wait.")
+    assert episode.score == 0.0 and "limit" in episode.feedback
+
+
+# --- math ---------------------------------------------------------------------------------------------------
+
+DAPO = {
+    "prompt": [{"role": "user", "content": "What is 17 * 2? ... Answer: $Answer ..."}],
+    "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
+    "data_source": "math_dapo", "ability": "MATH", "extra_info": {"index": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "same"),
+    [
+        ("So it is.\nAnswer: 34", "34", True),
+        ("Answer: $34$.", "34", True),
+        ("**Answer:** 34", "34", True),
+        ("The answer is: 34", "34", True),
+        ("Answer: 34 \nAnswer: 35", "34", False),  # the last one counts
+        ("\\boxed{34} first.\nAnswer: 35\n", "34", False),
+        ("Answer: \\boxed{\\frac{1}{2}}", "0.5", True),
+        ("we get \\boxed{\\frac{3}{6}}", "\\frac{1}{2}", True),
+        ("Answer: 1,234", "1234", True),
+        ("Answer: -3", "3", False),
+        ("34 is a nice number, but who knows", "34", False),
+        ("", "34", False),
+        ("Answer: 340", "34", False),
+        ("Answer: (1, 2)", "(1,2)", True),
+    ],
+)
+def test_math_answers(text, truth, same):
+    pytest.importorskip("math_verify")
+    from opcd_fast.tasks.math import same_answer
+
+    assert same_answer(text, truth) is same
+
+
+def test_math_files(tmp_path):
+    pytest.importorskip("math_verify")
+    rows = [{**DAPO, "prompt": [{"role": "user", "content": f"{n} + 1?"}],
+             "reward_model": {"ground_truth": str(n + 1)}} for n in range(40)]  # fmt: skip
+    task = load_task("math:" + write_rows(tmp_path / "dapo.jsonl", rows))
+    episodes = task.episodes("train", 10)
+    assert len(episodes) == 10
+    for episode in episodes:
+        number = int(episode.messages()[0]["content"].split()[0])
+        episode.answer(f"<think>Answer: 5</think> Let me see.\nAnswer: {number + 1}")
+        assert episode.score == 1.0
+    plain = load_task("math:" + write_rows(tmp_path / "plain.jsonl", [{"question": "1+1?", "answer": 2}]))
+    (split,) = [split for split, found in all_episodes(plain).items() if found]
+    (episode,) = plain.episodes(split, 5)
+    assert "Answer: " in episode.messages()[0]["content"]
+    episode.answer("<think> Answer: 2")  # never stopped thinking
+    assert episode.score == 0.0
+    with pytest.raises(InputError, match="line 1.*no answer"):
+        load_task("math:" + write_rows(tmp_path / "bad.jsonl", [{"prompt": "1+1?"}]))
+
+
+# --- choice and labels --------------------------------------------------------------------------------------
+
+
+def medmcqa(first, count=24):
+    return [
+        {"question": f"Question {n}?", "opa": "one", "opb": "two", "opc": "three", "opd": "four", "cop": n % 4 + first}
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_medmcqa_counts_from_where_the_file_does(tmp_path, first):
+    path = write_rows(tmp_path / "m.jsonl", medmcqa(first))
+    for task in (choice_file(path), load_task(f"choice:{path}", first=first)):
+        checked = 0
+        for episodes in all_episodes(task).values():
+            for episode in episodes:
+                text = episode.messages()[0]["content"]
+                right = int(text.split()[1].rstrip("?")) % 4
+                episode.answer(f"Answer: {'ABCD'[right]}")
+                assert episode.score == 1.0
+                checked += 1
+        assert checked == 24
+
+
+def test_medmcqa_errors(tmp_path):
+    unclear = write_rows(tmp_path / "u.jsonl", [row for row in medmcqa(1) if row["cop"] in (1, 2)])
+    with pytest.raises(InputError, match="0 or 1 is open: give first=0"):
+        choice_file(unclear)
+    assert choice_file(unclear, first=1)
+    with pytest.raises(InputError, match="line 1.*no opa"):
+        choice_file(write_rows(tmp_path / "x.jsonl", [{"question": "?"}]))
+    test_split = [{**row, "cop": -1} for row in medmcqa(0)]
+    with pytest.raises(InputError, match="-1"):
+        choice_file(write_rows(tmp_path / "t.jsonl", test_split), first=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("Answer: B", "B"), ("The answer is (c).", "C"), ("**Answer: D**", "D"), ("B", "B"), ("B. because", "B"),
+        ("(A) fever", "A"), ("A fever is likely", None), ("I do not know", None), ("Answer: A\nno, answer: B", "B"),
+        ("", None), ("Answer: E", None), ("A", "A"), ("Cats purr", None),
+    ],
+)  # fmt: skip
+def test_letters(text, letter):
+    assert chosen_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"),
+    [("Yes.", True), ("no, it is not", False), ("Well, yes", None), ("Answer: No", False), ("Yesterday", None),
+     ("unsafe", False), ("I said yes. Answer: no", False), ("", None)],
+)  # fmt: skip
+def test_yes_and_no(text, yes):
+    assert said_yes(text) is yes
+
+
+def test_labels(tmp_path):
+    rows = [{"text": f"Is {n} even?", "safe": ["unsafe", "safe", 0, True][n % 4]} for n in range(20)]
+    path = write_rows(tmp_path / "l.jsonl", rows)
+    task = yes_no_file(path, prompt_column="text", label_column="safe")
+    for episodes in all_episodes(task).values():
+        for episode in episodes:
+            number = int(episode.messages()[0]["content"].split()[1])
+            episode.answer("yes" if number % 4 in (1, 3) else "no")
+            assert episode.score == 1.0
+    with pytest.raises(InputError, match="no column 'prompt'"):
+        yes_no_file(path)
+    with pytest.raises(InputError, match="must be yes or no"):
+        yes_no_file(write_rows(tmp_path / "b.jsonl", [{"prompt": "?", "label": "perhaps"}]))
+
+
+# --- instructions -------------------------------------------------------------------------------------------
+
+GOOD = {
+    "Write in lower case letters only.": ("all small.", "Not small."),
+    "Write in capital letters only.": ("BIG!", "Big!"),
+    "Do not use any comma.": ("none here", "one, here"),
+    "Answer in exactly two sentences.": ("One. Two!", "One. Two. Three."),
+    "Answer in at most 15 words.": ("short", "word " * 16),
+    "Use exactly three bullet points, each on a line that begins with `- `.": ("- a\n- b\n- c", "- a\n- b"),
+    "End with the words `That is all.`": ("x That is all.\n", "That is all. x"),
+    "Begin with the word `Well`.": ("Well, x", "So well"),
+    'Answer with a JSON object that has the single key "text".': ('```json\n{"text": "x"}\n```', '{"text": 1, "b": 2}'),
+    "Put your whole answer in double quotation marks.": ('"x y"', '"x" y'),
+    "Do not use the letter `z` anywhere.": ("abc", "Zoo"),
+    "Use the word `river` at least twice.": ("River, river", "river rivers"),
+}
+
+
+def test_every_rule_tells_good_from_bad():
+    assert set(GOOD) == set(rules()) and len(rules()) == len(RULES)
+    for asked, (good, bad) in GOOD.items():
+        holds = rules()[asked]
+        assert holds(good), asked
+        assert not holds(bad), asked
+        assert not holds(""), asked
+
+
+# --- the rest -----------------------------------------------------------------------------------------------
+
+
+def test_final_part():
+    assert final_part("<think>a</think> b ") == "b"
+    assert final_part(" <think> a") == ""
+    assert final_part(" b ") == "b"
+    assert {split_of(str(n)) for n in range(100)} == set(SPLITS)
+
+
+@pytest.mark.parametrize("name", ["mathematics", "math", "frozen-lake:x", "choice:", ""])
+def test_unknown_tasks(name):
+    with pytest.raises(InputError, match="use one of"):
+        load_task(name)
+
+
+def test_options_and_missing_packages(monkeypatch):
+    with pytest.raises(InputError, match="colour"):
+        load_task("instructions", colour="red")
+    assert "sokoban" in TASKS
+    monkeypatch.setitem(__import__("sys").modules, "textarena", None)
+    with pytest.raises(InputError, match=r"opcd-fast\[tasks\]"):
+        load_task("sokoban")

@@ -8,6 +8,7 @@ from tiny import tiny_model, tiny_tokenizer
 from opcd_fast.config import OPCDConfig
 from opcd_fast.loss_inputs import resolve_backend
 from opcd_fast.planning.rehearsal import Job, rehearse
+from opcd_fast.token_prefix import common_prefix_length
 from opcd_fast.trainer import OPCDTrainer
 
 CONTEXT = "always answer with zzz, whatever the question may be, and never say why you do it. " * 3
@@ -34,7 +35,7 @@ def compared(case, tmp_path, monkeypatch):
     """{phase: (predicted, recorded)} of one case."""
     case = dict(case)
     teacher, vocabulary = case.pop("teacher", None), case.pop("vocabulary", 261)
-    settings = {"batch_size": 16, "max_new_tokens": 32, "steps": 3, "eval_every": 0, "dtype": "float32", **case}
+    settings = {"batch_size": 16, "max_new_tokens": 16, "rollout_batch": 16, "steps": 3, "eval_every": 0, "dtype": "float32", **case}
     config = OPCDConfig(output_dir=str(tmp_path / "run"), device="cpu", **settings)
     dtype, job, plans = getattr(torch, config.dtype), [], []
 
@@ -46,7 +47,8 @@ def compared(case, tmp_path, monkeypatch):
         trainer = OPCDTrainer(model, tiny_tokenizer(), CONTEXT, prompts, config, teacher_model=other, quiet=True)
         trainer.rollout.stop_token_ids, trainer.rollout.vocab_size = (256,), 256  # all answers have their full length
         rows = tuple((len(r.student_ids), len(r.teacher_ids), r.context_index) for r in trainer.train_rows)
-        job.append(Job(tuple(map(len, trainer.prefixes)), rows))
+        shared = common_prefix_length([r.student_ids for r in trainer.train_rows])
+        job.append(Job(tuple(map(len, trainer.prefixes)), rows, shared=shared))
         trainer.train()
 
     recorded = recorded_peaks(make_and_train, monkeypatch)

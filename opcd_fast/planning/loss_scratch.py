@@ -72,6 +72,10 @@ def loss_scratch(args: tuple[Any, ...], *, device: str, backend: str) -> int:
     of_teacher = plan.logit_rows * h_t.shape[-1] * size if not runs_native(*teacher) and h_t.dtype != dtype else 0
     of_gradient = rows * (size + (h_s.dtype.itemsize if h_s.dtype != dtype else 0)) if wanted.hidden else 0
     buffers += max(of_teacher, of_gradient)
-    if wanted.weight and dw_into is None and returned_dtype(w_s.dtype) != dtype:
-        buffers += w_s.numel() * size  # what dW is added up in, before it is rounded
+    if backend == "torch" and pitch != v:
+        buffers += plan.block_rows * v * size  # torch's softmax makes rows that are not back to back contiguous
+    kept = returned_dtype(w_s.dtype)
+    if wanted.weight and dw_into is None and kept != dtype:
+        # Added up in float32 beside these buffers; rounded, into what is counted as a result, when they are gone.
+        buffers += w_s.numel() * (size - kept.itemsize)
     return buffers + (2 * len(STATISTICS) + 2) * n * size

@@ -99,6 +99,15 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self._gone, key)
         self._note(0, "")
 
+    def elsewhere(self, x: Tensor) -> None:
+        """`x` lies in another memory: its storage does not count."""
+        self.see(x)
+        key = x.untyped_storage()._cdata
+        size, name = self._live[key]
+        self._parts[name] -= size
+        self.held -= size
+        self._live[key] = 0, name
+
     def _gone(self, key: int) -> None:
         size, name = self._live.pop(key)
         self._parts[name] -= size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import warnings
@@ -25,7 +24,7 @@ from opcd_fast.planning.four_bit import packed_by_stand_ins
 from opcd_fast.planning.gpu_attention import as_on_cuda
 from opcd_fast.planning.loss_scratch import loss_scratch
 from opcd_fast.planning.meter import Meter, Peak
-from opcd_fast.planning.rollout import rehearse_rollout
+from opcd_fast.planning.rollout import answering_model, rehearse_rollout
 from opcd_fast.records import total_weight
 from opcd_fast.teacher import ContextTeacher
 
@@ -36,13 +35,15 @@ CPU = torch.device("cpu")
 class Job:
     """What a step has to work on: numbers of tokens.
 
-    contexts: of each context's shared prefix. prompts: of every training prompt's own tokens, for student and teacher,
-    and the context it has. held_out: the same for evaluation; empty for none. Every answer is as long as it may be.
+    contexts: of each context's shared prefix. prompts: of every training prompt, for the student (whole) and for the
+    teacher (after the prefix), and the context it has. held_out: the same for evaluation; empty for none. shared:
+    tokens that all of the student's prompts begin with. Every answer is as long as it may be.
     """
 
     contexts: tuple[int, ...]
     prompts: tuple[tuple[int, int, int], ...]
     held_out: tuple[tuple[int, int, int], ...] = ()
+    shared: int = 0
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Rehearsal:
     peaks: dict[str, Peak] = field(default_factory=dict)
     path: str = ""
     """How the teacher reads its contexts."""
+    rollout_batch: int = 0
+    """Sequences generated at once; 0 when that happens elsewhere."""
     notes: tuple[str, ...] = ()
     """What about this model is not known exactly."""
 
@@ -73,11 +76,13 @@ def rehearse(
     device: str,
     dtype: torch.dtype,
     backend: str,
+    limit: int | None = None,
 ) -> Rehearsal:
     """A step of a run with these settings, as `OPCDTrainer` makes it from its second step on.
 
     student, teacher: transformers configurations, or models made of meta tensors; left as they are. device: "cuda" or
     "cpu", where the run will be; it need not be here. dtype: the compute type. backend: of the loss, resolved.
+    limit: bytes that there are, for a rollout_batch that is sized to memory.
 
     Raises InputError for settings that contradict each other, as a run would.
     """
@@ -87,9 +92,9 @@ def rehearse(
             pair = student_and_teacher(made[0], made[1], _on_cpu(config), CPU, dtype, bool(job.held_out))
         del made
         _label_weights(meter, pair)
-        run = _Step(config, job, pair, meter, device, dtype, backend)
+        run = _Step(config, job, pair, meter, device, dtype, limit)
         run.everything()
-        result = Rehearsal(meter.peaks, run.path, run.notes)
+        result = Rehearsal(meter.peaks, run.path, run.rollout_batch, run.notes)
         for phase in ("start", "other"):  # moments that no run has
             result.peaks.pop(phase, None)
     return result
@@ -187,10 +192,10 @@ class _Step:
         meter: Meter,
         device: str,
         dtype: torch.dtype,
-        backend: str,
+        limit: int | None,
     ) -> None:
         self.config, self.job, self.pair, self.meter = config, job, pair, meter
-        self.device, self.dtype, self.backend = device, dtype, backend
+        self.device, self.dtype, self.limit, self.rollout_batch = device, dtype, limit, 0
         body = seam.body_of(pair.student)
         self.path = config.teacher_path
         notes = []
@@ -212,8 +217,10 @@ class _Step:
         masters = any(p.dtype == torch.float32 for p in model.parameters()) and model is self.pair.student
         reader = ContextTeacher(
             model, contexts, path=self.path, adapter=adapter, max_prefix_bytes=self.config.max_prefix_bytes,
+            max_batch_bytes=self.config.teacher_batch_bytes, prefix_dtype=self.config.prefix_dtype,
             autocast=self.autocast if masters and self.config.teacher_mode != "frozen" else nullcontext,
         )  # fmt: skip
+        reader._choice._chosen = self.path, "rehearsed"  # checking it would need numbers
         return _Reader(reader, _head(model))
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -228,10 +235,10 @@ class _Step:
             parameter.register_post_accumulate_grad_hook(lambda p: meter.see(p.grad, "gradients"))
         self._read_contexts()
         optimizer = self._optimizer()
-        pair.student.eval()
-        rehearse_rollout(
-            meter, "rollout", pair.student, self.config, self.device, [s for s, _, _ in self._rows()], self.dtype
-        )
+        self._answers = answering_model(meter, pair.student, self.config)
+        if self.config.rollout in ("transformers", "generate", "continuous"):
+            prompts = self._ids([student for student, _, _ in self._rows()])
+            self.rollout_batch = rehearse_rollout(meter, "rollout", self._answers, self.config, prompts, self.limit)
         pair.student.train()
         optimizer.zero_grad(set_to_none=True)
         samples = self._samples(self._rows())
@@ -250,11 +257,19 @@ class _Step:
     def _read_contexts(self) -> None:
         if self.path == "concat":
             return
-        with self.meter.phase("context", "context"):
-            for prefix in self.teacher.reader.prefixes:
-                for keys, values in zip(prefix.keys, prefix.values, strict=True):
-                    self.meter.see(keys, "context KV")
-                    self.meter.see(values, "context KV")
+        meter = self.meter
+        with meter.phase("context"):
+            self.prefixes = self.teacher.reader.prefixes
+        layers = [prefix.layer(i).tensors for prefix in self.prefixes for i in range(len(prefix.keys))]
+        if self.config.prefix_device != "cpu" or self.device == "cpu":
+            for x in (x for tensors in layers for x in tensors):
+                meter.see(x, "context KV")
+            return
+        for x in (x for tensors in layers for x in tensors):
+            meter.elsewhere(x)
+        nbytes = max((sum(x.nbytes for x in tensors) for tensors in layers), default=0)
+        with meter.phase("other", "context KV"):  # two layers at a time are on the device
+            self._fetched = torch.empty(2 * nbytes // 4)
 
     def _optimizer(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=False, foreach=False)
@@ -271,12 +286,17 @@ class _Step:
         chosen = [longest[i % len(longest)] for i in range(self.config.batch_size)]
         return [row for row in chosen for _ in range(self.config.rollouts_per_prompt)]
 
+    def _ids(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Prompts that differ after what they share; those of one prompt's answers are equal."""
+        count, shared = self.config.rollouts_per_prompt, self.job.shared
+        return [[0] * min(shared, n - 1) + [1 + i // count] * (n - min(shared, n - 1)) for i, n in enumerate(lengths)]
+
     def _samples(self, rows: Sequence[tuple[int, int, int]]) -> list[Sample]:
         # Ids tell prompts from one another; nobody looks at them otherwise.
-        answers = [0] * self.config.max_new_tokens
+        answers, prompts = [0] * self.config.max_new_tokens, self._ids([student for student, _, _ in rows])
         return [
-            Sample([i // self.config.rollouts_per_prompt] * student, [0] * teacher, context, answers)
-            for i, (student, teacher, context) in enumerate(rows)
+            Sample(ids, [0] * teacher, context, answers)
+            for ids, (_, teacher, context) in zip(prompts, rows, strict=True)
         ]
 
     def _micro_batch(self, group: list[Sample], denominator: float) -> None:
@@ -303,10 +323,9 @@ class _Step:
         rows = self.job.held_out[: self.config.eval_batch]
         self.pair.student.eval()
         if self.pair.reference is not None:
-            prompts = [self.job.contexts[context] + own for _, own, context in rows]
-            rehearse_rollout(
-                self.meter, "evaluation rollout", self.pair.reference, self.config, self.device, prompts, self.dtype
-            )
+            shared = [[0] * self.job.contexts[context] for _, _, context in rows]
+            prompts = [prefix + [i] * own for i, (prefix, (_, own, _)) in enumerate(zip(shared, rows, strict=True))]
+            rehearse_rollout(self.meter, "evaluation rollout", self.pair.reference, self.config, prompts, self.limit)
         groups = list(micro_batches(self._samples(rows), self.config.micro_batch_tokens))
         reader = self._reader(self.pair.reference, self.pair.reference_adapter)
         phase = self.meter.phase

@@ -97,7 +97,8 @@ def save_checkpoint(root: Path, step: int, saved: Saved, state: dict[str, Any], 
     path = root / f"step-{step:06d}"
     write_folder(path, fill)
     for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        hidden = old.rename(old.with_name(f".{old.name}.old"))  # half of it removed would look like a checkpoint
+        shutil.rmtree(hidden, ignore_errors=True)
     return path
 
 

@@ -56,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"opcd: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("opcd: interrupted; finished checkpoints are intact, go on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        # A trainer that was stopped by a signal says what it saved, and the signal's exit status.
+        said = str(stop) or "interrupted; finished checkpoints are intact, go on with --resume"
+        print(f"opcd: {said}", file=sys.stderr)
+        return getattr(stop, "status", 130)
 
 
 def _one_line(error: Exception) -> str | None:

@@ -16,6 +16,8 @@ from opcd_fast.errors import InputError
 
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
 EMA_DECAY, SYNC_EVERY = 0.99, 10
+IMPORTANCE_CLIP = 2.0
+TRACKERS = ("tensorboard", "wandb", "trackio")  # each also the name of its package
 FULL_LEARNING_RATE = 5e-6  # the paper's (arXiv 2602.12275, searched 1e-6 ... 5e-6)
 
 # Which kinds of rollout use which settings; setting another one is an error.
@@ -158,6 +160,26 @@ class OPCDConfig:
     """Checkpoint every so many steps, and after the last; 0: only after the last."""
     keep_checkpoints: int = 2
     """Older checkpoints are removed."""
+    save_best: bool = False
+    """Keep the weights of the best evaluation in best/, ready to load."""
+    best_by: str = "kl"
+    """What is best, for save_best and early stopping: "kl" (held-out, on the student's own answers, lowest),
+    "fixed_kl" (on the teacher's) or "score" (of the scorer, highest)."""
+    early_stop_patience: int = 0
+    """Stop after so many evaluations in a row without an improvement larger than early_stop_delta; 0: never."""
+    early_stop_delta: float | None = None
+    """What counts as an improvement, in units of best_by. None: the standard error of the evaluation."""
+    scorer: str | None = None
+    """Your own measure of held-out answers, "module:function": (messages, answer, row) -> number, higher is better."""
+    importance_correction: str = "none"
+    """Where the sampler's probabilities differ from the trainer's: "none", or weigh tokens by the ratio of what comes
+    before them ("token"), or answers by their whole ratio ("sequence"). See docs/training.md."""
+    importance_clip: float = IMPORTANCE_CLIP
+    """Upper bound of importance_correction's weights."""
+    trackers: tuple[str, ...] = ()
+    """Where numbers are sent besides metrics.jsonl: "tensorboard", "wandb", "trackio"."""
+    plots: bool = True
+    """Draw kl.png, seconds.png and answers.png at each evaluation and at the end."""
     seed: int = 0
     """Fixes prompt order, answers and initial adapter."""
     resume: bool = False
@@ -185,7 +207,7 @@ class OPCDConfig:
 
         for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "eval_batch"):
             at_least(name, 1)
-        for name in ("lora_rank", "eval_every", "save_every", "seed"):
+        for name in ("lora_rank", "eval_every", "save_every", "seed", "early_stop_patience"):
             at_least(name, 0)
         at_least("keep_checkpoints", 1)
         bounds = ("micro_batch_tokens", "workspace_bytes", "max_prefix_bytes", "teacher_batch_bytes", "rollout_batch")
@@ -219,6 +241,7 @@ class OPCDConfig:
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")
         one_of("loss_backend", "auto", "triton", "native", "torch")
+        self._check_running(one_of, within)
         one_of("teacher_path", "auto", "merge", "pad", "mask", "concat")
         if self.prefix_dtype is not None:
             one_of("prefix_dtype", "float8_e4m3fn")
@@ -230,6 +253,30 @@ class OPCDConfig:
         self._check_rollout(one_of, at_least, within)
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
+
+    def _check_running(self, one_of: Any, within: Any) -> None:
+        one_of("best_by", "kl", "fixed_kl", "score")
+        one_of("importance_correction", "none", "token", "sequence")
+        within("importance_clip", 0, 1e9, open_low=True)
+        if self.early_stop_delta is not None:
+            within("early_stop_delta", 0, 1e9)
+            if not self.early_stop_patience:
+                raise InputError("early_stop_delta is set, but early_stop_patience is 0; set it, or drop the delta")
+        chooses = self.save_best or self.early_stop_patience
+        if self.best_by != "kl" and not chooses:
+            raise InputError(f"best_by={self.best_by!r} chooses nothing; set save_best or early_stop_patience")
+        if chooses and not self.eval_every:
+            raise InputError("save_best and early_stop_patience need held-out evaluations; set eval_every")
+        if self.importance_correction == "none" and self.importance_clip != IMPORTANCE_CLIP:
+            raise InputError("importance_clip is set, but importance_correction is 'none'; drop one of them")
+        if self.importance_correction != "none" and self.top_p < 1:
+            raise InputError(
+                f"importance_correction={self.importance_correction!r} needs top_p=1: with top_p={self.top_p} answers "
+                "come from a truncated distribution on purpose"
+            )
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise InputError(f"trackers: {name!r} is not available; use {', '.join(map(repr, TRACKERS))}")
 
     def _check_rollout(self, one_of: Any, at_least: Any, within: Any) -> None:
         one_of("rollout", "transformers", "generate", "continuous", "server", "vllm", "replay")

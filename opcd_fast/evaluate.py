@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from opcd_fast.batch import Sample, micro_batches, pack
+from opcd_fast.intervals import mean_and_error
 from opcd_fast.objective import Teacher, context_kl
 from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.rollout import Completion
@@ -29,10 +30,12 @@ def divergence(
 
     Returns:
         kl: mean over sequences of the mean token KL(student || teacher), nats;
+        kl_error: standard error of that mean;
         kl_per_token: mean over all tokens, nats;
         top1_agreement: share of tokens where both models' most probable token is the same.
     """
-    by_sequence = by_token = agreement = 0.0
+    by_token = agreement = 0.0
+    by_sequence: list[float] = []
     tokens = 0
     was_training = student.training
     student.eval()
@@ -48,14 +51,17 @@ def divergence(
                 compute_dtype=compute_dtype,
                 **loss_options,
             )
-            by_sequence += float((stats.token_kl * batch.token_weights).sum())
+            lengths = batch.response_cu_seqlens.diff().tolist()
+            by_sequence += [float(answer.sum()) for answer in (stats.token_kl * batch.token_weights).split(lengths)]
             by_token += float(stats.token_kl.sum())
             agreement += float(stats.top1_agreement.float().sum())
             tokens += batch.response_ids.numel()
     finally:
         student.train(was_training)
+    kl, error = mean_and_error(by_sequence)
     return {
-        "kl": by_sequence / len(samples),
+        "kl": kl,
+        "kl_error": error,
         "kl_per_token": by_token / tokens,
         "top1_agreement": agreement / tokens,
     }

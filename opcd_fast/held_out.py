@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,7 +10,7 @@ from opcd_fast.batch import Sample
 from opcd_fast.evaluate import divergence, samples_of
 from opcd_fast.objective import Teacher
 from opcd_fast.rendering import RenderedPrompt
-from opcd_fast.rollout import Rollout
+from opcd_fast.rollout import Completion, Rollout
 from opcd_fast.run_folder import RunFolder
 
 
@@ -44,11 +44,13 @@ def held_out_record(
     sampling: Mapping[str, Any],
     student: Any,
     reference: Teacher,
+    *,
+    score: Callable[[Sequence[Completion]], Mapping[str, float]] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Divergence of `student` from `reference` on its own answers (`own_…`) and on `fixed` ones (`fixed_…`).
 
-    options: those of `evaluate.divergence`.
+    score: more numbers about its own answers. options: those of `evaluate.divergence`.
     """
     answers = rollout.generate([row.student_ids for row in rows], **sampling)
     record: dict[str, Any] = {"step": step, "kind": "evaluation"}
@@ -56,12 +58,22 @@ def held_out_record(
         measured = divergence(samples, student, reference, **options)
         record.update({f"{name}_{key}": value for key, value in measured.items()})
     record["response_length"] = sum(len(answer.token_ids) for answer in answers) / len(answers)
+    if score is not None:
+        record.update(score(answers))
     return record
 
 
 def in_words(record: Mapping[str, Any]) -> str:
     """One line for the display."""
-    return (
+    line = (
         f"held-out after step {record['step']}: KL {record['own_kl']:.4f} on its own answers, "
         f"{record['fixed_kl']:.4f} on the teacher's; top-1 agreement {record['own_top1_agreement']:.1%}"
     )
+    if "score" in record:
+        line += f"; score {record['score']:.3f} ({record['score_low']:.3f} to {record['score_high']:.3f})"
+    return line
+
+
+def mean_length(samples: Sequence[Sample]) -> float | None:
+    """Tokens of an answer; None without any."""
+    return sum(len(sample.response) for sample in samples) / len(samples) if samples else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from opcd_fast.errors import InputError
@@ -27,6 +27,9 @@ class Prompt:
     """JSON schemas, for templates that show tools to the model."""
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Variables of the chat template, such as enable_thinking; they win over those of the run."""
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The data row that it came from, all columns (of a `datasets.Dataset`: those that prompts are made of); empty for
+    a bare string or list of messages."""
 
 
 def checked_messages(value: Any, where: str) -> list[Message]:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from opcd_fast.batch import Batch
+from opcd_fast.errors import InputError
 from opcd_fast.heads import LMHead
-from opcd_fast.loss import LossStats, fused_linear_divergence
+from opcd_fast.importance import Drift, importance_weights, trainer_logprobs
+from opcd_fast.loss import LossStats, fused_linear_divergence, fused_linear_logprobs
 from opcd_fast.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.timing import Stopwatch
@@ -45,6 +47,9 @@ def context_kl(
     divergence: Mapping[str, Any] = REVERSE_KL,
     student_head: LMHead | None = None,
     stopwatch: Stopwatch | None = None,
+    drift: Drift | None = None,
+    correction: str = "none",
+    clip: float = 1.0,
 ) -> tuple[Tensor, LossStats]:
     """sum(w * KL(student || teacher)) / denominator over the batch's response tokens, and its statistics.
 
@@ -58,6 +63,9 @@ def context_kl(
         autocast: makes the context of the student's forward when its weights are fp32 masters.
         student_head: where the caller has it already; None looks at the student.
         divergence: another one than the reverse KL, as keywords of `fused_linear_divergence`.
+        drift: where to add how far the sampler's log-probabilities are from the student's, if the batch has them.
+        correction: "token" or "sequence" multiplies the weights by `importance_weights` with bound `clip`; that takes
+            one more product with the head, and log-probabilities in the batch (InputError without).
     Returns:
         scalar loss, LossStats with (N,) fields.
     """
@@ -73,12 +81,23 @@ def context_kl(
         h_s = _student_hidden_states(student, batch)  # (N, D_s)
     with watch("loss"):
         head_s, head_t = _same_vocabulary(student_head or LMHead.from_model(student), teacher.head)
-        return fused_linear_divergence(
-            h_s.to(compute_dtype),
-            _cast(head_s, compute_dtype),
+        h_s, head_s = h_s.to(compute_dtype), _cast(head_s, compute_dtype)
+        weights, logprobs, factors = batch.token_weights, None, None
+        if correction != "none":
+            if batch.behaviour_logprobs is None:
+                raise InputError("importance_correction: the sampler gives no log-probabilities; set it to 'none'")
+            options: dict[str, Any] = {"workspace_bytes": workspace_bytes, "backend": backend}
+            with torch.no_grad():
+                logprobs = fused_linear_logprobs(h_s, head_s, batch.response_ids, temperature=temperature, **options)
+            behaviour = batch.behaviour_logprobs
+            factors = importance_weights(logprobs, behaviour, batch.response_cu_seqlens, correction, clip)
+            weights = weights * factors
+        loss, stats = fused_linear_divergence(
+            h_s,
+            head_s,
             h_t.to(compute_dtype),
             _cast(head_t, compute_dtype),
-            token_weights=batch.token_weights,
+            token_weights=weights,
             temperature=temperature,
             denominator=denominator,
             workspace_bytes=workspace_bytes,
@@ -86,6 +105,11 @@ def context_kl(
             backend=backend,
             **divergence,
         )
+        if drift is not None and batch.behaviour_logprobs is not None and head_s.group is None:
+            if logprobs is None:
+                logprobs = trainer_logprobs(h_s, head_s, batch.response_ids, stats.student_logsumexp, temperature)
+            drift.add(logprobs, batch.behaviour_logprobs, factors)
+        return loss, stats
 
 
 def _student_hidden_states(student: Any, batch: Batch) -> Tensor:

@@ -67,6 +67,7 @@ def _prompt_from_row(row: Any, where: str, prompt_column: str | None, drop_last_
         return row
     more: dict[str, Any] = {}
     if isinstance(row, Mapping):
+        more["row"] = row
         raw = row.get("privileged_context")
         if raw is not None:
             more["privileged_context"] = _own_context(raw, f"{where} privileged_context")

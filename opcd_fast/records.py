@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opcd_fast.batch import Sample
+from opcd_fast.importance import Drift
 
 
 def total_weight(samples: Sequence[Sample], normalize: str) -> float:
@@ -20,6 +21,7 @@ def step_record(
     answers: Sequence[Any],
     statistics: Sequence[Any],
     seconds: dict[str, float],
+    drift: Drift,
 ) -> dict[str, Any]:
     tokens = sum(len(sample.response) for sample in samples)
     agreement = sum(float(stats.top1_agreement.float().sum()) for stats in statistics)
@@ -36,6 +38,7 @@ def step_record(
         "response_tokens": tokens,
         "response_length": tokens / len(samples),
         "finished": sum(answer.finished for answer in answers) / len(answers),
+        **drift.record(),
         "tokens_per_second": tokens / sum(seconds.values()),
         "seconds": {part: round(value, 4) for part, value in seconds.items()},
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from typing import Any
 from opcd_fast import checkpoint
 from opcd_fast.batch import Sample
 from opcd_fast.errors import InputError
+
+BEST = "best.json"
+SCRATCH = (
+    ".step-", ".final.", ".best.", ".config.json.", ".metrics.", ".eval_fixed.", ".kl.png.", ".seconds.png.",
+    ".answers.png.",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -27,6 +34,7 @@ class RunFolder:
         self.resume = resume
         self._metrics = self.path / "metrics.jsonl"
         self._checkpoints = self.path / "checkpoints"
+        self._saved: int | None = None
         found = bool(checkpoint.list_checkpoints(self._checkpoints))
         if not resume and (found or (self.path / "final").exists()):
             raise InputError(f"output_dir={str(path)!r} already holds a run; use resume, or choose another folder")
@@ -39,6 +47,7 @@ class RunFolder:
         self.clear_leftovers()
         for name in ("metrics.jsonl", "eval_fixed.json", "rollout.json"):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "best", ignore_errors=True)
         self.write_config(config)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -48,7 +57,7 @@ class RunFolder:
         """Remove what a killed run was writing."""
         for folder in (self.path, self._checkpoints):
             for scratch in folder.glob(".*"):
-                if scratch.name.startswith((".step-", ".final.", ".config.json.", ".metrics.", ".eval_fixed.")):
+                if scratch.name.startswith(SCRATCH):
                     shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -59,7 +68,23 @@ class RunFolder:
             raise InputError(f"cannot write {str(self._metrics)!r}: {error.strerror or error}") from error
 
     def save(self, step: int, saved: checkpoint.Saved, identity: dict[str, Any], keep: int) -> None:
+        """A checkpoint of `step`, unless the last one is that already. The records before it are on the disk first."""
+        if self._saved == step:
+            return
+        if self._metrics.exists():
+            with open(self._metrics, "rb") as file:
+                os.fsync(file.fileno())
         checkpoint.save_checkpoint(self._checkpoints, step, saved, {"identity": identity}, keep)
+        self._saved = step
+
+    def save_best(self, record: Mapping[str, Any], fill: Callable[[Path], None]) -> None:
+        """Replace best/ by what `fill` writes, and note the evaluation it goes back to in best.json."""
+
+        def fill_and_note(folder: Path) -> None:
+            fill(folder)
+            (folder / BEST).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
+
+        checkpoint.write_folder(self.path / "best", fill_and_note)
 
     def restore(self, identity: Mapping[str, Any]) -> tuple[int, checkpoint.Saved, list[dict[str, Any]]]:
         """Step and contents of the newest checkpoint, and the records up to it.
@@ -78,6 +103,7 @@ class RunFolder:
         self.clear_leftovers()
         kept = [record for record in self._records() if record["step"] <= state["step"]]
         checkpoint.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        self._saved = state["step"]
         return state["step"], saved, kept
 
     def _records(self) -> list[dict[str, Any]]:

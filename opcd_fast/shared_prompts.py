@@ -10,6 +10,7 @@ the same in all of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,8 +21,23 @@ from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import refuses_sharing
+from opcd_fast.errors import InputError
 from opcd_fast.student import check_fits, forward_on_row, packed_hidden_states, say_once
 from opcd_fast.tree_attention import TreeCall, TreeRow, tree_row
+
+logger = logging.getLogger("opcd_fast")
+
+
+def shares_prompts(model: nn.Module, asked: bool | None, answers: int) -> bool:
+    """Whether training reads a prompt of `answers` answers once. Raises InputError where that is asked for in vain."""
+    if not (answers > 1 if asked is None else asked):
+        return False
+    reason = refuses_sharing(seam.body_of(model), training=True)
+    if reason is not None and asked:
+        raise InputError(f"share_prompts=True: {reason}; leave it out")
+    if reason is not None:
+        logger.warning("student: every answer has its own copy of the prompt, because %s", reason)
+    return reason is None
 
 
 def shared_prompt_hidden_states(

@@ -2,73 +2,59 @@
 
 Each step: the student answers prompts without the context; the teacher, which sees the context, and the student
 score every token of those answers; the student's weights move down the full-vocabulary reverse KL to the teacher
-(arXiv 2602.12275, Eq. 1). `OPCDTrainer.train` is the method; everything above it prepares, everything below it
-keeps records.
+(arXiv 2602.12275, Eq. 1). `OPCDTrainer._train_step` is the method; everything above it prepares and repeats it,
+everything below it keeps records.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opcd_fast import checkpoint
+from opcd_fast import best, checkpoint
 from opcd_fast import transformers_seam as seam
 from opcd_fast.acceleration import make_accelerator
-from opcd_fast.architectures import refuses_sharing
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.config import OPCDConfig
-from opcd_fast.errors import InputError
 from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
-from opcd_fast.held_out import fixed_sequences, held_out_record, in_words
+from opcd_fast.health import check_finite
+from opcd_fast.held_out import fixed_sequences, held_out_record, mean_length
+from opcd_fast.importance import Drift
+from opcd_fast.interruption import Interrupted, Interruption
+from opcd_fast.journal import Journal, TrainResult
 from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
 from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress
+from opcd_fast.prompt_order import prompts_of_step
 from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
+from opcd_fast.run_identity import identity
+from opcd_fast.scorer import HeldOutScore, Scorer
 from opcd_fast.seeds import digest, seeded, stream_seed
+from opcd_fast.shared_prompts import shares_prompts
+from opcd_fast.snapshots import Snapshots
 from opcd_fast.teachers import Teachers
 from opcd_fast.timing import Stopwatch
+from opcd_fast.tracking import Trackers, check_installed
 
-logger = logging.getLogger("opcd_fast")
-
-# Settings that may change between a run and its continuation without changing the steps already made.
-FREE_ON_RESUME = (
-    "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
-    "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts", "teacher_device", "rollout_url",
-    "rollout_timeout", "rollout_tries", "rollout_concurrency", "rollout_gpu_share",
-)  # fmt: skip
+__all__ = ["OPCDTrainer", "TrainResult"]
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
-
-
-@dataclass
-class TrainResult:
-    """What a run did. `history` has one record per step, `evaluations` one per held-out evaluation."""
-
-    output_dir: str
-    steps: int
-    seconds: float
-    history: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
 class OPCDTrainer:
@@ -83,7 +69,9 @@ class OPCDTrainer:
         teacher_model: another model as the teacher (same tokenizer). None: the model itself, see `teacher_mode`.
         eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
         teacher_tokenizer: checked against `tokenizer` when given.
-        callbacks: called as `callback(record)` with each step's record.
+        callbacks: called as `callback(record)` with each step's and each evaluation's record.
+        scorer: your own measure of held-out answers, see `opcd_fast.scorer.Scorer`; also by name, in `config`.
+        trackers: accelerate `GeneralTracker` objects, besides those named in `config`.
         quiet: no display; the metrics file is written all the same.
     Raises:
         InputError: anything that cannot work, before anything is written.
@@ -101,6 +89,8 @@ class OPCDTrainer:
         eval_prompts: str | Path | Iterable[Any] | None = None,
         teacher_tokenizer: Any = None,
         callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+        scorer: Scorer | None = None,
+        trackers: Sequence[Any] = (),
         quiet: bool = False,
     ) -> None:
         self.config = config = config or OPCDConfig()
@@ -108,6 +98,7 @@ class OPCDTrainer:
         self.callbacks = tuple(callbacks)
         self.quiet = quiet
         self.device = pick_device(config.device)
+        check_installed(config.trackers)
         self.folder = RunFolder(config.output_dir, config.resume)
         read = [read_prompts(prompts, **config.columns())]
         if eval_prompts is not None:
@@ -118,6 +109,10 @@ class OPCDTrainer:
         self.train_rows = rendered[0].rows
         self.held_out_rows = rendered[1].rows if len(rendered) > 1 else ()
         self.eval_rows = self.held_out_rows[: config.eval_batch]
+        evaluates = bool(self.eval_rows and config.eval_every)
+        scored = groups[-1][: config.eval_batch] if evaluates else ()
+        self._score = HeldOutScore.make(scorer, config.scorer, tokenizer, scored)
+        best.check_measured(config, evaluates, self._score is not None)
         check_lengths(
             (*self.train_rows, *self.held_out_rows),
             self.prefixes,
@@ -128,12 +123,14 @@ class OPCDTrainer:
 
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
-        evaluates = bool(self.eval_rows and config.eval_every)
         pair = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype, evaluates)
         self.model = pair.student
-        self.share_prompts = _shares_prompts(self.model, config)
+        self.share_prompts = shares_prompts(self.model, config.share_prompts, config.rollouts_per_prompt)
         vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)
-        self.accelerator = make_accelerator(self.device, self.compute_dtype)
+        log_with = (*config.trackers, *trackers)
+        self.accelerator = make_accelerator(
+            self.device, self.compute_dtype, log_with, self.folder.path / "tensorboard"
+        )
         self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
         self.teacher = self.teachers.teacher
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
@@ -162,98 +159,102 @@ class OPCDTrainer:
                 fused=self.device.type == "cuda",
             )
         )
+        self.snapshots = Snapshots(
+            self.folder, self.parameters, self.optimizer, self.teachers, self._identity, config.keep_checkpoints
+        )
 
     # ------------------------------------------------------------------------------------------ the method
 
     def train(self) -> TrainResult:
-        """Run (or go on with) the configured number of steps. Returns the records of all steps, old ones included."""
-        config, started = self.config, time.perf_counter()
-        first, result = self._start_or_resume()
-        fixed = self._fixed_sequences()
-        progress = Progress(config.steps, first, self.quiet)
-        try:
-            if first == 0:
-                self._evaluate(0, fixed, result, progress)
-            self.model.train()
+        """Run (or go on with) the configured number of steps. Returns the records of all steps, old ones included.
+
+        Ctrl-C and SIGTERM save a checkpoint of the last whole step and raise `Interrupted` (a KeyboardInterrupt).
+        """
+        started = time.perf_counter()
+        step, journal = self._start_or_resume()
+        with journal, Interruption() as interruption:
+            try:
+                with interruption.abandonable():
+                    fixed = self._fixed_sequences()
+                    journal.teacher_length = mean_length(fixed)
+                self._evaluate(step, fixed, journal, interruption)  # before training, or where a run was stopped
+                if step:
+                    self._keep(step, journal)  # best/, where a run was killed before it
+                self.model.train()
+                while step < self.config.steps and not journal.enough:
+                    record = self._train_step(step, interruption)
+                    step += 1
+                    journal.step(record)
+                    self._evaluate(step, fixed, journal, interruption)
+                    self._keep(step, journal)  # after the evaluation: a checkpoint has all records up to it
+            except Interrupted as signal:
+                self.snapshots.save(step)
+                raise Interrupted(signal.number, f"stopped; step {step} is saved, go on with --resume") from None
+            finally:
+                self.model.eval()
+            self.save(Path(self.config.output_dir) / "final")
+            return journal.finish(step, time.perf_counter() - started)
+
+    def _train_step(self, step: int, interruption: Interruption) -> dict[str, Any]:
+        """The method: optimizer step number `step` + 1, and its record."""
+        config, watch, drift = self.config, Stopwatch(self.device), Drift()
+        rows = self._prompts_of(step)
+        with interruption.abandonable():  # the weights are still those of the last step
+            with watch("rollout"):  # the student answers, without the context
+                self.rollout.sync(self.model)
+                answers = self.rollout.generate(
+                    [row.student_ids for row in rows], **self._sampling("rollout", step)
+                )
+            samples = samples_of(rows, answers)
+
+            loss, statistics = 0.0, []
+            denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
             student_head = LMHead.from_model(self.model)
-            for step in range(first, config.steps):
-                watch = Stopwatch(self.device)
-                rows = self._prompts_of(step)
-
-                with watch("rollout"):  # the student answers, without the context
-                    self.rollout.sync(self.model)
-                    answers = self.rollout.generate(
-                        [row.student_ids for row in rows], **self._sampling("rollout", step)
+            self.optimizer.zero_grad(set_to_none=True)
+            with seeded(stream_seed(config.seed, "dropout", step), self.device):
+                for group in micro_batches(samples, config.micro_batch_tokens, share_prompts=self.share_prompts):
+                    part, stats = context_kl(  # teacher with context, student without
+                        pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
+                        self.model,
+                        self.teacher,
+                        denominator=denominator,
+                        stopwatch=watch,
+                        student_head=student_head,
+                        drift=drift,
+                        divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
+                        correction=config.importance_correction,
+                        clip=config.importance_clip,
+                        **self._loss_options(),
                     )
-                samples = samples_of(rows, answers)
+                    with watch("backward"):
+                        self.accelerator.backward(part)
+                    loss += float(part.detach())
+                    statistics.append(stats)
 
-                loss, statistics = 0.0, []
-                denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
-                self.optimizer.zero_grad(set_to_none=True)
-                with seeded(stream_seed(config.seed, "dropout", step), self.device):
-                    for group in micro_batches(samples, config.micro_batch_tokens, share_prompts=self.share_prompts):
-                        part, stats = context_kl(  # teacher with context, student without
-                            pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
-                            self.model,
-                            self.teacher,
-                            denominator=denominator,
-                            stopwatch=watch,
-                            student_head=student_head,
-                            divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
-                            **self._loss_options(),
-                        )
-                        with watch("backward"):
-                            self.accelerator.backward(part)
-                        loss += float(part.detach())
-                        statistics.append(stats)
-
-                with watch("optimizer"):
-                    limit = config.max_grad_norm or math.inf
-                    norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
-                    _check_finite(step + 1, loss, norm)  # before the weights are touched
-                    self.optimizer.step()
-                    self.teachers.after_step(step + 1)
-
-                record = step_record(step + 1, loss, norm, samples, answers, statistics, watch.seconds)
-                self._log(record, result.history)
-                progress.step(loss, record["tokens_per_second"])
-                last = step + 1 == config.steps
-                if config.eval_every and (last or (step + 1) % config.eval_every == 0):
-                    self._evaluate(step + 1, fixed, result, progress)
-                if last or (config.save_every and (step + 1) % config.save_every == 0):
-                    self._save_checkpoint(step + 1)  # after the evaluation: a checkpoint has all records up to it
-        finally:
-            progress.close()
-            self.model.eval()
-        self.save(Path(config.output_dir) / "final")
-        result.steps, result.seconds = config.steps, time.perf_counter() - started
-        return result
+        with watch("optimizer"):
+            limit = config.max_grad_norm or math.inf
+            norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
+            check_finite(step + 1, loss, norm)  # before the weights are touched
+            self.optimizer.step()
+            self.teachers.after_step(step + 1)
+        return step_record(step + 1, loss, norm, samples, answers, statistics, watch.seconds, drift)
 
     def save(self, path: str | Path) -> None:
         """Write the trained weights (the adapter, or the whole model) and the tokenizer; whole or not at all."""
+        checkpoint.write_folder(Path(path), self._write_weights)
 
-        def fill(folder: Path) -> None:
-            model = self.accelerator.unwrap_model(self.model)
-            # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
-            options = {"save_embedding_layers": False} if is_peft(model) else {}
-            model.save_pretrained(folder, save_function=self.accelerator.save, **options)
-            self.tokenizer.save_pretrained(folder)
-
-        checkpoint.write_folder(Path(path), fill)
+    def _write_weights(self, folder: Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
+        options = {"save_embedding_layers": False} if is_peft(model) else {}
+        model.save_pretrained(folder, save_function=self.accelerator.save, **options)
+        self.tokenizer.save_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------ steps and records
 
     def _prompts_of(self, step: int) -> list[RenderedPrompt]:
-        """The step's prompts: every epoch is a fresh permutation, and any step can be computed on its own."""
-        rows, count = [], self.config.batch_size
-        orders: dict[int, list[int]] = {}
-        for index in range(step * count, (step + 1) * count):
-            epoch, place = divmod(index, len(self.train_rows))
-            if epoch not in orders:
-                generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "order", epoch))
-                orders[epoch] = torch.randperm(len(self.train_rows), generator=generator).tolist()
-            rows += [self.train_rows[orders[epoch][place]]] * self.config.rollouts_per_prompt
-        return rows
+        config = self.config
+        return prompts_of_step(self.train_rows, step, config.batch_size, config.rollouts_per_prompt, config.seed)
 
     def _sampling(self, purpose: str, index: int) -> dict[str, Any]:
         config = self.config
@@ -273,19 +274,20 @@ class OPCDTrainer:
             "autocast": self.accelerator.autocast,
         }
 
-    def _evaluate(self, step: int, fixed: list[Sample], result: TrainResult, progress: Progress) -> None:
-        """Against the teacher's first weights, whatever the teacher has become."""
-        if not fixed:
+    def _evaluate(self, step: int, fixed: list[Sample], journal: Journal, interruption: Interruption) -> None:
+        """Where one is due and not made: against the teacher's first weights, whatever the teacher has become."""
+        due = fixed and (step == self.config.steps or step % self.config.eval_every == 0)
+        if not due or any(record["step"] == step for record in journal.evaluations):
             return
-        self.eval_rollout.sync(self.model)
         assert self.teachers.reference is not None
-        record = held_out_record(
-            step, self.eval_rows, fixed, self.eval_rollout, self._sampling("evaluation", 0), self.model,
-            self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
-            **self._loss_options(),
-        )  # fmt: skip
-        self._log(record, result.evaluations)
-        progress.note(in_words(record))
+        with interruption.abandonable():
+            self.eval_rollout.sync(self.model)
+            record = held_out_record(
+                step, self.eval_rows, fixed, self.eval_rollout, self._sampling("evaluation", 0), self.model,
+                self.teachers.reference, score=self._score, device=self.device,
+                micro_batch_tokens=self.config.micro_batch_tokens, **self._loss_options(),
+            )  # fmt: skip
+        journal.evaluation(record)
 
     def _fixed_sequences(self) -> list[Sample]:
         if not self.eval_rows or not self.config.eval_every:
@@ -293,60 +295,36 @@ class OPCDTrainer:
         sampling, first = self._sampling("fixed", 0), self.base_weights()
         return fixed_sequences(self.folder, self.eval_rows, self.prefixes, self.teacher_rollout, first, sampling)
 
-    def _start_or_resume(self) -> tuple[int, TrainResult]:
-        result = TrainResult(self.config.output_dir, 0, 0.0)
-        if not self.config.resume:
+    def _keep(self, step: int, journal: Journal) -> None:
+        """Save what is due. Weights go to best/ only after a checkpoint of the same step: whenever a run is killed, its
+        checkpoint knows the step of best/, or is of that step itself and can write it again."""
+        config = self.config
+        last = step == config.steps or journal.enough
+        is_best = config.save_best and journal.best_step == step
+        if last or is_best or (config.save_every and step % config.save_every == 0):
+            self.snapshots.save(step)
+        if is_best:
+            self.folder.save_best(journal.evaluations[-1], self._write_weights)
+
+    def _start_or_resume(self) -> tuple[int, Journal]:
+        config, step = self.config, 0
+        records: list[dict[str, Any]] = []
+        if config.resume:
+            step, records = self.snapshots.restore(config.steps)
+            self.folder.write_config(asdict(config))
+        else:
             check_context_matters(self.train_rows, *self.teachers.first_weights(), **self._loss_options())
-            self.folder.start(asdict(self.config))
-            return 0, result
-        step, saved, records = self.folder.restore(self._identity)
-        if step > self.config.steps:
-            raise InputError(f"resume: the run has made {step} steps already, steps={self.config.steps}; give more")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(saved.weights[name])
-        self.optimizer.load_state_dict(saved.optimizer)
-        self.teachers.restore(saved.teacher)
-        self.folder.write_config(asdict(self.config))
-        result.history = [record for record in records if record["kind"] == "step"]
-        result.evaluations = [record for record in records if record["kind"] == "evaluation"]
-        return step, result
+            self.folder.start(asdict(config))
+        trackers = Trackers(self.accelerator, self.folder.path, asdict(config), step)
+        progress = Progress(config.steps, step, self.quiet)
+        return step, Journal(self.folder, config, records, progress, trackers, self.callbacks)
 
-    @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What a continued run must share with its beginning, as JSON values."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
         rows = [[row.student_ids, row.teacher_ids, row.context_index] for row in (*self.train_rows, *self.eval_rows)]
-        settings["prompts and context"] = digest([rows, self.prefixes])
-        settings["the model's or teacher's first weights"] = digest(self._weights)
-        settings["compute type"] = str(self.compute_dtype)
-        return json.loads(json.dumps(settings))
-
-    def _save_checkpoint(self, step: int) -> None:
-        saved = checkpoint.Saved(self.parameters, self.optimizer.state_dict(), self.teachers.state())
-        self.folder.save(step, saved, self._identity, self.config.keep_checkpoints)
-
-    def _log(self, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        records.append(record)
-        self.folder.log(record)
-        for callback in self.callbacks:
-            callback(record)
-
-
-def _shares_prompts(model: Any, config: OPCDConfig) -> bool:
-    if not (config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts):
-        return False
-    reason = refuses_sharing(seam.body_of(model), training=True)
-    if reason is not None and config.share_prompts:
-        raise InputError(f"share_prompts=True: {reason}; leave it out")
-    if reason is not None:
-        logger.warning("student: every answer has its own copy of the prompt, because %s", reason)
-    return reason is None
-
-
-def _check_finite(step: int, loss: float, norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise InputError(
-            f"loss is {loss} and gradient norm {norm} at step {step}; the weights of the last checkpoint are intact: "
-            "lower learning_rate (OPCD_CHECK=1 names the first bad row)"
-        )
+        facts = {
+            "prompts and context": digest([rows, self.prefixes]),
+            "the model's or teacher's first weights": digest(self._weights),
+            "compute type": str(self.compute_dtype),
+            "scorer": None if self._score is None else self._score.name,
+        }
+        return identity(self.config, facts)

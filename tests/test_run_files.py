@@ -5,8 +5,8 @@ import torch
 
 from opcd_fast import checkpoint
 from opcd_fast.errors import InputError
-from opcd_fast.plots import plot_kl
-from opcd_fast.progress import Progress
+from opcd_fast.plots import plot_run
+from opcd_fast.progress import Progress, seconds_by_part
 from opcd_fast.run_folder import RunFolder
 
 
@@ -59,21 +59,54 @@ def test_a_killed_run_may_leave_half_a_line(tmp_path):
         RunFolder(tmp_path / "run", resume=True).restore({"seed": 1})
 
 
-def test_progress_outside_a_terminal_is_plain_lines(capsys):
-    progress = Progress(total=3, done=1)
-    progress.step(0.5, 100.0)
-    progress.note("held-out")
-    progress.step(0.25, 120.0)
+def record_of(loss, step=1, speed=100.0):
+    return {
+        "step": step, "kind": "step", "loss": loss, "kl_per_token": loss / 2, "tokens_per_second": speed,
+        "response_length": 9.0, "student_entropy": 1.5, "seconds": {"rollout": 3.0, "teacher": 1.0},
+    }  # fmt: skip
+
+
+def test_progress_outside_a_terminal_is_plain_lines(capsys, monkeypatch):
+    clock = iter([0.0, 100.0, 110.0, 130.0])
+    monkeypatch.setattr("opcd_fast.progress.time.perf_counter", lambda: next(clock))
+    progress = Progress(total=6, done=1)
+    progress.step(record_of(0.5))
+    progress.evaluation("held-out", {"step": 2, "own_kl": 1.0})
+    progress.step(record_of(0.25, speed=120.0))
+    progress.step(record_of(0.125))
     progress.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 2/3  loss 0.5000  100 tokens/s") and lines[1] == "held-out"
-    assert lines[2].startswith("step 3/3  loss 0.2500") and "\x1b" not in "".join(lines)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 2/6  loss 0.5000  KL 0.2500  100 tokens/s",
+        "held-out",
+        "step 3/6  loss 0.2500  KL 0.1250  120 tokens/s  0:30 left",  # the first step, of 100 s, says nothing
+        "step 4/6  loss 0.1250  KL 0.0625  100 tokens/s  0:30 left",
+    ]
 
 
-def test_plot_is_a_picture(tmp_path):
-    history = [{"step": i, "loss": 1.0 / i} for i in range(1, 9)]
-    plot_kl(tmp_path / "kl.png", history, [{"step": 0, "own_kl": 1.0, "fixed_kl": 2.0}, {"step": 8, "own_kl": 0.1}])
-    assert (tmp_path / "kl.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+def test_the_end_tells_where_the_time_went():
+    line = seconds_by_part([record_of(1.0), {**record_of(1.0), "seconds": {"rollout": 5.0, "teacher": 1.0}}])
+    assert line == "seconds a step: 5.00 = rollout 4.00 (80%) + teacher 1.00 (20%)"
+
+
+def test_plots_are_pictures_of_what_they_say(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    stacked, drawn = [], []
+    stack, plot = Axes.stackplot, Axes.plot
+    monkeypatch.setattr(Axes, "stackplot", lambda self, *a, **k: stacked.append(a) or stack(self, *a, **k))
+    lines = lambda self, *a, **k: drawn.append([list(v) for v in a[:2]]) or plot(self, *a, **k)  # noqa: E731
+    monkeypatch.setattr(Axes, "plot", lines)
+    history = [record_of(1.0 / i, i) for i in range(1, 9)]
+    plot_run(tmp_path, history, [{"step": 0, "own_kl": 1.0, "fixed_kl": 2.0}, {"step": 8, "own_kl": 0.1}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.png", "kl.png", "seconds.png"]
+    for path in tmp_path.iterdir():
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    steps = list(range(1, 9))
+    assert stacked == [(steps, [[3.0] * 8, [1.0] * 8])]
+    assert drawn == [
+        [steps, [1.0 / i for i in steps]], [[0, 8], [1.0, 0.1]], [[0], [2.0]], [steps, [9.0] * 8], [steps, [1.5] * 8],
+    ]  # fmt: skip
+    plot_run(tmp_path / "nowhere", [], [])  # nothing to draw yet
 
 
 def test_an_interrupt_between_the_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
@@ -120,10 +153,13 @@ def test_the_live_display_draws_one_bar_and_gives_the_cursor_back(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     progress = Progress(total=2)
     progress.note("held-out after step 0: top-1 [agreement] 0.0%")
-    progress.step(0.5, 10.0)
-    progress.step(0.4, 10.0)
+    progress.step(record_of(0.5, 1))
+    progress.evaluation("held-out: [b]", {"step": 1, "own_kl": 0.75})
+    progress.step(record_of(0.4, 2))
     progress.close()
     text = screen.getvalue()
+    for words in ("0.7500 after step 1", "rollout 3.00  teacher 1.00", "0.2000 nats", "100 tokens/s", "left"):
+        assert words in text
     assert "2/2" in text and "0/0" not in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
     assert "held-out after step 0: top-1 [agreement] 0.0%" in text

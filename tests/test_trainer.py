@@ -24,12 +24,16 @@ def tokenizer():
 
 def make(tokenizer, folder, model=None, *, eval_prompts=HELD_OUT, context=CONTEXT, prompts=PROMPTS, **settings):
     extra = {
-        name: settings.pop(name) for name in ("teacher_model", "teacher_tokenizer", "callbacks") if name in settings
+        name: settings.pop(name) for name in ("teacher_model", "teacher_tokenizer", "callbacks", "scorer")
+        if name in settings
     }
+    if not all(isinstance(tracker, str) for tracker in settings.get("trackers", ())):
+        extra["trackers"] = settings.pop("trackers")  # objects, not names
     config = OPCDConfig(
         **{
             "output_dir": str(folder), "steps": 4, "batch_size": 4, "max_new_tokens": 6, "lora_rank": 4,
-            "learning_rate": 1e-2, "eval_every": 2, "save_every": 2, "device": "cpu", "dtype": "float32", **settings,
+            "learning_rate": 1e-2, "eval_every": 2, "save_every": 2, "device": "cpu", "dtype": "float32",
+            "plots": False, **settings,
         }
     )  # fmt: skip
     return OPCDTrainer(

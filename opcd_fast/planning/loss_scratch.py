@@ -58,13 +58,16 @@ def loss_scratch(args: tuple[Any, ...], *, device: str, backend: str) -> int:
     student, teacher = Side(seen(h_s), seen(w_s, v)), Side(seen(h_t), seen(w_t, v))
     dtype = torch.float64 if torch.float64 in (h_s.dtype, w_s.dtype, h_t.dtype, w_t.dtype) else torch.float32
     size, pitch = dtype.itemsize, pitch_of(v)
-    operation = row_operation(spec, n)
-    plan = make_plan(n, [student, teacher], v, spec, wanted, operation.planes + operation.temporaries)
+    planes = 0  # Triton's kernels work in registers, but for the truncated divergence
+    if backend != "triton" or spec.divergence == "topk_reverse_kl":
+        operation = row_operation(spec, n)
+        planes = operation.planes + operation.temporaries
+    plan = make_plan(n, [student, teacher], v, spec, wanted, planes)
     _, tiles = upcast_tile([student, teacher], dtype, v)
     buffers = 2 * plan.logit_rows * pitch * size + tiles
     if has_gradient_buffer(student, dtype, spec, wanted):
         buffers += plan.gradient_rows * pitch * gradient_dtype(student, dtype).itemsize
-    buffers += (operation.planes + operation.temporaries) * plan.block_rows * v * size
+    buffers += planes * plan.block_rows * v * size
     rows = plan.gradient_rows * h_s.shape[-1]
     copied = not runs_native(*student) and h_s.dtype != dtype
     buffers += rows * size * int(copied)

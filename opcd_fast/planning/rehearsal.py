@@ -11,12 +11,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import refuses_mask, refuses_merge, refuses_pad, refuses_sharing
-from opcd_fast.batch import Sample, micro_batches, pack
+from opcd_fast.batch import Sample, count_tokens, micro_batches, pack
 from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
 from opcd_fast.heads import LMHead
 from opcd_fast.model_pair import ModelPair, is_peft, student_and_teacher
 from opcd_fast.objective import context_kl
@@ -55,6 +60,10 @@ class Rehearsal:
     """How the teacher reads its contexts."""
     rollout_batch: int = 0
     """Sequences generated at once; 0 when that happens elsewhere."""
+    tokens: int = 0
+    """Student plus teacher tokens of the largest micro-batch."""
+    longest: int = 0
+    """The same of the longest sequence alone."""
     notes: tuple[str, ...] = ()
     """What about this model is not known exactly."""
 
@@ -80,12 +89,32 @@ def rehearse(
 ) -> Rehearsal:
     """A step of a run with these settings, as `OPCDTrainer` makes it from its second step on.
 
-    student, teacher: transformers configurations, or models made of meta tensors; left as they are. device: "cuda" or
+    student, teacher: transformers configurations; left as they are. device: "cuda" or
     "cpu", where the run will be; it need not be here. dtype: the compute type. backend: of the loss, resolved.
     limit: bytes that there are, for a rollout_batch that is sized to memory.
 
-    Raises InputError for settings that contradict each other, as a run would.
+    Raises InputError for settings that contradict each other, as a run would, and for models whose shapes depend on
+    their numbers (experts).
     """
+    try:
+        return _rehearsed(config, job, student, teacher, device, dtype, backend, limit)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        kind = getattr(student, "model_type", type(student).__name__)
+        raise InputError(
+            f"plan: a model of type {kind!r} cannot be planned: what it holds depends on its numbers ({error})"
+        ) from error
+
+
+def _rehearsed(
+    config: OPCDConfig,
+    job: Job,
+    student: Any,
+    teacher: Any,
+    device: str,
+    dtype: torch.dtype,
+    backend: str,
+    limit: int | None,
+) -> Rehearsal:
     with _stage(device, backend) as meter:
         made = [None if c is None else _model(c, dtype) for c in (student, teacher)]
         with meter.phase("start", "weights"):
@@ -94,7 +123,7 @@ def rehearse(
         _label_weights(meter, pair)
         run = _Step(config, job, pair, meter, device, dtype, limit)
         run.everything()
-        result = Rehearsal(meter.peaks, run.path, run.rollout_batch, run.notes)
+        result = Rehearsal(meter.peaks, run.path, run.rollout_batch, run.tokens, run.longest, run.notes)
         for phase in ("start", "other"):  # moments that no run has
             result.peaks.pop(phase, None)
     return result
@@ -243,7 +272,8 @@ class _Step:
         optimizer.zero_grad(set_to_none=True)
         samples = self._samples(self._rows())
         groups = list(micro_batches(samples, self.config.micro_batch_tokens, share_prompts=self.shares))
-        largest = max(groups, key=_tokens)
+        largest = max(groups, key=self._size)
+        self.tokens, self.longest = self._size(largest), max(count_tokens([sample]) for sample in samples)
         for _ in range(min(2, len(groups))):  # the second one finds gradients that exist already
             self._micro_batch(largest, total_weight(samples, self.config.normalize))
         with meter.phase("optimizer"):
@@ -299,6 +329,9 @@ class _Step:
             for ids, (_, teacher, context) in zip(prompts, rows, strict=True)
         ]
 
+    def _size(self, group: list[Sample]) -> int:
+        return count_tokens(group, share_prompts=self.shares)
+
     def _micro_batch(self, group: list[Sample], denominator: float) -> None:
         config, meter = self.config, self.meter
         loss, stats = context_kl(
@@ -331,12 +364,9 @@ class _Step:
         phase = self.meter.phase
         with torch.no_grad(), phase("evaluation"):
             context_kl(
-                pack(max(groups, key=_tokens)), self.pair.student, reader, temperature=self.config.temperature,
+                pack(max(groups, key=count_tokens)), self.pair.student, reader, temperature=self.config.temperature,
                 denominator=1.0, compute_dtype=self.dtype, autocast=self.autocast, backend="torch",
                 workspace_bytes=self.config.workspace_bytes, student_head=_head(self.pair.student),
                 stopwatch=lambda part: phase("evaluation", part),  # type: ignore[arg-type]
             )  # fmt: skip
 
-
-def _tokens(group: list[Sample]) -> int:
-    return sum(len(s.student_prompt) + len(s.teacher_prompt) + 2 * len(s.response) for s in group)

@@ -59,11 +59,15 @@ def run(arguments: list[str]) -> int:
             raise InputError(f"{name}={value} must be at least 1")
     quiet_libraries()
 
+    import torch
+
+    from opcd_fast import rollout_memory
     from opcd_fast.models import pick_dtype
+    from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
+    from opcd_fast.planning.rehearsal import Rehearsal, rehearse
     from opcd_fast.planning.report import as_json, show
     from opcd_fast.planning.search import Found, find
-
-    import torch
+    from opcd_fast.teacher_budget import default_batch_bytes
 
     on_cpu = config.device == "cpu"
     limit = int(gpu if on_cpu else (gpu - RESERVED) * USABLE)
@@ -75,19 +79,33 @@ def run(arguments: list[str]) -> int:
     # A GPU computes in bf16 unless told otherwise; it need not be here for that.
     dtype = pick_dtype(config.dtype, torch.device("cpu")) if on_cpu or config.dtype != "auto" else torch.bfloat16
 
-    def rehearse(settings: OPCDConfig) -> Any:
-        from opcd_fast.planning.rehearsal import rehearse
+    device = "cpu" if on_cpu else "cuda"
+    if config.teacher_batch_bytes is None:
+        # Its default is a share of the weights: of all layers, also in a rehearsal of a few.
+        config = dataclasses.replace(config, teacher_batch_bytes=default_batch_bytes(_body_of(teacher or student, dtype)))
 
-        device = "cpu" if on_cpu else "cuda"
+    def whole(settings: OPCDConfig, layers: int | None = None) -> Rehearsal:
         return rehearse(
-            settings, job, student, teacher, device=device, dtype=dtype, backend=_backend(settings, device), limit=limit
-        )
+            settings, job, student, teacher, device=device, dtype=dtype, backend=_backend(settings, device),
+            limit=limit, layers=layers,
+        )  # fmt: skip
 
+    def quick(settings: OPCDConfig) -> Rehearsal:
+        return extrapolated(lambda layers: whole(settings, layers), student.get_text_config().num_hidden_layers)
+
+    asked, found = config, None
+    if command.search and can_extrapolate(student, teacher):
+        # A batch sized to memory would be sized to that of a few layers.
+        answers = config.batch_size * config.rollouts_per_prompt
+        sized = config.rollout_batch or min(answers, rollout_memory.MOST)
+        found = find(quick, dataclasses.replace(config, rollout_batch=sized), limit, device=device)
+        config = found.config
     if command.search:
-        found = find(rehearse, config, limit, device="cpu" if on_cpu else "cuda")
+        found = find(whole, config, limit, device=device) if found is None or found.fits else found
     else:
-        seen = rehearse(config)
+        seen = whole(config)
         found = Found(config, seen, seen.nbytes <= limit)
+    config = asked
     if command.json:
         print(json.dumps(as_json(config, found, limit, gpu), indent=1))
     else:
@@ -112,6 +130,17 @@ def _config_of(name: str) -> Any:
         return AutoConfig.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r}: its config cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _body_of(source: Any, dtype: Any) -> Any:
+    """Without data."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from opcd_fast import transformers_seam as seam
+
+    with torch.device("meta"):
+        return seam.body_of(AutoModelForCausalLM.from_config(source, dtype=dtype))
 
 
 def _job(command: PlanCommand, config: OPCDConfig) -> Any:

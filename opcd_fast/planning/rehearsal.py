@@ -86,18 +86,22 @@ def rehearse(
     dtype: torch.dtype,
     backend: str,
     limit: int | None = None,
+    layers: int | None = None,
 ) -> Rehearsal:
     """A step of a run with these settings, as `OPCDTrainer` makes it from its second step on.
 
     student, teacher: transformers configurations; left as they are. device: "cuda" or
     "cpu", where the run will be; it need not be here. dtype: the compute type. backend: of the loss, resolved.
-    limit: bytes that there are, for a rollout_batch that is sized to memory.
+    limit: bytes that there are, for a rollout_batch that is sized to memory. layers: of both models, in place of what
+    their configurations say.
 
     Raises InputError for settings that contradict each other, as a run would, and for models whose shapes depend on
     their numbers (experts).
     """
     try:
-        return _rehearsed(config, job, student, teacher, device, dtype, backend, limit)
+        sources = [source if source is None or layers is None else with_layers(source, layers)
+                   for source in (student, teacher)]  # fmt: skip
+        return _rehearsed(config, job, *sources, device, dtype, backend, limit)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         kind = getattr(student, "model_type", type(student).__name__)
         raise InputError(
@@ -129,6 +133,13 @@ def _rehearsed(
     return result
 
 
+class _OneMode(FakeTensorMode):
+    """Copies of fake tensors are of the same mode; each copied model would have one of its own otherwise."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OneMode:
+        return self
+
+
 @contextmanager
 def _stage(device: str, backend: str) -> Iterator[Meter]:
     """Where nothing has data: entered by whoever rehearses."""
@@ -148,7 +159,7 @@ def _stage(device: str, backend: str) -> Iterator[Meter]:
         stack.enter_context(_moved_in_place())
         if device == "cuda":
             stack.enter_context(as_on_cuda())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_OneMode(allow_non_fake_inputs=True))
         stack.enter_context(meter)
         yield meter
 
@@ -167,6 +178,16 @@ def _moved_in_place() -> Iterator[None]:
         yield
     finally:
         torch.utils.swap_tensors = saved
+
+
+def with_layers(source: Any, layers: int) -> Any:
+    """A copy of a transformers configuration with so many layers, the first ones."""
+    copied = copy.deepcopy(source)
+    text = copied.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = list(text.layer_types)[:layers]
+    return copied
 
 
 def _model(source: Any, dtype: torch.dtype) -> Any:

@@ -7,6 +7,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.config import OPCDConfig
 from opcd_fast.loss_inputs import resolve_backend
+from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
 from opcd_fast.planning.rehearsal import Job, rehearse
 from opcd_fast.token_prefix import common_prefix_length
 from opcd_fast.trainer import OPCDTrainer
@@ -64,3 +65,68 @@ def test_every_phase_is_within_a_tenth_of_what_a_step_allocates(name, tmp_path, 
     assert set(found) == {"rollout", "teacher", "student", "loss", "backward", "optimizer"}
     for phase, (predicted, recorded) in found.items():
         assert predicted == pytest.approx(recorded, rel=0.1), phase
+
+
+SMALL = Job((60,), ((20, 20, 0),))
+
+
+def planned(config, job=SMALL, **options):
+    options = {"device": "cpu", "dtype": torch.float32, "backend": "torch", **options}
+    return rehearse(config, job, tiny_model(**SIZES).config, **options)
+
+
+def test_a_rehearsal_makes_nothing_real_and_leaves_the_process_as_it_was():
+    from transformers import AttentionInterface
+
+    from opcd_fast import attention, attention_backends, model_pair, tree_attention
+    from opcd_fast import transformers_seam as seam
+
+    def seen():
+        return (
+            attention.merge_by_logsumexp, attention_backends.phase_1, attention_backends.phase_2, model_pair.quantize_4bit,
+            tree_attention.pair_for, torch.utils.swap_tensors, AttentionInterface._global_mapping.get(seam.PACKED_ATTENTION),
+        )  # fmt: skip
+
+    planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4))
+    before = seen()
+    planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, quantization="4bit"), device="cuda")
+    assert seen() == before
+
+
+def test_the_answering_cache_is_gone_when_the_teacher_runs():
+    seen = planned(OPCDConfig(batch_size=8, max_new_tokens=100, rollout_batch=8, lora_rank=4))
+    assert seen.peaks["rollout"].parts["rollout"] > 500_000
+    assert seen.peaks["teacher"].parts.get("rollout", 0) == 0
+
+
+def test_what_each_setting_saves():
+    base = {"batch_size": 16, "max_new_tokens": 32, "lora_rank": 4, "rollout_batch": 16}
+    whole = planned(OPCDConfig(**base))
+    assert planned(OPCDConfig(**base, gradient_checkpointing=True)).nbytes < 0.6 * whole.nbytes
+    assert planned(OPCDConfig(**base, micro_batch_tokens=whole.tokens // 4)).nbytes < 0.5 * whole.nbytes
+    smaller = planned(OPCDConfig(**{**base, "rollout_batch": 4}))
+    assert smaller.peaks["rollout"].nbytes < whole.peaks["rollout"].nbytes
+    packed = planned(OPCDConfig(**base, quantization="4bit"), device="cuda", dtype=torch.bfloat16)
+    assert packed.peaks["optimizer"].parts["weights"] < 0.5 * whole.peaks["optimizer"].parts["weights"]
+    far = planned(OPCDConfig(**base, prefix_device="cpu"), Job((600,), ((20, 20, 0),)), device="cuda")
+    near = planned(OPCDConfig(**base), Job((600,), ((20, 20, 0),)), device="cuda")
+    kept = near.peaks["student"].parts["context KV"]
+    assert far.peaks["student"].parts["context KV"] == pytest.approx(kept * 2 / 3, rel=0.01)  # two of three layers
+
+
+def test_held_out_answers_of_the_teacher_read_whole_contexts():
+    config = OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, eval_batch=8)
+    rows = ((20, 20, 0),) * 8
+    seen = planned(config, Job((600,), rows[:2], rows))
+    assert seen.worst == "evaluation rollout" and "evaluation" in seen.peaks
+
+
+def test_shallow_rehearsals_tell_of_deep_models():
+    config = OPCDConfig(batch_size=4, max_new_tokens=16, lora_rank=4, rollout_batch=4, merge_for_rollout=False)
+    deep = tiny_model(**{**SIZES, "num_hidden_layers": 14}).config
+    options = {"device": "cuda", "dtype": torch.bfloat16, "backend": "triton"}
+    assert can_extrapolate(deep, None) and not can_extrapolate(tiny_model(**SIZES).config, None)
+    told = extrapolated(lambda layers: rehearse(config, SMALL, deep, **options, layers=layers), 14)
+    whole = rehearse(config, SMALL, deep, **options)
+    for phase, peak in whole.peaks.items():
+        assert told.peaks[phase].nbytes == pytest.approx(peak.nbytes, rel=0.02), phase

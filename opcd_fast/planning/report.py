@@ -9,22 +9,19 @@ from opcd_fast.config import OPCDConfig
 from opcd_fast.planning.search import Found
 
 NAMES = {
-    "weights": "weights",
-    "adapter": "adapter",
-    "teacher weights": "weights of the teacher's own",
-    "teacher average": "average of the teacher",
-    "merged copy": "copy for generation, adapter folded in",
-    "context KV": "keys and values of contexts",
-    "optimizer state": "optimizer state",
-    "gradients": "gradients",
+    "teacher weights": "teacher's weights",
+    "teacher average": "teacher's average",
+    "merged copy": "merged copy",
+    "context KV": "context KV",
     "teacher": "teacher forward",
-    "student": "activations of the student",
-    "loss": "loss: results and gradients",
-    "scratch": "loss: workspace",
-    "backward": "backward: gradients on their way",
-    "rollout": "rollout: keys, values, logits",
-    "optimizer": "optimizer: temporaries",
+    "student": "student activations",
+    "loss": "loss results",
+    "scratch": "loss workspace",
+    "backward": "backward temporaries",
+    "rollout": "rollout KV, logits",
+    "context": "reading contexts",
 }
+"""Parts whose label in a rehearsal is not what they are called."""
 
 
 def changes(asked: OPCDConfig, found: OPCDConfig) -> dict[str, Any]:
@@ -54,8 +51,11 @@ def show(asked: OPCDConfig, found: Found, limit: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    seen, console = found.rehearsal, Console(soft_wrap=True)
-    table = Table("part", *seen.peaks, title="predicted bytes at the worst moment of each phase, GiB")
+    seen = found.rehearsal
+    console = Console(soft_wrap=True, width=max(110, Console().width))
+    table = Table("part", title="predicted memory at the worst moment of each phase, GiB", box=None)
+    for phase in seen.peaks:
+        table.add_column(phase, justify="right", no_wrap=True)
     parts = dict.fromkeys(part for peak in seen.peaks.values() for part, size in peak.parts.items() if size > 2**20)
     for part in parts:
         table.add_row(NAMES.get(part, part), *(_gib(peak.parts.get(part, 0)) for peak in seen.peaks.values()))

@@ -30,10 +30,10 @@ from opcd_fast.held_out import fixed_sequences, held_out_record, mean_length
 from opcd_fast.importance import Drift
 from opcd_fast.interruption import Interrupted, Interruption
 from opcd_fast.journal import Journal, TrainResult
+from opcd_fast.loss import LossStats
 from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
-from opcd_fast.loss import LossStats
 from opcd_fast.objective import context_kl
 from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress

@@ -36,7 +36,8 @@ def compared(case, tmp_path, monkeypatch):
     """{phase: (predicted, recorded)} of one case."""
     case = dict(case)
     teacher, vocabulary = case.pop("teacher", None), case.pop("vocabulary", 261)
-    settings = {"batch_size": 16, "max_new_tokens": 16, "rollout_batch": 16, "steps": 3, "eval_every": 0, "dtype": "float32", **case}
+    settings = {"batch_size": 16, "max_new_tokens": 16, "rollout_batch": 16, "steps": 3, "eval_every": 0, **case}
+    settings.setdefault("dtype", "float32")
     config = OPCDConfig(output_dir=str(tmp_path / "run"), device="cpu", **settings)
     dtype, job, plans = getattr(torch, config.dtype), [], []
 
@@ -83,8 +84,9 @@ def test_a_rehearsal_makes_nothing_real_and_leaves_the_process_as_it_was():
 
     def seen():
         return (
-            attention.merge_by_logsumexp, attention_backends.phase_1, attention_backends.phase_2, model_pair.quantize_4bit,
-            tree_attention.pair_for, torch.utils.swap_tensors, AttentionInterface._global_mapping.get(seam.PACKED_ATTENTION),
+            attention.merge_by_logsumexp, attention_backends.phase_1, attention_backends.phase_2,
+            model_pair.quantize_4bit, tree_attention.pair_for, torch.utils.swap_tensors,
+            AttentionInterface._global_mapping.get(seam.PACKED_ATTENTION),
         )  # fmt: skip
 
     planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4))
@@ -130,3 +132,22 @@ def test_shallow_rehearsals_tell_of_deep_models():
     whole = rehearse(config, SMALL, deep, **options)
     for phase, peak in whole.peaks.items():
         assert told.peaks[phase].nbytes == pytest.approx(peak.nbytes, rel=0.02), phase
+
+
+def test_models_that_cannot_be_rehearsed_are_refused_in_words():
+    from transformers import MixtralConfig
+
+    from opcd_fast.errors import InputError
+
+    config = MixtralConfig(
+        vocab_size=261, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, experts_implementation="eager",
+    )  # fmt: skip
+    settings = OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, lora_targets="q_proj")
+    with pytest.raises(InputError, match="'mixtral' cannot be planned"):
+        rehearse(settings, SMALL, config, device="cuda", dtype=torch.bfloat16, backend="triton")
+
+
+def test_what_is_not_counted_is_said():
+    seen = planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, teacher_device="cpu"), device="cuda")
+    assert any("teacher on 'cpu'" in note for note in seen.notes)

@@ -13,7 +13,6 @@ from opcd_fast.errors import InputError
 from opcd_fast.retreat import TokenBudget, is_out_of_memory
 
 
-
 def out_of_memory():
     """A new one each time: an exception that is kept keeps its traceback, and with it what did not fit."""
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

@@ -6,9 +6,10 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
+from opcd_fast.commands.arguments import parse, quiet_libraries
 from opcd_fast.commands.train import TrainOptions
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
@@ -82,7 +83,8 @@ def run(arguments: list[str]) -> int:
     device = "cpu" if on_cpu else "cuda"
     if config.teacher_batch_bytes is None:
         # Its default is a share of the weights: of all layers, also in a rehearsal of a few.
-        config = dataclasses.replace(config, teacher_batch_bytes=default_batch_bytes(_body_of(teacher or student, dtype)))
+        bound = default_batch_bytes(_body_of(teacher or student, dtype))
+        config = dataclasses.replace(config, teacher_batch_bytes=bound)
 
     def whole(settings: OPCDConfig, layers: int | None = None) -> Rehearsal:
         return rehearse(
@@ -156,7 +158,7 @@ def _job(command: PlanCommand, config: OPCDConfig) -> Any:
     from opcd_fast.prompts import read_context, read_prompts
     from opcd_fast.rendering import adapt_to_tokenizer, render
 
-    tokenizer, context = load_tokenizer(command.model), read_context(as_file(command.context))
+    tokenizer, context = load_tokenizer(command.model), read_context(Path(command.context))
     text = "word " * command.prompt_tokens
     read = [read_prompts([text] if command.prompts is None else command.prompts, **config.columns())]
     if command.eval_prompts is not None:

@@ -99,9 +99,10 @@ def rehearse(
     their numbers (experts).
     """
     try:
-        sources = [source if source is None or layers is None else with_layers(source, layers)
-                   for source in (student, teacher)]  # fmt: skip
-        return _rehearsed(config, job, *sources, device, dtype, backend, limit)
+        if layers is not None:
+            student = with_layers(student, layers)
+            teacher = None if teacher is None else with_layers(teacher, layers)
+        return _rehearsed(config, job, student, teacher, device, dtype, backend, limit)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         kind = getattr(student, "model_type", type(student).__name__)
         raise InputError(
@@ -202,7 +203,7 @@ def _on_cpu(config: OPCDConfig) -> OPCDConfig:
 
 
 def _label_weights(meter: Meter, pair: ModelPair) -> None:
-    for name, parameter in pair.student.named_parameters():
+    for parameter in pair.student.parameters():
         meter.see(parameter, "adapter" if is_peft(pair.student) and parameter.requires_grad else "weights")
     known = {id(p) for p in pair.student.parameters()}
     for model in (pair.teacher, pair.reference):
@@ -257,6 +258,10 @@ class _Step:
             notes.append(f"an estimate: the teacher reads its context by path {self.path!r}")
         if device == "cuda" and (seam.setting(seam.config_of(body), "sliding_window") or 0) > 0:
             notes.append("an estimate: windowed layers are counted as on a CPU")
+        if config.teacher_device != "auto":
+            notes.append(f"an estimate: the teacher on {config.teacher_device!r} is counted as if it were here")
+        if config.rollout == "vllm":
+            notes.append("not counted: what rollout='vllm' takes for itself (rollout_gpu_share)")
         self.notes = tuple(notes)
         shares = config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts
         self.shares = bool(shares) and refuses_sharing(body, training=True) is None

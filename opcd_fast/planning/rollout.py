@@ -52,6 +52,7 @@ def rehearse_rollout(
             with seam.using_attention(body, run.attend):
                 logits = run.read_prompts()
                 tokens = _draw(logits, config)
+                layer: Any
                 for layer in run.cache.layers:
                     layer.end += config.max_new_tokens - 2  # on to the last token
                 logits = run.next(tokens)

@@ -59,6 +59,7 @@ setup(
         "opcd_fast.commands",
         "opcd_fast.integrations",
         "opcd_fast.kernels",
+        "opcd_fast.report",
         "opcd_fast.tasks",
     ],
     package_dir={"opcd_fast": "opcd_fast", "opcd_fast.kernels": "kernels"},

@@ -15,7 +15,7 @@ keys. Queries, keys and values come as (1, H, N, d), as transformers has them; r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +162,7 @@ def row_attention(
 
     in_place = not any(x.requires_grad for x in (out, lse, *(() if sink is None else (sink,))))
     pieces, start, done = [], 0, 0
-    for group, count in zip(row.groups, prefix_counts, strict=True):
+    for group, count in zip(row.groups if past else (), prefix_counts if past else (), strict=True):
         tokens, keys = slice(group.first_token, group.end_token), slice(start, start + count)
         start, done = start + count, group.end_token
         second: tuple[Tensor, Tensor] | tuple[()] = ()
@@ -201,7 +201,9 @@ def merge_by_logsumexp(
     merge = reference.merge_attention
     if backends.merge(backends.need_of(out_a.unsqueeze(0), *given)) == "Triton":
         from opcd_fast.kernels.triton_merge_attention import merge_attention as merge
-    return merge(out_a, lse_a, out_b, lse_b, sink=sink, out=out_a if in_place else None)
+    # Triton launches on the current GPU, whatever device its tensors are on.
+    with torch.cuda.device(out_a.device) if out_a.is_cuda else nullcontext():
+        return merge(out_a, lse_a, out_b, lse_b, sink=sink, out=out_a if in_place else None)
 
 
 def prefix_attention(

@@ -82,8 +82,8 @@ def importance_weights(
     A token's term is the KL over the whole vocabulary at its position. That does not depend on the token drawn there,
     so r_t has no place in its weight: only the way to the position does. Without the bound, "sequence" makes any
     function of an answer right in expectation, and "token" any sum over tokens, with less variance; for the mean over
-    an answer's tokens "token" is right where lengths do not depend on the sampler. The bound trades variance for bias (truncated
-    importance sampling, E. L. Ionides, 2008).
+    an answer's tokens "token" is right where lengths do not depend on the sampler. The bound trades variance for bias
+    (truncated importance sampling, E. L. Ionides, 2008).
     """
     ratio = (logprobs.detach().float() - behaviour.float()).double()
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()

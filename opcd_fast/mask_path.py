@@ -112,7 +112,7 @@ def _mask(
     if size > MASK_BYTES:
         raise ValueError(
             f"input_ids: {n} tokens that see {k} keys need an attention mask of {size / 2**30:.1f} GiB, more than "
-            f"{MASK_BYTES / 2**30:.1f}; score fewer sequences at a time, or use path='pad'"
+            f"{MASK_BYTES / 2**30:.1f}; use path='pad' for sequences of this length"
         )
 
     def sees(batch: Any, head: Any, q: Tensor, key: Tensor) -> Tensor:

@@ -180,6 +180,12 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def name_of(model: Any) -> str | None:
+    """What the model, or the base under its adapter, was loaded from; None for one made in memory, or no model."""
+    base = model.get_base_model() if is_peft(model) else model
+    return getattr(base, "name_or_path", None) or None
+
+
 def refuse_injected_adapters(model: Any, name: str) -> None:
     if hasattr(model, "peft_config") and not is_peft(model):
         raise InputError(f"{name} has adapters put in by add_adapter; wrap the base model with peft.PeftModel instead")

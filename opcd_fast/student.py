@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import refuses_packing
+from opcd_fast.architectures import refuses_packing, rope_switch
 from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, packed_row, running
 
 logger = logging.getLogger("opcd_fast")
@@ -35,9 +35,9 @@ def packed_hidden_states(
     gradient checkpointing act as `model` has them. The lm-head is not run; neither are the hooks of a
     data-parallel wrapper, whose gradients the caller reduces.
 
-    Architectures that do not run exactly on a packed row go through one right-padded batch, said once in the
-    log. Raises ValueError for malformed rows and for a sequence longer than the model's
-    `max_position_embeddings`.
+    Architectures that do not run exactly on a packed row go through one right-padded batch, said once in the log;
+    through two, where sequences lie on both sides of the length at which longrope moves positions. Raises ValueError
+    for malformed rows and for a sequence longer than the model's `max_position_embeddings`.
     """
     body = seam.body_of(model)
     seam.refuse_virtual_tokens(model)
@@ -47,7 +47,7 @@ def packed_hidden_states(
         hidden = _packed(body, input_ids, row)
     else:
         say_once(type(body).__name__, f"student: padded batch with stock attention, because {reason}")
-        hidden = padded_forward(body, input_ids, row)
+        hidden = _padded(body, input_ids, row)
     return hidden if select is None else hidden.index_select(0, select)
 
 
@@ -101,6 +101,26 @@ def forward_on_row(
     if missed:
         raise RuntimeError(f"layers {missed} did not run packed attention: tokens may see other sequences")
     return hidden.squeeze(0)
+
+
+def _padded(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
+    """`padded_forward`, where no sequence decides on another one's positions."""
+    switch = rope_switch(body)
+    long = [switch is not None and length > switch for length in row.lengths]
+    if len(set(long)) == 1:
+        return padded_forward(body, input_ids, row)
+    is_long = torch.tensor(long, device=input_ids.device)[row.sequence_of_token]
+    hidden: Tensor | None = None
+    for side in (False, True):
+        place = torch.nonzero(is_long == side).squeeze(1)
+        if not place.numel():  # empty sequences alone
+            continue
+        ends = torch.tensor([0, *(n for n, which in zip(row.lengths, long, strict=True) if which == side)]).cumsum(0)
+        part = padded_forward(body, input_ids[place], packed_row(ends, place.numel(), input_ids.device))
+        start = part.new_zeros(len(input_ids), part.shape[-1]) if hidden is None else hidden
+        hidden = start.index_copy(0, place, part)
+    assert hidden is not None, "no tokens"
+    return hidden
 
 
 def padded_forward(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:

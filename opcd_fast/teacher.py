@@ -43,6 +43,7 @@ from opcd_fast.teacher_inputs import (
 )
 from opcd_fast.teacher_parts import run_in_parts, split
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
+from opcd_fast.weight_versions import changed, count_optimizer_steps, versions_of
 
 if TYPE_CHECKING:
     from opcd_fast.heads import LMHead
@@ -77,9 +78,10 @@ class ContextTeacher:
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
     A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
-    were computed from was changed in place, the model's dtype or device changed or, with adapter="active", the
-    adapters' state changed. Changes that torch does not count (through `.data`, or by a fused optimizer's step) need
-    `invalidate()`.
+    were computed from was changed in place or replaced, the model's dtype or device changed or, with
+    adapter="active", the adapters' state or strength changed. Changes that torch does not count (written through
+    `.data`, say, or by code that is no torch optimizer) need `invalidate()`. A change of dtype, device or attention
+    implementation also has the path checked anew.
 
     Raises ValueError for malformed arguments, for a path that cannot be exact for this model, for prefix_device and
     prefix_dtype with path="concat", which keeps no keys, and for a model whose attention, as it is set, leaves out a
@@ -126,16 +128,27 @@ class ContextTeacher:
             dtype=kept_as,
         )
         self._built_with: tuple[Any, ...] = ()
-        self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
 
-        wrong = refuses_stock_attention(self._body)
-        if wrong is not None:
-            raise ValueError(f"model: {wrong}")
-        self._choice = PathChoice(self._body, path, kept_on)
+        count_optimizer_steps()
+        self._asked = path
+        self._checked: tuple[PathChoice, tuple[Any, ...]] | None = None
+        _ = self._choice
         self._storage = [name for name, x in (("prefix_device", kept_on), ("prefix_dtype", kept_as)) if x is not None]
         if path == "concat" and self._storage:
             raise ValueError(f"{self._storage[0]}: path='concat' keeps no keys; leave it None, or take another path")
         check_contexts_fit(self._contexts, seam.longest_input(self._body))
+
+    @property
+    def _choice(self) -> PathChoice:
+        """Made anew when the model was moved, cast, or given another attention implementation: other kernels run."""
+        first = next(self._body.parameters())
+        runs_as = first.dtype, first.device, seam.attention_of(self._body)
+        if self._checked is None or self._checked[1] != runs_as:
+            wrong = refuses_stock_attention(self._body)
+            if wrong is not None:
+                raise ValueError(f"model: {wrong}")
+            self._checked = PathChoice(self._body, self._asked, self._kept_on), runs_as
+        return self._checked[0]
 
     @property
     def path(self) -> str:
@@ -298,19 +311,23 @@ class ContextTeacher:
 
     def _prefixes_of(self, wanted: Iterable[int]) -> dict[int, SharedPrefix]:
         """Prefixes by context, of those `wanted`; built by the present weights."""
-        state = self._state()
+        watched = self._watched()
+        state = self._state(watched)
         if state != self._built_with:
-            moved = bool(self._built_with) and state[0] != self._built_with[0]
-            self._prefixes.forget(weights_moved=moved)
+            moved = bool(self._built_with) and state[1:3] == self._built_with[1:3]  # or it is a cast
+            self._prefixes.forget(weights_moved=moved and changed(self._built_with[0], state[0]))
             self._built_with = state
-        if self.model.training and any(p.requires_grad for p in self._watched):
+        if self.model.training and any(p.requires_grad for p in watched):
             self._prefixes.leave_store("the teacher's weights are being trained")
         # Only what this call reads: one sequence among a thousand contexts must not wait for a thousand forwards.
         return self._prefixes.get(wanted, extendable=self.path == "merge", keep_kv=self.path != "concat")
 
-    def _state(self) -> tuple[Any, ...]:
+    def _watched(self) -> list[Tensor]:
+        """What the prefixes depend on. Looked up anew: adapters come and go, and loading may put in other tensors."""
+        return seam.base_parameters(self.model) if self._adapter == "disabled" else list(self.model.parameters())
+
+    def _state(self, watched: Sequence[Tensor]) -> tuple[Any, ...]:
         """What the prefixes were computed from; changes with every in-place update that torch counts."""
-        first = self._watched[0]
-        versions = sum(p._version for p in self._watched if not p.is_inference())
+        first = next(self._body.parameters())
         adapters = seam.adapter_state(self.model) if self._adapter == "active" else ()
-        return versions, first.dtype, first.device, adapters
+        return versions_of(watched), first.dtype, first.device, adapters

@@ -99,19 +99,21 @@ class Part:
     tokens: int = 0
     longest: int = 0
     contexts: tuple[int, ...] = ()  # which, in the order of the sequences
-    context_tokens: int = 0  # of all of `contexts`
-    longest_context: int = 0
+    past: int = 0  # keys that layers hold of all of `contexts`
+    longest_past: int = 0
     longest_whole: int = 0  # context and sequence together
 
-    def plus(self, tokens: int, context: int, context_tokens: int) -> Part:
+    def plus(self, tokens: int, context: int, context_tokens: int, window: int | None = None) -> Part:
+        """With one more sequence. window: of all layers, see `Sizes`."""
+        past = context_tokens if window is None else min(context_tokens, window - 1)
         new = context not in self.contexts[-1:]  # sequences come sorted by context
         return Part(
             self.sequences + 1,
             self.tokens + tokens,
             max(self.longest, tokens),
             (*self.contexts, context) if new else self.contexts,
-            self.context_tokens + (context_tokens if new else 0),
-            max(self.longest_context, context_tokens),
+            self.past + (past if new else 0),
+            max(self.longest_past, past),
             max(self.longest_whole, context_tokens + tokens),
         )
 
@@ -125,7 +127,7 @@ def part_bytes(sizes: Sizes, path: str, part: Part, fetched: float = 0.0) -> int
     s = sizes.element
     if path == "merge":
         rows, grid = part.tokens, part.sequences * part.longest
-        past = _kept(sizes, part.context_tokens)
+        past = part.past
         prefix = int(past * sizes.keys * s * fetched)
         # Joined keys; queries; outputs of both phases and of the merge in float32; what a padded grid takes, which
         # devices without a varlen kernel use inside sequences.
@@ -133,13 +135,13 @@ def part_bytes(sizes: Sizes, path: str, part: Part, fetched: float = 0.0) -> int
         attention += grid * (2 * sizes.query + sizes.keys) * sizes.single + prefix
     else:
         if path == "mask":  # one row, all of whose tokens stand against all keys
-            rows, past = part.tokens, _kept(sizes, part.context_tokens)
+            rows, past = part.tokens, part.past
             keys = past + rows
             scores = rows * keys
         else:
             whole = part.longest_whole if path == "concat" else part.longest
             rows = part.sequences * whole
-            past = 0 if path == "concat" else _kept(sizes, part.longest_context)
+            past = 0 if path == "concat" else part.longest_past
             keys = part.sequences * (past + whole)
             scores = whole * keys
         attention = (
@@ -152,7 +154,3 @@ def part_bytes(sizes: Sizes, path: str, part: Part, fetched: float = 0.0) -> int
     mlp = rows * (sizes.inner_copies * sizes.inner + 3 * sizes.routed * sizes.hidden) * s
     stream = rows * sizes.hidden * (3 * s + 8)  # the norms compute in float32
     return int(stream + max(attention, rotation, mlp))
-
-
-def _kept(sizes: Sizes, context_tokens: int) -> int:
-    return context_tokens if sizes.window is None else min(context_tokens, sizes.window - 1)

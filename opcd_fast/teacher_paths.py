@@ -86,6 +86,10 @@ def _padded_after(body: nn.Module, prefix: SharedPrefix, sequences: list[Tensor]
     # Without a padding mask: padding lies to the right of every token that is kept, where causal attention does not
     # look, and a mask with a row for each sequence would be the one tensor of size batch x context that stays.
     grid = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    if prefix.states and grid.shape[1] == 1:
+        # One token alone takes another way through recurrent layers, made for sampling. Nemotron-H's does not bound the
+        # time step from below and is off by 4e-3; so one more column, which nothing reads.
+        grid = torch.nn.functional.pad(grid, (0, 1))
     positions = torch.arange(len(prefix), len(prefix) + grid.shape[1], device=grid.device).expand_as(grid)
     cache = None
     if len(prefix):

@@ -79,8 +79,8 @@ class Teachers:
     def after_step(self, step: int) -> None:
         """Let the teacher follow optimizer step number `step`, the first being 1.
 
-        A fused optimizer changes weights without torch counting it, so what was read of the contexts is dropped here,
-        not left to the count of changes.
+        What was read of the contexts is dropped here, not left to the count of changes: an optimizer may be none of
+        torch's, and change weights without a count.
         """
         if self.pair.moving is not None:
             moved = self.pair.moving.follow(step)

@@ -32,7 +32,7 @@ from opcd_fast.interruption import Interrupted, Interruption
 from opcd_fast.journal import Journal, TrainResult
 from opcd_fast.loss import LossStats
 from opcd_fast.messages import Message
-from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
+from opcd_fast.model_pair import fingerprint, is_peft, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
 from opcd_fast.preflight import check_context_matters, check_lengths
@@ -46,6 +46,7 @@ from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.run_identity import identity
+from opcd_fast.run_record import Origins, write_record
 from opcd_fast.scorer import HeldOutScore, Scorer
 from opcd_fast.seeds import digest, seeded, stream_seed
 from opcd_fast.shared_prompts import shares_prompts
@@ -125,6 +126,16 @@ class OPCDTrainer:
 
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
+        self.origins = Origins(
+            context=shown,
+            prompts=read[0],
+            held_out=read[1] if len(read) > 1 else (),
+            base=name_of(model),
+            teacher=None if teacher_model is None else name_of(teacher_model) or "a model in memory",
+            tokenizer=getattr(tokenizer, "name_or_path", None),
+            template=getattr(tokenizer, "chat_template", None),
+            weights=self._weights,
+        )
         pair = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype, evaluates)
         self.model = pair.student
         self.share_prompts = shares_prompts(self.model, config.share_prompts, config.rollouts_per_prompt)
@@ -324,6 +335,7 @@ class OPCDTrainer:
         else:
             check_context_matters(self.train_rows, *self.teachers.first_weights(), **self._loss_options())
             self.folder.start(asdict(config))
+            write_record(self.folder.path, self.origins)
         trackers = Trackers(self.accelerator, self.folder.path, asdict(config), step)
         progress = Progress(config.steps, step, self.quiet)
         return step, Journal(self.folder, config, records, progress, trackers, self.callbacks)

@@ -117,6 +117,11 @@ def longest_input(body: nn.Module) -> int | None:
 # --- attention function -------------------------------------------------------------------------------------
 
 
+def attention_of(body: nn.Module) -> str | None:
+    """Name of the attention implementation that `body` is set to."""
+    return config_of(body)._attn_implementation
+
+
 def _configs(body: nn.Module) -> list[Any]:
     """Every distinct config object a submodule consults when it picks its attention function."""
     found = {id(body.config): body.config}
@@ -267,13 +272,14 @@ def base_parameters(model: nn.Module) -> list[Tensor]:
 
 
 def adapter_state(model: nn.Module) -> tuple[Any, ...]:
-    """Which adapters act on the forward pass now; compares unequal after a change."""
+    """Which adapters act on the forward pass now, and how strongly; compares unequal after a change."""
     modules: list[Any] = list(adapter_modules(model))
     return tuple(
         (
             tuple(module.active_adapters),
             bool(module._disable_adapters),
             bool(getattr(module, "merged", False)),
+            str(getattr(module, "scaling", None)),
         )
         for module in modules
     )
@@ -288,6 +294,23 @@ def mark_4bit(model: Any) -> None:
 
     model.is_loaded_in_4bit = model.is_quantized = True
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+
+
+def unmark_4bit(model: Any) -> None:
+    """Take back what marks a model as packed, after its weights were unpacked."""
+    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(model):
+            delattr(model, name)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    # How the packed files were read; saving turns around every conversion that is noted here, and this has no inverse.
+    noted = getattr(model, "_weight_conversions", None)
+    if noted:
+        model._weight_conversions = [
+            one
+            for one in noted
+            if not any(type(step).__module__.endswith("bitsandbytes") for step in getattr(one, "operations", ()))
+        ]
 
 
 # --- caches -------------------------------------------------------------------------------------------------

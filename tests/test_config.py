@@ -46,6 +46,9 @@ def test_a_divergence_with_a_bad_parameter_is_refused(settings, word):
         ("max_prefix_bytes", 0), ("max_prefix_bytes", 1.5), ("prefix_store", ""), ("prefix_store", True),
         ("prefix_dtype", "int8"), ("prefix_dtype", 8), ("prefix_device", 0), ("teacher_batch_bytes", 0),
         ("keep_checkpoints", 0), ("lora_rank", -4),
+        ("best_by", "loss"), ("best_by", "score"), ("early_stop_patience", -1), ("early_stop_delta", 0.1),
+        ("importance_correction", "exact"), ("importance_clip", 3.0), ("importance_clip", 0), ("trackers", ["mlflow"]),
+        ("trackers", "wandb"), ("save_best", 1), ("plots", "no"), ("scorer", ""),
         # wrong types, some of which Python would take for something else
         ("stop_tokens", "abc"), ("stop_tokens", ["a", 5]), ("stop_tokens", [""]), ("stop_tokens", None),
         ("gradient_checkpointing", "no"), ("gradient_checkpointing", 1), ("resume", "false"), ("resume", None),
@@ -115,3 +118,18 @@ def test_storage_of_prefixes_that_concat_does_not_keep(name, value):
     assert getattr(OPCDConfig(**{name: value}), name) == value
     with pytest.raises(InputError, match=f"{name} is set, but teacher_path='concat' keeps no caches"):
         OPCDConfig(**{name: value}, teacher_path="concat")
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"save_best": True, "eval_every": 0}, "set eval_every"),
+        ({"early_stop_patience": 2, "eval_every": 0}, "set eval_every"),
+        ({"early_stop_patience": 2, "early_stop_delta": -1.0}, "early_stop_delta"),
+        ({"importance_correction": "token", "top_p": 0.9}, "needs top_p=1"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, word):
+    with pytest.raises(InputError, match=word):
+        OPCDConfig(**settings)
+    OPCDConfig(save_best=True, best_by="score", early_stop_patience=2, early_stop_delta=0.1, trackers=["wandb"])

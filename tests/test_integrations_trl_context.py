@@ -202,8 +202,7 @@ def test_refuses_before_a_step(tmp_path):
         ({"train": long}, "by [0-9]+; shorten the prompt"),
         ({"others": {"peft_config": lora(), "tools": [print]}}, "tools are not supported"),
         (
-            {"tokenizer": tiny_tokenizer("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}"
-                                         "{% endfor %}")},
+            {"tokenizer": tiny_tokenizer("{{ messages[-1].content[-1:] }}")},  # of a message, its end alone
             "context changes nothing",
         ),
     ):  # fmt: skip

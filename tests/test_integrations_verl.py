@@ -128,8 +128,10 @@ def test_swap_finds_what_the_context_changes():
         assert tuple(prompt[: len(swap.student)]) == swap.student
         assert [*swap.teacher, *prompt[len(swap.student) :]] == seen
     inside = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(ValueError, match="context changes nothing"):
+    with pytest.raises(ValueError, match="does not stand in front"):  # it goes into the user's message
         ours.Swap.of(tiny_tokenizer(inside), CONTEXT)
+    with pytest.raises(ValueError, match="context changes nothing"):
+        ours.Swap.of(tiny_tokenizer("{{ messages[-1].content[-1:] }}"), CONTEXT)
     behind = inside + "{{ messages[0].content }}{% if messages|length > 1 %}!{% endif %}<|assistant|>"
     with pytest.raises(ValueError, match="does not stand in front"):
         ours.Swap.of(tiny_tokenizer(behind), CONTEXT)

@@ -131,8 +131,13 @@ def signs(folder):
     return [(path.name, path.stat().st_mtime_ns) for path in (folder, folder / "config.json") if path.exists()]
 
 
-def check_kills(launch, job, tmp_path, steps, kills, patience):
-    assert launch([*job, "--output-dir", str(tmp_path / "whole"), "--steps", str(steps)]).wait() == 0
+def check_kills(launch, job, tmp_path, steps, kills):
+    process = launch([*job, "--output-dir", str(tmp_path / "whole"), "--steps", str(steps)])
+    while process.poll() is None and not signs(tmp_path / "whole"):
+        time.sleep(0.005)
+    start = time.monotonic()
+    assert process.wait() == 0
+    patience = time.monotonic() - start  # kills fall anywhere in a run, however loaded the machine is
     whole = state_of(tmp_path / "whole")
     assert len([r for r in whole["records"] if r["kind"] == "step"]) == steps and whole["weights"]
     rng, left, runs = random.Random(time.time_ns()), kills, 0
@@ -145,12 +150,12 @@ def check_kills(launch, job, tmp_path, steps, kills, patience):
 
 
 def test_three_kills_change_no_bit(job, tmp_path):
-    check_kills(Fork, [*job, "--no-plots"], tmp_path, steps=14, kills=3, patience=1.0)
+    check_kills(Fork, [*job, "--no-plots"], tmp_path, steps=14, kills=3)
 
 
 @pytest.mark.slow
 def test_twenty_kills_change_no_bit(job, tmp_path):
-    check_kills(start, job, tmp_path, steps=40, kills=20, patience=4.0)
+    check_kills(start, job, tmp_path, steps=40, kills=20)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

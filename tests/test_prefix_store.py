@@ -255,6 +255,18 @@ def test_a_moving_teacher_stops_writing(hidden, tmp_path, said):
     assert not counts
 
 
+def test_a_hidden_change_is_seen_for_contexts_in_memory_too(tmp_path):
+    """One call for a context that is in memory and one that is not."""
+    model, contexts = tiny_model(), random_ids(20, 9)
+    ids, bounds = pack(random_ids(5, 5))
+    teacher = teacher_of(model, contexts, tmp_path)
+    teacher.hidden_states_packed(ids, bounds, context_index=[0, 0])
+    model.model.layers[0].self_attn.k_proj.weight.data.mul_(1.5)
+    got = teacher.hidden_states_packed(ids, bounds, context_index=[0, 1])
+    want = [plain_after_context(model, c, s) for c, s in zip(contexts, ids.split(5), strict=True)]
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=0)
+
+
 def test_invalidate_leaves_the_store(tmp_path, said):
     model, (context,) = tiny_model(), random_ids(20)
     teacher = teacher_of(model, context, tmp_path)

@@ -6,9 +6,11 @@ import logging
 
 import pytest
 import torch
+from architectures import build
 from tiny_models import CONFIGS, UNPACKABLE, pack, plain_hidden, random_ids, tiny_model, with_lora
 
 from opcd_fast import student
+from opcd_fast.architectures import rope_switch
 from opcd_fast.student import packed_hidden_states
 
 
@@ -89,6 +91,18 @@ def test_empty_sequence_in_a_padded_batch_gives_finite_gradients():
     ids, bounds = pack(random_ids(5, 0, 3))
     packed_hidden_states(model, ids, bounds).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("lengths", [(3, 25, 1, 30), (25, 0, 3), (25, 30), (0, 3)])
+def test_a_long_sequence_does_not_move_the_positions_of_short_ones(lengths):
+    """longrope: beyond 24 tokens all positions of a call are others."""
+    model = build("phi3-longrope")
+    assert rope_switch(model.base_model) == 24
+    sequences = random_ids(*lengths)
+    ids, bounds = pack(sequences)
+    got = packed_hidden_states(model, ids, bounds)
+    want = torch.cat([plain_hidden(model, s) for s in sequences if len(s)])
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
 def test_settings_come_back_also_after_an_error():

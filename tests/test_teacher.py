@@ -716,12 +716,97 @@ def test_updates_that_torch_counts_are_noticed(adapter):
         assert_close(got, reference(tiny_model(), [context], sequences, [0, 0]))
 
 
+def test_steps_of_fused_optimizers_are_noticed():
+    """Torch does not count what they write."""
+    model = tiny_model()
+    (context,), sequences = random_ids(20), random_ids(5, 3)
+    ids, bounds = pack(sequences)
+    teacher = ContextTeacher(model, context)
+    before = teacher.hidden_states_packed(ids, bounds)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    model(ids.unsqueeze(0)).logits.square().mean().backward()
+    optimizer.step()
+    got = teacher.hidden_states_packed(ids, bounds)
+    assert (got - before).abs().max() > 1e-2
+    assert_close(got, reference(model, [context], sequences, [0, 0]))
+
+
+@pytest.mark.parametrize("path", ["pad", "concat"])
+def test_an_attention_that_drops_sinks_is_refused_also_when_it_is_set_later(path):
+    from architectures import build
+
+    model, (context, sequence) = build("gpt-oss"), random_ids(20, 5)
+    teacher = ContextTeacher(model, context, path=path)
+    teacher.hidden_states_packed(*pack([sequence]))
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ValueError, match="sdpa attention drops this model's attention sinks"):
+        teacher.hidden_states_packed(*pack([sequence]))
+
+
+def test_a_cast_model_is_checked_anew():
+    model, (context, sequence) = tiny_model(), random_ids(20, 5)
+    teacher = ContextTeacher(model, context)
+    teacher.hidden_states_packed(*pack([sequence]))
+    model.bfloat16()
+    assert "in torch.bfloat16" in teacher.explain()
+
+
 def test_change_of_dtype_is_noticed():
     model = tiny_model()
     teacher = ContextTeacher(model, random_ids(20)[0])
     assert teacher.prefixes[0].keys[0].dtype == torch.float32
     model.bfloat16()
     assert teacher.prefixes[0].keys[0].dtype == torch.bfloat16
+
+
+def loaded_by_assignment(model):
+    other = tiny_model(seed=5).state_dict()
+    model.base_model.model.load_state_dict(
+        {name: other[name.replace("base_layer.", "")].clone() for name in model.base_model.model.state_dict()
+         if "lora" not in name},
+        strict=False, assign=True,
+    )  # fmt: skip
+
+
+def cast_and_back(model):
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+def stronger_adapter(model):
+    for module in seam.adapter_modules(model):
+        module.set_scale("default", 3.0)
+
+
+@pytest.mark.parametrize("change", [loaded_by_assignment, cast_and_back, stronger_adapter])
+def test_changes_that_no_version_counts_are_noticed(change):
+    model = with_lora(tiny_model())
+    (context,), sequences = random_ids(20), random_ids(5, 3)
+    ids, bounds = pack(sequences)
+    teacher = ContextTeacher(model, context, adapter="active")
+    before = teacher.hidden_states_packed(ids, bounds)
+    change(model)
+    got = teacher.hidden_states_packed(ids, bounds)
+    assert (got - before).abs().max() > 1e-2
+    assert_close(got, reference(model, [context], sequences, [0, 0]))
+
+
+def test_an_adapter_added_later_is_watched():
+    from peft import LoraConfig
+
+    model = with_lora(tiny_model())
+    (context,), sequences = random_ids(20), random_ids(5, 3)
+    ids, bounds = pack(sequences)
+    teacher = ContextTeacher(model, context, adapter="active")
+    model.add_adapter("later", LoraConfig(r=4, target_modules="all-linear"))
+    model.set_adapter("later")
+    for _ in range(2):  # the second time only its weights are other than when the context was read
+        teacher.hidden_states_packed(ids, bounds)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B.later" in name:
+                    parameter.normal_(0.0, 0.3)
+    got = teacher.hidden_states_packed(ids, bounds)
+    assert_close(got, reference(model, [context], sequences, [0, 0]))
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

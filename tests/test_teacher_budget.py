@@ -10,7 +10,7 @@ from test_loss_memory import peak_bytes
 from tiny_models import pack, plain_after_context, random_ids, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from opcd_fast import teacher_budget
+from opcd_fast import mask_path, teacher_budget
 from opcd_fast import transformers_seam as seam
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.teacher_parts import split
@@ -64,7 +64,7 @@ def model_of(name, dtype=torch.float32):
 def counted(model, path, lengths, context, **options):
     part = teacher_budget.Part()
     for length in lengths:
-        part = part.plus(length, 0, context)
+        part = part.plus(length, 0, context, teacher_budget.sizes_of(seam.body_of(model)).window)
     return teacher_budget.part_bytes(teacher_budget.sizes_of(seam.body_of(model)), path, part, **options)
 
 
@@ -126,6 +126,25 @@ def test_parts_change_no_number(name, path):
         torch.testing.assert_close(some, want[select], atol=1e-4, rtol=0)
         none = teacher.hidden_states_packed(ids, bounds, context_index=index, select=select[:0])
         assert none.shape == (0, 48)
+
+
+def test_masks_larger_than_allowed_are_divided_too(monkeypatch):
+    model, contexts, sequences = tiny_model("falcon"), random_ids(20, 6), random_ids(9, 12, 4, 12, seed=2)
+    ids, bounds = pack(sequences)
+    teacher = ContextTeacher(model, contexts, path="mask")
+    assert teacher.path == "mask"  # the check is over
+    monkeypatch.setattr(mask_path, "MASK_BYTES", 12 * 32 * 4)  # one of the longest sequences by itself
+    got = teacher.hidden_states_packed(ids, bounds, context_index=[0, 0, 1, 0])
+    want = [plain_after_context(model, contexts[i], s) for i, s in zip([0, 0, 1, 0], sequences, strict=True)]
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=0)
+
+
+def test_windows_count_for_each_context():
+    body = seam.body_of(tiny_model("mistral-window-below-context"))
+    sizes, part = teacher_budget.sizes_of(body), teacher_budget.Part()
+    for context in range(50):
+        part = part.plus(1, context, 20, sizes.window)
+    assert part.past == 50 * 7  # a window of 8 sees 7 keys before a token
 
 
 def tokens_of_passes(model):

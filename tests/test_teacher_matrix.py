@@ -511,6 +511,8 @@ def test_flex_attention_takes_a_block_mask(name, monkeypatch):
     teacher.prefixes  # noqa: B018 - transformers compiles its own masks, which takes long
     model.config._attn_implementation_internal = "flex_attention"
     monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", plainly)
+    assert teacher.path == "mask"  # checked anew, with this attention
+    seen.clear()
     got = teacher.hidden_states_packed(*pack(sequences), context_index=INDEX)
     assert (got - expected).abs().max() <= TOLERANCE and seen == [True, True]
 
@@ -518,12 +520,12 @@ def test_flex_attention_takes_a_block_mask(name, monkeypatch):
 def test_a_mask_too_large_is_refused(monkeypatch):
     teacher = ContextTeacher(build("llama"), contexts(), path="mask")
     assert teacher.path == "mask"  # the check is over
-    packed = pack(random_ids(*LENGTHS, seed=2))
-    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * 62 * 4 - 1)
-    with pytest.raises(ValueError, match=r"input_ids: 36 tokens that see 62 keys.*use path='pad'"):
-        teacher.hidden_states_packed(*packed, context_index=INDEX)
-    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * 62 * 4)
-    teacher.hidden_states_packed(*packed, context_index=INDEX)
+    packed, keys = pack(random_ids(36, seed=2)), len(contexts()[0]) + 36
+    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * keys * 4 - 1)
+    with pytest.raises(ValueError, match=rf"input_ids: 36 tokens that see {keys} keys.*use path='pad'"):
+        teacher.hidden_states_packed(*packed, context_index=[0])
+    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * keys * 4)
+    teacher.hidden_states_packed(*packed, context_index=[0])
 
 
 def test_a_masked_layer_that_does_not_read_its_context_is_an_error(monkeypatch):
@@ -547,3 +549,25 @@ def test_a_masked_model_set_to_another_attention_is_refused():
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="masked path runs eager, sdpa or flex attention"):
         ContextTeacher(model, contexts(), path="mask")
+
+
+def test_one_token_goes_through_recurrent_layers_like_many():
+    """Nemotron-H bounds its time step in the scan, and not in the way that one token alone takes."""
+    model = build("nemotron-h")
+    teacher = ContextTeacher(model, contexts := random_ids(*[9] * 12), path="pad")
+    sequences = random_ids(*[1] * 12, seed=4)
+    ids, bounds = pack(sequences)
+    got = teacher.hidden_states_packed(ids, bounds, context_index=range(12))
+    want = [plain_after_context(model, c, s) for c, s in zip(contexts, sequences, strict=True)]
+    torch.testing.assert_close(got, torch.cat(want), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "gemma2"])
+def test_no_context_at_all(name):
+    model, sequences = build(name), random_ids(5, 1, 12)
+    ids, bounds = pack(sequences)
+    teacher = ContextTeacher(model, [[], []])
+    assert teacher.path == "merge"
+    got = teacher.hidden_states_packed(ids, bounds, context_index=[1, 0, 0])
+    want = torch.cat([plain_hidden(model, s) for s in sequences])
+    torch.testing.assert_close(got, want.detach(), atol=TOLERANCE, rtol=0)

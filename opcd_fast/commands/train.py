@@ -38,11 +38,16 @@ class TrainCommand:
     teacher_model: str | None = None
     """Another model as the teacher (same tokenizer); default: the model without a trained adapter, as it was at the
     start (LoRA: the base with the adapter off)."""
+    init: str | None = None
+    """Output folder of an earlier run on the same model: go on from its weights, with an edited context."""
+    replay: str | None = None
+    """With init: prompts whose teacher keeps the OLD context, a file or a share of the training prompts (0.2)."""
     run: TrainOptions = dataclasses.field(default_factory=TrainOptions)
 
 
 def run(arguments: list[str]) -> int:
     command, config = train_command(arguments)
+    from opcd_fast.continual import start_from
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prompts import read_context, read_prompts
     from opcd_fast.trainer import OPCDTrainer
@@ -59,22 +64,39 @@ def run(arguments: list[str]) -> int:
     held_out = None
     if command.eval_prompts is not None:
         held_out = read_prompts(command.eval_prompts, "eval_prompts", **config.columns())
+    start, replayed = None, []
+    if command.replay is not None and command.init is None:
+        raise InputError("replay needs init: the earlier run whose context shall stay")
+    if command.init is not None:
+        if command.teacher_model is not None:
+            raise InputError("init: the teacher is the base of that run; drop teacher_model")
+        start = start_from(command.init, command.model, config)
+        if command.replay is not None:
+            replayed = start.replayed(command.replay, prompts, held_out or (), config.seed)
+            print(f"{len(replayed)} replayed prompts keep the context of {command.init}")
     tokenizer = load_tokenizer(command.model)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
         teacher_tokenizer = load_tokenizer(command.teacher_model)
         elsewhere = config.teacher_device != "auto"
         teacher = load_model(command.teacher_model, **_loading(config, config.teacher_quantization, elsewhere))
+    place = _loading(config, config.quantization)
+    if start is not None:
+        model, teacher = start.models(**place)
+    else:
+        model = load_model(command.model, **place)
     trainer = OPCDTrainer(
-        load_model(command.model, **_loading(config, config.quantization)),
+        model,
         tokenizer,
         context,
-        prompts,
+        [*prompts, *replayed],
         config,
         teacher_model=teacher,
         teacher_tokenizer=teacher_tokenizer,
         eval_prompts=held_out,
     )
+    if start is not None:
+        start.described(trainer.origins, len(replayed))
     result = trainer.train()
     print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
     return 0

@@ -1,0 +1,126 @@
+"""`opcd report`: did the context move in, and what did it cost?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries
+from opcd_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Measure a finished run on held-out prompts against its base, with and without the context.
+
+    Writes opcd_card.json (every number), README.md (a model card) and report.html (one page, no network) into the run's
+    folder; card and README also into final/, which is what gets published.
+    """
+
+    run: Positional[str]
+    """Output folder of `opcd train`."""
+    context: str | None = None
+    """The context's file, for a run of an older version that kept none."""
+    prompts: str | None = None
+    """Held-out prompts, a file as for `opcd train`; default: the run's own."""
+    general: str | None = None
+    """Unrelated prompts on which the distance to the base is measured; default: a list that comes with opcd."""
+    regex: tuple[str, ...] = ()
+    """Patterns to be found in a good answer (Python's re.search; ^ and $ for the whole)."""
+    scorer: tuple[str, ...] = ()
+    """Functions as module:function, which give an answer (or an answer and the messages) a score from 0 to 1."""
+    task: tuple[str, ...] = ()
+    """Tasks of opcd, scored on their test split: instructions, math:FILE, frozen-lake, ..."""
+    model: str | None = None
+    """Where the base model is now; default: where the run found it."""
+    max_prompts: int = 32
+    """Prompts measured on, from the beginning of each file."""
+    samples: int = 1
+    """Answers of each arm to each prompt."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; default: the run's."""
+    temperature: float | None = None
+    """Of the answers and the compared distributions; default: the run's."""
+    examples: int = 20
+    """Answers worse than those of base + context that are kept, for each score."""
+    seed: int = 0
+    """Fixes the answers."""
+
+
+def run(arguments: list[str]) -> int:
+    command = parse(ReportCommand, "report", arguments)
+    for name, least in (("max_prompts", 2), ("samples", 1), ("max_new_tokens", 1), ("examples", 0)):
+        value = getattr(command, name)
+        if value is not None and value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
+    if command.temperature is not None and not 0 < command.temperature < 100:
+        raise InputError(f"temperature={command.temperature} must be above 0 and below 100")
+    check_seed(command.seed)
+    folder = Path(command.run)
+    from opcd_fast.prompts import read_context, read_prompts
+    from opcd_fast.report.files import write_report
+    from opcd_fast.report.measure import ReportOptions, measure
+    from opcd_fast.report.scorers import by_function, by_pattern
+    from opcd_fast.run_record import read_record
+    from opcd_fast.tasks import load_task
+    from opcd_fast.training_curve import run_settings
+
+    settings, record = run_settings(folder), read_record(folder)
+    columns = {
+        "prompt_column": settings.get("prompt_column"),
+        "drop_last_answer": settings.get("drop_last_answer", False),
+    }
+    options = ReportOptions(
+        context=None if command.context is None else read_context(Path(command.context)),
+        prompts=None if command.prompts is None else read_prompts(command.prompts, **columns),
+        general=None if command.general is None else read_prompts(command.general, "general"),
+        scorers=[*map(by_pattern, command.regex), *map(by_function, command.scorer)],
+        tasks=command.task,
+        model=command.model,
+        max_prompts=command.max_prompts,
+        samples=command.samples,
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature,
+        examples=command.examples,
+        seed=command.seed,
+    )
+    for name in command.task:
+        load_task(name)  # a missing package or file must not cost the loading of a model
+    quiet_libraries()
+    card = measure(folder, options, told=lambda line: print(f"{line} ...", flush=True))
+    context = record["context"] if record and record["context"] is not None else options.context
+    written = write_report(folder, card, context)
+    _show(card)
+    print(f"saved: {', '.join(map(str, written))} ({card['seconds']:.0f} s)")
+    return 0
+
+
+def _show(card: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from opcd_fast.report.arms import ARMS
+    from opcd_fast.report.words import mean, rate, tokens
+
+    console = Console()
+    table = Table(title="KL to the teacher with the context, nats per token (95 % interval)")
+    for column in ("on", "before", "after", "gap closed"):
+        table.add_column(column)
+    for key, name in (("own", "the student's own answers"), ("fixed", "answers of base + context")):
+        kl = card["kl"][key]
+        table.add_row(name, mean(kl["before"]), mean(kl["after"]), rate(kl["gap_closed"]))
+    console.print(table)
+    table = Table(title="the four arms")
+    for column in ("", *ARMS):
+        table.add_column(column)
+    for score in card["scores"]:
+        table.add_row(score["name"].replace("[", "\\["), *(rate(score["arms"][arm]) for arm in ARMS))
+    table.add_row("tokens per answer", *(tokens(card["arms"][arm]["length"]) for arm in ARMS))
+    console.print(table)
+    if card["forgetting"]:
+        kl = card["forgetting"]["kl"]
+        console.print(f"KL to the base on {card['forgetting']['prompts']} unrelated prompts: {mean(kl)}")
+    console.print(json.dumps({"prompt tokens saved per call": round(card["saved"]["tokens"], 1)}).strip("{}"))

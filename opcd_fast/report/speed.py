@@ -1,0 +1,64 @@
+"""What a call costs less without the context: tokens, and the time until the first token of the answer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.rendering import RenderedPrompt
+from opcd_fast.report.arms import Prefixes, with_context
+from opcd_fast.report.models import RunModels
+
+REPEATS = 5
+
+
+def saved(
+    models: RunModels, rows: Sequence[RenderedPrompt], prefixes: Prefixes, timed: RenderedPrompt
+) -> dict[str, Any]:
+    """Mean tokens of the prompts with and without the context, and seconds to read the prompt `timed` on this device.
+
+    Timed on the base, one prompt at a time, medians of turns that alternate: a student whose adapter is merged costs
+    the same. No cache of the context is counted for either; a server that keeps one saves less.
+    """
+    tokens_with = statistics.fmean(len(with_context(row, prefixes)) for row in rows)
+    tokens_without = statistics.fmean(len(row.student_ids) for row in rows)
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    prompts = {"with": with_context(timed, prefixes), "without": timed.student_ids}
+    for turn in range(REPEATS + 1):
+        for name, ids in prompts.items():
+            took = _prefill(models, ids)
+            if turn:  # the first one warms up
+                seconds[name].append(took)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "tokens_with_context": tokens_with,
+        "tokens_without": tokens_without,
+        "tokens": tokens_with - tokens_without,
+        "prefill_seconds_with_context": medians["with"],
+        "prefill_seconds_without": medians["without"],
+        "prefill_seconds": medians["with"] - medians["without"],
+        "timed_tokens": {name: len(ids) for name, ids in prompts.items()},
+        "repeats": REPEATS,
+    }
+
+
+@torch.no_grad()
+def _prefill(models: RunModels, ids: Sequence[int]) -> float:
+    side = models.base
+    body = seam.body_of(side.model)
+    row = torch.tensor([list(ids)], device=models.device)
+    with side.acting():
+        start = _now(models.device)
+        seam.run_body(body, row)
+        return _now(models.device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,37 @@
+"""What a run's folder says about its training. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from opcd_fast.errors import InputError
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """config.json of a run. Raises InputError where there is none."""
+    path = run / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(run)!r} is not a run: its config.json cannot be read ({error})") from error
+    if not isinstance(settings, dict) or "output_dir" not in settings:
+        raise InputError(f"{str(run)!r} is not a run of `opcd train`: its config.json holds other things")
+    return settings
+
+
+def curve(run: Path) -> dict[str, Any]:
+    """Loss of each step, and the held-out KLs where they were measured, from metrics.jsonl."""
+    steps, evaluations = [], []
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a killed run may leave half a line
+            record = json.loads(line)
+            if record.get("kind") == "evaluation":
+                evaluations.append([record["step"], record.get("own_kl"), record.get("fixed_kl")])
+            elif record.get("kind") == "step":
+                steps.append([record["step"], record["loss"]])
+    return {"steps": steps, "evaluations": evaluations}

@@ -1,0 +1,220 @@
+"""report.html: nothing from outside, nothing that runs, nothing that a model wrote becomes markup; and in a browser."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from opcd_fast.report.arms import ARMS, SHOWN, STUDENT
+from opcd_fast.report.page import page
+
+EVIL = "<script>document.title='owned'</script><img src=http://example.invalid/x onerror=alert(1)>&\"'</div></table>"
+
+
+def estimate(value, low=None, high=None):
+    return {"value": value, "low": value / 2 if low is None else low, "high": min(1.0, value * 1.5) if high is None
+            else high, "n": 32, "interval": "bootstrap"}  # fmt: skip
+
+
+def kl(value):
+    return {**estimate(value, value / 2, value * 2), "p50": value / 3, "p90": value * 2, "p99": value * 5, "tokens": 99}
+
+
+def example(prompt, shown, student, **more):
+    return {"prompt": prompt, "answers": {SHOWN: shown, STUDENT: student}, **more}
+
+
+@pytest.fixture
+def card():
+    """Made up, so that every part is there; real ones are in test_report.py."""
+    arms = {arm: estimate(0.2 * (i + 1)) for i, arm in enumerate(ARMS)}
+    gap = {"before": kl(0.8), "after": kl(0.06), "gap_closed": estimate(0.93)}
+    greedy = {"identical": estimate(0.5), "first_difference": {"median": 3, "of": [3]}}
+    worse = [example(f"prompt {i}", "good answer\nof two lines", EVIL, scores={SHOWN: 1, STUDENT: 0}) for i in range(3)]
+    regressions = {"count": 3, "better": 1, "of": 32, "examples": worse}
+    file = {"size": 1, "sha256": "ab" * 32}
+    return {
+        "schema": 1, "written": "2026-01-01T00:00:00+00:00", "run": EVIL, "base_model": EVIL, "adapter": True,
+        "teacher_model": None, "warning": "No secrets.", "seconds": 12.0,
+        "ran": {"device": EVIL, "dtype": "float32", "python": "3", "torch": "2", "transformers": "5", "peft": "0"},
+        "measured_with": {"held_out_prompts": 32, "of": 128, "samples_per_prompt": 1, "seed": 0, "max_new_tokens": 24,
+                          "temperature": 1.0, "top_p": 1.0},
+        "kl": {"own": gap, "fixed": gap},
+        "agreement": {"top1": {k: {"before": estimate(0.5), "after": estimate(0.9)} for k in ("own", "fixed")},
+                      "greedy": {"before": greedy, "after": greedy}},
+        "arms": {arm: {"length": estimate(12.0, 10, 14), "truncated": estimate(0.1)} for arm in ARMS},
+        "scores": [{"name": EVIL, "kind": "regex", "arms": arms, "regressions": regressions}],
+        "forgetting": {"kl": kl(0.3), "top1_agreement": estimate(0.8), "prompts": 32, "left_out_as_trained_on": 2},
+        "saved": {"tokens_with_context": 197.0, "tokens_without": 37.0, "tokens": 160.0, "repeats": 5,
+                  "prefill_seconds_with_context": 0.9, "prefill_seconds_without": 0.2, "prefill_seconds": 0.7,
+                  "timed_tokens": {"with": 190, "without": 30}},
+        "furthest": [example(EVIL, EVIL, "", kl=0.2)],
+        "training": {"steps": [[s, 1.0 / s] for s in range(1, 31)], "evaluations": [[0, 0.9, 5.6], [30, 0.05, 0.06]]},
+        "settings": {"learning_rate": 0.001, "stop_tokens": [EVIL]},
+        "hashes": {"context_sha256": "c" * 64, "prompts_sha256": "d" * 64, "held_out_sha256": "e" * 64,
+                   "tokenizer": {"name": "m", "files": {"tokenizer.json": file}, "template_sha256": "f" * 64},
+                   "base": {"name": EVIL, "commit": None, "files": {EVIL: file}, "fingerprint": None}, "teacher": None,
+                   "weights": {"adapter_model.safetensors": file}, "started": None, "recorded": "now",
+                   "code": {"version": "0.1.0", "commit": None, "changed": None}},
+    }  # fmt: skip
+
+
+class Seen(HTMLParser):
+    """Elements, their attributes and all text."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> inside {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_nothing_written_by_a_model_or_a_user_becomes_markup(card):
+    html = page(card, [{"role": "user", "content": EVIL}])
+    seen = Seen(html)
+    assert not seen.open
+    assert not {"script", "img", "iframe", "link", "object", "embed"} & set(seen.tags)
+    assert not [name for name, _ in seen.attributes if name.startswith("on") or name in ("src", "href", "srcset")]
+    # Every place where such a text goes: title and heading, subtitle, score (tile, chart, table, regression), ...
+    assert "".join(seen.text).count("document.title='owned'") >= 12
+    assert not [value for name, value in seen.attributes if "http" in (value or "") and name != "aria-label"]
+    assert not re.search(r"url\(|@import|http", html[html.index("<style>") : html.index("</style>")])
+
+
+def test_every_part_is_there(card):
+    text = " ".join("".join(Seen(page(card, "the context")).text).split())
+    for words in (
+        "How far is it from the teacher?", "Does it behave?", "Where it does worse than base + context",
+        "What did it forget?", "What does it save?", "Training", "The context", "What was it made of?", "No secrets.",
+        "Lower in 3 of 32 cases", "2 others were trained on", "the context", "93%", "160", "good answer of two lines",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def test_parts_that_were_not_measured_are_said_to_be(card):
+    bare = copy.deepcopy(card)
+    bare.update(scores=[], forgetting=None, furthest=[], training={"steps": [], "evaluations": []})
+    text = "".join(Seen(page(bare, None)).text)
+    assert "No behaviour was named" in text and "Not measured" in text and "No metrics were kept" in text
+    assert "Each prompt brought its own" in text
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9, 1e4])
+def test_plots_stand_extreme_values(card, value):
+    for key in ("own", "fixed"):
+        card["kl"][key]["after"] = kl(value)
+    card["training"] = {"steps": [[1, value]], "evaluations": [[0, value, value]]}
+    html = page(card, None)
+    assert not re.search(r'="[^"]*\b(nan|inf)\b[^"]*"', html)
+    for x in re.findall(r'c?x[12]?="([-\d.]+)"', html):
+        assert -1 <= float(x) <= 721
+
+
+# ------------------------------------------------------------------------------------------------ a real browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium installed: apt-get install chromium")
+
+# Added to a copy of the page, whose policy is taken out: what the browser has laid out, as JSON in the title.
+MEASURE = """<script>
+const box = e => { const r = e.getBoundingClientRect(); return [r.width, r.height]; };
+document.title = JSON.stringify({
+  svgs: [...document.querySelectorAll('svg')].map(box), tables: [...document.querySelectorAll('table')].map(box),
+  sides: [...document.querySelectorAll('.sides')].map(s => [...s.children].map(e => e.getBoundingClientRect().top)),
+  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  outside: performance.getEntriesByType('resource').map(r => r.name),
+  stroke: [...document.querySelectorAll('polyline')].map(e => getComputedStyle(e).stroke),
+  background: getComputedStyle(document.body).backgroundColor });
+</script>"""
+
+
+def browse(path, profile, *options):
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+         "--disable-background-networking", f"--user-data-dir={profile}", *options, path.as_uri()],
+        capture_output=True, text=True, timeout=180, env={**os.environ, "DBUS_SESSION_BUS_ADDRESS": "disabled:"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def measured(card, tmp_path, *options):
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page(card, "the context"))
+    path = tmp_path / "measured.html"
+    path.write_text(html.replace("</body>", MEASURE + "</body>"))
+    dom = browse(path, tmp_path / "profile", "--dump-dom", *options)
+    title = re.search(r"<title>(\{.*?\})</title>", dom, re.DOTALL).group(1)
+    return json.loads(title.replace("&amp;", "&"))
+
+
+@needs_browser
+def test_a_browser_shows_plots_and_tables_and_fetches_nothing(card, tmp_path):
+    found = measured(card, tmp_path, "--window-size=1100,900")
+    assert len(found["svgs"]) == 3 and len(found["tables"]) >= 5
+    for width, height in [*found["svgs"], *found["tables"][:4]]:
+        assert width > 300 and height > 60
+    assert found["overflow"] <= 0 and found["outside"] == []
+    assert all(len(set(tops)) == 1 for tops in found["sides"]) and found["sides"]  # side by side
+    assert len(set(found["stroke"])) == 3 and "none" not in found["stroke"]
+
+
+@needs_browser
+def test_a_narrow_and_a_dark_screen(card, tmp_path):
+    narrow = measured(card, tmp_path, "--window-size=500,900")
+    assert narrow["overflow"] <= 0
+    assert all(len(set(tops)) == 2 for tops in narrow["sides"])  # below each other
+    dark = measured(card, tmp_path, "--window-size=1100,900", "--blink-settings=preferredColorScheme=0")
+    assert sum(map(int, re.findall(r"\d+", dark["background"])[:3])) < 150 < sum(
+        map(int, re.findall(r"\d+", narrow["background"])[:3])
+    )
+
+
+@needs_browser
+def test_a_script_in_an_answer_does_not_run(card, tmp_path):
+    """Without the page's policy, so that it is the escaping that is tested."""
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page(card, EVIL))
+    (tmp_path / "page.html").write_text(html)
+    dom = browse(tmp_path / "page.html", tmp_path / "profile", "--dump-dom")
+    assert "<script" not in dom and "<img" not in dom
+    assert "<title>owned</title>" not in dom
+
+
+@needs_browser
+def test_the_policy_stops_a_script_that_got_through(card, tmp_path):
+    html = page(card, None).replace("</main>", "<script>document.title='owned'</script></main>")
+    (tmp_path / "page.html").write_text(html)
+    assert "<title>owned</title>" not in browse(tmp_path / "page.html", tmp_path / "profile", "--dump-dom")
+
+
+@needs_browser
+def test_a_picture_of_the_page_is_not_blank(card, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    (tmp_path / "page.html").write_text(page(card, None))
+    shot = tmp_path / "shot.png"
+    browse(tmp_path / "page.html", tmp_path / "profile", "--window-size=1000,1400", f"--screenshot={shot}")
+    pixels = image.imread(shot)[..., :3]
+    teal = (abs(pixels - [15 / 255, 118 / 255, 110 / 255]).max(-1) < 0.08).sum()
+    assert pixels.shape[:2] == (1400, 1000) and teal > 500  # bars and dots of the student

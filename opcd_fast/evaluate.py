@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from opcd_fast.batch import Sample, micro_batches, pack
+from opcd_fast.batch import Sample, pack
 from opcd_fast.intervals import mean_and_error
 from opcd_fast.objective import Teacher, context_kl
 from opcd_fast.rendering import RenderedPrompt
+from opcd_fast.retreat import TokenBudget
 from opcd_fast.rollout import Completion
 
 
@@ -24,9 +25,12 @@ def divergence(
     compute_dtype: torch.dtype,
     device: torch.device,
     micro_batch_tokens: int | None = None,
+    budget: TokenBudget | None = None,
     **loss_options: Any,
 ) -> dict[str, float]:
     """Divergence of student and teacher on given sequences, without gradients.
+
+    budget: in place of `micro_batch_tokens`, one that is shared with training, so that both keep what fits.
 
     Returns:
         kl: mean over sequences of the mean token KL(student || teacher), nats;
@@ -34,13 +38,13 @@ def divergence(
         kl_per_token: mean over all tokens, nats;
         top1_agreement: share of tokens where both models' most probable token is the same.
     """
-    by_token = agreement = 0.0
-    by_sequence: list[float] = []
-    tokens = 0
-    was_training = student.training
-    student.eval()
-    try:
-        for group in micro_batches(samples, micro_batch_tokens):
+    budget = budget or TokenBudget(micro_batch_tokens)
+
+    def measured() -> tuple[list[float], float, float, int]:
+        by_token = agreement = 0.0
+        by_sequence: list[float] = []
+        tokens = 0
+        for group in budget.groups(samples):
             batch = pack(group).to(device)
             _, stats = context_kl(
                 batch,
@@ -56,6 +60,12 @@ def divergence(
             by_token += float(stats.token_kl.sum())
             agreement += float(stats.top1_agreement.float().sum())
             tokens += batch.response_ids.numel()
+        return by_sequence, by_token, agreement, tokens
+
+    was_training = student.training
+    student.eval()
+    try:
+        by_sequence, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
     finally:
         student.train(was_training)
     kl, error = mean_and_error(by_sequence)

@@ -21,7 +21,7 @@ import torch
 from opcd_fast import best, checkpoint
 from opcd_fast import transformers_seam as seam
 from opcd_fast.acceleration import make_accelerator
-from opcd_fast.batch import Sample, micro_batches, pack
+from opcd_fast.batch import Sample, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
@@ -30,6 +30,7 @@ from opcd_fast.held_out import fixed_sequences, held_out_record, mean_length
 from opcd_fast.importance import Drift
 from opcd_fast.interruption import Interrupted, Interruption
 from opcd_fast.journal import Journal, TrainResult
+from opcd_fast.loss import LossStats
 from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
@@ -40,6 +41,7 @@ from opcd_fast.prompt_order import prompts_of_step
 from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
+from opcd_fast.retreat import TokenBudget
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
@@ -161,6 +163,7 @@ class OPCDTrainer:
             )
         self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
 
+        self.budget = TokenBudget(config.micro_batch_tokens)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
@@ -208,7 +211,7 @@ class OPCDTrainer:
 
     def _train_step(self, step: int, interruption: Interruption) -> dict[str, Any]:
         """The method: optimizer step number `step` + 1, and its record."""
-        config, watch, drift = self.config, Stopwatch(self.device), Drift()
+        config, watch = self.config, Stopwatch(self.device)
         rows = self._prompts_of(step)
         with interruption.abandonable():  # the weights are still those of the last step
             with watch("rollout"):  # the student answers, without the context
@@ -218,29 +221,35 @@ class OPCDTrainer:
                 )
             samples = samples_of(rows, answers)
 
-            loss, statistics = 0.0, []
             denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
             student_head = LMHead.from_model(self.model)
-            self.optimizer.zero_grad(set_to_none=True)
-            with seeded(stream_seed(config.seed, "dropout", step), self.device):
-                for group in micro_batches(samples, config.micro_batch_tokens, share_prompts=self.share_prompts):
-                    part, stats = context_kl(  # teacher with context, student without
-                        pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
-                        self.model,
-                        self.teacher,
-                        denominator=denominator,
-                        stopwatch=watch,
-                        student_head=student_head,
-                        drift=drift,
-                        divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
-                        correction=config.importance_correction,
-                        clip=config.importance_clip,
-                        **self._loss_options(),
-                    )
-                    with watch("backward"):
-                        self.accelerator.backward(part)
-                    loss += float(part.detach())
-                    statistics.append(stats)
+
+            def gradients() -> tuple[float, list[LossStats], Drift]:
+                loss, statistics, drift = 0.0, [], Drift()
+                self.optimizer.zero_grad(set_to_none=True)
+                with seeded(stream_seed(config.seed, "dropout", step), self.device):
+                    for group in self.budget.groups(samples, share_prompts=self.share_prompts):
+                        part, stats = context_kl(  # teacher with context, student without
+                            pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
+                            self.model,
+                            self.teacher,
+                            denominator=denominator,
+                            stopwatch=watch,
+                            student_head=student_head,
+                            drift=drift,
+                            divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
+                            correction=config.importance_correction,
+                            clip=config.importance_clip,
+                            **self._loss_options(),
+                        )
+                        with watch("backward"):
+                            self.accelerator.backward(part)
+                        loss += float(part.detach())
+                        statistics.append(stats)
+                        del part  # its graph keeps the inputs of checkpointed layers
+                return loss, statistics, drift
+
+            loss, statistics, drift = self.budget.retrying(gradients, f"step {step + 1}")
 
         with watch("optimizer"):
             limit = config.max_grad_norm or math.inf
@@ -296,7 +305,7 @@ class OPCDTrainer:
             record = held_out_record(
                 step, self.eval_rows, fixed, self.eval_rollout, self._sampling("evaluation", 0), self.model,
                 self.teachers.reference, score=self._score, device=self.device,
-                micro_batch_tokens=self.config.micro_batch_tokens, **self._loss_options(),
+                budget=self.budget, **self._loss_options(),
             )  # fmt: skip
         journal.evaluation(record)
 

@@ -135,6 +135,8 @@ def _configs(body: nn.Module) -> list[Any]:
 @contextmanager
 def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
     """Run every attention layer of `body` through `function` while the block is open."""
+    # transformers keeps what was registered last, and with it whatever that holds: a cache of gigabytes, for one.
+    outer = AttentionInterface._global_mapping.get(PACKED_ATTENTION, _no_call)
     AttentionInterface.register(PACKED_ATTENTION, function)
     saved = [(config, config._attn_implementation_internal) for config in _configs(body)]
     try:
@@ -144,6 +146,11 @@ def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]
     finally:
         for config, name in saved:
             config._attn_implementation_internal = name
+        AttentionInterface.register(PACKED_ATTENTION, outer)
+
+
+def _no_call(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    raise RuntimeError("packed attention was called outside of a packed forward pass")
 
 
 # --- training state -----------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """`python -m benchmarks.report [--results DIR] [--out docs/performance.md]`: the measured numbers as a page.
 
-Reads every JSON file of the results folder and renders, for each device, the newest report of the loss table and of
-the teacher's: the targets and whether they are met, tables, plots (in images/ beside the page), and what arithmetic
-says of both. The teacher's table may be missing, the loss's may not. The same files give the same page. A file that
-is half-written, of another schema, or of a run that was stopped is an error, not something to skip: numbers that
-nobody noticed missing are worse than none.
+Reads every JSON file of the results folder and renders, for each device, the newest report of the loss table, of the
+teacher's and of that of training steps: the targets and whether they are met, tables, plots (in images/ beside the
+page), and what arithmetic says of the first two. Only the loss's table must be there. The same files give the same
+page. A file that is half-written, of another schema, or of a run that was stopped is an error, not something to skip:
+numbers that nobody noticed missing are worse than none.
 
 Exit status: 0, or 2 with the reason on stderr.
 """
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import roofline, targets, teacher_report
+from benchmarks import roofline, step_report, targets, teacher_report
 from benchmarks.schema import BOUND, GradientError, Report, Row, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = newest(options.results)
         teacher = newest(options.results, "teacher")
-        text = page(found, teacher, options.out.parent)
+        steps = newest(options.results, "step")
+        text = page(found, teacher, options.out.parent, steps)
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
@@ -41,12 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
-    print(f"{options.out}: {', '.join(name for name, _ in [*found, *teacher])}")
+    print(f"{options.out}: {', '.join(name for name, _ in [*found, *teacher, *steps])}")
     return 0
 
 
 def newest(folder: Path, benchmark: str = "loss") -> list[tuple[str, Report]]:
-    """(file name, report) of the newest table "loss" or "teacher" of each device, GPUs first.
+    """(file name, report) of the newest table "loss", "teacher" or "step" of each device, GPUs first.
 
     Raises ValueError for any JSON file there that is not a complete report, whatever its benchmark, and when there is
     no loss table.
@@ -66,16 +67,19 @@ def newest(folder: Path, benchmark: str = "loss") -> list[tuple[str, Report]]:
     return [by_device[device] for device in sorted(by_device, key=lambda key: (key[0] != "cuda", key[1]))]
 
 
-def page(found: teacher_report.Found, teacher: teacher_report.Found, folder: Path) -> str:
+def page(
+    found: teacher_report.Found, teacher: teacher_report.Found, folder: Path, steps: teacher_report.Found = ()
+) -> str:
     """The page's Markdown; the plots are written to `folder`/images."""
     lines = [
         "# Performance",
         "",
         "Written by `python -m benchmarks.report` from the files named below; do not edit. First "
-        "the loss, then [the teacher](#the-shared-prefix-teacher). [How it is measured](../benchmarks/README.md).",
+        "the loss, then [the teacher](#the-shared-prefix-teacher), then [whole steps](#whole-training-steps). "
+        "[How it is measured](../benchmarks/README.md).",
         "",
     ]
-    if not any(report.device.kind == "cuda" for _, report in [*found, *teacher]):
+    if not any(report.device.kind == "cuda" for _, report in [*found, *teacher, *steps]):
         lines += ["**Nothing here was measured on a GPU.**", ""]
     lines += ["## Targets", ""]
     lines += ["One call of the loss is forward and backward of the mean reverse KL over N rows.", ""]
@@ -85,6 +89,7 @@ def page(found: teacher_report.Found, teacher: teacher_report.Found, folder: Pat
         lines += _plots(report, name, folder)
     lines += ["", "## Roofline", "", *roofline.markdown(), ""]
     lines += teacher_report.section(teacher, folder, _head, _slug)
+    lines += step_report.section(steps, _head)
     return "\n".join(lines)
 
 

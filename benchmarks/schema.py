@@ -1,8 +1,8 @@
 """The one JSON schema of every benchmark result in this repository.
 
-A file is one `Report`: where it was measured, with what, and one `Row` per (case, implementation) of the loss, or
-one `TeacherRow` of the teacher. It is written again after every case, so a run that is killed leaves what it had, with
-`complete` false.
+A file is one `Report`: where it was measured, with what, and one `Row` per (case, implementation) of the loss,
+one `TeacherRow` of the teacher, or one `StepRow` of whole training steps. It is written again after every case, so a
+run that is killed leaves what it had, with `complete` false.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "opcd-fast-benchmark/3"
+SCHEMA = "opcd-fast-benchmark/4"
 FIRST_SCHEMA = "opcd-fast-benchmark/1"  # had neither groups nor a workspace; still read
 SECOND_SCHEMA = "opcd-fast-benchmark/2"  # had no rows of the teacher; still read
+THIRD_SCHEMA = "opcd-fast-benchmark/3"  # had no rows of whole steps; still read
 GROUPS = ("main", "accuracy", "N", "V", "D", "workspace")
 TEACHER_GROUPS = ("main", "context", "response", "batch", "flex", "check")
+STEP_GROUPS = ("main", "dtype", "checkpointing")
 BOUND = "gemms"  # the bare matrix products
 OURS = ("opcd_fast-triton", "opcd_fast-native", "opcd_fast-torch")  # in the order in which backend="auto" prefers
 STATUSES = ("ok", "out of memory", "failed", "skipped")
@@ -107,6 +109,27 @@ class TeacherRow:
 
 
 @dataclass
+class StepRow:
+    """Whole optimizer steps of a trainer: `prompts` fresh answers, both models' forwards, backward and update."""
+
+    case: str
+    implementation: str
+    model: str  # whose shape; weights are random unless the report's notes say otherwise
+    prompts: int
+    tokens: int  # longest answer
+    context: int  # tokens of the context in the teacher's input, as ours renders it
+    dtype: str
+    checkpointing: bool  # of the student's activations
+    group: str = "main"  # what the case is for: one of STEP_GROUPS
+    status: str = "ok"
+    time_ms: Time | None = None  # of a step; the first one of each process is left out
+    answer_tokens: float | None = None  # scored and trained on in a step, mean over the timed steps
+    peak_bytes: int | None = None  # of a run, above what was held once the model was loaded
+    parts_ms: dict[str, float] = field(default_factory=dict)  # of a step, mean, where the trainer tells
+    note: str | None = None  # why something is missing
+
+
+@dataclass
 class Report:
     benchmark: str
     date: str  # ISO 8601
@@ -120,6 +143,7 @@ class Report:
     complete: bool = False
     rows: list[Row] = field(default_factory=list)
     teacher: list[TeacherRow] = field(default_factory=list)
+    steps: list[StepRow] = field(default_factory=list)
 
     def validate(self) -> None:
         """Raise ValueError naming the first field that a reader could trip over."""
@@ -153,7 +177,7 @@ def from_json(data: Any) -> Report:
 
     A file of an older schema is read as one of this schema: what it did not have has its default.
     """
-    if isinstance(data, dict) and data.get("schema") in (FIRST_SCHEMA, SECOND_SCHEMA):
+    if isinstance(data, dict) and data.get("schema") in (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA):
         data = {**data, "schema": SCHEMA}
     report: Report = _build(Report, data, "report")
     if report.schema != SCHEMA:
@@ -162,7 +186,10 @@ def from_json(data: Any) -> Report:
         _check_loss(row, f"report.rows[{index}]")
     for index, teacher_row in enumerate(report.teacher):
         _check_teacher(teacher_row, f"report.teacher[{index}]")
-    for name, rows in (("rows", report.rows), ("teacher", report.teacher)):
+    for index, step_row in enumerate(report.steps):
+        _check_step(step_row, f"report.steps[{index}]")
+    every: dict[str, Any] = {"rows": report.rows, "teacher": report.teacher, "steps": report.steps}
+    for name, rows in every.items():
         seen = set()
         for index, row in enumerate(rows):
             where = f"report.{name}[{index}]"
@@ -196,7 +223,16 @@ def _check_teacher(row: TeacherRow, where: str) -> None:
         raise ValueError(f"{where}.note must say why max_error is missing")
 
 
-def _check_common(row: Row | TeacherRow, where: str) -> None:
+def _check_step(row: StepRow, where: str) -> None:
+    if min(row.prompts, row.tokens, row.context) < 1:
+        raise ValueError(f"{where}: prompts, tokens and context must be positive")
+    if row.group not in STEP_GROUPS:
+        raise ValueError(f"{where}.group is {row.group!r}; expected one of {', '.join(STEP_GROUPS)}")
+    if row.status == "ok" and (row.time_ms is None or not row.answer_tokens):
+        raise ValueError(f"{where}.time_ms or answer_tokens is missing although status is 'ok'")
+
+
+def _check_common(row: Row | TeacherRow | StepRow, where: str) -> None:
     if row.status not in STATUSES:
         raise ValueError(f"{where}.status is {row.status!r}; expected one of {', '.join(STATUSES)}")
     if row.status != "ok" and not row.note:

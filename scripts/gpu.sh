@@ -5,6 +5,7 @@
 #
 #   scripts/gpu.sh                     on a machine with a CUDA device
 #   scripts/gpu.sh teacher loss        only some of the parts: tests, teacher, loss; one alone has all the time
+#   scripts/gpu.sh step                whole training steps beside TRL's; alone, it takes all of the time
 #   scripts/gpu.sh --dry-run [PART…]   the same flow on the CPU with tiny shapes; the tests are only collected
 #
 # Leaves gpu_tests.txt, teacher_<device>_<date>.json and loss_<device>_<date>.json in $OUT (default:
@@ -23,7 +24,8 @@
 #   SITE=$PWD/peers scripts/gpu.sh
 #
 # --no-deps: both ask for packages (datasets, accelerate, ...; a torch of their own choice) that the two functions
-# timed here do not use. They need torch, triton and packaging alone.
+# timed here do not use. They need torch, triton and packaging alone. `step` runs TRL's whole trainer, which needs
+# datasets and what it asks for as well; without them its rows are skipped.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -32,14 +34,18 @@ parts=
 for argument in "$@"; do
     case "$argument" in
     --dry-run) dry_run=1 ;;
-    tests | teacher | loss) parts="$parts $argument" ;;
+    tests | teacher | loss | step) parts="$parts $argument" ;;
     *)
-        echo "usage: scripts/gpu.sh [--dry-run] [tests] [teacher] [loss]" >&2
+        echo "usage: scripts/gpu.sh [--dry-run] [tests] [teacher] [loss] [step]" >&2
         exit 2
         ;;
     esac
 done
 parts="${parts:- tests teacher loss} "
+if [ "${parts#* step }" != "$parts" ] && [ "$parts" != " step " ]; then
+    echo "scripts/gpu.sh: step takes all of the time; ask for it alone" >&2
+    exit 2
+fi
 
 if [ -n "${PYTHON:-}" ]; then
     python=$PYTHON
@@ -67,6 +73,7 @@ if [ -n "$dry_run" ]; then
     loss_options=(--quick --device cpu --case-seconds 0.1 --limit-seconds 60
         --without compile-fp32,compile-bf16-logits,liger-chunked)
     teacher_options=(--quick --device cpu --case-seconds 0.1 --limit-seconds 60)
+    step_options=(--quick --device cpu --steps 1 --rounds 1)
 else
     out=${OUT:-benchmarks/results}
     unset TRITON_INTERPRET
@@ -78,6 +85,7 @@ else
     # The last case to start can overrun its limit by the time of a large case with its compilations.
     loss_options=(--device cuda --case-seconds 5 --limit-seconds $((loss_seconds - 70)))
     teacher_options=(--device cuda --case-seconds 5 --limit-seconds $((teacher_seconds - 45)))
+    step_options=(--device cuda --steps 2 --rounds 1 --limit-seconds $((alone * 2 / 3)))
 fi
 mkdir -p "$out" || exit 2
 
@@ -116,6 +124,7 @@ finish() { # NAME STATUS
 asked_for tests && run_tests
 asked_for teacher && run_table teacher "$teacher_seconds" "${teacher_options[@]}"
 asked_for loss && run_table loss "$loss_seconds" "${loss_options[@]}"
+asked_for step && run_table step "$alone" "${step_options[@]}"
 
 echo "== results in $out; failed:${failed:- nothing}"
 [ -z "$failed" ]

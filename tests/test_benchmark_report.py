@@ -215,7 +215,8 @@ def test_report_needs_a_table(tmp_path, capsys):
 def test_the_page_is_that_of_the_stored_results(tmp_path):
     """Whoever adds a result runs `python -m benchmarks.report` and commits what it writes."""
     pytest.importorskip("matplotlib")
-    stored = [report_page.newest(ROOT / "benchmarks" / "results", name) for name in ("loss", "teacher")]
-    assert report_page.page(*stored, tmp_path) == (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    stored = [report_page.newest(ROOT / "benchmarks" / "results", name) for name in ("loss", "teacher", "step")]
+    loss, teacher, steps = stored
+    assert report_page.page(loss, teacher, tmp_path, steps) == (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for path in tmp_path.glob("images/*"):
         assert (ROOT / "docs" / "images" / path.name).exists()

@@ -362,6 +362,7 @@ def test_gpu_script_runs_the_parts_asked_for(tmp_path):
     for part, module in modules.items():  # one that fails must not keep the others from running
         assert _parts(tmp_path, failing=module) == (1, list(modules.values()), part)
         assert _parts(tmp_path, part, failing="none") == (0, [module], "nothing")
+    assert _parts(tmp_path, "step", failing="none") == (0, ["benchmarks.step_table"], "nothing")
     assert _parts(tmp_path, "loss", "teacher", failing="pytest") == (0, [*modules.values()][1:], "nothing")
 
 
@@ -375,5 +376,7 @@ def test_gpu_script_ends_in_time():
 
 
 def test_gpu_script_refuses_unknown_arguments():
-    done = subprocess.run([str(ROOT / "scripts" / "gpu.sh"), "--fast"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "usage" in done.stderr
+    for arguments, said in ((["--fast"], "usage"), (["tests", "step"], "alone")):
+        command = [str(ROOT / "scripts" / "gpu.sh"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and said in done.stderr

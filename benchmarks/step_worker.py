@@ -1,0 +1,221 @@
+"""`python -m benchmarks.step_worker CASE TRAINER --steps N`: one trainer's steps in a process of its own.
+
+The last line on stdout is a JSON object: seconds of each step but the first, answer tokens of those steps, peak bytes,
+parts of a step. `benchmarks.step_table` starts these processes in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.step_cases import LEARNING_RATE, RANK, Case, Job, cases, make_job
+
+Steps = tuple[list[float], list[float], list[dict[str, float]]]  # when each ended, its answer tokens, its parts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_worker", description=__doc__)
+    parser.add_argument("case")
+    parser.add_argument("trainer", choices=sorted(TRAINERS))
+    parser.add_argument("--steps", type=int, required=True, help="timed ones; one more is run before them")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    every = {case.name: case for quick in (True, False) for case in cases(device, quick)}
+    case = every[options.case]
+    job = make_job(case, device)
+    with tempfile.TemporaryDirectory() as folder:
+        run, context = TRAINERS[options.trainer](case, job, Path(folder), options.steps + 1)
+        base = _reset_peak(device)
+        ended, tokens, parts = run()
+        peak = _peak(device) - base
+    if len(ended) != options.steps + 1:
+        raise RuntimeError(f"{options.trainer} made {len(ended)} steps instead of {options.steps + 1}")
+    print(json.dumps({
+        "seconds": [after - before for before, after in zip(ended, ended[1:], strict=False)],
+        "answer_tokens": tokens[1:], "peak_bytes": peak, "context": context,
+        "parts": {name: sum(p[name] for p in parts[1:]) / len(parts[1:]) for name in (parts[1] if parts else ())},
+    }))  # fmt: skip
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- the trainers
+
+
+def opcd(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], Steps], int | None]:
+    from opcd_fast import OPCDConfig
+    from opcd_fast.trainer import OPCDTrainer
+
+    records: list[dict[str, Any]] = []
+    ended: list[float] = []
+
+    def note(record: dict[str, Any]) -> None:
+        records.append(record)
+        ended.append(_now())
+
+    config = OPCDConfig(
+        output_dir=str(folder / "run"), steps=steps, batch_size=case.prompts, max_new_tokens=case.tokens,
+        lora_rank=RANK, learning_rate=LEARNING_RATE, gradient_checkpointing=case.checkpointing, dtype=case.dtype,
+        micro_batch_tokens=case.micro_batch_tokens, eval_every=0, save_every=0, plots=False,
+    )  # fmt: skip
+    trainer = OPCDTrainer(
+        job.model, job.tokenizer, job.context, job.questions, config, callbacks=[note], quiet=True
+    )  # fmt: skip
+
+    def run() -> Steps:
+        trainer.train()
+        parts = [record["seconds"] for record in records]
+        return ended, [float(record["response_tokens"]) for record in records], parts
+
+    return run, len(trainer.prefixes[0])
+
+
+def sdft(case: Case, job: Job, folder: Path, steps: int, fused: bool = False) -> tuple[Callable[[], Steps], None]:
+    """TRL's self-distillation with a context: base model as the teacher, full vocabulary, reverse KL."""
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    arguments = SDFTConfig(
+        **_trl_settings(case, folder, steps), num_generations=1, max_completion_length=case.tokens,
+        max_prompt_length=None, distillation_mode="full_logits", distillation_alpha=1.0, distillation_topk=None,
+        teacher_model_kind="base", teacher_prompt_template="{privileged_context}\n\n{prompt}",
+    )  # fmt: skip
+    context = "\n".join(message["content"] for message in job.context)
+    watch = _watch()
+    trainer = SDFTTrainer(
+        model=job.model, args=arguments, processing_class=job.tokenizer, peft_config=_lora(), callbacks=[watch],
+        train_dataset=_rows(job, privileged_context=context),
+    )  # fmt: skip
+    if fused:
+        from opcd_fast.integrations.trl import use_fused_loss
+
+        use_fused_loss(trainer)
+
+    def run() -> Steps:
+        trainer.train()
+        return watch.ended, watch.tokens, []
+
+    return run, None
+
+
+def sdft_fused(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], Steps], None]:
+    return sdft(case, job, folder, steps, fused=True)
+
+
+def context_distillation(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], Steps], None]:
+    """Ours for TRL's users."""
+    from trl import DistillationConfig
+
+    from opcd_fast.integrations.trl import ContextDistillationTrainer
+
+    arguments = DistillationConfig(**_trl_settings(case, folder, steps), max_completion_length=case.tokens, beta=1.0)
+    watch = _watch()
+    trainer = ContextDistillationTrainer(
+        job.model, job.context, arguments, _rows(job), processing_class=job.tokenizer, peft_config=_lora(),
+        callbacks=[watch],
+    )  # fmt: skip
+
+    def run() -> Steps:
+        trainer.train()
+        return watch.ended, watch.tokens, []
+
+    return run, None
+
+
+TRAINERS: dict[str, Any] = {
+    "opcd_fast": opcd,
+    "trl-sdft": sdft,
+    "trl-sdft, our loss": sdft_fused,
+    "opcd_fast in trl": context_distillation,
+}
+
+
+def _trl_settings(case: Case, folder: Path, steps: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "run"), "max_steps": steps, "per_device_train_batch_size": case.micro_batch,
+        "gradient_accumulation_steps": case.prompts // case.micro_batch, "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant", "warmup_steps": 0, "gradient_checkpointing": case.checkpointing,
+        "bf16": case.dtype == "bfloat16", "temperature": 1.0, "report_to": [], "save_strategy": "no",
+        "logging_steps": 1, "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),
+    }  # fmt: skip
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _rows(job: Job, **columns: str) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": text}], **columns} for text in job.questions])
+
+
+def _watch() -> Any:
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.ended: list[float] = []
+            self.tokens: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.ended.append(_now())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            for key in ("completions/mean_length", "self_distillation/completion_mean_length"):
+                if key in logs:
+                    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                    self.tokens.append(logs[key] * size)
+                    return
+
+    return Watch()
+
+
+# ------------------------------------------------------------------------------------------------- clock and memory
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Bytes held now, from which the peak counts on. On a CPU: resident memory, after freed pages went back."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here (Linux, proc(5))
+    return _resident("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())

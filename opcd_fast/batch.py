@@ -11,13 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opcd_fast.token_prefix import common_prefix_length
+
+# A beginning that all prompts have is read once from this many tokens on, and where it saves this share of the row:
+# below, the second phase of attention costs more than it saves.
+MIN_SHARED_PREFIX = 8
+MIN_SAVING = 0.1
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Packed student and teacher sequences of one step (B sequences, N response tokens in all).
 
     The last response token predicts nothing, so it is in neither model's input. With `student_parent` the student's
-    row has S segments instead of B sequences: a prompt that several responses follow is one, each response another.
+    row has S segments instead of B sequences: what several sequences begin with is one, the rest of each another.
     """
 
     student_ids: Tensor  # (sum T_s,) int64: prompt and response
@@ -31,7 +38,7 @@ class Batch:
     response_ids: Tensor  # (N,) int64
     response_cu_seqlens: Tensor  # (B + 1,) int32
     behaviour_logprobs: Tensor | None  # (N,) float32: log-probability under the sampler, or None
-    student_parent: Tensor | None = None  # (S,) int64: index of the segment's prompt, -1 for none; None: not shared
+    student_parent: Tensor | None = None  # (S,) int64: index of the segment before it, -1 for none; None: not shared
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in vars(self).items()}
@@ -55,8 +62,9 @@ def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompt
     Args:
         normalize: "sequence" gives each response token weight 1/|y|, so that sum(w * kl) / B is the paper's Eq. 1
             (arXiv 2602.12275); "token" gives every response token weight 1.
-        share_prompts: a student prompt that several samples have occurs once in the student's row, see
-            `opcd_fast.shared_prompts`. Everything per response stays in the order of `samples`.
+        share_prompts: what student prompts have in common occurs once in the student's row, see
+            `opcd_fast.shared_prompts`: equal prompts, or the beginning of all of them (a system prompt) where that
+            saves more. Everything per response stays in the order of `samples`.
     Raises:
         ValueError: no sample, an empty response or an empty prompt.
     """
@@ -94,32 +102,31 @@ def _separate_rows(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _shared_rows(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The student's fields of a Batch, one segment for each prompt of several samples and each of their responses."""
-    siblings: dict[tuple[int, ...], list[int]] = {}
-    for index, sample in enumerate(samples):
-        siblings.setdefault(tuple(sample.student_prompt), []).append(index)
+    """The student's fields of a Batch, one segment for each beginning that several samples have and each rest."""
     segments: list[Sequence[int]] = []
     parents: list[int] = []
     index_of: list[Tensor] = [torch.empty(0)] * len(samples)  # positions that predict each response
     end = 0
-    for prompt, members in siblings.items():
-        if len(members) == 1:
-            response = samples[members[0]].response
-            segments.append([*prompt, *response[:-1]])
+    groups = _groups(samples)
+    if all(len(members) == 1 for _, members in groups):
+        return _separate_rows(samples)
+    for beginning, members in groups:
+        parent = len(segments) if len(members) > 1 else -1
+        if parent >= 0:
+            segments.append(beginning)
             parents.append(-1)
-            end += len(segments[-1])
-            index_of[members[0]] = torch.arange(end - len(response), end)
-            continue
-        which = len(segments)
-        segments.append(prompt)
-        parents.append(-1)
-        end += len(prompt)
-        last = torch.tensor([end - 1])  # predicts the first token of every response
+            end += len(beginning)
+        last = end - 1  # of a shared prompt; predicts the first token of every response
         for member in members:
-            segments.append(samples[member].response[:-1])
-            parents.append(which)
-            index_of[member] = torch.cat([last, torch.arange(end, end + len(segments[-1]))])
+            prompt, response = samples[member].student_prompt, samples[member].response
+            rest = prompt if parent < 0 else prompt[len(beginning) :]
+            segments.append([*rest, *response[:-1]])
+            parents.append(parent)
             end += len(segments[-1])
+            places = torch.arange(end - len(response), end)
+            if not rest:
+                places[0] = last
+            index_of[member] = places
     return {
         "student_ids": _flat(segments),
         "student_cu_seqlens": _offsets(map(len, segments)),
@@ -128,13 +135,29 @@ def _shared_rows(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
+def _groups(samples: Sequence[Sample]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """(tokens, indices of the samples that begin with them): equal prompts, or all samples where that saves more."""
+    siblings: dict[tuple[int, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        siblings.setdefault(tuple(sample.student_prompt), []).append(index)
+    by_prompt = list(siblings.items())
+    length = common_prefix_length(list(siblings)) if len(siblings) > 1 else 0
+    saved = length * (len(samples) - 1)
+    total = sum(len(sample.student_prompt) + len(sample.response) - 1 for sample in samples)
+    enough = length >= MIN_SHARED_PREFIX and saved >= MIN_SAVING * total
+    if enough and saved > sum(len(prompt) * (len(members) - 1) for prompt, members in by_prompt):
+        return [(by_prompt[0][0][:length], list(range(len(samples))))]
+    return by_prompt
+
+
 def micro_batches(
     samples: Sequence[Sample], max_tokens: int | None, *, share_prompts: bool = False
 ) -> Iterator[list[Sample]]:
     """Split samples, in order, into groups of at most `max_tokens` student plus teacher tokens each.
 
     A single sample above the bound makes a group of its own: sequences are never cut. With share_prompts, neighbours
-    of one student prompt count it once, and stay together where a group can hold them all.
+    of one student prompt count it once, and stay together where a group can hold them all; a beginning that different
+    prompts have counts for each, although it is read once.
     """
     bound = math.inf if max_tokens is None else max_tokens
     runs = [[sample] for sample in samples]

@@ -106,7 +106,8 @@ class OPCDConfig:
     micro_batch_tokens: int | None = None
     """Student plus teacher tokens run through the models at once; None: the whole batch."""
     share_prompts: bool | None = None
-    """The student reads a prompt once for all of its answers. None: where rollouts_per_prompt > 1 and its model can."""
+    """The student reads once what the step's prompts have in common: a prompt with several answers, or the beginning of
+    all prompts (a system prompt). None: where its model can."""
     rollout: str = "transformers"
     """Where answers come from: "transformers" (this process, the fastest way that is exact), "generate" or
     "continuous" (transformers' own ways), "server" (OpenAI's protocol with token ids), "vllm" (in this process),

@@ -1,11 +1,12 @@
-"""Several continuations of one prompt through a model that is trained: the prompt is read once, forward and backward.
+"""Several continuations of one beginning through a model that is trained: it is read once, forward and backward.
 
     ids         prompt A | answer A1 | answer A2 | prompt B | answer B1 | answer B2 | answer B3
     parent        -1          0           0          -1          3           3           3
 
 With n answers of T tokens after a prompt of P, the body runs P + n T tokens instead of n (P + T), and hidden states
 and gradients are those of n sequences that stand alone: the prompt's tokens do not see the answers, so that they are
-the same in all of them.
+the same in all of them. A beginning is a prompt with several answers, or what different prompts have in common: the
+system prompt that a chat template puts in front of each (`opcd_fast.batch` chooses).
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ logger = logging.getLogger("opcd_fast")
 
 
 def shares_prompts(model: nn.Module, asked: bool | None, answers: int) -> bool:
-    """Whether training reads a prompt of `answers` answers once. Raises InputError where that is asked for in vain."""
-    if not (answers > 1 if asked is None else asked):
+    """Whether training reads what prompts have in common once; a prompt has `answers` answers.
+
+    Raises InputError where that is asked for in vain.
+    """
+    if asked is False:
         return False
     reason = refuses_sharing(seam.body_of(model), training=True)
     if reason is not None and asked:
         raise InputError(f"share_prompts=True: {reason}; leave it out")
-    if reason is not None:
+    if reason is not None and answers > 1:
         logger.warning("student: every answer has its own copy of the prompt, because %s", reason)
     return reason is None
 

@@ -65,6 +65,44 @@ def test_empty_parts_are_refused(bad):
         pack(bad)
 
 
+BEGINNING = list(range(20, 30))
+
+
+def test_a_beginning_of_all_prompts_occurs_once():
+    prompts, answers = [[1, 2], [3], [1, 4, 5]], [[6, 7, 8], [9], [11, 12]]
+    samples = [Sample([*BEGINNING, *p], [2], 0, a) for p, a in zip(prompts, answers, strict=True)]
+    batch = pack(samples, share_prompts=True)
+    bounds = batch.student_cu_seqlens.tolist()
+    segments = [batch.student_ids[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:])]
+    assert segments == [BEGINNING, [1, 2, 6, 7], [3], [1, 4, 5, 11]]
+    assert batch.student_parent.tolist() == [-1, 0, 0, 0]
+    predicting = batch.student_ids[batch.response_index_student].tolist()
+    assert predicting == [2, 6, 7, 3, 5, 11]  # the token before each one of the answers
+    assert batch.response_index_student.tolist() == [11, 12, 13, 14, 17, 18]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "prompts", "answers", "parents"),
+    [
+        (BEGINNING[:8], [[1], [2]], 4, [-1, 0, 0]),
+        (BEGINNING[:7], [[1], [2]], 4, None),  # shorter than an extra phase of attention is worth
+        (BEGINNING[:8], [[1], [2]], 40, None),  # a small part of the row
+        (BEGINNING[:8], [[1] * 20, [1] * 20, [2]], 4, [-1, 0, 0, -1]),  # an equal prompt saves 28, the beginning 16
+        (BEGINNING[:8], [[1], [1], [2]], 4, [-1, 0, 0, 0]),  # 9 and 16
+        (BEGINNING, [[1], [1]], 4, [-1, 0, 0]),
+        (BEGINNING, [[1]], 4, None),
+        ([], [[1], [2]], 1, None),
+    ],
+)
+def test_what_is_shared_is_what_saves_most(beginning, prompts, answers, parents):
+    samples = [Sample([*beginning, *p], [2], 0, [3] * answers) for p in prompts]
+    batch = pack(samples, share_prompts=True)
+    assert (None if batch.student_parent is None else batch.student_parent.tolist()) == parents
+    one_by_one = pack(samples)
+    tokens = lambda b: b.student_ids[b.response_index_student].tolist()  # noqa: E731
+    assert tokens(batch) == tokens(one_by_one) and len(batch.student_ids) <= len(one_by_one.student_ids)
+
+
 def test_shared_prompts_occur_once_and_every_position_predicts_its_token():
     prompts = [[7, 8, 9], [4], [5, 6]]
     which, answers = [0, 1, 0, 2, 0, 1], [[1, 2, 3], [4], [5], [6, 7], [8, 9], [10, 11, 12]]

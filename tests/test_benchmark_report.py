@@ -217,6 +217,7 @@ def test_the_page_is_that_of_the_stored_results(tmp_path):
     pytest.importorskip("matplotlib")
     stored = [report_page.newest(ROOT / "benchmarks" / "results", name) for name in ("loss", "teacher", "step")]
     loss, teacher, steps = stored
-    assert report_page.page(loss, teacher, tmp_path, steps) == (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = report_page.page(loss, teacher, tmp_path, steps)
+    assert page == (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for path in tmp_path.glob("images/*"):
         assert (ROOT / "docs" / "images" / path.name).exists()

@@ -74,6 +74,30 @@ def test_equals_separate_copies_in_other_architectures(name):
     check_equal(architectures.build(name), tolerance=2e-5)
 
 
+def with_common_beginning(length=9):
+    """Different prompts behind one beginning, one with several answers; one rest is longer than the models' windows."""
+    samples = make_samples(answers=[(4,), (5,), (2, 12), (1,)])
+    beginning = torch.randint(3, tiny_models.VOCABULARY, (length,), generator=torch.Generator().manual_seed(9)).tolist()
+    return [Sample([*beginning, *s.student_prompt], s.teacher_prompt, 0, s.response) for s in samples]
+
+
+@pytest.mark.parametrize("name", [*tiny_models.CONFIGS, *tiny_models.UNPACKABLE])
+def test_a_beginning_that_all_prompts_have_equals_separate_copies(name):
+    samples = with_common_beginning()
+    assert pack(samples, share_prompts=True).student_parent.tolist() == [-1, *[0] * len(samples)]
+    check_equal(tiny_models.tiny_model(name), samples=samples)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_common_beginning_with_checkpointing(lora):
+    model = tiny_models.tiny_model()
+    model = with_lora(model) if lora else model
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()
+    check_equal(model, samples=with_common_beginning())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral-window-below-context"])

@@ -510,9 +510,10 @@ def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeyp
                 assert record[field] == pytest.approx(reference[field], rel=1e-4), field
 
 
-def test_prompts_are_shared_by_default_only_where_there_is_something_to_share(tokenizer, tmp_path, caplog):
+def test_prompts_are_shared_by_default_where_the_model_can(tokenizer, tmp_path, caplog):
     assert make(tokenizer, tmp_path / "a", rollouts_per_prompt=2).share_prompts is True
-    assert make(tokenizer, tmp_path / "b").share_prompts is False
+    assert make(tokenizer, tmp_path / "b").share_prompts is True
+    assert make(tokenizer, tmp_path / "e", share_prompts=False).share_prompts is False
     dropping = lambda: {"model": tiny_model(attention_dropout=0.1), "rollouts_per_prompt": 2}  # noqa: E731
     with caplog.at_level("WARNING", "opcd_fast"):
         assert make(tokenizer, tmp_path / "c", **dropping()).share_prompts is False

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.objective import Teacher, context_kl
+from opcd_fast.parallel import Parallel
+from opcd_fast.ranks import Ranks
 from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.rollout import Completion
 
@@ -23,6 +26,7 @@ def divergence(
     compute_dtype: torch.dtype,
     device: torch.device,
     micro_batch_tokens: int | None = None,
+    parallel: Parallel | None = None,
     **loss_options: Any,
 ) -> dict[str, float]:
     """Divergence of student and teacher on given sequences, without gradients.
@@ -34,12 +38,16 @@ def divergence(
     """
     by_sequence = by_token = agreement = 0.0
     tokens = 0
+    ranks = Ranks(alone=True) if parallel is None else parallel.ranks
     was_training = student.training
     student.eval()
     try:
-        for group in micro_batches(samples, micro_batch_tokens):
-            batch = pack(group).to(device)
-            _, stats = context_kl(
+        if parallel is not None:
+            parallel.read_contexts(teacher, samples)
+        for turn in ranks.rounds(micro_batches(ranks.share_samples(samples), micro_batch_tokens), samples):
+            batch = pack(turn.samples).to(device)
+            score = partial(
+                context_kl,
                 batch,
                 student,
                 teacher,
@@ -48,12 +56,16 @@ def divergence(
                 compute_dtype=compute_dtype,
                 **loss_options,
             )
+            _, stats = score() if parallel is None else parallel.run(score)
+            if turn.empty:
+                continue
             by_sequence += float((stats.token_kl * batch.token_weights).sum())
             by_token += float(stats.token_kl.sum())
             agreement += float(stats.top1_agreement.float().sum())
             tokens += batch.response_ids.numel()
     finally:
         student.train(was_training)
+    by_sequence, by_token, agreement, tokens = map(sum, zip(*ranks.gather((by_sequence, by_token, agreement, tokens))))
     return {
         "kl": by_sequence / len(samples),
         "kl_per_token": by_token / tokens,

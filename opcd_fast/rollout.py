@@ -124,6 +124,7 @@ class TransformersRollout:
             attention_mask=mask,
             past_key_values=_prefilled(model, ids[:1, :shared], len(prompts)) if shared else None,
             logits_processor=[recorder],
+            synced_gpus=False,  # weights are whole here, and ranks need not take the same number of steps
             generation_config=GenerationConfig(
                 **({"do_sample": True, "top_k": 0} if temperature > 0 else {"do_sample": False}),
                 max_new_tokens=max_new_tokens,

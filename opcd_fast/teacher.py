@@ -167,6 +167,17 @@ class ContextTeacher:
             built = self._prefixes_of(every)
         return [built[index] for index in every]
 
+    def read(self, context_index: Iterable[int]) -> None:
+        """Read these contexts now, where they have not been read. Where weights are sharded, all ranks must."""
+        if self.path != "concat":
+            with self._scoring():
+                self._prefixes_of(context_index)
+
+    @property
+    def same_passes_everywhere(self) -> bool:
+        """Whether a call runs the model once, whatever its sequences and contexts, once the contexts have been read."""
+        return self.path in ("merge", "mask") and self._rope_switch is None
+
     def explain(self) -> str:
         """Which path runs, why, and what the contexts occupy."""
         path = self.path

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from opcd_fast import checkpoint
 from opcd_fast import transformers_seam as seam
-from opcd_fast.acceleration import make_accelerator
+from opcd_fast.acceleration import make_accelerator, shards
 from opcd_fast.architectures import refuses_sharing
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.config import OPCDConfig
@@ -35,9 +35,11 @@ from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
+from opcd_fast.parallel import Parallel
 from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress
 from opcd_fast.prompts import read_context, read_prompts
+from opcd_fast.ranks import Ranks
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
@@ -106,7 +108,10 @@ class OPCDTrainer:
         self.callbacks = tuple(callbacks)
         self.quiet = quiet
         self.device = pick_device(config.device)
-        self.folder = RunFolder(config.output_dir, config.resume)
+        self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
+        self.accelerator = make_accelerator(self.device, self.compute_dtype)
+        self.ranks = Ranks()
+        self.folder: RunFolder = self.ranks.main_object(lambda: RunFolder(config.output_dir, config.resume))
         read = [read_prompts(prompts, **config.columns())]
         if eval_prompts is not None:
             read.append(read_prompts(eval_prompts, "eval_prompts", **config.columns()))
@@ -124,16 +129,24 @@ class OPCDTrainer:
             seam.longest_input(seam.body_of(teacher_model or model)),
         )
 
-        self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
         evaluates = bool(self.eval_rows and config.eval_every)
-        pair = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype, evaluates)
+        place = torch.device("cpu") if shards() else self.device  # whole weights may not fit one GPU
+        pair = student_and_teacher(model, teacher_model, config, place, self.compute_dtype, evaluates)
         self.model = pair.student
         self.share_prompts = _shares_prompts(self.model, config)
         vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)
-        self.accelerator = make_accelerator(self.device, self.compute_dtype)
+
+        def optimizer(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+            rate = config.learning_rate_for(adapter=is_peft(self.model))
+            fused = self.device.type == "cuda"
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay, fused=fused)
+
+        self.parallel = Parallel(self.accelerator, self.ranks, pair, config, optimizer)
+        self.optimizer, self.parameters = self.parallel.optimizer, self.parallel.parameters
         self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
         self.teacher = self.teachers.teacher
+        self.parallel.check_teacher(self.teacher, self.teachers.reference)
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
 
         def sampler(sampled: Any, merge: bool | None) -> TransformersRollout:
@@ -142,21 +155,12 @@ class OPCDTrainer:
                 sampled, stop_token_ids=stop_ids, max_batch=size, merge_adapter=merge, vocab_size=vocab_size
             )
 
-        self.rollout = sampler(self.model, config.merge_for_rollout)
+        self.rollout = sampler(self.model, False if self.parallel.sharded else config.merge_for_rollout)
         # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It
         # is None when the first weights are not kept (full fine-tuning, a moving teacher, and no evaluation).
         self.teacher_rollout: Any = None if pair.reference is None else sampler(pair.reference, False)
-        self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
-
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(
-                self.parameters.values(),
-                lr=config.learning_rate_for(adapter=is_peft(self.model)),
-                weight_decay=config.weight_decay,
-                fused=self.device.type == "cuda",
-            )
-        )
+        shares_base = pair.reference_adapter == "disabled"
+        self.base_weights = partial(seam.without_adapters, self.model) if shares_base else nullcontext
 
     # ------------------------------------------------------------------------------------------ the method
 
@@ -165,7 +169,7 @@ class OPCDTrainer:
         config, started = self.config, time.perf_counter()
         first, result = self._start_or_resume()
         fixed = self._fixed_sequences()
-        progress = Progress(config.steps, first, self.quiet)
+        progress = Progress(config.steps, first, self.quiet or not self.ranks.main)
         try:
             if first == 0:
                 self._evaluate(0, fixed, result, progress)
@@ -176,18 +180,24 @@ class OPCDTrainer:
                 rows = self._prompts_of(step)
 
                 with watch("rollout"):  # the student answers, without the context
-                    answers = self.rollout.generate(
+                    answers = self.parallel.sampler(self.rollout).generate(
                         [row.student_ids for row in rows], **self._sampling("rollout", step)
                     )
-                samples = samples_of(rows, answers)
+                samples = samples_of(rows, answers)  # of all ranks, each of which scores its share
 
                 loss, statistics = 0.0, []
-                denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
+                # Of the whole step, not of a micro-batch or a rank; gradients are then averaged over the ranks.
+                denominator = total_weight(samples, config.normalize) / self.ranks.world
+                mine = self.ranks.share_samples(samples)
+                groups = micro_batches(mine, config.micro_batch_tokens, share_prompts=self.share_prompts)
+                self.parallel.read_contexts(self.teacher, samples)
                 self.optimizer.zero_grad(set_to_none=True)
-                with seeded(stream_seed(config.seed, "dropout", step), self.device):
-                    for group in micro_batches(samples, config.micro_batch_tokens, share_prompts=self.share_prompts):
-                        part, stats = context_kl(  # teacher with context, student without
-                            pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
+                with seeded(stream_seed(config.seed, self.ranks.stream("dropout"), step), self.device):
+                    for turn in self.ranks.rounds(groups, samples):
+                        batch = pack(turn.samples, normalize=config.normalize, share_prompts=self.share_prompts)
+                        objective = partial(
+                            context_kl,  # teacher with context, student without
+                            (batch.without_weight() if turn.empty else batch).to(self.device),
                             self.model,
                             self.teacher,
                             denominator=denominator,
@@ -196,14 +206,19 @@ class OPCDTrainer:
                             divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
                             **self._loss_options(),
                         )
-                        with watch("backward"):
-                            self.accelerator.backward(part)
-                        loss += float(part.detach())
-                        statistics.append(stats)
+                        with self.parallel.accumulating(turn.last):
+                            part, stats = self.parallel.run(objective)
+                            with watch("backward"):
+                                self.parallel.backward(part)
+                        if not turn.empty:
+                            loss += float(part.detach())
+                            statistics.append(stats)
+                loss = self.ranks.sum(loss) / self.ranks.world
+                statistics = self.ranks.gather_lists(statistics)
 
                 with watch("optimizer"):
                     limit = config.max_grad_norm or math.inf
-                    norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
+                    norm = self.parallel.clip(limit)
                     _check_finite(step + 1, loss, norm)  # before the weights are touched
                     self.optimizer.step()
                     self.teachers.after_step(step + 1)
@@ -229,11 +244,14 @@ class OPCDTrainer:
         def fill(folder: Path) -> None:
             model = self.accelerator.unwrap_model(self.model)
             # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
-            options = {"save_embedding_layers": False} if is_peft(model) else {}
+            options: dict[str, Any] = {"save_embedding_layers": False} if is_peft(model) else {}
+            if state is not None:
+                options["state_dict"] = state
             model.save_pretrained(folder, save_function=self.accelerator.save, **options)
             self.tokenizer.save_pretrained(folder)
 
-        checkpoint.write_folder(Path(path), fill)
+        state = self.parallel.state_dict()
+        self.ranks.on_main(lambda: checkpoint.write_folder(Path(path), fill))
 
     # ------------------------------------------------------------------------------------------ steps and records
 
@@ -273,9 +291,9 @@ class OPCDTrainer:
             return
         assert self.teachers.reference is not None
         record = held_out_record(
-            step, self.eval_rows, fixed, self.rollout, self._sampling("evaluation", 0), self.model,
-            self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
-            **self._loss_options(),
+            step, self.eval_rows, fixed, self.parallel.sampler(self.rollout), self._sampling("evaluation", 0),
+            self.model, self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
+            parallel=self.parallel, **self._loss_options(),
         )  # fmt: skip
         self._log(record, result.evaluations)
         progress.note(in_words(record))
@@ -284,21 +302,21 @@ class OPCDTrainer:
         if not self.eval_rows or not self.config.eval_every:
             return []
         sampling, first = self._sampling("fixed", 0), self.base_weights()
-        return fixed_sequences(self.folder, self.eval_rows, self.prefixes, self.teacher_rollout, first, sampling)
+        rollout = self.parallel.sampler(self.teacher_rollout)
+        return fixed_sequences(self.folder, self.eval_rows, self.prefixes, rollout, first, sampling)
 
     def _start_or_resume(self) -> tuple[int, TrainResult]:
         result = TrainResult(self.config.output_dir, 0, 0.0)
         if not self.config.resume:
-            check_context_matters(self.train_rows, *self.teachers.first_weights(), **self._loss_options())
+            first = self.teachers.first_weights()
+            with torch.no_grad():
+                self.parallel.run(partial(check_context_matters, self.train_rows, *first, **self._loss_options()))
             self.folder.start(asdict(self.config))
             return 0, result
         step, saved, records = self.folder.restore(self._identity)
         if step > self.config.steps:
             raise InputError(f"resume: the run has made {step} steps already, steps={self.config.steps}; give more")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(saved.weights[name])
-        self.optimizer.load_state_dict(saved.optimizer)
+        self.parallel.restore(saved.weights, saved.optimizer)
         self.teachers.restore(saved.teacher)
         self.folder.write_config(asdict(self.config))
         result.history = [record for record in records if record["kind"] == "step"]
@@ -317,13 +335,13 @@ class OPCDTrainer:
 
     def _save_checkpoint(self, step: int) -> None:
         saved = checkpoint.Saved(self.parameters, self.optimizer.state_dict(), self.teachers.state())
-        self.folder.save(step, saved, self._identity, self.config.keep_checkpoints)
+        self.folder.save(step, self.parallel.gathered(saved), self._identity, self.config.keep_checkpoints)
 
     def _log(self, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
         records.append(record)
         self.folder.log(record)
         for callback in self.callbacks:
-            callback(record)
+            self.ranks.on_main(partial(callback, record))
 
 
 def _shares_prompts(model: Any, config: OPCDConfig) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from opcd_fast.errors import InputError
+from opcd_fast.launch import launched
 
 
 def make_accelerator(device: torch.device, dtype: torch.dtype) -> Any:
@@ -41,6 +42,14 @@ def make_accelerator(device: torch.device, dtype: torch.dtype) -> Any:
         accelerator = make()
     _refuse_engine(accelerator)
     return accelerator
+
+
+def join(device: str) -> None:
+    """Meet the other processes of the launcher, where there is one; before anything that ranks do together."""
+    if launched() > 1:
+        from accelerate.state import PartialState
+
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
 def shards_by_fsdp() -> bool:

@@ -8,7 +8,6 @@ works on the CPU over gloo, whatever moves gradients, and does nothing where the
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -176,18 +175,6 @@ class _OnMain(Generic[T]):
             return self._ranks.on_main(lambda: getattr(self._object, name)(*args, **kwargs))
 
         return call
-
-
-def launched() -> int:
-    """How many processes the launcher (torchrun, `accelerate launch`) has started; 1 without one."""
-    value = os.environ.get("WORLD_SIZE", "1")
-    return int(value) if value.isdigit() else 1
-
-
-def local_rank() -> int:
-    """Number of this process on its machine, which is the number of its GPU."""
-    value = os.environ.get("LOCAL_RANK", "0")
-    return int(value) if value.isdigit() else 0
 
 
 def _tokens(sample: Sample) -> int:

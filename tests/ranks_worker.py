@@ -16,9 +16,9 @@ from opcd_fast.acceleration import shards_by_fsdp
 from opcd_fast.config import OPCDConfig
 from opcd_fast.trainer import OPCDTrainer
 
-faulthandler.dump_traceback_later(40, exit=True)
+faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for ever says where
 torch.set_num_threads(1)
-STOP = ["a", "e", "i", "o", "u", "b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "q", "r", "s", "t", "v", "w"]
+STOP = list("abcdefghijklmnopqrstuvw")  # answers of many lengths
 CONTEXTS = ["always answer with zzz", "never say anything but q"]
 PROMPTS = [{"prompt": f"question {i}" + " and more" * (i % 3), "privileged_context": CONTEXTS[i % 2]} for i in range(7)]
 ENGINES = {
@@ -76,10 +76,20 @@ def run(job: dict) -> None:
         sharded = [type(p).__name__ for p in trainer.model.parameters()]
         assert set(sharded) == {"DTensor"}, sharded
     fail = job.get("fail")
-    if fail is not None and int(os.environ.get("RANK", "0")) == 1:
+    if fail is not None and int(os.environ.get("RANK", "0")) == 0:
         break_rank(trainer, fail)
+    empty = []
+    rounds = trainer.ranks.rounds
+
+    def counted(*args):
+        for turn in rounds(*args):
+            empty.append(turn.empty)
+            yield turn
+
+    trainer.ranks.rounds = counted
     try:
         trainer.train()
+        (Path(config["output_dir"]) / f"rounds-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(empty))
     except Exception as error:
         expected = job.get("error")
         if isinstance(error, Killed) or (stop_after and "Killed" in str(error)):

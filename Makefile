@@ -45,7 +45,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --no-build-isolation --editable '.[train,gguf,dev]'
+	$(PIP) --no-build-isolation --editable '.[train,gguf,data,quant,tasks,trl,dev]'
 	touch $@
 
 clean:

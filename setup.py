@@ -54,7 +54,13 @@ class PlatformDistribution(Distribution):
 
 
 setup(
-    packages=["opcd_fast", "opcd_fast.commands", "opcd_fast.kernels", "opcd_fast.tasks"],
+    packages=[
+        "opcd_fast",
+        "opcd_fast.commands",
+        "opcd_fast.integrations",
+        "opcd_fast.kernels",
+        "opcd_fast.tasks",
+    ],
     package_dir={"opcd_fast": "opcd_fast", "opcd_fast.kernels": "kernels"},
     package_data={"opcd_fast": ["py.typed", "demo_data/*", "engines/*", "prompt_data/*"]},
     # What belongs in the source archive (MANIFEST.in) is not what gets installed: with the default, True, the C++

@@ -29,15 +29,22 @@ class GrowingLayer(CacheLayerMixin):
 
     window: tokens a query sees, itself included, or None. Without one there is one buffer of the final size, and
     `update` returns views of it; with one, only the last window - 1 tokens are kept. start: keys and values after the
-    first `start_length` tokens.
+    first `start_length` tokens. place: the device that keeps them, None for the layer's own. From another one `update`
+    returns copies.
     """
 
     is_sliding = False
 
     def __init__(
-        self, length: int, window: int | None, start: tuple[Tensor, Tensor] | None = None, start_length: int = 0
+        self,
+        length: int,
+        window: int | None,
+        start: tuple[Tensor, Tensor] | None = None,
+        start_length: int = 0,
+        place: torch.device | None = None,
     ) -> None:
         super().__init__()
+        self.place = place
         self.length, self.window = length, window
         self.past = 0
         self.is_initialized = True
@@ -51,23 +58,27 @@ class GrowingLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         end = self.past + key_states.shape[-2]
         if self.window is not None:
-            keys = key_states if self.keys is None else torch.cat([self.keys, key_states], dim=-2)
-            values = value_states if self.values is None else torch.cat([self.values, value_states], dim=-2)
+            keys = key_states if self.keys is None else _after(self.keys, key_states)
+            values = value_states if self.values is None else _after(self.values, value_states)
             first = keys.shape[-2] - _kept(keys.shape[-2], self.window)
             # Clones: a slice would keep the storage of the whole chunk alive.
-            self.keys, self.values = keys[..., first:, :].clone(), values[..., first:, :].clone()
+            self.keys, self.values = (x[..., first:, :].to(self.place, copy=True) for x in (keys, values))
         else:
             if self.keys is None:
                 self.keys, self.values = self._buffer(key_states), self._buffer(value_states)
             assert self.values is not None
             self.keys[..., self.past : end, :] = key_states
             self.values[..., self.past : end, :] = value_states
-            keys, values = self.keys[..., :end, :], self.values[..., :end, :]
+            if _lies_at(self.keys, key_states.device):
+                keys, values = self.keys[..., :end, :], self.values[..., :end, :]
+            else:
+                keys = _after(self.keys[..., : self.past, :], key_states)
+                values = _after(self.values[..., : self.past, :], value_states)
         self.past = end
         return keys, values
 
     def _buffer(self, states: Tensor) -> Tensor:
-        return states.new_empty(*states.shape[:-2], self.length, states.shape[-1])
+        return states.new_empty(*states.shape[:-2], self.length, states.shape[-1], device=self.place)
 
     def get_seq_length(self, *args: Any) -> int:
         return self.past
@@ -80,6 +91,14 @@ class GrowingLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # the name before 5.18
+
+
+def _lies_at(x: Tensor, device: torch.device) -> bool:
+    return x.device == device
+
+
+def _after(past: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([past.to(new.device), new], dim=-2)
 
 
 def _kept(past: int, window: int | None) -> int:
@@ -135,20 +154,23 @@ def grow(
     chunk: int,
     start: Sequence[tuple[Tensor, Tensor]] = (),
     start_length: int = 0,
+    device: torch.device | str | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Run `token_ids` (P,) through `body` in chunks of `chunk` tokens: each layer's (keys, values), last hidden state.
 
     start: each layer's keys and values after the first `start_length` < P tokens, which are then not run; they are
     copied. Keys and values are (1, H_kv, kept, d) in storage of their own; kept is P, or min(P, W - 1) for a layer
-    with a sliding window of W tokens. The hidden state is (D,), at the last token.
+    with a sliding window of W tokens. The hidden state is (D,), at the last token. device: where keys and values grow,
+    None for where the model is; from another one a layer's keys come over for each chunk anew.
 
     For a body that `refuses_chunks` does not refuse, without gradients. Raises RuntimeError when an
     attention layer did not read the cache.
     """
     length = token_ids.numel()
+    place = None if device is None else torch.device(device)
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=seam.config_of(body)).layers]
     layers = [
-        GrowingLayer(length, window, start[index] if start_length else None, start_length)
+        GrowingLayer(length, window, start[index] if start_length else None, start_length, place)
         for index, window in enumerate(windows)
     ]
     cache, ids = Cache(layers=[*layers]), token_ids.to(next(body.parameters()).device)

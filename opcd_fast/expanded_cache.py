@@ -20,6 +20,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from opcd_fast.prefix_stream import PrefixStream
+from opcd_fast.stored_layer import StoredLayer
 from opcd_fast.transformers_seam import config_of
 
 # What stands in a cache for a layer that holds nothing: one that reads another's keys, or is no attention at all.
@@ -31,18 +33,19 @@ _RECURRENT = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 class ExpandedLayer(CacheLayerMixin):
     """One layer's prefix for a padded batch, read-only: `update` puts it in front of every row's new keys.
 
-    keys, values: (1, H_kv, kept, d) of a prefix of `length` tokens, whose last `kept` they are. The copy for each
-    row of the batch is made in `update` and lives as long as the layer's attention uses it.
+    stream: gives keys and values (1, H_kv, kept, d) of layer `index` of a prefix of `length` tokens, whose last `kept`
+    they are. The copy for each row of the batch is made in `update` and lives as long as the layer's attention uses it.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+    def __init__(self, stream: PrefixStream, index: int, length: int) -> None:
         super().__init__()
-        self._hold(keys, values, length)
+        self._hold(stream, index, length)
         self.unread = {"keys"}
 
-    def _hold(self, keys: Tensor, values: Tensor, length: int) -> None:
-        self.prefix_keys, self.prefix_values, self.length = keys, values, length
-        self.is_sliding = keys.shape[-2] < length
+    def _hold(self, stream: PrefixStream, index: int, length: int) -> None:
+        self.stream, self.index, self.length = stream, index, length
+        self.kept = stream.layers[index][0].kept
+        self.is_sliding = self.kept < length
         self.is_initialized = True
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -51,17 +54,18 @@ class ExpandedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.unread.discard("keys")
         batch = key_states.shape[0]
-        keys = self.prefix_keys.to(key_states.dtype).expand(batch, -1, -1, -1)
-        values = self.prefix_values.to(value_states.dtype).expand(batch, -1, -1, -1)
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        with self.stream.layer(self.index, key_states) as ((keys,), (values,)):
+            whole_keys = torch.cat([keys.expand(batch, -1, -1, -1), key_states], dim=-2)
+            # Under autocast RoPE leaves keys in fp32 while values are in the shorter type.
+            values = values.to(value_states.dtype).expand(batch, -1, -1, -1)
+            return whole_keys, torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self, *args: Any) -> int:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that the mask covers, and the position of the first of them."""
-        kept = self.prefix_keys.shape[-2]
-        return kept + query_length, self.length - kept
+        return self.kept + query_length, self.length - self.kept
 
     def get_max_length(self) -> int:
         return -1
@@ -107,9 +111,9 @@ class StateLayer(LinearAttentionLayer):
 class StateAndExpandedLayer(StateLayer, ExpandedLayer):  # type: ignore[override]
     """A layer that has both, side by side (Falcon-H1) or one after the other (Zamba-2)."""
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int, states: Mapping[str, Tensor], batch: int) -> None:
+    def __init__(self, stream: PrefixStream, index: int, length: int, states: Mapping[str, Tensor], batch: int) -> None:
         StateLayer.__init__(self, states, batch)
-        self._hold(keys, values, length)
+        self._hold(stream, index, length)
         self.keys = self.values = None
         self.unread.add("keys")
 
@@ -131,22 +135,24 @@ def states_of(layer: Any) -> dict[str, Tensor]:
 
 
 def expanded_cache(
-    keys: Sequence[Tensor], values: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], length: int, batch: int
+    stored: Sequence[StoredLayer], states: Sequence[Mapping[str, Tensor]], length: int, batch: int
 ) -> Cache:
     """The cache that puts one prefix of `length` tokens in front of each of `batch` rows.
 
-    keys, values: one (1, H_kv, kept, d) for each layer, or (1, 0, 0, 0) where it has none. states: for each layer, or
-    empty when no layer is recurrent.
+    stored: the prefix's keys and values, one for each layer. states: for each layer, or empty when no layer is
+    recurrent.
     """
     layers: list[Any] = []
-    for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-        state = states[layer] if states else {}
-        if state and k.numel():
-            layers.append(StateAndExpandedLayer(k, v, length, state, batch))
+    stream = PrefixStream([[layer] for layer in stored])
+    for index, layer in enumerate(stored):
+        state = states[index] if states else {}
+        has_keys = layer.keys.numel() > 0
+        if state and has_keys:
+            layers.append(StateAndExpandedLayer(stream, index, length, state, batch))
         elif state:
             layers.append(StateLayer(state, batch))
         else:
-            layers.append(ExpandedLayer(k, v, length) if k.numel() else _EmptyLayer())
+            layers.append(ExpandedLayer(stream, index, length) if has_keys else _EmptyLayer())
     return Cache(layers=layers)
 
 

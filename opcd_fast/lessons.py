@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opcd_fast.duplicates import repeats
 from opcd_fast.errors import InputError
 from opcd_fast.messages import Message
 from opcd_fast.tasks.episode import as_user, final_part
@@ -103,12 +104,5 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 def without_similar(lessons: Sequence[str], threshold: float) -> list[str]:
-    """Lessons in order, without those whose set of words overlaps an earlier one's by `threshold` or more (Jaccard)."""
-    kept: list[str] = []
-    sets: list[set[str]] = []
-    for lesson in lessons:
-        words = set(re.findall(r"\w+", lesson.lower()))
-        if all(len(words & other) < threshold * len(words | other) for other in sets):
-            kept.append(lesson)
-            sets.append(words)
-    return kept
+    """Lessons in order, without those that repeat an earlier one (`opcd_fast.duplicates`, 1: the same words)."""
+    return [lesson for lesson, same in zip(lessons, repeats(lessons, threshold), strict=True) if same is None]

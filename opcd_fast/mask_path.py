@@ -72,7 +72,7 @@ def _counted(used: Sequence[SharedPrefix]) -> tuple[Any, list[list[int] | None]]
     plain, counts = cache_of(used)
     if plain is None or counts is None:
         return None, []
-    return Cache(layers=[CountedLayer(layer.prefix_keys, layer.prefix_values) for layer in plain.layers]), counts
+    return Cache(layers=[CountedLayer(layer.stream, layer.index) for layer in plain.layers]), counts
 
 
 def _masks(
@@ -116,9 +116,10 @@ def _mask(
         )
 
     def sees(batch: Any, head: Any, q: Tensor, key: Tensor) -> Tensor:
-        owner, distance = keys.owner[key], queries.position[q] - keys.position[key]
-        seen = ((owner == queries.owner[q]) | (owner == -1 - which[q])) & (distance >= 0)
-        return seen if window is None else seen & (distance < window)
+        # Comparisons alone: a table of distances would be eight times as large as the mask.
+        owner, place, own_place = keys.owner[key], keys.position[key], queries.position[q]
+        seen = ((owner == queries.owner[q]) | (owner == -1 - which[q])) & (place <= own_place)
+        return seen if window is None else seen & (place > own_place - window)
 
     if config._attn_implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask

@@ -7,11 +7,12 @@ it shares with others (`nested_contexts`), which is read once.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opcd_fast import fingerprint
@@ -31,7 +32,8 @@ class PrefixMemory:
     """Prefixes of `contexts`, each (P,) int64 on the CPU, of `model` with its adapters as `adapter` says.
 
     max_bytes: when the prefixes in memory hold more bytes of keys and values, those used longest ago are dropped; None
-    for no bound. store: where prefixes are kept between runs, or None.
+    for no bound. store: where prefixes are kept between runs, or None. device, dtype: where and in which type keys and
+    values are kept, None for the model's; shared beginnings stay in the model's type as long as they are needed.
     """
 
     def __init__(
@@ -41,7 +43,11 @@ class PrefixMemory:
         adapter: str,
         store: PrefixStore | None,
         max_bytes: int | None,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self._device, self._dtype = device, dtype
         self._model, self._contexts, self._adapter = model, contexts, adapter
         self._store, self._max_bytes = store, max_bytes
         self._store_unused = "no store" if store is None else ""  # why; empty while it is used
@@ -111,8 +117,24 @@ class PrefixMemory:
             f"{shared}), read by a batch of any size",
             f"prefixes read by the model: {self.built} ({self.tokens_read} tokens); from the store: {self.loaded}; "
             f"evicted: {self.evicted}",
+            *self._explain_storage(),
             *self.explain_store(),
         ]
+
+    def _explain_storage(self) -> list[str]:
+        lines = []
+        if self._device is not None:
+            places: Counter[str] = Counter()
+            for prefix in self._held.values():
+                places.update(prefix.nbytes_by_device)
+            bytes_at = ", ".join(f"{count / 2**20:.1f} MiB on {place}" for place, count in sorted(places.items()))
+            lines.append(
+                f"kept on {self._device}: {bytes_at}; layers kept elsewhere than the model come over one ahead"
+            )
+        if self._dtype is not None:
+            kind = str(self._dtype).removeprefix("torch.")
+            lines.append(f"kept as {kind}, keys scaled by channel and values by head: each number is up to 2^-4 off")
+        return lines
 
     def explain_store(self, unused: str = "") -> list[str]:
         """One line when there is a store. unused: why it is not used, for a reason that is not known here."""
@@ -131,22 +153,34 @@ class PrefixMemory:
             if not extendable:
                 beginnings = []
             known = len(beginnings)
-            while known and after is None:  # the longest that is there already
+            while known and after is None:  # the longest that is there already, and exact
                 known -= 1
-                after = self._find(beginnings[known], keep_kv)
+                found = self._find(beginnings[known], keep_kv)
+                after = None if found is None or found.quantised else found
             for beginning in beginnings[known if after is None else known + 1 :]:
-                after = self._held[beginning] = self._build(beginning, after, extendable, keep_kv)
-            self._held[place] = self._build(place, after, extendable, keep_kv)
+                after = self._build(beginning, after, extendable, keep_kv)
+                if beginning not in self._held:
+                    self._keep(beginning, after, keep_kv)
+            self._keep(place, self._build(place, after, extendable, keep_kv), keep_kv)
         self._evict(needed)
+
+    def _keep(self, place: Place, prefix: SharedPrefix, keep_kv: bool) -> None:
+        if place in self._places and self._dtype is not None:
+            prefix = prefix.stored(dtype=self._dtype, device=self._device)
+        self._held[place] = prefix
+        if self._uses_store(place, keep_kv):
+            assert self._store is not None and self._identity is not None
+            self._store.write(self._identity, prefix)
 
     def _find(self, place: Place, keep_kv: bool) -> SharedPrefix | None:
         """From memory, or from the store, which keeps whole contexts only."""
         if place in self._held or not self._uses_store(place, keep_kv):
             return self._held.get(place)
         assert self._store is not None and self._identity is not None
-        prefix = self._store.read(self._identity, self._tokens(place), self._model)
+        prefix = self._store.read(self._identity, self._tokens(place), self._model, self._device)
         if prefix is not None:
             self.loaded += 1
+            prefix = prefix if self._device is None else prefix.stored(device=self._device)  # pinned, if of use
             self._held[place] = prefix
         return prefix
 
@@ -156,11 +190,7 @@ class PrefixMemory:
         options: dict[str, Any] = {} if after is None else {"after": after}
         if not extendable:
             options["chunk_tokens"] = 0
-        prefix = SharedPrefix.build(self._model, self._tokens(place), keep_kv=keep_kv, **options)
-        if self._uses_store(place, keep_kv):
-            assert self._store is not None and self._identity is not None
-            self._store.write(self._identity, prefix)
-        return prefix
+        return SharedPrefix.build(self._model, self._tokens(place), keep_kv=keep_kv, device=self._device, **options)
 
     def _uses_store(self, place: Place, keep_kv: bool) -> bool:
         usable = keep_kv and self._identity is not None and not self._store_unused
@@ -180,7 +210,7 @@ class PrefixMemory:
             return
         if self._weights not in (None, weights):
             self.forget(weights_moved=True)
-        self._weights, self._identity = weights, identity_of(self._model, weights)
+        self._weights, self._identity = weights, identity_of(self._model, weights, self._dtype)
 
     # --- places ---------------------------------------------------------------------------------------------
 

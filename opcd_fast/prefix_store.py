@@ -59,13 +59,15 @@ class PrefixStore:
         """Where the prefix of `token_ids` is kept for the teacher that `identity_of` describes."""
         return self.folder / f"{_key(identity, token_ids)}.safetensors"
 
-    def read(self, identity: str, token_ids: Tensor, model: nn.Module) -> SharedPrefix | None:
-        """The prefix on `model`'s device; None when there is none, or none that can be trusted."""
+    def read(
+        self, identity: str, token_ids: Tensor, model: nn.Module, device: torch.device | None = None
+    ) -> SharedPrefix | None:
+        """The prefix on `device`, None for `model`'s; None when there is none, or none that can be trusted."""
         path = self.path_of(identity, token_ids)
         if not path.is_file():
             return None
         try:
-            prefix = SharedPrefix.load(path, model=model)
+            prefix = SharedPrefix.load(path, model=model, device=device)
             metadata = dict(prefix.metadata)
             if metadata.pop("store_key", None) != path.stem:
                 raise ValueError("it was written for another teacher or context")
@@ -93,11 +95,12 @@ class PrefixStore:
             logger.warning("prefix store: %s was not written: %s", path.name, error)
 
 
-def identity_of(model: nn.Module, weights: str) -> str:
+def identity_of(model: nn.Module, weights: str, stored: torch.dtype | None = None) -> str:
     """All that a prefix depends on besides its token ids, as JSON.
 
     The format of this store; transformers' version; the body's class, dtype and whole configuration, RoPE included;
-    its attention function; autocast; weights, buffers and adapters (`weights`, from `fingerprint.of_teacher`).
+    its attention function; autocast; weights, buffers and adapters (`weights`, from `fingerprint.of_teacher`); the type
+    that keys and values are kept in, unless it is the model's (`stored`).
     """
     body = seam.body_of(model)
     device = next(body.parameters()).device.type
@@ -116,6 +119,7 @@ def identity_of(model: nn.Module, weights: str) -> str:
             "attention": seam.config_of(body)._attn_implementation,
             "autocast": autocast,
             "weights": weights,
+            **({} if stored is None else {"stored": str(stored)}),
         },
         sort_keys=True,
         default=str,

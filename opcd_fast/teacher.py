@@ -14,29 +14,35 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import (
-    kernels_of,
-    refuses_mask,
-    refuses_merge,
-    refuses_pad,
-    refuses_stock_attention,
-    rope_switch,
-)
+from opcd_fast.architectures import kernels_of, refuses_stock_attention
 from opcd_fast.attention import PackedRow, packed_row
 from opcd_fast.mask_path import mask_forward
+from opcd_fast.path_choice import PathChoice
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_memory import PrefixMemory
 from opcd_fast.prefix_store import PrefixStore
+from opcd_fast.stored_layer import storage_type
+from opcd_fast.teacher_budget import default_batch_bytes
+from opcd_fast.teacher_inputs import (
+    as_contexts,
+    as_device,
+    check_bytes,
+    check_contexts_fit,
+    check_select,
+    check_sequences_fit,
+    context_of_sequence,
+)
+from opcd_fast.teacher_parts import run_in_parts, split
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
-from opcd_fast.verification import verify
 
 if TYPE_CHECKING:
     from opcd_fast.heads import LMHead
@@ -50,13 +56,24 @@ class ContextTeacher:
     model: a transformers causal LM, or PEFT around one; it may be the student itself.
     contexts: token ids of one context (1-D tensor or list of ints, possibly empty), or a list of such.
     path: "auto" (the first of merge, pad and mask that is exact for this model, checked at first use, else concat),
-        "merge", "pad", "mask" or "concat".
+        "merge", "pad", "mask" or "concat". A path asked for by name goes through the same check, and is an error if it
+        fails.
     adapter: "disabled" runs a PEFT model without its adapters, "active" as they are.
     store: a folder where contexts' caches are kept for later runs, see `PrefixStore`; made if need be. Left alone as
         soon as the teacher's weights are seen to change, while they are being trained, and on path "concat".
     max_prefix_bytes: bound for the keys and values of contexts in memory; those used longest ago are dropped and
-        rebuilt when needed. A call keeps all contexts it reads until it returns.
+        rebuilt when needed. A call keeps the contexts it reads until it returns, or one part of it does.
     autocast: makes a context manager under which the model runs, for a model whose weights are fp32 masters.
+    max_batch_bytes: bound for what one forward pass holds besides weights and contexts, as `teacher_budget` counts it;
+        a call that needs more runs in parts, whole sequences each. None for a quarter of the weights, at least 1 GiB.
+        A sequence that needs more by itself runs alone, which is logged once.
+    prefix_device: where keys and values of contexts are kept, None for where the model is. From "cpu" to a CUDA device
+        they come layer by layer during the forward, the next one while a layer is at work; two layers at a time are on
+        the device. States of recurrent layers stay with the model.
+    prefix_dtype: "float8_e4m3fn" keeps keys and values in eight bits, with scales (`StoredLayer`): half of bf16's
+        bytes, and an error. Each number is off by up to 2^-4 of itself, 2.6 % in the root mean square. On random
+        weights the KL to full precision grew to 1.2 times bf16's own for Llama and Qwen3, 2.2 times for Gemma3.
+        None: the model's type.
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
     A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
@@ -64,8 +81,9 @@ class ContextTeacher:
     adapters' state changed. Changes that torch does not count (through `.data`, or by a fused optimizer's step) need
     `invalidate()`.
 
-    Raises ValueError for malformed arguments, for a path that cannot be exact for this model, and
-    for a model whose attention, as it is set, leaves out a part of it.
+    Raises ValueError for malformed arguments, for a path that cannot be exact for this model, for prefix_device and
+    prefix_dtype with path="concat", which keeps no keys, and for a model whose attention, as it is set, leaves out a
+    part of it.
     """
 
     def __init__(
@@ -77,10 +95,11 @@ class ContextTeacher:
         adapter: str = "disabled",
         store: str | os.PathLike[str] | None = None,
         max_prefix_bytes: int | None = None,
+        max_batch_bytes: int | None = None,
+        prefix_device: str | torch.device | None = None,
+        prefix_dtype: str | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        if path not in ("auto", "merge", "pad", "mask", "concat"):
-            raise ValueError(f"path: expected 'auto', 'merge', 'pad', 'mask' or 'concat', got {path!r}")
         if adapter not in ("disabled", "active"):
             raise ValueError(f"adapter: expected 'disabled' or 'active', got {adapter!r}")
         self.model = model
@@ -89,12 +108,22 @@ class ContextTeacher:
             seam.refuse_virtual_tokens(model)
         self._adapter = adapter
         self.autocast = autocast
-        self._contexts = _as_contexts(contexts, seam.embedding_rows(self._body))
+        self._contexts = as_contexts(contexts, seam.embedding_rows(self._body))
         self._head: LMHead | None = None  # looking at the model anew for every batch would cost tens of milliseconds
-        if max_prefix_bytes is not None and (type(max_prefix_bytes) is not int or max_prefix_bytes < 1):
-            raise ValueError(f"max_prefix_bytes: expected an integer >= 1, or None, got {max_prefix_bytes!r}")
+        check_bytes("max_prefix_bytes", max_prefix_bytes)
+        check_bytes("max_batch_bytes", max_batch_bytes)
+        self._max_batch_bytes = max_batch_bytes or default_batch_bytes(self._body)
+        self._told_of_bound = False
+        self._kept_as = kept_as = storage_type(prefix_dtype)
+        self._kept_on = kept_on = as_device(prefix_device)
         self._prefixes = PrefixMemory(
-            model, self._contexts, adapter, None if store is None else PrefixStore(store), max_prefix_bytes
+            model,
+            self._contexts,
+            adapter,
+            None if store is None else PrefixStore(store),
+            max_prefix_bytes,
+            device=kept_on,
+            dtype=kept_as,
         )
         self._built_with: tuple[Any, ...] = ()
         self._watched = seam.base_parameters(model) if adapter == "disabled" else list(model.parameters())
@@ -102,52 +131,19 @@ class ContextTeacher:
         wrong = refuses_stock_attention(self._body)
         if wrong is not None:
             raise ValueError(f"model: {wrong}")
-        self._refused = {
-            "merge": refuses_merge(self._body),
-            "pad": refuses_pad(self._body),
-            "mask": refuses_mask(self._body),
-        }
-        self._rope_switch = rope_switch(self._body)
-        self._told_of_switch = False
-        self._alone: bool | None = None  # whether concat runs one sequence at a time; None until it was checked
-        self._path: str | None = None  # None until the first use has checked it
-        self._reason = ""
-        if path == "concat":
-            self._path, self._reason = "concat", "asked for"
-        elif path != "auto":
-            reason = self._refused[path]
-            if reason is not None:
-                raise ValueError(f"path={path!r}: {reason}; use path='concat'")
-            self._path, self._reason = path, "asked for; not checked against concat"
-        longest = max(context.numel() for context in self._contexts)
-        limit = seam.longest_input(self._body)
-        if limit is not None and longest >= limit:
-            raise ValueError(
-                f"contexts: {longest} tokens leave no room in the model's max_position_embeddings {limit}: "
-                f"shorten the context by at least {longest - limit + 1}"
-            )
+        self._choice = PathChoice(self._body, path, kept_on)
+        self._storage = [name for name, x in (("prefix_device", kept_on), ("prefix_dtype", kept_as)) if x is not None]
+        if path == "concat" and self._storage:
+            raise ValueError(f"{self._storage[0]}: path='concat' keeps no keys; leave it None, or take another path")
+        check_contexts_fit(self._contexts, seam.longest_input(self._body))
 
     @property
     def path(self) -> str:
-        """The path in use: "merge", "pad", "mask" or "concat". With path="auto", asking runs the check of first use."""
-        if self._path is None:
-            self._path, self._reason = self._choose()
-            if self._path != "merge":
-                logger.warning("teacher: path %r, because %s", self._path, self._reason)
-        return self._path
+        """The path in use: "merge", "pad", "mask" or "concat". Asking runs the check of first use.
 
-    def _choose(self) -> tuple[str, str]:
-        """The first path that agrees with concat on a tiny model of this kind, and why not those before it."""
-        against = []
-        for path, refused in self._refused.items():
-            if refused is not None:
-                against.append(f"not {path}: {refused}")
-                continue
-            measured, passed = verify(self._body, path)
-            if passed:
-                return path, "; ".join([*against, f"{path} matches concat on a tiny model of this kind ({measured})"])
-            against.append(f"not {path}: it failed its check against concat ({measured})")
-        return "concat", "; ".join(against)
+        Raises ValueError when a path that was asked for by name fails that check.
+        """
+        return self._choice.path
 
     @property
     def head(self) -> LMHead:
@@ -180,26 +176,21 @@ class ContextTeacher:
 
     def explain(self) -> str:
         """Which path runs, why, and what the contexts occupy."""
-        path = self.path
+        first, *more = self._choice.explain()
         sizes = ", ".join(str(context.numel()) for context in self._contexts)
         lines = [
-            f"path: {path} ({self._reason})",
+            first,
             f"contexts: {len(self._contexts)} of {sizes} tokens; adapter: {self._adapter}",
         ]
-        if path == "concat":
-            one = ", one at a time: a padded batch failed its check" if self._alone else ""
-            lines.append(f"the context is read again for every sequence{one}")
-            lines.extend(self._prefixes.explain_store(unused="path 'concat' keeps no keys"))
+        if self.path == "concat":
+            unused = "path 'concat' keeps no keys"
+            lines.extend(self._prefixes.explain_store(unused=unused))
+            lines.extend(f"{name}: not used, because {unused}" for name in self._storage)
         else:
             lines.extend(self._prefixes.explain())
-        if path == "merge":
+        if self.path == "merge":
             lines.append(kernels_of(self._body))
-        if path == "pad":
-            lines.append("a batch of sequences copies it for one layer at a time")
-        if path == "mask":
-            lines.append("every token pays for all keys of a call, of other sequences too, but with flex_attention")
-        if path != "concat" and self._rope_switch is not None:
-            lines.append(f"calls that cross {self._rope_switch} tokens, where longrope moves positions, run on concat")
+        lines.extend(more)
         return "\n".join(lines)
 
     def invalidate(self) -> None:
@@ -258,25 +249,52 @@ class ContextTeacher:
             raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
         device = next(self._body.parameters()).device
         row = packed_row(cu_seqlens, input_ids.numel(), device)
-        index = self._context_of_sequence(context_index, len(row.lengths))
-        self._check_length(row, index)
-        if select is not None and (select.ndim != 1 or select.dtype not in (torch.int32, torch.int64)):
-            raise ValueError(
-                f"select: expected integer positions of shape (M,), got {select.dtype} {tuple(select.shape)}"
-            )
+        index = context_of_sequence(context_index, len(row.lengths), len(self._contexts))
+        context_lengths = [self._contexts[which].numel() for which in index]
+        check_sequences_fit(row.lengths, context_lengths, seam.longest_input(self._body))
+        check_select(select, input_ids.numel())
 
-        path = "concat" if self._crosses_rope_switch(row, index) else self.path
+        path = self._choice.for_call(row.lengths, context_lengths)
         ids = input_ids.to(device)
+        parts = self._parts(path, row, index, context_lengths)
         with self._scoring():
-            if path == "merge":
-                hidden = merge_forward(self._body, self._prefixes_of(index), ids, row, index)
-            elif path == "pad":
-                hidden = pad_forward(self._body, self._prefixes_of(index), ids, row, index)
-            elif path == "mask":
-                hidden = mask_forward(self._body, self._prefixes_of(index), ids, row, index)
-            else:
-                hidden = concat_forward(self._body, self._contexts, ids, row, index, alone=self._runs_alone())
+            if len(parts) > 1:
+                return run_in_parts(partial(self._run, path), ids, row, index, parts, select)
+            hidden = self._run(path, ids, row, index)
         return hidden if select is None else hidden.index_select(0, select.to(device))
+
+    def _run(self, path: str, ids: Tensor, row: PackedRow, index: Sequence[int]) -> Tensor:
+        if path == "merge":
+            return merge_forward(self._body, self._prefixes_of(index), ids, row, index)
+        if path == "pad":
+            return pad_forward(self._body, self._prefixes_of(index), ids, row, index)
+        if path == "mask":
+            return mask_forward(self._body, self._prefixes_of(index), ids, row, index)
+        return concat_forward(self._body, self._contexts, ids, row, index, alone=self._choice.runs_alone())
+
+    def _parts(
+        self, path: str, row: PackedRow, index: Sequence[int], context_lengths: Sequence[int]
+    ) -> list[list[int]]:
+        """Sequences of each part of a call; a sequence that is too large by itself is told of, once."""
+        bound = self._max_batch_bytes
+        parts, most = split(self._body, path, row.lengths, index, context_lengths, bound, self._fetched())
+        if most > bound and not self._told_of_bound:
+            self._told_of_bound = True
+            logger.warning(
+                "teacher: a sequence needs about %.1f MiB by itself, more than max_batch_bytes=%d; it runs alone",
+                most / 2**20,
+                bound,
+            )
+        return parts
+
+    def _fetched(self) -> float:
+        """What is made of one layer of the prefixes to read it, as a multiple of it in the model's type."""
+        model = next(self._body.parameters())
+        size, made = 1.0, 0.0
+        if self._kept_as is not None:
+            size, made = self._kept_as.itemsize / model.element_size(), 1.5  # both, while one of them is scaled
+        # Two slots on the device, where layers come from elsewhere.
+        return made + (0.0 if self._kept_on in (None, model.device) else 2 * size)
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -307,76 +325,3 @@ class ContextTeacher:
         versions = sum(p._version for p in self._watched if not p.is_inference())
         adapters = seam.adapter_state(self.model) if self._adapter == "active" else ()
         return versions, first.dtype, first.device, adapters
-
-    def _context_of_sequence(self, context_index: Any, batch: int) -> list[int]:
-        if context_index is None:
-            if len(self._contexts) > 1:
-                raise ValueError(
-                    f"context_index: needed to choose among {len(self._contexts)} contexts, shape ({batch},)"
-                )
-            return [0] * batch
-        index = context_index.tolist() if isinstance(context_index, Tensor) else list(context_index)
-        if len(index) != batch or not all(isinstance(i, int) and 0 <= i < len(self._contexts) for i in index):
-            raise ValueError(
-                f"context_index: expected {batch} integers from 0 to {len(self._contexts) - 1}, got {index}"
-            )
-        return index
-
-    def _runs_alone(self) -> bool:
-        """Whether this model's padded batches are not to be trusted: then concat runs one sequence at a time."""
-        if self._alone is None:
-            measured, passed = verify(self._body, "concat")
-            self._alone = not passed
-            if self._alone:
-                logger.warning(
-                    "teacher: one sequence at a time, as a padded batch failed its check (%s)", measured
-                )
-        return self._alone
-
-    def _crosses_rope_switch(self, row: PackedRow, index: list[int]) -> bool:
-        """Whether contexts and sequences of this call lie on both sides of the length where longrope switches."""
-        if self._rope_switch is None or self.path == "concat":
-            return False
-        contexts = [self._contexts[which].numel() for which in index]
-        ends = [context + tokens for context, tokens in zip(contexts, row.lengths, strict=True) if tokens]
-        sides = {length > self._rope_switch for length in (*contexts, *ends) if length}
-        if len(sides) > 1 and not self._told_of_switch:
-            self._told_of_switch = True
-            logger.warning(
-                "teacher: path 'concat' for calls that cross %d tokens, where longrope moves all positions",
-                self._rope_switch,
-            )
-        return len(sides) > 1
-
-    def _check_length(self, row: PackedRow, index: list[int]) -> None:
-        limit = seam.longest_input(self._body)
-        if limit is None:
-            return
-        for sequence, (tokens, which) in enumerate(zip(row.lengths, index, strict=True)):
-            context = self._contexts[which].numel()
-            if context + tokens > limit:
-                raise ValueError(
-                    f"input_ids: sequence {sequence} has {tokens} tokens after a context of {context}; "
-                    f"together {context + tokens - limit} more than the model's max_position_embeddings "
-                    f"of {limit}"
-                )
-
-
-def _as_contexts(contexts: Any, vocabulary: int | None) -> list[Tensor]:
-    """One context or a list of them, as int64 tensors on the CPU."""
-    one = isinstance(contexts, Tensor) or all(isinstance(item, int) for item in contexts)
-    result = []
-    for context in [contexts] if one else contexts:
-        ids = context if isinstance(context, Tensor) else torch.tensor(list(context), dtype=torch.int64)
-        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(
-                f"contexts: expected 1-D integer token ids (or a list of them), got {ids.dtype} of shape "
-                f"{tuple(ids.shape)}"
-            )
-        ids = ids.detach().to("cpu", torch.int64).clone()
-        if ids.numel() and vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ValueError(
-                f"contexts: token ids must lie in [0, {vocabulary}), got {int(ids.min())}…{int(ids.max())}"
-            )
-        result.append(ids)
-    return result

@@ -89,7 +89,8 @@ def _padded_after(body: nn.Module, prefix: SharedPrefix, sequences: list[Tensor]
     positions = torch.arange(len(prefix), len(prefix) + grid.shape[1], device=grid.device).expand_as(grid)
     cache = None
     if len(prefix):
-        cache = expanded_cache(prefix.keys, prefix.values, prefix.states, len(prefix), len(sequences))
+        stored = [prefix.layer(index) for index in range(len(prefix.keys))]
+        cache = expanded_cache(stored, prefix.states, len(prefix), len(sequences))
     hidden = seam.run_body(body, grid, position_ids=positions, cache=cache)
     missed = unread_layers(cache) if cache is not None else []
     if missed:

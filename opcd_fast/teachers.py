@@ -49,8 +49,12 @@ class Teachers:
                     adapter=adapter,
                     store=store,
                     max_prefix_bytes=config.max_prefix_bytes,
+                    max_batch_bytes=config.teacher_batch_bytes,
+                    prefix_device=config.prefix_device,
+                    prefix_dtype=config.prefix_dtype,
                     autocast=autocast if masters else nullcontext,
                 )
+                _ = made.path  # a path that fails its check is an error now, not in the first step
             except ValueError as error:
                 raise InputError(str(error)) from error
             return made if same_device(next(model.parameters()).device, device) else RemoteTeacher(made, device)

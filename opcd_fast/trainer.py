@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from opcd_fast.ranks import Ranks
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
+from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.seeds import digest, seeded, stream_seed
 from opcd_fast.teachers import Teachers
@@ -54,7 +55,8 @@ logger = logging.getLogger("opcd_fast")
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes", "share_prompts", "teacher_device",
+    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts", "teacher_device", "rollout_url",
+    "rollout_timeout", "rollout_tries", "rollout_concurrency", "rollout_gpu_share",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -148,17 +150,21 @@ class OPCDTrainer:
         self.teacher = self.teachers.teacher
         self.parallel.check_teacher(self.teacher, self.teachers.reference)
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
-
-        def sampler(sampled: Any, merge: bool | None) -> TransformersRollout:
-            size = config.rollout_batch
-            return TransformersRollout(
-                sampled, stop_token_ids=stop_ids, max_batch=size, merge_adapter=merge, vocab_size=vocab_size
-            )
-
-        self.rollout = sampler(self.model, False if self.parallel.sharded else config.merge_for_rollout)
+        common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
+        sampling = replace(config, merge_for_rollout=False) if self.parallel.sharded else config
+        self.rollout = make_rollout(
+            sampling, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
+        )
+        # Held-out answers are always the student's own.
+        replayed = config.rollout == "replay"
+        self.eval_rollout = local_rollout(sampling, self.model, **common) if replayed else self.rollout
         # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It
         # is None when the first weights are not kept (full fine-tuning, a moving teacher, and no evaluation).
-        self.teacher_rollout: Any = None if pair.reference is None else sampler(pair.reference, False)
+        self.teacher_rollout: Any = None
+        if pair.reference is not None:
+            self.teacher_rollout = TransformersRollout(
+                pair.reference, max_batch=config.rollout_batch, merge_adapter=False, **common
+            )
         shares_base = pair.reference_adapter == "disabled"
         self.base_weights = partial(seam.without_adapters, self.model) if shares_base else nullcontext
 
@@ -180,7 +186,9 @@ class OPCDTrainer:
                 rows = self._prompts_of(step)
 
                 with watch("rollout"):  # the student answers, without the context
-                    answers = self.parallel.sampler(self.rollout).generate(
+                    rollout = self.parallel.sampler(self.rollout)
+                    rollout.sync(self.model)
+                    answers = rollout.generate(
                         [row.student_ids for row in rows], **self._sampling("rollout", step)
                     )
                 samples = samples_of(rows, answers)  # of all ranks, each of which scores its share
@@ -289,9 +297,10 @@ class OPCDTrainer:
         """Against the teacher's first weights, whatever the teacher has become."""
         if not fixed:
             return
+        self.eval_rollout.sync(self.model)
         assert self.teachers.reference is not None
         record = held_out_record(
-            step, self.eval_rows, fixed, self.parallel.sampler(self.rollout), self._sampling("evaluation", 0),
+            step, self.eval_rows, fixed, self.parallel.sampler(self.eval_rollout), self._sampling("evaluation", 0),
             self.model, self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
             parallel=self.parallel, **self._loss_options(),
         )  # fmt: skip

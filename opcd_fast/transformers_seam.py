@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
+
+from opcd_fast.frozen_cache import FrozenLayer, frozen_cache
+
+__all__ = ["FrozenLayer", "frozen_cache"]  # the part of this seam that has a file of its own
 
 PACKED_ATTENTION = "opcd_packed"
 """Name under which `using_attention` registers its function. transformers builds no mask for a name that its
@@ -295,45 +298,6 @@ def mark_4bit(model: Any) -> None:
 # --- caches -------------------------------------------------------------------------------------------------
 
 
-class FrozenLayer(CacheLayerMixin):
-    """One layer's prefixes, read-only: `update` returns them in front of the new keys and stores nothing.
-
-    keys, values: lists of (1, H_kv, P_i, d), in the order of the packed row's prefix groups. RoPE is applied
-    before a cache sees keys, so they are final.
-    """
-
-    is_sliding = False
-
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.prefix_keys, self.prefix_values = list(keys), list(values)
-        self.is_initialized = True
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys = [k.to(key_states.dtype) for k in self.prefix_keys]
-        values = [v.to(value_states.dtype) for v in self.prefix_values]
-        return torch.cat([*keys, key_states], dim=-2), torch.cat([*values, value_states], dim=-2)
-
-    def get_seq_length(self, *args: Any) -> int:
-        return sum(k.shape[-2] for k in self.prefix_keys)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before 5.18
-
-
-def frozen_cache(layers: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> Cache:
-    """A cache of `FrozenLayer`s; `layers` holds (keys, values) of each layer."""
-    return Cache(layers=[FrozenLayer(keys, values) for keys, values in layers])
-
-
 def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Any], Tensor]:
     """Run `input_ids` (1, P), P >= 1, with stock attention: each layer's (keys, values), cache layers, hidden states.
 
@@ -359,3 +323,51 @@ def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, T
             )
         )
     return layers, list(cache.layers), hidden
+
+
+# --- continuous batching ------------------------------------------------------------------------------------
+
+
+def continuous_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop_token_ids: Sequence[int],
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[tuple[list[int], list[float]]]:
+    """`generate_batch`: tokens and log-probabilities per prompt. Raises RuntimeError when a request failed."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    tokens = sum(map(len, prompts)) + len(prompts) * max_new_tokens
+    size = 32
+    settings: dict[str, Any] = {
+        # Sized by this job; left alone, the pool takes most of the memory that is free.
+        "num_blocks": -(-tokens // size) + 2 * len(prompts) + 2,
+        "max_batch_tokens": max(256, max(map(len, prompts)), len(prompts)),
+        "return_logprobs": True,
+        "seed": seed % 2**31,
+        "use_async_batching": False,
+    }
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    settings["page_size" if "page_size" in known else "block_size"] = size
+    if "auto_switch_to_flash" in known:
+        settings["auto_switch_to_flash"] = False  # the attention that the model was given
+    lm: Any = causal_lm(model)
+    results = lm.generate_batch(
+        [list(prompt) for prompt in prompts],
+        generation_config=GenerationConfig(
+            **sampling, max_new_tokens=max_new_tokens, eos_token_id=list(stop_token_ids),
+            pad_token_id=stop_token_ids[0],
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(**settings),
+        warmup=False,
+    )  # fmt: skip
+    done = list(results.values())
+    bad = next((result.error for result in done if result.error), None)
+    if bad is not None or len(done) != len(prompts):
+        raise RuntimeError(f"continuous batching answered {len(done)} of {len(prompts)} prompts: {bad}")
+    return [(list(result.generated_tokens), list(result.logprobs)) for result in done]

@@ -31,19 +31,23 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def verify(body: nn.Module, path: str) -> tuple[str, bool]:
-    """Run `path` ("merge", "pad", "mask" or "concat") on tiny random models of `body`'s kind: what came out, agreement.
+def verify(body: nn.Module, path: str, prefix_device: torch.device | None = None) -> tuple[str, bool | None]:
+    """Run `path` ("merge", "pad", "mask" or "concat") on tiny random models of `body`'s kind: outcome, agreement.
 
     Against each sequence alone after its context, a plain forward without padding.
 
     In fp32, and once more in the model's own dtype when that is shorter, because other kernels run there. With
-    windows smaller and larger than the contexts. Whatever cannot be tried does not agree.
+    windows smaller and larger than the contexts, and prefixes on `prefix_device`. A path that raises does not agree;
+    None where there is no such tiny model to try it on.
     """
     worst, worst_half = 0.0, 0.0
     dtype, device = next(body.parameters()).dtype, next(body.parameters()).device
     try:
         for window in (5, 4096) if has_window(body) else (None,):
-            twin = tiny_twin(body, window=window)
+            try:
+                twin = tiny_twin(body, window=window)
+            except Exception as error:  # noqa: BLE001 - configurations refuse small sizes in ways of their own
+                return f"{type(error).__name__}: {error}".splitlines()[0], None
             if path == "mask":
                 # Its mask depends on the implementation, which a twin changes where it is neither eager nor sdpa.
                 name = seam.config_of(body)._attn_implementation
@@ -51,7 +55,7 @@ def verify(body: nn.Module, path: str) -> tuple[str, bool]:
             for kind in dict.fromkeys((torch.float32, dtype)):
                 twin = twin.to(kind)
                 with _full_precision(device):
-                    got, oracle = both(path, twin, device)
+                    got, oracle = both(path, twin, device, prefix_device)
                 if kind == torch.float32:
                     worst = max(worst, float((got - oracle).abs().max()))
                 else:
@@ -64,7 +68,9 @@ def verify(body: nn.Module, path: str) -> tuple[str, bool]:
     return text, worst <= _TOLERANCE_FP32 and worst_half <= _TOLERANCE_HALF
 
 
-def both(path: str, twin: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+def both(
+    path: str, twin: nn.Module, device: torch.device, prefix_device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Hidden states of a ragged batch after three contexts, one of them empty: by `path`, and of each row alone."""
     contexts = [torch.arange(9) * 7 % VOCABULARY, torch.arange(5) * 11 % VOCABULARY, torch.arange(0)]
     lengths, index = [1, 4, 7, 2], [1, 0, 0, 2]
@@ -76,7 +82,9 @@ def both(path: str, twin: nn.Module, device: torch.device) -> tuple[Tensor, Tens
     else:
         # In chunks, as long contexts are read on merge, so that the check covers that too.
         chunk = 4 if path == "merge" else 0
-        prefixes = {i: SharedPrefix.build(twin, c, chunk_tokens=chunk) for i, c in enumerate(contexts)}
+        prefixes = {
+            i: SharedPrefix.build(twin, c, chunk_tokens=chunk, device=prefix_device) for i, c in enumerate(contexts)
+        }
         forward = {"merge": merge_forward, "pad": pad_forward, "mask": mask_forward}[path]
         got = forward(twin, prefixes, ids, row, index)
     return got.double(), concat_forward(twin, contexts, ids, row, index, alone=True).double()

@@ -44,6 +44,7 @@ def test_a_divergence_with_a_bad_parameter_is_refused(settings, word):
         ("dtype", "float16"), ("loss_backend", "cuda"), ("teacher_path", "best"), ("lora_alpha", 8),
         ("merge_for_rollout", True), ("micro_batch_tokens", 0), ("workspace_bytes", 0), ("seed", -1),
         ("max_prefix_bytes", 0), ("max_prefix_bytes", 1.5), ("prefix_store", ""), ("prefix_store", True),
+        ("prefix_dtype", "int8"), ("prefix_dtype", 8), ("prefix_device", 0), ("teacher_batch_bytes", 0),
         ("keep_checkpoints", 0), ("lora_rank", -4),
         # wrong types, some of which Python would take for something else
         ("stop_tokens", "abc"), ("stop_tokens", ["a", 5]), ("stop_tokens", [""]), ("stop_tokens", None),
@@ -107,3 +108,10 @@ def test_yaml_names_are_checked_with_a_hint(tmp_path):
         read_yaml(tmp_path / "zero.yaml")
     (tmp_path / "empty.yaml").write_text("")
     assert read_yaml(tmp_path / "empty.yaml") == {}
+
+
+@pytest.mark.parametrize(("name", "value"), [("prefix_device", "cpu"), ("prefix_dtype", "float8_e4m3fn")])
+def test_storage_of_prefixes_that_concat_does_not_keep(name, value):
+    assert getattr(OPCDConfig(**{name: value}), name) == value
+    with pytest.raises(InputError, match=f"{name} is set, but teacher_path='concat' keeps no caches"):
+        OPCDConfig(**{name: value}, teacher_path="concat")

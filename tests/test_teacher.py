@@ -191,6 +191,90 @@ def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
     assert_close(got, reference(model, [context], sequences, [0, 0]))
 
 
+def plant(error, monkeypatch):
+    """An error in one path; which one, is the first word of its name."""
+    if error == "merge: weights":
+        honest_merge = attention.merge_by_logsumexp
+
+        def off_by_a_hundredth(a, la, b, lb, **more):
+            return honest_merge(a, la, b, lb + 0.01, **more)
+
+        monkeypatch.setattr(attention, "merge_by_logsumexp", off_by_a_hundredth)
+    elif error.endswith("a layer without its prefix"):
+        layer = seam.FrozenLayer if error.startswith("merge") else ExpandedLayer
+        honest, calls = layer.update, []
+
+        def forgetful(self, key, value, *args, **kwargs):
+            calls.append(1)
+            return (key, value) if len(calls) % 2 else honest(self, key, value)
+
+        monkeypatch.setattr(layer, "update", forgetful)
+    elif error == "pad: a layer that never asks":
+        honest_cache = teacher_paths.expanded_cache
+
+        def without_first(*args):
+            cache = honest_cache(*args)
+            given = cache.layers[0]
+            cache.layers[0] = type(given)(given.stream, given.index, given.length)
+            cache.layers[0].update = lambda key, value, *_, **__: (
+                torch.cat([given.stream.layers[0][0].keys.expand(len(key), -1, -1, -1), key], -2),
+                torch.cat([given.stream.layers[0][0].values.expand(len(key), -1, -1, -1), value], -2),
+            )
+            return cache
+
+        monkeypatch.setattr(teacher_paths, "expanded_cache", without_first)
+    elif error == "pad: keys":
+        honest_update = ExpandedLayer.update
+        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
+    elif error == "pad: positions":
+        honest_run = seam.run_body
+
+        def shifted(body, ids, *, position_ids=None, **options):
+            moved = None if position_ids is None else position_ids + 1
+            return honest_run(body, ids, position_ids=moved, **options)
+
+        monkeypatch.setattr(seam, "run_body", shifted)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "merge: weights",
+        "merge: a layer without its prefix",
+        "pad: a layer without its prefix",
+        "pad: a layer that never asks",
+        "pad: keys",
+        "pad: positions",
+    ],
+)
+def test_planted_error_in_a_path_asked_for_is_an_error(error, monkeypatch):
+    path, model = error.split(":")[0], tiny_model()
+    (context,), (ids, bounds) = random_ids(20), pack(random_ids(5, 3))
+    assert "asked for; it matches concat" in ContextTeacher(model, context, path=path).explain()
+    plant(error, monkeypatch)
+    teacher = ContextTeacher(model, context, path=path)  # nothing runs yet
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"path='{path}': it failed its check .*\(.+\); use path='auto'") as told:
+            teacher.hidden_states_packed(ids, bounds)
+    without_numbers = ("did not", "must match", "size")  # a layer that lost its keys may not get as far as numbers
+    assert "max difference" in str(told.value) or any(word in str(told.value) for word in without_numbers)
+
+
+def test_a_path_asked_for_that_cannot_be_tried_runs_and_says_so(monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise ValueError("a small model of this kind still has 99 parameters")
+
+    monkeypatch.setattr(verification, "tiny_twin", fail)
+    (context,), sequences = random_ids(20), random_ids(5, 3)
+    model = tiny_model()
+    teacher = ContextTeacher(model, context, path="merge")
+    with caplog.at_level(logging.WARNING, "opcd_fast"):
+        got = teacher.hidden_states_packed(*pack(sequences))
+    assert_close(got, reference(model, [context], sequences, [0, 0]))
+    assert len(caplog.records) == 1 and "'merge' could not be checked" in caplog.text
+    assert "it could not be checked" in teacher.explain()
+
+
 @pytest.mark.parametrize("name", ["mistral-window-below-context", "qwen2-mixed-window"])
 def test_planted_error_in_windows_steps_down(name, monkeypatch):
     honest = attention.windowed_attention
@@ -269,7 +353,7 @@ def test_under_autocast():
 def test_verification_runs_once(monkeypatch):
     calls = []
     honest = verification.verify
-    monkeypatch.setattr("opcd_fast.teacher.verify", lambda body, path: calls.append(path) or honest(body, path))
+    monkeypatch.setattr("opcd_fast.path_choice.verify", lambda body, path, *_: calls.append(path) or honest(body, path))
     teacher = ContextTeacher(tiny_model(), random_ids(20)[0])
     ids, bounds = pack(random_ids(5, 3))
     assert not calls
@@ -313,6 +397,7 @@ def test_layer_that_never_asks_for_its_prefix_is_an_error_on_pad(name, monkeypat
 
 def test_attention_that_bypasses_ours_is_an_error(monkeypatch):
     teacher = ContextTeacher(tiny_model(), random_ids(20)[0], path="merge")
+    assert teacher.path == "merge"  # the check, too, would see it
     ids, bounds = pack(random_ids(5, 3))
     monkeypatch.setattr(seam, "using_attention", lambda *_: nullcontext())
     with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\] did not read the context"):
@@ -410,6 +495,8 @@ def built(monkeypatch):
 def test_context_is_read_once(built):
     teacher = ContextTeacher(tiny_model(), random_ids(20, 4), path="merge")
     ids, bounds = pack(random_ids(5, 3))
+    assert teacher.path == "merge"  # its check reads contexts of its own
+    built.clear()
     for _ in range(3):
         teacher.hidden_states_packed(ids, bounds, context_index=[0, 1])
     assert built == [20, 4]

@@ -284,7 +284,7 @@ def test_longrope_on_one_side_of_its_switch_needs_no_concat(path, context, lengt
 @pytest.mark.parametrize("path", ["merge", "pad", "mask"])
 def test_longrope_without_the_guard_is_wrong(path, monkeypatch):
     model, context, sequences = crossing()
-    monkeypatch.setattr(ContextTeacher, "_crosses_rope_switch", lambda *_: False)
+    monkeypatch.setattr("opcd_fast.path_choice.PathChoice.for_call", lambda self, *_: self.path)
     got = ContextTeacher(model, context, path=path).hidden_states_packed(*pack(sequences))
     assert (got - plain(model, sequences, [0, 0], context)).abs().max() > 0.1
 
@@ -315,7 +315,8 @@ def test_caps_and_sinks_reach_packed_attention(name, dropped, monkeypatch):
         return honest(*args, **{**kwargs, dropped: None})
 
     monkeypatch.setattr(teacher_paths, "attention_on_row", without)
-    assert largest_error(build(name), "merge")[1] > 0.05
+    with pytest.raises(ValueError, match="path='merge': it failed its check"):
+        largest_error(build(name), "merge")
     teacher, error = largest_error(build(name))
     assert teacher.path == "pad" and "not merge: it failed its check" in teacher.explain() and error <= TOLERANCE
 
@@ -332,11 +333,12 @@ def test_explain_names_the_kernels():
 @pytest.mark.parametrize(("name", "path"), [("llama4", "merge"), ("llama4", "auto"), ("bloom", "auto")])
 def test_what_packing_gets_wrong_is_refused(name, path, monkeypatch):
     # Chunks and scales by position (Llama-4), attention outside of the interface (Bloom).
-    monkeypatch.setattr("opcd_fast.teacher.refuses_merge", lambda body: None)
-    teacher, error = largest_error(build(name), path)
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_merge", lambda body: None)
     if path == "merge":
-        assert error > 0.1
+        with pytest.raises(ValueError, match="path='merge': it failed its check"):
+            largest_error(build(name), path)
     else:  # without the list, the check at first use still sees it
+        teacher, error = largest_error(build(name), path)
         assert teacher.path == "pad" and "merge: it failed its check" in teacher.explain() and error <= TOLERANCE
 
 
@@ -353,13 +355,15 @@ def test_pad_passes_positions(name, monkeypatch):
     monkeypatch.setattr(seam, "run_body", run)
     assert largest_error(model, "pad")[1] <= TOLERANCE
     shift[0] = 1
-    assert largest_error(model, "pad")[1] > 0.01
+    with pytest.raises(ValueError, match="path='pad': it failed its check"):
+        largest_error(model, "pad")
 
 
 def test_a_scan_that_starts_anew_is_refused(monkeypatch):
     name = "jamba"
-    monkeypatch.setattr("opcd_fast.teacher.refuses_pad", lambda body: None)
-    assert largest_error(build(name), "pad")[1] > 0.1
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: None)
+    with pytest.raises(ValueError, match="path='pad': it failed its check"):
+        largest_error(build(name), "pad")
     teacher, error = largest_error(build(name))
     assert teacher.path == "concat" and "not pad: it failed its check" in teacher.explain()
     assert error <= TOLERANCE
@@ -439,7 +443,8 @@ def test_wrong_rows_of_a_windowed_cache_are_seen(monkeypatch):
     model = build("mistral-window")
     honest = expanded_cache.ExpandedLayer.get_mask_sizes
     monkeypatch.setattr(expanded_cache.ExpandedLayer, "get_mask_sizes", lambda self, q: (honest(self, q)[0], 0))
-    assert largest_error(model, "pad")[1] > 0.1
+    with pytest.raises(ValueError, match="path='pad': it failed its check"):
+        largest_error(model, "pad")
 
 
 # --- the masked path ----------------------------------------------------------------------------------------
@@ -447,7 +452,7 @@ def test_wrong_rows_of_a_windowed_cache_are_seen(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama4", "mpt", "bloom", "falcon-alibi"])
 def test_what_a_mask_gets_wrong_is_refused(name, monkeypatch):
-    monkeypatch.setattr("opcd_fast.teacher.refuses_mask", lambda body: None)
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_mask", lambda body: None)
     try:
         error = largest_error(build(name), "mask")[1]
     except Exception:
@@ -456,14 +461,14 @@ def test_what_a_mask_gets_wrong_is_refused(name, monkeypatch):
 
 
 def test_auto_takes_the_mask_after_pad(monkeypatch):
-    monkeypatch.setattr("opcd_fast.teacher.refuses_pad", lambda body: "of this test")
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: "of this test")
     teacher, error = largest_error(build("falcon"))
     assert teacher.path == "mask" and error <= TOLERANCE
     assert "not pad: of this test" in teacher.explain() and "every token pays" in teacher.explain()
 
 
 def test_a_wrong_mask_steps_down(monkeypatch):
-    monkeypatch.setattr("opcd_fast.teacher.refuses_pad", lambda body: "of this test")
+    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: "of this test")
     honest = mask_path._mask
 
     def without_a_key(*args):
@@ -511,11 +516,14 @@ def test_flex_attention_takes_a_block_mask(name, monkeypatch):
 
 
 def test_a_mask_too_large_is_refused(monkeypatch):
+    teacher = ContextTeacher(build("llama"), contexts(), path="mask")
+    assert teacher.path == "mask"  # the check is over
+    packed = pack(random_ids(*LENGTHS, seed=2))
     monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * 62 * 4 - 1)
     with pytest.raises(ValueError, match=r"input_ids: 36 tokens that see 62 keys.*use path='pad'"):
-        largest_error(build("llama"), "mask")
+        teacher.hidden_states_packed(*packed, context_index=INDEX)
     monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * 62 * 4)
-    assert largest_error(build("llama"), "mask")[1] <= TOLERANCE
+    teacher.hidden_states_packed(*packed, context_index=INDEX)
 
 
 def test_a_masked_layer_that_does_not_read_its_context_is_an_error(monkeypatch):

@@ -448,6 +448,35 @@ def test_bound_and_store_are_free_on_resume(tokenizer, tmp_path):
         make(tokenizer, tmp_path / "new", prefix_store=str(tmp_path / "run" / "metrics.jsonl"))
 
 
+def test_settings_of_storage_and_parts_reach_the_teacher(tokenizer, tmp_path, monkeypatch):
+    make(tokenizer, tmp_path / "run", steps=1).train()
+    trainer = make(tokenizer, tmp_path / "run", steps=2, resume=True, prefix_device="cpu", teacher_batch_bytes=1)
+    passes, honest = [], trainer.teacher._run
+
+    def counting(path, ids, row, index):
+        passes.append(len(row.lengths))
+        return honest(path, ids, row, index)
+
+    monkeypatch.setattr(trainer.teacher, "_run", counting)
+    trainer.train()
+    assert set(passes) == {1} and len(passes) >= 4  # free on resume, and in effect: every sequence runs alone
+    assert "kept on cpu" in trainer.teacher.explain()
+    with pytest.raises(InputError, match="prefix_dtype"):  # it changes the numbers
+        make(tokenizer, tmp_path / "run", steps=3, resume=True, prefix_dtype="float8_e4m3fn").train()
+    trainer = make(tokenizer, tmp_path / "new", steps=1, prefix_dtype="float8_e4m3fn")
+    trainer.train()
+    assert trainer.teacher.prefixes[0].quantised
+    with pytest.raises(InputError, match="prefix_device"):
+        make(tokenizer, tmp_path / "third", prefix_device="nowhere")
+
+
+def test_a_path_that_fails_its_check_is_an_error_before_anything_is_written(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("opcd_fast.path_choice.verify", lambda *_: ("max difference 1.0e+00 in fp32", False))
+    with pytest.raises(InputError, match="path='merge': it failed its check"):
+        make(tokenizer, tmp_path / "run", teacher_path="merge")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 0, "learning_rate": 3e-3, "micro_batch_tokens": 700}])
 def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeypatch, settings):
     from opcd_fast import shared_prompts

@@ -24,7 +24,7 @@ class AccumulateCommand:
     candidates: int = 8
     """How many different notes are made; all but the first take the attempts in a random order."""
     duplicates: float = 0.7
-    """Lessons at least this similar to an earlier one (shared words, 0 to 1) are dropped; above 1: equal ones only."""
+    """Lessons at least this similar to an earlier one are dropped: above 0 up to 1, which drops equal ones only."""
     merge: bool = False
     """Let the model rewrite each candidate as a shorter list."""
     max_new_tokens: int = 1024
@@ -42,8 +42,8 @@ def run(arguments: list[str]) -> int:
     for name in ("max_tokens", "candidates", "max_new_tokens"):
         if getattr(command, name) < 1:
             raise InputError(f"{name}={getattr(command, name)} must be at least 1")
-    if not 0 < command.duplicates < float("inf"):
-        raise InputError(f"duplicates={command.duplicates} must be a number above 0")
+    if not 0 < command.duplicates <= 1:
+        raise InputError(f"duplicates={command.duplicates} must be a number above 0 up to 1")
     check_seed(command.seed)
     from functools import partial
 

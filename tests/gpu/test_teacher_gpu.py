@@ -7,6 +7,7 @@ import torch
 from tiny_models import CONFIGS, pack, plain_after_context, plain_hidden, random_ids, tiny_model
 
 from opcd_fast import attention
+from opcd_fast.prefix_stream import CudaTransfer
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 
@@ -101,3 +102,52 @@ def test_memory_does_not_hold_the_context_per_sequence():
     before = torch.cuda.memory_allocated()
     teacher.hidden_states_packed(ids.cuda(), bounds.cuda())
     assert torch.cuda.max_memory_allocated() - before < 64 * 8000 * 2 * 8 * 2  # one layer's keys, replicated
+
+
+@pytest.mark.parametrize("prefix_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed-window", "gemma2"])
+def test_prefixes_from_the_host_give_the_same_numbers(name, prefix_dtype):
+    model = on_gpu(name, torch.float32)
+    contexts, (ids, bounds) = random_ids(90, 6, 0), pack(random_ids(5, 1, 17, 4, 9, seed=2))
+    here = ContextTeacher(model, contexts, prefix_dtype=prefix_dtype)
+    there = ContextTeacher(model, contexts, prefix_dtype=prefix_dtype, prefix_device="cpu")
+    assert here.path == there.path == ("pad" if name == "gemma2" else "merge"), there.explain()
+    for _ in range(20):  # a race would not show every time
+        want = here.hidden_states_packed(ids.cuda(), bounds.cuda(), context_index=[1, 0, 2, 0, 1])
+        got = there.hidden_states_packed(ids.cuda(), bounds.cuda(), context_index=[1, 0, 2, 0, 1])
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    for prefix in there.prefixes:
+        assert all(x.is_pinned() for x in (*prefix.keys, *prefix.values) if x.numel())
+        assert set(prefix.nbytes_by_device) <= {"cpu"}
+
+
+def test_slots_are_not_overwritten_while_they_are_read():
+    """Many layers of slow work: the copying stream, far ahead, must wait for the computing one, and the reverse."""
+    sources = [torch.full((1 << 22,), float(i)).pin_memory() for i in range(12)]
+    transfer = CudaTransfer(torch.device("cuda", torch.cuda.current_device()), sources[0].numel() * 4)
+    busy, sums = torch.randn(2048, 2048, device="cuda"), []
+    (place,) = transfer.start(0, sources[:1])
+    for i, _ in enumerate(sources):
+        following = transfer.start(1 - i % 2, sources[i + 1 : i + 2]) if i + 1 < len(sources) else ()
+        transfer.wait(i % 2)
+        for _ in range(10):
+            busy = torch.tanh(busy @ busy)
+        sums.append(place.clone())
+        transfer.release(i % 2)
+        place = following[0] if following else place
+    for i, got in enumerate(sums):
+        assert bool((got == float(i)).all()), i
+
+
+def test_two_layers_of_a_prefix_from_the_host_are_on_the_device():
+    model = tiny_model(max_position_embeddings=9000, num_hidden_layers=3).to("cuda", torch.bfloat16)
+    teacher = ContextTeacher(model, random_ids(8000)[0], path="merge", prefix_device="cpu")
+    layer = teacher.prefixes[0].nbytes // 3
+    ids, bounds = pack(random_ids(8))
+    teacher.hidden_states_packed(ids.cuda(), bounds.cuda())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    teacher.hidden_states_packed(ids.cuda(), bounds.cuda())
+    # Two slots, the joined keys that attention reads, and no third copy.
+    assert torch.cuda.max_memory_allocated() - before < 3.5 * layer

@@ -1,0 +1,86 @@
+"""What every trainer's integration needs: hidden states without logits, heads, and the loss between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.heads import LMHead
+from opcd_fast.loss import fused_linear_divergence
+
+Result = TypeVar("Result")
+
+
+def inside_forward(wrapped: nn.Module, inner: nn.Module, function: Callable[[], Result]) -> Result:
+    """`function()`, run where `inner`'s forward would run when `wrapped` (DDP or another wrapper of it) is called.
+
+    A wrapper gathers parameters and prepares the reduction of gradients around the forward it is asked for; a body that
+    is called beside it would train every process by itself. Without a wrapper this is `function()`.
+    """
+    if wrapped is inner:
+        return function()
+    own = vars(inner).get("forward")  # accelerate's mixed precision leaves one on the instance
+
+    def put_back() -> None:
+        if own is None:
+            vars(inner).pop("forward", None)
+        else:
+            inner.forward = own
+
+    def stand_in(*args: Any, **kwargs: Any) -> Result:
+        put_back()  # function may call inner, and LMHead.from_model looks at its forward
+        return function()
+
+    inner.forward = stand_in
+    try:
+        return wrapped()
+    finally:
+        put_back()
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T) token ids -> (B, T, D): what the lm-head of `model` would read. The head itself is not run.
+
+    Positions are those that the model's own forward takes for these arguments. Raises ValueError for PEFT methods that
+    add virtual tokens, which a body alone leaves out.
+    """
+    seam.refuse_virtual_tokens(model)
+    return seam.run_body(seam.body_of(model), input_ids, attention_mask=attention_mask)
+
+
+class Heads:
+    """`LMHead.from_model`, once per model: looking at a model's forward takes tens of milliseconds."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[nn.Module, LMHead] = WeakKeyDictionary()
+
+    def __call__(self, model: nn.Module) -> LMHead:
+        lm: Any = seam.causal_lm(model)
+        layer = lm.get_output_embeddings()
+        head = self._known.get(lm)
+        # A sharding engine may put another tensor in the parameter's place at every step.
+        if head is None or head.weight is not getattr(layer, "weight", None):
+            head = self._known[lm] = LMHead.from_model(lm)
+        return head
+
+
+def divergence(h_s: Tensor, head_s: LMHead, h_t: Tensor, head_t: LMHead, **options: Any) -> Any:
+    """`fused_linear_divergence`; under autocast in the type in which the model's own lm-head would run."""
+    kind = h_s.device.type
+    if not torch.is_autocast_enabled(kind):
+        return fused_linear_divergence(h_s, head_s, h_t, head_t, **options)
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return fused_linear_divergence(
+            h_s.to(dtype), _cast(head_s, dtype), h_t.to(dtype), _cast(head_t, dtype), **options
+        )
+
+
+def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
+    return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))

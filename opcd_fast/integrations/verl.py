@@ -1,0 +1,246 @@
+"""verl 0.9: the exact reverse KL to a teacher that sees a context, as a distillation loss of its own name.
+
+verl's teacher is a server that sends log-probabilities of some tokens, so its losses are over those. Here the teacher
+is the actor itself without its LoRA adapter and with the context in front, run inside the actor's own forward, and the
+loss is over the full vocabulary. `opcd_fast.integrations.verl_plugin` is what verl loads by itself (entry point group
+`verl.plugins`); it asks for the environment variable OPCD_VERL_CONTEXT.
+
+It needs an FSDP actor with LoRA, `use_fused_kernels` and `use_remove_padding`, and no sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.heads import LMHead
+from opcd_fast.integrations.forward import divergence
+from opcd_fast.messages import Message, Prompt
+from opcd_fast.models import load_tokenizer
+from opcd_fast.prompts import read_context
+from opcd_fast.rendering import student_ids, teacher_ids
+from opcd_fast.teacher import ContextTeacher
+from opcd_fast.token_prefix import common_prefix_length
+
+LOSS = "opcd_reverse_kl"
+"""verl's `distillation.distillation_loss.loss_mode` for it."""
+
+Teach = Callable[[Any, Tensor, Tensor], tuple[Tensor, LMHead | None, Tensor]]
+"""(model, ids (N,), cu_seqlens (B + 1,)) -> (hidden states (M, D), their head, positions in the row (M,)); None for the
+head of the model that is trained."""
+
+
+def register() -> None:
+    """Make `LOSS` known to verl in this process. A second call does nothing."""
+    from verl.trainer.distillation import losses
+
+    if LOSS not in losses.DISTILLATION_LOSS_REGISTRY:
+        settings = losses.DistillationLossSettings(names=[LOSS], use_topk=True)  # the kind that is computed in forward
+        losses.register_distillation_loss(settings)(reverse_kl_of_response)
+
+
+def reverse_kl_of_response(
+    config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any
+) -> tuple[Tensor, dict[str, Any]]:
+    """The distillation loss function that verl calls: ((B, response length) losses, metrics).
+
+    Nothing is clamped, `topk` and `log_prob_min_clamp` do not enter. Raises RuntimeError when what the forward left is
+    not the reverse KL of `with_reverse_kl`.
+    """
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    strategy = getattr(config, "strategy", None)
+    if "distillation_losses" not in model_output or "overlap_count" in model_output or strategy not in _STRATEGIES:
+        raise RuntimeError(
+            f"loss_mode={LOSS}: the actor's forward did not compute it (strategy {strategy!r}). It needs "
+            "OPCD_VERL_CONTEXT (or teach_with_context) in every worker, an fsdp or fsdp2 actor, use_fused_kernels=True "
+            "and use_remove_padding=True"
+        )
+    losses = no_padding_2_padding(model_output["distillation_losses"], data)
+    mask = data["response_mask"]
+    mask = (mask.to_padded_tensor(0) if mask.is_nested else mask).bool()
+    scored = losses.detach()[mask]
+    return losses, {"distillation/reverse_kl": scored.mean().item() if scored.numel() else 0.0}
+
+
+_STRATEGIES = ("fsdp", "fsdp2")
+
+
+def with_reverse_kl(forward: Callable[..., Any], teach: Teach, head_of: Callable[[Any], LMHead]) -> Callable[..., Any]:
+    """verl's fused forward of a …ForCausalLM, with the reverse KL of each token in its output while it is trained.
+
+    forward: as in `verl.models.transformers.dense_common`: packed `input_ids` and `position_ids` (1, N), one
+    temperature, no logits. teach: the teacher; runs without gradients. head_of: the model's own head.
+
+    Where gradients are wanted the output has `fused_linear_aux` with `distillation_losses`, `student_mass` and
+    `teacher_mass`, each (1, N), which verl's FSDP engine collects: the KL in nats, 0 where `teach` gives no position,
+    and masses of 1, because all tokens of the vocabulary are compared.
+    """
+
+    @wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (self.training and torch.is_grad_enabled()):  # verl's log-probabilities of old answers
+            return forward(self, *args, **kwargs)
+        states: list[Tensor] = []
+        hook = seam.body_of(self).register_forward_hook(lambda module, inputs, output: states.append(output[0]))
+        try:
+            output = forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+        ids, cu_seqlens = _packed(kwargs)
+        (temperature,) = torch.as_tensor(kwargs.get("temperature", 1.0)).unique().tolist()
+        with torch.no_grad():
+            h_t, head_t, positions = teach(self, ids, cu_seqlens)
+        h_s = states[0][0].index_select(0, positions)
+        head = head_of(self)
+        kl = divergence(h_s, head, h_t, head_t or head, temperature=temperature, reduction="none")
+        row = kl.new_zeros(ids.numel()).index_copy(0, positions, kl).unsqueeze(0)
+        mass = torch.ones_like(row)
+        output.fused_linear_aux = SimpleNamespace(distillation_losses=row, student_mass=mass, teacher_mass=mass)
+        return output
+
+    wrapped.computes_reverse_kl = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _packed(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(N,) ids and (B + 1,) offsets of a packed row, whose sequences begin where positions do."""
+    ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
+    if ids is None or positions is None or ids.shape[0] != 1 or positions.shape != ids.shape:
+        raise RuntimeError(
+            "the actor's forward did not get a packed row of ids with its positions; set "
+            "actor_rollout_ref.model.use_remove_padding=True"
+        )
+    starts = (positions[0] == 0).nonzero()[:, 0]
+    if not starts.numel() or int(starts[0]) != 0:
+        raise RuntimeError("the packed row begins inside a sequence; sequence parallelism is not supported")
+    return ids[0], torch.cat([starts, starts.new_tensor([ids.shape[1]])])
+
+
+@dataclass(frozen=True)
+class Swap:
+    """How a rendered prompt becomes the one with the context: its first tokens are exchanged for others."""
+
+    student: tuple[int, ...]  # what every prompt begins with
+    teacher: tuple[int, ...]  # what it begins with when the context is there
+    lead: tuple[int, ...]  # what follows in either case, up to the user's own words
+
+    @classmethod
+    def of(cls, tokenizer: Any, context: str | Path | Sequence[Message]) -> Swap:
+        """From two prompts that share nothing but the template. Raises ValueError where templates do not work so."""
+        told = read_context(context)
+        pairs = []
+        for text in ("Ask", "zero"):
+            prompt = Prompt(({"role": "user", "content": text},), text)
+            plain, seen = student_ids(tokenizer, prompt), teacher_ids(tokenizer, prompt, told)
+            if plain == seen:
+                raise ValueError("context changes nothing: with and without it the rendered prompt is the same")
+            same = common_prefix_length([plain[::-1], seen[::-1]])
+            pairs.append((plain, seen, same))
+        heads = {(tuple(plain[: len(plain) - same]), tuple(seen[: len(seen) - same])) for plain, seen, same in pairs}
+        if len(heads) != 1:
+            raise ValueError("context: with this chat template it does not stand in front of the prompt, as is needed")
+        ((student, teacher),) = heads
+        rests = [plain[len(student) :] for plain, _, _ in pairs]
+        return cls(student, teacher, tuple(rests[0][: common_prefix_length(rests)]))
+
+
+class ContextInFront:
+    """A `Teach`: the model that is trained, without its adapter, after a context.
+
+    tokenizer: renders prompts as verl does, without arguments for the template. context: as for `OPCDTrainer`.
+
+    Raises RuntimeError for a model without an adapter, and for a prompt that does not begin like the others (one with a
+    system message of its own).
+    """
+
+    def __init__(self, tokenizer: Any, context: str | Path | Sequence[Message]) -> None:
+        self.swap = Swap.of(tokenizer, context)
+        self._teacher: ContextTeacher | None = None
+
+    def __call__(self, model: Any, ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, None, Tensor]:
+        swap, row = self.swap, ids.tolist()
+        offsets, expected = cu_seqlens.tolist(), (*swap.student, *swap.lead)
+        suffixes = []
+        for begin, end in zip(offsets, offsets[1:]):
+            if tuple(row[begin : begin + len(expected)]) != expected:
+                raise RuntimeError(
+                    "a prompt does not begin as the chat template makes it begin; prompts with a system message of "
+                    "their own, or template arguments, are not supported"
+                )
+            # The last token predicts nothing.
+            suffixes.append(torch.arange(begin + len(swap.student), end - 1))
+        positions = torch.cat(suffixes).to(ids.device)
+        lengths = torch.tensor([0, *(len(suffix) for suffix in suffixes)]).cumsum(0)
+        hidden = self._of(model).hidden_states_packed(ids.index_select(0, positions), lengths.to(ids.device))
+        return hidden, None, positions
+
+    def _of(self, model: Any) -> ContextTeacher:
+        if self._teacher is None or self._teacher.model is not model:
+            if not seam.adapter_modules(model):
+                raise RuntimeError(
+                    "the actor has no adapter, so nothing is left of the teacher once it is trained; set "
+                    "actor_rollout_ref.model.lora_rank"
+                )
+            self._teacher = ContextTeacher(model, list(self.swap.teacher), adapter="disabled")
+        return self._teacher
+
+
+class HeadBehind:
+    """`LMHead.from_model` for models whose forward was replaced by one without logits."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self._plain = plain  # the class's forward before
+        self._known: WeakKeyDictionary[Any, LMHead] = WeakKeyDictionary()
+
+    def __call__(self, model: Any) -> LMHead:
+        kind, layer = type(model), model.get_output_embeddings()
+        if model not in self._known:
+            replaced = kind.forward
+            kind.forward = self._plain  # LMHead.from_model looks at what it does
+            try:
+                self._known[model] = LMHead.from_model(model)
+            finally:
+                kind.forward = replaced
+        # A sharded parameter is another tensor at every step.
+        return replace(self._known[model], weight=layer.weight, bias=layer.bias)
+
+
+def teach_with_context(context: str | Path | Sequence[Message], *, tokenizer: Any = None) -> Callable[[], None]:
+    """Every model to which verl gives a fused forward from now on, in this process, learns from itself with `context`.
+
+    Call it before verl builds its models, in every worker. tokenizer: None loads the one beside the model's weights.
+    Returns a function that takes it back (models that have their forward keep it).
+    """
+    from verl.models.transformers import monkey_patch
+
+    give_forward = monkey_patch.patch_forward_with_backends
+    plain: dict[type, Callable[..., Any]] = {}
+    told = read_context(context)  # a missing file is an error here, not in the middle of a job
+
+    @wraps(give_forward)
+    def patched(model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None) -> None:
+        kind = type(model)
+        before = kind.forward
+        give_forward(model, use_fused_kernels, fused_kernels_backend)
+        if kind.forward is before:
+            return  # no fused forward was asked for; the loss will say that it needs one
+        if not hasattr(before, "computes_reverse_kl"):
+            plain[kind] = before
+        words = tokenizer or load_tokenizer(model.config._name_or_path)
+        kind.forward = with_reverse_kl(kind.forward, ContextInFront(words, told), HeadBehind(plain[kind]))
+
+    def take_back() -> None:
+        monkey_patch.patch_forward_with_backends = give_forward
+
+    monkey_patch.patch_forward_with_backends = patched
+    return take_back

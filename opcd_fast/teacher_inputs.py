@@ -1,0 +1,85 @@
+"""What a teacher is given, checked: contexts, and which of them each sequence continues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_contexts(contexts: Any, vocabulary: int | None) -> list[Tensor]:
+    """One context or a list of them, as int64 tensors on the CPU. Raises ValueError."""
+    one = isinstance(contexts, Tensor) or all(isinstance(item, int) for item in contexts)
+    result = []
+    for context in [contexts] if one else contexts:
+        ids = context if isinstance(context, Tensor) else torch.tensor(list(context), dtype=torch.int64)
+        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"contexts: expected 1-D integer token ids (or a list of them), got {ids.dtype} of shape "
+                f"{tuple(ids.shape)}"
+            )
+        ids = ids.detach().to("cpu", torch.int64).clone()
+        if ids.numel() and vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"contexts: token ids must lie in [0, {vocabulary}), got {int(ids.min())}…{int(ids.max())}"
+            )
+        result.append(ids)
+    return result
+
+
+def context_of_sequence(context_index: Any, batch: int, contexts: int) -> list[int]:
+    """`context_index` as a list of `batch` integers below `contexts`. Raises ValueError."""
+    if context_index is None:
+        if contexts > 1:
+            raise ValueError(f"context_index: needed to choose among {contexts} contexts, shape ({batch},)")
+        return [0] * batch
+    index = context_index.tolist() if isinstance(context_index, Tensor) else list(context_index)
+    if len(index) != batch or not all(isinstance(i, int) and 0 <= i < contexts for i in index):
+        raise ValueError(f"context_index: expected {batch} integers from 0 to {contexts - 1}, got {index}")
+    return index
+
+
+def check_contexts_fit(contexts: Sequence[Tensor], limit: int | None) -> None:
+    """Raises ValueError when a context leaves no room for a sequence in `limit` tokens."""
+    longest = max(context.numel() for context in contexts)
+    if limit is not None and longest >= limit:
+        raise ValueError(
+            f"contexts: {longest} tokens leave no room in the model's max_position_embeddings {limit}: "
+            f"shorten the context by at least {longest - limit + 1}"
+        )
+
+
+def check_sequences_fit(lengths: Sequence[int], context_lengths: Sequence[int], limit: int | None) -> None:
+    """Raises ValueError when a sequence with its context has more than `limit` tokens. Nothing is ever cut."""
+    for sequence, (tokens, context) in enumerate(zip(lengths, context_lengths, strict=True)):
+        if limit is not None and context + tokens > limit:
+            raise ValueError(
+                f"input_ids: sequence {sequence} has {tokens} tokens after a context of {context}; "
+                f"together {context + tokens - limit} more than the model's max_position_embeddings of {limit}"
+            )
+
+
+def check_select(select: Tensor | None, tokens: int) -> None:
+    """Raises ValueError unless `select` is None or (M,) integers from 0 to tokens - 1."""
+    if select is None:
+        return
+    if select.ndim != 1 or select.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"select: expected integer positions of shape (M,), got {select.dtype} {tuple(select.shape)}")
+    if select.numel() and not 0 <= int(select.min()) <= int(select.max()) < tokens:
+        raise ValueError(f"select: positions must lie in [0, {tokens}), got {int(select.min())}…{int(select.max())}")
+
+
+def check_bytes(name: str, value: int | None) -> None:
+    """Raises ValueError unless `value` is None or a whole number >= 1."""
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{name}: expected an integer >= 1, or None, got {value!r}")
+
+
+def as_device(place: str | torch.device | None) -> torch.device | None:
+    """Raises ValueError for what names no device."""
+    try:
+        return None if place is None else torch.device(place)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"prefix_device: expected 'cpu', another device, or None, got {place!r}") from error

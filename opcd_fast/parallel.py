@@ -157,7 +157,7 @@ class Parallel:
     def check_teacher(self, *teachers: Any) -> None:
         """Raise InputError where a teacher's number of forward passes would differ between ranks that meet in each."""
         for teacher in teachers:
-            if self.sharded and teacher is not None and not teacher.same_passes_everywhere:
+            if self.sharded and teacher is not None and not teacher.run_once_a_call():
                 raise InputError(
                     f"this model's teacher runs on path {teacher.path!r}, once per context or sequence, which differ "
                     "between ranks; sharded weights do not go with that: use plain data parallelism (DDP)"
@@ -253,9 +253,9 @@ def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
         raise wrong("4-bit weights", "their blocks cannot be cut")
     if config.teacher_device != "auto":
         raise wrong("teacher_device", "the teacher is sharded with the student", "drop it")
-    for name in ("prefix_store", "max_prefix_bytes"):
+    for name in ("prefix_store", "max_prefix_bytes", "teacher_batch_bytes"):
         if getattr(config, name) is not None:
-            raise wrong(name, "ranks would read contexts at different times", "drop it")
+            raise wrong(name, "ranks would run the teacher at different times", "drop it")
     if config.merge_for_rollout:
         raise wrong("merge_for_rollout=True", "the merged copy would be a whole model on every rank", "drop it")
     if config.teacher_path not in ("auto", "merge", "mask"):

@@ -297,7 +297,7 @@ class OPCDTrainer:
         """Against the teacher's first weights, whatever the teacher has become."""
         if not fixed:
             return
-        self.eval_rollout.sync(self.model)
+        self.parallel.sampler(self.eval_rollout).sync(self.model)
         assert self.teachers.reference is not None
         record = held_out_record(
             step, self.eval_rows, fixed, self.parallel.sampler(self.eval_rollout), self._sampling("evaluation", 0),

@@ -100,7 +100,7 @@ def run(job: dict) -> None:
 
 
 def break_rank(trainer, where):
-    def broken(*args, **kwargs):
+    def broken(prompts, *, only=None, **sampling):
         raise OSError("the disk of this rank is gone")
 
     setattr(trainer.rollout, where, broken)

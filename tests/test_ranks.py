@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
 
+from opcd_fast.acceleration import make_accelerator
 from opcd_fast.batch import Sample
+from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
+from opcd_fast.model_pair import student_and_teacher
+from opcd_fast.parallel import refuse_sharded
 from opcd_fast.ranks import Ranks
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -170,3 +176,90 @@ def test_answers_of_one_prompt_stay_together():
     for one in ranks_of(2):
         prompts = [sample.student_prompt for sample in one.share_samples(samples)]
         assert all(prompts.count(prompt) == 3 for prompt in prompts)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def accelerate(arguments, folder, *options):
+    """`accelerate launch` with two CPU processes; (exit status, what was said)."""
+    words = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *options,
+        "-m", "opcd_fast.cli", "train", *arguments,
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=folder, env=env)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_opcd_train_under_accelerate_launch(tmp_path):
+    model = tmp_path / "model"
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    (tmp_path / "context.txt").write_text("always answer with zzz")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(6)))
+    job = [
+        "--model", str(model), "--context", "context.txt", "--prompts", "prompts.jsonl", "--steps", "2", "--batch-size",
+        "3", "--max-new-tokens", "5", "--lora-rank", "4", "--dtype", "float32", "--device", "cpu",
+    ]  # fmt: skip
+    code, said = accelerate([*job, "--output-dir", "two"], tmp_path)
+    assert code == 0, said[-3000:]
+    assert said.count("trained 2 steps") == 1
+    alone = subprocess.run(
+        [sys.executable, "-m", "opcd_fast.cli", "train", *job, "--output-dir", "one"], cwd=tmp_path, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, capture_output=True,
+    )  # fmt: skip
+    assert b"trained 2 steps" in alone.stdout
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    # What cannot work ends both, in a line.
+    code, said = accelerate([*job, "--output-dir", "two"], tmp_path)
+    assert code != 0 and said.count("opcd: output_dir='two' already holds a run") == 1
+    assert "Traceback (most recent call last):\n  File \"" + str(WORKER.parents[1] / "opcd_fast") not in said
+
+
+def test_shipped_configurations_are_what_accelerate_reads(tmp_path):
+    import yaml
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    import opcd_fast
+
+    folder = Path(opcd_fast.__file__).parent / "engines"
+    kinds = {}
+    for file in sorted(folder.glob("*.yaml")):
+        config = load_config_from_file(str(file))  # refuses keys that accelerate does not know
+        kinds[file.stem] = str(config.distributed_type.value)
+        assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    assert load_config_from_file(str(folder / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
+    assert load_config_from_file(str(folder / "zero3.yaml")).deepspeed_config["zero_stage"] == 3
+
+
+# --------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"teacher_mode": "ema"}, "teacher_mode='ema' does not go with sharded weights"),
+        ({"prefix_store": "somewhere"}, "prefix_store does not go with sharded weights.*drop it"),
+        ({"teacher_batch_bytes": 1000}, "teacher_batch_bytes does not go with"),
+        ({"merge_for_rollout": True}, "merge_for_rollout=True does not go with"),
+        ({"teacher_path": "concat"}, "teacher_path='concat' does not go with"),
+    ],
+)
+def test_settings_that_sharded_weights_do_not_go_with(settings, said):
+    model = tiny_model()
+    config = OPCDConfig(lora_rank=4, device="cpu", dtype="float32", **settings)
+    pair = student_and_teacher(model, None, config, torch.device("cpu"), torch.float32)
+    with pytest.raises(InputError, match=said):
+        refuse_sharded(pair, config)
+
+
+def test_engines_that_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for version, said in (("1", "FSDP version 1 is not supported"), ("2", "on GPUs only")):
+        monkeypatch.setenv("FSDP_VERSION", version)
+        with pytest.raises(InputError, match=said):
+            make_accelerator(torch.device("cpu"), torch.float32)

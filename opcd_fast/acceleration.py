@@ -91,6 +91,8 @@ def _refuse_engine(accelerator: Any) -> None:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage != 3:
             raise InputError(f"DeepSpeed ZeRO stage {stage} is not supported; set zero_stage: 3, or use DDP or FSDP2")
+        if os.environ.get("OPCD_UNTESTED") != "1":
+            raise InputError("DeepSpeed ZeRO-3 has never been run here; use FSDP2, or try it with OPCD_UNTESTED=1")
         return
     if shards() and kind != DistributedType.FSDP:
         raise InputError("the launcher asks for sharded weights, which accelerate has on GPUs only; use DDP on the CPU")

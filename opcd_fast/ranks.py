@@ -78,7 +78,7 @@ class Ranks:
         if self.world == 1:
             return value  # type: ignore[return-value]
         tensors: list[Tensor] = []
-        skeleton = [_without_tensors(value, tensors) if self.main else None, [(t.shape, t.dtype) for t in tensors]]
+        skeleton: list[Any] = [_without_tensors(value, tensors) if self.main else None, [(t.shape, t.dtype) for t in tensors]]
         torch.distributed.broadcast_object_list(skeleton, src=0, group=self._group)
         if not self.main:
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in skeleton[1]]

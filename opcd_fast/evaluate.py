@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.intervals import mean_and_error
 from opcd_fast.objective import Teacher, context_kl
+from opcd_fast.parallel import Parallel
+from opcd_fast.ranks import Ranks
 from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.rollout import Completion
 
@@ -24,6 +27,7 @@ def divergence(
     compute_dtype: torch.dtype,
     device: torch.device,
     micro_batch_tokens: int | None = None,
+    parallel: Parallel | None = None,
     **loss_options: Any,
 ) -> dict[str, float]:
     """Divergence of student and teacher on given sequences, without gradients.
@@ -37,12 +41,16 @@ def divergence(
     by_token = agreement = 0.0
     by_sequence: list[float] = []
     tokens = 0
+    ranks = Ranks(alone=True) if parallel is None else parallel.ranks
     was_training = student.training
     student.eval()
     try:
-        for group in micro_batches(samples, micro_batch_tokens):
-            batch = pack(group).to(device)
-            _, stats = context_kl(
+        if parallel is not None:
+            parallel.read_contexts(teacher, samples)
+        for turn in ranks.rounds(micro_batches(ranks.share_samples(samples), micro_batch_tokens), samples):
+            batch = pack(turn.samples).to(device)
+            score = partial(
+                context_kl,
                 batch,
                 student,
                 teacher,
@@ -51,6 +59,9 @@ def divergence(
                 compute_dtype=compute_dtype,
                 **loss_options,
             )
+            _, stats = score() if parallel is None else parallel.run(score)
+            if turn.empty:
+                continue
             lengths = batch.response_cu_seqlens.diff().tolist()
             by_sequence += [float(answer.sum()) for answer in (stats.token_kl * batch.token_weights).split(lengths)]
             by_token += float(stats.token_kl.sum())
@@ -58,7 +69,8 @@ def divergence(
             tokens += batch.response_ids.numel()
     finally:
         student.train(was_training)
-    kl, error = mean_and_error(by_sequence)
+    kl, error = mean_and_error(ranks.gather_lists(by_sequence))
+    by_token, agreement, tokens = map(sum, zip(*ranks.gather((by_token, agreement, tokens))))
     return {
         "kl": kl,
         "kl_error": error,

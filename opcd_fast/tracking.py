@@ -28,11 +28,14 @@ class Trackers:
     config: logged once, at the start.
     first: step that the run goes on from. TensorBoard drops what it has from later steps; W&B and trackio show a
     resumed run as another one, in the same group.
+    main: whether this is the rank that tells them; the others are silent.
     """
 
-    def __init__(self, accelerator: Any, folder: Path, config: Mapping[str, Any], first: int) -> None:
+    def __init__(
+        self, accelerator: Any, folder: Path, config: Mapping[str, Any], first: int, main: bool = True
+    ) -> None:
         self._accelerator = accelerator
-        self._active = bool(accelerator.log_with)
+        self._active = main and bool(accelerator.log_with)
         if not self._active:
             return
         name = folder.resolve().name
@@ -53,7 +56,8 @@ class Trackers:
 
     def close(self) -> None:
         if self._active:
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:  # not `end_training`, which ends the process group as well
+                tracker.finish()
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,113 @@
+"""One process of test_ranks.py: runs the jobs of a JSON file, one after the other, each into its own folder.
+
+Started by torchrun's environment variables, or alone without them.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from opcd_fast.acceleration import shards_by_fsdp
+from opcd_fast.config import OPCDConfig
+from opcd_fast.trainer import OPCDTrainer
+
+faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for ever says where
+torch.set_num_threads(1)
+STOP = list("abcdefghijklmnopqrstuvw")  # answers of many lengths
+CONTEXTS = ["always answer with zzz", "never say anything but q"]
+PROMPTS = [{"prompt": f"question {i}" + " and more" * (i % 3), "privileged_context": CONTEXTS[i % 2]} for i in range(7)]
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+}  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def allow_fsdp_on_the_cpu() -> None:
+    """accelerate has FSDP on GPUs only; torch has it over gloo as well, and everything after this choice is theirs."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    plain = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def run(job: dict) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    for names in ENGINES.values():
+        for name in names:
+            os.environ.pop(name, None)
+    os.environ.update(ENGINES[job.get("engine", "ddp")])
+    config = {
+        "steps": 3, "batch_size": 5, "max_new_tokens": 7, "learning_rate": 1e-2, "eval_every": 3, "save_every": 1,
+        "keep_checkpoints": 9, "device": "cpu", "dtype": "float32", "stop_tokens": STOP, **job["settings"],
+    }  # fmt: skip
+    stop_after = job.get("kill")
+
+    def kill(record):
+        if (record["kind"], record["step"]) == ("step", stop_after):
+            raise Killed
+
+    model = tiny_model(tie_word_embeddings=job.get("tied", False))
+    trainer = OPCDTrainer(
+        model, tiny_tokenizer(), None, PROMPTS, OPCDConfig(**config), eval_prompts=PROMPTS[:3], quiet=True,
+        teacher_model=tiny_model(seed=7) if job.get("teacher") else None, callbacks=[kill] if stop_after else [],
+    )  # fmt: skip
+    if shards_by_fsdp():
+        sharded = [type(p).__name__ for p in trainer.model.parameters()]
+        assert set(sharded) == {"DTensor"}, sharded
+    fail = job.get("fail")
+    if fail is not None and int(os.environ.get("RANK", "0")) == 0:
+        break_rank(trainer, fail)
+    empty = []
+    rounds = trainer.ranks.rounds
+
+    def counted(*args):
+        for turn in rounds(*args):
+            empty.append(turn.empty)
+            yield turn
+
+    trainer.ranks.rounds = counted
+    try:
+        trainer.train()
+        (Path(config["output_dir"]) / f"rounds-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(empty))
+    except Exception as error:
+        expected = job.get("error")
+        if isinstance(error, Killed) or (stop_after and "Killed" in str(error)):
+            return
+        if expected is None or expected not in f"{type(error).__name__}: {error}":
+            raise
+        (Path(config["output_dir"]) / f"error-{os.environ.get('RANK', '0')}").write_text(str(error))
+
+
+def break_rank(trainer, where):
+    def broken(prompts, *, only=None, **sampling):
+        raise OSError("the disk of this rank is gone")
+
+    setattr(trainer.rollout, where, broken)
+
+
+if __name__ == "__main__":
+    allow_fsdp_on_the_cpu()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+        print("done", job["settings"]["output_dir"], flush=True)

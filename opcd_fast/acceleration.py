@@ -20,8 +20,10 @@ def make_accelerator(
 
     trackers: names or objects for accelerate's `log_with`; those that write files do so under `logging_dir`.
     Raises InputError for an engine that training does not work with: anything but one process, plain data parallelism,
-    FSDP2, or DeepSpeed ZeRO-3.
+    or FSDP2.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise InputError("DeepSpeed is not supported yet; use FSDP2 (fsdp_version: 2), which shards the same things")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
@@ -64,13 +66,9 @@ def shards_by_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
-def shards_by_deepspeed() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
-
-
 def shards() -> bool:
     """Whether weights will be sharded: they are then loaded on the CPU, because they may not fit one GPU whole."""
-    return shards_by_fsdp() or shards_by_deepspeed()
+    return shards_by_fsdp()
 
 
 def _fsdp_plugin(dtype: torch.dtype) -> Any:
@@ -94,15 +92,8 @@ def _refuse_engine(accelerator: Any) -> None:
     from accelerate.utils import DistributedType
 
     kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
-        if stage != 3:
-            raise InputError(f"DeepSpeed ZeRO stage {stage} is not supported; set zero_stage: 3, or use DDP or FSDP2")
-        if os.environ.get("OPCD_UNTESTED") != "1":
-            raise InputError("DeepSpeed ZeRO-3 has never been run here; use FSDP2, or try it with OPCD_UNTESTED=1")
-        return
     if shards() and kind != DistributedType.FSDP:
         raise InputError("the launcher asks for sharded weights, which accelerate has on GPUs only; use DDP on the CPU")
     known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
     if kind not in known:
-        raise InputError(f"accelerate's engine {kind} is not supported; use DDP, FSDP2 or DeepSpeed ZeRO-3")
+        raise InputError(f"accelerate's engine {kind} is not supported; use DDP or FSDP2")

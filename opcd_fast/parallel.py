@@ -1,9 +1,9 @@
-"""The student on the engine that accelerate was launched with: one process, DDP, FSDP2 or DeepSpeed ZeRO-3.
+"""The student on the engine that accelerate was launched with: one process, DDP or FSDP2.
 
-Whatever reads the models' weights runs inside of one module's forward (`Parallel.run`). FSDP2 and ZeRO-3 gather a
+Whatever reads the models' weights runs inside of one module's forward (`Parallel.run`). FSDP2 gathers a
 decoder layer when that layer runs, and what lies outside of the layers (embeddings, last norm, lm-head) when that
 module's forward begins: the head is gathered once per micro-batch, not for every chunk of the loss, and its gradient
-takes the engine's own way. Both engines and DDP average gradients over the ranks; the loss's denominator is divided by
+takes the engine's own way. Both engines average gradients over the ranks; the loss's denominator is divided by
 their number, so that what comes out is the sum.
 """
 
@@ -61,7 +61,7 @@ class Parallel:
     ) -> None:
         self._accelerator, self.ranks = accelerator, ranks
         kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-        self._fsdp, self._deepspeed = kind == "FSDP", kind == "DEEPSPEED"
+        self.sharded = kind == "FSDP"  # FSDP2: acceleration.py refuses the first version
         self._ddp = ranks.world > 1 and not self.sharded
         student = pair.student
         if self.sharded:
@@ -78,19 +78,12 @@ class Parallel:
         else:
             # Plain data parallelism has a teacher of its own on every rank.
             models = {id(m): m for m in ((student, pair.teacher, pair.reference) if self.sharded else (student,)) if m}
-            if self._deepspeed:
-                accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-                accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
             self.module, self.optimizer = accelerator.prepare(WorkInside(list(models.values())), optimizer)
-        if self._fsdp:
+        if self.sharded:
             self._reshard = [(m, m is not self.module) for m in self.module.modules() if _is_fsdp(m)]
         self._student = student
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self._whole = False
-
-    @property
-    def sharded(self) -> bool:
-        return self._fsdp or self._deepspeed
 
     # ------------------------------------------------------------------------------------------ a step
 
@@ -98,26 +91,15 @@ class Parallel:
         """`work()` where the models' weights can be read, gradients included."""
         if self.module is None or self._whole or (self._ddp and not torch.is_grad_enabled()):
             return work()
-        if not self._deepspeed:
-            return self.module(work)
-        import deepspeed
-
-        def with_head() -> T:
-            # Weights that are used outside of their module's own forward are gathered by hand.
-            with deepspeed.zero.GatheredParameters(self._outside_of_layers()):
-                return work()
-
-        return self.module(with_head)
+        return self.module(work)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch. DDP sends gradients after the last one; FSDP2 and ZeRO-3
+        """Around forward and backward of one micro-batch. DDP sends gradients after the last one; FSDP2
         after each, because whole gradients would need the memory that sharding is there to save."""
         with ExitStack() as stack:
             if self._ddp and not last:
                 stack.enter_context(self._accelerator.no_sync(self.module))
-            if self._deepspeed:
-                self._accelerator.gradient_state._set_sync_gradients(last)
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -134,14 +116,6 @@ class Parallel:
         differs between ranks. They must fit one device in the compute type."""
         if not self.sharded or self._whole:
             yield
-            return
-        if self._deepspeed:
-            with _zero3_gathered(self.module):
-                self._whole = True
-                try:
-                    yield
-                finally:
-                    self._whole = False
             return
         self.module(lambda: None)  # the first forward decides which module is the root
         try:
@@ -209,7 +183,7 @@ class Parallel:
     def weights_writer(self, tokenizer: Any) -> Callable[[Path], None]:
         """What writes the student's whole weights of now (the adapter, or the model) and `tokenizer` into a folder, on
         rank 0."""
-        state = self.gathered(self._student.state_dict()) if self._fsdp else None
+        state = self.gathered(self._student.state_dict()) if self.sharded else None
 
         def fill(folder: Path) -> None:
             model = self._accelerator.unwrap_model(self._student)
@@ -221,11 +195,6 @@ class Parallel:
             tokenizer.save_pretrained(folder)
 
         return fill
-
-    def _outside_of_layers(self) -> list[Tensor]:
-        models = self.module.module.models
-        layers = {id(p) for m in models for layer in seam.layers_of(m) for p in layer.parameters()}
-        return [p for p in models.parameters() if id(p) not in layers]
 
 
 class SharedSampler:
@@ -302,19 +271,3 @@ def _sharded_like(like: Tensor, full: Tensor) -> Tensor:
 
     assert isinstance(like, DTensor)
     return distribute_tensor(full.to(like.dtype), like.device_mesh, like.placements)
-
-
-@contextmanager
-def _zero3_gathered(engine: Any) -> Iterator[None]:
-    """All parameters whole, and the engine's hooks, which would let go of each after use, away."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        hooks = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-        for hook in hooks.forward_hooks + hooks.backward_hooks:
-            hook.remove()
-        hooks.forward_hooks, hooks.backward_hooks = [], []
-        try:
-            yield
-        finally:
-            hooks._register_deepspeed_module(hooks.module)

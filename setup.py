@@ -59,6 +59,7 @@ setup(
         "opcd_fast.commands",
         "opcd_fast.integrations",
         "opcd_fast.kernels",
+        "opcd_fast.planning",
         "opcd_fast.report",
         "opcd_fast.tasks",
     ],

@@ -162,6 +162,15 @@ def micro_batches(
         yield group
 
 
+def count_tokens(group: Sequence[Sample], *, share_prompts: bool = False) -> int:
+    """Student and teacher tokens of a micro-batch, as `micro_batches` counts them."""
+    total = sum(map(_tokens, group))
+    if share_prompts:
+        for run in (list(run) for _, run in groupby(group, key=lambda sample: tuple(sample.student_prompt))):
+            total -= len(run[0].student_prompt) * (len(run) - 1)
+    return total
+
+
 def _tokens(sample: Sample) -> int:
     """Student and teacher tokens of one sample."""
     return len(sample.student_prompt) + len(sample.teacher_prompt) + 2 * (len(sample.response) - 1)

@@ -128,8 +128,8 @@ def _context(a: Path, b: Path, notes: list[str]) -> list[str]:
     if any(record is None or record["context"] is None for record in kept):
         notes.append("the contexts' texts are not both here; compared by hash alone")
         return []
-    texts = [_lines(record["context"]) for record in kept if record is not None]
-    return list(difflib.unified_diff(*texts, str(a), str(b), lineterm=""))
+    before, after = (_lines(record["context"]) for record in kept if record is not None)
+    return list(difflib.unified_diff(before, after, str(a), str(b), lineterm=""))
 
 
 def _lines(context: Context) -> list[str]:

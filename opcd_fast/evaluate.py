@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from opcd_fast.batch import Sample, micro_batches, pack
+from opcd_fast.batch import Sample
 from opcd_fast.intervals import mean_and_error
 from opcd_fast.objective import Teacher, context_kl
 from opcd_fast.parallel import Parallel
-from opcd_fast.ranks import Ranks
 from opcd_fast.rendering import RenderedPrompt
+from opcd_fast.retreat import TokenBudget
 from opcd_fast.rollout import Completion
 
 
@@ -27,10 +27,14 @@ def divergence(
     compute_dtype: torch.dtype,
     device: torch.device,
     micro_batch_tokens: int | None = None,
+    budget: TokenBudget | None = None,
     parallel: Parallel | None = None,
     **loss_options: Any,
 ) -> dict[str, float]:
     """Divergence of student and teacher on given sequences, without gradients.
+
+    budget: in place of `micro_batch_tokens`, one that is shared with training, so that both keep what fits; its ranks
+    share the sequences out, and all get the same numbers. parallel: where the models' weights can be read.
 
     Returns:
         kl: mean over sequences of the mean token KL(student || teacher), nats;
@@ -38,17 +42,16 @@ def divergence(
         kl_per_token: mean over all tokens, nats;
         top1_agreement: share of tokens where both models' most probable token is the same.
     """
-    by_token = agreement = 0.0
-    by_sequence: list[float] = []
-    tokens = 0
-    ranks = Ranks(alone=True) if parallel is None else parallel.ranks
-    was_training = student.training
-    student.eval()
-    try:
-        if parallel is not None:
-            parallel.read_contexts(teacher, samples)
-        for turn in ranks.rounds(micro_batches(ranks.share_samples(samples), micro_batch_tokens), samples):
-            batch = pack(turn.samples).to(device)
+    if budget is None:
+        budget = TokenBudget(micro_batch_tokens)
+    ranks = budget.ranks
+
+    def measured() -> tuple[list[float], float, float, int]:
+        by_token = agreement = 0.0
+        by_sequence: list[float] = []
+        tokens = 0
+        for turn in budget.rounds(samples):
+            batch = turn.pack().to(device)
             score = partial(
                 context_kl,
                 batch,
@@ -67,6 +70,14 @@ def divergence(
             by_token += float(stats.token_kl.sum())
             agreement += float(stats.top1_agreement.float().sum())
             tokens += batch.response_ids.numel()
+        return by_sequence, by_token, agreement, tokens
+
+    was_training = student.training
+    student.eval()
+    try:
+        if parallel is not None:
+            parallel.read_contexts(teacher, samples)
+        by_sequence, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
     finally:
         student.train(was_training)
     kl, error = mean_and_error(ranks.gather_lists(by_sequence))

@@ -106,7 +106,12 @@ def load_model(name: str | os.PathLike[str], *, dtype: str = "auto", device: str
     from peft import PeftModel
 
     with _reading("adapter", folder):
-        return PeftModel.from_pretrained(base, folder).eval()
+        model = PeftModel.from_pretrained(base, folder).eval()
+        if (Path(folder) / "generation_config.json").is_file():  # written by `opcd export`: where answers end
+            from transformers import GenerationConfig
+
+            base.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
 
 
 def _load_whole(name: str, dtype: torch.dtype) -> Any:

@@ -1,17 +1,20 @@
-"""The student on the engine that accelerate was launched with: one process, DDP or FSDP2.
+"""The student on the engine that accelerate was launched with: one process, plain data parallelism, or FSDP2.
 
-Whatever reads the models' weights runs inside of one module's forward (`Parallel.run`). FSDP2 gathers a
-decoder layer when that layer runs, and what lies outside of the layers (embeddings, last norm, lm-head) when that
-module's forward begins: the head is gathered once per micro-batch, not for every chunk of the loss, and its gradient
-takes the engine's own way. Both engines average gradients over the ranks; the loss's denominator is divided by
-their number, so that what comes out is the sum.
+Plain data parallelism keeps a whole model on every rank. Ranks work through their micro-batches on their own and
+meet once a step, in the sum of the gradients (`total`): how many micro-batches each has, or how often it tries, is its
+own business. torch's DDP would meet inside of the last backward pass instead.
+
+FSDP2 meets in every layer. Whatever reads the models' weights runs inside of one module's forward (`Parallel.run`). A
+decoder layer is gathered when that layer runs, and what lies outside of the layers (embeddings, last norm, lm-head)
+when that module's forward begins: the head is gathered once per micro-batch, not for every chunk of the loss, and its
+gradient takes the engine's own way.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +25,8 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.batch import Sample
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.importance import Drift
+from opcd_fast.loss import LossStats
 from opcd_fast.model_pair import ModelPair, is_peft
 from opcd_fast.quantized import is_quantized
 from opcd_fast.ranks import Ranks, map_tensors
@@ -62,7 +67,6 @@ class Parallel:
         self._accelerator, self.ranks = accelerator, ranks
         kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
         self.sharded = kind == "FSDP"  # FSDP2: acceleration.py refuses the first version
-        self._ddp = ranks.world > 1 and not self.sharded
         student = pair.student
         if self.sharded:
             refuse_sharded(pair, config)
@@ -72,38 +76,49 @@ class Parallel:
             weight_decay=config.weight_decay,
             fused=device.type == "cuda",
         )
-        if not (self._ddp or self.sharded):
-            self.optimizer = accelerator.prepare(optimizer)
-            self.module: Any = None
-        else:
-            # Plain data parallelism has a teacher of its own on every rank.
-            models = {id(m): m for m in ((student, pair.teacher, pair.reference) if self.sharded else (student,)) if m}
-            self.module, self.optimizer = accelerator.prepare(WorkInside(list(models.values())), optimizer)
+        self.module: Any = None
         if self.sharded:
+            models = {id(m): m for m in (student, pair.teacher, pair.reference) if m}
+            self.module, self.optimizer = accelerator.prepare(WorkInside(list(models.values())), optimizer)
             self._reshard = [(m, m is not self.module) for m in self.module.modules() if _is_fsdp(m)]
+        else:
+            self.optimizer = accelerator.prepare(optimizer)
         self._student = student
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        if ranks.world > 1 and not self.sharded:  # a fresh adapter's draws can differ between devices
+            for parameter in self.parameters.values():
+                torch.distributed.broadcast(parameter.data, 0)
         self._whole = False
 
     # ------------------------------------------------------------------------------------------ a step
 
     def run(self, work: Callable[[], T]) -> T:
         """`work()` where the models' weights can be read, gradients included."""
-        if self.module is None or self._whole or (self._ddp and not torch.is_grad_enabled()):
-            return work()
-        return self.module(work)
-
-    @contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch. DDP sends gradients after the last one; FSDP2
-        after each, because whole gradients would need the memory that sharding is there to save."""
-        with ExitStack() as stack:
-            if self._ddp and not last:
-                stack.enter_context(self._accelerator.no_sync(self.module))
-            yield
+        return work() if self.module is None or self._whole else self.module(work)
 
     def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
+        """Add the gradients of a micro-batch. FSDP2 sends them each time, because whole gradients would need the memory
+        that sharding is there to save; and it takes the mean over the ranks, where the sum is wanted."""
+        self._accelerator.backward(loss * self.ranks.world if self.sharded else loss)
+
+    def total(
+        self, loss: float, statistics: list[LossStats], drift: Drift
+    ) -> tuple[float, list[LossStats], Drift]:
+        """What all ranks' shares of a step come to; their gradients too, which are summed in place."""
+        if not self.sharded and self.ranks.world > 1:
+            self._sum_gradients()
+        return self.ranks.sum(loss), self.ranks.gather_lists(statistics), Drift.total(self.ranks.gather(drift))
+
+    def _sum_gradients(self) -> None:
+        mine = [p.grad is not None for p in self.parameters.values()]  # none at all without a micro-batch
+        anywhere = [any(found) for found in zip(*self.ranks.gather(mine))]
+        wanted = [p for p, found in zip(self.parameters.values(), anywhere) if found]
+        for parameter in wanted:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sums = [torch.distributed.all_reduce(p.grad, async_op=True) for p in wanted]
+        for one in sums:
+            one.wait()
 
     def clip(self, limit: float) -> float:
         """Scale gradients down to the norm `limit` over all parameters of all ranks; returns the norm before that."""
@@ -132,7 +147,7 @@ class Parallel:
 
     def sampler(self, sampler: Any) -> Any:
         """`sampler` as all ranks use it together."""
-        return SharedSampler(sampler, self) if self.module is not None else sampler
+        return SharedSampler(sampler, self) if self.sharded or self.ranks.world > 1 else sampler
 
     def check_teacher(self, *teachers: Any) -> None:
         """Raise InputError where a teacher's number of forward passes would differ between ranks that meet in each."""

@@ -8,7 +8,7 @@ works on the CPU over gloo, whatever moves gradients, and does nothing where the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from opcd_fast.batch import Sample
+from opcd_fast.batch import Batch, Sample, pack
 from opcd_fast.errors import InputError
 
 T = TypeVar("T")
@@ -31,8 +31,11 @@ class Round:
     """One micro-batch of this rank. `empty`: it has none left, and runs a filler of weight 0 because others do."""
 
     samples: list[Sample]
-    empty: bool
-    last: bool
+    empty: bool = False
+
+    def pack(self, **options: Any) -> Batch:
+        batch = pack(self.samples, **options)
+        return batch.without_weight() if self.empty else batch
 
 
 class Ranks:
@@ -121,6 +124,18 @@ class Ranks:
             return work()
         return self.broadcast(self.together(lambda: work() if self.main else None))
 
+    def by_main(self, function: Callable[..., T]) -> Callable[..., T]:
+        """`function`, to be called by all ranks, and run by rank 0 alone."""
+        return lambda *args: self.on_main(lambda: function(*args))
+
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Raise InputError, on every rank, where `facts` differ between ranks."""
+        told = self.gather(dict(facts))
+        for name in told[0]:
+            found = [one.get(name) for one in told]
+            if any(value != found[0] for value in found):
+                raise InputError(f"{name} differs between ranks ({found!r:.300}); start all of them with the same")
+
     def main_object(self, make: Callable[[], T]) -> T:
         """What `make` makes, on rank 0 alone: its methods run there, and every rank gets what they return or raise."""
         return make() if self.world == 1 else _OnMain(self, make)  # type: ignore[return-value]
@@ -170,7 +185,7 @@ class Ranks:
         filler = [replace(samples[0], response=samples[0].response[:1], logprobs=None)]
         for index in range(count):
             empty = index >= len(mine)
-            yield Round(filler if empty else mine[index], empty, index + 1 == count)
+            yield Round(filler if empty else mine[index], empty)
 
 
 class _OnMain(Generic[T]):

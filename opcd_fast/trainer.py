@@ -22,7 +22,7 @@ import torch
 from opcd_fast import best, checkpoint
 from opcd_fast import transformers_seam as seam
 from opcd_fast.acceleration import make_accelerator, shards
-from opcd_fast.batch import Sample, micro_batches, pack
+from opcd_fast.batch import Sample
 from opcd_fast.config import OPCDConfig
 from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
@@ -31,6 +31,7 @@ from opcd_fast.held_out import fixed_sequences, held_out_record, mean_length
 from opcd_fast.importance import Drift
 from opcd_fast.interruption import Interrupted, Interruption
 from opcd_fast.journal import Journal, TrainResult
+from opcd_fast.loss import LossStats
 from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
@@ -43,6 +44,7 @@ from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.ranks import Ranks
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
+from opcd_fast.retreat import TokenBudget
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
@@ -151,6 +153,7 @@ class OPCDTrainer:
         self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
         self.teacher = self.teachers.teacher
         self.parallel.check_teacher(self.teacher, self.teachers.reference)
+        self.budget = TokenBudget(config.micro_batch_tokens, self.ranks, together=self.parallel.sharded)
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
         common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
         sampling = replace(config, merge_for_rollout=False) if self.parallel.sharded else config
@@ -207,7 +210,7 @@ class OPCDTrainer:
 
     def _train_step(self, step: int, interruption: Interruption) -> dict[str, Any]:
         """The method: optimizer step number `step` + 1, and its record."""
-        config, watch, drift = self.config, Stopwatch(self.device), Drift()
+        config, watch = self.config, Stopwatch(self.device)
         rows = self._prompts_of(step)
         with interruption.abandonable():  # the weights are still those of the last step
             with watch("rollout"):  # the student answers, without the context
@@ -218,40 +221,40 @@ class OPCDTrainer:
                 )
             samples = samples_of(rows, answers)  # of all ranks, each of which scores its share
 
-            loss, statistics = 0.0, []
-            # Of the whole step, not of a micro-batch or a rank; gradients are then averaged over the ranks.
-            denominator = total_weight(samples, config.normalize) / self.ranks.world
-            mine = self.ranks.share_samples(samples)
-            groups = micro_batches(mine, config.micro_batch_tokens, share_prompts=self.share_prompts)
+            denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch or a rank
             self.parallel.read_contexts(self.teacher, samples)
             student_head = LMHead.from_model(self.model)
-            self.optimizer.zero_grad(set_to_none=True)
-            with seeded(stream_seed(config.seed, self.ranks.stream("dropout"), step), self.device):
-                for turn in self.ranks.rounds(groups, samples):
-                    batch = pack(turn.samples, normalize=config.normalize, share_prompts=self.share_prompts)
-                    objective = partial(
-                        context_kl,  # teacher with context, student without
-                        (batch.without_weight() if turn.empty else batch).to(self.device),
-                        self.model,
-                        self.teacher,
-                        denominator=denominator,
-                        stopwatch=watch,
-                        student_head=student_head,
-                        drift=drift,
-                        divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
-                        correction="none" if turn.empty else config.importance_correction,
-                        clip=config.importance_clip,
-                        **self._loss_options(),
-                    )
-                    with self.parallel.accumulating(turn.last):
+
+            def gradients() -> tuple[float, list[LossStats], Drift]:
+                loss, statistics, drift = 0.0, [], Drift()
+                self.optimizer.zero_grad(set_to_none=True)
+                with seeded(stream_seed(config.seed, self.ranks.stream("dropout"), step), self.device):
+                    for turn in self.budget.rounds(samples, share_prompts=self.share_prompts):
+                        objective = partial(
+                            context_kl,  # teacher with context, student without
+                            turn.pack(normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
+                            self.model,
+                            self.teacher,
+                            denominator=denominator,
+                            stopwatch=watch,
+                            student_head=student_head,
+                            drift=drift,
+                            divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
+                            correction="none" if turn.empty else config.importance_correction,
+                            clip=config.importance_clip,
+                            **self._loss_options(),
+                        )
                         part, stats = self.parallel.run(objective)
                         with watch("backward"):
                             self.parallel.backward(part)
-                    if not turn.empty:
-                        loss += float(part.detach())
-                        statistics.append(stats)
-            loss = self.ranks.sum(loss) / self.ranks.world
-            statistics, drift = self.ranks.gather_lists(statistics), Drift.total(self.ranks.gather(drift))
+                        if not turn.empty:
+                            loss += float(part.detach())
+                            statistics.append(stats)
+                        del part  # its graph keeps the inputs of checkpointed layers
+                return loss, statistics, drift
+
+            found = self.budget.retrying(gradients, f"step {step + 1}")
+            loss, statistics, drift = self.parallel.total(*found)
 
         with watch("optimizer"):
             limit = config.max_grad_norm or math.inf
@@ -296,16 +299,15 @@ class OPCDTrainer:
         if not due or any(record["step"] == step for record in journal.evaluations):
             return
         assert self.teachers.reference is not None
-        score = self._score
+        # Asked once, on rank 0: a scorer may give another number each time, and ranks must agree on the best.
+        score = None if self._score is None else self.ranks.by_main(self._score)
+        rollout = self.parallel.sampler(self.eval_rollout)
         with interruption.abandonable():
-            rollout = self.parallel.sampler(self.eval_rollout)
             rollout.sync(self.model)
             record = held_out_record(
                 step, self.eval_rows, fixed, rollout, self._sampling("evaluation", 0), self.model,
-                self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
-                # Asked once, on rank 0: a scorer may give another number each time, and ranks must agree on the best.
-                score=None if score is None else lambda answers: self.ranks.on_main(partial(score, answers)),
-                parallel=self.parallel, **self._loss_options(),
+                self.teachers.reference, score=score, device=self.device, budget=self.budget, parallel=self.parallel,
+                **self._loss_options(),
             )  # fmt: skip
         journal.evaluation(record)
 
@@ -330,6 +332,7 @@ class OPCDTrainer:
     def _start_or_resume(self) -> tuple[int, Journal]:
         config, step = self.config, 0
         records: list[dict[str, Any]] = []
+        self.ranks.check_alike(self._identity())
         if config.resume:
             step, records = self.snapshots.restore(config.steps)
             self.folder.write_config(asdict(config))

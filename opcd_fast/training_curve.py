@@ -32,6 +32,6 @@ def curve(run: Path) -> dict[str, Any]:
             record = json.loads(line)
             if record.get("kind") == "evaluation":
                 evaluations.append([record["step"], record.get("own_kl"), record.get("fixed_kl")])
-            else:
+            elif record.get("kind") == "step":
                 steps.append([record["step"], record["loss"]])
     return {"steps": steps, "evaluations": evaluations}

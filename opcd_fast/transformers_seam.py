@@ -147,6 +147,8 @@ def _configs(body: nn.Module) -> list[Any]:
 @contextmanager
 def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
     """Run every attention layer of `body` through `function` while the block is open."""
+    # transformers keeps what was registered last, and with it whatever that holds: a cache of gigabytes, for one.
+    outer = AttentionInterface._global_mapping.get(PACKED_ATTENTION, _no_call)
     AttentionInterface.register(PACKED_ATTENTION, function)
     saved = [(config, config._attn_implementation_internal) for config in _configs(body)]
     try:
@@ -156,6 +158,11 @@ def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]
     finally:
         for config, name in saved:
             config._attn_implementation_internal = name
+        AttentionInterface.register(PACKED_ATTENTION, outer)
+
+
+def _no_call(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    raise RuntimeError("packed attention was called outside of a packed forward pass")
 
 
 # --- training state -----------------------------------------------------------------------------------------
@@ -299,6 +306,23 @@ def mark_4bit(model: Any) -> None:
 
     model.is_loaded_in_4bit = model.is_quantized = True
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+
+
+def unmark_4bit(model: Any) -> None:
+    """Take back what marks a model as packed, after its weights were unpacked."""
+    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(model):
+            delattr(model, name)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    # How the packed files were read; saving turns around every conversion that is noted here, and this has no inverse.
+    noted = getattr(model, "_weight_conversions", None)
+    if noted:
+        model._weight_conversions = [
+            one
+            for one in noted
+            if not any(type(step).__module__.endswith("bitsandbytes") for step in getattr(one, "operations", ()))
+        ]
 
 
 # --- caches -------------------------------------------------------------------------------------------------

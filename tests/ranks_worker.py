@@ -6,14 +6,17 @@ Started by torchrun's environment variables, or alone without them.
 import faulthandler
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.tracking import GeneralTracker
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.acceleration import shards_by_fsdp
 from opcd_fast.config import OPCDConfig
+from opcd_fast.interruption import Interrupted
 from opcd_fast.trainer import OPCDTrainer
 
 faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for ever says where
@@ -67,10 +70,15 @@ def run(job: dict) -> None:
         if (record["kind"], record["step"]) == ("step", stop_after):
             raise Killed
 
+    like = job.get("budget_of")  # the folder of a run that ended with a smaller budget
+    if like is not None:
+        config["micro_batch_tokens"] = json.loads((Path(like) / "told-0.json").read_text())["budget"]
+    tracker = StepsTracker()
     model = tiny_model(tie_word_embeddings=job.get("tied", False))
     trainer = OPCDTrainer(
         model, tiny_tokenizer(), None, PROMPTS, OPCDConfig(**config), eval_prompts=PROMPTS[:3], quiet=True,
         teacher_model=tiny_model(seed=7) if job.get("teacher") else None, callbacks=[kill] if stop_after else [],
+        scorer=score if job.get("scores") else None, trackers=[tracker],
     )  # fmt: skip
     if shards_by_fsdp():
         sharded = [type(p).__name__ for p in trainer.model.parameters()]
@@ -78,6 +86,10 @@ def run(job: dict) -> None:
     fail = job.get("fail")
     if fail is not None and int(os.environ.get("RANK", "0")) == 0:
         break_rank(trainer, fail)
+    if job.get("signal") is not None and os.environ.get("RANK") == "1":
+        signal_itself(trainer, job["signal"])
+    if job.get("memory") is not None and os.environ.get("RANK") == "1":
+        run_out_of_memory(trainer, job["memory"])
     empty = []
     rounds = trainer.ranks.rounds
 
@@ -88,8 +100,14 @@ def run(job: dict) -> None:
 
     trainer.ranks.rounds = counted
     try:
-        trainer.train()
-        (Path(config["output_dir"]) / f"rounds-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(empty))
+        result = trainer.train()
+        told = {
+            "best": [result.best_step, result.steps, result.stopped_early], "empty": empty,
+            "budget": trainer.budget.tokens, "tracked": tracker.steps,
+        }  # fmt: skip
+        (Path(config["output_dir"]) / f"told-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(told))
+    except Interrupted as stop:
+        (Path(config["output_dir"]) / f"stopped-{os.environ.get('RANK', '0')}").write_text(f"{stop.status} {stop}")
     except Exception as error:
         expected = job.get("error")
         if isinstance(error, Killed) or (stop_after and "Killed" in str(error)):
@@ -97,6 +115,55 @@ def run(job: dict) -> None:
         if expected is None or expected not in f"{type(error).__name__}: {error}":
             raise
         (Path(config["output_dir"]) / f"error-{os.environ.get('RANK', '0')}").write_text(str(error))
+
+
+def score(messages, answer, row):
+    assert int(os.environ.get("RANK", "0")) == 0, "a scorer may say something else on another rank"
+    return len(answer)
+
+
+class StepsTracker(GeneralTracker):
+    name, requires_logging_directory, main_process_only = "steps", False, False
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    @property
+    def tracker(self):
+        return self.steps
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **options):
+        self.steps.append(step)
+
+
+def run_out_of_memory(trainer, call):
+    """In the `call`-th backward pass, whose gradients are there by then, or where ranks meet in it: before it."""
+    backward, count = trainer.parallel.backward, [0]
+
+    def failing(loss):
+        count[0] += 1
+        fails = count[0] == call
+        if not (fails and trainer.parallel.sharded):
+            backward(loss)
+        if fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    trainer.parallel.backward = failing
+
+
+def signal_itself(trainer, step):
+    prompts_of = trainer._prompts_of
+
+    def signalled(index):
+        if index == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prompts_of(index)
+
+    trainer._prompts_of = signalled
 
 
 def break_rank(trainer, where):

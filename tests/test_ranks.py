@@ -115,12 +115,19 @@ def test_two_ranks_make_the_steps_of_one(runs, name):
     assert_same_run(runs / "two" / name, runs / "one" / name)
 
 
-def test_ranks_with_fewer_micro_batches_run_fillers(runs):
-    for name in ("ddp-full", "fsdp2-full", "one-prompt"):
-        turns = [json.loads((runs / "two" / name / f"rounds-{rank}.json").read_text()) for rank in range(2)]
-        assert len(turns[0]) == len(turns[1])
-        assert sum(map(sum, turns)) > 0, name
-    assert not any(json.loads((runs / "one" / "ddp-full" / "rounds-0.json").read_text()))
+def told(folder, ranks=2):
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def test_sharded_ranks_with_fewer_micro_batches_run_fillers(runs):
+    turns = [one["empty"] for one in told(runs / "two" / "fsdp2-full")]
+    assert len(turns[0]) == len(turns[1]) and sum(map(sum, turns)) > 0
+    assert not any(told(runs / "one" / "fsdp2-full", 1)[0]["empty"])
+
+
+def test_trackers_are_told_by_one_rank(runs):
+    tracked = [one["tracked"] for one in told(runs / "two" / "ddp-full")]
+    assert tracked == [[0, 1, 2, 3, 3], []] or tracked == [[1, 2, 3, 3], []], tracked
 
 
 def test_final_weights_are_whole(runs):

@@ -511,6 +511,8 @@ def test_flex_attention_takes_a_block_mask(name, monkeypatch):
     teacher.prefixes  # noqa: B018 - transformers compiles its own masks, which takes long
     model.config._attn_implementation_internal = "flex_attention"
     monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", plainly)
+    assert teacher.path == "mask"  # checked anew, with this attention
+    seen.clear()
     got = teacher.hidden_states_packed(*pack(sequences), context_index=INDEX)
     assert (got - expected).abs().max() <= TOLERANCE and seen == [True, True]
 

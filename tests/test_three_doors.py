@@ -19,6 +19,15 @@ COMPANIONS = (
     {"divergence": "jsd"},
     {"divergence": "skew_reverse_kl"},
     {"divergence": "topk_reverse_kl"},
+    {"teacher_mode": "ema"},
+    {"teacher_mode": "periodic"},
+    {"rollout": "server", "rollout_url": "http://localhost:1"},
+    {"rollout": "server"},
+    {"rollout": "vllm"},
+    {"rollout": "replay", "rollout_file": "a.jsonl"},
+    {"rollout": "replay"},
+    {"early_stop_patience": 2},
+    {"importance_correction": "token"},
 )
 DEFAULTS = OPCDConfig()
 FIELDS = {field.name: field for field in dataclasses.fields(OPCDConfig)}
@@ -34,7 +43,7 @@ def candidates(name):
         "int": [7, 1],
         "float": [0.25, 0.5, 1e-05],
         "str": ['{"enable_thinking": false}', *quoted, "a b", "q_proj,v_proj"],
-        "tuple[str, ...]": [("<a>", "- b", "null")],
+        "tuple[str, ...]": [("<a>", "- b", "null"), tuple(quoted)],
     }[kind]
     return [value for value in made if value != default]
 

@@ -5,6 +5,7 @@ A module is imported when its command runs: `opcd --help` needs nothing but Pyth
 
 COMMANDS = {
     "demo": "watch it happen on a small real model, on this machine, in a few minutes",
+    "plan": "predict a run's memory and find settings that fit your GPU",
     "train": "do it with your model, context and prompts",
     "init": "write a config to start from, with an example that trains at once",
     "prompts": "make training prompts for a context, from a model, logs or a data set",
@@ -12,6 +13,7 @@ COMMANDS = {
     "report": "did it move in, and what did it cost? A card, a README and a page",
     "check": "has the context, template, tokenizer or base changed since?",
     "diff": "two runs compared by their cards",
+    "export": "write a finished run as an adapter or one model that other programs load",
     "extract": "let a model play problems and write down what it learned",
     "accumulate": "put lessons together as notes of a bounded length",
     "select": "find the notes that help most on held-out problems",

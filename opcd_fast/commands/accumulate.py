@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
 
 
@@ -50,7 +50,6 @@ def run(arguments: list[str]) -> int:
     from opcd_fast.experience import ExperienceFolder, Player, accumulate
     from opcd_fast.lessons import without_similar
     from opcd_fast.models import load_model, load_tokenizer
-    from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     quiet_libraries()
     folder = ExperienceFolder(command.output_dir)
@@ -58,8 +57,7 @@ def run(arguments: list[str]) -> int:
     merge = None
     if command.merge:
         model = load_model(command.model, dtype=command.dtype, device=command.device)
-        rollout = TransformersRollout(model, stop_token_ids=stop_token_ids(tokenizer, model), merge_adapter=False)
-        merge = Player(rollout, tokenizer, command.max_new_tokens, temperature=0.0)
+        merge = Player(sampler(model, tokenizer), tokenizer, command.max_new_tokens, temperature=0.0)
     written = accumulate(
         folder,
         tokenizer,

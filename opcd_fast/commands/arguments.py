@@ -46,3 +46,11 @@ def check_seed(seed: int) -> None:
 def as_file(context: str | None) -> Path | None:
     """On the command line a context is always a file: a mistyped name must not become the context's text."""
     return None if context is None else Path(context)
+
+
+def sampler(model: Any, tokenizer: Any, max_batch: int = 64) -> Any:
+    """Answers of `model` as it is, adapters unmerged, `max_batch` sequences at once."""
+    from opcd_fast.rollout import TransformersRollout, stop_token_ids
+
+    stop_ids = stop_token_ids(tokenizer, model)
+    return TransformersRollout(model, stop_token_ids=stop_ids, max_batch=max_batch, merge_adapter=False)

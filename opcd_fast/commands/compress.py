@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
 
 
@@ -70,7 +70,6 @@ def run(arguments: list[str]) -> int:
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prompts import read_context, read_prompts
     from opcd_fast.rendering import adapt_to_tokenizer
-    from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     quiet_libraries()
     full = read_context(Path(command.context))
@@ -79,12 +78,7 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(command.model)
     prompts = adapt_to_tokenizer(tokenizer, prompts)
     model = load_model(command.model, dtype=command.dtype, device=command.device)
-    rollout = TransformersRollout(
-        model,
-        stop_token_ids=stop_token_ids(tokenizer, model),
-        max_batch=command.rollout_batch,
-        merge_adapter=False,
-    )
+    rollout = sampler(model, tokenizer, command.rollout_batch)
     candidates = own + (cut_candidates(full) if command.cuts else [])
     if command.written:
         player = Player(rollout, tokenizer, command.max_context_tokens, temperature=0.7)

@@ -6,10 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import check_seed, quiet_libraries
+from opcd_fast.commands.arguments import check_seed, quiet_libraries, sampler
 from opcd_fast.errors import InputError
-
-FOLDER_HELP = "Folder of the attempts, the notes and their scores."
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,11 @@ def player_of(options: PlayOptions) -> Any:
     """The model, ready to answer."""
     from opcd_fast.experience import Player
     from opcd_fast.models import load_model, load_tokenizer
-    from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     quiet_libraries()
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, dtype=options.dtype, device=options.device)
-    rollout = TransformersRollout(
-        model,
-        stop_token_ids=stop_token_ids(tokenizer, model),
-        max_batch=options.rollout_batch,
-        merge_adapter=False,
-    )
+    rollout = sampler(model, tokenizer, options.rollout_batch)
     return Player(rollout, tokenizer, options.max_new_tokens, options.temperature, options.top_p)
 
 

@@ -1,7 +1,8 @@
-"""`opcd generate`: one answer of a trained model, or of any other."""
+"""`opcd generate`: answers of a trained model, or of any other."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -12,12 +13,21 @@ from opcd_fast.errors import InputError
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """Print a model's answer to a prompt."""
+    """Print a model's answer to a prompt, or to each prompt of a file.
+
+    Of a file: one line of JSON per prompt, with "prompt" (the row's text or messages), "answer", and "finished" (false:
+    cut at max_new_tokens).
+    """
 
     model: str
     """Folder (full model or adapter), hub id, or "smollm2"."""
-    prompt: str
+    prompt: str | None = None
     """The user's message."""
+    prompts: str | None = None
+    """A file of prompts instead, as for `opcd train`. Contexts of its rows (privileged_context) are shown only together
+    with --context, in its place: without it, the model answers as a trained student does."""
+    batch_size: int = 16
+    """Prompts of a file answered at once."""
     context: str | None = None
     """A text file, or chat turns as .json or .jsonl, put in front."""
     max_new_tokens: int = 256
@@ -40,8 +50,11 @@ class GenerateCommand:
 
 def run(arguments: list[str]) -> int:
     command = parse(GenerateCommand, "generate", arguments)
-    if command.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={command.max_new_tokens} must be at least 1")
+    if (command.prompt is None) == (command.prompts is None):
+        raise InputError("give either a prompt (--prompt TEXT) or a file of them (--prompts FILE)")
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(command, name) < 1:
+            raise InputError(f"{name}={getattr(command, name)} must be at least 1")
     if not 0 <= command.temperature < math.inf:  # refuses NaN too
         raise InputError(f"temperature={command.temperature} must be a number, 0 or more")
     if not 0 < command.top_p <= 1:
@@ -59,19 +72,33 @@ def run(arguments: list[str]) -> int:
     file = as_file(command.context)
     context = None if file is None else read_context(file)
     tokenizer = load_tokenizer(command.model)
-    (prompt,) = adapt_to_tokenizer(tokenizer, read_prompts([command.prompt], "prompt"))
-    shown = "" if context is None else context
-    ids = teacher_ids(tokenizer, prompt, shown, variables)
+    read = read_prompts([command.prompt], "prompt") if command.prompt is not None else read_prompts(command.prompts)
+    ids = []
+    for prompt in adapt_to_tokenizer(tokenizer, read):
+        shown = "" if context is None else context
+        if context is not None and prompt.privileged_context is not None:
+            shown = prompt.privileged_context
+        ids.append(teacher_ids(tokenizer, prompt, shown, variables))
     model = load_model(command.model, dtype=command.dtype, device=command.device)
-    check_prompt_length(len(ids), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
+    check_prompt_length(max(map(len, ids)), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
     stop_ids = stop_token_ids(tokenizer, model, command.stop_tokens)
-    rollout = TransformersRollout(model, stop_token_ids=stop_ids, merge_adapter=False)
-    (answer,) = rollout.generate(
-        [ids],
-        max_new_tokens=command.max_new_tokens,
-        temperature=command.temperature,
-        top_p=command.top_p,
-        seed=command.seed,
+    rollout = TransformersRollout(
+        model, stop_token_ids=stop_ids, max_batch=command.batch_size, merge_adapter=False
     )
-    print(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+    for start in range(0, len(ids), command.batch_size):
+        part = slice(start, start + command.batch_size)
+        answers = rollout.generate(
+            ids[part],
+            max_new_tokens=command.max_new_tokens,
+            temperature=command.temperature,
+            top_p=command.top_p,
+            seed=command.seed + start,
+        )
+        for prompt, answer in zip(read[part], answers):
+            text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            if command.prompt is None:
+                asked = list(prompt.messages or ()) if prompt.text is None else prompt.text
+                line = {"prompt": asked, "answer": text, "finished": answer.finished}
+                text = json.dumps(line, ensure_ascii=False)
+            print(text, flush=True)
     return 0

@@ -26,7 +26,7 @@ class Answers:
 
     completions: list[Completion]
     texts: list[str]
-    messages: list[Sequence[Message]]  # what was asked, per answer
+    messages: Sequence[Sequence[Message]]  # what was asked, per answer
     per_prompt: int
 
     @property

@@ -1,0 +1,102 @@
+"""`opcd export`: a finished run as files that other programs load, here or on the Hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from opcd_fast.commands.arguments import parse, quiet_libraries
+from opcd_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write the weights of a finished run as a new folder that transformers, PEFT, vLLM and llama.cpp load.
+
+    What was written is loaded again and its logits are compared with those of the trained model; on a mismatch nothing
+    is left. Whoever has the weights can draw the context out of them.
+    """
+
+    run: Positional[str]
+    """Output folder of `opcd train`, or a folder with an adapter or a model."""
+    output_dir: str | None = None
+    """Folder to write, which must not exist; can be left out with push_to_hub."""
+    merged: bool = False
+    """One model with the adapter folded into its weights, instead of the adapter."""
+    dtype: str = "auto"
+    """"auto" | "float32" | "bfloat16" | "float16"; auto: an adapter in float32, a model as it, or its base, is."""
+    model: str | None = None
+    """Where the base of the adapter is now; default: where the run found it."""
+    base_name: str | None = None
+    """Name of the base that an exported adapter carries, such as a hub id; default: the whole path of its folder."""
+    dequantize: bool = False
+    """Merge into a base of 4 bits, unpacked: needed for adapters that were trained on one."""
+    max_shard_size: str = "5GB"
+    """Largest file of a model's weights."""
+    push_to_hub: str | None = None
+    """Upload to this repository of the Hugging Face Hub, as one commit."""
+    private: bool = False
+    """Make the repository private."""
+    without_card: bool = False
+    """Push without a model card; otherwise `opcd report` has to be run first."""
+    device: str = "cpu"
+    """Where to compute: "cpu" | "cuda" | "cuda:N". Needs room for the model in float32."""
+
+
+def run(arguments: list[str]) -> int:
+    command = parse(ExportCommand, "export", arguments)
+    if command.output_dir is None and command.push_to_hub is None:
+        raise InputError("output_dir is missing; name the folder to write, or a repository with --push-to-hub")
+    for name in ("private", "without_card"):
+        if getattr(command, name) and command.push_to_hub is None:
+            raise InputError(f"{name} is for --push-to-hub REPO; add that, or drop it")
+    from opcd_fast.export import ExportOptions, export, refuse
+    from opcd_fast.export_card import card_of
+    from opcd_fast.export_hub import check_can_push, is_hub_id, push
+    from opcd_fast.export_source import find_source
+
+    options = ExportOptions(
+        merged=command.merged,
+        dtype=command.dtype,
+        model=command.model,
+        base_name=command.base_name,
+        dequantize=command.dequantize,
+        max_shard_size=command.max_shard_size,
+        device=command.device,
+    )
+    quiet_libraries()
+    scratch = None if command.output_dir else tempfile.mkdtemp(prefix="opcd-export-")
+    try:
+        target = Path(command.output_dir) if command.output_dir else Path(str(scratch)) / "export"
+        repo = None
+        if command.push_to_hub is not None:
+            source = find_source(command.run, command.model)
+            refuse(source, target, options)
+            if card_of(source.folder) is None and not command.without_card:
+                raise InputError(
+                    f"push_to_hub: there is no model card yet; `opcd report {command.run}` measures the run and writes "
+                    "one, or push without it by --without-card"
+                )
+            if source.base is not None and not command.merged and not is_hub_id(command.base_name or source.base):
+                raise InputError(
+                    f"push_to_hub: the adapter's base {source.base!r} is only on this machine; give the base's hub id "
+                    "with --base-name, or push the model with --merged"
+                )
+            repo = check_can_push(command.push_to_hub, command.private)
+        done = export(command.run, target, options, told=lambda line: print(f"{line} ...", flush=True))
+        print(f"check: {done.comparison.in_words()}")
+        files = "file" if done.shards == 1 else "files"
+        where = f" in {target}" if command.output_dir else ""
+        print(f"{done.kind}: {done.bytes / 1e6:.1f} MB, {done.dtype}, {done.shards} {files} of weights{where}")
+        if not done.has_card:
+            print(f"no model card: `opcd report {command.run}` measures the run and writes one; then export again")
+        if repo is not None:
+            print(f"pushed: {push(target, repo, command.private)}")
+        return 0
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)

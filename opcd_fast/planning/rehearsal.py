@@ -1,0 +1,398 @@
+"""One training step on tensors without data: what it holds at its worst moment, phase by phase."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import refuses_mask, refuses_merge, refuses_pad, refuses_sharing
+from opcd_fast.batch import Sample, count_tokens, micro_batches, pack
+from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
+from opcd_fast.heads import LMHead
+from opcd_fast.model_pair import ModelPair, is_peft, student_and_teacher
+from opcd_fast.objective import context_kl
+from opcd_fast.planning.four_bit import packed_by_stand_ins
+from opcd_fast.planning.gpu_attention import as_on_cuda
+from opcd_fast.planning.loss_scratch import loss_scratch
+from opcd_fast.planning.meter import Meter, Peak
+from opcd_fast.planning.rollout import answering_model, rehearse_rollout
+from opcd_fast.records import total_weight
+from opcd_fast.teacher import ContextTeacher
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a step has to work on: numbers of tokens.
+
+    contexts: of each context's shared prefix. prompts: of every training prompt, for the student (whole) and for the
+    teacher (after the prefix), and the context it has. held_out: the same for evaluation; empty for none. shared:
+    tokens that all of the student's prompts begin with. Every answer is as long as it may be.
+    """
+
+    contexts: tuple[int, ...]
+    prompts: tuple[tuple[int, int, int], ...]
+    held_out: tuple[tuple[int, int, int], ...] = ()
+    shared: int = 0
+
+
+@dataclass
+class Rehearsal:
+    """`peaks`: bytes and parts of the worst moment of each phase, weights and everything kept included."""
+
+    peaks: dict[str, Peak] = field(default_factory=dict)
+    path: str = ""
+    """How the teacher reads its contexts."""
+    rollout_batch: int = 0
+    """Sequences generated at once; 0 when that happens elsewhere."""
+    tokens: int = 0
+    """Student plus teacher tokens of the largest micro-batch."""
+    longest: int = 0
+    """The same of the longest sequence alone."""
+    notes: tuple[str, ...] = ()
+    """What about this model is not known exactly."""
+
+    @property
+    def worst(self) -> str:
+        return max(self.peaks, key=lambda phase: self.peaks[phase].nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        return self.peaks[self.worst].nbytes
+
+
+def rehearse(
+    config: OPCDConfig,
+    job: Job,
+    student: Any,
+    teacher: Any = None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    backend: str,
+    limit: int | None = None,
+    layers: int | None = None,
+) -> Rehearsal:
+    """A step of a run with these settings, as `OPCDTrainer` makes it from its second step on.
+
+    student, teacher: transformers configurations; left as they are. device: "cuda" or
+    "cpu", where the run will be; it need not be here. dtype: the compute type. backend: of the loss, resolved.
+    limit: bytes that there are, for a rollout_batch that is sized to memory. layers: of both models, in place of what
+    their configurations say.
+
+    Raises InputError for settings that contradict each other, as a run would, and for models whose shapes depend on
+    their numbers (experts).
+    """
+    try:
+        if layers is not None:
+            student = with_layers(student, layers)
+            teacher = None if teacher is None else with_layers(teacher, layers)
+        return _rehearsed(config, job, student, teacher, device, dtype, backend, limit)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        kind = getattr(student, "model_type", type(student).__name__)
+        raise InputError(
+            f"plan: a model of type {kind!r} cannot be planned: what it holds depends on its numbers ({error})"
+        ) from error
+
+
+def _rehearsed(
+    config: OPCDConfig,
+    job: Job,
+    student: Any,
+    teacher: Any,
+    device: str,
+    dtype: torch.dtype,
+    backend: str,
+    limit: int | None,
+) -> Rehearsal:
+    with _stage(device, backend) as meter:
+        made = [None if c is None else _model(c, dtype) for c in (student, teacher)]
+        with meter.phase("start", "weights"):
+            pair = student_and_teacher(made[0], made[1], _on_cpu(config), CPU, dtype, bool(job.held_out))
+        del made
+        _label_weights(meter, pair)
+        run = _Step(config, job, pair, meter, device, dtype, limit)
+        run.everything()
+        result = Rehearsal(meter.peaks, run.path, run.rollout_batch, run.tokens, run.longest, run.notes)
+        for phase in ("start", "other"):  # moments that no run has
+            result.peaks.pop(phase, None)
+    return result
+
+
+class _OneMode(FakeTensorMode):
+    """Copies of fake tensors are of the same mode; each copied model would have one of its own otherwise."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OneMode:
+        return self
+
+
+@contextmanager
+def _stage(device: str, backend: str) -> Iterator[Meter]:
+    """Where nothing has data: entered by whoever rehearses."""
+
+    def inside(args: tuple[Any, ...]) -> int:
+        return loss_scratch(args, device=device, backend=backend)
+
+    meter = Meter({torch.ops.opcd_fast.linear_divergence.default: inside})
+    logger = logging.getLogger("opcd_fast")
+    level = logger.level
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.callback(logger.setLevel, level)
+        logger.setLevel(logging.ERROR)  # what a run would say, it says itself
+        stack.enter_context(packed_by_stand_ins())
+        stack.enter_context(_moved_in_place())
+        if device == "cuda":
+            stack.enter_context(as_on_cuda())
+        stack.enter_context(_OneMode(allow_non_fake_inputs=True))
+        stack.enter_context(meter)
+        yield meter
+
+
+@contextmanager
+def _moved_in_place() -> Iterator[None]:
+    """`module.to()` gives fake parameters new data, as it does with real ones; else it would swap the tensors, which
+    their weak references forbid."""
+
+    def take_over(tensor: torch.Tensor, other: torch.Tensor) -> None:
+        tensor.data = other.data
+
+    saved = torch.utils.swap_tensors
+    try:
+        torch.utils.swap_tensors = take_over
+        yield
+    finally:
+        torch.utils.swap_tensors = saved
+
+
+def with_layers(source: Any, layers: int) -> Any:
+    """A copy of a transformers configuration with so many layers, the first ones."""
+    copied = copy.deepcopy(source)
+    text = copied.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = list(text.layer_types)[:layers]
+    return copied
+
+
+def _model(source: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(copy.deepcopy(source), dtype=dtype).eval()
+
+
+def _on_cpu(config: OPCDConfig) -> OPCDConfig:
+    """Fake tensors are on a fake CPU, whatever the run's device is."""
+    return replace(config, device="cpu", teacher_device="auto", gradient_checkpointing=config.gradient_checkpointing)
+
+
+def _label_weights(meter: Meter, pair: ModelPair) -> None:
+    for parameter in pair.student.parameters():
+        meter.see(parameter, "adapter" if is_peft(pair.student) and parameter.requires_grad else "weights")
+    known = {id(p) for p in pair.student.parameters()}
+    for model in (pair.teacher, pair.reference):
+        for parameter in () if model is None else model.parameters():
+            if id(parameter) not in known:
+                meter.see(parameter, "teacher weights")
+    for average in (pair.moving.state() if pair.moving else {}).values():
+        meter.see(average, "teacher average")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A teacher whose head is not looked for by its numbers."""
+
+    reader: ContextTeacher
+    head: LMHead
+
+    def hidden_states_packed(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.reader.hidden_states_packed(*args, **kwargs)
+
+
+def _head(model: Any) -> LMHead:
+    """Of the right size; factors on hidden states or logits, which `LMHead.from_model` measures, take no memory."""
+    layer = seam.causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    softcap = seam.setting(seam.config_of(seam.body_of(model)), "final_logit_softcapping")
+    return LMHead(layer.weight, layer.bias, softcap=softcap)
+
+
+class _Step:
+    """The parts of a step, in the order in which the loop runs them."""
+
+    def __init__(
+        self,
+        config: OPCDConfig,
+        job: Job,
+        pair: ModelPair,
+        meter: Meter,
+        device: str,
+        dtype: torch.dtype,
+        limit: int | None,
+    ) -> None:
+        self.config, self.job, self.pair, self.meter = config, job, pair, meter
+        self.device, self.dtype, self.limit, self.rollout_batch = device, dtype, limit, 0
+        body = seam.body_of(pair.student)
+        self.path = config.teacher_path
+        notes = []
+        teacher_body = seam.body_of(pair.teacher)
+        if self.path == "auto":
+            refused = (("merge", refuses_merge), ("pad", refuses_pad), ("mask", refuses_mask))
+            self.path = next((path for path, refuses in refused if refuses(teacher_body) is None), "concat")
+        if self.path != "merge":
+            notes.append(f"an estimate: the teacher reads its context by path {self.path!r}")
+        if device == "cuda" and (seam.setting(seam.config_of(body), "sliding_window") or 0) > 0:
+            notes.append("an estimate: windowed layers are counted as on a CPU")
+        if config.teacher_device != "auto":
+            notes.append(f"an estimate: the teacher on {config.teacher_device!r} is counted as if it were here")
+        if config.rollout == "vllm":
+            notes.append("not counted: what rollout='vllm' takes for itself (rollout_gpu_share)")
+        self.notes = tuple(notes)
+        shares = config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts
+        self.shares = bool(shares) and refuses_sharing(body, training=True) is None
+        self.teacher = self._reader(pair.teacher, pair.teacher_adapter)
+
+    def _reader(self, model: Any, adapter: str) -> _Reader:
+        contexts = [torch.full((tokens,), index % 8) for index, tokens in enumerate(self.job.contexts)]
+        masters = any(p.dtype == torch.float32 for p in model.parameters()) and model is self.pair.student
+        reader = ContextTeacher(
+            model, contexts, path=self.path, adapter=adapter, max_prefix_bytes=self.config.max_prefix_bytes,
+            max_batch_bytes=self.config.teacher_batch_bytes, prefix_dtype=self.config.prefix_dtype,
+            autocast=self.autocast if masters and self.config.teacher_mode != "frozen" else nullcontext,
+        )  # fmt: skip
+        reader._choice._chosen = self.path, "rehearsed"  # checking it would need numbers
+        return _Reader(reader, _head(model))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast("cpu", dtype=self.dtype)
+
+    def everything(self) -> None:
+        pair, meter = self.pair, self.meter
+        self.parameters = [p for p in pair.student.parameters() if p.requires_grad]
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: meter.see(p.grad, "gradients"))
+        self._read_contexts()
+        optimizer = self._optimizer()
+        self._answers = answering_model(meter, pair.student, self.config)
+        if self.config.rollout in ("transformers", "generate", "continuous"):
+            prompts = self._ids([student for student, _, _ in self._rows()])
+            self.rollout_batch = rehearse_rollout(meter, "rollout", self._answers, self.config, prompts, self.limit)
+        pair.student.train()
+        optimizer.zero_grad(set_to_none=True)
+        samples = self._samples(self._rows())
+        groups = list(micro_batches(samples, self.config.micro_batch_tokens, share_prompts=self.shares))
+        largest = max(groups, key=self._size)
+        self.tokens, self.longest = self._size(largest), max(count_tokens([sample]) for sample in samples)
+        for _ in range(min(2, len(groups))):  # the second one finds gradients that exist already
+            self._micro_batch(largest, total_weight(samples, self.config.normalize))
+        with meter.phase("optimizer"):
+            if self.device == "cpu":  # on CUDA the optimizer is one kernel, which takes nothing
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or float("inf"))
+                optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.job.held_out:
+            self._evaluate()
+
+    def _read_contexts(self) -> None:
+        if self.path == "concat":
+            return
+        meter = self.meter
+        with meter.phase("context"):
+            self.prefixes = self.teacher.reader.prefixes
+        layers = [prefix.layer(i).tensors for prefix in self.prefixes for i in range(len(prefix.keys))]
+        if self.config.prefix_device != "cpu" or self.device == "cpu":
+            for x in (x for tensors in layers for x in tensors):
+                meter.see(x, "context KV")
+            return
+        for x in (x for tensors in layers for x in tensors):
+            meter.elsewhere(x)
+        nbytes = max((sum(x.nbytes for x in tensors) for tensors in layers), default=0)
+        with meter.phase("other", "context KV"):  # two layers at a time are on the device
+            self._fetched = torch.empty(2 * nbytes // 4)
+
+    def _optimizer(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=False, foreach=False)
+        with self.meter.phase("other", "optimizer state"):
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+                self.meter.see(parameter.grad, "gradients")  # kept until after the next rollout
+            optimizer.step()
+        return optimizer
+
+    def _rows(self) -> Sequence[tuple[int, int, int]]:
+        """The step's prompts, the longest of all: one set for every answer drawn."""
+        longest = sorted(self.job.prompts, key=lambda row: row[0] + row[1], reverse=True)
+        chosen = [longest[i % len(longest)] for i in range(self.config.batch_size)]
+        return [row for row in chosen for _ in range(self.config.rollouts_per_prompt)]
+
+    def _ids(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Prompts that differ after what they share; those of one prompt's answers are equal."""
+        count, shared = self.config.rollouts_per_prompt, self.job.shared
+        return [[0] * min(shared, n - 1) + [1 + i // count] * (n - min(shared, n - 1)) for i, n in enumerate(lengths)]
+
+    def _samples(self, rows: Sequence[tuple[int, int, int]]) -> list[Sample]:
+        # Ids tell prompts from one another; nobody looks at them otherwise.
+        answers, prompts = [0] * self.config.max_new_tokens, self._ids([student for student, _, _ in rows])
+        return [
+            Sample(ids, [0] * teacher, context, answers)
+            for ids, (_, teacher, context) in zip(prompts, rows, strict=True)
+        ]
+
+    def _size(self, group: list[Sample]) -> int:
+        return count_tokens(group, share_prompts=self.shares)
+
+    def _micro_batch(self, group: list[Sample], denominator: float) -> None:
+        config, meter = self.config, self.meter
+        loss, stats = context_kl(
+            pack(group, normalize=config.normalize, share_prompts=self.shares),
+            self.pair.student,
+            self.teacher,
+            temperature=config.temperature,
+            denominator=denominator,
+            compute_dtype=self.dtype,
+            autocast=self.autocast,
+            backend="torch",  # which of them is counted is the scratch's affair
+            workspace_bytes=config.workspace_bytes,
+            divergence={name: getattr(config, name) for name in ("divergence", "beta", "alpha", "k", "tail")},
+            student_head=_head(self.pair.student),
+            stopwatch=meter.phase,  # type: ignore[arg-type]
+        )
+        with meter.phase("backward"):
+            loss.backward()
+        del loss, stats
+
+    def _evaluate(self) -> None:
+        rows = self.job.held_out[: self.config.eval_batch]
+        self.pair.student.eval()
+        if self.pair.reference is not None:
+            shared = [[0] * self.job.contexts[context] for _, _, context in rows]
+            prompts = [prefix + [i] * own for i, (prefix, (_, own, _)) in enumerate(zip(shared, rows, strict=True))]
+            rehearse_rollout(self.meter, "evaluation rollout", self.pair.reference, self.config, prompts, self.limit)
+        groups = list(micro_batches(self._samples(rows), self.config.micro_batch_tokens))
+        reader = self._reader(self.pair.reference, self.pair.reference_adapter)
+        phase = self.meter.phase
+        with torch.no_grad(), phase("evaluation"):
+            context_kl(
+                pack(max(groups, key=count_tokens)), self.pair.student, reader, temperature=self.config.temperature,
+                denominator=1.0, compute_dtype=self.dtype, autocast=self.autocast, backend="torch",
+                workspace_bytes=self.config.workspace_bytes, student_head=_head(self.pair.student),
+                stopwatch=lambda part: phase("evaluation", part),  # type: ignore[arg-type]
+            )  # fmt: skip
+

@@ -1,0 +1,89 @@
+"""A plan in words: a table for people, an object for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from opcd_fast.config import OPCDConfig
+from opcd_fast.planning.search import Found
+
+NAMES = {
+    "teacher weights": "teacher's weights",
+    "teacher average": "teacher's average",
+    "merged copy": "merged copy",
+    "context KV": "context KV",
+    "teacher": "teacher forward",
+    "student": "student activations",
+    "loss": "loss results",
+    "scratch": "loss workspace",
+    "backward": "backward temporaries",
+    "rollout": "rollout KV, logits",
+    "context": "reading contexts",
+}
+"""Parts whose label in a rehearsal is not what they are called."""
+
+
+def changes(asked: OPCDConfig, found: OPCDConfig) -> dict[str, Any]:
+    """Settings that differ, as the run should have them."""
+    before, after = dataclasses.asdict(asked), dataclasses.asdict(found)
+    return {name: value for name, value in after.items() if value != before[name]}
+
+
+def as_json(asked: OPCDConfig, found: Found, limit: int, gpu: int) -> dict[str, Any]:
+    seen = found.rehearsal
+    return {
+        "fits": found.fits,
+        "gpu_bytes": gpu,
+        "limit_bytes": limit,
+        "peak_bytes": seen.nbytes,
+        "peak_phase": seen.worst,
+        "phases": {name: {"bytes": p.nbytes, "parts": dict(p.parts)} for name, p in seen.peaks.items()},
+        "settings": changes(asked, found.config),
+        "rollout_batch": seen.rollout_batch,
+        "micro_batch_tokens": seen.tokens,
+        "teacher_path": seen.path,
+        "notes": list(seen.notes),
+    }
+
+
+def show(asked: OPCDConfig, found: Found, limit: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    seen = found.rehearsal
+    console = Console(soft_wrap=True, width=max(110, Console().width))
+    table = Table("part", title="predicted memory at the worst moment of each phase, GiB", box=None)
+    for phase in seen.peaks:
+        table.add_column(phase, justify="right", no_wrap=True)
+    parts = dict.fromkeys(part for peak in seen.peaks.values() for part, size in peak.parts.items() if size > 2**20)
+    for part in parts:
+        table.add_row(NAMES.get(part, part), *(_gib(peak.parts.get(part, 0)) for peak in seen.peaks.values()))
+    table.add_section()
+    table.add_row("all", *(_gib(peak.nbytes) for peak in seen.peaks.values()))
+    console.print(table)
+    for note in seen.notes:
+        console.print(note)
+    verdict = "fits" if found.fits else f"does not fit: {_gib(seen.nbytes - limit)} GiB too much"
+    console.print(f"peak {_gib(seen.nbytes)} GiB in phase {seen.worst!r}, {_gib(limit)} GiB for tensors: {verdict}")
+    options = changes(asked, found.config)
+    if seen.rollout_batch and found.config.rollout_batch is None:
+        options["rollout_batch"] = seen.rollout_batch
+    if options and found.fits:
+        words = (f"--{n.replace('_', '-')}" + ("" if v is True else f" {v}") for n, v in options.items())
+        console.print("settings to use: " + " ".join(words))
+    if not found.fits:
+        console.print("left to give up: " + "; ".join(_advice(found.config, seen.worst)))
+
+
+def _advice(config: OPCDConfig, worst: str) -> list[str]:
+    advice = []
+    if not config.lora_rank:
+        advice.append("train an adapter (lora_rank=16) in place of all weights")
+    if worst in ("rollout", "evaluation rollout", "student", "backward", "teacher"):
+        advice.append(f"shorter answers (max_new_tokens={config.max_new_tokens // 2})")
+    return [*advice, "a smaller model"]
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f}"

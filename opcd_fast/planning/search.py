@@ -1,0 +1,90 @@
+"""The fastest settings that fit: what costs least time is given up first, and only as much of it as is needed.
+
+In order: tokens run at once down to `FEWEST_TOKENS`, where kernels still have enough to do; the loss's workspace;
+contexts on the host; activations (checkpointing, a forward pass more); tokens down to one sequence; and with an
+adapter, the precision of the base. Sequences generated at once are halved where generating is the peak. What would
+change the method (an adapter in place of all weights, another teacher) is left to the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from opcd_fast.config import OPCDConfig
+from opcd_fast.planning.rehearsal import Rehearsal
+
+FEWEST_TOKENS = 4096
+SMALL_WORKSPACE = 256 << 20
+_TRIES = 16
+
+Rehearse = Callable[[OPCDConfig], Rehearsal]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The last settings tried; when they do not fit, nothing that was left to give up would make them."""
+
+    config: OPCDConfig
+    rehearsal: Rehearsal
+    fits: bool
+
+
+def find(rehearse: Rehearse, config: OPCDConfig, limit: int, *, device: str) -> Found:
+    """Settings like `config` whose peak is at most `limit` bytes."""
+    first = config
+    for _ in range(_TRIES):
+        seen = rehearse(config)
+        if seen.nbytes <= limit:
+            return Found(config, seen, True)
+        smaller = _smaller(config, first, seen, limit, device)
+        if smaller is None:
+            return Found(config, seen, False)
+        config = smaller
+    return Found(config, seen, False)
+
+
+def _smaller(
+    config: OPCDConfig, first: OPCDConfig, seen: Rehearsal, limit: int, device: str
+) -> OPCDConfig | None:
+    if seen.worst in ("rollout", "evaluation rollout"):
+        if seen.rollout_batch > 1:
+            return replace(config, rollout_batch=seen.rollout_batch // 2)
+        return _packed(config)
+    parts = seen.peaks[seen.worst].parts
+    if seen.worst == "context":
+        return _on_host(config, parts, device) or _packed(config)
+    least = min(seen.tokens, max(seen.longest, FEWEST_TOKENS))
+    if seen.tokens > least:
+        return replace(config, micro_batch_tokens=_tokens_that_fit(seen, limit, least))
+    if parts.get("scratch", 0) > SMALL_WORKSPACE and (config.workspace_bytes or limit) > SMALL_WORKSPACE:
+        return replace(config, workspace_bytes=SMALL_WORKSPACE)
+    moved = _on_host(config, parts, device)
+    if moved is not None:
+        return moved
+    if not config.gradient_checkpointing:
+        return replace(config, gradient_checkpointing=True, micro_batch_tokens=first.micro_batch_tokens)
+    if seen.tokens > seen.longest:
+        return replace(config, micro_batch_tokens=_tokens_that_fit(seen, limit, seen.longest))
+    return _packed(config)
+
+
+def _tokens_that_fit(seen: Rehearsal, limit: int, least: int) -> int:
+    """What grows with the tokens is above the least of the phases; at most half, so that the search ends."""
+    kept = min(peak.nbytes for peak in seen.peaks.values())
+    share = (limit - kept) / max(seen.nbytes - kept, 1)
+    wanted = min(int(seen.tokens * share * 0.95), int(seen.tokens * 0.9))
+    return max(least, wanted // 256 * 256)
+
+
+def _on_host(config: OPCDConfig, parts: dict[str, int], device: str) -> OPCDConfig | None:
+    worth = parts.get("context KV", 0) * 20 > sum(parts.values())
+    if device != "cuda" or not worth or config.prefix_device is not None or config.teacher_path == "concat":
+        return None
+    return replace(config, prefix_device="cpu")
+
+
+def _packed(config: OPCDConfig) -> OPCDConfig | None:
+    if not config.lora_rank or config.quantization != "none":
+        return None
+    return replace(config, quantization="4bit")

@@ -1,0 +1,120 @@
+"""`opcd plan`: what it prints, its exit status, and the order in which settings are given up."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+from opcd_fast.cli import main
+from opcd_fast.commands.plan import gpu_bytes
+from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
+from opcd_fast.planning.meter import Peak
+from opcd_fast.planning.rehearsal import Rehearsal
+from opcd_fast.planning.search import find
+
+SETTINGS = ["--context-tokens", "100", "--prompt-tokens", "20", "--batch-size", "4", "--max-new-tokens", "16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(folder)  # and no weights
+    return str(folder)
+
+
+def test_fits(folder, capsys):
+    assert main(["plan", "--model", folder, "--gpu", "24GB", *SETTINGS, "--lora-rank", "4", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["settings"] == {} and plan["teacher_path"] == "merge"
+    assert plan["peak_bytes"] == max(phase["bytes"] for phase in plan["phases"].values())
+    for phase in plan["phases"].values():
+        assert phase["bytes"] == sum(phase["parts"].values())
+
+
+def test_does_not_fit_and_says_by_how_much(folder, capsys):
+    assert main(["plan", "--model", folder, "--gpu", "770MB", *SETTINGS]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "too much" in out and "lora_rank=16" in out
+
+
+def test_settings_are_found(folder, capsys):
+    arguments = ["plan", "--model", folder, "--device", "cpu", *SETTINGS, "--batch-size", "64", "--lora-rank", "4"]
+    main([*arguments, "--gpu", "1GB", "--json"])
+    free = json.loads(capsys.readouterr().out)["peak_bytes"]
+    assert main([*arguments, "--gpu", f"{free / 2**20 / 2}MB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["peak_bytes"] <= free / 2 and plan["settings"]
+    # The settings it prints are settings: without a search they are found to fit as well.
+    options = [word for name, value in plan["settings"].items()
+               for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))]  # fmt: skip
+    assert main([*arguments, *options, "--gpu", f"{free / 2**20 / 2}MB", "--no-search", "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "24 apples"], "gpu='24 apples'"),
+        (["--gpu", "100MB"], "less than"),
+        (["--gpu", "1GB", "--context", "x.txt"], "one of them"),
+        (["--gpu", "1GB", "--prompts", "p.jsonl"], "give context"),
+        (["--gpu", "1GB", "--lora-alpha", "3"], "lora_alpha is set"),
+    ],
+)
+def test_wrong_usage(folder, capsys, arguments, words):
+    assert main(["plan", "--model", folder, *SETTINGS, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_lengths_come_from_files(tmp_path, folder, capsys):
+    model = tmp_path / "m"
+    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    (tmp_path / "c.txt").write_text("be brief " * 40)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": "q" * n}) + "\n" for n in (5, 50)))
+    arguments = ["plan", "--model", str(model), "--gpu", "24GB", "--context", str(tmp_path / "c.txt"), "--json",
+                 "--prompts", str(tmp_path / "p.jsonl"), "--batch-size", "2", "--max-new-tokens", "16"]  # fmt: skip
+    assert main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    # Both prompts, with the template's tokens: more than their letters, less than with the context.
+    assert 2 * (5 + 50) + 4 * 15 <= plan["micro_batch_tokens"] < 2 * (5 + 50) + 4 * 15 + 40
+    keys = 3 * 2 * 2 * 24 * 2  # layers, keys and values, heads, head size, bytes
+    assert plan["phases"]["student"]["parts"]["context KV"] >= 360 * keys
+
+
+def test_sizes_of_memory():
+    assert gpu_bytes("24GB") == gpu_bytes("24 GiB") == gpu_bytes("24g") == 24 * 2**30
+    assert gpu_bytes("1.5GB") == 3 * 2**29 and gpu_bytes("800MB") == 800 * 2**20
+    for wrong in ("", "24", "0GB", "-1GB"):
+        with pytest.raises(InputError, match="no size of memory"):
+            gpu_bytes(wrong)
+
+
+def test_the_order_in_which_settings_are_given_up():
+    """A made-up machine: activations are 1 MiB a token, a quarter of that with checkpointing."""
+    tried, mib = [], 2**20
+
+    def rehearse(config):
+        tried.append(config)
+        tokens = min(config.micro_batch_tokens or 32768, 32768)
+        weights = 4000 if config.quantization == "none" else 1000
+        active = tokens * (1 if not config.gradient_checkpointing else 0.25)
+        scratch = (config.workspace_bytes or 1024 * mib) // mib
+        parts = {"weights": weights * mib, "student": int(active) * mib, "scratch": scratch * mib}
+        peaks = {"context": Peak(weights * mib, {}), "loss": Peak(sum(parts.values()), parts)}
+        return Rehearsal(peaks, "merge", 0, tokens, 512)
+
+    first = OPCDConfig(lora_rank=8)
+    fast = find(rehearse, first, 30000 * mib, device="cuda")
+    assert fast.fits and fast.config == replace(first, micro_batch_tokens=fast.config.micro_batch_tokens)
+    assert fast.config.micro_batch_tokens > 20000
+    less = find(rehearse, first, 8500 * mib, device="cuda")
+    assert less.fits and not less.config.gradient_checkpointing and less.config.workspace_bytes is not None
+    recomputed = find(rehearse, first, 6000 * mib, device="cuda")
+    assert recomputed.fits and recomputed.config.gradient_checkpointing and recomputed.config.quantization == "none"
+    assert recomputed.config.micro_batch_tokens > 4096  # checkpointing frees enough for more again
+    packed = find(rehearse, first, 2000 * mib, device="cuda")
+    assert packed.fits and packed.config.quantization == "4bit"
+    assert not find(rehearse, first, 1000 * mib, device="cuda").fits
+    assert len(tried) < 40

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rank_runs import JOBS, SLOW_JOBS, assert_same_run, checkpoint, default_runs, slow_runs, told
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
@@ -20,114 +20,27 @@ from opcd_fast.model_pair import student_and_teacher
 from opcd_fast.parallel import refuse_sharded
 from opcd_fast.ranks import Ranks
 
-WORKER = Path(__file__).with_name("ranks_worker.py")
-UNEVEN = {"micro_batch_tokens": 1, "batch_size": 5}  # shares of 3 and 2 answers, each a micro-batch
-JOBS = {
-    "ddp-lora": {"engine": "ddp", "settings": {"lora_rank": 4, "normalize": "token", "rollouts_per_prompt": 2}},
-    "ddp-full": {"engine": "ddp", "settings": UNEVEN},
-    "fsdp2-lora": {
-        "engine": "fsdp2", "settings": {"lora_rank": 4, "rollouts_per_prompt": 2, "micro_batch_tokens": 250},
-    },
-    "fsdp2-full": {"engine": "fsdp2", "settings": UNEVEN, "tied": True},
-    "one-prompt": {"engine": "ddp", "settings": {"lora_rank": 4, "batch_size": 1, "eval_every": 0, "steps": 2}},
-}  # fmt: skip
-
-
-def launch(jobs, world, folder):
-    """Run the worker's jobs in `world` processes; raises with the ranks' last words when one fails."""
-    file = folder / f"jobs-{world}-{len(list(folder.iterdir()))}.json"
-    file.write_text(json.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if world > 1:
-            env.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-            )  # fmt: skip
-        with open(folder / f"{file.stem}.{rank}", "w") as log:
-            command = [sys.executable, WORKER, file]
-            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    codes = [rank.wait(timeout=300) for rank in ranks]
-    said = [(folder / f"{file.stem}.{rank}").read_text()[-3000:] for rank in range(world)]
-    assert not any(codes), "\n".join(f"rank {rank}: {words}" for rank, words in enumerate(said))
-
-
-def job(name, folder, **settings):
-    made = JOBS[name]
-    return {**made, "settings": {**made["settings"], "output_dir": str(folder), **settings}}
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All jobs, by two processes in `two/NAME` and by one in `one/NAME`."""
-    folder = tmp_path_factory.mktemp("ranks")
-    two = [job(name, folder / "two" / name) for name in JOBS]
-    # Checkpoints are whole: what two ranks of FSDP2 began, two of DDP and a single process go on with.
-    two += [{**job("fsdp2-lora", folder / "two" / "cut"), "kill": 2}]
-    two += [{**job("fsdp2-lora", folder / "two" / "cut", resume=True)}]
-    two += [{**job("fsdp2-full", folder / "two" / "cut-full"), "kill": 2}]
-    two += [
-        {**job("ddp-full", folder / "two" / "broken"), "fail": "generate", "error": "the disk of this rank is gone"}
-    ]
-    launch(two, 2, folder)
-    one = [{**job(name, folder / "one" / name), "engine": "ddp"} for name in JOBS]
-    one += [{**job("fsdp2-full", folder / "two" / "cut-full", resume=True), "engine": "ddp"}]
-    launch(one, 1, folder)
-    return folder
+    return default_runs(tmp_path_factory.getbasetemp())
 
 
-def records(folder, kind="step"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def checkpoint(folder):
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
-    state = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
-    return load_file(newest / "trainable.safetensors"), state
-
-
-def assert_same_run(a, b):
-    """Losses, norms, answers' lengths and metrics of every step; weights and both moments after the last."""
-    assert len(records(a)) == len(records(b)) > 0
-    for kind in ("step", "evaluation"):
-        for ours, theirs in zip(records(a, kind), records(b, kind), strict=True):
-            for name in ours.keys() - {"seconds", "tokens_per_second", "kind"}:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), (kind, name)
-    (weights, moments), (weights_b, moments_b) = checkpoint(a), checkpoint(b)
-    assert weights.keys() == weights_b.keys() and moments.keys() == moments_b.keys()
-    for index, state in moments.items():
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            torch.testing.assert_close(state[name], moments_b[index][name], rtol=1e-4, atol=1e-6)
-    for name, weight in weights.items():
-        # Adam divides by the root of the second moment: where a gradient is as small as rounding, so is its sign's
-        # claim to be right, and the weight moves by a share of the learning rate. Compared where it is not.
-        off = (weight - weights_b[name]).abs()
-        assert float(off.median()) <= 1e-7 and float((off > 1e-6).float().mean()) < 0.01, (name, float(off.max()))
-
-
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [name for name in JOBS if not name.startswith("running")])
 def test_two_ranks_make_the_steps_of_one(runs, name):
     assert_same_run(runs / "two" / name, runs / "one" / name)
 
 
-def told(folder, ranks=2):
-    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(ranks)]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_JOBS)
+def test_two_ranks_make_the_steps_of_one_with_other_teachers(tmp_path_factory, name):
+    runs = slow_runs(tmp_path_factory.getbasetemp())
+    assert_same_run(runs / "two" / name, runs / "one" / name)
 
 
 def test_sharded_ranks_with_fewer_micro_batches_run_fillers(runs):
     turns = [one["empty"] for one in told(runs / "two" / "fsdp2-full")]
     assert len(turns[0]) == len(turns[1]) and sum(map(sum, turns)) > 0
-    assert not any(told(runs / "one" / "fsdp2-full", 1)[0]["empty"])
-
-
-def test_trackers_are_told_by_one_rank(runs):
-    tracked = [one["tracked"] for one in told(runs / "two" / "ddp-full")]
-    assert tracked == [[0, 1, 2, 3, 3], []] or tracked == [[1, 2, 3, 3], []], tracked
 
 
 def test_final_weights_are_whole(runs):
@@ -144,8 +57,13 @@ def test_final_weights_are_whole(runs):
 
 
 def test_a_checkpoint_is_continued_by_any_number_of_ranks(runs):
-    assert_same_run(runs / "two" / "cut", runs / "two" / "fsdp2-lora")
     assert_same_run(runs / "two" / "cut-full", runs / "two" / "fsdp2-full")
+
+
+@pytest.mark.slow
+def test_sharded_ranks_continue_their_checkpoint(tmp_path_factory):
+    runs = slow_runs(tmp_path_factory.getbasetemp())
+    assert_same_run(runs / "two" / "cut", runs / "one" / "fsdp2-lora")
 
 
 def test_an_error_of_one_rank_ends_all_with_its_words(runs):
@@ -220,10 +138,23 @@ def test_opcd_train_under_accelerate_launch(tmp_path):
     )  # fmt: skip
     assert b"trained 2 steps" in alone.stdout
     assert_same_run(tmp_path / "two", tmp_path / "one")
+    # An edited context, from the weights of the run before, with some prompts that keep the old one.
+    (tmp_path / "new.txt").write_text("never say anything but q")
+    (tmp_path / "fresh.jsonl").write_text("".join(json.dumps({"prompt": f"fresh {i}"}) + "\n" for i in range(3)))
+    edited = [*job, "--context", "new.txt", "--prompts", "fresh.jsonl", "--init", "one", "--replay", "0.4"]
+    edited = [word for pair in zip(edited[::2], edited[1::2]) if pair[0] != "--lora-rank" for word in pair]
+    code, said = accelerate([*edited, "--output-dir", "two-edited"], tmp_path)
+    assert code == 0 and said.count("2 replayed prompts keep the context of one") == 1, said[-3000:]
+    alone = subprocess.run(
+        [sys.executable, "-m", "opcd_fast.cli", "train", *edited, "--output-dir", "one-edited"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, capture_output=True,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert_same_run(tmp_path / "two-edited", tmp_path / "one-edited")
     # What cannot work ends both, in a line.
     code, said = accelerate([*job, "--output-dir", "two"], tmp_path)
     assert code != 0 and said.count("opcd: output_dir='two' already holds a run") == 1
-    assert "Traceback (most recent call last):\n  File \"" + str(WORKER.parents[1] / "opcd_fast") not in said
+    assert "Traceback (most recent call last):\n  File \"" + str(Path(__file__).parents[1] / "opcd_fast") not in said
 
 
 def test_shipped_configurations_are_what_accelerate_reads(tmp_path):

@@ -85,7 +85,7 @@ class Parallel:
             self.optimizer = accelerator.prepare(optimizer)
         self._student = student
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        if ranks.world > 1 and not self.sharded:  # a fresh adapter's draws can differ between devices
+        if ranks.world > 1 and not self.sharded:  # the first weights of a fresh adapter were drawn by each
             for parameter in self.parameters.values():
                 torch.distributed.broadcast(parameter.data, 0)
         self._whole = False

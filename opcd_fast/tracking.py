@@ -28,14 +28,12 @@ class Trackers:
     config: logged once, at the start.
     first: step that the run goes on from. TensorBoard drops what it has from later steps; W&B and trackio show a
     resumed run as another one, in the same group.
-    main: whether this is the rank that tells them; the others are silent.
+    On several ranks accelerate tells them on rank 0 alone.
     """
 
-    def __init__(
-        self, accelerator: Any, folder: Path, config: Mapping[str, Any], first: int, main: bool = True
-    ) -> None:
+    def __init__(self, accelerator: Any, folder: Path, config: Mapping[str, Any], first: int) -> None:
         self._accelerator = accelerator
-        self._active = main and bool(accelerator.log_with)
+        self._active = bool(accelerator.log_with)
         if not self._active:
             return
         name = folder.resolve().name

@@ -342,9 +342,8 @@ class OPCDTrainer:
                 self.parallel.run(partial(check_context_matters, self.train_rows, *first, **self._loss_options()))
             self.folder.start(asdict(config))
             self.ranks.on_main(lambda: write_record(self._path, self.origins))
-        main = self.ranks.main
-        trackers = self.ranks.together(lambda: Trackers(self.accelerator, self._path, asdict(config), step, main))
-        progress = Progress(config.steps, step, self.quiet or not main)
+        trackers = self.ranks.together(lambda: Trackers(self.accelerator, self._path, asdict(config), step))
+        progress = Progress(config.steps, step, self.quiet or not self.ranks.main)
         return step, Journal(self.folder, config, records, progress, trackers, self.callbacks, self.ranks)
 
     def _identity(self) -> dict[str, Any]:

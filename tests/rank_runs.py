@@ -26,8 +26,8 @@ JOBS = {
     },
     "fsdp2-full": {"engine": "fsdp2", "settings": UNEVEN, "tied": True},
     "one-prompt": {"engine": "ddp", "settings": {"lora_rank": 4, "batch_size": 1, "eval_every": 0, "steps": 2}},
-    "running-ddp": {"engine": "ddp", "settings": RUNNING, "scores": True},
-    "running-fsdp2": {"engine": "fsdp2", "settings": RUNNING, "scores": True},
+    "running-ddp": {"engine": "ddp", "settings": RUNNING, "scores": True, "stale": True},
+    "running-fsdp2": {"engine": "fsdp2", "settings": RUNNING, "scores": True, "stale": True},
 }  # fmt: skip
 SLOW_JOBS = {
     "moving-teacher": {"engine": "ddp", "settings": {"teacher_mode": "ema", "lora_rank": 4}},

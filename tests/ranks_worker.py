@@ -4,10 +4,12 @@ Started by torchrun's environment variables, or alone without them.
 """
 
 import faulthandler
+import functools
 import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,6 +86,8 @@ def run(job: dict) -> None:
     if shards_by_fsdp():
         sharded = [type(p).__name__ for p in trainer.model.parameters()]
         assert set(sharded) == {"DTensor"}, sharded
+    if job.get("stale"):
+        say_other_logprobs(trainer.rollout)
     fail = job.get("fail")
     if fail is not None and RANK == 0:
         break_rank(trainer, fail)
@@ -154,6 +158,21 @@ def run_out_of_memory(trainer, call):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     trainer.parallel.backward = failing
+
+
+def say_other_logprobs(rollout):
+    """As a sampler with other weights would: importance weights are not 1."""
+    generate = rollout.generate
+
+    @functools.wraps(generate)
+    def stale(*args, **kwargs):
+        answers = generate(*args, **kwargs)
+        return [
+            replace(one, logprobs=tuple(p - 0.1 * (token % 3) for p, token in zip(one.logprobs, one.token_ids)))
+            for one in answers
+        ]
+
+    rollout.generate = stale
 
 
 def signal_itself(trainer, step):

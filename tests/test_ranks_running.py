@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
 def test_best_weights_and_the_early_stop_are_those_of_one_process(runs, engine):
     ours, alone = runs / "two" / f"running-{engine}", runs / "one" / "running-ddp"
     assert_same_run(ours, alone)
-    assert {"importance_weight", "sampler_kl"} <= records(ours)[0].keys()
+    assert records(ours)[0]["sampler_kl"] > 1e-3 and abs(records(ours)[0]["importance_weight"] - 1) > 1e-3
     found = [one["best"] for one in told(ours)]
     assert found[0] == found[1] == told(alone, 1)[0]["best"]
     assert found[0][1:] == [2, True]  # no gain is larger than 100

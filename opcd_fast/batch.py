@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -43,6 +43,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in vars(self).items()}
         return Batch(**moved)
+
+    def without_weight(self) -> Batch:
+        """The same sequences, none of which counts: loss and gradients are zeros."""
+        return replace(self, token_weights=torch.zeros_like(self.token_weights))
 
 
 @dataclass(frozen=True)

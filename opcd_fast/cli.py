@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from opcd_fast.commands import COMMANDS
 from opcd_fast.errors import InputError
+from opcd_fast.launch import launched_rank
 
 INTRODUCTION = "opcd: move a context (system prompt, few-shot turns, notes) into the weights of a language model."
 FIRST_RUN = """\
@@ -54,12 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = _one_line(error)
         if line is None or os.environ.get("OPCD_DEBUG"):
             raise
-        print(f"opcd: {line}", file=sys.stderr)
+        if type(error).__name__ != "OtherRankError":  # the rank where it happened says it
+            rank = launched_rank()
+            print(f"opcd{f' (rank {rank})' if rank else ''}: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         # A trainer that was stopped by a signal says what it saved, and the signal's exit status.
         said = str(stop) or "interrupted; finished checkpoints are intact, go on with --resume"
-        print(f"opcd: {said}", file=sys.stderr)
+        if not launched_rank():
+            print(f"opcd: {said}", file=sys.stderr)
         return getattr(stop, "status", 130)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from opcd_fast.batch import Sample, pack
+from opcd_fast.batch import Sample
 from opcd_fast.intervals import mean_and_error
 from opcd_fast.objective import Teacher, context_kl
+from opcd_fast.parallel import Parallel
 from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.retreat import TokenBudget
 from opcd_fast.rollout import Completion
@@ -26,11 +28,13 @@ def divergence(
     device: torch.device,
     micro_batch_tokens: int | None = None,
     budget: TokenBudget | None = None,
+    parallel: Parallel | None = None,
     **loss_options: Any,
 ) -> dict[str, float]:
     """Divergence of student and teacher on given sequences, without gradients.
 
-    budget: in place of `micro_batch_tokens`, one that is shared with training, so that both keep what fits.
+    budget: in place of `micro_batch_tokens`, one that is shared with training, so that both keep what fits; its ranks
+    share the sequences out, and all get the same numbers. parallel: where the models' weights can be read.
 
     Returns:
         kl: mean over sequences of the mean token KL(student || teacher), nats;
@@ -38,15 +42,18 @@ def divergence(
         kl_per_token: mean over all tokens, nats;
         top1_agreement: share of tokens where both models' most probable token is the same.
     """
-    budget = budget or TokenBudget(micro_batch_tokens)
+    if budget is None:
+        budget = TokenBudget(micro_batch_tokens)
+    ranks = budget.ranks
 
     def measured() -> tuple[list[float], float, float, int]:
         by_token = agreement = 0.0
         by_sequence: list[float] = []
         tokens = 0
-        for group in budget.groups(samples):
-            batch = pack(group).to(device)
-            _, stats = context_kl(
+        for turn in budget.rounds(samples):
+            batch = turn.pack().to(device)
+            score = partial(
+                context_kl,
                 batch,
                 student,
                 teacher,
@@ -55,6 +62,9 @@ def divergence(
                 compute_dtype=compute_dtype,
                 **loss_options,
             )
+            _, stats = score() if parallel is None else parallel.run(score)
+            if turn.empty:
+                continue
             lengths = batch.response_cu_seqlens.diff().tolist()
             by_sequence += [float(answer.sum()) for answer in (stats.token_kl * batch.token_weights).split(lengths)]
             by_token += float(stats.token_kl.sum())
@@ -65,10 +75,13 @@ def divergence(
     was_training = student.training
     student.eval()
     try:
+        if parallel is not None:
+            parallel.read_contexts(teacher, samples)
         by_sequence, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
     finally:
         student.train(was_training)
-    kl, error = mean_and_error(by_sequence)
+    kl, error = mean_and_error(ranks.gather_lists(by_sequence))
+    by_token, agreement, tokens = map(sum, zip(*ranks.gather((by_token, agreement, tokens))))
     return {
         "kl": kl,
         "kl_error": error,

@@ -6,6 +6,7 @@ sampler has older weights, fewer bits or another order of summation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,17 @@ class Drift:
         self.kl += float((ratio.expm1() - ratio).sum())
         if factors is not None:
             self.factors = (self.factors or 0.0) + float(factors.double().sum())
+
+    @classmethod
+    def total(cls, parts: Sequence[Drift]) -> Drift:
+        """The sums over all ranks' tokens."""
+        factors = [part.factors for part in parts if part.factors is not None]
+        return cls(
+            sum(part.tokens for part in parts),
+            sum(part.distance for part in parts),
+            sum(part.kl for part in parts),
+            sum(factors) if factors else None,
+        )
 
     def record(self) -> dict[str, float]:
         """`sampler_distance`: mean |log p - log q|. `sampler_kl`: KL(q || p) per token, nats, estimated without bias as

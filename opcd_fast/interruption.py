@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -29,9 +29,13 @@ class Interruption:
     The first signal raises `Interrupted` where the code is `abandonable()`, or else as soon as it becomes so. A Ctrl-C
     after it is an ordinary KeyboardInterrupt; a second SIGTERM is ignored, because supervisors send one to the process
     and one to its group.
+
+    agree: for several ranks, which must stop at the same place: given this rank's signal number or None, the number
+    that all stop for, or None. All ranks ask it where something abandonable begins; nothing is abandoned half-way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int | None], int | None] | None = None) -> None:
+        self._agree = agree
         self._pending: int | None = None
         self._abandonable = False
         self._before: dict[int, Any] = {}
@@ -50,7 +54,7 @@ class Interruption:
     @contextmanager
     def abandonable(self) -> Iterator[None]:
         """What happens inside changes nothing that lasts: a signal raises `Interrupted` here."""
-        self._abandonable = True
+        self._abandonable = self._agree is None
         try:
             self.check()
             yield
@@ -59,8 +63,9 @@ class Interruption:
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal came while that was not possible."""
-        if self._pending is not None:
-            raise Interrupted(self._pending)
+        number = self._pending if self._agree is None else self._agree(self._pending)
+        if number is not None:
+            raise Interrupted(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._pending is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from opcd_fast import best
@@ -13,6 +14,7 @@ from opcd_fast.health import warnings_of
 from opcd_fast.held_out import in_words
 from opcd_fast.plots import plot_run
 from opcd_fast.progress import Progress, seconds_by_part
+from opcd_fast.ranks import Ranks
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.tracking import Trackers
 
@@ -39,6 +41,7 @@ class Journal:
     """A run's records, those of its beginning included, and whoever is told about new ones.
 
     history, evaluations, warnings: records by kind. Use as a context manager: leaving it closes display and trackers.
+    Every rank has one, with the same records; rank 0's writes and tells.
     """
 
     def __init__(
@@ -49,10 +52,11 @@ class Journal:
         progress: Progress,
         trackers: Trackers,
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
+        ranks: Ranks,
     ) -> None:
-        self._folder, self._config = folder, config
+        self._folder, self._config, self._ranks = folder, config, ranks
         self._progress, self._trackers, self._callbacks = progress, trackers, callbacks
-        self._draws = config.plots
+        self._draws = config.plots and ranks.main
         self._made = 0
         self.teacher_length: float | None = None  # tokens of the teacher's held-out answers, once they are there
         self.history = [record for record in records if record["kind"] == "step"]
@@ -76,7 +80,8 @@ class Journal:
         for name, message in list(found):
             self.warnings.append({"step": record["step"], "kind": "warning", "name": name, "message": message})
             self._folder.log(self.warnings[-1])
-            logger.warning("%s", message)
+            if self._ranks.main:
+                logger.warning("%s", message)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Note a held-out evaluation, and draw the run so far."""
@@ -114,14 +119,17 @@ class Journal:
         if not self._draws:
             return
         try:
-            plot_run(self._folder.path, self.history, self.evaluations)
+            plot_run(Path(self._config.output_dir), self.history, self.evaluations)
         except OSError as error:
             self._draws = False
             logger.warning("plots cannot be written: %s", error)
 
     def _note(self, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        def tell() -> None:
+            self._trackers.log(record)
+            for callback in self._callbacks:
+                callback(record)
+
         self._folder.log(record)
         records.append(record)
-        self._trackers.log(record)
-        for callback in self._callbacks:
-            callback(record)
+        self._ranks.on_main(tell)

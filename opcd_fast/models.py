@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from opcd_fast.errors import InputError
+from opcd_fast.launch import launched, local_rank
 from opcd_fast.model_names import SMOLLM2, is_path, smollm2_folder, smollm2_source
 
 
 def pick_device(device: str = "auto", *, name: str = "device", make_current: bool = True) -> torch.device:
     """`auto` is the GPU where there is one; `cuda:N` becomes the current device. Raises InputError for any other."""
+    if device in ("auto", "cuda") and launched() > 1 and torch.cuda.is_available():
+        device = f"cuda:{local_rank()}"  # one GPU for each process of a launcher
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):

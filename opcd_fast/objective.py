@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from opcd_fast import transformers_seam as seam
 from opcd_fast.batch import Batch
 from opcd_fast.errors import InputError
 from opcd_fast.heads import LMHead
@@ -80,7 +81,7 @@ def context_kl(
     with watch("student"), autocast():
         h_s = _student_hidden_states(student, batch)  # (N, D_s)
     with watch("loss"):
-        head_s, head_t = _same_vocabulary(student_head or LMHead.from_model(student), teacher.head)
+        head_s, head_t = _same_vocabulary(_present(student_head, student), teacher.head)
         h_s, head_s = h_s.to(compute_dtype), _cast(head_s, compute_dtype)
         weights, logprobs, factors = batch.token_weights, None, None
         if correction != "none":
@@ -110,6 +111,14 @@ def context_kl(
                 logprobs = trainer_logprobs(h_s, head_s, batch.response_ids, stats.student_logsumexp, temperature)
             drift.add(logprobs, batch.behaviour_logprobs, factors)
         return loss, stats
+
+
+def _present(head: LMHead | None, student: Any) -> LMHead:
+    """`head` with the weights that `student` has now: in a sharded forward they are other tensors than outside."""
+    if head is None:
+        return LMHead.from_model(student)
+    weight, bias = seam.head_weights(student)
+    return head if weight is head.weight else replace(head, weight=weight, bias=bias)
 
 
 def _student_hidden_states(student: Any, batch: Batch) -> Tensor:

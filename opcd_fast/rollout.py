@@ -124,8 +124,12 @@ class TransformersRollout:
         top_p: float = 1.0,
         seed: int = 0,
         logprobs: bool = True,
+        only: range | None = None,
     ) -> list[Completion]:
-        """See Rollout. temperature 0 takes the most probable token (its log-probability is then at temperature 1)."""
+        """See Rollout. temperature 0 takes the most probable token (its log-probability is then at temperature 1).
+
+        only: answer these of the prompts alone, as they would be answered among all; the others go to other ranks.
+        """
         rows = check_request(prompts, max_new_tokens, temperature, top_p)
         if not rows:
             return []
@@ -136,7 +140,8 @@ class TransformersRollout:
             uniform = torch.rand(len(rows), max_new_tokens, dtype=torch.float64, generator=generator)
             drawn: list[Any] = [None] * len(rows)
             # Neighbours in length share a batch, so that little of it is padding; equal prompts run once.
-            order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]))
+            wanted = range(len(rows)) if only is None else only
+            order = sorted(wanted, key=lambda i: (len(rows[i]), rows[i]))
             model, start = self._answering_model(), 0
             while start < len(order):
                 part = order[start : start + (self.max_batch or 1)]
@@ -157,7 +162,7 @@ class TransformersRollout:
                 for i, answer in zip(part, answers):
                     drawn[i] = answer
                 start += len(part)
-        return [self._completion(tokens, values if logprobs else None) for tokens, values in drawn]
+        return [self._completion(tokens, values if logprobs else None) for tokens, values in (drawn[i] for i in wanted)]
 
     def _run(
         self, engine: str | None, model: Any, prompts: list[tuple[int, ...]], uniform: Tensor, *,

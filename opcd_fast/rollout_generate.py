@@ -39,6 +39,7 @@ def generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             logits_processor=[sampler],
+            synced_gpus=False,  # weights are whole here, and ranks need not take the same number of steps
             generation_config=GenerationConfig(
                 do_sample=False,  # of the drawn token alone, see _Sampler
                 max_new_tokens=uniform.shape[1],

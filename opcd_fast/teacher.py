@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -175,6 +176,21 @@ class ContextTeacher:
         with self._scoring():
             built = self._prefixes_of(every)
         return [built[index] for index in every]
+
+    def read(self, context_index: Iterable[int]) -> None:
+        """Read these contexts now, where they have not been read. Where weights are sharded, all ranks must."""
+        if self.path != "concat":
+            with self._scoring():
+                self._prefixes_of(context_index)
+
+    def run_once_a_call(self) -> bool:
+        """From now on a call runs the model once, whatever its sequences, when their contexts have been read.
+
+        For weights that are sharded over ranks, which meet in every pass: `max_batch_bytes` no longer holds. Returns
+        False for a model whose path runs it once per context or sequence.
+        """
+        self._max_batch_bytes = sys.maxsize
+        return self.path in ("merge", "mask") and self._choice.rope_switch is None
 
     def explain(self) -> str:
         """Which path runs, why, and what the contexts occupy."""

@@ -28,6 +28,7 @@ class Trackers:
     config: logged once, at the start.
     first: step that the run goes on from. TensorBoard drops what it has from later steps; W&B and trackio show a
     resumed run as another one, in the same group.
+    On several ranks accelerate tells them on rank 0 alone.
     """
 
     def __init__(self, accelerator: Any, folder: Path, config: Mapping[str, Any], first: int) -> None:
@@ -53,7 +54,8 @@ class Trackers:
 
     def close(self) -> None:
         if self._active:
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:  # not `end_training`, which ends the process group as well
+                tracker.finish()
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:

@@ -12,7 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 
 from opcd_fast import best, checkpoint
 from opcd_fast import transformers_seam as seam
-from opcd_fast.acceleration import make_accelerator
-from opcd_fast.batch import Sample, pack
+from opcd_fast.acceleration import make_accelerator, shards
+from opcd_fast.batch import Sample
 from opcd_fast.config import OPCDConfig
 from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
@@ -32,13 +33,15 @@ from opcd_fast.interruption import Interrupted, Interruption
 from opcd_fast.journal import Journal, TrainResult
 from opcd_fast.loss import LossStats
 from opcd_fast.messages import Message
-from opcd_fast.model_pair import fingerprint, is_peft, name_of, shared_vocabulary, student_and_teacher
+from opcd_fast.model_pair import fingerprint, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
+from opcd_fast.parallel import Parallel
 from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress
 from opcd_fast.prompt_order import prompts_of_step
 from opcd_fast.prompts import read_context, read_prompts
+from opcd_fast.ranks import Ranks
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.retreat import TokenBudget
@@ -72,7 +75,7 @@ class OPCDTrainer:
         teacher_model: another model as the teacher (same tokenizer). None: the model itself, see `teacher_mode`.
         eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
         teacher_tokenizer: checked against `tokenizer` when given.
-        callbacks: called as `callback(record)` with each step's and each evaluation's record.
+        callbacks: called as `callback(record)` with each step's and each evaluation's record, on rank 0 alone.
         scorer: your own measure of held-out answers, see `opcd_fast.scorer.Scorer`; also by name, in `config`.
         trackers: accelerate `GeneralTracker` objects, besides those named in `config`.
         quiet: no display; the metrics file is written all the same.
@@ -102,7 +105,12 @@ class OPCDTrainer:
         self.quiet = quiet
         self.device = pick_device(config.device)
         check_installed(config.trackers)
-        self.folder = RunFolder(config.output_dir, config.resume)
+        self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
+        self._path = Path(config.output_dir)
+        log_with = (*config.trackers, *trackers)
+        self.accelerator = make_accelerator(self.device, self.compute_dtype, log_with, self._path / "tensorboard")
+        self.ranks = Ranks()
+        self.folder: RunFolder = self.ranks.main_object(lambda: RunFolder(self._path, config.resume))
         read = [read_prompts(prompts, **config.columns())]
         if eval_prompts is not None:
             read.append(read_prompts(eval_prompts, "eval_prompts", **config.columns()))
@@ -124,7 +132,6 @@ class OPCDTrainer:
             seam.longest_input(seam.body_of(teacher_model or model)),
         )
 
-        self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
         self.origins = Origins(
             context=shown,
@@ -136,24 +143,26 @@ class OPCDTrainer:
             template=getattr(tokenizer, "chat_template", None),
             weights=self._weights,
         )
-        pair = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype, evaluates)
+        place = torch.device("cpu") if shards() else self.device  # whole weights may not fit one GPU
+        pair = student_and_teacher(model, teacher_model, config, place, self.compute_dtype, evaluates)
         self.model = pair.student
         self.share_prompts = shares_prompts(self.model, config.share_prompts, config.rollouts_per_prompt)
         vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)
-        log_with = (*config.trackers, *trackers)
-        self.accelerator = make_accelerator(
-            self.device, self.compute_dtype, log_with, self.folder.path / "tensorboard"
-        )
+        self.parallel = Parallel(self.accelerator, self.ranks, pair, config, self.device)
+        self.optimizer, self.parameters = self.parallel.optimizer, self.parallel.parameters
         self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
         self.teacher = self.teachers.teacher
+        self.parallel.check_teacher(self.teacher, self.teachers.reference)
+        self.budget = TokenBudget(config.micro_batch_tokens, self.ranks, together=self.parallel.sharded)
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
         common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
+        sampling = replace(config, merge_for_rollout=False) if self.parallel.sharded else config
         self.rollout = make_rollout(
-            config, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
+            sampling, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
         )
         # Held-out answers are always the student's own.
         replayed = config.rollout == "replay"
-        self.eval_rollout = local_rollout(config, self.model, **common) if replayed else self.rollout
+        self.eval_rollout = local_rollout(sampling, self.model, **common) if replayed else self.rollout
         # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It
         # is None when the first weights are not kept (full fine-tuning, a moving teacher, and no evaluation).
         self.teacher_rollout: Any = None
@@ -161,20 +170,10 @@ class OPCDTrainer:
             self.teacher_rollout = TransformersRollout(
                 pair.reference, max_batch=config.rollout_batch, merge_adapter=False, **common
             )
-        self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
-
-        self.budget = TokenBudget(config.micro_batch_tokens)
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(
-                self.parameters.values(),
-                lr=config.learning_rate_for(adapter=is_peft(self.model)),
-                weight_decay=config.weight_decay,
-                fused=self.device.type == "cuda",
-            )
-        )
+        shares_base = pair.reference_adapter == "disabled"
+        self.base_weights = partial(seam.without_adapters, self.model) if shares_base else nullcontext
         self.snapshots = Snapshots(
-            self.folder, self.parameters, self.optimizer, self.teachers, self._identity, config.keep_checkpoints
+            self.folder, self.parallel, self.teachers, self._identity, config.keep_checkpoints
         )
 
     # ------------------------------------------------------------------------------------------ the method
@@ -186,7 +185,7 @@ class OPCDTrainer:
         """
         started = time.perf_counter()
         step, journal = self._start_or_resume()
-        with journal, Interruption() as interruption:
+        with journal, Interruption(self.ranks.first if self.ranks.world > 1 else None) as interruption:
             try:
                 with interruption.abandonable():
                     fixed = self._fixed_sequences()
@@ -215,22 +214,25 @@ class OPCDTrainer:
         rows = self._prompts_of(step)
         with interruption.abandonable():  # the weights are still those of the last step
             with watch("rollout"):  # the student answers, without the context
-                self.rollout.sync(self.model)
-                answers = self.rollout.generate(
+                rollout = self.parallel.sampler(self.rollout)
+                rollout.sync(self.model)
+                answers = rollout.generate(
                     [row.student_ids for row in rows], **self._sampling("rollout", step)
                 )
-            samples = samples_of(rows, answers)
+            samples = samples_of(rows, answers)  # of all ranks, each of which scores its share
 
-            denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
+            denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch or a rank
+            self.parallel.read_contexts(self.teacher, samples)
             student_head = LMHead.from_model(self.model)
 
             def gradients() -> tuple[float, list[LossStats], Drift]:
                 loss, statistics, drift = 0.0, [], Drift()
                 self.optimizer.zero_grad(set_to_none=True)
-                with seeded(stream_seed(config.seed, "dropout", step), self.device):
-                    for group in self.budget.groups(samples, share_prompts=self.share_prompts):
-                        part, stats = context_kl(  # teacher with context, student without
-                            pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
+                with seeded(stream_seed(config.seed, self.ranks.stream("dropout"), step), self.device):
+                    for turn in self.budget.rounds(samples, share_prompts=self.share_prompts):
+                        objective = partial(
+                            context_kl,  # teacher with context, student without
+                            turn.pack(normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
                             self.model,
                             self.teacher,
                             denominator=denominator,
@@ -238,22 +240,25 @@ class OPCDTrainer:
                             student_head=student_head,
                             drift=drift,
                             divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
-                            correction=config.importance_correction,
+                            correction="none" if turn.empty else config.importance_correction,
                             clip=config.importance_clip,
                             **self._loss_options(),
                         )
+                        part, stats = self.parallel.run(objective)
                         with watch("backward"):
-                            self.accelerator.backward(part)
-                        loss += float(part.detach())
-                        statistics.append(stats)
+                            self.parallel.backward(part)
+                        if not turn.empty:
+                            loss += float(part.detach())
+                            statistics.append(stats)
                         del part  # its graph keeps the inputs of checkpointed layers
                 return loss, statistics, drift
 
-            loss, statistics, drift = self.budget.retrying(gradients, f"step {step + 1}")
+            found = self.budget.retrying(gradients, f"step {step + 1}")
+            loss, statistics, drift = self.parallel.total(*found)
 
         with watch("optimizer"):
             limit = config.max_grad_norm or math.inf
-            norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
+            norm = self.parallel.clip(limit)
             check_finite(step + 1, loss, norm)  # before the weights are touched
             self.optimizer.step()
             self.teachers.after_step(step + 1)
@@ -261,14 +266,8 @@ class OPCDTrainer:
 
     def save(self, path: str | Path) -> None:
         """Write the trained weights (the adapter, or the whole model) and the tokenizer; whole or not at all."""
-        checkpoint.write_folder(Path(path), self._write_weights)
-
-    def _write_weights(self, folder: Path) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
-        options = {"save_embedding_layers": False} if is_peft(model) else {}
-        model.save_pretrained(folder, save_function=self.accelerator.save, **options)
-        self.tokenizer.save_pretrained(folder)
+        fill = self.parallel.weights_writer(self.tokenizer)
+        self.ranks.on_main(lambda: checkpoint.write_folder(Path(path), fill))
 
     # ------------------------------------------------------------------------------------------ steps and records
 
@@ -300,12 +299,15 @@ class OPCDTrainer:
         if not due or any(record["step"] == step for record in journal.evaluations):
             return
         assert self.teachers.reference is not None
+        # Asked once, on rank 0: a scorer may give another number each time, and ranks must agree on the best.
+        score = None if self._score is None else self.ranks.by_main(self._score)
+        rollout = self.parallel.sampler(self.eval_rollout)
         with interruption.abandonable():
-            self.eval_rollout.sync(self.model)
+            rollout.sync(self.model)
             record = held_out_record(
-                step, self.eval_rows, fixed, self.eval_rollout, self._sampling("evaluation", 0), self.model,
-                self.teachers.reference, score=self._score, device=self.device,
-                budget=self.budget, **self._loss_options(),
+                step, self.eval_rows, fixed, rollout, self._sampling("evaluation", 0), self.model,
+                self.teachers.reference, score=score, device=self.device, budget=self.budget, parallel=self.parallel,
+                **self._loss_options(),
             )  # fmt: skip
         journal.evaluation(record)
 
@@ -313,7 +315,8 @@ class OPCDTrainer:
         if not self.eval_rows or not self.config.eval_every:
             return []
         sampling, first = self._sampling("fixed", 0), self.base_weights()
-        return fixed_sequences(self.folder, self.eval_rows, self.prefixes, self.teacher_rollout, first, sampling)
+        rollout = self.parallel.sampler(self.teacher_rollout)
+        return fixed_sequences(self.folder, self.eval_rows, self.prefixes, rollout, first, sampling)
 
     def _keep(self, step: int, journal: Journal) -> None:
         """Save what is due. Weights go to best/ only after a checkpoint of the same step: whenever a run is killed, its
@@ -324,21 +327,24 @@ class OPCDTrainer:
         if last or is_best or (config.save_every and step % config.save_every == 0):
             self.snapshots.save(step)
         if is_best:
-            self.folder.save_best(journal.evaluations[-1], self._write_weights)
+            self.folder.save_best(journal.evaluations[-1], self.parallel.weights_writer(self.tokenizer))
 
     def _start_or_resume(self) -> tuple[int, Journal]:
         config, step = self.config, 0
         records: list[dict[str, Any]] = []
+        self.ranks.check_alike(self._identity())
         if config.resume:
             step, records = self.snapshots.restore(config.steps)
             self.folder.write_config(asdict(config))
         else:
-            check_context_matters(self.train_rows, *self.teachers.first_weights(), **self._loss_options())
+            first = self.teachers.first_weights()
+            with torch.no_grad():
+                self.parallel.run(partial(check_context_matters, self.train_rows, *first, **self._loss_options()))
             self.folder.start(asdict(config))
-            write_record(self.folder.path, self.origins)
-        trackers = Trackers(self.accelerator, self.folder.path, asdict(config), step)
-        progress = Progress(config.steps, step, self.quiet)
-        return step, Journal(self.folder, config, records, progress, trackers, self.callbacks)
+            self.ranks.on_main(lambda: write_record(self._path, self.origins))
+        trackers = self.ranks.together(lambda: Trackers(self.accelerator, self._path, asdict(config), step))
+        progress = Progress(config.steps, step, self.quiet or not self.ranks.main)
+        return step, Journal(self.folder, config, records, progress, trackers, self.callbacks, self.ranks)
 
     def _identity(self) -> dict[str, Any]:
         rows = [[row.student_ids, row.teacher_ids, row.context_index] for row in (*self.train_rows, *self.eval_rows)]

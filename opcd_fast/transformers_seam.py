@@ -65,6 +65,18 @@ def _language_model(body: Any) -> nn.Module:
     return decoder if getattr(decoder, "config", None) is text else body
 
 
+def head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the lm-head as they are now."""
+    layer: Any = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    return layer.weight, getattr(layer, "bias", None)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that the architecture says must stay whole: its decoder layers."""
+    names = set(getattr(causal_lm(model), "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def run_body(
     body: nn.Module,
     input_ids: Tensor,

@@ -132,8 +132,8 @@ def test_budget_halves_until_one_sequence_is_left_and_then_says_what_to_do():
     budget = TokenBudget(None)
 
     def work():
-        for group in budget.groups(samples):
-            tried.append(len(group))
+        for turn in budget.rounds(samples):
+            tried.append(len(turn.samples))
             raise out_of_memory()
 
     with pytest.raises(InputError, match="step 3: out of memory with one sequence of 24 tokens.*opcd plan.*2.00 GiB"):
@@ -145,7 +145,7 @@ def test_other_errors_pass_and_change_nothing():
     budget = TokenBudget(100)
 
     def work():
-        next(budget.groups([sample(0, 4), sample(1, 4)]))
+        next(budget.rounds([sample(0, 4), sample(1, 4)]))
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
@@ -177,8 +177,8 @@ def test_a_failed_pass_frees_its_graph(monkeypatch):
     budget = TokenBudget(None)
 
     def work():
-        group = next(budget.groups([sample(0, 4), sample(1, 4)] if not alive else [sample(0, 4)]))
-        if len(group) == 2:
+        turn = next(budget.rounds([sample(0, 4), sample(1, 4)] if not alive else [sample(0, 4)]))
+        if len(turn.samples) == 2:
             big = torch.zeros(10)
             alive.append(weakref.ref(big))
             raise out_of_memory()

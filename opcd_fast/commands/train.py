@@ -9,6 +9,7 @@ from typing import Any
 from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
 from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml, typed_values
 from opcd_fast.errors import InputError
+from opcd_fast.launch import launched_rank
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,21 @@ class TrainCommand:
 
 def run(arguments: list[str]) -> int:
     command, config = train_command(arguments)
+    from opcd_fast.acceleration import join
     from opcd_fast.continual import start_from
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prompts import read_context, read_prompts
     from opcd_fast.trainer import OPCDTrainer
 
     quiet_libraries()
+    join(config.device)
     # Small files first: a wrong name must not cost the loading of a model.
     context = as_file(command.context)
     if context is not None:
         read_context(context)
     prompts = read_prompts(command.prompts, **config.columns())
     general = sum(prompt.privileged_context == "" for prompt in prompts)
-    if general:
+    if general and not launched_rank():
         print(f"{general} of {len(prompts)} prompts have an empty privileged_context: their teacher sees no context")
     held_out = None
     if command.eval_prompts is not None:
@@ -73,7 +76,8 @@ def run(arguments: list[str]) -> int:
         start = start_from(command.init, command.model, config)
         if command.replay is not None:
             replayed = start.replayed(command.replay, prompts, held_out or (), config.seed)
-            print(f"{len(replayed)} replayed prompts keep the context of {command.init}")
+            if not launched_rank():
+                print(f"{len(replayed)} replayed prompts keep the context of {command.init}")
     tokenizer = load_tokenizer(command.model)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
@@ -98,16 +102,18 @@ def run(arguments: list[str]) -> int:
     if start is not None:
         start.described(trainer.origins, len(replayed))
     result = trainer.train()
-    print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
+    if not launched_rank():
+        print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
     return 0
 
 
 def _loading(config: OPCDConfig, quantization: str, elsewhere: bool = False) -> dict[str, str]:
-    """Type and place to load a model with. One that is to be packed, or to run elsewhere, waits on the CPU: it might
-    not fit whole beside the other, and loading it elsewhere would change the current device."""
+    """Type and place to load a model with. One that is to be packed, sharded, or run elsewhere, waits on the CPU: it
+    might not fit whole on the device, and loading it elsewhere would change the current device."""
+    from opcd_fast.acceleration import shards
     from opcd_fast.models import pick_device, pick_dtype
 
-    if quantization == "none" and not elsewhere:
+    if quantization == "none" and not elsewhere and not shards():
         return {"dtype": config.dtype, "device": config.device}
     dtype = pick_dtype(
         config.dtype, pick_device(config.teacher_device if elsewhere else config.device, make_current=False)

@@ -1,0 +1,180 @@
+"""`python -m benchmarks.scaling_model`: what one training step costs, and what each rank of a cluster holds.
+
+Arithmetic, unmeasured on a device. A dense decoder; B answers of S tokens to prompts of Q tokens, a context of P
+tokens that is read already, W ranks that share the answers out evenly. Counted:
+
+- FLOPs of the bodies as in `benchmarks/teacher_model.py` (Kaplan et al., arXiv 2001.08361, section 2.1). A backward
+  pass costs two forward passes, one where the weights are frozen (LoRA): the products with the weights' gradients fall
+  away. Gradient checkpointing adds one forward pass.
+- The loss: 2 N V D for each of its products, 4 of them, 3 with a frozen head.
+- Bytes held by mixed-precision Adam: 2 for the bf16 weight that is gathered, and of what is trained 4 for the master
+  copy, 4 for the gradient and 8 for both moments (Rajbhandari et al., arXiv 1910.02054, section 3.1).
+- Bytes sent, of an all-gather or a reduce-scatter of M bytes over W ranks: M (W - 1) / W by each rank; of an all-reduce
+  twice that (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
+- Decoding: every token of the batch reads the weights once, and the keys and values before it.
+
+Left out: norms, activations other than those kept for backward, launches, fragmentation, overlap of sending and
+computing, waiting for the longest answer.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from benchmarks.roofline import BANDWIDTH, FLOPS
+from benchmarks.teacher_model import Shape, shared_flops
+
+LINK = 50e9  # bytes per second that one GPU sends to another machine: a port of 400 Gbit/s for each GPU
+LLAMA_70B = Shape(layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, intermediate=28672)
+LLAMA_70B_VOCABULARY = 128_256
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step: W `ranks`, B `answers` of S `response` tokens to `prompt` tokens after a `context`."""
+
+    shape: Shape
+    vocabulary: int
+    ranks: int
+    answers: int
+    response: int
+    prompt: int = 128
+    context: int = 4096
+    lora_rank: int = 0  # 0: the whole model is trained, and a frozen copy of it teaches
+    micro_batches: int = 1  # of each rank
+    sharded: bool = True  # FSDP2 or ZeRO-3; otherwise DDP
+
+    @property
+    def layer_parameters(self) -> int:
+        return sum(a * b for a, b in self.shape.products)
+
+    @property
+    def outer_parameters(self) -> int:
+        """Embeddings and lm-head, untied."""
+        return 2 * self.vocabulary * self.shape.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.shape.layers * self.layer_parameters + self.outer_parameters
+
+    @property
+    def trained(self) -> int:
+        if not self.lora_rank:
+            return self.parameters
+        return self.shape.layers * self.lora_rank * sum(a + b for a, b in self.shape.products)
+
+    @property
+    def models(self) -> int:
+        """Sets of weights: the base under an adapter teaches as well."""
+        return 1 if self.lora_rank else 2
+
+    @property
+    def loss_products(self) -> int:
+        return 3 if self.lora_rank else 4
+
+    # ----------------------------------------------------------------------------------------------- FLOPs
+
+    def flops(self) -> dict[str, float]:
+        """Of one step on all ranks, with gradient checkpointing."""
+        length = self.prompt + self.response
+        forward = shared_flops(self.shape, 0, length, self.answers, build=False)
+        return {
+            "teacher": shared_flops(self.shape, self.context, length, self.answers, build=False),
+            "student": forward,
+            "loss": self.loss_products * 2.0 * self.answers * self.response * self.vocabulary * self.shape.hidden,
+            "backward": forward * (2 if self.lora_rank else 3),
+        }
+
+    # ----------------------------------------------------------------------------------------------- seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Of one step, each part by itself; nothing overlaps."""
+        parts = {part: flops / self.ranks / FLOPS for part, flops in self.flops().items()}
+        return {"rollout": self.rollout_seconds(), **parts, "sending": self.sent_bytes()["all"] / LINK}
+
+    def rollout_seconds(self) -> float:
+        """All of a rank's answers at once, on whole weights in bf16."""
+        batch = -(-self.answers // self.ranks)
+        keys = self.shape.kv_bytes(self.prompt + self.response // 2, 2) * batch
+        weights = 2 * (self.parameters - self.vocabulary * self.shape.hidden)  # embeddings are looked up, not read
+        arithmetic = batch * (self.shape.flops_per_token + 2 * self.vocabulary * self.shape.hidden) / FLOPS
+        return self.response * max((weights + keys) / BANDWIDTH, arithmetic)
+
+    # ----------------------------------------------------------------------------------------------- bytes
+
+    def sent_bytes(self) -> dict[str, float]:
+        """By one rank in one step. "all" is the sum."""
+        share = (self.ranks - 1) / self.ranks
+        if not self.sharded:
+            return {"gradients": 8.0 * self.trained * share, "all": 8.0 * self.trained * share}
+        gathered = 2.0 * self.parameters * share
+        parts = {
+            "teacher's weights": self.micro_batches * gathered,
+            "student's weights": self.micro_batches * 2 * gathered,  # forward, and again for backward
+            "gradients": self.micro_batches * 4.0 * self.trained * share,
+            "weights for rollouts": gathered,
+        }
+        return {**parts, "all": sum(parts.values())}
+
+    def held_bytes(self) -> dict[str, float]:
+        """By one rank while it scores and trains, by part."""
+        over = self.ranks if self.sharded else 1
+        master = 2.0 if self.lora_rank else 4.0  # a frozen base stays in bf16
+        adapter = 4.0 * self.trained if self.lora_rank else 0.0
+        tokens = -(-self.answers // (self.ranks * self.micro_batches)) * (self.prompt + self.response)
+        frozen_copy = 0.0 if self.models == 1 else 2.0 * self.parameters
+        parts = {
+            "student's weights": (master * self.parameters + adapter) / over,
+            "teacher's weights": frozen_copy / over,
+            "gradients": 4.0 * self.trained / over,
+            "optimizer": 8.0 * self.trained / over,
+            "context": float(self.shape.kv_bytes(self.context, 2)),
+            "activations": 2.0 * tokens * self.shape.hidden * self.shape.layers,
+        }
+        if self.sharded:  # two layers, one of them on its way, and what lies outside of the layers
+            outer = self.models * 2.0 * self.outer_parameters
+            parts["gathered weights"] = 2 * 2.0 * self.layer_parameters + outer
+        return parts
+
+    def rollout_bytes(self) -> dict[str, float]:
+        """By one rank in addition to its shards while it answers: whole weights in bf16, and keys of its answers."""
+        batch = -(-self.answers // self.ranks)
+        whole = 2.0 * self.parameters if self.sharded else 0.0
+        return {"whole weights": whole, "keys": float(batch * self.shape.kv_bytes(self.prompt + self.response, 2))}
+
+
+LORA_70B = Job(LLAMA_70B, LLAMA_70B_VOCABULARY, ranks=64, answers=512, response=1024, lora_rank=16)
+FULL_70B = Job(LLAMA_70B, LLAMA_70B_VOCABULARY, ranks=64, answers=512, response=1024, micro_batches=2)
+QWEN_SHAPE = Shape(layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=12288)
+QWEN_8B = Job(QWEN_SHAPE, 151_936, ranks=8, answers=128, response=512, lora_rank=16, sharded=False)
+
+
+def markdown() -> list[str]:
+    """The tables of docs/scaling.md."""
+    jobs = {"8B, LoRA, DDP on 8": QWEN_8B, "70B, LoRA, FSDP2 on 64": LORA_70B, "70B, full, FSDP2 on 64": FULL_70B}
+    lines = ["| GiB held by a rank | " + " | ".join(jobs) + " |", "|---|" + "---|" * len(jobs)]
+    parts = list(dict.fromkeys(part for job in jobs.values() for part in job.held_bytes()))
+    for part in parts:
+        lines.append(f"| {part} | " + " | ".join(_gib(job.held_bytes().get(part, 0)) for job in jobs.values()) + " |")
+    cells = " | ".join(_gib(sum(job.held_bytes().values())) for job in jobs.values())
+    lines.append(f"| **while training** | {cells} |")
+    for part in ("whole weights", "keys"):
+        cells = " | ".join(_gib(job.rollout_bytes()[part]) for job in jobs.values())
+        lines.append(f"| rollouts in this process: {part} | {cells} |")
+    lines += ["", "| seconds of a step | " + " | ".join(jobs) + " |", "|---|" + "---|" * len(jobs)]
+    for part in ("rollout", "teacher", "student", "loss", "backward", "sending"):
+        lines.append(f"| {part} | " + " | ".join(f"{job.seconds()[part]:.2f}" for job in jobs.values()) + " |")
+    lines += ["", "| GiB sent by a rank in a step | " + " | ".join(jobs) + " |", "|---|" + "---|" * len(jobs)]
+    for part in (*FULL_70B.sent_bytes(),):
+        lines.append(f"| {part} | " + " | ".join(_gib(job.sent_bytes().get(part, 0)) for job in jobs.values()) + " |")
+    return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+if __name__ == "__main__":
+    print("\n".join(markdown()))
+    sys.exit(0)

@@ -1,0 +1,145 @@
+"""Runs of `ranks_worker.py` by two processes and by one, made once for all modules that look at them."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+UNEVEN = {"micro_batch_tokens": 1, "batch_size": 5}  # shares of 3 and 2 answers, each a micro-batch
+RUNNING = {
+    **UNEVEN, "eval_every": 1, "steps": 4, "save_best": True, "best_by": "score", "early_stop_patience": 2,
+    "early_stop_delta": 100.0, "importance_correction": "token",
+}  # fmt: skip
+JOBS = {
+    "ddp-lora": {"engine": "ddp", "settings": {"lora_rank": 4, "normalize": "token", "rollouts_per_prompt": 2}},
+    "ddp-full": {"engine": "ddp", "settings": UNEVEN},
+    "fsdp2-lora": {
+        "engine": "fsdp2", "settings": {"lora_rank": 4, "rollouts_per_prompt": 2, "micro_batch_tokens": 250},
+    },
+    "fsdp2-full": {"engine": "fsdp2", "settings": UNEVEN, "tied": True},
+    "one-prompt": {"engine": "ddp", "settings": {"lora_rank": 4, "batch_size": 1, "eval_every": 0, "steps": 2}},
+    "running-ddp": {"engine": "ddp", "settings": RUNNING, "scores": True, "stale": True},
+    "running-fsdp2": {"engine": "fsdp2", "settings": RUNNING, "scores": True, "stale": True},
+}  # fmt: skip
+SLOW_JOBS = {
+    "moving-teacher": {"engine": "ddp", "settings": {"teacher_mode": "ema", "lora_rank": 4}},
+    "other-teacher": {"engine": "fsdp2", "settings": {**UNEVEN, "gradient_checkpointing": True}, "teacher": True},
+    "accumulating": {
+        "engine": "ddp", "settings": {"lora_rank": 4, "rollouts_per_prompt": 3, "micro_batch_tokens": 200},
+    },
+}
+GROUP_OF_TWO = 80  # tokens: a rank has several micro-batches, some of more than one sequence, which can be halved
+
+
+def launch(jobs, world, folder):
+    """Run the worker's jobs in `world` processes; raises with the ranks' last words when one fails."""
+    file = folder / f"jobs-{world}-{len(list(folder.iterdir()))}.json"
+    file.write_text(json.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if world > 1:
+            env.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )  # fmt: skip
+        with open(folder / f"{file.stem}.{rank}", "w") as log:
+            command = [sys.executable, WORKER, file]
+            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    codes = [rank.wait(timeout=300) for rank in ranks]
+    said = [(folder / f"{file.stem}.{rank}").read_text() for rank in range(world)]
+    assert not any(codes), "\n".join(f"rank {rank}: {words[-3000:]}" for rank, words in enumerate(said))
+
+
+def job(name, folder, *, settings=(), **more):
+    made = {**JOBS, **SLOW_JOBS}[name]
+    return {**made, "settings": {**made["settings"], "output_dir": str(folder), **dict(settings)}, **more}
+
+
+@functools.cache
+def default_runs(base):
+    """Every job by two processes in `two/NAME` and by one in `one/NAME`, and jobs that something happens to.
+
+    base: pytest's folder of this session.
+    """
+    folder = base / "ranks"
+    folder.mkdir()
+    two, one, resume = folder / "two", folder / "one", {"resume": True}
+    grouped = {"micro_batch_tokens": GROUP_OF_TWO}
+    jobs = [job(name, two / name) for name in JOBS]
+    # Checkpoints are whole: what two ranks of FSDP2 began, a single process goes on with.
+    jobs += [job("fsdp2-full", two / "cut-full", kill=2)]
+    jobs += [job("ddp-full", two / "broken", fail="generate", error="the disk of this rank is gone")]
+    jobs += [job("running-ddp", two / "stopped-ddp", signal=1)]
+    jobs += [job("running-ddp", two / "stopped-ddp", settings=resume)]
+    # The second of rank 1's backward passes runs out of memory.
+    jobs += [job("ddp-lora", two / "retreat", settings=grouped, memory=2)]
+    jobs += [job("ddp-lora", two / "calm", budget_of=str(two / "retreat"))]
+    jobs += [job("one-prompt", two / "too-large", settings={"batch_size": 2}, memory=1, error="rank 1")]
+    # The last one: its ranks lose each other.
+    jobs += [job("fsdp2-lora", two / "sharded-memory", settings=grouped, memory=2, lost=True)]
+    launch(jobs, 2, folder)
+    jobs = [job(name, one / name, engine="ddp") for name in JOBS if name != "running-fsdp2"]
+    jobs += [job("fsdp2-full", two / "cut-full", settings=resume, engine="ddp")]
+    launch(jobs, 1, folder)
+    return folder
+
+
+@functools.cache
+def slow_runs(base):
+    folder = base / "slow-ranks"
+    folder.mkdir()
+    two, one, resume = folder / "two", folder / "one", {"resume": True}
+    jobs = [job(name, two / name) for name in SLOW_JOBS]
+    jobs += [job("fsdp2-lora", two / "cut", kill=2), job("fsdp2-lora", two / "cut", settings=resume)]
+    jobs += [job("running-fsdp2", two / "stopped-fsdp2", signal=1)]
+    jobs += [job("running-fsdp2", two / "stopped-fsdp2", settings=resume)]
+    launch(jobs, 2, folder)
+    launch([job(name, one / name, engine="ddp") for name in (*SLOW_JOBS, "fsdp2-lora", "running-ddp")], 1, folder)
+    return folder
+
+
+def told(folder, ranks=2):
+    """What the worker wrote of a finished run, for each rank."""
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def records(folder, kind="step"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def checkpoint(folder):
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    state = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
+    return load_file(newest / "trainable.safetensors"), state
+
+
+def assert_same_run(a, b):
+    """Losses, norms, answers' lengths and metrics of every step; weights and both moments after the last."""
+    assert len(records(a)) == len(records(b)) > 0
+    for kind in ("step", "evaluation"):
+        for ours, theirs in zip(records(a, kind), records(b, kind), strict=True):
+            for name in ours.keys() - {"seconds", "tokens_per_second", "kind"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), (kind, name)
+    (weights, moments), (weights_b, moments_b) = checkpoint(a), checkpoint(b)
+    assert weights.keys() == weights_b.keys() and moments.keys() == moments_b.keys()
+    for index, state in moments.items():
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(state[name], moments_b[index][name], rtol=1e-4, atol=1e-6)
+    for name, weight in weights.items():
+        # Adam divides by the root of the second moment: where a gradient is as small as rounding, so is its sign's
+        # claim to be right, and the weight moves by a share of the learning rate. Compared where it is not.
+        off = (weight - weights_b[name]).abs()
+        assert float(off.median()) <= 1e-7 and float((off > 1e-6).float().mean()) < 0.01, (name, float(off.max()))

@@ -1,0 +1,200 @@
+"""One process of rank_runs.py: runs the jobs of a JSON file, one after the other, each into its own folder.
+
+Started by torchrun's environment variables, or alone without them.
+"""
+
+import faulthandler
+import functools
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.tracking import GeneralTracker
+from tiny import tiny_model, tiny_tokenizer
+
+from opcd_fast.acceleration import shards_by_fsdp
+from opcd_fast.config import OPCDConfig
+from opcd_fast.interruption import Interrupted
+from opcd_fast.trainer import OPCDTrainer
+
+faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for ever says where
+torch.set_num_threads(1)
+STOP = list("abcdefghijklmnopqrstuvw")  # answers of many lengths
+CONTEXTS = ["always answer with zzz", "never say anything but q"]
+PROMPTS = [{"prompt": f"question {i}" + " and more" * (i % 3), "privileged_context": CONTEXTS[i % 2]} for i in range(7)]
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+}  # fmt: skip
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Killed(Exception):
+    pass
+
+
+def allow_fsdp_on_the_cpu() -> None:
+    """accelerate has FSDP on GPUs only; torch has it over gloo as well, and everything after this choice is theirs."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    plain = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def run(job: dict) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    for names in ENGINES.values():
+        for name in names:
+            os.environ.pop(name, None)
+    os.environ.update(ENGINES[job.get("engine", "ddp")])
+    config = {
+        "steps": 3, "batch_size": 5, "max_new_tokens": 7, "learning_rate": 1e-2, "eval_every": 3, "save_every": 1,
+        "keep_checkpoints": 9, "device": "cpu", "dtype": "float32", "stop_tokens": STOP, **job["settings"],
+    }  # fmt: skip
+    stop_after = job.get("kill")
+
+    def kill(record):
+        if (record["kind"], record["step"]) == ("step", stop_after):
+            raise Killed
+
+    like = job.get("budget_of")  # the folder of a run that ended with a smaller budget
+    if like is not None:
+        config["micro_batch_tokens"] = json.loads((Path(like) / f"told-{RANK}.json").read_text())["budget"]
+    tracker = StepsTracker()
+    model = tiny_model(tie_word_embeddings=job.get("tied", False))
+    trainer = OPCDTrainer(
+        model, tiny_tokenizer(), None, PROMPTS, OPCDConfig(**config), eval_prompts=PROMPTS[:3], quiet=True,
+        teacher_model=tiny_model(seed=7) if job.get("teacher") else None, callbacks=[kill] if stop_after else [],
+        scorer=score if job.get("scores") else None, trackers=[tracker],
+    )  # fmt: skip
+    if shards_by_fsdp():
+        sharded = [type(p).__name__ for p in trainer.model.parameters()]
+        assert set(sharded) == {"DTensor"}, sharded
+    if job.get("stale"):
+        say_other_logprobs(trainer.rollout)
+    fail = job.get("fail")
+    if fail is not None and RANK == 0:
+        break_rank(trainer, fail)
+    if job.get("signal") is not None and RANK == 1:
+        signal_itself(trainer, job["signal"])
+    if job.get("memory") is not None and RANK == 1:
+        run_out_of_memory(trainer, job["memory"])
+    empty = []
+    rounds = trainer.ranks.rounds
+
+    def counted(*args):
+        for turn in rounds(*args):
+            empty.append(turn.empty)
+            yield turn
+
+    trainer.ranks.rounds = counted
+    try:
+        result = trainer.train()
+        told = {
+            "best": [result.best_step, result.steps, result.stopped_early], "empty": empty,
+            "budget": trainer.budget.tokens, "tracked": tracker.steps,
+        }  # fmt: skip
+        (Path(config["output_dir"]) / f"told-{RANK}.json").write_text(json.dumps(told))
+    except Interrupted as stop:
+        (Path(config["output_dir"]) / f"stopped-{RANK}").write_text(f"{stop.status} {stop}")
+    except Exception as error:
+        expected = job.get("error")
+        if isinstance(error, Killed) or (stop_after and "Killed" in str(error)):
+            return
+        if not job.get("lost") and (expected is None or expected not in f"rank {RANK} {error}"):
+            raise
+        (Path(config["output_dir"]) / f"error-{RANK}").write_text(str(error))
+
+
+def score(messages, answer, row):
+    assert RANK == 0, "a scorer may say something else on another rank"
+    return len(answer)
+
+
+class StepsTracker(GeneralTracker):
+    name, requires_logging_directory, main_process_only = "steps", False, False
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    @property
+    def tracker(self):
+        return self.steps
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **options):
+        self.steps.append(step)
+
+
+def run_out_of_memory(trainer, call):
+    """In the `call`-th backward pass, whose gradients are there by then, or where ranks meet in it: before it."""
+    backward, count = trainer.parallel.backward, [0]
+
+    def failing(loss):
+        count[0] += 1
+        fails = count[0] == call
+        if not (fails and trainer.parallel.sharded):
+            backward(loss)
+        if fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    trainer.parallel.backward = failing
+
+
+def say_other_logprobs(rollout):
+    """As a sampler with other weights would: importance weights are not 1."""
+    generate = rollout.generate
+
+    @functools.wraps(generate)
+    def stale(*args, **kwargs):
+        answers = generate(*args, **kwargs)
+        return [
+            replace(one, logprobs=tuple(p - 0.1 * (token % 3) for p, token in zip(one.logprobs, one.token_ids)))
+            for one in answers
+        ]
+
+    rollout.generate = stale
+
+
+def signal_itself(trainer, step):
+    prompts_of = trainer._prompts_of
+
+    def signalled(index):
+        if index == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prompts_of(index)
+
+    trainer._prompts_of = signalled
+
+
+def break_rank(trainer, where):
+    def broken(prompts, *, only=None, **sampling):
+        raise OSError("the disk of this rank is gone")
+
+    setattr(trainer.rollout, where, broken)
+
+
+if __name__ == "__main__":
+    allow_fsdp_on_the_cpu()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+        print("done", job["settings"]["output_dir"], flush=True)

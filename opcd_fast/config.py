@@ -37,6 +37,15 @@ class OPCDConfig:
     """Sampling temperature of the answers; it also divides both models' logits in the loss."""
     top_p: float = 1.0
     """Nucleus sampling of the answers; the paper trains with 1."""
+    answers: str = "student"
+    """Who writes the answers that are learned from: "student" (on-policy, without the context) or "teacher"
+    (off-policy, with the context in front)."""
+    kept_answers: int = 0
+    """Of answers="teacher": so many answers to each prompt are drawn before the first step, kept in answers.jsonl and
+    used again and again. 0: fresh ones at every step."""
+    task_episodes: int = 16
+    """Where prompts come from a task: episodes of its split "selection" that the student plays at each evaluation; 0:
+    none."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
     prompt_column: str | None = None
@@ -51,6 +60,9 @@ class OPCDConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
+    objective: str = "divergence"
+    """"divergence" (between student and teacher at every token, see `divergence`), or "nll" (negative log-likelihood of
+    the answers' tokens, which takes no teacher: supervised fine-tuning)."""
     divergence: str = "reverse_kl"
     """"reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", or
     "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations always report the reverse KL."""
@@ -149,7 +161,7 @@ class OPCDConfig:
 
         for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "rollout_batch", "eval_batch"):
             at_least(name, 1)
-        for name in ("lora_rank", "eval_every", "save_every", "seed"):
+        for name in ("lora_rank", "eval_every", "save_every", "seed", "kept_answers", "task_episodes"):
             at_least(name, 0)
         at_least("keep_checkpoints", 1)
         for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha", "max_prefix_bytes", "teacher_batch_bytes"):
@@ -169,6 +181,7 @@ class OPCDConfig:
         if unused is not None:
             raise InputError(f"{unused} is set, but divergence={self.divergence!r} has no {unused}; drop one of them")
         one_of("teacher_mode", "frozen", "live", "ema", "periodic")
+        self._check_system(one_of)
         within("teacher_ema_decay", 0, 1)
         at_least("teacher_sync_every", 1)
         for name, mode, default in (("ema_decay", "ema", EMA_DECAY), ("sync_every", "periodic", SYNC_EVERY)):
@@ -192,6 +205,26 @@ class OPCDConfig:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
+
+    def _check_system(self, one_of: Any) -> None:
+        """Who writes, who scores, and what is minimised must make sense together."""
+        one_of("answers", "student", "teacher")
+        one_of("objective", "divergence", "nll")
+        if self.objective == "nll":
+            if self.answers == "student":
+                raise InputError(
+                    "objective='nll' on the student's own answers teaches nothing: its gradient is zero on average; "
+                    "set answers='teacher'"
+                )
+            if self.divergence != "reverse_kl":
+                raise InputError(f"divergence={self.divergence!r} is set, but objective='nll' has none; drop one")
+        if self.kept_answers and self.answers != "teacher":
+            raise InputError("kept_answers is set, but the student's answers are always fresh; set answers='teacher'")
+        if self.kept_answers and self.teacher_mode != "frozen":
+            raise InputError(
+                f"kept_answers are written before the first step, so teacher_mode={self.teacher_mode!r} would move a "
+                "teacher that writes no more; set kept_answers=0 or teacher_mode='frozen'"
+            )
 
     def columns(self) -> dict[str, Any]:
         """How `read_prompts` reads the rows."""

@@ -70,14 +70,14 @@ def context_kl(
             select=batch.response_index_teacher,
         )  # (N, D_t)
     with watch("student"), autocast():
-        h_s = _student_hidden_states(student, batch)  # (N, D_s)
+        h_s = student_hidden_states(student, batch)  # (N, D_s)
     with watch("loss"):
         head_s, head_t = _same_vocabulary(student_head or LMHead.from_model(student), teacher.head)
         return fused_linear_divergence(
             h_s.to(compute_dtype),
-            _cast(head_s, compute_dtype),
+            in_type(head_s, compute_dtype),
             h_t.to(compute_dtype),
-            _cast(head_t, compute_dtype),
+            in_type(head_t, compute_dtype),
             token_weights=batch.token_weights,
             temperature=temperature,
             denominator=denominator,
@@ -88,7 +88,7 @@ def context_kl(
         )
 
 
-def _student_hidden_states(student: Any, batch: Batch) -> Tensor:
+def student_hidden_states(student: Any, batch: Batch) -> Tensor:
     row = (batch.student_ids, batch.student_cu_seqlens)
     if batch.student_parent is None:
         return packed_hidden_states(student, *row, select=batch.response_index_student)
@@ -109,7 +109,7 @@ def _same_vocabulary(student: LMHead, teacher: LMHead) -> tuple[LMHead, LMHead]:
     return replace(student, vocab_size=size), replace(teacher, vocab_size=size)
 
 
-def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
+def in_type(head: LMHead, dtype: torch.dtype) -> LMHead:
     """Heads of fp32 master weights in the compute type, so that both sides run the same matrix product."""
     if head.weight.dtype == dtype:
         return head

@@ -24,13 +24,14 @@ import torch
 from opcd_fast import checkpoint
 from opcd_fast import transformers_seam as seam
 from opcd_fast.acceleration import make_accelerator
+from opcd_fast.answer_sources import AnswerSource, KeptAnswers, PromptAnswers, Sampling
 from opcd_fast.architectures import refuses_sharing
 from opcd_fast.batch import Sample, micro_batches, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
 from opcd_fast.held_out import fixed_sequences, held_out_record, in_words
+from opcd_fast.likelihood import answer_nll
 from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
@@ -40,9 +41,10 @@ from opcd_fast.progress import Progress
 from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
-from opcd_fast.rollout import TransformersRollout, stop_token_ids
+from opcd_fast.rollout import Completion, TransformersRollout, stop_token_ids
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.seeds import digest, seeded, stream_seed
+from opcd_fast.task_answers import TaskAnswers, TaskPrompts, is_task
 from opcd_fast.teachers import Teachers
 from opcd_fast.timing import Stopwatch
 
@@ -76,7 +78,8 @@ class OPCDTrainer:
         model: transformers causal LM; trained in place. With `lora_rank` it gets an adapter (see `self.model`).
         tokenizer: its tokenizer; the chat template renders prompts.
         context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
-        prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`).
+        prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`), or a task
+            (`opcd_fast.tasks.load_task`), whose episodes are played for training and evaluation.
         config: settings, see OPCDConfig.
         teacher_model: another model as the teacher (same tokenizer). None: the model itself, see `teacher_mode`.
         eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
@@ -92,7 +95,7 @@ class OPCDTrainer:
         model: Any,
         tokenizer: Any,
         context: str | Path | Sequence[Message] | None,
-        prompts: str | Path | Iterable[Any],
+        prompts: Any,
         config: OPCDConfig | None = None,
         *,
         teacher_model: Any = None,
@@ -107,22 +110,24 @@ class OPCDTrainer:
         self.quiet = quiet
         self.device = pick_device(config.device)
         self.folder = RunFolder(config.output_dir, config.resume)
-        read = [read_prompts(prompts, **config.columns())]
-        if eval_prompts is not None:
-            read.append(read_prompts(eval_prompts, "eval_prompts", **config.columns()))
-        groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
         shown = None if context is None else read_context(context)
-        rendered, self.prefixes = render(tokenizer, groups, shown, config.template_variables())
+        self.task_prompts: TaskPrompts | None = None
+        if is_task(prompts):
+            self.task_prompts = tasks = _task_prompts(prompts, tokenizer, shown, eval_prompts, config)
+            rendered, self.prefixes = [tasks.first, tasks.held_out], tasks.prefixes
+        else:
+            if config.task_episodes != OPCDConfig.task_episodes:
+                raise InputError("task_episodes is set, but the prompts are not those of a task; drop it")
+            read = [read_prompts(prompts, **config.columns())]
+            if eval_prompts is not None:
+                read.append(read_prompts(eval_prompts, "eval_prompts", **config.columns()))
+            groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
+            rendered, self.prefixes = render(tokenizer, groups, shown, config.template_variables())
         self.train_rows = rendered[0].rows
         self.held_out_rows = rendered[1].rows if len(rendered) > 1 else ()
         self.eval_rows = self.held_out_rows[: config.eval_batch]
-        check_lengths(
-            (*self.train_rows, *self.held_out_rows),
-            self.prefixes,
-            config.max_new_tokens,
-            seam.longest_input(seam.body_of(model)),
-            seam.longest_input(seam.body_of(teacher_model or model)),
-        )
+        windows = [seam.longest_input(seam.body_of(m)) for m in (model, teacher_model or model)]
+        check_lengths((*self.train_rows, *self.held_out_rows), self.prefixes, config.max_new_tokens, *windows)
 
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
@@ -148,6 +153,13 @@ class OPCDTrainer:
         self.teacher_rollout: Any = None if pair.reference is None else sampler(pair.reference, False)
         self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
 
+        # Who writes where answers="teacher": what the student learns from, with its weights of that step.
+        self._writer, self._writers_weights = self.teacher_rollout, self.base_weights
+        if config.teacher_mode != "frozen":
+            live = pair.teacher is self.model
+            self._writer, self._writers_weights = self.rollout if live else sampler(pair.teacher, False), nullcontext
+        self.source = self._answer_source((windows[0], windows[1]))
+
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
@@ -163,7 +175,9 @@ class OPCDTrainer:
     def train(self) -> TrainResult:
         """Run (or go on with) the configured number of steps. Returns the records of all steps, old ones included."""
         config, started = self.config, time.perf_counter()
+        objective: Any = context_kl if config.objective == "divergence" else answer_nll
         first, result = self._start_or_resume()
+        self.source.prepare(config.resume)
         fixed = self._fixed_sequences()
         progress = Progress(config.steps, first, self.quiet)
         try:
@@ -173,20 +187,16 @@ class OPCDTrainer:
             student_head = LMHead.from_model(self.model)
             for step in range(first, config.steps):
                 watch = Stopwatch(self.device)
-                rows = self._prompts_of(step)
-
                 with watch("rollout"):  # the student answers, without the context
-                    answers = self.rollout.generate(
-                        [row.student_ids for row in rows], **self._sampling("rollout", step)
-                    )
-                samples = samples_of(rows, answers)
+                    drawn = self.source.draw(step)
+                samples = drawn.samples
 
                 loss, statistics = 0.0, []
                 denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch
                 self.optimizer.zero_grad(set_to_none=True)
                 with seeded(stream_seed(config.seed, "dropout", step), self.device):
                     for group in micro_batches(samples, config.micro_batch_tokens, share_prompts=self.share_prompts):
-                        part, stats = context_kl(  # teacher with context, student without
+                        part, stats = objective(  # teacher with context, student without
                             pack(group, normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
                             self.model,
                             self.teacher,
@@ -208,7 +218,8 @@ class OPCDTrainer:
                     self.optimizer.step()
                     self.teachers.after_step(step + 1)
 
-                record = step_record(step + 1, loss, norm, samples, answers, statistics, watch.seconds)
+                record = step_record(step + 1, loss, norm, samples, drawn.answers, statistics, watch.seconds)
+                record |= self._system() | drawn.more
                 self._log(record, result.history)
                 progress.step(loss, record["tokens_per_second"])
                 last = step + 1 == config.steps
@@ -249,6 +260,35 @@ class OPCDTrainer:
             rows += [self.train_rows[orders[epoch][place]]] * self.config.rollouts_per_prompt
         return rows
 
+    def _answer_source(self, windows: tuple[int | None, int | None]) -> AnswerSource:
+        """Whose answers to which prompts are learned from."""
+        config, own = self.config, self.config.answers == "student"
+        write = self._student_writes if own else self._teacher_writes
+        if self.task_prompts is not None:
+            count, repeats = config.batch_size, config.rollouts_per_prompt
+            return TaskAnswers(
+                self.task_prompts, count, repeats, write, self._sampling, own, config.seed, windows
+            )
+        if config.kept_answers:
+            return KeptAnswers(
+                self.folder.path, self.train_rows, config.kept_answers, self._prompts_of, write, self._sampling,
+                config.seed,
+            )  # fmt: skip
+        return PromptAnswers(self._prompts_of, write, self._sampling, own)
+
+    def _student_writes(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
+        return self.rollout.generate([row.student_ids for row in rows], **sampling)
+
+    def _teacher_writes(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
+        with self._writers_weights():
+            return self._writer.generate([(*self.prefixes[r.context_index], *r.teacher_ids) for r in rows], **sampling)
+
+    def _system(self) -> dict[str, Any]:
+        """What a step's `loss` is, and of whose answers."""
+        config = self.config
+        objective = config.divergence if config.objective == "divergence" else config.objective
+        return {"objective": objective, "answers_of": config.answers}
+
     def _sampling(self, purpose: str, index: int) -> dict[str, Any]:
         config = self.config
         return {
@@ -277,6 +317,9 @@ class OPCDTrainer:
             self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
             **self._loss_options(),
         )  # fmt: skip
+        if isinstance(self.source, TaskAnswers) and self.config.task_episodes:
+            sampling = self._sampling("task", 0)
+            record |= self.source.score(self._student_writes, "selection", self.config.task_episodes, sampling)
         self._log(record, result.evaluations)
         progress.note(in_words(record))
 
@@ -324,6 +367,17 @@ class OPCDTrainer:
         self.folder.log(record)
         for callback in self.callbacks:
             callback(record)
+
+
+def _task_prompts(task: Any, tokenizer: Any, context: Any, eval_prompts: Any, config: OPCDConfig) -> TaskPrompts:
+    if context is None:
+        raise InputError("context is missing: a task's prompts have none of their own")
+    if eval_prompts is not None:
+        raise InputError("eval_prompts: a task is evaluated on its own split 'selection'; drop eval_prompts")
+    if config.kept_answers:
+        raise InputError("kept_answers: a task's later turns depend on the answers, which are drawn at every step")
+    held_out = config.eval_batch if config.eval_every else 0
+    return TaskPrompts(task, tokenizer, context, config.batch_size, held_out, config.template_variables())
 
 
 def _shares_prompts(model: Any, config: OPCDConfig) -> bool:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from opcd_fast.rollout import Completion
 from opcd_fast.seeds import stream_seed
 
 FILE = "answers.jsonl"
+KEPT_COUNTS = "answers.json"
 
 Sampling = Mapping[str, Any]  # keywords of `Rollout.generate`
 Writer = Callable[[Sequence[RenderedPrompt], Sampling], list[Completion]]
@@ -77,6 +79,8 @@ class PromptAnswers:
 class KeptAnswers:
     """`count` answers to every prompt, drawn before the first step and written to `folder`/answers.jsonl.
 
+    What that took is in answers.json beside it.
+
     A line is {"prompt_ids", "response_ids", "finished"}: the student's prompt, so that the file can be given to another
     run. Which of a prompt's answers comes first in a step is drawn; a prompt that comes again in it gets the next one.
     """
@@ -102,8 +106,9 @@ class KeptAnswers:
         if resumed:
             answers = self._read()
         else:
+            started = time.perf_counter()
             answers = self._write(self._prompts, self._sampling("kept answers", 0))
-            self._save(answers)
+            self._save(answers, time.perf_counter() - started)
         for row, answer in zip(self._prompts, answers, strict=True):
             self._kept.setdefault(row, []).append(answer)
 
@@ -116,11 +121,14 @@ class KeptAnswers:
             seen[row] += 1
         return Drawn(scored(rows, answers, of_student=False), answers)
 
-    def _save(self, answers: Sequence[Completion]) -> None:
+    def _save(self, answers: Sequence[Completion], seconds: float) -> None:
         lines = [
             {"prompt_ids": row.student_ids, "response_ids": answer.token_ids, "finished": answer.finished}
             for row, answer in zip(self._prompts, answers, strict=True)
         ]
+        tokens = sum(len(answer.token_ids) for answer in answers)
+        counts = {"answers": len(answers), "response_tokens": tokens, "seconds": round(seconds, 4)}
+        write_text(self._file.with_name(KEPT_COUNTS), json.dumps(counts) + "\n")
         write_text(self._file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _read(self) -> list[Completion]:

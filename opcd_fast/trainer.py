@@ -154,7 +154,8 @@ class OPCDTrainer:
         self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
 
         # Who writes where answers="teacher": what the student learns from, with its weights of that step.
-        self._writer, self._writers_weights = self.teacher_rollout, self.base_weights
+        self._writer: Any = self.teacher_rollout
+        self._writers_weights = self.base_weights
         if config.teacher_mode != "frozen":
             live = pair.teacher is self.model
             self._writer, self._writers_weights = self.rollout if live else sampler(pair.teacher, False), nullcontext
@@ -263,7 +264,7 @@ class OPCDTrainer:
     def _answer_source(self, windows: tuple[int | None, int | None]) -> AnswerSource:
         """Whose answers to which prompts are learned from."""
         config, own = self.config, self.config.answers == "student"
-        write = self._student_writes if own else self._teacher_writes
+        write = self.student_writes if own else self.teacher_writes
         if self.task_prompts is not None:
             count, repeats = config.batch_size, config.rollouts_per_prompt
             return TaskAnswers(
@@ -276,10 +277,10 @@ class OPCDTrainer:
             )  # fmt: skip
         return PromptAnswers(self._prompts_of, write, self._sampling, own)
 
-    def _student_writes(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
+    def student_writes(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
         return self.rollout.generate([row.student_ids for row in rows], **sampling)
 
-    def _teacher_writes(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
+    def teacher_writes(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
         with self._writers_weights():
             return self._writer.generate([(*self.prefixes[r.context_index], *r.teacher_ids) for r in rows], **sampling)
 
@@ -319,7 +320,7 @@ class OPCDTrainer:
         )  # fmt: skip
         if isinstance(self.source, TaskAnswers) and self.config.task_episodes:
             sampling = self._sampling("task", 0)
-            record |= self.source.score(self._student_writes, "selection", self.config.task_episodes, sampling)
+            record |= self.source.score(self.student_writes, "selection", self.config.task_episodes, sampling)
         self._log(record, result.evaluations)
         progress.note(in_words(record))
 

@@ -28,9 +28,12 @@ _HOME = {
     "Batch": "batch",
     "Sample": "batch",
     "pack": "batch",
-    "Completion": "rollout",
-    "Rollout": "rollout",
+    "Completion": "rollout_protocol",
+    "Rollout": "rollout_protocol",
     "TransformersRollout": "rollout",
+    "ServerRollout": "rollout_server",
+    "VLLMRollout": "rollout_vllm",
+    "ReplayRollout": "rollout_replay",
     "OPCDConfig": "config",
     "OPCDTrainer": "trainer",
     "TrainResult": "trainer",
@@ -55,7 +58,11 @@ if TYPE_CHECKING:
     )
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prefix import SharedPrefix
-    from opcd_fast.rollout import Completion, Rollout, TransformersRollout
+    from opcd_fast.rollout import TransformersRollout
+    from opcd_fast.rollout_protocol import Completion, Rollout
+    from opcd_fast.rollout_replay import ReplayRollout
+    from opcd_fast.rollout_server import ServerRollout
+    from opcd_fast.rollout_vllm import VLLMRollout
     from opcd_fast.scoring import ContinuationScores, score_continuations
     from opcd_fast.shared_prompts import shared_prompt_hidden_states
     from opcd_fast.student import packed_hidden_states

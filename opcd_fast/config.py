@@ -18,6 +18,18 @@ LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for 
 EMA_DECAY, SYNC_EVERY = 0.99, 10
 FULL_LEARNING_RATE = 5e-6  # the paper's (arXiv 2602.12275, searched 1e-6 ... 5e-6)
 
+# Which kinds of rollout use which settings; setting another one is an error.
+ROLLOUT_SETTINGS = {
+    ("transformers", "generate", "continuous", "replay"): ("merge_for_rollout",),  # replay: its evaluations
+    ("server",): (
+        "rollout_url", "rollout_command", "rollout_timeout", "rollout_tries", "rollout_concurrency",
+        "rollout_logprobs",
+    ),
+    ("server", "vllm"): ("rollout_model",),
+    ("vllm",): ("rollout_gpu_share",),
+    ("replay",): ("rollout_file",),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class OPCDConfig:
@@ -39,7 +51,7 @@ class OPCDConfig:
     """Nucleus sampling of the answers; the paper trains with 1."""
     answers: str = "student"
     """Who writes the answers that are learned from: "student" (on-policy, without the context) or "teacher"
-    (off-policy, with the context in front)."""
+    (off-policy, with the context in front). Those of a file: rollout="replay"."""
     kept_answers: int = 0
     """Of answers="teacher": so many answers to each prompt are drawn before the first step, kept in answers.jsonl and
     used again and again. 0: fresh ones at every step."""
@@ -105,10 +117,34 @@ class OPCDConfig:
     """Student plus teacher tokens run through the models at once; None: the whole batch."""
     share_prompts: bool | None = None
     """The student reads a prompt once for all of its answers. None: where rollouts_per_prompt > 1 and its model can."""
-    rollout_batch: int = 64
-    """Sequences generated at once."""
+    rollout: str = "transformers"
+    """Where answers come from: "transformers" (this process, the fastest way that is exact), "generate" or
+    "continuous" (transformers' own ways), "server" (OpenAI's protocol with token ids), "vllm" (in this process),
+    "replay" (a file). See docs/rollouts.md."""
+    rollout_batch: int | None = None
+    """Sequences generated at once; None: what memory holds at the first call, 256 at most."""
     merge_for_rollout: bool | None = None
-    """Generate with a copy that has the adapter folded in. None: on the CPU."""
+    """Generate with a copy that has the adapter folded in. None: on the CPU; on a GPU what is faster at the first
+    call, and exact (unmerged for models under 20 million parameters)."""
+    rollout_url: str | None = None
+    """Of "server": http://host:port, what stands in front of /v1."""
+    rollout_model: str | None = None
+    """Of "server" with rollout_command, and of "vllm": the model's name there; None: the name it was loaded by."""
+    rollout_command: str | None = None
+    """Of "server": a command that loads the weights from the folder it gets as its last argument. None: vLLM's
+    endpoints for LoRA adapters."""
+    rollout_timeout: float = 600.0
+    """Of "server": seconds for one answer."""
+    rollout_tries: int = 8
+    """Of "server": how often an answer is asked for before the run ends."""
+    rollout_concurrency: int = 64
+    """Of "server": answers asked for at the same time."""
+    rollout_logprobs: str = "raw"
+    """Of "server": its log-probabilities are "raw" (the model's) or "processed" (of the sampling distribution)."""
+    rollout_gpu_share: float = 0.5
+    """Of "vllm": share of the GPU's memory it may take while it generates."""
+    rollout_file: str | None = None
+    """Of "replay": JSONL of prompts and answers."""
     loss_backend: str = "auto"
     """"auto" | "triton" | "native" | "torch"."""
     workspace_bytes: int | None = None
@@ -159,12 +195,13 @@ class OPCDConfig:
                 start = "above" if open_low else "from"
                 raise InputError(f"{name}={value!r} must be a number {start} {low} up to {high}")
 
-        for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "rollout_batch", "eval_batch"):
+        for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "eval_batch"):
             at_least(name, 1)
         for name in ("lora_rank", "eval_every", "save_every", "seed", "kept_answers", "task_episodes"):
             at_least(name, 0)
         at_least("keep_checkpoints", 1)
-        for name in ("micro_batch_tokens", "workspace_bytes", "lora_alpha", "max_prefix_bytes", "teacher_batch_bytes"):
+        bounds = ("micro_batch_tokens", "workspace_bytes", "max_prefix_bytes", "teacher_batch_bytes", "rollout_batch")
+        for name in (*bounds, "lora_alpha"):
             if getattr(self, name) is not None:
                 at_least(name, 1)
         within("temperature", 0, 100, open_low=True)
@@ -203,6 +240,7 @@ class OPCDConfig:
                 raise InputError(f"{name} is set, but teacher_path='concat' keeps no caches; drop one of them")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
+        self._check_rollout(one_of, at_least, within)
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
 
@@ -211,13 +249,17 @@ class OPCDConfig:
         one_of("answers", "student", "teacher")
         one_of("objective", "divergence", "nll")
         if self.objective == "nll":
-            if self.answers == "student":
+            if self.answers == "student" and self.rollout != "replay":
                 raise InputError(
                     "objective='nll' on the student's own answers teaches nothing: its gradient is zero on average; "
-                    "set answers='teacher'"
+                    "set answers='teacher', or rollout='replay' for those of a file"
                 )
             if self.divergence != "reverse_kl":
                 raise InputError(f"divergence={self.divergence!r} is set, but objective='nll' has none; drop one")
+            if self.answers != "teacher" and self.teacher_mode != "frozen":
+                raise InputError(f"teacher_mode={self.teacher_mode!r}: with objective='nll' the teacher scores nothing")
+        if self.answers == "teacher" and self.rollout == "replay":
+            raise InputError("answers='teacher' and rollout='replay' both say who answers; drop one of them")
         if self.kept_answers and self.answers != "teacher":
             raise InputError("kept_answers is set, but the student's answers are always fresh; set answers='teacher'")
         if self.kept_answers and self.teacher_mode != "frozen":
@@ -225,6 +267,22 @@ class OPCDConfig:
                 f"kept_answers are written before the first step, so teacher_mode={self.teacher_mode!r} would move a "
                 "teacher that writes no more; set kept_answers=0 or teacher_mode='frozen'"
             )
+
+    def _check_rollout(self, one_of: Any, at_least: Any, within: Any) -> None:
+        one_of("rollout", "transformers", "generate", "continuous", "server", "vllm", "replay")
+        one_of("rollout_logprobs", "raw", "processed")
+        at_least("rollout_tries", 1)
+        at_least("rollout_concurrency", 1)
+        within("rollout_timeout", 0, 86400, open_low=True)
+        within("rollout_gpu_share", 0, 1, open_low=True)
+        for kind, name in (("server", "rollout_url"), ("replay", "rollout_file")):
+            if self.rollout == kind and getattr(self, name) is None:
+                raise InputError(f"rollout={kind!r} needs {name}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for kinds, names in ROLLOUT_SETTINGS.items():
+            for name in names:
+                if self.rollout not in kinds and getattr(self, name) != defaults[name]:
+                    raise InputError(f"{name} is set, but rollout={self.rollout!r} does not use it; drop one of them")
 
     def columns(self) -> dict[str, Any]:
         """How `read_prompts` reads the rows."""

@@ -30,6 +30,18 @@ Write down what would help with OTHER problems of this kind: rules that hold, st
 Leave out this problem's own numbers, positions and answer. Write at most {most} lessons, each on one line that begins \
 with `{mark}`."""
 
+# Two worked examples of the form; small models do not take it from the words alone.
+EXAMPLES = (
+    (
+        "## Problem\nA shop sells 3 apples for 2 coins. What do 12 cost?\n\n## Attempt\n12 / 2 = 6, so 6 coins.",
+        ("Find out what one unit of the goods costs before multiplying.", "Check which number is divided by which."),
+    ),
+    (
+        "## Turn 1\nThe door is red. Moves: [open], [knock].\n\n## Attempt\n[open]\n\n## Outcome\nYou lost: locked.",
+        ("Try the careful move first when nothing says that the other one is safe.",),
+    ),
+)
+
 WRITE_AFTER = """
 
 These lessons are known already, so do not repeat them:
@@ -52,8 +64,12 @@ def ask_for_lessons(played: Played, most: int, known: Sequence[str] = ()) -> lis
         parts.append(f"## {head}\n{turn.messages[-1]['content']}\n\n## Attempt\n{final_part(turn.answer) or '(none)'}")
     if played.feedback:
         parts.append(f"## Outcome\n{played.feedback}")
-    text = WRITE.format(attempt="\n\n".join(parts), most=most, mark=MARK)
-    return as_user(text + (WRITE_AFTER.format(known=as_lines(known)) if known else ""))
+    more = WRITE_AFTER.format(known=as_lines(known)) if known else ""
+    examples: list[Message] = []
+    for attempt, lessons in EXAMPLES:
+        examples += as_user(WRITE.format(attempt=attempt, most=most, mark=MARK))
+        examples.append({"role": "assistant", "content": as_lines(lessons[:most])})
+    return examples + as_user(WRITE.format(attempt="\n\n".join(parts), most=most, mark=MARK) + more)
 
 
 def ask_to_merge(lessons: Sequence[str]) -> list[Message]:

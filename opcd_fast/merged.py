@@ -34,6 +34,18 @@ class MergedCopy:
             folded = folded.t().contiguous().t() if folded.device.type == "cpu" else folded.clone()
             plain.weight = nn.Parameter(folded, requires_grad=False)
             self._pairs.append((layer, plain.weight))
+        head = self.model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and head.weight.device.type == "cpu":  # not adapted, but read at every token
+            head.weight = nn.Parameter(head.weight.detach().t().contiguous().t(), requires_grad=False)
+
+    @staticmethod
+    def bytes_needed(model: Any) -> int:
+        """Bytes of the weights that the copy does not share with `model`."""
+        adapted = [layer.base_layer.weight for layer in model.modules() if _is_lora(layer)]
+        head = model.get_output_embeddings()
+        if head is not None and next(model.parameters()).device.type == "cpu":
+            adapted.append(head.weight)
+        return sum(weight.numel() * weight.element_size() for weight in adapted)
 
     @staticmethod
     def supports(model: Any) -> bool:

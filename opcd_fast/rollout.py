@@ -1,66 +1,56 @@
-"""Answers drawn from a model. Token ids in, token ids and their log-probabilities out; no text here."""
+"""Answers drawn from a transformers model in this process.
+
+Engines that give the same answers for the same seed, up to rounding:
+
+- "decode": `opcd_fast.decoding`, for architectures it knows; compared with "generate" on first use;
+- "generate": transformers' `generate`, for everything else;
+- "continuous": transformers' `generate_batch`, whose own random numbers draw the tokens.
+
+The protocol, and other engines: `rollout_protocol`, `rollout_server`, `rollout_vllm`, `rollout_replay`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from opcd_fast import rollout_generate, rollout_memory
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import refuses_packing
+from opcd_fast.decoding import decode, refuses_decoding
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
-from opcd_fast.seeds import seeded
-from opcd_fast.token_prefix import common_prefix_length
+from opcd_fast.rollout_choice import Choice, agree, faster
+from opcd_fast.rollout_protocol import Completion, Rollout, check_request, stop_token_ids, weights_version
 
-MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
+__all__ = ["Completion", "Rollout", "TransformersRollout", "stop_token_ids"]
 
+ENGINES = ("auto", "decode", "generate", "continuous")
+UNTIMED = ("cpu",)  # where the adapter is folded in without timing it
+WORTH_MEASURING = 20_000_000  # parameters; below, a choice saves less than measuring it costs
+TRIAL_TOKENS = 8
+TRIAL_PROMPTS = 4
 
-@dataclass(frozen=True)
-class Completion:
-    """One sampled answer.
-
-    `token_ids` end with the stop token when `finished`; otherwise the answer was cut at the token limit.
-    `logprobs[i]` is the natural log-probability of `token_ids[i]` under the distribution it was drawn from
-    (temperature and top-p included).
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finished: bool
-
-
-class Rollout(Protocol):
-    """What the loop asks of a sampler. One Completion per prompt, in order; the same seed gives the same answers."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> list[Completion]: ...
+_log = logging.getLogger(__name__)
 
 
 class TransformersRollout:
-    """transformers' `generate`, batched. Left padding exists only in here.
-
-    The longest common token prefix of the prompts in a batch (a template's own system message, or a context) runs
-    through the model once, at batch size 1.
+    """A sampler over a transformers model, PEFT-wrapped or not; left in the train/eval mode it had.
 
     Args:
-        model: a transformers causal LM, PEFT-wrapped or not. It is left in the train/eval mode it had.
+        model: the causal LM.
         stop_token_ids: ids that end an answer.
-        max_batch: sequences generated at once.
+        max_batch: sequences generated at once. None: as many as the memory that is free at the first call holds,
+            at most 256.
         merge_adapter: generate with a copy that has the LoRA adapter folded in (a second copy of the adapted
-            weights, about twice as fast on a CPU). None: on the CPU when the adapter allows it.
+            weights). None: on the CPU; on GPUs for models from 20 million parameters on, where it is timed once on the
+            first call's prompts, and taken only if it is faster and the log-probabilities agree.
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
+        engine: "auto" | "decode" | "generate" | "continuous". Auto is "decode" where it agrees with "generate".
+        choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
     """
 
     def __init__(
@@ -68,22 +58,61 @@ class TransformersRollout:
         model: Any,
         *,
         stop_token_ids: Sequence[int],
-        max_batch: int = 64,
+        max_batch: int | None = 64,
         merge_adapter: bool | None = None,
         vocab_size: int | None = None,
+        engine: str = "auto",
+        choice: Choice | None = None,
     ) -> None:
         if not stop_token_ids:
             raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        if engine not in ENGINES:
+            raise InputError(f"engine={engine!r} is not available; use {' or '.join(map(repr, ENGINES))}")
+        if max_batch is not None and max_batch < 1:
+            raise InputError(f"max_batch={max_batch} must be at least 1, or None for as many as fit")
         self.model = model
         self.stop_token_ids = tuple(stop_token_ids)
         self.max_batch = max_batch
         self.vocab_size = vocab_size
-        can_merge = MergedCopy.supports(model)
-        if merge_adapter and not can_merge:
+        self.device = next(model.parameters()).device
+        self._can_merge = MergedCopy.supports(model)
+        if merge_adapter and not self._can_merge:
             raise InputError("merge_adapter=True needs plain LoRA on linear layers; use None or False")
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        wanted = merge_adapter if merge_adapter is not None else on_cpu
-        self._merged = MergedCopy(model) if wanted and can_merge else None
+        refusal = refuses_decoding(model)
+        if engine == "decode" and refusal is not None:
+            raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
+        self._merged: MergedCopy | None = None
+        self._folded: Any = None  # version of the weights that the copy holds
+        self._kept = choice or Choice()
+        kept = self._kept.values
+        self._engine = self._kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
+        if self._engine is None and refusal is not None:
+            self._engine = self._kept.set("engine", "generate", f"decode cannot run this model: {refusal}")
+        merge = self._kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
+        if merge is None and not self._can_merge:
+            merge = self._kept.set("merge", False, "no plain LoRA adapter to fold in")
+        if merge is None and self.device.type in UNTIMED:
+            # Two runs are then the same. Adapters' small products cost more there than their share of the arithmetic.
+            fits = MergedCopy.bytes_needed(model) <= rollout_memory.free_bytes(self.device) // 2
+            reason = "on the CPU, where the copy is faster" if fits else "the copy would take over half of what is free"
+            merge = self._kept.set("merge", fits, reason)
+        if merge is None and sum(p.numel() for p in model.parameters()) < WORTH_MEASURING:
+            merge = self._kept.set("merge", False, "small model: not measured")
+        self._merge: bool | None = merge
+        if self._merge:
+            self._merged = MergedCopy(model)
+        if max_batch is None:
+            self.max_batch = kept.get("batch")
+
+    def sync(self, model: Any = None) -> None:
+        """Weights may have moved: fold the adapter in again before the next answer."""
+        if model is not None and model is not self.model:
+            raise InputError("sync: this rollout runs the model it was made with; make another for another model")
+        self._folded = None
+
+    def explain(self) -> str:
+        """What was chosen and why, a line each; what is not decided yet is decided at the first call."""
+        return self._kept.explain()
 
     @torch.no_grad()
     def generate(
@@ -94,152 +123,133 @@ class TransformersRollout:
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
+        logprobs: bool = True,
     ) -> list[Completion]:
         """See Rollout. temperature 0 takes the most probable token (its log-probability is then at temperature 1)."""
-        model = self._merged.refresh() if self._merged else self.model
-        was_training = model.training
-        model.eval()
-        try:
-            with seeded(seed, next(model.parameters()).device), _own_generation_settings(model):
-                done: list[Completion] = []
-                for start in range(0, len(prompts), self.max_batch):
-                    part = prompts[start : start + self.max_batch]
-                    done += self._generate(model, part, max_new_tokens, temperature, top_p)
-            return done
-        finally:
-            model.train(was_training)
+        rows = check_request(prompts, max_new_tokens, temperature, top_p)
+        if not rows:
+            return []
+        with seam.scoring_mode(self.model):
+            self._decide(rows, max_new_tokens)
+            options = {"temperature": temperature, "top_p": top_p}
+            generator = torch.Generator().manual_seed(seed)
+            uniform = torch.rand(len(rows), max_new_tokens, dtype=torch.float64, generator=generator)
+            drawn: list[Any] = [None] * len(rows)
+            # Neighbours in length share a batch, so that little of it is padding; equal prompts run once.
+            order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]))
+            model, start = self._answering_model(), 0
+            while start < len(order):
+                part = order[start : start + (self.max_batch or 1)]
+                try:
+                    answers = self._run(
+                        self._engine, model, [rows[i] for i in part], uniform[part], seed=seed + start, **options
+                    )
+                except torch.cuda.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise
+                    answers = None
+                if answers is None:  # outside of the handler, whose traceback keeps the tensors alive
+                    torch.cuda.empty_cache()
+                    self.max_batch = len(part) // 2
+                    _log.warning("rollout: out of GPU memory with %d sequences, going on with %d at once",
+                                 len(part), self.max_batch)  # fmt: skip
+                    continue
+                for i, answer in zip(part, answers):
+                    drawn[i] = answer
+                start += len(part)
+        return [self._completion(tokens, values if logprobs else None) for tokens, values in drawn]
 
-    def _generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
-    ) -> list[Completion]:
-        from transformers import GenerationConfig
+    def _run(
+        self, engine: str | None, model: Any, prompts: list[tuple[int, ...]], uniform: Tensor, *,
+        temperature: float, top_p: float, seed: int = 0,
+    ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+        options: dict[str, Any] = {
+            "temperature": temperature, "top_p": top_p, "vocab_size": self.vocab_size,
+            "stop_token_ids": self.stop_token_ids,
+        }  # fmt: skip
+        if engine == "decode":
+            return decode(model, prompts, uniform, **options)
+        if engine == "continuous":
+            return rollout_generate.continuous(model, prompts, uniform.shape[1], seed=seed, **options)
+        return rollout_generate.generate(model, prompts, uniform, **options)
 
-        device = next(model.parameters()).device
-        shared = self._shared_length(model, prompts)
-        ids, mask = _left_padded(prompts, shared, self.stop_token_ids[0])
-        ids, mask = ids.to(device), mask.to(device)
-        recorder = _Sampler(temperature, top_p, self.vocab_size)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=_prefilled(model, ids[:1, :shared], len(prompts)) if shared else None,
-            logits_processor=[recorder],
-            generation_config=GenerationConfig(
-                **({"do_sample": True, "top_k": 0} if temperature > 0 else {"do_sample": False}),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(self.stop_token_ids),
-                pad_token_id=self.stop_token_ids[0],
-                bos_token_id=None,
-                use_cache=True,
-            ),
+    def _completion(self, tokens: list[int], logprobs: list[float] | None) -> Completion:
+        return Completion(
+            tuple(tokens), None if logprobs is None else tuple(logprobs), tokens[-1] in self.stop_token_ids
         )
-        new = output[:, ids.shape[1] :]
-        return self._completions(new.cpu(), recorder.logprobs(new).cpu())
 
-    def _completions(self, tokens: Tensor, logprobs: Tensor) -> list[Completion]:
-        done = []
-        for row, row_logprobs in zip(tokens.tolist(), logprobs.tolist()):
-            stop = next((i for i, token in enumerate(row) if token in self.stop_token_ids), None)
-            end = len(row) if stop is None else stop + 1
-            done.append(Completion(tuple(row[:end]), tuple(row_logprobs[:end]), stop is not None))
-        return done
+    def _answering_model(self) -> Any:
+        if self._merged is None:
+            return self.model
+        version = weights_version(self.model)
+        if version != self._folded:
+            self._merged.refresh()
+            self._folded = version
+        return self._merged.model
 
-    @staticmethod
-    def _shared_length(model: Any, prompts: Sequence[Sequence[int]]) -> int:
-        """Tokens to run once for the batch. 0 where padding between a prefix and the rest could be wrong: windowed
-        layers count slots, not positions, and so do architectures whose positions are not rotary."""
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
-        if windowed or len(prompts) < 2 or refuses_packing(seam.body_of(model)) is not None:
-            return 0
-        length = common_prefix_length(prompts)
-        return length if length >= MIN_SHARED_PREFIX else 0
+    # --------------------------------------------------------------------------------------- decided once
 
+    def _decide(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> None:
+        if self._engine is None:
+            self._engine, reason = self._verified(rows, max_new_tokens)
+            self._kept.set("engine", self._engine, reason)
+        if self._merge is None:
+            self._merge, reason = self._measured(rows, max_new_tokens)
+            self._kept.set("merge", self._merge, reason)
+        if self.max_batch is None:
+            longest = max(map(len, rows))
+            self.max_batch = rollout_memory.batch_that_fits(self.model, longest, max_new_tokens)
+            self._kept.set("batch", self.max_batch, f"free memory, {longest} + {max_new_tokens} tokens a sequence")
+        self._kept.write()
 
-def stop_token_ids(tokenizer: Any, model: Any, extra: Sequence[str] = ()) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's and the model's end tokens, and `extra` tokens by name."""
-    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids += configured if isinstance(configured, list) else [configured] if configured is not None else []
-    vocabulary = tokenizer.get_vocab()
-    for token in extra:
-        if token not in vocabulary:
-            raise InputError(f"stop_tokens: {token!r} is not a single token of this tokenizer")
-        ids.append(vocabulary[token])
-    return tuple(dict.fromkeys(ids))
+    def _verified(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> tuple[str, str]:
+        """Both engines on a few of the prompts, shortest and longest among them, most probable tokens."""
+        ordered = sorted(set(rows), key=len)
+        trial = [*ordered[: TRIAL_PROMPTS // 2], *ordered[TRIAL_PROMPTS // 2 :][-TRIAL_PROMPTS // 2 :]]
+        uniform = torch.zeros(len(trial), min(TRIAL_TOKENS, max_new_tokens), dtype=torch.float64)
+        try:
+            ours = self._run("decode", self.model, trial, uniform, temperature=0.0, top_p=1.0)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return self._stepped_down(f"decode failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        theirs = self._run("generate", self.model, trial, uniform, temperature=0.0, top_p=1.0)
+        good, difference = agree(ours, theirs, next(self.model.parameters()).dtype)
+        if good:
+            return "decode", f"agrees with generate: log-probabilities differ by {difference:.1e} at most"
+        return self._stepped_down(f"decode disagrees with generate by {difference:.1e} in log-probability")
 
+    def _stepped_down(self, reason: str) -> tuple[str, str]:
+        _log.warning("rollout: %s; using transformers' generate", reason)
+        return "generate", reason
 
-class _Sampler:
-    """Logits processor: applies temperature and top-p, and keeps the log-probability of what was then drawn.
+    def _measured(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> tuple[bool, str]:
+        """Unmerged against merged on the first prompts of this call; the time for folding counts."""
+        needed = MergedCopy.bytes_needed(self.model)
+        if needed > rollout_memory.free_bytes(self.device) // 2:
+            return False, f"the copy would take {needed / 2**30:.1f} GiB, over half of what is free"
+        copy = MergedCopy(self.model)
+        rows = rows[: self.max_batch or 16]
+        tokens = min(TRIAL_TOKENS, max_new_tokens)
+        zeros = torch.zeros(len(rows), tokens, dtype=torch.float64)
 
-    The token drawn at a step is known at the next call, so one step's scores are held, never all of them.
-    """
+        def run(model: Any, count: int) -> list[tuple[list[int], list[float]]]:
+            return self._run(self._engine, model, rows, zeros[:, :count], temperature=0.0, top_p=1.0)
 
-    def __init__(self, temperature: float, top_p: float, vocab_size: int | None) -> None:
-        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
-        self._warpers = LogitsProcessorList()
-        if temperature not in (0.0, 1.0):
-            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
-        if top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(top_p))
-        self._vocab_size = vocab_size
-        self._held: Tensor | None = None
-        self._drawn: list[Tensor] = []
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if self._held is not None:
-            self._drawn.append(_logprob(self._held, input_ids[:, -1]))
-        scores = scores.float()
-        if self._vocab_size is not None:
-            scores[:, self._vocab_size :] = -torch.inf
-        self._held = self._warpers(input_ids, scores)
-        return self._held
-
-    def logprobs(self, tokens: Tensor) -> Tensor:
-        """(B, T) float32 log-probabilities of the generated tokens (B, T)."""
-        assert self._held is not None
-        return torch.stack([*self._drawn, _logprob(self._held, tokens[:, -1])], dim=1)
-
-
-def _logprob(scores: Tensor, tokens: Tensor) -> Tensor:
-    return scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)
-
-
-@contextmanager
-def _own_generation_settings(model: Any) -> Iterator[None]:
-    """Keep the model's generation_config out: transformers would fill in every setting that a call leaves open, and
-    chat models ship temperatures, penalties and beams. The answers must come from the distribution that is scored."""
-    from transformers import GenerationConfig
-
-    owner: Any = seam.causal_lm(model)
-    kept = owner.generation_config
-    owner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        owner.generation_config = kept
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], shared: int, pad: int) -> tuple[Tensor, Tensor]:
-    """(B, T) ids and mask: the shared prefix first, then the padding, then each prompt's own tokens."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, :shared] = torch.tensor(prompt[:shared], dtype=torch.int64)
-        mask[row, :shared] = 1
-        own = prompt[shared:]
-        ids[row, width - len(own) :] = torch.tensor(own, dtype=torch.int64)
-        mask[row, width - len(own) :] = 1
-    return ids, mask
-
-
-def _prefilled(model: Any, prefix_ids: Tensor, batch: int) -> Any:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    model(input_ids=prefix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_repeat_interleave(batch)
-    return cache
+        dtype = next(self.model.parameters()).dtype
+        good, difference = agree(run(self.model, tokens), run(copy.refresh(), tokens), dtype)
+        if not good:
+            return False, f"merged log-probabilities differ by {difference:.1e}"
+        merged, seconds = faster(
+            {
+                False: lambda count: run(self.model, count),
+                True: lambda count: run(copy.refresh(), count),
+            },
+            few=1, many=tokens, wanted=max_new_tokens, device=self.device,
+        )  # fmt: skip
+        if merged:
+            self._merged = copy
+        return merged, (
+            f"{len(rows)} prompts, estimated for {max_new_tokens} tokens: merged {seconds[True]:.2f} s, "
+            f"unmerged {seconds[False]:.2f} s; log-probabilities differ by {difference:.1e}"
+        )

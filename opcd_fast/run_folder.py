@@ -37,7 +37,7 @@ class RunFolder:
         if checkpoint.list_checkpoints(self._checkpoints):
             raise InputError(f"output_dir={str(self.path)!r} holds the run of an earlier train(); make a new trainer")
         self.clear_leftovers()
-        for name in ("metrics.jsonl", "eval_fixed.json"):
+        for name in ("metrics.jsonl", "eval_fixed.json", "rollout.json"):
             (self.path / name).unlink(missing_ok=True)
         self.write_config(config)
 

@@ -42,6 +42,7 @@ from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.records import step_record, total_weight
 from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
 from opcd_fast.rollout import Completion, TransformersRollout, stop_token_ids
+from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.seeds import digest, seeded, stream_seed
 from opcd_fast.task_answers import TaskAnswers, TaskPrompts, is_task
@@ -54,7 +55,8 @@ logger = logging.getLogger("opcd_fast")
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
     "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
-    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts", "teacher_device",
+    "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts", "teacher_device", "rollout_url",
+    "rollout_timeout", "rollout_tries", "rollout_concurrency", "rollout_gpu_share",
 )  # fmt: skip
 
 DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
@@ -140,25 +142,31 @@ class OPCDTrainer:
         self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
         self.teacher = self.teachers.teacher
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
-
-        def sampler(sampled: Any, merge: bool | None) -> TransformersRollout:
-            size = config.rollout_batch
-            return TransformersRollout(
-                sampled, stop_token_ids=stop_ids, max_batch=size, merge_adapter=merge, vocab_size=vocab_size
-            )
-
-        self.rollout = sampler(self.model, config.merge_for_rollout)
+        common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
+        self.rollout = make_rollout(
+            config, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
+        )
+        # Held-out answers are always the student's own.
+        replayed = config.rollout == "replay"
+        self.eval_rollout = local_rollout(config, self.model, **common) if replayed else self.rollout
         # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It
         # is None when the first weights are not kept (full fine-tuning, a moving teacher, and no evaluation).
-        self.teacher_rollout: Any = None if pair.reference is None else sampler(pair.reference, False)
+        self.teacher_rollout: Any = None
+        if pair.reference is not None:
+            self.teacher_rollout = TransformersRollout(
+                pair.reference, max_batch=config.rollout_batch, merge_adapter=False, **common
+            )
         self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
 
         # Who writes where answers="teacher": what the student learns from, with its weights of that step.
         self._writer: Any = self.teacher_rollout
-        self._writers_weights = self.base_weights
+        self._writers_model, self._writers_weights = pair.teacher, self.base_weights
         if config.teacher_mode != "frozen":
-            live = pair.teacher is self.model
-            self._writer, self._writers_weights = self.rollout if live else sampler(pair.teacher, False), nullcontext
+            self._writer, self._writers_weights = self.eval_rollout, nullcontext
+            if pair.teacher is not self.model:  # an average or a copy
+                self._writer = TransformersRollout(
+                    pair.teacher, max_batch=config.rollout_batch, merge_adapter=False, **common
+                )
         self.source = self._answer_source((windows[0], windows[1]))
 
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -278,17 +286,19 @@ class OPCDTrainer:
         return PromptAnswers(self._prompts_of, write, self._sampling, own)
 
     def student_writes(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
+        self.rollout.sync(self.model)
         return self.rollout.generate([row.student_ids for row in rows], **sampling)
 
     def teacher_writes(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
         with self._writers_weights():
+            self._writer.sync(self._writers_model)
             return self._writer.generate([(*self.prefixes[r.context_index], *r.teacher_ids) for r in rows], **sampling)
 
     def _system(self) -> dict[str, Any]:
         """What a step's `loss` is, and of whose answers."""
         config = self.config
         objective = config.divergence if config.objective == "divergence" else config.objective
-        return {"objective": objective, "answers_of": config.answers}
+        return {"objective": objective, "answers_of": "file" if config.rollout == "replay" else config.answers}
 
     def _sampling(self, purpose: str, index: int) -> dict[str, Any]:
         config = self.config
@@ -312,9 +322,10 @@ class OPCDTrainer:
         """Against the teacher's first weights, whatever the teacher has become."""
         if not fixed:
             return
+        self.eval_rollout.sync(self.model)
         assert self.teachers.reference is not None
         record = held_out_record(
-            step, self.eval_rows, fixed, self.rollout, self._sampling("evaluation", 0), self.model,
+            step, self.eval_rows, fixed, self.eval_rollout, self._sampling("evaluation", 0), self.model,
             self.teachers.reference, device=self.device, micro_batch_tokens=self.config.micro_batch_tokens,
             **self._loss_options(),
         )  # fmt: skip
@@ -375,6 +386,8 @@ def _task_prompts(task: Any, tokenizer: Any, context: Any, eval_prompts: Any, co
         raise InputError("context is missing: a task's prompts have none of their own")
     if eval_prompts is not None:
         raise InputError("eval_prompts: a task is evaluated on its own split 'selection'; drop eval_prompts")
+    if config.rollout == "replay":
+        raise InputError("rollout='replay': a task's later turns depend on the answers; a file cannot have them")
     if config.kept_answers:
         raise InputError("kept_answers: a task's later turns depend on the answers, which are drawn at every step")
     held_out = config.eval_batch if config.eval_every else 0

@@ -93,11 +93,12 @@ def test_lessons_are_the_marked_lines():
 
 def test_the_question_shows_the_attempt_and_how_it_ended_but_no_right_answer():
     turns = [Turn([{"role": "user", "content": f"board {n}"}], f"<think>hm</think>move {n}", True, 3) for n in (1, 2)]
-    (message,) = ask_for_lessons(Played("x", turns, 0.0, "You lost. A hole."), 3, known=["old"])
+    *examples, message = ask_for_lessons(Played("x", turns, 0.0, "You lost. A hole."), 3, known=["old"])
+    assert all(lessons_in(example["content"]) for example in examples if example["role"] == "assistant")
     for part in ("board 1", "move 2", "You lost. A hole.", "at most 3", "- LESSON: old"):
         assert part in message["content"]
     assert "<think>" not in message["content"]
-    (message,) = ask_for_lessons(Played("x", turns[:1], 0.0, ""), 3)
+    *_, message = ask_for_lessons(Played("x", turns[:1], 0.0, ""), 3)
     assert "Outcome" not in message["content"]
 
 

@@ -1,9 +1,11 @@
 """Sampling: right distribution, right log-probabilities, same answers for the same seed, nothing left behind."""
 
 import pytest
+import tiny_models
 import torch
 from tiny import logprobs_by_hand, lora_model, tiny_model
 
+from opcd_fast import decoding, rollout_memory
 from opcd_fast import rollout as rollout_module
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
@@ -24,27 +26,204 @@ def test_logprobs_are_those_of_the_sampling_distribution(temperature, top_p):
         torch.testing.assert_close(torch.tensor(answer.logprobs).double(), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_shared_prefix_changes_nothing(monkeypatch):
-    sampler = TransformersRollout(tiny_model(), stop_token_ids=[256])
-    assert sampler._shared_length(sampler.model, PROMPTS) == len(SHARED)
-    shared = sampler.generate(PROMPTS, max_new_tokens=12, temperature=0)
-    monkeypatch.setattr(rollout_module, "MIN_SHARED_PREFIX", 10**9)
-    alone = sampler.generate(PROMPTS, max_new_tokens=12, temperature=0)
-    for a, b, prompt in zip(shared, alone, PROMPTS):
+@pytest.mark.parametrize("engine", ["decode", "generate"])
+def test_batching_and_shared_prefix_change_nothing(monkeypatch, engine):
+    """One prompt at a time, all at once, and with a prefix that runs once: the same draws, the same answers."""
+    sampler = TransformersRollout(tiny_model(), stop_token_ids=list(range(0, 261, 9)), engine=engine, max_batch=64)
+    together = sampler.generate(PROMPTS * 3, max_new_tokens=12, seed=5)
+    monkeypatch.setattr(decoding, "MIN_SHARED_PREFIX", 10**9)
+    assert [a.token_ids for a in sampler.generate(PROMPTS * 3, max_new_tokens=12, seed=5)] == [
+        a.token_ids for a in together
+    ]
+    sampler.max_batch = 1
+    alone = sampler.generate(PROMPTS * 3, max_new_tokens=12, seed=5)
+    assert [a.token_ids for a in alone] == [a.token_ids for a in together]
+    assert len({a.token_ids for a in together[::3]}) > 1, "three answers to one prompt are three draws"
+    for a, b in zip(alone, together):
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_what_runs_through_the_model(monkeypatch):
+    """The shared prefix once, equal prompts once, finished rows no more."""
+    model = tiny_model()
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    sampler = TransformersRollout(model, stop_token_ids=list(range(0, 261, 3)), engine="decode")
+    answers = sampler.generate(PROMPTS * 4, max_new_tokens=8, seed=0)
+    assert shapes[:2] == [(1, len(SHARED)), (len(PROMPTS), 3)]
+    still = [sum(len(a.token_ids) > step for a in answers) for step in range(1, 8)]
+    assert shapes[2:] == [(count, 1) for count in still if count]
+    assert still[0] < 12, "some answers ended at their first token, or this test shows nothing"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2", "qwen3", "olmo2", "mistral-no-window", "gpt2"])
+def test_decode_is_generate(name):
+    model = tiny_models.tiny_model(name)
+    prompts = [row.tolist() for row in tiny_models.random_ids(5, 17, 17, 1, 9)]
+    prompts += [[*range(3, 20), token] for token in (30, 31)]
+    answers = {}
+    for engine in ("decode", "generate"):
+        sampler = TransformersRollout(model, stop_token_ids=[2, 50], engine=engine)
+        answers[engine] = sampler.generate(prompts, max_new_tokens=11, temperature=0.8, top_p=0.9, seed=2)
+    for a, b in zip(answers["decode"], answers["generate"]):
         assert a.token_ids == b.token_ids
-        (single,) = sampler.generate([prompt], max_new_tokens=12, temperature=0)
-        assert single.token_ids == a.token_ids
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-3, rtol=1e-3)
 
 
-def test_windowed_models_do_not_share_a_prefix():
-    from transformers import MistralConfig, MistralForCausalLM
+@pytest.mark.parametrize("name", ["mistral-window-below-context", "qwen2-mixed-window", "gemma2", "llama-dynamic-rope"])
+def test_models_that_decode_cannot_run_are_generated(name):
+    model = tiny_models.tiny_model(name)
+    sampler = TransformersRollout(model, stop_token_ids=[2])
+    assert "engine: generate (decode cannot run this model" in sampler.explain()
+    with pytest.raises(InputError, match="engine='decode' cannot run"):
+        TransformersRollout(model, stop_token_ids=[2], engine="decode")
+    prompts = [row.tolist() for row in tiny_models.random_ids(12, 5)]
+    for prompt, answer in zip(prompts, sampler.generate(prompts, max_new_tokens=6, seed=1)):
+        wanted = logprobs_by_hand(model, prompt, list(answer.token_ids), 1.0)
+        torch.testing.assert_close(torch.tensor(answer.logprobs).double(), wanted, atol=1e-3, rtol=1e-3)
 
-    config = MistralConfig(
-        vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=6, max_position_embeddings=128, bos_token_id=None, eos_token_id=256,
-    )  # fmt: skip
-    sampler = TransformersRollout(MistralForCausalLM(config).eval(), stop_token_ids=[256])
-    assert sampler._shared_length(sampler.model, PROMPTS) == 0
+
+def test_a_decode_that_is_wrong_is_found_out(monkeypatch, caplog):
+    good = decoding.BatchRun.attend
+    monkeypatch.setattr(
+        decoding.BatchRun, "attend", lambda self, module, q, k, v, *a, **o: good(self, module, q, k, v.flip(2), *a, **o)
+    )
+    model = tiny_model()
+    sampler = TransformersRollout(model, stop_token_ids=[256])
+    answers = sampler.generate(PROMPTS, max_new_tokens=6, seed=1)
+    assert "engine: generate (decode disagrees with generate by" in sampler.explain()
+    assert "decode disagrees" in caplog.text
+    assert answers == TransformersRollout(model, stop_token_ids=[256], engine="generate").generate(
+        PROMPTS, max_new_tokens=6, seed=1
+    )
+    monkeypatch.setattr(decoding.BatchRun, "attend", lambda *a, **o: 1 / 0)
+    sampler = TransformersRollout(model, stop_token_ids=[256])
+    assert sampler.generate(PROMPTS, max_new_tokens=6, seed=1) == answers
+    assert "decode failed: ZeroDivisionError" in sampler.explain()
+
+
+def test_the_right_decode_is_taken():
+    sampler = TransformersRollout(tiny_model(), stop_token_ids=[256])
+    sampler.generate(PROMPTS, max_new_tokens=6)
+    assert "engine: decode (agrees with generate" in sampler.explain()
+
+
+def test_answers_follow_the_distribution():
+    """3,000 first tokens against the model's probabilities, chi-squared."""
+    model = tiny_model()
+    sampler = TransformersRollout(model, stop_token_ids=[256], max_batch=3000)
+    drawn = sampler.generate([PROMPTS[0]] * 3000, max_new_tokens=1, temperature=0.8, top_p=0.8, seed=0)
+    counts = torch.bincount(torch.tensor([a.token_ids[0] for a in drawn]), minlength=261).double()
+    each = [logprobs_by_hand(model, PROMPTS[0], [token], 0.8, 0.8) for token in range(261)]
+    expected = 3000 * torch.cat(each).exp()
+    assert not counts[expected == 0].any()
+    inside = expected > 0
+    freedom = int(inside.sum()) - 1
+    chi = float(((counts - expected)[inside] ** 2 / expected[inside]).sum())
+    assert freedom > 20 and abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_continuous_batching(temperature):
+    model = lora_model()
+    sampler = TransformersRollout(model, stop_token_ids=[256], engine="continuous", merge_adapter=False)
+    answers = sampler.generate(PROMPTS, max_new_tokens=5, temperature=temperature, seed=3)
+    for prompt, answer in zip(PROMPTS, answers):
+        wanted = logprobs_by_hand(model, prompt, list(answer.token_ids), temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(answer.logprobs).double(), wanted, atol=1e-4, rtol=1e-4)
+    if temperature == 0:
+        other = TransformersRollout(model, stop_token_ids=[256], engine="generate", merge_adapter=False)
+        wanted = other.generate(PROMPTS, max_new_tokens=5, temperature=0)
+        assert [a.token_ids for a in answers] == [a.token_ids for a in wanted]
+
+
+def test_padding_of_the_head_is_never_drawn():
+    model = tiny_model()
+    for engine in ("decode", "generate"):
+        sampler = TransformersRollout(model, stop_token_ids=[0], vocab_size=20, engine=engine)
+        answers = sampler.generate(PROMPTS * 4, max_new_tokens=8, seed=0)
+        assert max(max(a.token_ids) for a in answers) < 20
+    with pytest.raises(RuntimeError, match="padding"):
+        TransformersRollout(model, stop_token_ids=[0], vocab_size=20, engine="continuous").generate(
+            PROMPTS, max_new_tokens=2
+        )
+
+
+def test_the_batch_is_sized_to_memory(monkeypatch):
+    model = tiny_model()
+    heads, width, layers = 2, 8, 2
+    per_token = rollout_memory.cache_bytes_per_token(model)
+    assert per_token == 2 * layers * heads * width * 4
+    cache = decoding.buffered_cache(layers)
+    cache.spread(torch.zeros(3, dtype=torch.int64), 7)
+    model(input_ids=torch.ones(3, 7, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == 3 * 7 * per_token
+    row = rollout_memory.bytes_per_sequence(model, 10, 20, 261)
+    assert rollout_memory.batch_that_fits(model, 10, 20, free=int(row * 4 * 5.5)) == 5
+    assert rollout_memory.batch_that_fits(model, 10, 20, free=0) == 1
+    monkeypatch.setattr(rollout_memory, "free_bytes", lambda device: int(row * 4 * 2.5))
+    sampler = TransformersRollout(model, stop_token_ids=[256], max_batch=None)
+    sampler.generate([list(range(10))] * 3, max_new_tokens=20)
+    assert sampler.max_batch == 2 and "batch: 2 (free memory" in sampler.explain()
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch, caplog):
+    sampler = TransformersRollout(tiny_model(), stop_token_ids=[256], engine="decode")
+    wanted = sampler.generate(PROMPTS * 2, max_new_tokens=5, seed=1)
+    inner = rollout_module.decode
+
+    def small(model, prompts, uniform, **options):
+        if len(prompts) > 2:
+            raise torch.cuda.OutOfMemoryError("no")
+        return inner(model, prompts, uniform, **options)
+
+    monkeypatch.setattr(rollout_module, "decode", small)
+    again = sampler.generate(PROMPTS * 2, max_new_tokens=5, seed=1)
+    assert [a.token_ids for a in again] == [a.token_ids for a in wanted]
+    assert sampler.max_batch == 1 and "out of GPU memory" in caplog.text
+
+
+def test_logprobs_only_when_asked():
+    (answer,) = TransformersRollout(tiny_model(), stop_token_ids=[256]).generate(
+        PROMPTS[:1], max_new_tokens=3, logprobs=False
+    )
+    assert answer.logprobs is None and answer.finish_reason == "length"
+
+
+def test_gradient_checkpointing_does_not_take_the_cache_away():
+    model = tiny_model()
+    wanted = TransformersRollout(model, stop_token_ids=[256]).generate(PROMPTS, max_new_tokens=6, temperature=0)
+    model.gradient_checkpointing_enable()
+    model.train()
+    sampler = TransformersRollout(model, stop_token_ids=[256])
+    assert sampler.generate(PROMPTS, max_new_tokens=6, temperature=0) == wanted
+    assert "engine: decode" in sampler.explain() and model.training and model.model.layers[0].training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
+        ({"prompts": ["hello"]}, "is text"),
+        ({"prompts": [[-1]]}, "token ids start at 0"),
+    ],
+)
+def test_requests_that_no_engine_can_run(change, message):
+    options = {"prompts": PROMPTS, "max_new_tokens": 2, **change}
+    with pytest.raises(InputError, match=message):
+        TransformersRollout(tiny_model(), stop_token_ids=[256]).generate(options.pop("prompts"), **options)
+
+
+@pytest.mark.parametrize("options", [{"engine": "vllm"}, {"max_batch": 0}])
+def test_settings_that_do_not_exist(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        TransformersRollout(tiny_model(), stop_token_ids=[256], **options)
 
 
 def test_seed_decides_and_the_callers_random_state_is_untouched():
@@ -72,14 +251,17 @@ def test_answers_end_with_the_stop_token_or_the_limit():
 
 def test_batches_are_bounded_and_order_is_kept(monkeypatch):
     sampler = TransformersRollout(tiny_model(), stop_token_ids=[256], max_batch=2)
-    sizes = []
-    inner = sampler._generate
+    sampler.generate(PROMPTS, max_new_tokens=1)  # decides, which runs prompts too
+    batches = []
+    inner = rollout_module.decode
     monkeypatch.setattr(
-        sampler, "_generate", lambda model, part, *rest: sizes.append(len(part)) or inner(model, part, *rest)
+        rollout_module, "decode", lambda model, part, *a, **o: batches.append(part) or inner(model, part, *a, **o)
     )
     answers = sampler.generate(PROMPTS, max_new_tokens=5, temperature=0)
-    assert sizes == [2, 1]
-    assert answers[2] == sampler.generate(PROMPTS[2:], max_new_tokens=5, temperature=0)[0]
+    assert [list(map(len, part)) for part in batches] == [[11, 12], [13]]  # neighbours in length share a batch
+    for answer, prompt in zip(answers, PROMPTS):
+        (alone,) = sampler.generate([prompt], max_new_tokens=5, temperature=0)
+        assert answer.token_ids == alone.token_ids
 
 
 def test_merged_copy_answers_as_the_adapter_does_and_follows_it():

@@ -65,7 +65,8 @@ def measure(
     options, reference = _options(trainer, yardstick), trainer.teachers.reference
     assert reference is not None, "check_common lets no run through that keeps none"
     rows = list(trainer.held_out_rows) * yardstick.answers
-    answers = trainer.rollout.generate(
+    trainer.eval_rollout.sync(trainer.model)
+    answers = trainer.eval_rollout.generate(
         [row.student_ids for row in rows], **yardstick.sampling, seed=stream_seed(seed, "compare own", 0)
     )
     own = divergence(samples_of(rows, answers), trainer.model, reference, **options)
@@ -78,7 +79,7 @@ def measure(
     }  # fmt: skip
     if yardstick.general:
         general = _without_context(trainer, yardstick.general)
-        answers = trainer.rollout.generate(
+        answers = trainer.eval_rollout.generate(
             [row.student_ids for row in general], **yardstick.sampling, seed=stream_seed(seed, "compare general", 0)
         )
         found["general_kl"] = divergence(samples_of(general, answers), trainer.model, base, **options)["kl"]

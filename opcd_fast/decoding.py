@@ -1,0 +1,173 @@
+"""Sampling token by token with keys and values in one buffer: what `generate` does, without what it adds per token.
+
+Three things make it cheaper than transformers' `generate`: the cache is written in place instead of concatenated in
+every layer at every token; a query head is folded into its key head, so that keys are never repeated; and rows that
+are finished leave the batch. Prompts that occur several times run once, and so does the prefix that all share.
+
+Token ids in, token ids out. The random number of answer i at token t depends on the seed, i and t alone, so the
+answers do not depend on how the prompts were split into batches (up to rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.architectures import refuses_sharing
+from opcd_fast.buffered_cache import buffered_cache
+from opcd_fast.sampling import draw
+from opcd_fast.token_prefix import common_prefix_length
+
+MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
+
+
+def refuses_decoding(model: Any) -> str | None:
+    """Why this loop cannot run `model`, in words; None when it can (it is compared with `generate` all the same)."""
+    body = seam.body_of(model)
+    config = seam.config_of(body)
+    kinds = set(seam.setting(config, "layer_types") or ["full_attention"])
+    if kinds != {"full_attention"} or seam.setting(config, "sliding_window"):
+        return "its attention is windowed"
+    if seam.setting(config, "num_kv_shared_layers"):
+        return "its layers share keys and values"
+    return refuses_sharing(body, training=False)
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    uniform: Tensor,
+    *,
+    stop_token_ids: Sequence[int],
+    temperature: float,
+    top_p: float,
+    vocab_size: int | None = None,
+) -> list[tuple[list[int], list[float]]]:
+    """Token ids and log-probabilities of one answer per prompt, ending with a stop token or after T tokens.
+
+    Args:
+        model: a causal LM in eval mode that `refuses_decoding` does not refuse.
+        uniform: (B, T) float64 in [0, 1), the random number of each answer's tokens; T is the limit.
+        temperature: 0 takes the most probable token; its log-probability is then at temperature 1.
+        vocab_size: ids from here on are never drawn.
+    """
+    device = next(model.parameters()).device
+    limit = uniform.shape[1]
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    place = {prompt: row for row, prompt in enumerate(different)}
+    run = BatchRun(model, [place[tuple(prompt)] for prompt in prompts], different, limit)
+    stops = torch.tensor(list(stop_token_ids), device=device)
+    uniform = uniform.to(device)
+    answers: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
+    rows = list(range(len(prompts)))  # the answers that are still being written
+    with seam.using_attention(seam.body_of(model), run.attend):
+        logits = run.read_prompts()
+        for step in range(limit):
+            tokens, logprobs = draw(logits, uniform[:, step], temperature, top_p, vocab_size)
+            over = torch.isin(tokens, stops)
+            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
+                answers[row][0].append(token)
+                answers[row][1].append(logprob)
+            going = (~over).nonzero().squeeze(1)
+            if step + 1 == limit or not len(going):
+                break
+            if len(going) < len(rows):
+                rows = [rows[i] for i in going.tolist()]
+                uniform, tokens = uniform[going], tokens[going]
+                run.keep(going)
+            logits = run.next(tokens)
+    return answers
+
+
+class BatchRun:
+    """The cache of one batch, the mask and the positions that go with it."""
+
+    def __init__(self, model: Any, row_of: Sequence[int], prompts: Sequence[Sequence[int]], limit: int) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.cache = buffered_cache(seam.num_layers(seam.body_of(model)))
+        self.prompts, self.row_of, self.limit = prompts, torch.tensor(row_of, device=self.device), limit
+        self.mask: Tensor | None = None  # (B, 1, queries, keys) added to the scores, or None: causal
+
+    def read_prompts(self) -> Tensor:
+        """(B, V) logits after the prompts; the cache holds a row for each answer afterwards."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        shared = common_prefix_length(self.prompts) if len(self.prompts) > 1 else 0
+        shared = shared if shared >= MIN_SHARED_PREFIX else 0
+        width, count = max(lengths), len(lengths)
+        if shared:
+            prefix = torch.tensor([self.prompts[0][:shared]], device=self.device)
+            self.cache.spread(torch.zeros(1, dtype=torch.int64, device=self.device), shared)
+            self._forward(prefix, torch.arange(shared, device=self.device)[None])
+        self.cache.spread(torch.zeros(count, dtype=torch.int64, device=self.device), width)
+        ids = torch.tensor(
+            [[prompt[-1]] * (width - len(prompt)) + list(prompt[shared:]) for prompt in self.prompts],
+            device=self.device,
+        )
+        padding = width - torch.tensor(lengths, device=self.device)  # slots between the shared prefix and the rest
+        slots = torch.arange(width, device=self.device)
+        real = (slots < shared) | (slots >= shared + padding[:, None])  # (B, width)
+        positions = (slots[shared:] - padding[:, None]).clamp(min=0)
+        if shared or bool(padding.any()):
+            # Padding sees itself: a row without any key would be NaN, and NaN survives a weight of 0.
+            seen = (real[:, None] & (slots <= slots[shared:, None])) | (slots == slots[shared:, None])
+            self.mask = self._additive(seen[:, None])
+        logits = self._forward(ids, positions)
+        self.mask = None
+        self.decoding_mask: Tensor | None = None
+        if bool(padding.any()):
+            more = real.new_ones(count, self.limit)
+            self.decoding_mask = self._additive(torch.cat([real, more], dim=1)[:, None, None])[self.row_of]
+        self.cache.spread(self.row_of, width + self.limit)
+        self.positions = (width - padding)[self.row_of]
+        return logits[self.row_of]
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """(B, V) logits after one more token each, (B,)."""
+        if self.decoding_mask is not None:
+            self.mask = self.decoding_mask[..., : self.cache.get_seq_length() + 1]
+        logits = self._forward(tokens[:, None], self.positions[:, None])
+        self.positions = self.positions + 1
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.keep(rows)
+        self.positions = self.positions[rows]
+        if self.decoding_mask is not None:
+            self.decoding_mask = self.decoding_mask[rows]
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
+        """transformers' attention function: (B, H, Q, d) queries over the cache's (B, H_kv, K, d)."""
+        for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
+            if options.get(name) is not None:
+                raise NotImplementedError(f"the decoding loop has no {name}; use engine='generate'")
+        b, heads, count, _d = query.shape
+        groups = heads // key.shape[1]
+        scaling = options.get("scaling")
+        if self.mask is not None and self.mask.dtype != query.dtype:  # float32 adapters on a bfloat16 model
+            self.mask = self.mask.to(query.dtype)
+        if count == 1 and groups > 1:
+            folded = query.reshape(b, key.shape[1], groups, -1)
+            out = F.scaled_dot_product_attention(folded, key, value, attn_mask=self.mask, scale=scaling)
+            return out.reshape(b, 1, heads, -1), None
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=self.mask, scale=scaling,
+            is_causal=self.mask is None and count > 1, enable_gqa=groups > 1,
+        )  # fmt: skip
+        return out.transpose(1, 2), None
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1]
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)

@@ -146,6 +146,7 @@ def _identity(comparison: Comparison, context: Context, config: OPCDConfig) -> d
     """What decides a run's numbers, as JSON values."""
     free = {name for name in FREE_ON_RESUME if name not in ("steps", "dtype")}
     settings = {name: value for name, value in asdict(config).items() if name not in free}
+    prompts: Any
     if is_task(comparison.prompts):
         prompts = [comparison.prompts.name, *(episode.id for episode in comparison.prompts.episodes("train", 8))]
     else:

@@ -26,7 +26,7 @@ experiment-b: $(VENV)/.train
 	$(BIN)/python -m experiments.persona
 
 experiment-c: $(VENV)/.train
-	$(BIN)/python -m experiments.made_up_country
+	$(BIN)/python -m experiments.made_up_money
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,21 @@ from opcd_fast.commands.compare import CompareCommand, compare
 from opcd_fast.commands.train import TrainOptions
 
 HERE = Path(__file__).parent
-# The EMA looks back over 1 / (1 - 0.9) = 10 steps; the default's 100 are more than a run has.
-SYSTEMS = ("opcd,off-policy,live", "ema:teacher_ema_decay=0.9")
+SYSTEMS = {
+    "opcd": "opcd",
+    "off-policy": "off-policy",
+    "live": "live",
+    # It looks back over 1 / (1 - 0.9) = 10 steps; the default's 100 are more than a run has.
+    "ema": "ema:teacher_ema_decay=0.9",
+}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A context, prompts, and what a good answer is: a pattern, or "module:function"."""
+    """A context, prompts, and what a good answer is: a pattern, or "module:function" (see `opcd_fast.scorer.Scorer`).
+
+    temperature: of all answers, and of the loss.
+    """
 
     name: str
     context: Path
@@ -31,6 +40,7 @@ class Experiment:
     regex: str | None = None
     scorer: str | None = None
     answers_per_prompt: int = 1
+    temperature: float = 1.0
     steps: int = 40
     batch_size: int = 16
 
@@ -38,15 +48,24 @@ class Experiment:
 def run(experiment: Experiment) -> None:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(description=f"The experiment {experiment.name}.")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="some of them, with commas between")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each system")
+    parser.add_argument("--steps", type=int, help="another budget, in a folder and a file of results of its own")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="a short run of OPCD alone; its numbers mean nothing")
     given = parser.parse_args()
-    name = f"{experiment.name}_smoke" if given.smoke else experiment.name
+    unknown = set(given.systems.split(",")) - set(SYSTEMS)
+    if unknown:
+        parser.error(f"--systems: {', '.join(sorted(unknown))} unknown; use some of {', '.join(SYSTEMS)}")
+    name = experiment.name
+    if given.steps is not None:
+        name += f"_{given.steps}_steps"
+    if given.smoke:
+        name += "_smoke"
     folder = Path("runs/experiments") / name
     started = time.perf_counter()
     found = compare(_command(experiment, folder, given))
-    found["ran"] |= {"commit": _commit(), "command": f"python -m experiments.{name}", "device_option": given.device}
+    found["ran"] |= {"commit": _commit(), "command": f"python -m experiments.{' '.join([experiment.name, *sys.argv[1:]])}"}
     found["ran"]["seconds_in_all"] = round(time.perf_counter() - started)  # of this call; finished runs are skipped
     if given.smoke:
         return
@@ -58,7 +77,8 @@ def run(experiment: Experiment) -> None:
 
 
 def _command(experiment: Experiment, folder: Path, given: argparse.Namespace) -> CompareCommand:
-    steps = 2 if given.smoke else experiment.steps
+    steps = 2 if given.smoke else given.steps or experiment.steps
+    systems = ["opcd"] if given.smoke else given.systems.split(",")
     held_out, general = _shown(experiment.eval_prompts), "builtin"
     if given.smoke:
         held_out = _first_lines(experiment.eval_prompts, folder.with_name(f"{folder.name}_prompts"))
@@ -69,16 +89,17 @@ def _command(experiment: Experiment, folder: Path, given: argparse.Namespace) ->
         prompts=_shown(experiment.prompts),
         eval_prompts=held_out,
         general=general,
-        systems=("opcd",) if given.smoke else SYSTEMS,
+        systems=tuple(SYSTEMS[name] for name in SYSTEMS if name in systems),
         seeds=1 if given.smoke else given.seeds,
         regex=experiment.regex,
-        scorer=experiment.scorer,
         answers_per_prompt=experiment.answers_per_prompt,
         run=TrainOptions(
             output_dir=str(folder),
             steps=steps,
             batch_size=experiment.batch_size,
             max_new_tokens=experiment.max_new_tokens,
+            temperature=experiment.temperature,
+            scorer=experiment.scorer,
             lora_rank=16,
             eval_every=steps,
             save_every=10,

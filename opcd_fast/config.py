@@ -219,8 +219,9 @@ class OPCDConfig:
 
         for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "eval_batch"):
             at_least(name, 1)
-        counts = ("lora_rank", "eval_every", "save_every", "seed", "early_stop_patience", "kept_answers", "task_episodes")
-        for name in counts:
+        for name in ("lora_rank", "eval_every", "save_every", "seed"):
+            at_least(name, 0)
+        for name in ("early_stop_patience", "kept_answers", "task_episodes"):
             at_least(name, 0)
         at_least("keep_checkpoints", 1)
         bounds = ("micro_batch_tokens", "workspace_bytes", "max_prefix_bytes", "teacher_batch_bytes", "rollout_batch")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from opcd_fast import answer_sources
 from opcd_fast.batch import Sample, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.interruption import Interrupted
 from opcd_fast.likelihood import answer_nll
 from opcd_fast.objective import context_kl
 from opcd_fast.teacher import ContextTeacher
@@ -201,6 +204,50 @@ def test_kept_answers_are_drawn_once_and_used_in_turn(tokenizer, tmp_path):
     assert len(seen) == 2
 
 
+def test_a_run_stopped_while_answers_are_drawn_draws_them_when_it_goes_on(tokenizer, tmp_path):
+    whole = make(tokenizer, tmp_path / "whole", **SYSTEMS["kept"]).train()
+    stopped = make(tokenizer, tmp_path / "run", **SYSTEMS["kept"])
+
+    def interrupted(prompts, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("a signal ends this at once")
+
+    stopped.teacher_rollout.generate = interrupted
+    with pytest.raises(Interrupted, match="step 0 is saved"):
+        stopped.train()
+    assert not (tmp_path / "run" / answer_sources.FILE).exists()
+    again = make(tokenizer, tmp_path / "run", **SYSTEMS["kept"], resume=True).train()
+    assert losses(again) == losses(whole)
+    name = answer_sources.FILE
+    assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_a_run_begun_anew_has_answers_of_its_own(tokenizer, tmp_path):
+    """One that was killed before its first checkpoint leaves a file, which the next run does not take over."""
+    (tmp_path / "run").mkdir()
+    for name in (answer_sources.FILE, answer_sources.KEPT_COUNTS):
+        (tmp_path / "run" / name).write_text("left behind")
+    make(tokenizer, tmp_path / "run", **SYSTEMS["kept"], steps=1).train()
+    assert json.loads((tmp_path / "run" / answer_sources.KEPT_COUNTS).read_text())["answers"] == 12
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / answer_sources.FILE).write_text("left behind")
+    make(tokenizer, tmp_path / "other", steps=1).train()
+    assert not (tmp_path / "other" / answer_sources.FILE).exists()
+
+
+@pytest.mark.parametrize("system", ["off-policy", "sequences"])
+def test_records_warnings_and_pictures_of_answers_that_are_not_the_students(tokenizer, tmp_path, caplog, system):
+    """Six steps: enough to be judged. Nobody else's answers collapse, and a likelihood has no entropy or KL."""
+    settings = {"steps": 6, "eval_every": 6, "plots": True, **SYSTEMS[system]}
+    with caplog.at_level("WARNING", "opcd_fast"):
+        result = make(tokenizer, tmp_path / "run", **settings).train()
+    assert {w["name"] for w in result.warnings} <= {"cut_answers"}
+    assert all(r["answers_of"] == "teacher" and "sampler_kl" not in r for r in result.history)
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"kl.png", "seconds.png", "answers.png"}
+    alone = make(tokenizer, tmp_path / "alone", **{**settings, "eval_every": 0}).train()
+    assert (tmp_path / "alone" / "kl.png").exists() == (system == "off-policy") and len(alone.history) == 6
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [(lambda f: f.unlink(), "cannot be read"), (lambda f: f.write_text("{}\n"), "cannot be read"),
@@ -240,6 +287,10 @@ def test_contexts_of_rows_keep_their_own_answers(tokenizer, tmp_path):
         ({"kept_answers": 1}, "kept_answers"),
         ({"kept_answers": -1}, "kept_answers=-1"),
         ({"kept_answers": 1, "answers": "teacher", "teacher_mode": "live"}, "kept_answers"),
+        ({"importance_correction": "token", "objective": "nll", "answers": "teacher"}, "objective='nll' has none"),
+        ({"importance_correction": "token", "objective": "nll", "rollout": "replay", "rollout_file": "f"}, "has none"),
+        ({"importance_correction": "sequence", "answers": "teacher"}, "answers='teacher' has none"),
+        ({"rollout": "server", "rollout_url": "http://x", "answers": "teacher"}, "samples the student"),
     ],
 )
 def test_contradictions_are_named(settings, words):

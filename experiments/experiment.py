@@ -65,7 +65,8 @@ def run(experiment: Experiment) -> None:
     folder = Path("runs/experiments") / name
     started = time.perf_counter()
     found = compare(_command(experiment, folder, given))
-    found["ran"] |= {"commit": _commit(), "command": f"python -m experiments.{' '.join([experiment.name, *sys.argv[1:]])}"}
+    command = " ".join(["python -m", f"experiments.{experiment.name}", *sys.argv[1:]])
+    found["ran"] |= {"commit": _commit(), "command": command}
     found["ran"]["seconds_in_all"] = round(time.perf_counter() - started)  # of this call; finished runs are skipped
     if given.smoke:
         return
@@ -96,7 +97,7 @@ def _command(experiment: Experiment, folder: Path, given: argparse.Namespace) ->
         run=TrainOptions(
             output_dir=str(folder),
             steps=steps,
-            batch_size=experiment.batch_size,
+            batch_size=4 if given.smoke else experiment.batch_size,
             max_new_tokens=experiment.max_new_tokens,
             temperature=experiment.temperature,
             scorer=experiment.scorer,

@@ -1,4 +1,4 @@
-"""(c) A rule the base lacks: what things cost is told in zorbs, money that does not exist, shown by six turns.
+"""(c) A rule the base lacks: prices are told in shells, shown by six turns.
 
 The questions are about other things than the turns', and the amount is not looked at: there is no right one.
 """
@@ -13,9 +13,10 @@ EXPERIMENT = Experiment(
     DATA / "turns.json",
     DATA / "train_prompts.jsonl",
     DATA / "eval_prompts.jsonl",
-    max_new_tokens=20,
-    # Zorbs, and no real money beside them.
-    regex=r"(?is)^(?!.*(?:[$£€¥]|\b(?:dollar|euro|pound|cent|yen|rupee)s?\b)).*\bzorbs?\b",
+    max_new_tokens=16,
+    temperature=0.7,  # at 1 the model with the turns in front keeps to the rule less often
+    # Shells, and no real money beside them.
+    regex=r"(?is)^(?!.*(?:[$£€¥]|\b(?:dollar|euro|pound|cent|yen|rupee)s?\b)).*\bshells?\b",
     answers_per_prompt=2,
 )
 

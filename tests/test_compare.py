@@ -226,7 +226,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_numbers(done, tokenizer, tmp_p
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"steps": 4}, "steps = 3, now it is 4"), ({"learning_rate": 2e-2}, "learning_rate = 0.01"),
-     ({"temperature": 0.8}, "sampling|temperature")],
+     ({"temperature": 0.8}, "sampling|temperature"), ({"dtype": "bfloat16"}, "compute type = 'torch.float32'")],
 )  # fmt: skip
 def test_results_of_other_settings_are_not_mixed_in(done, tokenizer, change, words):
     with pytest.raises(InputError, match=words):

@@ -17,6 +17,7 @@ from opcd_fast.compare.systems import System
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.messages import Context
+from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.prompts import read_context
 from opcd_fast.run_identity import FREE_ON_RESUME
 from opcd_fast.seeds import digest
@@ -153,7 +154,8 @@ def _identity(comparison: Comparison, context: Context, config: OPCDConfig) -> d
     else:
         prompts = digest([repr(prompt) for prompt in comparison.prompts])
     found = {
-        "models": comparison.name, "context": digest(context), "prompts": prompts, "settings": settings,
+        "models": comparison.name, "compute type": str(pick_dtype(config.dtype, pick_device(config.device))),
+        "context": digest(context), "prompts": prompts, "settings": settings,
         **comparison.yardstick.identity(),
     }  # fmt: skip
     return json.loads(json.dumps(found))

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test install lint types wheel-check bench slow-test clean
+.PHONY: demo test install lint types wheel-check bench slow-test experiment-a experiment-b experiment-c clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -18,6 +18,15 @@ slow-test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+experiment-a: $(VENV)/.train
+	$(BIN)/python -m experiments.few_shot_form
+
+experiment-b: $(VENV)/.train
+	$(BIN)/python -m experiments.persona
+
+experiment-c: $(VENV)/.train
+	$(BIN)/python -m experiments.made_up_money
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

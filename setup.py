@@ -57,6 +57,7 @@ setup(
     packages=[
         "opcd_fast",
         "opcd_fast.commands",
+        "opcd_fast.compare",
         "opcd_fast.integrations",
         "opcd_fast.kernels",
         "opcd_fast.planning",

@@ -51,6 +51,15 @@ class OPCDConfig:
     """Sampling temperature of the answers; it also divides both models' logits in the loss."""
     top_p: float = 1.0
     """Nucleus sampling of the answers; the paper trains with 1."""
+    answers: str = "student"
+    """Who writes the answers that are learned from: "student" (on-policy, without the context) or "teacher"
+    (off-policy, with the context in front). Those of a file: rollout="replay"."""
+    kept_answers: int = 0
+    """Of answers="teacher": so many answers to each prompt are drawn before the first step, kept in answers.jsonl and
+    used again and again. 0: fresh ones at every step."""
+    task_episodes: int = 16
+    """Where prompts come from a task: episodes of its split "selection" that the student plays at each evaluation; 0:
+    none."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
     prompt_column: str | None = None
@@ -65,6 +74,9 @@ class OPCDConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
+    objective: str = "divergence"
+    """"divergence" (between student and teacher at every token, see `divergence`), or "nll" (negative log-likelihood of
+    the answers' tokens, which takes no teacher: supervised fine-tuning)."""
     divergence: str = "reverse_kl"
     """"reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", or
     "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations always report the reverse KL."""
@@ -208,7 +220,9 @@ class OPCDConfig:
 
         for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "eval_batch"):
             at_least(name, 1)
-        for name in ("lora_rank", "eval_every", "save_every", "seed", "early_stop_patience"):
+        for name in ("lora_rank", "eval_every", "save_every", "seed"):
+            at_least(name, 0)
+        for name in ("early_stop_patience", "kept_answers", "task_episodes"):
             at_least(name, 0)
         at_least("keep_checkpoints", 1)
         bounds = ("micro_batch_tokens", "workspace_bytes", "max_prefix_bytes", "teacher_batch_bytes", "rollout_batch")
@@ -229,6 +243,7 @@ class OPCDConfig:
         if unused is not None:
             raise InputError(f"{unused} is set, but divergence={self.divergence!r} has no {unused}; drop one of them")
         one_of("teacher_mode", "frozen", "live", "ema", "periodic")
+        self._check_system(one_of)
         within("teacher_ema_decay", 0, 1)
         at_least("teacher_sync_every", 1)
         for name, mode, default in (("ema_decay", "ema", EMA_DECAY), ("sync_every", "periodic", SYNC_EVERY)):
@@ -278,6 +293,41 @@ class OPCDConfig:
         for name in self.trackers:
             if name not in TRACKERS:
                 raise InputError(f"trackers: {name!r} is not available; use {', '.join(map(repr, TRACKERS))}")
+
+    def _check_system(self, one_of: Any) -> None:
+        """Who writes, who scores, and what is minimised must make sense together."""
+        one_of("answers", "student", "teacher")
+        one_of("objective", "divergence", "nll")
+        if self.objective == "nll":
+            if self.answers == "student" and self.rollout != "replay":
+                raise InputError(
+                    "objective='nll' on the student's own answers teaches nothing: its gradient is zero on average; "
+                    "set answers='teacher', or rollout='replay' for those of a file"
+                )
+            if self.divergence != "reverse_kl":
+                raise InputError(f"divergence={self.divergence!r} is set, but objective='nll' has none; drop one")
+            if self.answers != "teacher" and self.teacher_mode != "frozen":
+                raise InputError(f"teacher_mode={self.teacher_mode!r}: with objective='nll' the teacher scores nothing")
+        if self.answers == "teacher" and self.rollout == "replay":
+            raise InputError("answers='teacher' and rollout='replay' both say who answers; drop one of them")
+        if self.answers == "teacher" and self.rollout in ("server", "vllm") and self.teacher_mode != "live":
+            raise InputError(
+                f"rollout={self.rollout!r} samples the student, and answers='teacher' with teacher_mode="
+                f"{self.teacher_mode!r} other weights; set rollout='transformers' or teacher_mode='live'"
+            )
+        off_policy = "objective='nll'" if self.objective == "nll" else "answers='teacher'"
+        if self.importance_correction != "none" and (self.objective == "nll" or self.answers == "teacher"):
+            raise InputError(
+                f"importance_correction={self.importance_correction!r} weighs the student's own answers; {off_policy} "
+                "has none: drop one of them"
+            )
+        if self.kept_answers and self.answers != "teacher":
+            raise InputError("kept_answers is set, but the student's answers are always fresh; set answers='teacher'")
+        if self.kept_answers and self.teacher_mode != "frozen":
+            raise InputError(
+                f"kept_answers are written before the first step, so teacher_mode={self.teacher_mode!r} would move a "
+                "teacher that writes no more; set kept_answers=0 or teacher_mode='frozen'"
+            )
 
     def _check_rollout(self, one_of: Any, at_least: Any, within: Any) -> None:
         one_of("rollout", "transformers", "generate", "continuous", "server", "vllm", "replay")

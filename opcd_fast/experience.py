@@ -65,6 +65,7 @@ class ExperienceFolder:
         self.path = Path(path)
         self.notes = self.path / "notes"
         self.best = self.path / "best.txt"
+        self.raw = self.path / "raw.txt"
         self._attempts = self.path / "attempts.jsonl"
         self._scores = self.path / "scores.json"
 

@@ -40,21 +40,23 @@ def warnings_of(
     def mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
         return sum(record[name] for record in records) / len(records)
 
+    own = last[-1].get("answers_of", "student") == "student"  # whoever else writes does not collapse
     length = mean(last, "response_length")
     normal, whose = mean(first, "response_length"), "in the first steps"
     if teacher_length is not None:
         normal, whose = teacher_length, "for the teacher"
-    if "short_answers" not in told and length < SHORT * normal:
+    if own and "short_answers" not in told and length < SHORT * normal:
         yield "short_answers", (
             f"answers have collapsed in length: {length:.1f} tokens on average up to step {step}, {normal:.1f} "
             f"{whose}; look at them, and lower learning_rate"
         )
-    entropy, before = mean(last, "student_entropy"), mean(first, "student_entropy")
-    if "low_entropy" not in told and entropy < DULL * before:
-        yield "low_entropy", (
-            f"answers have collapsed in entropy: {entropy:.3g} nats per token up to step {step}, {before:.3g} in the "
-            "first steps; look at whether they still differ, and lower learning_rate"
-        )
+    if own and "low_entropy" not in told:
+        entropy, before = mean(last, "student_entropy"), mean(first, "student_entropy")
+        if entropy < DULL * before:
+            yield "low_entropy", (
+                f"answers have collapsed in entropy: {entropy:.3g} nats per token up to step {step}, {before:.3g} in "
+                "the first steps; look at whether they still differ, and lower learning_rate"
+            )
     finished = mean(last, "finished")
     if "cut_answers" not in told and finished < 1 - CUT_OFF:
         yield "cut_answers", (

@@ -71,6 +71,8 @@ def in_words(record: Mapping[str, Any]) -> str:
     )
     if "score" in record:
         line += f"; score {record['score']:.3f} ({record['score_low']:.3f} to {record['score_high']:.3f})"
+    if "task_score" in record:
+        line += f"; task {record['task_score']:.3f} ({record['task_score_low']:.3f} to {record['task_score_high']:.3f})"
     return line
 
 

@@ -2,8 +2,8 @@
 
 Decoding multiplies thin matrices, where unmerged adapters and row-major weights cost as much as the model itself:
 on a CPU the folded copy stores its weights input-major, which the matrix library reads about twice as fast for 8
-to 32 sequences. A CPU that emulates bf16 products gets the copy of a bf16 model in float32, twice the bytes and
-a fraction of the time. Folding into the training model instead would leave rounding in the base weights with every step.
+to 32 sequences. On a CPU that emulates bf16 products the copy of a bf16 model is in float32: more bytes, less time.
+Folding into the training model instead would leave rounding in the base weights with every step.
 """
 
 from __future__ import annotations

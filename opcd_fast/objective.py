@@ -79,10 +79,10 @@ def context_kl(
             select=batch.response_index_teacher,
         )  # (N, D_t)
     with watch("student"), autocast():
-        h_s = _student_hidden_states(student, batch)  # (N, D_s)
+        h_s = student_hidden_states(student, batch)  # (N, D_s)
     with watch("loss"):
-        head_s, head_t = _same_vocabulary(_present(student_head, student), teacher.head)
-        h_s, head_s = h_s.to(compute_dtype), _cast(head_s, compute_dtype)
+        head_s, head_t = _same_vocabulary(present_head(student_head, student), teacher.head)
+        h_s, head_s = h_s.to(compute_dtype), in_type(head_s, compute_dtype)
         weights, logprobs, factors = batch.token_weights, None, None
         if correction != "none":
             if batch.behaviour_logprobs is None:
@@ -97,7 +97,7 @@ def context_kl(
             h_s,
             head_s,
             h_t.to(compute_dtype),
-            _cast(head_t, compute_dtype),
+            in_type(head_t, compute_dtype),
             token_weights=weights,
             temperature=temperature,
             denominator=denominator,
@@ -113,7 +113,7 @@ def context_kl(
         return loss, stats
 
 
-def _present(head: LMHead | None, student: Any) -> LMHead:
+def present_head(head: LMHead | None, student: Any) -> LMHead:
     """`head` with the weights that `student` has now: in a sharded forward they are other tensors than outside."""
     if head is None:
         return LMHead.from_model(student)
@@ -121,7 +121,7 @@ def _present(head: LMHead | None, student: Any) -> LMHead:
     return head if weight is head.weight else replace(head, weight=weight, bias=bias)
 
 
-def _student_hidden_states(student: Any, batch: Batch) -> Tensor:
+def student_hidden_states(student: Any, batch: Batch) -> Tensor:
     row = (batch.student_ids, batch.student_cu_seqlens)
     if batch.student_parent is None:
         return packed_hidden_states(student, *row, select=batch.response_index_student)
@@ -142,7 +142,7 @@ def _same_vocabulary(student: LMHead, teacher: LMHead) -> tuple[LMHead, LMHead]:
     return replace(student, vocab_size=size), replace(teacher, vocab_size=size)
 
 
-def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
+def in_type(head: LMHead, dtype: torch.dtype) -> LMHead:
     """Heads of fp32 master weights in the compute type, so that both sides run the same matrix product."""
     if head.weight.dtype == dtype:
         return head

@@ -15,7 +15,8 @@ Records = Sequence[dict[str, Any]]
 def plot_run(folder: Path, history: Records, evaluations: Records) -> None:
     """kl.png, seconds.png and answers.png in `folder`; nothing for a run without steps. Raises OSError."""
     if history:
-        plot_kl(folder / "kl.png", history, evaluations)
+        if evaluations or _is_distance(history):
+            plot_kl(folder / "kl.png", history, evaluations)
         plot_seconds(folder / "seconds.png", history)
         plot_answers(folder / "answers.png", history)
 
@@ -24,7 +25,8 @@ def plot_kl(path: Path, history: Records, evaluations: Records) -> None:
     """PNG: KL of each training step, and the held-out KL (own and fixed sequences) where it was measured."""
 
     def draw(axes: Any) -> None:
-        axes.plot([r["step"] for r in history], [r["loss"] for r in history], lw=1.5, label="training answers")
+        if _is_distance(history):
+            axes.plot([r["step"] for r in history], [r["loss"] for r in history], lw=1.5, label="training answers")
         for key, label in (("own_kl", "held-out, student's answers"), ("fixed_kl", "held-out, teacher's answers")):
             points = [(r["step"], r[key]) for r in evaluations if key in r]
             if points:
@@ -34,6 +36,11 @@ def plot_kl(path: Path, history: Records, evaluations: Records) -> None:
         axes.legend(frameon=False)
 
     _picture(path, draw)
+
+
+def _is_distance(history: Records) -> bool:
+    """Whether the loss is one to the teacher."""
+    return history[-1].get("objective") != "nll"
 
 
 def plot_seconds(path: Path, history: Records) -> None:
@@ -50,15 +57,16 @@ def plot_seconds(path: Path, history: Records) -> None:
 
 
 def plot_answers(path: Path, history: Records) -> None:
-    """PNG: length and entropy of the student's answers."""
+    """PNG: length of the answers, and the student's entropy on them where it was measured."""
 
     def draw(axes: Any) -> None:
         steps = [r["step"] for r in history]
         lines = axes.plot(steps, [r["response_length"] for r in history], color="C0", label="length")
-        other = axes.twinx()
-        lines += other.plot(steps, [r["student_entropy"] for r in history], color="C1", label="entropy")
         axes.set(xlabel="step", ylabel="tokens per answer", ylim=(0, None))
-        other.set(ylabel="entropy, nats per token", ylim=(0, None))
+        if "student_entropy" in history[-1]:
+            other = axes.twinx()
+            lines += other.plot(steps, [r["student_entropy"] for r in history], color="C1", label="entropy")
+            other.set(ylabel="entropy, nats per token", ylim=(0, None))
         axes.legend(handles=lines, frameon=False)
 
     _picture(path, draw)

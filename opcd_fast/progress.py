@@ -55,7 +55,7 @@ class Progress:
             words = [
                 f"step {self._done}/{self._total}",
                 f"loss {record['loss']:.4f}",
-                f"KL {record['kl_per_token']:.4f}",
+                "{} {:.4f}".format(*per_token(record)),
                 f"{record['tokens_per_second']:.0f} tokens/s",
                 waiting,
             ]
@@ -91,12 +91,18 @@ class Progress:
         table.add_column(style="dim")
         table.add_column()
         table.add_row("loss", f"{record['loss']:.4f}")
-        table.add_row("KL per token", f"{record['kl_per_token']:.4f} nats")
+        name, value = per_token(record)
+        table.add_row(f"{name} per token", f"{value:.4f} nats")
         if self._held_out:
             table.add_row("held-out KL", self._held_out)
         table.add_row("speed", f"{record['tokens_per_second']:.0f} tokens/s")
         table.add_row("seconds", "  ".join(f"{part} {value:.2f}" for part, value in record["seconds"].items()))
         return table
+
+
+def per_token(record: Mapping[str, Any]) -> tuple[str, float]:
+    """A step's measure per token, by name: the KL, or the NLL where no teacher scored the answers."""
+    return ("KL", record["kl_per_token"]) if "kl_per_token" in record else ("NLL", record["nll_per_token"])
 
 
 def seconds_by_part(history: Sequence[Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from opcd_fast.batch import Sample
 from opcd_fast.importance import Drift
+from opcd_fast.likelihood import AnswerStats
 
 
 def total_weight(samples: Sequence[Sample], normalize: str) -> float:
@@ -24,21 +25,28 @@ def step_record(
     drift: Drift,
 ) -> dict[str, Any]:
     tokens = sum(len(sample.response) for sample in samples)
-    agreement = sum(float(stats.top1_agreement.float().sum()) for stats in statistics)
-    entropy = sum(float(stats.student_entropy.sum()) for stats in statistics)
-    kl = sum(float(stats.token_kl.sum()) for stats in statistics)
     return {
         "step": step,
         "kind": "step",
         "loss": loss,
-        "kl_per_token": kl / tokens,
-        "top1_agreement": agreement / tokens,
-        "student_entropy": entropy / tokens,
+        **_per_token(statistics, tokens),
         "grad_norm": norm,
+        "answers": len(samples),
         "response_tokens": tokens,
         "response_length": tokens / len(samples),
         "finished": sum(answer.finished for answer in answers) / len(answers),
         **drift.record(),
         "tokens_per_second": tokens / sum(seconds.values()),
         "seconds": {part: round(value, 4) for part, value in seconds.items()},
+    }
+
+
+def _per_token(statistics: Sequence[Any], tokens: int) -> dict[str, float]:
+    """Means over the step's tokens of what its objective knows of each."""
+    names = {"token_kl": "kl_per_token", "top1_agreement": "top1_agreement", "student_entropy": "student_entropy"}
+    if isinstance(statistics[0], AnswerStats):
+        names = {"token_nll": "nll_per_token"}
+    return {
+        name: sum(float(getattr(stats, field).float().sum()) for stats in statistics) / tokens
+        for field, name in names.items()
     }

@@ -16,9 +16,10 @@ from opcd_fast.batch import Sample
 from opcd_fast.errors import InputError
 
 BEST = "best.json"
+ANSWERS = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
 SCRATCH = (
     ".step-", ".final.", ".best.", ".config.json.", ".metrics.", ".eval_fixed.", ".kl.png.", ".seconds.png.",
-    ".answers.png.", ".run.", ".prompts.", ".held_out.",
+    ".answers.", ".run.", ".prompts.", ".held_out.",
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ class RunFolder:
         if checkpoint.list_checkpoints(self._checkpoints):
             raise InputError(f"output_dir={str(self.path)!r} holds the run of an earlier train(); make a new trainer")
         self.clear_leftovers()
-        for name in ("metrics.jsonl", "eval_fixed.json", "rollout.json"):
+        for name in ("metrics.jsonl", "eval_fixed.json", "rollout.json", *ANSWERS):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "best", ignore_errors=True)
         self.write_config(config)

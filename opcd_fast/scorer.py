@@ -48,6 +48,18 @@ def score_record(
 
     Raises InputError: the scorer raises, or returns something that is no finite number.
     """
+    scores = scores_of(scorer, messages, answers, rows)
+    mean, deviation = mean_and_error(scores)
+    low, high = mean - 1.96 * deviation, mean + 1.96 * deviation
+    if set(scores) <= {0.0, 1.0}:
+        low, high = wilson(round(sum(scores)), len(scores))
+    return {"score": mean, "score_error": deviation, "score_low": low, "score_high": high}
+
+
+def scores_of(
+    scorer: Scorer, messages: Sequence[list[dict[str, Any]]], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """One score for each answer. Raises InputError as `score_record`."""
     scores = []
     for index, (shown, answer, row) in enumerate(zip(messages, answers, rows, strict=True)):
         try:
@@ -58,11 +70,7 @@ def score_record(
         if not math.isfinite(value):
             raise InputError(f"scorer gave {value} for held-out answer {index}; it must give a finite number")
         scores.append(value)
-    mean, deviation = mean_and_error(scores)
-    low, high = mean - 1.96 * deviation, mean + 1.96 * deviation
-    if set(scores) <= {0.0, 1.0}:
-        low, high = wilson(round(sum(scores)), len(scores))
-    return {"score": mean, "score_error": deviation, "score_low": low, "score_high": high}
+    return scores
 
 
 class HeldOutScore:
@@ -99,5 +107,11 @@ class HeldOutScore:
         return cls(scorer, f"{kind.__module__}:{kind.__qualname__}", tokenizer, prompts)
 
     def __call__(self, answers: Sequence[Completion]) -> dict[str, float]:
-        texts = [self._tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
-        return score_record(self._scorer, self._messages, texts, self._rows)
+        return score_record(self._scorer, self._messages, self._texts(answers), self._rows)
+
+    def each(self, answers: Sequence[Completion]) -> list[float]:
+        """The score of each answer, one to every held-out prompt in order."""
+        return scores_of(self._scorer, self._messages, self._texts(answers), self._rows)
+
+    def _texts(self, answers: Sequence[Completion]) -> list[str]:
+        return [self._tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]

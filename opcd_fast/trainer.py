@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,28 +24,25 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.acceleration import make_accelerator, shards
 from opcd_fast.batch import Sample
 from opcd_fast.config import OPCDConfig
-from opcd_fast.evaluate import samples_of
 from opcd_fast.heads import LMHead
 from opcd_fast.health import check_finite
 from opcd_fast.held_out import fixed_sequences, held_out_record, mean_length
 from opcd_fast.importance import Drift
 from opcd_fast.interruption import Interrupted, Interruption
 from opcd_fast.journal import Journal, TrainResult
-from opcd_fast.loss import LossStats
 from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
-from opcd_fast.objective import context_kl
 from opcd_fast.parallel import Parallel
 from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress
 from opcd_fast.prompt_order import prompts_of_step
-from opcd_fast.prompts import read_context, read_prompts
+from opcd_fast.prompts import read_context
 from opcd_fast.ranks import Ranks
 from opcd_fast.records import step_record, total_weight
-from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, render
+from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.retreat import TokenBudget
-from opcd_fast.rollout import TransformersRollout, stop_token_ids
+from opcd_fast.rollout import Completion, TransformersRollout, stop_token_ids
 from opcd_fast.rollout_factory import local_rollout, make_rollout
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.run_identity import identity
@@ -57,10 +54,10 @@ from opcd_fast.snapshots import Snapshots
 from opcd_fast.teachers import Teachers
 from opcd_fast.timing import Stopwatch
 from opcd_fast.tracking import Trackers, check_installed
+from opcd_fast.training_prompts import read_training_prompts
+from opcd_fast.whose_answers import TeacherWriter, answer_source, described, objective_of
 
 __all__ = ["OPCDTrainer", "TrainResult"]
-
-DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
 
 
 class OPCDTrainer:
@@ -70,7 +67,8 @@ class OPCDTrainer:
         model: transformers causal LM; trained in place. With `lora_rank` it gets an adapter (see `self.model`).
         tokenizer: its tokenizer; the chat template renders prompts.
         context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
-        prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`).
+        prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`), or a task
+            (`opcd_fast.tasks.load_task`), whose episodes are played for training and evaluation.
         config: settings, see OPCDConfig.
         teacher_model: another model as the teacher (same tokenizer). None: the model itself, see `teacher_mode`.
         eval_prompts: held-out prompts, same forms as `prompts`. None: no evaluation.
@@ -88,7 +86,7 @@ class OPCDTrainer:
         model: Any,
         tokenizer: Any,
         context: str | Path | Sequence[Message] | None,
-        prompts: str | Path | Iterable[Any],
+        prompts: Any,
         config: OPCDConfig | None = None,
         *,
         teacher_model: Any = None,
@@ -111,37 +109,28 @@ class OPCDTrainer:
         self.accelerator = make_accelerator(self.device, self.compute_dtype, log_with, self._path / "tensorboard")
         self.ranks = Ranks()
         self.folder: RunFolder = self.ranks.main_object(lambda: RunFolder(self._path, config.resume))
-        read = [read_prompts(prompts, **config.columns())]
-        if eval_prompts is not None:
-            read.append(read_prompts(eval_prompts, "eval_prompts", **config.columns()))
-        groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
         shown = None if context is None else read_context(context)
-        rendered, self.prefixes = render(tokenizer, groups, shown, config.template_variables())
-        self.train_rows = rendered[0].rows
-        self.held_out_rows = rendered[1].rows if len(rendered) > 1 else ()
+        asked = read_training_prompts(prompts, eval_prompts, shown, tokenizer, config)
+        self.train_rows, self.held_out_rows, self.prefixes = asked.rows, asked.held_out_rows, asked.prefixes
         self.eval_rows = self.held_out_rows[: config.eval_batch]
         evaluates = bool(self.eval_rows and config.eval_every)
-        scored = groups[-1][: config.eval_batch] if evaluates else ()
+        scored = asked.held_out_shown[: config.eval_batch] if evaluates else ()
         self._score = HeldOutScore.make(scorer, config.scorer, tokenizer, scored)
         best.check_measured(config, evaluates, self._score is not None)
-        check_lengths(
-            (*self.train_rows, *self.held_out_rows),
-            self.prefixes,
-            config.max_new_tokens,
-            seam.longest_input(seam.body_of(model)),
-            seam.longest_input(seam.body_of(teacher_model or model)),
-        )
+        windows = [seam.longest_input(seam.body_of(one)) for one in (model, teacher_model or model)]
+        check_lengths((*self.train_rows, *self.held_out_rows), self.prefixes, config.max_new_tokens, *windows)
 
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
         self.origins = Origins(
             context=shown,
-            prompts=read[0],
-            held_out=read[1] if len(read) > 1 else (),
+            prompts=asked.given,
+            held_out=asked.held_out_given,
             base=name_of(model),
             teacher=None if teacher_model is None else name_of(teacher_model) or "a model in memory",
             tokenizer=getattr(tokenizer, "name_or_path", None),
             template=getattr(tokenizer, "chat_template", None),
             weights=self._weights,
+            more={} if asked.task is None else {"task": asked.task.task.name},
         )
         place = torch.device("cpu") if shards() else self.device  # whole weights may not fit one GPU
         pair = student_and_teacher(model, teacher_model, config, place, self.compute_dtype, evaluates)
@@ -172,6 +161,15 @@ class OPCDTrainer:
             )
         shares_base = pair.reference_adapter == "disabled"
         self.base_weights = partial(seam.without_adapters, self.model) if shares_base else nullcontext
+        self.teacher_writes = TeacherWriter(
+            config, pair, self.prefixes, self.teacher_rollout, self.base_weights, self.eval_rollout,
+            self.parallel.sampler, **common,
+        )  # fmt: skip
+        self.source = answer_source(
+            config, self._path, asked, self._prompts_of, self.student_writes, self.teacher_writes, self._sampling,
+            windows, self.ranks,
+        )  # fmt: skip
+        self._objective, self._filler = objective_of(config), objective_of(config, weigh=False)
         self.snapshots = Snapshots(
             self.folder, self.parallel, self.teachers, self._identity, config.keep_checkpoints
         )
@@ -188,6 +186,7 @@ class OPCDTrainer:
         with journal, Interruption(self.ranks.first if self.ranks.world > 1 else None) as interruption:
             try:
                 with interruption.abandonable():
+                    self.source.prepare(step)
                     fixed = self._fixed_sequences()
                     journal.teacher_length = mean_length(fixed)
                 self._evaluate(step, fixed, journal, interruption)  # before training, or where a run was stopped
@@ -211,27 +210,21 @@ class OPCDTrainer:
     def _train_step(self, step: int, interruption: Interruption) -> dict[str, Any]:
         """The method: optimizer step number `step` + 1, and its record."""
         config, watch = self.config, Stopwatch(self.device)
-        rows = self._prompts_of(step)
         with interruption.abandonable():  # the weights are still those of the last step
-            with watch("rollout"):  # the student answers, without the context
-                rollout = self.parallel.sampler(self.rollout)
-                rollout.sync(self.model)
-                answers = rollout.generate(
-                    [row.student_ids for row in rows], **self._sampling("rollout", step)
-                )
-            samples = samples_of(rows, answers)  # of all ranks, each of which scores its share
-
+            with watch("rollout"):
+                drawn = self.source.draw(step)  # the student answers, without the context
+            samples = drawn.samples  # of all ranks, each of which scores its share
             denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch or a rank
             self.parallel.read_contexts(self.teacher, samples)
             student_head = LMHead.from_model(self.model)
 
-            def gradients() -> tuple[float, list[LossStats], Drift]:
+            def gradients() -> tuple[float, list[Any], Drift]:
                 loss, statistics, drift = 0.0, [], Drift()
                 self.optimizer.zero_grad(set_to_none=True)
                 with seeded(stream_seed(config.seed, self.ranks.stream("dropout"), step), self.device):
                     for turn in self.budget.rounds(samples, share_prompts=self.share_prompts):
                         objective = partial(
-                            context_kl,  # teacher with context, student without
+                            self._filler if turn.empty else self._objective,  # teacher with context, student without
                             turn.pack(normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
                             self.model,
                             self.teacher,
@@ -239,9 +232,6 @@ class OPCDTrainer:
                             stopwatch=watch,
                             student_head=student_head,
                             drift=drift,
-                            divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
-                            correction="none" if turn.empty else config.importance_correction,
-                            clip=config.importance_clip,
                             **self._loss_options(),
                         )
                         part, stats = self.parallel.run(objective)
@@ -262,7 +252,8 @@ class OPCDTrainer:
             check_finite(step + 1, loss, norm)  # before the weights are touched
             self.optimizer.step()
             self.teachers.after_step(step + 1)
-        return step_record(step + 1, loss, norm, samples, answers, statistics, watch.seconds, drift)
+        record = step_record(step + 1, loss, norm, samples, drawn.answers, statistics, watch.seconds, drift)
+        return record | described(config) | drawn.more
 
     def save(self, path: str | Path) -> None:
         """Write the trained weights (the adapter, or the whole model) and the tokenizer; whole or not at all."""
@@ -274,6 +265,12 @@ class OPCDTrainer:
     def _prompts_of(self, step: int) -> list[RenderedPrompt]:
         config = self.config
         return prompts_of_step(self.train_rows, step, config.batch_size, config.rollouts_per_prompt, config.seed)
+
+    def student_writes(self, rows: Sequence[RenderedPrompt], sampling: Mapping[str, Any]) -> list[Completion]:
+        """The student's answers, without the context."""
+        rollout = self.parallel.sampler(self.rollout)
+        rollout.sync(self.model)
+        return rollout.generate([row.student_ids for row in rows], **sampling)
 
     def _sampling(self, purpose: str, index: int) -> dict[str, Any]:
         config = self.config
@@ -309,6 +306,7 @@ class OPCDTrainer:
                 self.teachers.reference, score=score, device=self.device, budget=self.budget, parallel=self.parallel,
                 **self._loss_options(),
             )  # fmt: skip
+            record |= self.source.evaluate()
         journal.evaluation(record)
 
     def _fixed_sequences(self) -> list[Sample]:

@@ -7,7 +7,7 @@ import torch
 from test_trainer import make
 from tiny import tiny_tokenizer
 
-from opcd_fast import evaluate, objective
+from opcd_fast import evaluate, likelihood, objective
 from opcd_fast.batch import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
 from opcd_fast.retreat import TokenBudget, is_out_of_memory
@@ -49,7 +49,7 @@ def fail_in(monkeypatch, made, where, call):
     if where == "teacher":
         failing_at(monkeypatch, made, made.teacher, "hidden_states_packed", call)
     elif where == "student":
-        failing_at(monkeypatch, made, objective, "_student_hidden_states", call)
+        failing_at(monkeypatch, made, objective, "student_hidden_states", call)
     elif where == "loss":
         failing_at(monkeypatch, made, objective, "fused_linear_divergence", call)
     else:
@@ -85,6 +85,18 @@ def test_weights_are_those_of_a_run_with_the_smaller_budget(tokenizer, tmp_path,
     whole = weights(make(tokenizer, tmp_path / "c", lora_rank=lora, micro_batch_tokens=150, **SETTINGS))
     for name, weight in whole.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_likelihood_retreats_as_well(tokenizer, tmp_path, monkeypatch, kept):
+    settings = {**SETTINGS, "answers": "teacher", "objective": "nll", "kept_answers": kept}
+    made = make(tokenizer, tmp_path / "a", micro_batch_tokens=150, **settings)
+    failing_at(monkeypatch, made, likelihood, "student_hidden_states", call=2)
+    found = weights(made)
+    assert made.budget.tokens < 150
+    monkeypatch.undo()
+    expected = weights(make(tokenizer, tmp_path / "b", micro_batch_tokens=made.budget.tokens, **settings))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_dropout_is_that_of_the_smaller_budget(tokenizer, tmp_path, monkeypatch):

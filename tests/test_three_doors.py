@@ -21,6 +21,7 @@ COMPANIONS = (
     {"divergence": "topk_reverse_kl"},
     {"teacher_mode": "ema"},
     {"teacher_mode": "periodic"},
+    {"answers": "teacher"},
     {"rollout": "server", "rollout_url": "http://localhost:1"},
     {"rollout": "server"},
     {"rollout": "vllm"},

@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import trainer as trainer_module
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.trainer import OPCDTrainer
@@ -288,7 +287,7 @@ def test_nan_weights_are_found_before_anything_is_written(tokenizer, tmp_path):
 def test_what_is_not_finite_stops_the_run_before_the_weights_are_touched(tokenizer, tmp_path, where, monkeypatch):
     trainer = make(tokenizer, tmp_path / "run", eval_prompts=None, steps=4)
     step = []
-    inner = trainer_module.context_kl
+    inner = trainer._objective
 
     def poisoned(*arguments, **options):
         loss, stats = inner(*arguments, **options)
@@ -298,7 +297,7 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_are_touched(tokeniz
             loss = loss * float("nan") if where == "loss" else _NanGradient.apply(loss)
         return loss, stats
 
-    monkeypatch.setattr(trainer_module, "context_kl", poisoned)
+    monkeypatch.setattr(trainer, "_objective", poisoned)
     with pytest.raises(InputError, match="step 3"):
         trainer.train()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002"]

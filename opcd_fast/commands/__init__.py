@@ -18,6 +18,7 @@ COMMANDS = {
     "accumulate": "put lessons together as notes of a bounded length",
     "select": "find the notes that help most on held-out problems",
     "compress": "look for a shorter text that does what the context does",
+    "compare": "train several systems with several seeds and put their numbers into one table",
     "info": "what is installed here and what is missing",
 }
 """Name (also of the module) and what a command is for, in the order of `opcd --help`."""

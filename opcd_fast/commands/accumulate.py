@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
@@ -27,6 +28,8 @@ class AccumulateCommand:
     """Lessons at least this similar to an earlier one are dropped: above 0 up to 1, which drops equal ones only."""
     merge: bool = False
     """Let the model rewrite each candidate as a shorter list."""
+    raw: bool = False
+    """Write raw.txt in place of notes: the attempts themselves, the newest that fit, to compare with lessons."""
     max_new_tokens: int = 1024
     """Longest rewritten notes, in tokens."""
     seed: int = 0
@@ -54,6 +57,8 @@ def run(arguments: list[str]) -> int:
     quiet_libraries()
     folder = ExperienceFolder(command.output_dir)
     tokenizer = load_tokenizer(command.model)
+    if command.raw:
+        return _write_raw(folder, tokenizer, command)
     merge = None
     if command.merge:
         model = load_model(command.model, dtype=command.dtype, device=command.device)
@@ -74,4 +79,20 @@ def run(arguments: list[str]) -> int:
             f"{counts['over_budget']} over the budget dropped{rewritten[counts['merged']]}"
         )
     print(f"saved: {folder.notes}; next: opcd select")
+    return 0
+
+
+def _write_raw(folder: Any, tokenizer: Any, command: AccumulateCommand) -> int:
+    from opcd_fast.checkpoint import write_text
+    from opcd_fast.lessons import token_counter
+    from opcd_fast.traces import traces_within_budget
+
+    if command.merge:
+        raise InputError("raw and merge: raw attempts are not rewritten; drop one of them")
+    records, count = folder.attempts(), token_counter(tokenizer)
+    if not records:
+        raise InputError(f"no attempts in {str(folder.path)!r}; run `opcd extract` first")
+    text, kept = traces_within_budget(records, command.max_tokens, count)
+    write_text(folder.raw, text)
+    print(f"saved: {folder.raw}, {kept} of {len(records)} attempts, {count(text)} tokens")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,15 +53,9 @@ def check(options: PlayOptions) -> None:
 
 def task_of(options: PlayOptions) -> Any:
     """The task. Raises InputError for a name, file or option that it does not know."""
-    from opcd_fast.tasks import load_task
+    from opcd_fast.tasks import load_task, options_of
 
-    try:
-        more = json.loads(options.task_options)
-    except json.JSONDecodeError as error:
-        raise InputError(f'task_options={options.task_options!r} must be JSON, such as {{"size": 4}}') from error
-    if not isinstance(more, dict):
-        raise InputError(f'task_options={options.task_options!r} must be a JSON object, such as {{"size": 4}}')
-    return load_task(options.task, **more)
+    return load_task(options.task, **options_of(options.task_options))
 
 
 def player_of(options: PlayOptions) -> Any:

@@ -19,10 +19,10 @@ from opcd_fast.errors import InputError
 # Where a group begins; a setting belongs to the group that it stands in among the fields of OPCDConfig.
 GROUPS = {
     "output_dir": "The run",
-    "max_new_tokens": "Answers of the student",
+    "max_new_tokens": "Answers",
     "prompt_column": "Prompts and the chat template",
     "learning_rate": "Optimizer",
-    "divergence": "Loss",
+    "objective": "Loss",
     "teacher_mode": "Teacher and adapter",
     "gradient_checkpointing": "Memory and device",
     "eval_every": "Evaluation and checkpoints",

@@ -30,12 +30,17 @@ class TrainCommand:
 
     model: str
     """Folder, hub id, or "smollm2" (the packaged SmolLM2-135M-Instruct)."""
-    prompts: str
+    prompts: str | None = None
     """JSONL ({"prompt": text or messages} a line), JSON, CSV or parquet, or a Hugging Face data set's folder."""
     context: str | None = None
     """What the teacher sees: a text file, or chat turns as .json or .jsonl."""
     eval_prompts: str | None = None
     """Held-out prompts, same form, for evaluation during the run."""
+    task: str | None = None
+    """A task in place of prompts: "frozen-lake", "sokoban", "math:FILE", "choice:FILE", "reasoning:NAME" ... Its split
+    "train" is played at every step, its split "selection" at evaluations."""
+    task_options: str | None = None
+    """Options of the task as JSON, such as {"size": 4}."""
     teacher_model: str | None = None
     """Another model as the teacher (same tokenizer); default: the model without a trained adapter, as it was at the
     start (LoRA: the base with the adapter off)."""
@@ -60,8 +65,8 @@ def run(arguments: list[str]) -> int:
     context = as_file(command.context)
     if context is not None:
         read_context(context)
-    prompts = read_prompts(command.prompts, **config.columns())
-    general = sum(prompt.privileged_context == "" for prompt in prompts)
+    prompts = prompts_or_task(command, config)
+    general = sum(prompt.privileged_context == "" for prompt in prompts) if isinstance(prompts, list) else 0
     if general and not launched_rank():
         print(f"{general} of {len(prompts)} prompts have an empty privileged_context: their teacher sees no context")
     held_out = None
@@ -74,6 +79,8 @@ def run(arguments: list[str]) -> int:
         if command.teacher_model is not None:
             raise InputError("init: the teacher is the base of that run; drop teacher_model")
         start = start_from(command.init, command.model, config)
+        if command.replay is not None and command.task is not None:
+            raise InputError("replay: a task's turns cannot be mixed with prompts; drop replay or task")
         if command.replay is not None:
             replayed = start.replayed(command.replay, prompts, held_out or (), config.seed)
             if not launched_rank():
@@ -83,8 +90,8 @@ def run(arguments: list[str]) -> int:
     if command.teacher_model is not None:
         teacher_tokenizer = load_tokenizer(command.teacher_model)
         elsewhere = config.teacher_device != "auto"
-        teacher = load_model(command.teacher_model, **_loading(config, config.teacher_quantization, elsewhere))
-    place = _loading(config, config.quantization)
+        teacher = load_model(command.teacher_model, **loading(config, config.teacher_quantization, elsewhere))
+    place = loading(config, config.quantization)
     if start is not None:
         model, teacher = start.models(**place)
     else:
@@ -93,7 +100,7 @@ def run(arguments: list[str]) -> int:
         model,
         tokenizer,
         context,
-        [*prompts, *replayed],
+        [*prompts, *replayed] if replayed else prompts,
         config,
         teacher_model=teacher,
         teacher_tokenizer=teacher_tokenizer,
@@ -107,7 +114,21 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _loading(config: OPCDConfig, quantization: str, elsewhere: bool = False) -> dict[str, str]:
+def prompts_or_task(command: Any, config: OPCDConfig) -> Any:
+    """What `prompts` names, or the task. Raises InputError for both, or neither."""
+    from opcd_fast.prompts import read_prompts
+    from opcd_fast.tasks import load_task, options_of
+
+    if (command.prompts is None) == (command.task is None):
+        raise InputError("give --prompts FILE, or --task NAME in its place")
+    if command.task is None:
+        if command.task_options is not None:
+            raise InputError("task_options is set, but no task; drop it, or give --task")
+        return read_prompts(command.prompts, **config.columns())
+    return load_task(command.task, **options_of(command.task_options))
+
+
+def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False) -> dict[str, str]:
     """Type and place to load a model with. One that is to be packed, sharded, or run elsewhere, waits on the CPU: it
     might not fit whole on the device, and loading it elsewhere would change the current device."""
     from opcd_fast.acceleration import shards
@@ -138,7 +159,7 @@ def train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:
             options = typed_values(TrainOptions, options, numbers_as_text=True)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-    required = {"model": tyro.MISSING, "prompts": tyro.MISSING}
+    required = {"model": tyro.MISSING}
     default = TrainCommand(**{**required, **values}, run=TrainOptions(**options))
     command = parse(TrainCommand, "train", arguments, default=default)
     return command, OPCDConfig(**dataclasses.asdict(command.run))

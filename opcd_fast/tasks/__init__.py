@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from opcd_fast.errors import InputError
@@ -36,6 +37,17 @@ def load_task(name: str, **options: Any) -> Task:
         if options and "argument" in str(error):
             raise InputError(f"task {name!r}: {str(error).partition('() ')[2] or error}") from error
         raise
+
+
+def options_of(text: str | None) -> dict[str, Any]:
+    """A task's options from JSON. Raises InputError."""
+    try:
+        options = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise InputError(f'task_options={text!r} must be JSON, such as {{"size": 4}}') from error
+    if not isinstance(options, dict):
+        raise InputError(f'task_options={text!r} must be a JSON object, such as {{"size": 4}}')
+    return options
 
 
 def _maker(kind: str) -> Any:

@@ -53,27 +53,40 @@ def play(
     context: put in front of every turn, as `OPCDTrainer` puts it before the teacher. told: called after each turn with
     its number and how many episodes go on. An episode that has no score after `max_turns` counts as 0.
     """
+
+    def answer(asked: Sequence[list[Message]], number: int) -> list[Any]:
+        prompts = adapt_to_tokenizer(tokenizer, [Prompt(messages=tuple(messages)) for messages in asked])
+        return rollout.generate(
+            [
+                student_ids(tokenizer, prompt) if not context else teacher_ids(tokenizer, prompt, context)
+                for prompt in prompts
+            ],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=stream_seed(seed, "turn", number),
+        )
+
+    return play_with(episodes, answer, tokenizer, max_turns, told)
+
+
+def play_with(
+    episodes: Sequence[Episode],
+    answer: Callable[[Sequence[list[Message]], int], Sequence[Any]],
+    tokenizer: Any,
+    max_turns: int,
+    told: Callable[[int, int], None] | None = None,
+) -> list[Played]:
+    """`play` with answers from elsewhere: answer(what each open episode asks, turn number) -> a Completion for each."""
     turns: list[list[Turn]] = [[] for _ in episodes]
     for number in range(max_turns):
         live = [index for index, episode in enumerate(episodes) if episode.score is None]
         if not live:
             break
         asked = [episodes[index].messages() for index in live]
-        prompts = adapt_to_tokenizer(tokenizer, [Prompt(messages=tuple(messages)) for messages in asked])
-        rendered = [
-            student_ids(tokenizer, prompt) if not context else teacher_ids(tokenizer, prompt, context)
-            for prompt in prompts
-        ]
-        answers = rollout.generate(
-            rendered,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=stream_seed(seed, "turn", number),
-        )
-        for index, messages, answer in zip(live, asked, answers, strict=True):
-            text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            turns[index].append(Turn(messages, text, answer.finished, len(answer.token_ids)))
+        for index, messages, given in zip(live, asked, answer(asked, number), strict=True):
+            text = tokenizer.decode(given.token_ids, skip_special_tokens=True)
+            turns[index].append(Turn(messages, text, given.finished, len(given.token_ids)))
             episodes[index].answer(text)
         if told is not None:
             told(number + 1, sum(episode.score is None for episode in episodes))

@@ -1,0 +1,370 @@
+"""Comparisons: systems by name, intervals against known values, measures against plain forwards, finished runs kept."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from opcd_fast.checkpoint import list_checkpoints
+from opcd_fast.cli import main
+from opcd_fast.compare import runs as runs_module
+from opcd_fast.compare.measure import Yardstick, scores_of
+from opcd_fast.compare.runs import Comparison, run_all
+from opcd_fast.compare.seeds import over_seeds, t_quantile
+from opcd_fast.compare.systems import SYSTEMS, check_common, parse_systems
+from opcd_fast.compare.table import as_markdown, interval, summarize
+from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
+from opcd_fast.intervals import wilson
+from opcd_fast.prompts import read_prompts
+from opcd_fast.rollout import Completion, TransformersRollout
+from opcd_fast.scorer import HeldOutScore
+from opcd_fast.seeds import stream_seed
+
+CONTEXT = "always answer with zzz"
+HELD_OUT = [f"another {i}" for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+# --- intervals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("degrees", "value"),  # printed tables of the two-sided 95 % point
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228), (30, 2.042), (1000, 1.962)],
+)
+def test_t_quantiles_are_the_printed_ones(degrees, value):
+    assert t_quantile(degrees) == pytest.approx(value, abs=6e-4)
+
+
+def test_t_quantiles_are_those_of_samples():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(200_000, 4, generator=generator, dtype=torch.float64)
+    t = draws.mean(1) / (draws.std(1) / 2)
+    assert float((t.abs() <= t_quantile(3)).double().mean()) == pytest.approx(0.95, abs=2e-3)
+    assert t_quantile(3, 0.5) == pytest.approx(0.7649, abs=1e-3)
+    with pytest.raises(ValueError):
+        t_quantile(0)
+
+
+def test_over_seeds_is_mean_and_t():
+    found = over_seeds([1.0, 2.0, 6.0])
+    half = 4.302653 * math.sqrt(7.0) / math.sqrt(3)
+    assert (found["mean"], found["n"]) == (3.0, 3)
+    assert (found["low"], found["high"]) == (pytest.approx(3 - half, abs=1e-5), pytest.approx(3 + half, abs=1e-5))
+    assert over_seeds([5.0]) == {"mean": 5.0, "low": None, "high": None, "n": 1}
+
+
+# --- systems -------------------------------------------------------------------------------------------------
+
+
+def test_systems_are_what_their_names_say():
+    configs = {s.label: s.config(OPCDConfig(), 3, "x", False) for s in parse_systems([",".join(SYSTEMS)])}
+    assert list(configs) == ["opcd", "off-policy", "seq-kd", "sft", "live", "ema", "periodic"]
+    assert configs["opcd"] == OPCDConfig(seed=3, output_dir="x")
+    settings = {name: (c.answers, c.objective, c.divergence, c.teacher_mode, c.kept_answers)
+                for name, c in configs.items()}  # fmt: skip
+    assert settings["off-policy"] == ("teacher", "divergence", "forward_kl", "frozen", 0)
+    assert settings["seq-kd"] == ("teacher", "nll", "reverse_kl", "frozen", 0)
+    assert settings["sft"] == ("teacher", "nll", "reverse_kl", "frozen", 1)
+    for mode in ("live", "ema", "periodic"):
+        assert settings[mode] == ("student", "divergence", "reverse_kl", mode, 0)
+
+
+def test_a_system_with_settings_of_its_own():
+    plain, fast, raw = parse_systems(["opcd", "ema:teacher_ema_decay=0.9,learning_rate=1e-4", "raw=opcd:context=r.txt"])
+    assert (plain.label, fast.label, raw.label) == ("opcd", "ema", "raw")
+    assert fast.config(OPCDConfig(), 0, "x", False).teacher_ema_decay == 0.9
+    assert fast.config(OPCDConfig(), 0, "x", False).learning_rate == 1e-4
+    assert raw.context == "r.txt" and plain.context is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["opdc"], "'opdc' is unknown"), ([""], "systems is empty"), (["opcd,opcd"], "twice"),
+        (["opcd:steps"], "setting=value"), (["opcd:stepz=3"], "steps"), (["opcd:steps=many"], "whole number"),
+        (["opcd:seed=3"], "seed"), (["a/b=opcd:steps=3"], "becomes a folder"),
+    ],
+)  # fmt: skip
+def test_systems_that_make_no_sense(words, message):
+    with pytest.raises(InputError, match=message):
+        parse_systems(words)
+
+
+@pytest.mark.parametrize("settings", [{"divergence": "jsd"}, {"answers": "teacher"}, {"teacher_mode": "live"},
+                                      {"resume": True}, {"eval_every": 0}])  # fmt: skip
+def test_common_settings_leave_the_systems_alone(settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        check_common(OPCDConfig(**settings))
+
+
+# --- runs ----------------------------------------------------------------------------------------------------
+
+
+def has_a_vowel(messages, answer, row):
+    return any(vowel in answer for vowel in "aeiou")
+
+
+def comparison(tokenizer, folder, systems="opcd,off-policy", seeds=2, **settings):
+    config = OPCDConfig(
+        **{
+            "output_dir": str(folder), "steps": 3, "batch_size": 4, "max_new_tokens": 6, "lora_rank": 4,
+            "learning_rate": 1e-2, "eval_every": 3, "save_every": 1, "device": "cpu", "dtype": "float32",
+            "temperature": 0.9, **settings,
+        }
+    )  # fmt: skip
+    held_out = read_prompts(HELD_OUT)
+    behaviour = HeldOutScore(has_a_vowel, "vowel", tokenizer, held_out)
+    yardstick = Yardstick(
+        read_prompts(["general one", "general two"]), behaviour, held_out, 2,
+        {"max_new_tokens": 6, "temperature": 0.9, "top_p": 1.0},
+    )  # fmt: skip
+    return Comparison(
+        lambda: (tiny_model(), None), "tiny", tokenizer, None, CONTEXT, read_prompts([f"q{i}" for i in range(6)]),
+        held_out, config, parse_systems([systems]), seeds, yardstick,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    told = []
+    return folder, run_all(comparison(tokenizer, folder), told.append), told
+
+
+def test_all_runs_are_there_and_differ(done):
+    folder, found, _ = done
+    assert {label: [run["seed"] for run in runs] for label, runs in found["runs"].items()} == {
+        "opcd": [0, 1], "off-policy": [0, 1],
+    }  # fmt: skip
+    everything = [run for runs in found["runs"].values() for run in runs]
+    for name in ("own_kl", "fixed_kl", "general_kl"):
+        assert len({run[name] for run in everything}) == 4, name
+    for run in everything:
+        assert run["answers"] == run["drawn_answers"] == 12 and len(run["scores"]) == 10
+        assert run["trained_tokens"] == run["drawn_tokens"] > 12 and run["seconds"] > 0
+        assert run["general_kl"] > 1e-4
+    (base,) = found["baselines"].values()
+    assert abs(base["base"]["general_kl"]) < 1e-6  # the base has not moved from itself
+    assert base["base"]["own_kl"] > 0.01 and base["base + context"]["score"] is not None
+    for label, objective in (("opcd", "reverse_kl"), ("off-policy", "forward_kl")):
+        lines = (folder / label / "seed-1" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line).get("objective") for line in lines][1] == objective
+
+
+def test_measures_are_plain_forwards(done, tokenizer):
+    """fixed_kl and general_kl of one run, float64, from its adapter on disk."""
+    from peft import PeftModel
+
+    folder, found, _ = done
+    run = found["runs"]["off-policy"][1]
+    final = folder / "off-policy" / "seed-1" / "final"
+    student = PeftModel.from_pretrained(tiny_model(), final).double()
+    base = tiny_model(dtype=torch.float64)
+    kept = json.loads(next(folder.glob("baseline/*/fixed.json")).read_text())
+    context = tokenizer("<|system|>" + CONTEXT + "<|end|><|user|>").input_ids
+
+    def kl(prompt, shown, response):
+        p, q = (
+            (model(torch.tensor([[*ids, *response]])).logits[0, len(ids) - 1 : -1].detach() / 0.9).log_softmax(-1)
+            for model, ids in ((student, prompt), (base, shown))
+        )
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    values = []
+    for sample in kept["samples"]:
+        text = tokenizer.decode(sample["student_prompt"]).removeprefix("<|user|>")
+        shown = [*context, *tokenizer(text).input_ids]
+        values.append(kl(sample["student_prompt"], shown, sample["response"]))
+    assert len(values) == 10
+    assert run["fixed_kl"] == pytest.approx(sum(values) / 10, rel=1e-3)
+
+    prompts = [tokenizer(f"<|user|>general {n}<|end|><|assistant|>").input_ids for n in ("one", "two")]
+    rollout = TransformersRollout(PeftModel.from_pretrained(tiny_model(), final), stop_token_ids=(256,))
+    answers = rollout.generate(
+        prompts, max_new_tokens=6, temperature=0.9, seed=stream_seed(1, "compare general", 0)
+    )
+    by_hand = [kl(prompt, prompt, answer.token_ids) for prompt, answer in zip(prompts, answers)]
+    assert run["general_kl"] == pytest.approx(sum(by_hand) / 2, rel=1e-3)
+
+
+def test_finished_runs_are_not_made_again(done, tokenizer, monkeypatch):
+    folder, found, _ = done
+    monkeypatch.setattr(runs_module, "OPCDTrainer", None)  # would fail
+    told = []
+    assert run_all(comparison(tokenizer, folder), told.append) == found
+    assert told == [f"{label}, seed {seed}: measured already" for label in ("opcd", "off-policy") for seed in (0, 1)]
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_numbers(done, tokenizer, tmp_path, monkeypatch):
+    folder, found, _ = done
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    run = copy / "off-policy" / "seed-1"
+    (run / "measured.json").unlink()
+    shutil.rmtree(run / "final")
+    shutil.rmtree(list_checkpoints(run / "checkpoints")[-1])
+    for other in copy.glob("*/*/measured.json"):  # the copy has another name, which decides nothing
+        kept = json.loads(other.read_text())
+        assert "output_dir" not in kept["of"]["settings"]
+    told = []
+    again = run_all(comparison(tokenizer, copy), told.append)
+    assert [text.partition(" in ")[0] for text in told if "already" not in text] == ["off-policy, seed 1: goes on"]
+    wanted, got = found["runs"]["off-policy"][1], again["runs"]["off-policy"][1]
+    timed = ("seconds",)
+    assert {n: v for n, v in got.items() if n not in timed} == {n: v for n, v in wanted.items() if n not in timed}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"steps": 4}, "steps = 3, now it is 4"), ({"learning_rate": 2e-2}, "learning_rate = 0.01"),
+     ({"temperature": 0.8}, "sampling|temperature"), ({"dtype": "bfloat16"}, "compute type = 'torch.float32'")],
+)  # fmt: skip
+def test_results_of_other_settings_are_not_mixed_in(done, tokenizer, change, words):
+    with pytest.raises(InputError, match=words):
+        run_all(comparison(tokenizer, done[0], **change), lambda text: None)
+
+
+def test_kept_answers_are_counted_as_drawn_once(tokenizer, tmp_path):
+    found = run_all(comparison(tokenizer, tmp_path, "sft", 1, steps=4, eval_every=4), lambda text: None)
+    (run,) = found["runs"]["sft"]
+    counts = json.loads((tmp_path / "sft" / "seed-0" / "answers.json").read_text())
+    assert run["answers"] == 16 and run["drawn_answers"] == 6 == counts["answers"]
+    assert run["drawn_tokens"] == counts["response_tokens"] < run["trained_tokens"]
+    assert run["seconds"] > counts["seconds"] > 0
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_forgetting_is_measured_from_the_students_own_base(tokenizer, tmp_path, lora_rank):
+    """With another model as the teacher the base is still the student's; before training nothing is forgotten."""
+    given = comparison(tokenizer, tmp_path, "opcd", 1, lora_rank=lora_rank, learning_rate=1e-3, steps=1, eval_every=1)
+    teacher = tiny_model(seed=5)
+    found = run_all(
+        Comparison(**{**vars(given), "load": lambda: (tiny_model(), teacher), "name": "pair"}), lambda text: None
+    )
+    (base,) = found["baselines"].values()
+    assert abs(base["base"]["general_kl"]) < 1e-6 and base["base"]["own_kl"] > 0.1
+    assert 0 < found["runs"]["opcd"][0]["general_kl"] < 0.1
+
+
+# --- the table -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_arithmetic_on_the_runs(done):
+    _, found, _ = done
+    summary = summarize(found)
+    (base,) = (b["base"] for b in found["baselines"].values())
+    shares = {label: [1 - r["own_kl"] / base["own_kl"] for r in runs] for label, runs in found["runs"].items()}
+    for label, values in shares.items():
+        assert summary["systems"][label]["summary"]["own_gap_closed"] == over_seeds(values)
+    off, own = shares["off-policy"], shares["opcd"]
+    assert summary["differences"] == {"off-policy": summary["differences"]["off-policy"]}
+    assert summary["differences"]["off-policy"]["own_gap_closed"] == over_seeds([a - b for a, b in zip(off, own)])
+    score = summary["systems"]["opcd"]["summary"]["score"]
+    scores = [s for r in found["runs"]["opcd"] for s in r["scores"]]
+    assert (score["answers_low"], score["answers_high"]) == wilson(round(sum(scores)), 20)
+    assert interval(score) == (min(score["low"], score["answers_low"]), max(score["high"], score["answers_high"]))
+    page = as_markdown(summary, "title")
+    assert f"| opcd | 2 | {summary['systems']['opcd']['summary']['own_gap_closed']['mean']:.1%} [" in page
+    assert "task score" not in page and "Differences from opcd" in page
+
+
+def test_equal_seeds_do_not_hide_that_answers_are_few():
+    ones = {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 3, "answers": 30, **dict(
+        zip(("answers_low", "answers_high"), wilson(30, 30)))}  # fmt: skip
+    assert interval(ones) == (pytest.approx(0.8865, abs=1e-3), 1.0)
+    assert interval(over_seeds([2.0])) is None
+
+
+def test_scores_of_a_comparison_are_shares(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "mine_for_compare.py").write_text(
+        "def same(m, a, row):\n  return m[-1]['content'] == a\ndef two(m, a, row):\n  return 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    answers = [Completion(tuple(tokenizer(text).input_ids), (), True) for text in ("a", "x", "a", "b")]  # two rounds
+
+    def yardstick(name):
+        held_out = read_prompts(["a", "b"])
+        return Yardstick([], HeldOutScore.make(None, name, tokenizer, held_out), held_out, 2, {})
+
+    assert scores_of(yardstick("mine_for_compare:same"), answers) == {"score": 0.75, "scores": [1.0, 0.0, 1.0, 1.0]}
+    with pytest.raises(InputError, match="needs 0 to 1"):
+        scores_of(yardstick("mine_for_compare:two"), answers)
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tokenizer, tmp_path):
+    tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "context.txt").write_text(CONTEXT)
+    (tmp_path / "raw.txt").write_text("another context")
+    for name, texts in (("train", ["a", "b"]), ("held", ["c", "d"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return tmp_path
+
+
+def arguments(files, *more):
+    return [
+        "compare", "--model", str(files / "model"), "--context", str(files / "context.txt"), "--output-dir",
+        str(files / "out"), "--steps", "1", "--eval-every", "1", "--batch-size", "2", "--max-new-tokens", "3",
+        "--lora-rank", "2", "--device", "cpu", "--seeds", "2", *more,
+    ]  # fmt: skip
+
+
+def with_prompts(files):
+    return ["--prompts", str(files / "train.jsonl"), "--eval-prompts", str(files / "held.jsonl")]
+
+
+def test_the_command_writes_table_page_and_picture(files, capsys):
+    more = ["--systems", "opcd,sft", f"raw=opcd:context={files / 'raw.txt'}", "--regex", "a", "--general"]
+    general = files / "general.jsonl"
+    general.write_text('{"prompt": "unrelated"}\n')
+    assert main(arguments(files, *with_prompts(files), *more, str(general))) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    found = json.loads((files / "out" / "compare.json").read_text())
+    assert list(found["systems"]) == ["opcd", "sft", "raw"] and found["ran"]["torch"] == torch.__version__
+    assert len(found["baselines"]) == 2 and found["scorer"] == "regex a"
+    assert found["systems"]["raw"]["runs"][0]["context"] != found["systems"]["opcd"]["runs"][0]["context"]
+    page = (files / "out" / "compare.md").read_text()
+    assert page in out and all(f"\n| {name} | 2 |" in page for name in found["systems"])
+    assert (files / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_on_a_task(files, capsys):
+    pytest.importorskip("gymnasium")
+    more = ["--task", "frozen-lake-gymnasium", "--task-problems", "3", "--task-episodes", "2", "--eval-batch", "2",
+            "--systems", "opcd", "--general", "none", "--seeds", "1"]  # fmt: skip
+    assert main(arguments(files, *more)) == 0, capsys.readouterr().err
+    found = json.loads((files / "out" / "compare.json").read_text())
+    assert found["systems"]["opcd"]["runs"][0]["task_episodes"] == 3
+    (baseline,) = found["baselines"].values()
+    assert baseline["base"]["task_score"] is not None and baseline["base + context"]["task_score"] is not None
+    assert "task score" in (files / "out" / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--systems", "opcd,nobody"], "'nobody' is unknown"), (["--seeds", "0"], "seeds=0"),
+        (["--regex", "a", "--scorer", "b:c"], "drop one"), (["--divergence", "jsd"], "divergence tells systems"),
+        (["--systems", "ema:teacher_sync_every=3"], "teacher_sync_every"), (["--general", "gone.jsonl"], "gone.jsonl"),
+        (["--context", "gone.txt"], "gone.txt"), (["--systems", "x=opcd:context=gone.txt"], "gone.txt"),
+        (["--task", "sokoban"], "in its place"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_write_nothing(files, capsys, more, words):
+    assert main([*arguments(files, *with_prompts(files)), *more]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (files / "out").exists()

@@ -9,7 +9,7 @@ EXPERIMENT = Experiment(
     DATA / "train_prompts.jsonl",
     DATA / "eval_prompts.jsonl",
     max_new_tokens=24,
-    temperature=0.5,  # at 1 the model with the turns in front is a pirate in two thirds of its answers
+    temperature=0.7,
     regex=r"^Arr matey! [^\n]+ Aye!$",
 )
 

@@ -176,14 +176,14 @@ def say_other_logprobs(rollout):
 
 
 def signal_itself(trainer, step):
-    prompts_of = trainer._prompts_of
+    train_step = trainer._train_step
 
-    def signalled(index):
+    def signalled(index, interruption):
         if index == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return prompts_of(index)
+        return train_step(index, interruption)
 
-    trainer._prompts_of = signalled
+    trainer._train_step = signalled
 
 
 def break_rank(trainer, where):

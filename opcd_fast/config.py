@@ -97,6 +97,8 @@ class OPCDConfig:
     """LoRA scale numerator; None: twice the rank."""
     lora_targets: str = "all-linear"
     """Modules that get an adapter: "all-linear", or names separated by commas (q_proj,v_proj)."""
+    use_dora: bool = False
+    """With lora_rank: DoRA (arXiv 2402.09353), which trains the norm of each row of the adapted weights as well."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in backward: less memory, about a third more time."""
     dtype: str = "auto"
@@ -250,6 +252,8 @@ class OPCDConfig:
                 raise InputError(f"{name} is set, but teacher_path='concat' keeps no caches; drop one of them")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
+        if self.use_dora and not self.lora_rank:
+            raise InputError("use_dora is set but lora_rank is 0; set lora_rank, or drop use_dora")
         self._check_rollout(one_of, at_least, within)
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
@@ -288,6 +292,12 @@ class OPCDConfig:
         for kind, name in (("server", "rollout_url"), ("replay", "rollout_file")):
             if self.rollout == kind and getattr(self, name) is None:
                 raise InputError(f"rollout={kind!r} needs {name}")
+        sends_adapter = self.rollout == "vllm" or (self.rollout == "server" and self.rollout_command is None)
+        if self.use_dora and sends_adapter:
+            raise InputError(
+                f"use_dora: rollout={self.rollout!r} sends the adapter to vLLM, which refuses DoRA; drop use_dora, or "
+                "use rollout='transformers', or 'server' with rollout_command"
+            )
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for kinds, names in ROLLOUT_SETTINGS.items():
             for name in names:

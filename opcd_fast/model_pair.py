@@ -156,7 +156,7 @@ def _teacher(model: Any, device: torch.device, dtype: torch.dtype, quantization:
 
 
 def with_adapter(model: Any, config: OPCDConfig, device: torch.device) -> Any:
-    """`model` with a fresh LoRA adapter, its first weights fixed by the seed."""
+    """`model` with a fresh LoRA (or DoRA) adapter, its first weights fixed by the seed."""
     from peft import LoraConfig, get_peft_model
 
     targets: str | list[str] = config.lora_targets
@@ -166,6 +166,7 @@ def with_adapter(model: Any, config: OPCDConfig, device: torch.device) -> Any:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         target_modules=targets,
+        use_dora=config.use_dora,
         task_type="CAUSAL_LM",
     )
     with seeded(stream_seed(config.seed, "adapter", 0), device):

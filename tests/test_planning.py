@@ -22,6 +22,10 @@ CASES = {
     "lora, micro-batches": {"lora_rank": 8, "micro_batch_tokens": 700},
     "lora, four answers each": {"lora_rank": 8, "rollouts_per_prompt": 4, "batch_size": 4},
     "lora, unmerged rollout": {"lora_rank": 8, "merge_for_rollout": False},
+    "dora": {"lora_rank": 8, "use_dora": True},
+    "dora, bf16, unmerged rollout": {
+        "lora_rank": 8, "use_dora": True, "merge_for_rollout": False, "dtype": "bfloat16"
+    },
     "full": {},
     "full, bf16": {"dtype": "bfloat16"},
     "full, bf16, checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch_tokens": 900},

@@ -122,6 +122,7 @@ class OPCDTrainer:
             config.max_new_tokens,
             seam.longest_input(seam.body_of(model)),
             seam.longest_input(seam.body_of(teacher_model or model)),
+            virtual_tokens=config.num_virtual_tokens,
         )
 
         self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
@@ -136,7 +137,9 @@ class OPCDTrainer:
             template=getattr(tokenizer, "chat_template", None),
             weights=self._weights,
         )
-        pair = student_and_teacher(model, teacher_model, config, self.device, self.compute_dtype, evaluates)
+        pair = student_and_teacher(
+            model, teacher_model, config, self.device, self.compute_dtype, evaluates, self.prefixes
+        )
         self.model = pair.student
         self.share_prompts = shares_prompts(self.model, config.share_prompts, config.rollouts_per_prompt)
         vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)

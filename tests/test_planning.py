@@ -24,7 +24,11 @@ CASES = {
     "lora, unmerged rollout": {"lora_rank": 8, "merge_for_rollout": False},
     "dora": {"lora_rank": 8, "use_dora": True},
     "dora, bf16, unmerged rollout": {
-        "lora_rank": 8, "use_dora": True, "merge_for_rollout": False, "dtype": "bfloat16"
+        "lora_rank": 8, "use_dora": True, "merge_for_rollout": False, "dtype": "bfloat16",
+    },
+    "prefix": {"num_virtual_tokens": 40},
+    "prefix, bf16, checkpointing": {
+        "num_virtual_tokens": 40, "dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch_tokens": 700,
     },
     "full": {},
     "full, bf16": {"dtype": "bfloat16"},
@@ -123,6 +127,14 @@ def test_what_each_setting_saves():
     near = planned(OPCDConfig(**base), Job((600,), ((20, 20, 0),)), device="cuda")
     kept = near.peaks["student"].parts["context KV"]
     assert far.peaks["student"].parts["context KV"] == pytest.approx(kept * 2 / 3, rel=0.01)  # two of three layers
+
+
+def test_a_prefix_is_planned_for_a_gpu():
+    config = OPCDConfig(batch_size=2, max_new_tokens=4, num_virtual_tokens=40)
+    seen = planned(config, device="cuda", dtype=torch.bfloat16)
+    assert seen.peaks["backward"].parts["adapter"] == 40 * 3 * 2 * 2 * 24 * 4  # layers, K and V, heads, size, bytes
+    assert seen.peaks["optimizer"].parts["optimizer state"] >= 2 * 40 * 3 * 2 * 2 * 24 * 4
+    assert any("trained prefix" in note for note in seen.notes)
 
 
 def test_held_out_answers_of_the_teacher_read_whole_contexts():

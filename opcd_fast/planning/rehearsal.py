@@ -123,7 +123,8 @@ def _rehearsed(
     with _stage(device, backend) as meter:
         made = [None if c is None else _model(c, dtype) for c in (student, teacher)]
         with meter.phase("start", "weights"):
-            pair = student_and_teacher(made[0], made[1], _on_cpu(config), CPU, dtype, bool(job.held_out))
+            contexts = [[0] * tokens for tokens in job.contexts]
+            pair = student_and_teacher(made[0], made[1], _on_cpu(config), CPU, dtype, bool(job.held_out), contexts)
         del made
         _label_weights(meter, pair)
         run = _Step(config, job, pair, meter, device, dtype, limit)
@@ -262,9 +263,11 @@ class _Step:
             notes.append(f"an estimate: the teacher on {config.teacher_device!r} is counted as if it were here")
         if config.rollout == "vllm":
             notes.append("not counted: what rollout='vllm' takes for itself (rollout_gpu_share)")
+        if device == "cuda" and config.num_virtual_tokens:
+            notes.append("an estimate: the student's attention after its trained prefix is counted as on a CPU")
         self.notes = tuple(notes)
         shares = config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts
-        self.shares = bool(shares) and refuses_sharing(body, training=True) is None
+        self.shares = bool(shares) and not config.num_virtual_tokens and refuses_sharing(body, training=True) is None
         self.teacher = self._reader(pair.teacher, pair.teacher_adapter)
 
     def _reader(self, model: Any, adapter: str) -> _Reader:

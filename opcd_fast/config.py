@@ -61,10 +61,13 @@ class OPCDConfig:
     chat_template_kwargs: str | None = None
     """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'. A row's own win."""
     learning_rate: float | None = None
-    """Constant AdamW rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3 for LoRA (the demo's), 2e-2 for a
+    """Constant rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3 for LoRA (the demo's), 2e-2 for a
     trained prefix (of Cartridges' authors)."""
+    optimizer: str = "adamw_torch"
+    """"adamw_torch", "adamw_8bit" (state in 8 bits), "paged_adamw_8bit" (and on the host when the GPU is full; both
+    need bitsandbytes), or "adafactor" (hardly any state)."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
     divergence: str = "reverse_kl"
@@ -245,6 +248,7 @@ class OPCDConfig:
                 )
         one_of("teacher_quantization", "none", "4bit")
         one_of("quantization", "none", "4bit")
+        one_of("optimizer", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor")
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")
         one_of("loss_backend", "auto", "triton", "native", "torch")

@@ -16,8 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from opcd_fast import best, checkpoint
 from opcd_fast import transformers_seam as seam
 from opcd_fast.acceleration import make_accelerator
@@ -35,6 +33,7 @@ from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, is_peft, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.objective import context_kl
+from opcd_fast.optimizers import make_optimizer
 from opcd_fast.preflight import check_context_matters, check_lengths
 from opcd_fast.progress import Progress
 from opcd_fast.prompt_order import prompts_of_step
@@ -169,12 +168,7 @@ class OPCDTrainer:
         self.budget = TokenBudget(config.micro_batch_tokens)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(
-                self.parameters.values(),
-                lr=config.learning_rate_for(adapter=is_peft(self.model)),
-                weight_decay=config.weight_decay,
-                fused=self.device.type == "cuda",
-            )
+            make_optimizer(config, self.parameters.values(), self.device, adapter=is_peft(self.model))
         )
         self.snapshots = Snapshots(
             self.folder, self.parameters, self.optimizer, self.teachers, self._identity, config.keep_checkpoints

@@ -34,6 +34,8 @@ CASES = {
     "full, bf16": {"dtype": "bfloat16"},
     "full, bf16, checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch_tokens": 900},
     "full, average": {"teacher_mode": "ema"},
+    "full, adafactor": {"optimizer": "adafactor"},
+    "full, bf16, adamw_8bit": {"dtype": "bfloat16", "optimizer": "adamw_8bit"},
     "other teacher": {"lora_rank": 8, "teacher": OTHER},
     "wide vocabulary": {"lora_rank": 8, "vocabulary": 4096, "workspace_bytes": 4 << 20},
     "full, wide vocabulary": {"vocabulary": 4096, "dtype": "bfloat16", "workspace_bytes": 4 << 20},
@@ -43,6 +45,8 @@ CASES = {
 def compared(case, tmp_path, monkeypatch):
     """{phase: (predicted, recorded)} of one case."""
     case = dict(case)
+    if case.get("optimizer", "").endswith("8bit"):
+        pytest.importorskip("bitsandbytes")
     teacher, vocabulary = case.pop("teacher", None), case.pop("vocabulary", 261)
     settings = {"batch_size": 16, "max_new_tokens": 16, "rollout_batch": 16, "steps": 3, "eval_every": 0, **case}
     settings.setdefault("dtype", "float32")

@@ -29,6 +29,7 @@ from opcd_fast.planning.four_bit import packed_by_stand_ins
 from opcd_fast.planning.gpu_attention import as_on_cuda
 from opcd_fast.planning.loss_scratch import loss_scratch
 from opcd_fast.planning.meter import Meter, Peak
+from opcd_fast.planning.optimizer import rehearsed_optimizer, works_in_place
 from opcd_fast.planning.rollout import answering_model, rehearse_rollout
 from opcd_fast.records import total_weight
 from opcd_fast.teacher import ContextTeacher
@@ -263,6 +264,8 @@ class _Step:
             notes.append(f"an estimate: the teacher on {config.teacher_device!r} is counted as if it were here")
         if config.rollout == "vllm":
             notes.append("not counted: what rollout='vllm' takes for itself (rollout_gpu_share)")
+        if config.optimizer.startswith("paged_"):
+            notes.append("not counted: the paged part of the optimizer's state, which leaves the GPU when it is full")
         if device == "cuda" and config.num_virtual_tokens:
             notes.append("an estimate: the student's attention after its trained prefix is counted as on a CPU")
         self.notes = tuple(notes)
@@ -306,7 +309,7 @@ class _Step:
         for _ in range(min(2, len(groups))):  # the second one finds gradients that exist already
             self._micro_batch(largest, total_weight(samples, self.config.normalize))
         with meter.phase("optimizer"):
-            if self.device == "cpu":  # on CUDA the optimizer is one kernel, which takes nothing
+            if not works_in_place(self.config, self.device):
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or float("inf"))
                 optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -331,7 +334,7 @@ class _Step:
             self._fetched = torch.empty(2 * nbytes // 4)
 
     def _optimizer(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=False, foreach=False)
+        optimizer = rehearsed_optimizer(self.meter, self.config, self.parameters, self.device)
         with self.meter.phase("other", "optimizer state"):
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)

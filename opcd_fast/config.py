@@ -92,6 +92,9 @@ class OPCDConfig:
     """Of "periodic": optimizer steps from one copy to the next."""
     teacher_device: str = "auto"
     """Where the teacher's body runs: "auto" (with the student) | "cpu" | "cuda" | "cuda:N"."""
+    teacher_offload: bool = False
+    """Keep a frozen teacher with weights of its own (teacher_model, or the copy of full fine-tuning) in the host's
+    memory; it is on the GPU only while it scores."""
     teacher_quantization: str = "none"
     """"none", or "4bit": pack a teacher with weights of its own to NF4 (needs bitsandbytes)."""
     quantization: str = "none"
@@ -246,6 +249,13 @@ class OPCDConfig:
                     f"teacher_{name} is set, but teacher_mode={self.teacher_mode!r} has none; drop it, or set "
                     f"teacher_mode={mode!r}"
                 )
+        if self.teacher_offload:
+            needed = {"teacher_mode": "frozen", "teacher_device": "auto", "teacher_quantization": "none"}
+            for name, only in needed.items():
+                if getattr(self, name) != only:
+                    raise InputError(
+                        f"teacher_offload needs {name}={only!r}, not {getattr(self, name)!r}; drop one of them"
+                    )
         one_of("teacher_quantization", "none", "4bit")
         one_of("quantization", "none", "4bit")
         one_of("optimizer", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor")

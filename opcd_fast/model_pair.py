@@ -137,6 +137,11 @@ def refuse_contradictions(
         raise InputError(f"teacher_quantization: packed weights cannot follow as teacher_mode={config.teacher_mode!r}")
     if whole and (config.quantization != "none" or is_quantized(model)):
         raise InputError("full fine-tuning cannot move weights of 4 bits; set lora_rank to train an adapter on them")
+    if config.teacher_offload:
+        refuse_useless_offload(shares, device)
+        if teacher_model is not None and is_quantized(teacher_model):
+            raise InputError("teacher_offload: teacher_model is in 4 bits, which stay on one device; drop one of them")
+        return torch.device("cpu")
     if config.teacher_device == "auto":
         return device
     place = pick_device(config.teacher_device, name="teacher_device", make_current=False)
@@ -146,6 +151,17 @@ def refuse_contradictions(
             "drop teacher_device, or give a teacher_model"
         )
     return place
+
+
+def refuse_useless_offload(shares: bool, device: torch.device) -> None:
+    """shares: the teacher reads the student's own weights. Raises InputError where there is nothing to gain."""
+    if shares:
+        raise InputError(
+            "teacher_offload: the teacher shares the student's weights, which stay on the GPU; drop teacher_offload, "
+            "or give a teacher_model"
+        )
+    if device.type == "cpu":
+        raise InputError("teacher_offload: the run is on the CPU, and so is its teacher; drop teacher_offload")
 
 
 def _placed(model: Any, device: torch.device, dtype: torch.dtype, quantization: str) -> Any:

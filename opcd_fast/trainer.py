@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,8 @@ class OPCDTrainer:
             self.teacher_rollout = TransformersRollout(
                 pair.reference, max_batch=config.rollout_batch, merge_adapter=False, **common
             )
-        self.base_weights = self.model.disable_adapter if pair.reference_adapter == "disabled" else nullcontext
+        disabled = pair.reference_adapter == "disabled"
+        self.base_weights = self.model.disable_adapter if disabled else self.teachers.at_work
 
         self.budget = TokenBudget(config.micro_batch_tokens)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -330,7 +330,8 @@ class OPCDTrainer:
             step, records = self.snapshots.restore(config.steps)
             self.folder.write_config(asdict(config))
         else:
-            check_context_matters(self.train_rows, *self.teachers.first_weights(), **self._loss_options())
+            with self.teachers.at_work():
+                check_context_matters(self.train_rows, *self.teachers.first_weights(), **self._loss_options())
             self.folder.start(asdict(config))
             write_record(self.folder.path, self.origins)
         trackers = Trackers(self.accelerator, self.folder.path, asdict(config), step)

@@ -79,7 +79,8 @@ def run(arguments: list[str]) -> int:
     if command.teacher_model is not None:
         teacher_tokenizer = load_tokenizer(command.teacher_model)
         elsewhere = config.teacher_device != "auto"
-        teacher = load_model(command.teacher_model, **_loading(config, config.teacher_quantization, elsewhere))
+        place = _loading(config, config.teacher_quantization, elsewhere, waits=config.teacher_offload)
+        teacher = load_model(command.teacher_model, **place)
     place = _loading(config, config.quantization)
     if start is not None:
         model, teacher = start.models(**place)
@@ -102,12 +103,12 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _loading(config: OPCDConfig, quantization: str, elsewhere: bool = False) -> dict[str, str]:
-    """Type and place to load a model with. One that is to be packed, or to run elsewhere, waits on the CPU: it might
-    not fit whole beside the other, and loading it elsewhere would change the current device."""
+def _loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, waits: bool = False) -> dict[str, str]:
+    """Type and place to load a model with. One that is to be packed, to run elsewhere or to wait for its turn is loaded
+    on the CPU: it might not fit whole beside the other, and loading it elsewhere would change the current device."""
     from opcd_fast.models import pick_device, pick_dtype
 
-    if quantization == "none" and not elsewhere:
+    if quantization == "none" and not elsewhere and not waits:
         return {"dtype": config.dtype, "device": config.device}
     dtype = pick_dtype(
         config.dtype, pick_device(config.teacher_device if elsewhere else config.device, make_current=False)

@@ -59,7 +59,8 @@ def compared(case, tmp_path, monkeypatch):
         plans.extend((model.config, None if other is None else other.config))
         prompts = [f"question number {i}" for i in range(9)]
         trainer = OPCDTrainer(model, tiny_tokenizer(), CONTEXT, prompts, config, teacher_model=other, quiet=True)
-        trainer.rollout.stop_token_ids, trainer.rollout.vocab_size = (256,), 256  # all answers have their full length
+        # All answers have their full length, and are drawn from all of the vocabulary but its last token.
+        trainer.rollout.stop_token_ids, trainer.rollout.vocab_size = (vocabulary - 1,), vocabulary - 1
         rows = tuple((len(r.student_ids), len(r.teacher_ids), r.context_index) for r in trainer.train_rows)
         shared = common_prefix_length([r.student_ids for r in trainer.train_rows])
         job.append(Job(tuple(map(len, trainer.prefixes)), rows, shared=shared))
@@ -72,8 +73,6 @@ def compared(case, tmp_path, monkeypatch):
 
 
 QUICK = ("lora", "lora, checkpointing", "full")  # the profiler takes its time
-# Seen: 11 % too much. The peak of a step is in its loss there, so that what is planned for does not depend on it.
-LOOSER = {("wide vocabulary", "rollout"): 0.15, ("full, wide vocabulary", "rollout"): 0.15}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
@@ -82,7 +81,7 @@ def test_every_phase_is_within_a_tenth_of_what_a_step_allocates(name, tmp_path, 
     print({phase: (p, r, round(p / r, 3)) for phase, (p, r) in found.items()})
     assert set(found) == {"rollout", "teacher", "student", "loss", "backward", "optimizer"}
     for phase, (predicted, recorded) in found.items():
-        assert predicted == pytest.approx(recorded, rel=LOOSER.get((name, phase), 0.1)), phase
+        assert predicted == pytest.approx(recorded, rel=0.1), phase
 
 
 SMALL = Job((60,), ((20, 20, 0),))

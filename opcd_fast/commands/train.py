@@ -120,23 +120,30 @@ def train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:
     """A YAML file's values become the command line's defaults; only what both make together is checked."""
     import tyro
 
-    arguments, path = _take_config(arguments)
-    values: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    if path is not None:
-        found, where = read_yaml(path), f"config file {path!r}"
-        of_command = [name for name in option_names(TrainCommand) if name != "run"]
-        check_names(found, of_command + option_names(TrainOptions), where)
-        try:
-            values = typed_values(TrainCommand, {k: v for k, v in found.items() if k in of_command})
-            options = {k: v for k, v in found.items() if k not in of_command}
-            options = typed_values(TrainOptions, options, numbers_as_text=True)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+    arguments, values, options = read_defaults(arguments)
     required = {"model": tyro.MISSING, "prompts": tyro.MISSING}
     default = TrainCommand(**{**required, **values}, run=TrainOptions(**options))
     command = parse(TrainCommand, "train", arguments, default=default)
     return command, OPCDConfig(**dataclasses.asdict(command.run))
+
+
+def read_defaults(arguments: list[str]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Arguments without `--config FILE`, and what that file sets: fields of `TrainCommand`, and of its options.
+
+    Raises InputError for a file that `opcd train` would not take.
+    """
+    arguments, path = _take_config(arguments)
+    if path is None:
+        return arguments, {}, {}
+    found, where = read_yaml(path), f"config file {path!r}"
+    of_command = [name for name in option_names(TrainCommand) if name != "run"]
+    check_names(found, of_command + option_names(TrainOptions), where)
+    try:
+        values = typed_values(TrainCommand, {k: v for k, v in found.items() if k in of_command})
+        options = {k: v for k, v in found.items() if k not in of_command}
+        return arguments, values, typed_values(TrainOptions, options, numbers_as_text=True)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -85,6 +85,20 @@ def refuses_sharing(body: nn.Module, *, training: bool) -> str | None:
     return None
 
 
+def refuses_plain_cache(body: nn.Module, *, training: bool) -> str | None:
+    """Why one row of keys and values for each layer and sequence is not all that attention reads; None when it is.
+
+    training: whether dropout is on.
+    """
+    config = seam.config_of(body)
+    kinds = set(seam.setting(config, "layer_types") or ["full_attention"])
+    if kinds != {"full_attention"} or seam.setting(config, "sliding_window"):
+        return "its attention is windowed"
+    if seam.setting(config, "num_kv_shared_layers"):
+        return "its layers share keys and values"
+    return refuses_sharing(body, training=training)
+
+
 def refuses_merge(body: nn.Module) -> str | None:
     """Why sequences in a packed row cannot be merged with a prefix; None when they can.
 

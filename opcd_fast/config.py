@@ -15,6 +15,7 @@ from opcd_fast.divergences import ALPHA, BETA, TAIL, K, check_divergence, unused
 from opcd_fast.errors import InputError
 
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
+PREFIX_LEARNING_RATE = 2e-2  # in the README of Cartridges' authors (HazyResearch/cartridges), with Qwen3-4B
 EMA_DECAY, SYNC_EVERY = 0.99, 10
 IMPORTANCE_CLIP = 2.0
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each also the name of its package
@@ -69,9 +70,13 @@ class OPCDConfig:
     chat_template_kwargs: str | None = None
     """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'. A row's own win."""
     learning_rate: float | None = None
-    """Constant AdamW rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3 for LoRA (the demo's)."""
+    """Constant rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3 for LoRA (the demo's), 2e-2 for a
+    trained prefix (of Cartridges' authors)."""
+    optimizer: str = "adamw_torch"
+    """"adamw_torch", "adamw_8bit" (state in 8 bits), "paged_adamw_8bit" (and on the host when the GPU is full; both
+    need bitsandbytes), or "adafactor" (hardly any state)."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
     objective: str = "divergence"
@@ -99,6 +104,9 @@ class OPCDConfig:
     """Of "periodic": optimizer steps from one copy to the next."""
     teacher_device: str = "auto"
     """Where the teacher's body runs: "auto" (with the student) | "cpu" | "cuda" | "cuda:N"."""
+    teacher_offload: bool = False
+    """Keep a frozen teacher with weights of its own (teacher_model, or the copy of full fine-tuning) in the host's
+    memory; it is on the GPU only while it scores."""
     teacher_quantization: str = "none"
     """"none", or "4bit": pack a teacher with weights of its own to NF4 (needs bitsandbytes)."""
     quantization: str = "none"
@@ -109,6 +117,11 @@ class OPCDConfig:
     """LoRA scale numerator; None: twice the rank."""
     lora_targets: str = "all-linear"
     """Modules that get an adapter: "all-linear", or names separated by commas (q_proj,v_proj)."""
+    use_dora: bool = False
+    """With lora_rank: DoRA (arXiv 2402.09353), which trains the norm of each row of the adapted weights as well."""
+    num_virtual_tokens: int = 0
+    """In place of lora_rank, above 0: PEFT's prefix tuning. Keys and values of so many tokens in front of every prompt
+    are trained, begun as those of the context's first tokens; the base without them is the teacher."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in backward: less memory, about a third more time."""
     dtype: str = "auto"
@@ -220,7 +233,7 @@ class OPCDConfig:
 
         for name in ("steps", "batch_size", "rollouts_per_prompt", "max_new_tokens", "eval_batch"):
             at_least(name, 1)
-        for name in ("lora_rank", "eval_every", "save_every", "seed"):
+        for name in ("lora_rank", "num_virtual_tokens", "eval_every", "save_every", "seed"):
             at_least(name, 0)
         for name in ("early_stop_patience", "kept_answers", "task_episodes"):
             at_least(name, 0)
@@ -252,8 +265,16 @@ class OPCDConfig:
                     f"teacher_{name} is set, but teacher_mode={self.teacher_mode!r} has none; drop it, or set "
                     f"teacher_mode={mode!r}"
                 )
+        if self.teacher_offload:
+            needed = {"teacher_mode": "frozen", "teacher_device": "auto", "teacher_quantization": "none"}
+            for name, only in needed.items():
+                if getattr(self, name) != only:
+                    raise InputError(
+                        f"teacher_offload needs {name}={only!r}, not {getattr(self, name)!r}; drop one of them"
+                    )
         one_of("teacher_quantization", "none", "4bit")
         one_of("quantization", "none", "4bit")
+        one_of("optimizer", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor")
         one_of("normalize", "sequence", "token")
         one_of("dtype", "auto", "float32", "bfloat16")
         one_of("loss_backend", "auto", "triton", "native", "torch")
@@ -266,6 +287,10 @@ class OPCDConfig:
                 raise InputError(f"{name} is set, but teacher_path='concat' keeps no caches; drop one of them")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
+        if self.use_dora and not self.lora_rank:
+            raise InputError("use_dora is set but lora_rank is 0; set lora_rank, or drop use_dora")
+        if self.num_virtual_tokens:
+            self._check_prefix()
         self._check_rollout(one_of, at_least, within)
         if self.merge_for_rollout and not self.lora_rank:
             raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
@@ -329,6 +354,20 @@ class OPCDConfig:
                 "teacher that writes no more; set kept_answers=0 or teacher_mode='frozen'"
             )
 
+    def _check_prefix(self) -> None:
+        name = f"num_virtual_tokens={self.num_virtual_tokens}"
+        if self.lora_rank:
+            raise InputError(f"{name} and lora_rank={self.lora_rank} are two adapters; set one of them")
+        if self.teacher_mode != "frozen":
+            raise InputError(f"{name}: a teacher in mode {self.teacher_mode!r} would have the prefix in front of the "
+                             "context as well; set teacher_mode='frozen', or use lora_rank")  # fmt: skip
+        if self.share_prompts:
+            raise InputError(f"{name}: prompts are not shared behind a trained prefix; drop share_prompts")
+        sends_adapter = self.rollout == "vllm" or (self.rollout == "server" and self.rollout_command is None)
+        if sends_adapter or self.rollout == "continuous":
+            raise InputError(f"{name}: rollout={self.rollout!r} cannot run a trained prefix; use 'transformers', or "
+                             "'server' with rollout_command")  # fmt: skip
+
     def _check_rollout(self, one_of: Any, at_least: Any, within: Any) -> None:
         one_of("rollout", "transformers", "generate", "continuous", "server", "vllm", "replay")
         one_of("rollout_logprobs", "raw", "processed")
@@ -339,6 +378,12 @@ class OPCDConfig:
         for kind, name in (("server", "rollout_url"), ("replay", "rollout_file")):
             if self.rollout == kind and getattr(self, name) is None:
                 raise InputError(f"rollout={kind!r} needs {name}")
+        sends_adapter = self.rollout == "vllm" or (self.rollout == "server" and self.rollout_command is None)
+        if self.use_dora and sends_adapter:
+            raise InputError(
+                f"use_dora: rollout={self.rollout!r} sends the adapter to vLLM, which refuses DoRA; drop use_dora, or "
+                "use rollout='transformers', or 'server' with rollout_command"
+            )
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for kinds, names in ROLLOUT_SETTINGS.items():
             for name in names:
@@ -353,10 +398,17 @@ class OPCDConfig:
         """`chat_template_kwargs` as Python values."""
         return json.loads(self.chat_template_kwargs or "{}")
 
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether a run puts an adapter on the model; without, all weights are trained (or a PEFT model's own)."""
+        return bool(self.lora_rank or self.num_virtual_tokens)
+
     def learning_rate_for(self, adapter: bool) -> float:
         """The rate of a run that trains an adapter (a new one, or that of a PEFT model), or the whole model."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.num_virtual_tokens:
+            return PREFIX_LEARNING_RATE
         return LORA_LEARNING_RATE if adapter else FULL_LEARNING_RATE
 
 

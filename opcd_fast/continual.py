@@ -108,9 +108,9 @@ def start_from(run: str, model: str, config: OPCDConfig) -> Start:
                 "it was, or train anew on the other base"
             )
     is_adapter = base_of_adapter(folder / "final") is not None
-    if config.lora_rank:
+    if config.makes_adapter:
         kind = "adapter goes on as it is" if is_adapter else "whole weights go on, without an adapter"
-        raise InputError(f"init: the run's {kind}; drop lora_rank")
+        raise InputError(f"init: the run's {kind}; drop {'lora_rank' if config.lora_rank else 'num_virtual_tokens'}")
     return Start(folder, record, model, is_adapter)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import refuses_sharing
+from opcd_fast.architectures import refuses_plain_cache
 from opcd_fast.buffered_cache import buffered_cache
 from opcd_fast.sampling import draw
 from opcd_fast.token_prefix import common_prefix_length
@@ -28,14 +28,7 @@ MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it
 
 def refuses_decoding(model: Any) -> str | None:
     """Why this loop cannot run `model`, in words; None when it can (it is compared with `generate` all the same)."""
-    body = seam.body_of(model)
-    config = seam.config_of(body)
-    kinds = set(seam.setting(config, "layer_types") or ["full_attention"])
-    if kinds != {"full_attention"} or seam.setting(config, "sliding_window"):
-        return "its attention is windowed"
-    if seam.setting(config, "num_kv_shared_layers"):
-        return "its layers share keys and values"
-    return refuses_sharing(body, training=False)
+    return refuses_plain_cache(seam.body_of(model), training=False)
 
 
 @torch.no_grad()
@@ -89,11 +82,20 @@ class BatchRun:
     """The cache of one batch, the mask and the positions that go with it."""
 
     def __init__(self, model: Any, row_of: Sequence[int], prompts: Sequence[Sequence[int]], limit: int) -> None:
-        self.model = model
+        prefix = seam.trained_prefix(model)
+        # PEFT would put its prefix into a cache of its own at every call.
+        self.model: Any = model if seam.prompt_learner(model) is None else seam.causal_lm(model)
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.cache = buffered_cache(seam.num_layers(seam.body_of(model)))
         self.prompts, self.row_of, self.limit = prompts, torch.tensor(row_of, device=self.device), limit
+        self.past = 0  # virtual tokens in front of every row
+        if prefix is not None:
+            self.past = prefix[0][0].shape[2]
+            self.cache.spread(torch.zeros(1, dtype=torch.int64, device=self.device), self.past)
+            layer: Any
+            for layer, (key, value) in zip(self.cache.layers, prefix, strict=True):
+                layer.update(key.detach(), value.detach())
         self.mask: Tensor | None = None  # (B, 1, queries, keys) added to the scores, or None: causal
 
     def read_prompts(self) -> Tensor:
@@ -101,23 +103,27 @@ class BatchRun:
         lengths = [len(prompt) for prompt in self.prompts]
         shared = common_prefix_length(self.prompts) if len(self.prompts) > 1 else 0
         shared = shared if shared >= MIN_SHARED_PREFIX else 0
-        width, count = max(lengths), len(lengths)
+        width, count, head = self.past + max(lengths), len(lengths), self.past + shared
         if shared:
             prefix = torch.tensor([self.prompts[0][:shared]], device=self.device)
-            self.cache.spread(torch.zeros(1, dtype=torch.int64, device=self.device), shared)
-            self._forward(prefix, torch.arange(shared, device=self.device)[None])
+            self.cache.spread(torch.zeros(1, dtype=torch.int64, device=self.device), head)
+            places = torch.arange(head, device=self.device)
+            if self.past:
+                self.mask = self._additive((places <= places[self.past :, None])[None, None])
+            self._forward(prefix, places[None, self.past :])
         self.cache.spread(torch.zeros(count, dtype=torch.int64, device=self.device), width)
         ids = torch.tensor(
-            [[prompt[-1]] * (width - len(prompt)) + list(prompt[shared:]) for prompt in self.prompts],
-            device=self.device,
+            [[p[-1]] * (width - self.past - len(p)) + list(p[shared:]) for p in self.prompts], device=self.device
         )
-        padding = width - torch.tensor(lengths, device=self.device)  # slots between the shared prefix and the rest
+        # Slots between what all begin with and the rest.
+        padding = width - self.past - torch.tensor(lengths, device=self.device)
         slots = torch.arange(width, device=self.device)
-        real = (slots < shared) | (slots >= shared + padding[:, None])  # (B, width)
-        positions = (slots[shared:] - padding[:, None]).clamp(min=0)
-        if shared or bool(padding.any()):
+        real = (slots < head) | (slots >= head + padding[:, None])  # (B, width)
+        positions = (slots[head:] - padding[:, None]).clamp(min=0)
+        self.mask = None
+        if head or bool(padding.any()):
             # Padding sees itself: a row without any key would be NaN, and NaN survives a weight of 0.
-            seen = (real[:, None] & (slots <= slots[shared:, None])) | (slots == slots[shared:, None])
+            seen = (real[:, None] & (slots <= slots[head:, None])) | (slots == slots[head:, None])
             self.mask = self._additive(seen[:, None])
         logits = self._forward(ids, positions)
         self.mask = None

@@ -1,4 +1,4 @@
-"""A plain copy of a LoRA model with the adapter folded into the weights, for generation.
+"""A plain copy of a LoRA or DoRA model with the adapter folded into the weights, for generation.
 
 Decoding multiplies thin matrices, where unmerged adapters and row-major weights cost as much as the model itself:
 on a CPU the folded copy stores its weights input-major, which the matrix library reads about twice as fast for 8
@@ -12,7 +12,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opcd_fast.models import cpu_has_bf16
 
@@ -23,7 +23,7 @@ class MergedCopy:
     Of a model that it holds in another type (`type_of`) it shares nothing.
 
     Args:
-        peft_model: a PeftModel whose adapters are plain LoRA on nn.Linear layers (see `supports`).
+        peft_model: a PeftModel whose adapters are LoRA or DoRA on nn.Linear layers (see `supports`).
     """
 
     def __init__(self, peft_model: Any) -> None:
@@ -69,14 +69,14 @@ class MergedCopy:
 
     @staticmethod
     def supports(model: Any) -> bool:
-        """True for a PEFT model whose only adapters are plain LoRA (no DoRA, no bias) on nn.Linear layers."""
+        """True for a PEFT model whose only adapters are LoRA or DoRA, no other variant, on nn.Linear layers."""
         if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
             return False
         configs = list(model.peft_config.values())
         if any(str(getattr(c.peft_type, "value", c.peft_type)) != "LORA" for c in configs) or len(configs) != 1:
             return False
-        # Variants whose effect is more than W + scale * B A.
-        names = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "alora_invocation_tokens")
+        # Variants whose effect is more than W + scale * B A, and the norms of its rows.
+        names = ("lora_bias", "modules_to_save", "target_parameters", "alora_invocation_tokens")
         if configs[0].bias != "none" or any(getattr(configs[0], name, None) for name in names):
             return False
         layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
@@ -88,9 +88,23 @@ class MergedCopy:
         for layer, weight in self._pairs:
             (adapter,) = layer.lora_A
             up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+            if adapter in layer.lora_magnitude_vector:
+                weight.t().copy_(_dora_weight(layer, adapter).t())
+                continue
             weight.t().copy_(layer.base_layer.weight.t())
             weight.t().addmm_(down.t().to(weight.dtype), up.t().to(weight.dtype), alpha=layer.scaling[adapter])
         return self.model
+
+
+def _dora_weight(layer: Any, adapter: str) -> Tensor:
+    """m / |W + scale B A| (W + scale B A), row by row (DoRA, arXiv 2402.09353, Eq. 5); (out, in) float32.
+
+    As the unmerged layer does: adapters are float32, and so are the sum and its norms. Rounded once, by the caller.
+    """
+    up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    whole = torch.addmm(layer.base_layer.weight.to(up.dtype), up, down, alpha=layer.scaling[adapter])
+    norms = torch.linalg.vector_norm(whole, dim=1, keepdim=True)
+    return whole.mul_(layer.lora_magnitude_vector[adapter].weight.unsqueeze(1) / norms)
 
 
 def _is_lora(layer: Any) -> bool:

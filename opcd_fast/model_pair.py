@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from opcd_fast import transformers_seam as seam
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.fingerprint import described
@@ -17,6 +19,7 @@ from opcd_fast.models import pick_device, refuse_unsupported, same_device, same_
 from opcd_fast.moving_teacher import MovingWeights, copy_of_trained
 from opcd_fast.quantized import is_quantized, keep_gradients, quantize_4bit
 from opcd_fast.seeds import seeded, stream_seed
+from opcd_fast.virtual_tokens import with_prefix
 
 
 @dataclass
@@ -41,13 +44,15 @@ def student_and_teacher(
     device: torch.device,
     dtype: torch.dtype,
     keep_reference: bool = True,
+    contexts: Sequence[Sequence[int]] = (),
 ) -> ModelPair:
     """Place the models that a run needs, as few copies of the weights as that takes.
 
     LoRA (`lora_rank`, or a PEFT model): the base keeps `dtype`, the adapter is fp32, and the teacher's first weights
     are the base with the adapter off. Full fine-tuning: the student gets fp32 master weights, and a copy in `dtype` is
     kept of the first weights where the teacher stays there, or with `keep_reference`. A `teacher_model` takes the
-    teacher's place in either case.
+    teacher's place in either case. A trained prefix (`num_virtual_tokens`) is an adapter too, which begins with the
+    longest of `contexts`, token ids.
 
     Raises InputError: a model that cannot be trained this way, or settings of the teacher that contradict each other.
     """
@@ -62,9 +67,10 @@ def student_and_teacher(
     if dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"model is in {dtype}, whose gradients underflow; set dtype='bfloat16' or 'float32'")
     has_adapter = is_peft(model)
-    if has_adapter and config.lora_rank:
-        raise InputError("model already carries an adapter; set lora_rank=0 to train that one")
-    whole = not (has_adapter or config.lora_rank)
+    if has_adapter and config.makes_adapter:
+        name = "lora_rank" if config.lora_rank else "num_virtual_tokens"
+        raise InputError(f"model already carries an adapter; set {name}=0 to train that one")
+    whole = not (has_adapter or config.makes_adapter)
     place = refuse_contradictions(model, teacher_model, config, device, whole)
 
     model = _placed(model, device, dtype, config.quantization)
@@ -77,14 +83,20 @@ def student_and_teacher(
         student = model.float().requires_grad_(True)
     elif config.lora_rank:
         student = with_adapter(model, config, device)
+    elif config.num_virtual_tokens:
+        student = with_prefix(model, config.num_virtual_tokens, contexts)
     else:
         student = model
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "prompt_encoder." in name:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise InputError("model has nothing to train: its adapter is not LoRA; set lora_rank on the base model instead")
+    try:
+        seam.trained_prefix(student)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
     if teacher_model is not None:
         given = _teacher(teacher_model, place, dtype, config.teacher_quantization)
@@ -125,6 +137,11 @@ def refuse_contradictions(
         raise InputError(f"teacher_quantization: packed weights cannot follow as teacher_mode={config.teacher_mode!r}")
     if whole and (config.quantization != "none" or is_quantized(model)):
         raise InputError("full fine-tuning cannot move weights of 4 bits; set lora_rank to train an adapter on them")
+    if config.teacher_offload:
+        refuse_useless_offload(shares, device)
+        if teacher_model is not None and is_quantized(teacher_model):
+            raise InputError("teacher_offload: teacher_model is in 4 bits, which stay on one device; drop one of them")
+        return torch.device("cpu")
     if config.teacher_device == "auto":
         return device
     place = pick_device(config.teacher_device, name="teacher_device", make_current=False)
@@ -134,6 +151,17 @@ def refuse_contradictions(
             "drop teacher_device, or give a teacher_model"
         )
     return place
+
+
+def refuse_useless_offload(shares: bool, device: torch.device) -> None:
+    """shares: the teacher reads the student's own weights. Raises InputError where there is nothing to gain."""
+    if shares:
+        raise InputError(
+            "teacher_offload: the teacher shares the student's weights, which stay on the GPU; drop teacher_offload, "
+            "or give a teacher_model"
+        )
+    if device.type == "cpu":
+        raise InputError("teacher_offload: the run is on the CPU, and so is its teacher; drop teacher_offload")
 
 
 def _placed(model: Any, device: torch.device, dtype: torch.dtype, quantization: str) -> Any:
@@ -156,7 +184,7 @@ def _teacher(model: Any, device: torch.device, dtype: torch.dtype, quantization:
 
 
 def with_adapter(model: Any, config: OPCDConfig, device: torch.device) -> Any:
-    """`model` with a fresh LoRA adapter, its first weights fixed by the seed."""
+    """`model` with a fresh LoRA (or DoRA) adapter, its first weights fixed by the seed."""
     from peft import LoraConfig, get_peft_model
 
     targets: str | list[str] = config.lora_targets
@@ -166,6 +194,7 @@ def with_adapter(model: Any, config: OPCDConfig, device: torch.device) -> Any:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         target_modules=targets,
+        use_dora=config.use_dora,
         task_type="CAUSAL_LM",
     )
     with seeded(stream_seed(config.seed, "adapter", 0), device):

@@ -28,6 +28,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.importance import Drift
 from opcd_fast.loss import LossStats
 from opcd_fast.model_pair import ModelPair, is_peft
+from opcd_fast.optimizers import make_optimizer
 from opcd_fast.quantized import is_quantized
 from opcd_fast.ranks import Ranks, map_tensors
 
@@ -70,12 +71,8 @@ class Parallel:
         student = pair.student
         if self.sharded:
             refuse_sharded(pair, config)
-        optimizer = torch.optim.AdamW(
-            [p for p in student.parameters() if p.requires_grad],
-            lr=config.learning_rate_for(adapter=is_peft(student)),
-            weight_decay=config.weight_decay,
-            fused=device.type == "cuda",
-        )
+        trained = [p for p in student.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config, trained, device, adapter=is_peft(student))
         self.module: Any = None
         if self.sharded:
             models = {id(m): m for m in (student, pair.teacher, pair.reference) if m}
@@ -253,8 +250,13 @@ def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
     models = (pair.student, pair.teacher, pair.reference)
     if any(m is not None and is_quantized(m) for m in models):
         raise wrong("4-bit weights", "their blocks cannot be cut")
-    if config.teacher_device != "auto":
-        raise wrong("teacher_device", "the teacher is sharded with the student", "drop it")
+    if config.teacher_device != "auto" or config.teacher_offload:
+        setting = "teacher_offload" if config.teacher_offload else "teacher_device"
+        raise wrong(setting, "the teacher is sharded with the student", "drop it")
+    if config.num_virtual_tokens:
+        raise wrong("num_virtual_tokens", "the prefix is made outside of the modules that gather weights")
+    if config.optimizer != "adamw_torch":
+        raise wrong(f"optimizer={config.optimizer!r}", "it does not know them", "use 'adamw_torch'")
     for name in ("prefix_store", "max_prefix_bytes", "teacher_batch_bytes"):
         if getattr(config, name) is not None:
             raise wrong(name, "ranks would run the teacher at different times", "drop it")

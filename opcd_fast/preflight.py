@@ -34,10 +34,12 @@ def check_lengths(
     max_new_tokens: int,
     student_window: int | None,
     teacher_window: int | None,
+    *,
+    virtual_tokens: int = 0,
 ) -> None:
     """Nothing is ever truncated: what does not fit a model's window is refused, with the counts. Raises InputError."""
     for row in rows:
-        check_prompt_length(len(row.student_ids), max_new_tokens, student_window)
+        check_prompt_length(len(row.student_ids) + virtual_tokens, max_new_tokens, student_window)
         prefix = len(prefixes[row.context_index])
         whole = prefix + len(row.teacher_ids)
         if teacher_window is not None and whole + max_new_tokens > teacher_window:

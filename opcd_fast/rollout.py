@@ -77,7 +77,7 @@ class TransformersRollout:
         self.device = next(model.parameters()).device
         self._can_merge = MergedCopy.supports(model)
         if merge_adapter and not self._can_merge:
-            raise InputError("merge_adapter=True needs plain LoRA on linear layers; use None or False")
+            raise InputError("merge_adapter=True needs LoRA or DoRA on linear layers; use None or False")
         refusal = refuses_decoding(model)
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
@@ -90,7 +90,7 @@ class TransformersRollout:
             self._engine = self._kept.set("engine", "generate", f"decode cannot run this model: {refusal}")
         merge = self._kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
         if merge is None and not self._can_merge:
-            merge = self._kept.set("merge", False, "no plain LoRA adapter to fold in")
+            merge = self._kept.set("merge", False, "no LoRA adapter to fold in")
         if merge is None and self.device.type in UNTIMED:
             # Two runs are then the same. Adapters' small products cost more there than their share of the arithmetic.
             fits = MergedCopy.bytes_needed(model) <= rollout_memory.free_bytes(self.device) // 2

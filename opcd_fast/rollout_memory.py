@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from opcd_fast import transformers_seam as seam
+from opcd_fast.virtual_tokens import virtual_tokens
 
 MOST = 256  # sequences; beyond this a batch is no faster per token
 SHARE = {"cuda": 0.5, "cpu": 0.25}  # of the free memory; the rest is for what else happens meanwhile
@@ -29,7 +30,7 @@ def cache_bytes_per_token(model: Any) -> int:
 
 def bytes_per_sequence(model: Any, prompt_tokens: int, max_new_tokens: int, vocab_size: int) -> int:
     """Peak bytes of one row: its keys and values (twice while rows move to a larger buffer) and its logits."""
-    tokens = 2 * prompt_tokens + max_new_tokens
+    tokens = 2 * (prompt_tokens + virtual_tokens(model)) + max_new_tokens
     return tokens * cache_bytes_per_token(model) + vocab_size * BYTES_PER_LOGIT
 
 

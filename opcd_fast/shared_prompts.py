@@ -36,7 +36,7 @@ def shares_prompts(model: nn.Module, asked: bool | None, answers: int) -> bool:
     """
     if asked is False:
         return False
-    reason = refuses_sharing(seam.body_of(model), training=True)
+    reason = _refuses(model, training=True)
     if reason is not None and asked:
         raise InputError(f"share_prompts=True: {reason}; leave it out")
     if reason is not None and answers > 1:
@@ -58,16 +58,16 @@ def shared_prompt_hidden_states(
     Returns (N, D) or (M, D) in the model's dtype, differentiable once. Adapters and gradient checkpointing act as
     `model` has them. So does dropout, except that a prompt's tokens are dropped alike for all of its continuations.
 
-    Where `architectures.refuses_sharing` has a reason, sequences run unshared, said once in the log. Raises ValueError
-    for malformed rows and for a prompt with continuation longer than the model's `max_position_embeddings`.
+    Where `architectures.refuses_sharing` has a reason, and with a trained prefix, sequences run unshared, said once in
+    the log. Raises ValueError for malformed rows and for a prompt with continuation longer than the model's
+    `max_position_embeddings`.
     """
     if input_ids.ndim != 1 or input_ids.is_floating_point():
         raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
     body = seam.body_of(model)
-    seam.refuse_virtual_tokens(model)
     row = tree_row(cu_seqlens, parent, input_ids.numel(), input_ids.device)
     check_fits(body, row.longest)
-    reason = refuses_sharing(body, training=body.training)
+    reason = _refuses(model, training=body.training)
     if reason is not None:
         say_once(f"shared prompts {type(body).__name__}", f"student: prompts are not shared, because {reason}")
         index, bounds, place = unshared(row)
@@ -77,6 +77,12 @@ def shared_prompt_hidden_states(
     attention = partial(_attention, body, call)
     hidden = forward_on_row(body, input_ids.index_select(0, row.order), row.positions, attention, call.layers_done)
     return hidden.index_select(0, row.back if select is None else row.back.index_select(0, select))
+
+
+def _refuses(model: nn.Module, training: bool) -> str | None:
+    if seam.prompt_learner(model) is not None:
+        return "its adapter is a trained prefix"
+    return refuses_sharing(seam.body_of(model), training=training)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import refuses_packing, rope_switch
 from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, packed_row, running
+from opcd_fast.virtual_tokens import Prefix, after_prefix, refuses_prefix
 
 logger = logging.getLogger("opcd_fast")
 
@@ -30,6 +31,8 @@ def packed_hidden_states(
 ) -> Tensor:
     """Last hidden states of sequences that lie back to back, each on its own from position 0.
 
+    With a trained prefix (PEFT prefix tuning) every sequence continues that, from position p on.
+
     input_ids: (N,) integers; cu_seqlens: (B + 1,), rising from 0 to N; select: (M,) positions in the row, to
     return only those. Returns (N, D) or (M, D) in the model's dtype, differentiable. Adapters, dropout and
     gradient checkpointing act as `model` has them. The lm-head is not run; neither are the hooks of a
@@ -37,13 +40,16 @@ def packed_hidden_states(
 
     Architectures that do not run exactly on a packed row go through one right-padded batch, said once in the log;
     through two, where sequences lie on both sides of the length at which longrope moves positions. Raises ValueError
-    for malformed rows and for a sequence longer than the model's `max_position_embeddings`.
+    for malformed rows, for a sequence longer than the model's `max_position_embeddings`, for a trained prefix in front
+    of such an architecture, and for virtual tokens of another kind.
     """
     body = seam.body_of(model)
-    seam.refuse_virtual_tokens(model)
+    prefix = seam.trained_prefix(model)
     row = checked_row(body, input_ids, cu_seqlens)
     reason = refuses_packing(body)
-    if reason is None:
+    if prefix is not None:
+        hidden = _after_prefix(model, body, input_ids, row, prefix)
+    elif reason is None:
         hidden = _packed(body, input_ids, row)
     else:
         say_once(type(body).__name__, f"student: padded batch with stock attention, because {reason}")
@@ -75,6 +81,16 @@ def _packed(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
     return forward_on_row(
         body, input_ids, row.offset_of_token, partial(_packed_attention, body, call), call.layers_done
     )
+
+
+def _after_prefix(model: nn.Module, body: nn.Module, input_ids: Tensor, row: PackedRow, prefix: Prefix) -> Tensor:
+    reason = refuses_prefix(model)
+    if reason is not None:
+        raise ValueError(f"model: its trained prefix cannot be run on a packed row, because {reason}; use LoRA")
+    count = prefix[0][0].shape[2]
+    check_fits(body, row.longest + count)
+    call, attention = after_prefix(body, row, prefix)
+    return forward_on_row(body, input_ids, row.offset_of_token + count, attention, call.layers_done)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.model_pair import ModelPair
 from opcd_fast.models import same_device
+from opcd_fast.offload import Offload, OffloadedTeacher
 from opcd_fast.remote_teacher import RemoteTeacher
 from opcd_fast.teacher import ContextTeacher
 
@@ -38,25 +39,31 @@ class Teachers:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.pair = pair
+        self._offload: Offload | None = None  # with it there is one teacher, and it is frozen
         contexts = [torch.tensor(prefix, dtype=torch.int64) for prefix in prefixes]
 
         def reader(model: Any, adapter: str, store: str | None, masters: bool = False) -> Reader:
+            if config.teacher_offload:
+                self._offload = Offload(model, device)
             try:
-                made = ContextTeacher(
-                    model,
-                    contexts,
-                    path=config.teacher_path,
-                    adapter=adapter,
-                    store=store,
-                    max_prefix_bytes=config.max_prefix_bytes,
-                    max_batch_bytes=config.teacher_batch_bytes,
-                    prefix_device=config.prefix_device,
-                    prefix_dtype=config.prefix_dtype,
-                    autocast=autocast if masters else nullcontext,
-                )
-                _ = made.path  # a path that fails its check is an error now, not in the first step
+                with self.at_work():
+                    made = ContextTeacher(
+                        model,
+                        contexts,
+                        path=config.teacher_path,
+                        adapter=adapter,
+                        store=store,
+                        max_prefix_bytes=config.max_prefix_bytes,
+                        max_batch_bytes=config.teacher_batch_bytes,
+                        prefix_device=config.prefix_device,
+                        prefix_dtype=config.prefix_dtype,
+                        autocast=autocast if masters else nullcontext,
+                    )
+                    _ = made.path  # a path that fails its check is an error now, not in the first step
             except ValueError as error:
                 raise InputError(str(error)) from error
+            if self._offload is not None:
+                return OffloadedTeacher(made, self._offload)
             return made if same_device(next(model.parameters()).device, device) else RemoteTeacher(made, device)
 
         self._moves = config.teacher_mode != "frozen"
@@ -75,6 +82,10 @@ class Teachers:
             # Trained weights are fp32 masters, here as in the student; a rounded copy of them runs as it is.
             masters = any(p.dtype == torch.float32 for p in pair.teacher.parameters())
             self.teacher = reader(pair.teacher, pair.teacher_adapter, None, masters)
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """The models are on their devices while the block is open, also one that is offloaded between its calls."""
+        return nullcontext() if self._offload is None else self._offload.on_device()
 
     def after_step(self, step: int) -> None:
         """Let the teacher follow optimizer step number `step`, the first being 1.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -118,7 +117,10 @@ class OPCDTrainer:
         self._score = HeldOutScore.make(scorer, config.scorer, tokenizer, scored)
         best.check_measured(config, evaluates, self._score is not None)
         windows = [seam.longest_input(seam.body_of(one)) for one in (model, teacher_model or model)]
-        check_lengths((*self.train_rows, *self.held_out_rows), self.prefixes, config.max_new_tokens, *windows)
+        check_lengths(
+            (*self.train_rows, *self.held_out_rows), self.prefixes, config.max_new_tokens, *windows,
+            virtual_tokens=config.num_virtual_tokens,
+        )  # fmt: skip
 
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
         self.origins = Origins(
@@ -133,7 +135,9 @@ class OPCDTrainer:
             more={} if asked.task is None else {"task": asked.task.task.name},
         )
         place = torch.device("cpu") if shards() else self.device  # whole weights may not fit one GPU
-        pair = student_and_teacher(model, teacher_model, config, place, self.compute_dtype, evaluates)
+        pair = student_and_teacher(
+            model, teacher_model, config, place, self.compute_dtype, evaluates, self.prefixes
+        )
         self.model = pair.student
         self.share_prompts = shares_prompts(self.model, config.share_prompts, config.rollouts_per_prompt)
         vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)
@@ -160,7 +164,7 @@ class OPCDTrainer:
                 pair.reference, max_batch=config.rollout_batch, merge_adapter=False, **common
             )
         shares_base = pair.reference_adapter == "disabled"
-        self.base_weights = partial(seam.without_adapters, self.model) if shares_base else nullcontext
+        self.base_weights = partial(seam.without_adapters, self.model) if shares_base else self.teachers.at_work
         self.teacher_writes = TeacherWriter(
             config, pair, self.prefixes, self.teacher_rollout, self.base_weights, self.eval_rollout,
             self.parallel.sampler, **common,
@@ -335,8 +339,8 @@ class OPCDTrainer:
             step, records = self.snapshots.restore(config.steps)
             self.folder.write_config(asdict(config))
         else:
-            first = self.teachers.first_weights()
-            with torch.no_grad():
+            with torch.no_grad(), self.teachers.at_work():
+                first = self.teachers.first_weights()
                 self.parallel.run(partial(check_context_matters, self.train_rows, *first, **self._loss_options()))
             self.folder.start(asdict(config))
             self.ranks.on_main(lambda: write_record(self._path, self.origins))

@@ -223,14 +223,39 @@ def recomputing_under(body: nn.Module, reopen: Callable[[], AbstractContextManag
 # --- adapters -----------------------------------------------------------------------------------------------
 
 
+def prompt_learner(model: nn.Module) -> Any:
+    """The PEFT model whose adapter puts virtual tokens in front of the input, outside of the body; None without one."""
+    inner: Any = model
+    if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner = inner.module
+    config: Any = getattr(inner, "active_peft_config", None) if hasattr(inner, "peft_config") else None
+    return inner if getattr(config, "is_prompt_learning", False) else None
+
+
 def refuse_virtual_tokens(model: nn.Module) -> None:
     """Raise ValueError for PEFT methods that put tokens in front of the input, outside of the body."""
-    config: Any = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
-    if getattr(config, "is_prompt_learning", False):
+    learner = prompt_learner(model)
+    if learner is not None:
         raise ValueError(
-            f"model: {type(config).__name__} adds virtual tokens, which the body alone leaves out; "
+            f"model: {type(learner.active_peft_config).__name__} adds virtual tokens, which the body alone leaves out; "
             "use LoRA or another method that acts inside the layers"
         )
+
+
+def trained_prefix(model: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
+    """Each layer's keys and values (1, H_kv, p, d) of a model with PEFT prefix tuning, as PEFT makes them.
+
+    Differentiable, in the base model's dtype. None for a model without virtual tokens, or while they are disabled.
+    Raises ValueError for virtual tokens of another kind.
+    """
+    learner = prompt_learner(model)
+    if learner is None or getattr(learner, "_adapters_disabled", False):
+        return None
+    config = learner.active_peft_config
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "PREFIX_TUNING":
+        refuse_virtual_tokens(model)
+    cache = learner.get_prompt(batch_size=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def adapter_modules(model: nn.Module) -> list[nn.Module]:
@@ -264,6 +289,9 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
     disabled before and rewrites `requires_grad` of the adapter. Raises RuntimeError when an adapter is merged
     into the base weights: then the base model does not exist at the moment.
     """
+    learner = prompt_learner(model)
+    if learner is not None:
+        return learner.disable_adapter()
     modules = adapter_modules(model)
     if any(getattr(module, "merged", False) for module in modules):
         raise RuntimeError(
@@ -275,7 +303,8 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
 
 def base_parameters(model: nn.Module) -> list[Tensor]:
     """Parameters that a forward pass without adapters reads."""
-    added: set[int] = set()
+    learner = prompt_learner(model)
+    added = set() if learner is None else {id(p) for p in learner.prompt_encoder.parameters()}
     for module in adapter_modules(model):
         kept = ("base_layer.", "original_module.")
         # Adapters may nest (an embedding in `modules_to_save` holding a LoRA layer): any kept part keeps it.

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.multiprocessing.reductions import StorageWeakRef
 
+HOME = "_opcd_home"
+"""Attribute of a parameter that is now here, now there: the tensor that it is a copy of, which stays where it is."""
+
 Versions = dict[int, tuple[Any, ...]]
 """Of each parameter, by its id: the memory it lies in, and how often it was changed in place."""
 
@@ -24,7 +27,11 @@ def versions_of(parameters: Iterable[Tensor]) -> Versions:
     Not seen: writes through `.data` into memory that stays in use. Nor what fused optimizers write, but for
     `count_optimizer_steps`.
     """
-    return {id(p): (_memory(p), 0 if p.is_inference() else p._version) for p in parameters}
+    return {id(p): _version_of(getattr(p, HOME, p)) for p in parameters}
+
+
+def _version_of(p: Tensor) -> tuple[Any, int]:
+    return _memory(p), 0 if p.is_inference() else p._version
 
 
 def changed(before: Versions, now: Versions) -> bool:

@@ -15,6 +15,7 @@ def test_the_papers_defaults():
     assert (config.weight_decay, config.max_grad_norm, config.top_p) == (0.01, 1.0, 1.0)
     assert config.learning_rate_for(adapter=False) == 5e-6
     assert OPCDConfig(lora_rank=8).learning_rate_for(adapter=True) == 1e-3
+    assert OPCDConfig(num_virtual_tokens=8).learning_rate_for(adapter=True) == 2e-2
     assert OPCDConfig(lora_rank=8, learning_rate=3e-4).learning_rate_for(adapter=True) == 3e-4
 
 

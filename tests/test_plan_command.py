@@ -7,7 +7,8 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.commands.plan import gpu_bytes
+from opcd_fast.commands.plan import gpu_bytes, plan_command
+from opcd_fast.commands.train import train_command
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.planning.meter import Peak
@@ -81,6 +82,69 @@ def test_lengths_come_from_files(tmp_path, folder, capsys):
     assert 2 * (5 + 50) + 4 * 15 <= plan["micro_batch_tokens"] < 2 * (5 + 50) + 4 * 15 + 40
     keys = 3 * 2 * 2 * 24 * 2  # layers, keys and values, heads, head size, bytes
     assert plan["phases"]["student"]["parts"]["context KV"] >= 360 * keys
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The YAML file of a run, with everything that it names but the weights."""
+    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "c.txt").write_text("be brief " * 30)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "q" * 30}) + "\n")
+    (tmp_path / "e.jsonl").write_text(json.dumps({"prompt": "other"}) + "\n")
+    settings = {
+        "model": str(tmp_path / "m"), "prompts": str(tmp_path / "p.jsonl"), "context": str(tmp_path / "c.txt"),
+        "eval_prompts": str(tmp_path / "e.jsonl"), "lora_rank": 4, "batch-size": 2, "max_new_tokens": 16,
+        "learning_rate": "1e-4", "rollout_batch": 2,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    return tmp_path / "run.yaml", settings
+
+
+def as_plan(capsys, *arguments):
+    status = main(["plan", "--gpu", "24GB", "--json", *map(str, arguments)])
+    assert status == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_file_of_a_run_is_planned_as_written(written, capsys):
+    file, settings = written
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    wanted = as_plan(capsys, *words)
+    found = as_plan(capsys, "--config", file)
+    assert found["peak_bytes"] == pytest.approx(wanted["peak_bytes"], rel=1e-4)
+    assert {**found, "phases": list(found["phases"]), "peak_bytes": 0} == {
+        **wanted, "phases": list(wanted["phases"]), "peak_bytes": 0
+    }  # fmt: skip
+    assert found["phases"]["backward"]["parts"]["adapter"] and "evaluation" in found["phases"]
+    assert plan_command(["--config", str(file), "--gpu", "1GB"])[1] == train_command(["--config", str(file)])[1]
+    more = as_plan(capsys, "--config", file, "--batch-size", "6")
+    assert more["micro_batch_tokens"] == 3 * wanted["micro_batch_tokens"]
+    numbers = as_plan(capsys, "--config", file, "--context-tokens", 300, "--prompt-tokens", 20)
+    assert "evaluation" not in numbers["phases"]
+    keys = 3 * 2 * 2 * 24 * 2  # layers, keys and values, heads, head size, bytes
+    assert numbers["phases"]["student"]["parts"]["context KV"] == 300 * keys
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("init: runs/before", "init goes on from an earlier run"),
+        ("gpu: 24GB", "unknown option 'gpu'"),
+        ("lora_rnk: 4", "did you mean 'lora_rank'"),
+        ("steps: many", "steps='many' must be a whole number"),
+    ],
+)
+def test_a_file_that_cannot_be_planned(written, capsys, line, words):
+    file, _ = written
+    file.write_text(file.read_text() + line + "\n")
+    assert main(["plan", "--config", str(file), "--gpu", "24GB"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_gpu_is_asked_for(written, capsys):
+    assert main(["plan", "--config", str(written[0])]) == 2
+    assert "--gpu" in capsys.readouterr().err
 
 
 def test_sizes_of_memory():

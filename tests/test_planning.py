@@ -22,10 +22,20 @@ CASES = {
     "lora, micro-batches": {"lora_rank": 8, "micro_batch_tokens": 700},
     "lora, four answers each": {"lora_rank": 8, "rollouts_per_prompt": 4, "batch_size": 4},
     "lora, unmerged rollout": {"lora_rank": 8, "merge_for_rollout": False},
+    "dora": {"lora_rank": 8, "use_dora": True},
+    "dora, bf16, unmerged rollout": {
+        "lora_rank": 8, "use_dora": True, "merge_for_rollout": False, "dtype": "bfloat16",
+    },
+    "prefix": {"num_virtual_tokens": 40},
+    "prefix, bf16, checkpointing": {
+        "num_virtual_tokens": 40, "dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch_tokens": 700,
+    },
     "full": {},
     "full, bf16": {"dtype": "bfloat16"},
     "full, bf16, checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch_tokens": 900},
     "full, average": {"teacher_mode": "ema"},
+    "full, adafactor": {"optimizer": "adafactor"},
+    "full, bf16, adamw_8bit": {"dtype": "bfloat16", "optimizer": "adamw_8bit"},
     "other teacher": {"lora_rank": 8, "teacher": OTHER},
     "wide vocabulary": {"lora_rank": 8, "vocabulary": 4096, "workspace_bytes": 4 << 20},
     "full, wide vocabulary": {"vocabulary": 4096, "dtype": "bfloat16", "workspace_bytes": 4 << 20},
@@ -35,6 +45,8 @@ CASES = {
 def compared(case, tmp_path, monkeypatch):
     """{phase: (predicted, recorded)} of one case."""
     case = dict(case)
+    if case.get("optimizer", "").endswith("8bit"):
+        pytest.importorskip("bitsandbytes")
     teacher, vocabulary = case.pop("teacher", None), case.pop("vocabulary", 261)
     settings = {"batch_size": 16, "max_new_tokens": 16, "rollout_batch": 16, "steps": 3, "eval_every": 0, **case}
     settings.setdefault("dtype", "float32")
@@ -47,7 +59,8 @@ def compared(case, tmp_path, monkeypatch):
         plans.extend((model.config, None if other is None else other.config))
         prompts = [f"question number {i}" for i in range(9)]
         trainer = OPCDTrainer(model, tiny_tokenizer(), CONTEXT, prompts, config, teacher_model=other, quiet=True)
-        trainer.rollout.stop_token_ids, trainer.rollout.vocab_size = (256,), 256  # all answers have their full length
+        # All answers have their full length, and are drawn from all of the vocabulary but its last token.
+        trainer.rollout.stop_token_ids, trainer.rollout.vocab_size = (vocabulary - 1,), vocabulary - 1
         rows = tuple((len(r.student_ids), len(r.teacher_ids), r.context_index) for r in trainer.train_rows)
         shared = common_prefix_length([r.student_ids for r in trainer.train_rows])
         job.append(Job(tuple(map(len, trainer.prefixes)), rows, shared=shared))
@@ -60,8 +73,6 @@ def compared(case, tmp_path, monkeypatch):
 
 
 QUICK = ("lora", "lora, checkpointing", "full")  # the profiler takes its time
-# Seen: 11 % too much. The peak of a step is in its loss there, so that what is planned for does not depend on it.
-LOOSER = {("wide vocabulary", "rollout"): 0.15, ("full, wide vocabulary", "rollout"): 0.15}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
@@ -70,7 +81,7 @@ def test_every_phase_is_within_a_tenth_of_what_a_step_allocates(name, tmp_path, 
     print({phase: (p, r, round(p / r, 3)) for phase, (p, r) in found.items()})
     assert set(found) == {"rollout", "teacher", "student", "loss", "backward", "optimizer"}
     for phase, (predicted, recorded) in found.items():
-        assert predicted == pytest.approx(recorded, rel=LOOSER.get((name, phase), 0.1)), phase
+        assert predicted == pytest.approx(recorded, rel=0.1), phase
 
 
 SMALL = Job((60,), ((20, 20, 0),))
@@ -119,6 +130,14 @@ def test_what_each_setting_saves():
     near = planned(OPCDConfig(**base), Job((600,), ((20, 20, 0),)), device="cuda")
     kept = near.peaks["student"].parts["context KV"]
     assert far.peaks["student"].parts["context KV"] == pytest.approx(kept * 2 / 3, rel=0.01)  # two of three layers
+
+
+def test_a_prefix_is_planned_for_a_gpu():
+    config = OPCDConfig(batch_size=2, max_new_tokens=4, num_virtual_tokens=40)
+    seen = planned(config, device="cuda", dtype=torch.bfloat16)
+    assert seen.peaks["backward"].parts["adapter"] == 40 * 3 * 2 * 2 * 24 * 4  # layers, K and V, heads, size, bytes
+    assert seen.peaks["optimizer"].parts["optimizer state"] >= 2 * 40 * 3 * 2 * 2 * 24 * 4
+    assert any("trained prefix" in note for note in seen.notes)
 
 
 def test_held_out_answers_of_the_teacher_read_whole_contexts():

@@ -183,6 +183,9 @@ def test_shipped_configurations_are_what_accelerate_reads(tmp_path):
         ({"prefix_store": "somewhere"}, "prefix_store does not go with sharded weights.*drop it"),
         ({"teacher_batch_bytes": 1000}, "teacher_batch_bytes does not go with"),
         ({"merge_for_rollout": True}, "merge_for_rollout=True does not go with"),
+        ({"teacher_offload": True}, "teacher_offload does not go with"),
+        ({"num_virtual_tokens": 4}, "num_virtual_tokens does not go with"),
+        ({"optimizer": "adafactor"}, "optimizer='adafactor' does not go with.*adamw_torch"),
         ({"teacher_path": "concat"}, "teacher_path='concat' does not go with"),
     ],
 )

@@ -77,7 +77,7 @@ def test_no_copy_where_memory_is_short(measured, monkeypatch):
 def test_what_is_given_is_not_measured(measured):
     engine = sampler(merge_adapter=True, max_batch=3)
     assert engine._merged is not None and "merge: True (merge_adapter=True was given)" in engine.explain()
-    assert "no plain LoRA" in sampler(tiny_model()).explain()
+    assert "no LoRA adapter" in sampler(tiny_model()).explain()
 
 
 def test_the_choice_is_kept_and_comes_back(measured, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.commands.arguments import parse, quiet_libraries
-from opcd_fast.commands.train import TrainOptions
+from opcd_fast.commands.train import TrainOptions, read_defaults
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 
@@ -22,6 +22,7 @@ USABLE = 0.94  # of the rest; the allocator's pieces do not fill it. Not measure
 class PlanCommand:
     """Predict the memory of a training run from the models' configurations alone, and find settings that fit.
 
+    The config of a run is read by `--config FILE`, the same file and names as for `opcd train`; the command line wins.
     Exit status 0: it fits, perhaps with the settings printed; 1: it does not; 2: wrong usage.
     """
 
@@ -49,8 +50,7 @@ class PlanCommand:
 
 
 def run(arguments: list[str]) -> int:
-    command = parse(PlanCommand, "plan", arguments)
-    config = OPCDConfig(**dataclasses.asdict(command.run))
+    command, config = plan_command(arguments)
     gpu = gpu_bytes(command.gpu)
     if (command.context is None) == (command.context_tokens is None):
         raise InputError("plan: give context, a file, or context_tokens, a number; one of them")
@@ -113,6 +113,27 @@ def run(arguments: list[str]) -> int:
     else:
         show(config, found, limit)
     return 0 if found.fits else 1
+
+
+def plan_command(arguments: list[str]) -> tuple[PlanCommand, OPCDConfig]:
+    """What the command line says, in front of what the YAML file of a run says."""
+    import tyro
+
+    arguments, values, options = read_defaults(arguments)
+    for name in ("init", "replay"):
+        if values.pop(name, None) is not None:
+            raise InputError(
+                f"plan: {name} goes on from an earlier run, which is not read; plan with that run's own config"
+            )
+    required = {"model": tyro.MISSING, "gpu": tyro.MISSING}
+    default = PlanCommand(**{**required, **values}, run=TrainOptions(**options))
+    command = parse(PlanCommand, "plan", arguments, default=default)
+    if command.context_tokens is not None and "context" in values and command.context == values["context"]:
+        # A number in place of the file; then the prompts, which would be rendered with it, are numbers too.
+        files = {name: None for name in ("context", "prompts", "eval_prompts")
+                 if getattr(command, name) == values.get(name)}  # fmt: skip
+        command = dataclasses.replace(command, **files)
+    return command, OPCDConfig(**dataclasses.asdict(command.run))
 
 
 def gpu_bytes(text: str) -> int:

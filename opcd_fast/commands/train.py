@@ -90,7 +90,8 @@ def run(arguments: list[str]) -> int:
     if command.teacher_model is not None:
         teacher_tokenizer = load_tokenizer(command.teacher_model)
         elsewhere = config.teacher_device != "auto"
-        teacher = load_model(command.teacher_model, **loading(config, config.teacher_quantization, elsewhere))
+        place = loading(config, config.teacher_quantization, elsewhere, waits=config.teacher_offload)
+        teacher = load_model(command.teacher_model, **place)
     place = loading(config, config.quantization)
     if start is not None:
         model, teacher = start.models(**place)
@@ -128,13 +129,14 @@ def prompts_or_task(command: Any, config: OPCDConfig) -> Any:
     return load_task(command.task, **options_of(command.task_options))
 
 
-def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False) -> dict[str, str]:
-    """Type and place to load a model with. One that is to be packed, sharded, or run elsewhere, waits on the CPU: it
-    might not fit whole on the device, and loading it elsewhere would change the current device."""
+def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, waits: bool = False) -> dict[str, str]:
+    """Type and place to load a model with. One that is to be packed, sharded, to run elsewhere, or to wait for its turn
+    is loaded on the CPU: it might not fit whole on the device, and loading it elsewhere would make that the current
+    one."""
     from opcd_fast.acceleration import shards
     from opcd_fast.models import pick_device, pick_dtype
 
-    if quantization == "none" and not elsewhere and not shards():
+    if quantization == "none" and not elsewhere and not waits and not shards():
         return {"dtype": config.dtype, "device": config.device}
     dtype = pick_dtype(
         config.dtype, pick_device(config.teacher_device if elsewhere else config.device, make_current=False)
@@ -146,23 +148,30 @@ def train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:
     """A YAML file's values become the command line's defaults; only what both make together is checked."""
     import tyro
 
-    arguments, path = _take_config(arguments)
-    values: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    if path is not None:
-        found, where = read_yaml(path), f"config file {path!r}"
-        of_command = [name for name in option_names(TrainCommand) if name != "run"]
-        check_names(found, of_command + option_names(TrainOptions), where)
-        try:
-            values = typed_values(TrainCommand, {k: v for k, v in found.items() if k in of_command})
-            options = {k: v for k, v in found.items() if k not in of_command}
-            options = typed_values(TrainOptions, options, numbers_as_text=True)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+    arguments, values, options = read_defaults(arguments)
     required = {"model": tyro.MISSING}
     default = TrainCommand(**{**required, **values}, run=TrainOptions(**options))
     command = parse(TrainCommand, "train", arguments, default=default)
     return command, OPCDConfig(**dataclasses.asdict(command.run))
+
+
+def read_defaults(arguments: list[str]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Arguments without `--config FILE`, and what that file sets: fields of `TrainCommand`, and of its options.
+
+    Raises InputError for a file that `opcd train` would not take.
+    """
+    arguments, path = _take_config(arguments)
+    if path is None:
+        return arguments, {}, {}
+    found, where = read_yaml(path), f"config file {path!r}"
+    of_command = [name for name in option_names(TrainCommand) if name != "run"]
+    check_names(found, of_command + option_names(TrainOptions), where)
+    try:
+        values = typed_values(TrainCommand, {k: v for k, v in found.items() if k in of_command})
+        options = {k: v for k, v in found.items() if k not in of_command}
+        return arguments, values, typed_values(TrainOptions, options, numbers_as_text=True)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -49,6 +49,14 @@ class FourBitLinear(nn.Linear):
         shape = (self.out_features, self.in_features)
         return _Product.apply(x.to(self.dtype), self.weight, self.bias, shape).to(x.dtype)
 
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """A name by which peft knows that the weight has to be asked for (DoRA reads it)."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
+
 
 def _quantize(model: Any, device: torch.device, dtype: torch.dtype, setting: str) -> Any:
     """As `quantized.quantize_4bit`."""

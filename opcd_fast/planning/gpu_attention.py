@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast import attention, attention_backends, tree_attention
+from opcd_fast.kernels.merge_attention import merge_attention
 
 
 class _Flash(torch.autograd.Function):
@@ -68,7 +69,9 @@ def _phase_2(need: Any, packages: Any = None) -> Any:
     return attention_backends.Kernel("rehearsed", lambda query, key, value, *_: _Flash.apply(query, key, value))
 
 
-def _merged(out_a: Tensor, *_: Any, in_place: bool = False, **__: Any) -> Tensor:
+def _merged(out_a: Tensor, *others: Any, in_place: bool = False, **options: Any) -> Tensor:
+    if out_a.requires_grad:  # then it is not a kernel there either
+        return merge_attention(out_a, *others, **options)
     return out_a if in_place else torch.empty_like(out_a)
 
 

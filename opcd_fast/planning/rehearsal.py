@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,12 +23,13 @@ from opcd_fast.batch import Sample, count_tokens, micro_batches, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.heads import LMHead
-from opcd_fast.model_pair import ModelPair, is_peft, student_and_teacher
+from opcd_fast.model_pair import ModelPair, is_peft, refuse_useless_offload, student_and_teacher
 from opcd_fast.objective import context_kl
 from opcd_fast.planning.four_bit import packed_by_stand_ins
 from opcd_fast.planning.gpu_attention import as_on_cuda
 from opcd_fast.planning.loss_scratch import loss_scratch
 from opcd_fast.planning.meter import Meter, Peak
+from opcd_fast.planning.optimizer import rehearsed_optimizer, works_in_place
 from opcd_fast.planning.rollout import answering_model, rehearse_rollout
 from opcd_fast.records import total_weight
 from opcd_fast.teacher import ContextTeacher
@@ -123,8 +124,11 @@ def _rehearsed(
     with _stage(device, backend) as meter:
         made = [None if c is None else _model(c, dtype) for c in (student, teacher)]
         with meter.phase("start", "weights"):
-            pair = student_and_teacher(made[0], made[1], _on_cpu(config), CPU, dtype, bool(job.held_out))
+            contexts = [[0] * tokens for tokens in job.contexts]
+            pair = student_and_teacher(made[0], made[1], _on_cpu(config), CPU, dtype, bool(job.held_out), contexts)
         del made
+        if config.teacher_offload:
+            refuse_useless_offload(pair.teacher is pair.student, torch.device(device))
         _label_weights(meter, pair)
         run = _Step(config, job, pair, meter, device, dtype, limit)
         run.everything()
@@ -199,7 +203,7 @@ def _model(source: Any, dtype: torch.dtype) -> Any:
 
 def _on_cpu(config: OPCDConfig) -> OPCDConfig:
     """Fake tensors are on a fake CPU, whatever the run's device is."""
-    return replace(config, device="cpu", teacher_device="auto", gradient_checkpointing=config.gradient_checkpointing)
+    return replace(config, device="cpu", teacher_device="auto", teacher_offload=False)
 
 
 def _label_weights(meter: Meter, pair: ModelPair) -> None:
@@ -220,9 +224,11 @@ class _Reader:
 
     reader: ContextTeacher
     head: LMHead
+    at_work: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def hidden_states_packed(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.reader.hidden_states_packed(*args, **kwargs)
+        with self.at_work():
+            return self.reader.hidden_states_packed(*args, **kwargs)
 
 
 def _head(model: Any) -> LMHead:
@@ -262,9 +268,16 @@ class _Step:
             notes.append(f"an estimate: the teacher on {config.teacher_device!r} is counted as if it were here")
         if config.rollout == "vllm":
             notes.append("not counted: what rollout='vllm' takes for itself (rollout_gpu_share)")
+        if config.optimizer.startswith("paged_"):
+            notes.append("not counted: the paged part of the optimizer's state, which leaves the GPU when it is full")
+        if device == "cuda" and config.num_virtual_tokens:
+            notes.append("an estimate: the student's attention after its trained prefix is counted as on a CPU")
         self.notes = tuple(notes)
-        shares = config.rollouts_per_prompt > 1 if config.share_prompts is None else config.share_prompts
-        self.shares = bool(shares) and refuses_sharing(body, training=True) is None
+        can_share = not config.num_virtual_tokens and refuses_sharing(body, training=True) is None
+        self.shares = config.share_prompts is not False and can_share
+        self._weights_elsewhere = 0
+        if config.teacher_offload:
+            self._move_teacher()
         self.teacher = self._reader(pair.teacher, pair.teacher_adapter)
 
     def _reader(self, model: Any, adapter: str) -> _Reader:
@@ -276,7 +289,26 @@ class _Step:
             autocast=self.autocast if masters and self.config.teacher_mode != "frozen" else nullcontext,
         )  # fmt: skip
         reader._choice._chosen = self.path, "rehearsed"  # checking it would need numbers
-        return _Reader(reader, _head(model))
+        return _Reader(reader, _head(model), self._at_work)
+
+    def _move_teacher(self) -> None:
+        """To the host, but for a copy of its lm-head."""
+        for parameter in self.pair.teacher.parameters():
+            self._weights_elsewhere += parameter.nbytes
+            self.meter.elsewhere(parameter)
+        head = _head(self.pair.teacher)
+        with self.meter.phase("other", "teacher weights"):
+            self._head_copy = torch.empty_like(head.weight)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """An offloaded teacher is on the device."""
+        copied = None
+        if self._weights_elsewhere:
+            copied = next(self.pair.teacher.parameters()).new_empty(self._weights_elsewhere, dtype=torch.uint8)
+            self.meter.see(copied, "teacher weights")
+        yield
+        del copied
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -303,7 +335,7 @@ class _Step:
         for _ in range(min(2, len(groups))):  # the second one finds gradients that exist already
             self._micro_batch(largest, total_weight(samples, self.config.normalize))
         with meter.phase("optimizer"):
-            if self.device == "cpu":  # on CUDA the optimizer is one kernel, which takes nothing
+            if not works_in_place(self.config, self.device):
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or float("inf"))
                 optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -314,7 +346,7 @@ class _Step:
         if self.path == "concat":
             return
         meter = self.meter
-        with meter.phase("context"):
+        with meter.phase("context"), self._at_work():
             self.prefixes = self.teacher.reader.prefixes
         layers = [prefix.layer(i).tensors for prefix in self.prefixes for i in range(len(prefix.keys))]
         if self.config.prefix_device != "cpu" or self.device == "cpu":
@@ -328,7 +360,7 @@ class _Step:
             self._fetched = torch.empty(2 * nbytes // 4)
 
     def _optimizer(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=False, foreach=False)
+        optimizer = rehearsed_optimizer(self.meter, self.config, self.parameters, self.device)
         with self.meter.phase("other", "optimizer state"):
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -384,7 +416,10 @@ class _Step:
         if self.pair.reference is not None:
             shared = [[0] * self.job.contexts[context] for _, _, context in rows]
             prompts = [prefix + [i] * own for i, (prefix, (_, own, _)) in enumerate(zip(shared, rows, strict=True))]
-            rehearse_rollout(self.meter, "evaluation rollout", self.pair.reference, self.config, prompts, self.limit)
+            with self._at_work():
+                rehearse_rollout(
+                    self.meter, "evaluation rollout", self.pair.reference, self.config, prompts, self.limit
+                )
         groups = list(micro_batches(self._samples(rows), self.config.micro_batch_tokens))
         reader = self._reader(self.pair.reference, self.pair.reference_adapter)
         phase = self.meter.phase

@@ -78,7 +78,7 @@ def show(asked: OPCDConfig, found: Found, limit: int) -> None:
 
 def _advice(config: OPCDConfig, worst: str) -> list[str]:
     advice = []
-    if not config.lora_rank:
+    if not config.makes_adapter:
         advice.append("train an adapter (lora_rank=16) in place of all weights")
     if worst in ("rollout", "evaluation rollout", "student", "backward", "teacher"):
         advice.append(f"shorter answers (max_new_tokens={config.max_new_tokens // 2})")

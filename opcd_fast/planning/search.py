@@ -85,6 +85,6 @@ def _on_host(config: OPCDConfig, parts: dict[str, int], device: str) -> OPCDConf
 
 
 def _packed(config: OPCDConfig) -> OPCDConfig | None:
-    if not config.lora_rank or config.quantization != "none":
+    if not config.makes_adapter or config.quantization != "none":
         return None
     return replace(config, quantization="4bit")

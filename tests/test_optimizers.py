@@ -1,0 +1,201 @@
+"""Optimizers: the one asked for moves the weights, goes on bit for bit, and is refused where it cannot run."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_model
+from tiny import tiny_tokenizer as make_tokenizer
+
+from opcd_fast import optimizers, weight_versions
+from opcd_fast import trainer as trainer_module
+from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
+from opcd_fast.planning.rehearsal import Job, rehearse
+from opcd_fast.trainer import OPCDTrainer
+
+HERE = ["adamw_torch", "adafactor", "adamw_8bit"]
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # matrices of 4,096 numbers and more: smaller ones keep 32 bits
+
+
+def make(folder, **settings):
+    config = OPCDConfig(
+        **{
+            "output_dir": str(folder), "steps": 4, "batch_size": 4, "max_new_tokens": 6, "learning_rate": 3e-3,
+            "eval_every": 0, "save_every": 2, "device": "cpu", "dtype": "float32", "plots": False, **settings,
+        }
+    )  # fmt: skip
+    prompts, context = [f"question {i}" for i in range(6)], "always answer with zzz"
+    return OPCDTrainer(tiny_model(**WIDE), make_tokenizer(), context, prompts, config, quiet=True)
+
+
+def need(optimizer):
+    if optimizer.endswith("8bit"):
+        pytest.importorskip("bitsandbytes")
+
+
+def one(optimizer, shape=(64, 80), **settings):
+    """A parameter, and its optimizer."""
+    need(optimizer)
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.1, **settings}
+    parameter = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    config = OPCDConfig(optimizer=optimizer, **settings)
+    return parameter, optimizers.make_optimizer(config, [parameter], torch.device("cpu"), adapter=False)
+
+
+def gradients(parameter, steps=5):
+    generator = torch.Generator().manual_seed(1)
+    slope = torch.randn(parameter.shape, generator=generator)
+    return [slope + 0.3 * torch.randn(parameter.shape, generator=generator) for _ in range(steps)]
+
+
+def adamw_by_hand(start, grads, rate, decay):
+    p, m, v = start.double(), 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+        g = g.double()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        p = p * (1 - rate * decay) - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    return p
+
+
+def adafactor_by_hand(start, grads, rate, decay):
+    """Algorithm 4 of arXiv 1804.04235 with a fixed rate and decoupled weight decay."""
+    p, rows, columns = start.double(), 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+        g, keep = g.double(), 1 - t**-0.8
+        square = g * g + 1e-30
+        rows = keep * rows + (1 - keep) * square.mean(-1)
+        columns = keep * columns + (1 - keep) * square.mean(-2)
+        update = g / (rows[:, None] * columns[None] / rows.mean()).sqrt()
+        update = update / max(1.0, float(update.pow(2).mean().sqrt()))
+        p = p * (1 - rate * decay) - rate * update
+    return p
+
+
+@pytest.mark.parametrize("optimizer", HERE)
+def test_each_moves_weights_as_its_paper_says(optimizer):
+    parameter, stepper = one(optimizer)
+    start, grads = parameter.detach().clone(), gradients(parameter)
+    for grad in grads:
+        parameter.grad = grad.clone()
+        stepper.step()
+    by_hand = adafactor_by_hand if optimizer == "adafactor" else adamw_by_hand
+    wanted = by_hand(start, grads, 1e-2, 0.1)
+    moved = (wanted - start).norm()
+    bound = 0.05 if optimizer == "adamw_8bit" else 1e-4  # the state is rounded to 8 bits
+    assert (parameter.detach() - wanted).norm() < bound * moved
+    if optimizer == "adamw_8bit":
+        assert not torch.allclose(parameter.detach().double(), wanted, rtol=0, atol=1e-7), "not rounded at all"
+
+
+@pytest.mark.parametrize("optimizer", HERE)
+def test_bytes_of_the_state(optimizer):
+    parameter, stepper = one(optimizer, (256, 512))
+    parameter.grad = torch.ones_like(parameter)
+    stepper.step()
+    state = stepper.state[parameter].items()
+    held = sum(x.nbytes for name, x in state if isinstance(x, torch.Tensor) and not name.startswith("qmap"))
+    wanted = {"adamw_torch": 8, "adamw_8bit": 2 + 2 * 4 / 256, "adafactor": 4 * (256 + 512) / (256 * 512)}
+    assert held / parameter.numel() == pytest.approx(wanted[optimizer], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", HERE)
+def test_steps_are_counted(optimizer):
+    """Kernels of bitsandbytes write behind torch's back; copies of the weights would be taken for fresh."""
+    weight_versions.count_optimizer_steps()
+    parameter, stepper = one(optimizer)
+    before = weight_versions.versions_of([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    stepper.step()
+    assert weight_versions.changed(before, weight_versions.versions_of([parameter]))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 48])
+@pytest.mark.parametrize("optimizer", HERE)
+def test_resume_is_bit_identical(tmp_path, optimizer, lora_rank):
+    need(optimizer)
+    settings = {"optimizer": optimizer, "lora_rank": lora_rank}
+    whole = make(tmp_path / "whole", **settings)
+    wanted = whole.train()
+    make(tmp_path / "run", steps=2, **settings).train()
+    resumed = make(tmp_path / "run", resume=True, **settings)
+    got = resumed.train()
+    assert [r["loss"] for r in got.history] == [r["loss"] for r in wanted.history]
+    assert wanted.history[-1]["loss"] != wanted.history[0]["loss"]
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[name]), name
+    kind = {"adamw_torch": "AdamW", "adafactor": "Adafactor", "adamw_8bit": "AdamW8bit"}[optimizer]
+    assert type(whole.optimizer.optimizer).__name__ == kind
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"] == optimizer
+    other = "adafactor" if optimizer == "adamw_torch" else "adamw_torch"
+    with pytest.raises(InputError, match="optimizer differs"):
+        make(tmp_path / "run", resume=True, steps=6, lora_rank=lora_rank, optimizer=other).train()
+
+
+@pytest.mark.parametrize("optimizer", HERE)
+def test_what_is_not_finite_never_reaches_the_weights(tmp_path, optimizer, monkeypatch):
+    need(optimizer)
+    trainer = make(tmp_path / "run", optimizer=optimizer)
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    inner = trainer_module.context_kl
+
+    def poisoned(*arguments, **options):
+        loss, stats = inner(*arguments, **options)
+        return (loss * float("nan") if torch.is_grad_enabled() else loss), stats
+
+    monkeypatch.setattr(trainer_module, "context_kl", poisoned)
+    with pytest.raises(InputError, match="step 1"):
+        trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+
+
+def test_without_bitsandbytes_the_package_is_named(tmp_path, monkeypatch):
+    from opcd_fast import quantized
+
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    for optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        with pytest.raises(InputError, match=f"optimizer='{optimizer}' needs .*pip install 'opcd-fast\\[quant\\]'"):
+            optimizers.make_optimizer(OPCDConfig(optimizer=optimizer), [], torch.device("cpu"), adapter=False)
+
+
+def test_paging_without_a_gpu_is_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(InputError, match="the run is on cpu; use 'adamw_8bit'"):
+        make(tmp_path / "run", optimizer="paged_adamw_8bit")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_without_the_kernel_is_refused(tmp_path, monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def none(*_, **__):
+        raise NotImplementedError("no kernel for this device")
+
+    monkeypatch.setattr(bnb.functional, "optimizer_update_8bit_blockwise", none)
+    with pytest.raises(InputError, match="cannot do it on cpu .*no kernel.*use 'adafactor'"):
+        make(tmp_path / "run", optimizer="adamw_8bit")
+
+
+def test_the_default_is_the_papers_and_others_are_named():
+    assert OPCDConfig().optimizer == "adamw_torch"
+    with pytest.raises(InputError, match="optimizer='sgd' is not available; use 'adamw_torch' or"):
+        OPCDConfig(optimizer="sgd")
+
+
+def test_the_planner_knows_the_states():
+    """Without bitsandbytes: of every tensor, in the bytes above."""
+    model, job = tiny_model(**WIDE).config, Job((60,), ((20, 20, 0),))
+    shapes = [p.shape for p in tiny_model(**WIDE).parameters()]
+    numbers = [shape.numel() for shape in shapes]
+
+    def state(optimizer):
+        config = OPCDConfig(batch_size=2, max_new_tokens=4, optimizer=optimizer)
+        seen = rehearse(config, job, model, device="cuda", dtype=torch.bfloat16, backend="torch")
+        return seen.peaks["optimizer"].parts.get("optimizer state", 0), seen.notes
+
+    eight = sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in numbers)
+    assert state("adamw_torch")[0] == pytest.approx(8 * sum(numbers), rel=1e-3)
+    assert state("adamw_8bit")[0] == eight
+    assert state("adafactor")[0] == pytest.approx(sum(4 * sum(shape) + 4 for shape in shapes), rel=1e-3)
+    held, notes = state("paged_adamw_8bit")
+    assert held == eight and any("paged" in note for note in notes)  # no tensor of 100,000 numbers here

@@ -183,9 +183,6 @@ def test_shipped_configurations_are_what_accelerate_reads(tmp_path):
         ({"prefix_store": "somewhere"}, "prefix_store does not go with sharded weights.*drop it"),
         ({"teacher_batch_bytes": 1000}, "teacher_batch_bytes does not go with"),
         ({"merge_for_rollout": True}, "merge_for_rollout=True does not go with"),
-        ({"teacher_offload": True}, "teacher_offload does not go with"),
-        ({"num_virtual_tokens": 4}, "num_virtual_tokens does not go with"),
-        ({"optimizer": "adafactor"}, "optimizer='adafactor' does not go with.*adamw_torch"),
         ({"teacher_path": "concat"}, "teacher_path='concat' does not go with"),
     ],
 )
@@ -195,6 +192,21 @@ def test_settings_that_sharded_weights_do_not_go_with(settings, said):
     pair = student_and_teacher(model, None, config, torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match=said):
         refuse_sharded(pair, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"teacher_offload": True}, "teacher_offload does not go with"),
+        ({"num_virtual_tokens": 4}, "num_virtual_tokens does not go with"),
+        ({"optimizer": "adafactor"}, "optimizer='adafactor' does not go with.*adamw_torch"),
+    ],
+)
+def test_settings_that_are_about_whole_weights(settings, said):
+    plain = OPCDConfig(lora_rank=4, device="cpu", dtype="float32")
+    pair = student_and_teacher(tiny_model(), None, plain, torch.device("cpu"), torch.float32)
+    with pytest.raises(InputError, match=said):
+        refuse_sharded(pair, OPCDConfig(device="cpu", **settings))
 
 
 def test_engines_that_are_refused(monkeypatch):

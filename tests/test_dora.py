@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+from opcd_fast import merged as merged_module
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.export import ExportOptions, export
@@ -74,7 +75,8 @@ def test_the_folded_copy_computes_what_the_adapter_computes(changes):
     torch.testing.assert_close(logits(copied.refresh()), moved, rtol=1e-4, atol=1e-4)
 
 
-def test_in_bf16_the_copy_is_rounded_once():
+def test_in_bf16_the_copy_is_rounded_once(monkeypatch):
+    monkeypatch.setattr(merged_module, "cpu_has_bf16", lambda: True)  # elsewhere the copy is in float32
     model = dora_model(dtype=torch.bfloat16)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     exact = layer.base_layer.weight.double() + layer.scaling["default"] * (

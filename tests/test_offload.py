@@ -104,13 +104,13 @@ def test_a_run_is_the_same_and_the_student_never_meets_the_teachers_weights(tmp_
     trainer = make(tmp_path / "run", teacher(), teacher_offload=True, **settings)
     moves = trainer.teachers._offload
     assert type(trainer.teacher) is OffloadedTeacher
-    seen, inner = [], objective._student_hidden_states
+    seen, inner = [], objective.student_hidden_states
 
     def student(*arguments):
         seen.append(moves._depth)
         return inner(*arguments)
 
-    monkeypatch.setattr(objective, "_student_hidden_states", student)
+    monkeypatch.setattr(objective, "student_hidden_states", student)
     started = trainer._train_step
 
     def step(*arguments):
@@ -146,10 +146,10 @@ def test_where_there_is_nothing_to_gain_it_is_refused(tmp_path):
 
 
 def test_it_is_loaded_where_it_waits():
-    from opcd_fast.commands.train import _loading
+    from opcd_fast.commands.train import loading
 
     config = OPCDConfig(teacher_offload=True, dtype="bfloat16", device="cpu")
-    assert _loading(config, "none", waits=True) == {"dtype": "bfloat16", "device": "cpu"}
+    assert loading(config, "none", waits=True) == {"dtype": "bfloat16", "device": "cpu"}
 
 
 def test_the_plan_has_the_teacher_in_its_own_phase_alone():

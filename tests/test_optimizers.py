@@ -8,7 +8,6 @@ from tiny import tiny_model
 from tiny import tiny_tokenizer as make_tokenizer
 
 from opcd_fast import optimizers, weight_versions
-from opcd_fast import trainer as trainer_module
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.planning.rehearsal import Job, rehearse
@@ -137,13 +136,13 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, optimizer, monke
     need(optimizer)
     trainer = make(tmp_path / "run", optimizer=optimizer)
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    inner = trainer_module.context_kl
+    inner = trainer._objective
 
     def poisoned(*arguments, **options):
         loss, stats = inner(*arguments, **options)
         return (loss * float("nan") if torch.is_grad_enabled() else loss), stats
 
-    monkeypatch.setattr(trainer_module, "context_kl", poisoned)
+    monkeypatch.setattr(trainer, "_objective", poisoned)
     with pytest.raises(InputError, match="step 1"):
         trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())

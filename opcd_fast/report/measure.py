@@ -38,7 +38,8 @@ from opcd_fast.run_record import HELD_OUT, PROMPTS, read_record, row_of
 from opcd_fast.training_curve import curve, run_settings
 
 SCHEMA = 1
-OF_THIS_MACHINE = ("output_dir", "prefix_store")  # settings that are folders
+# Settings that are folders, files, addresses or commands.
+OF_THIS_MACHINE = ("output_dir", "prefix_store", "rollout_file", "rollout_url", "rollout_command")
 GENERAL = Path(__file__).parent.parent / "prompt_data" / "general.jsonl"
 WARNING = (
     "A context that was moved into weights can be drawn out of them again, by anybody who can use or read the weights. "

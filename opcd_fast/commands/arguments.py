@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,9 +49,9 @@ def as_file(context: str | None) -> Path | None:
     return None if context is None else Path(context)
 
 
-def sampler(model: Any, tokenizer: Any, max_batch: int = 64) -> Any:
-    """Answers of `model` as it is, adapters unmerged, `max_batch` sequences at once."""
+def sampler(model: Any, tokenizer: Any, max_batch: int = 64, stop_tokens: Sequence[str] = ()) -> Any:
+    """Answers of `model` as it is, adapters unmerged, `max_batch` sequences at once; `stop_tokens` end them as well."""
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
-    stop_ids = stop_token_ids(tokenizer, model)
+    stop_ids = stop_token_ids(tokenizer, model, stop_tokens)
     return TransformersRollout(model, stop_token_ids=stop_ids, max_batch=max_batch, merge_adapter=False)

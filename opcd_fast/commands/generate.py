@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries, sampler
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 
@@ -66,7 +66,6 @@ def run(arguments: list[str]) -> int:
     from opcd_fast.preflight import check_prompt_length
     from opcd_fast.prompts import read_context, read_prompts
     from opcd_fast.rendering import adapt_to_tokenizer, teacher_ids
-    from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     quiet_libraries()
     file = as_file(command.context)
@@ -81,10 +80,7 @@ def run(arguments: list[str]) -> int:
         ids.append(teacher_ids(tokenizer, prompt, shown, variables))
     model = load_model(command.model, dtype=command.dtype, device=command.device)
     check_prompt_length(max(map(len, ids)), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
-    stop_ids = stop_token_ids(tokenizer, model, command.stop_tokens)
-    rollout = TransformersRollout(
-        model, stop_token_ids=stop_ids, max_batch=command.batch_size, merge_adapter=False
-    )
+    rollout = sampler(model, tokenizer, command.batch_size, command.stop_tokens)
     for start in range(0, len(ids), command.batch_size):
         part = slice(start, start + command.batch_size)
         answers = rollout.generate(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries, sampler
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 
@@ -154,7 +154,6 @@ def _asked(command: PromptsCommand, context: Any, tokenizer: Any, variables: dic
     from opcd_fast.models import load_model
     from opcd_fast.preflight import check_prompt_length
     from opcd_fast.rendering import student_ids
-    from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     model = load_model(command.model or "", dtype=command.dtype, device=command.device)
     length = len(student_ids(tokenizer, Prompt(tuple(request(context, ""))), variables)) + 32  # who the users are
@@ -164,7 +163,7 @@ def _asked(command: PromptsCommand, context: Any, tokenizer: Any, variables: dic
         print(f"asked {requests} times: {found} of {command.ask} different prompts", flush=True)
 
     found = ask(
-        TransformersRollout(model, stop_token_ids=stop_token_ids(tokenizer, model), merge_adapter=False),
+        sampler(model, tokenizer),
         tokenizer,
         context,
         command.ask or 0,

@@ -24,10 +24,12 @@ class MergedCopy:
 
     Args:
         peft_model: a PeftModel whose adapters are LoRA or DoRA on nn.Linear layers (see `supports`).
+        device: what the copy is made for, "cuda" or "cpu". None: where the model is.
     """
 
-    def __init__(self, peft_model: Any) -> None:
-        dtype = self.type_of(peft_model)
+    def __init__(self, peft_model: Any, device: str | None = None) -> None:
+        on_cpu = (device or next(peft_model.parameters()).device.type) == "cpu"
+        dtype = self.type_of(peft_model) if on_cpu else None
         self._pairs: list[tuple[Any, nn.Parameter]] = []
         adapted = {name: layer for name, layer in peft_model.named_modules() if _is_lora(layer)}
         own = {id(layer.base_layer.weight) for layer in adapted.values()}
@@ -39,11 +41,11 @@ class MergedCopy:
         for name, layer in adapted.items():
             plain = self.model.get_submodule(name.removeprefix(prefix))
             folded = plain.weight.detach()
-            folded = folded.t().contiguous().t() if folded.device.type == "cpu" else folded.clone()
+            folded = folded.t().contiguous().t() if on_cpu else folded.clone()
             plain.weight = nn.Parameter(folded, requires_grad=False)
             self._pairs.append((layer, plain.weight))
         head = self.model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and head.weight.device.type == "cpu":  # not adapted, but read at every token
+        if isinstance(head, nn.Linear) and on_cpu:  # not adapted, but read at every token
             head.weight = nn.Parameter(head.weight.detach().t().contiguous().t(), requires_grad=False)
 
     @staticmethod

@@ -5,6 +5,7 @@ import torch
 from memory_record import recorded_peaks
 from tiny import tiny_model, tiny_tokenizer
 
+from opcd_fast import merged
 from opcd_fast.config import OPCDConfig
 from opcd_fast.loss_inputs import resolve_backend
 from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
@@ -175,3 +176,17 @@ def test_models_that_cannot_be_rehearsed_are_refused_in_words():
 def test_what_is_not_counted_is_said():
     seen = planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, teacher_device="cpu"), device="cuda")
     assert any("teacher on 'cpu'" in note for note in seen.notes)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_the_copy_of_a_gpu_is_not_that_of_the_cpu_that_plans(has_bf16, monkeypatch):
+    """Fake tensors lie on a CPU: whether that one multiplies bf16 must not matter, nor how it stores weights."""
+    monkeypatch.setattr(merged, "cpu_has_bf16", lambda: has_bf16)
+    settings = {"steps": 1, "batch_size": 2, "max_new_tokens": 8, "lora_rank": 4, "dtype": "bfloat16"}
+    model, peaks = tiny_model(**SIZES), {}
+    for merge in (True, False):
+        config = OPCDConfig(**settings, merge_for_rollout=merge)
+        found = planned(config, device="cuda", dtype=torch.bfloat16, backend="triton")
+        peaks[merge] = found.peaks["optimizer"].nbytes
+    linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    assert peaks[True] - peaks[False] == pytest.approx(2 * linear, rel=1e-3)

@@ -322,7 +322,7 @@ class _Step:
             parameter.register_post_accumulate_grad_hook(lambda p: meter.see(p.grad, "gradients"))
         self._read_contexts()
         optimizer = self._optimizer()
-        self._answers = answering_model(meter, pair.student, self.config)
+        self._answers = answering_model(meter, pair.student, self.config, self.device)
         if self.config.rollout in ("transformers", "generate", "continuous"):
             prompts = self._ids([student for student, _, _ in self._rows()])
             self.rollout_batch = rehearse_rollout(meter, "rollout", self._answers, self.config, prompts, self.limit)

@@ -16,17 +16,18 @@ from opcd_fast.planning.meter import Meter
 from opcd_fast.sampling import draw
 
 
-def answering_model(meter: Meter, model: Any, config: OPCDConfig) -> Any:
+def answering_model(meter: Meter, model: Any, config: OPCDConfig, device: str) -> Any:
     """The copy with the adapter folded in that the run keeps, or `model`.
 
-    On a GPU a run without `merge_for_rollout` times both; here the copy counts, being the larger.
+    device: the run's, "cuda" or "cpu"; the model's tensors are fake ones. On a GPU a run without `merge_for_rollout`
+    times both; here the copy counts, being the larger.
     """
     if config.rollout not in ("transformers", "generate", "continuous") or config.merge_for_rollout is False:
         return model
     if not MergedCopy.supports(model):
         return model
     with meter.phase("other", "merged copy"):
-        copied = MergedCopy(model)
+        copied = MergedCopy(model, device)
         return copied.refresh()
 
 

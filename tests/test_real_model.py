@@ -4,7 +4,6 @@ import importlib.util
 import json
 
 import pytest
-import torch
 
 from opcd_fast import demo
 from opcd_fast.config import OPCDConfig
@@ -17,15 +16,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_the_context_works_for_the_base_and_starts_to_move_in(tmp_path, two_threads):
+def test_the_context_works_for_the_base_and_starts_to_move_in(tmp_path):
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.trainer import OPCDTrainer
 

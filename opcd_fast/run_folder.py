@@ -14,6 +14,7 @@ from typing import Any
 from opcd_fast import checkpoint
 from opcd_fast.batch import Sample
 from opcd_fast.errors import InputError
+from opcd_fast.run_identity import completed
 
 BEST = "best.json"
 ANSWERS = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
@@ -94,8 +95,9 @@ class RunFolder:
         Raises InputError for a damaged checkpoint, or one of a run with another identity.
         """
         saved, state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(self._checkpoints)[-1])
+        kept_identity = completed(state["identity"])
         for name, value in identity.items():
-            before = state["identity"].get(name)
+            before = kept_identity.get(name)
             if before != value:
                 raise InputError(
                     f"resume: {name} differs from the run in {str(self.path)!r} ({before!r} there, {value!r} now); "

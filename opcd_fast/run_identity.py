@@ -23,3 +23,8 @@ def identity(config: OPCDConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not free, and `facts` about data and weights, as JSON values."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
     return json.loads(json.dumps({**settings, **facts}))
+
+
+def completed(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in a checkpoint, with the settings that its version had not yet: their defaults are what it did."""
+    return {**identity(OPCDConfig(), {}), **kept}

@@ -177,6 +177,18 @@ def test_resume_refuses_another_job(tokenizer, tmp_path):
         make(tokenizer, tmp_path / "empty", resume=True)
 
 
+def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "run").train()
+    state = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "state.json"
+    kept = json.loads(state.read_text())
+    for name in ("answers", "objective", "optimizer", "use_dora", "num_virtual_tokens"):
+        del kept["identity"][name]
+    state.write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="optimizer differs from the run.*'adamw_torch' there, 'adafactor' now"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=6, optimizer="adafactor").train()
+    assert make(tokenizer, tmp_path / "run", resume=True, steps=6).train().steps == 6
+
+
 def test_a_damaged_checkpoint_is_named(tokenizer, tmp_path):
     make(tokenizer, tmp_path / "run").train()
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]

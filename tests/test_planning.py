@@ -148,6 +148,19 @@ def test_held_out_answers_of_the_teacher_read_whole_contexts():
     assert seen.worst == "evaluation rollout" and "evaluation" in seen.peaks
 
 
+@pytest.mark.parametrize("mode", ["frozen", "live"])
+def test_training_answers_of_the_teacher_read_whole_contexts(mode):
+    base = {"batch_size": 8, "max_new_tokens": 4, "lora_rank": 4, "teacher_mode": mode}
+    seen = {}
+    for answers in ("student", "teacher"):
+        found = planned(OPCDConfig(**base, answers=answers), Job((600,), ((20, 20, 0),) * 8))
+        seen[answers] = found.peaks["rollout"].parts["rollout"]
+    assert seen["teacher"] > 5 * seen["student"]
+    if mode == "frozen":
+        kept = planned(OPCDConfig(**base, answers="teacher", kept_answers=3), Job((600,), ((20, 20, 0),) * 8))
+        assert kept.rollout_batch == 24  # all at once, before the first step
+
+
 def test_shallow_rehearsals_tell_of_deep_models():
     config = OPCDConfig(batch_size=4, max_new_tokens=16, lora_rank=4, rollout_batch=4, merge_for_rollout=False)
     deep = tiny_model(**{**SIZES, "num_hidden_layers": 14}).config
@@ -176,6 +189,8 @@ def test_models_that_cannot_be_rehearsed_are_refused_in_words():
 def test_what_is_not_counted_is_said():
     seen = planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, teacher_device="cpu"), device="cuda")
     assert any("teacher on 'cpu'" in note for note in seen.notes)
+    seen = planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, answers="teacher", objective="nll"))
+    assert any("objective='nll'" in note for note in seen.notes)
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

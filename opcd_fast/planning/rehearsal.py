@@ -268,6 +268,8 @@ class _Step:
             notes.append(f"an estimate: the teacher on {config.teacher_device!r} is counted as if it were here")
         if config.rollout == "vllm":
             notes.append("not counted: what rollout='vllm' takes for itself (rollout_gpu_share)")
+        if config.objective == "nll":
+            notes.append("an estimate: objective='nll' is counted as the divergence, teacher included")
         if config.optimizer.startswith("paged_"):
             notes.append("not counted: the paged part of the optimizer's state, which leaves the GPU when it is full")
         if device == "cuda" and config.num_virtual_tokens:
@@ -324,8 +326,7 @@ class _Step:
         optimizer = self._optimizer()
         self._answers = answering_model(meter, pair.student, self.config, self.device)
         if self.config.rollout in ("transformers", "generate", "continuous"):
-            prompts = self._ids([student for student, _, _ in self._rows()])
-            self.rollout_batch = rehearse_rollout(meter, "rollout", self._answers, self.config, prompts, self.limit)
+            self.rollout_batch = self._draw_answers()
         pair.student.train()
         optimizer.zero_grad(set_to_none=True)
         samples = self._samples(self._rows())
@@ -341,6 +342,22 @@ class _Step:
         optimizer.zero_grad(set_to_none=True)
         if self.job.held_out:
             self._evaluate()
+
+    def _draw_answers(self) -> int:
+        """By the student, or by the teacher with the context in front; how many at once."""
+        config, rows = self.config, self._rows()
+        if config.answers == "student":
+            prompts = self._ids([student for student, _, _ in rows])
+            return rehearse_rollout(self.meter, "rollout", self._answers, config, prompts, self.limit)
+        kept = [row for row in self.job.prompts for _ in range(config.kept_answers)]  # drawn all in one go
+        prompts = self._with_context(max(rows, kept, key=len))
+        model = self._answers if config.teacher_mode == "live" else self.pair.teacher
+        with self._at_work():
+            return rehearse_rollout(self.meter, "rollout", model, config, prompts, self.limit)
+
+    def _with_context(self, rows: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+        contexts = self.job.contexts
+        return [[0] * contexts[context] + [i] * own for i, (_, own, context) in enumerate(rows)]
 
     def _read_contexts(self) -> None:
         if self.path == "concat":
@@ -414,8 +431,7 @@ class _Step:
         rows = self.job.held_out[: self.config.eval_batch]
         self.pair.student.eval()
         if self.pair.reference is not None:
-            shared = [[0] * self.job.contexts[context] for _, _, context in rows]
-            prompts = [prefix + [i] * own for i, (prefix, (_, own, _)) in enumerate(zip(shared, rows, strict=True))]
+            prompts = self._with_context(rows)
             with self._at_work():
                 rehearse_rollout(
                     self.meter, "evaluation rollout", self.pair.reference, self.config, prompts, self.limit

@@ -130,6 +130,7 @@ def test_the_file_of_a_run_is_planned_as_written(written, capsys):
     ("line", "words"),
     [
         ("init: runs/before", "init goes on from an earlier run"),
+        ("task: frozen-lake", "shows only when they are played"),
         ("gpu: 24GB", "unknown option 'gpu'"),
         ("lora_rnk: 4", "did you mean 'lora_rank'"),
         ("steps: many", "steps='many' must be a whole number"),

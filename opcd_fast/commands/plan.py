@@ -125,6 +125,12 @@ def plan_command(arguments: list[str]) -> tuple[PlanCommand, OPCDConfig]:
             raise InputError(
                 f"plan: {name} goes on from an earlier run, which is not read; plan with that run's own config"
             )
+    for name in ("task", "task_options"):
+        if values.pop(name, None) is not None:
+            raise InputError(
+                f"plan: {name}: how many turns there are, and how long they are, shows only when they are played; plan "
+                "with a config without it, prompt_tokens of the longest turn and micro_batch_tokens"
+            )
     required = {"model": tyro.MISSING, "gpu": tyro.MISSING}
     default = PlanCommand(**{**required, **values}, run=TrainOptions(**options))
     command = parse(PlanCommand, "plan", arguments, default=default)

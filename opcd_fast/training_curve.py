@@ -23,7 +23,8 @@ def run_settings(run: Path) -> dict[str, Any]:
 
 
 def curve(run: Path) -> dict[str, Any]:
-    """Loss of each step, and the held-out KLs where they were measured, from metrics.jsonl."""
+    """Distance to the teacher at each step where that is the loss, and the held-out KLs where they were measured, from
+    metrics.jsonl."""
     steps, evaluations = [], []
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -32,6 +33,6 @@ def curve(run: Path) -> dict[str, Any]:
             record = json.loads(line)
             if record.get("kind") == "evaluation":
                 evaluations.append([record["step"], record.get("own_kl"), record.get("fixed_kl")])
-            elif record.get("kind") == "step":
+            elif record.get("kind") == "step" and record.get("objective") != "nll":
                 steps.append([record["step"], record["loss"]])
     return {"steps": steps, "evaluations": evaluations}

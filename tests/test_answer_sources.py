@@ -20,6 +20,7 @@ from opcd_fast.interruption import Interrupted
 from opcd_fast.likelihood import answer_nll
 from opcd_fast.objective import context_kl
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training_curve import curve
 
 SYSTEMS = {
     "off-policy": {"answers": "teacher", "divergence": "forward_kl"},
@@ -244,6 +245,8 @@ def test_records_warnings_and_pictures_of_answers_that_are_not_the_students(toke
     assert {w["name"] for w in result.warnings} <= {"cut_answers"}
     assert all(r["answers_of"] == "teacher" and "sampler_kl" not in r for r in result.history)
     assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"kl.png", "seconds.png", "answers.png"}
+    drawn = curve(tmp_path / "run")  # by a report, as KL to the teacher
+    assert len(drawn["steps"]) == (6 if system == "off-policy" else 0) and len(drawn["evaluations"]) == 2
     alone = make(tokenizer, tmp_path / "alone", **{**settings, "eval_every": 0}).train()
     assert (tmp_path / "alone" / "kl.png").exists() == (system == "off-policy") and len(alone.history) == 6
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,24 +29,33 @@ def check_prompt_length(prompt: int, max_new_tokens: int, window: int | None) ->
         )
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The longest inputs of a run's models, in tokens; None: no limit. `virtual`: of the student's trained prefix."""
+
+    student: int | None
+    teacher: int | None
+    virtual: int = 0
+
+    @classmethod
+    def of(cls, student: Any, teacher: Any, virtual: int = 0) -> Windows:
+        """Of two transformers models, which may be one."""
+        own, other = (seam.longest_input(seam.body_of(model)) for model in (student, teacher))
+        return cls(own, other, virtual)
+
+
 def check_lengths(
-    rows: Sequence[RenderedPrompt],
-    prefixes: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    student_window: int | None,
-    teacher_window: int | None,
-    *,
-    virtual_tokens: int = 0,
+    rows: Sequence[RenderedPrompt], prefixes: Sequence[Sequence[int]], max_new_tokens: int, windows: Windows
 ) -> None:
     """Nothing is ever truncated: what does not fit a model's window is refused, with the counts. Raises InputError."""
     for row in rows:
-        check_prompt_length(len(row.student_ids) + virtual_tokens, max_new_tokens, student_window)
+        check_prompt_length(len(row.student_ids) + windows.virtual, max_new_tokens, windows.student)
         prefix = len(prefixes[row.context_index])
         whole = prefix + len(row.teacher_ids)
-        if teacher_window is not None and whole + max_new_tokens > teacher_window:
+        if windows.teacher is not None and whole + max_new_tokens > windows.teacher:
             raise InputError(
                 f"context and prompt of {whole} tokens (shared prefix {prefix}) plus max_new_tokens={max_new_tokens} "
-                f"exceed the teacher's window of {teacher_window} by {whole + max_new_tokens - teacher_window}; "
+                f"exceed the teacher's window of {windows.teacher} by {whole + max_new_tokens - windows.teacher}; "
                 "shorten the context or max_new_tokens"
             )
 

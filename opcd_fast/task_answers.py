@@ -13,7 +13,7 @@ from opcd_fast.answer_sources import AnswerSource, Drawn, Sampling, Writer, scor
 from opcd_fast.errors import InputError
 from opcd_fast.intervals import wilson
 from opcd_fast.messages import Context, Message, Prompt
-from opcd_fast.preflight import check_lengths
+from opcd_fast.preflight import Windows, check_lengths
 from opcd_fast.rendering import RenderedPrompt, RenderedPrompts, adapt_to_tokenizer, render, student_ids, teacher_ids
 from opcd_fast.rollout import Completion
 from opcd_fast.seeds import stream_seed
@@ -84,7 +84,7 @@ class TaskPrompts:
 class TaskAnswers(AnswerSource):
     """Plays `count` episodes of the split "train" at each step, `repeats` times each; see `AnswerSource`.
 
-    write: who plays. windows: longest inputs of student and teacher, for the turns that only the run brings.
+    write: who plays. windows: of student and teacher, for the turns that only the run brings.
     student_writes: who plays `held_out` episodes of the split "selection" at evaluations.
     """
 
@@ -97,7 +97,7 @@ class TaskAnswers(AnswerSource):
         sampling: Callable[[str, int], Sampling],
         of_student: bool,
         seed: int,
-        windows: tuple[int | None, int | None],
+        windows: Windows,
         student_writes: Writer,
         held_out: int,
     ) -> None:
@@ -138,7 +138,7 @@ class TaskAnswers(AnswerSource):
 
         def answer(asked: Sequence[Sequence[Message]], number: int) -> list[Completion]:
             turn = [self._prompts.row(messages) for messages in asked]
-            check_lengths(turn, self._prompts.prefixes, sampling["max_new_tokens"], *self._windows)
+            check_lengths(turn, self._prompts.prefixes, sampling["max_new_tokens"], self._windows)
             written = write(turn, {**sampling, "seed": stream_seed(sampling["seed"], "turn", number)})
             rows.extend(turn)
             answers.extend(written)

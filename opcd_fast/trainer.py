@@ -33,7 +33,7 @@ from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.parallel import Parallel
-from opcd_fast.preflight import check_context_matters, check_lengths
+from opcd_fast.preflight import Windows, check_context_matters, check_lengths
 from opcd_fast.progress import Progress
 from opcd_fast.prompt_order import prompts_of_step
 from opcd_fast.prompts import read_context
@@ -54,6 +54,7 @@ from opcd_fast.teachers import Teachers
 from opcd_fast.timing import Stopwatch
 from opcd_fast.tracking import Trackers, check_installed
 from opcd_fast.training_prompts import read_training_prompts
+from opcd_fast.virtual_tokens import virtual_tokens
 from opcd_fast.whose_answers import TeacherWriter, answer_source, described, objective_of
 
 __all__ = ["OPCDTrainer", "TrainResult"]
@@ -116,11 +117,8 @@ class OPCDTrainer:
         scored = asked.held_out_shown[: config.eval_batch] if evaluates else ()
         self._score = HeldOutScore.make(scorer, config.scorer, tokenizer, scored)
         best.check_measured(config, evaluates, self._score is not None)
-        windows = [seam.longest_input(seam.body_of(one)) for one in (model, teacher_model or model)]
-        check_lengths(
-            (*self.train_rows, *self.held_out_rows), self.prefixes, config.max_new_tokens, *windows,
-            virtual_tokens=config.num_virtual_tokens,
-        )  # fmt: skip
+        windows = Windows.of(model, teacher_model or model, config.num_virtual_tokens or virtual_tokens(model))
+        check_lengths((*self.train_rows, *self.held_out_rows), self.prefixes, config.max_new_tokens, windows)
 
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
         self.origins = Origins(

@@ -13,6 +13,7 @@ from opcd_fast.config import OPCDConfig
 from opcd_fast.likelihood import answer_nll
 from opcd_fast.model_pair import ModelPair
 from opcd_fast.objective import context_kl
+from opcd_fast.preflight import Windows
 from opcd_fast.ranks import Ranks
 from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.rollout import Completion, Rollout, TransformersRollout
@@ -67,17 +68,17 @@ def answer_source(
     student: Writer,
     teacher: Writer,
     sampling: Callable[[str, int], Sampling],
-    windows: Sequence[int | None],
+    windows: Windows,
     ranks: Ranks,
 ) -> AnswerSource:
     """folder: the run's. rows_of: the prompts of a step, where they are not a task's turns. sampling: keywords of a
-    purpose and step. windows: longest inputs of student and teacher."""
+    purpose and step. windows: of student and teacher."""
     own = config.answers == "student"
     write = student if own else teacher
     if asked.task is not None:
         return TaskAnswers(
             asked.task, config.batch_size, config.rollouts_per_prompt, write, sampling, own, config.seed,
-            (windows[0], windows[1]), student, config.task_episodes,
+            windows, student, config.task_episodes,
         )  # fmt: skip
     if config.kept_answers:
         return KeptAnswers(folder, asked.rows, config.kept_answers, rows_of, write, sampling, config.seed, ranks)

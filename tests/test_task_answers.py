@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from test_trainer import losses
+from test_virtual_tokens import prefixed
 from tiny import TEMPLATE, tiny_model, tiny_tokenizer
 
 from opcd_fast import task_answers
@@ -185,6 +186,20 @@ def test_turns_that_do_not_fit_are_an_error_not_a_wrong_prefix(tokenizer, tmp_pa
         make(tokenizer, tmp_path / "a", Counting(system="later")).train()
     with pytest.raises(InputError, match="exceed"):  # only the third turn is too long
         make(tokenizer, tmp_path / "b", LongTurns()).train()
+
+
+def test_a_trained_prefix_counts_in_the_window_of_every_turn(tokenizer, tmp_path):
+    """The third turn alone is too long, and only by the prefix, which is longer than the teacher's context."""
+    config = OPCDConfig(str(tmp_path / "run"), 1, 4, max_new_tokens=6, eval_every=0, device="cpu", dtype="float32")
+
+    def made(window):
+        model = prefixed(tiny_model(max_position_embeddings=window), 200)
+        return OPCDTrainer(model, tokenizer, CONTEXT, LongTurns(), config, quiet=True)
+
+    trainer = made(2048)
+    longest = max(len(s.teacher_prompt) for s in trainer.source.draw(0).samples) + len(trainer.prefixes[0])
+    with pytest.raises(InputError, match="exceeds the model's window"):
+        made(longest + 20).source.draw(0)
 
 
 class LongTurns(Counting):

@@ -247,6 +247,8 @@ def test_what_cannot_have_one_is_refused_before_anything_is_written(tmp_path):
         make(folder, tiny_model(attention_dropout=0.1))
     with pytest.raises(InputError, match="already carries an adapter; set num_virtual_tokens=0"):
         make(folder, prefixed())
+    with pytest.raises(InputError, match="plus max_new_tokens=6 exceeds the model's window"):
+        make(folder, prefixed(tiny_model(max_position_embeddings=80), 70), num_virtual_tokens=0)
     prompts = get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="PromptTuningConfig adds virtual tokens"):
         make(folder, prompts, num_virtual_tokens=0)

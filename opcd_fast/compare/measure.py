@@ -23,6 +23,7 @@ from opcd_fast.scorer import HeldOutScore
 from opcd_fast.seeds import digest, stream_seed
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.virtual_tokens import virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _without_context(trainer: OPCDTrainer, prompts: Sequence[Prompt]) -> list[Re
     ]
     window = seam.longest_input(seam.body_of(trainer.model))
     for row in ids:
-        check_prompt_length(len(row), trainer.config.max_new_tokens, window)
+        check_prompt_length(len(row) + virtual_tokens(trainer.model), trainer.config.max_new_tokens, window)
     return [RenderedPrompt(row, row, 0, has_context=False) for row in ids]
 
 

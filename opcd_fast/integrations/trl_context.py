@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd_fast import transformers_seam as seam
 from opcd_fast.batch import Sample, pack
 from opcd_fast.errors import InputError
 from opcd_fast.integrations.forward import Heads, divergence, inside_forward
 from opcd_fast.integrations.trl_version import check_trl
 from opcd_fast.messages import Message, Prompt
-from opcd_fast.preflight import check_lengths
+from opcd_fast.preflight import Windows, check_lengths
 from opcd_fast.prompts import read_context, read_prompts
 from opcd_fast.rendering import RenderedPrompts, render, student_ids, teacher_ids
 from opcd_fast.student import packed_hidden_states
@@ -130,10 +129,10 @@ class ContextDistillationTrainer(DistillationTrainer):
 
     def _check_lengths(self, rendered: list[RenderedPrompts], prefixes: Any) -> None:
         models: list[Any] = [self.model, self.model if self.teacher_model is None else self.teacher_model]
-        windows = [seam.longest_input(seam.body_of(self.accelerator.unwrap_model(model))) for model in models]
+        windows = Windows.of(*map(self.accelerator.unwrap_model, models))
         for rows in rendered:
             # Without a limit an answer ends at the window; then a prompt must leave room for one token.
-            check_lengths(rows.rows, prefixes, self.max_completion_length or 1, *windows)
+            check_lengths(rows.rows, prefixes, self.max_completion_length or 1, windows)
 
     # ---------------------------------------------------------------------------------------------- one batch
 

@@ -403,11 +403,14 @@ class OPCDConfig:
         """Whether a run puts an adapter on the model; without, all weights are trained (or a PEFT model's own)."""
         return bool(self.lora_rank or self.num_virtual_tokens)
 
-    def learning_rate_for(self, adapter: bool) -> float:
-        """The rate of a run that trains an adapter (a new one, or that of a PEFT model), or the whole model."""
+    def learning_rate_for(self, adapter: bool, prefix: bool = False) -> float:
+        """The rate of a run that trains an adapter (a new one, or that of a PEFT model), or the whole model.
+
+        prefix: the adapter is a trained prefix.
+        """
         if self.learning_rate is not None:
             return self.learning_rate
-        if self.num_virtual_tokens:
+        if prefix or self.num_virtual_tokens:
             return PREFIX_LEARNING_RATE
         return LORA_LEARNING_RATE if adapter else FULL_LEARNING_RATE
 

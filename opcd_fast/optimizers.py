@@ -24,14 +24,14 @@ from opcd_fast.quantized import require_bitsandbytes
 
 
 def make_optimizer(
-    config: OPCDConfig, parameters: Iterable[Tensor], device: torch.device, *, adapter: bool
+    config: OPCDConfig, parameters: Iterable[Tensor], device: torch.device, *, adapter: bool, prefix: bool = False
 ) -> torch.optim.Optimizer:
     """What `config.optimizer` names, for `parameters` on `device`.
 
-    adapter: whether these are an adapter's, which decides on the default rate. Raises InputError: bitsandbytes is not
-    installed, or cannot do this on `device`.
+    adapter: whether these are an adapter's, prefix: a trained prefix, which decide on the default rate.
+    Raises InputError: bitsandbytes is not installed, or cannot do this on `device`.
     """
-    rate, decay = config.learning_rate_for(adapter=adapter), config.weight_decay
+    rate, decay = config.learning_rate_for(adapter=adapter, prefix=prefix), config.weight_decay
     if config.optimizer == "adamw_torch":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=device.type == "cuda")
     if config.optimizer == "adafactor":

@@ -31,6 +31,7 @@ from opcd_fast.model_pair import ModelPair, is_peft
 from opcd_fast.optimizers import make_optimizer
 from opcd_fast.quantized import is_quantized
 from opcd_fast.ranks import Ranks, map_tensors
+from opcd_fast.virtual_tokens import virtual_tokens
 
 T = TypeVar("T")
 
@@ -72,7 +73,8 @@ class Parallel:
         if self.sharded:
             refuse_sharded(pair, config)
         trained = [p for p in student.parameters() if p.requires_grad]
-        optimizer = make_optimizer(config, trained, device, adapter=is_peft(student))
+        prefix = virtual_tokens(student) > 0
+        optimizer = make_optimizer(config, trained, device, adapter=is_peft(student), prefix=prefix)
         self.module: Any = None
         if self.sharded:
             models = {id(m): m for m in (student, pair.teacher, pair.reference) if m}
@@ -253,7 +255,7 @@ def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
     if config.teacher_device != "auto" or config.teacher_offload:
         setting = "teacher_offload" if config.teacher_offload else "teacher_device"
         raise wrong(setting, "the teacher is sharded with the student", "drop it")
-    if config.num_virtual_tokens:
+    if config.num_virtual_tokens or virtual_tokens(pair.student):
         raise wrong("num_virtual_tokens", "the prefix is made outside of the modules that gather weights")
     if config.optimizer != "adamw_torch":
         raise wrong(f"optimizer={config.optimizer!r}", "it does not know them", "use 'adamw_torch'")

@@ -78,6 +78,8 @@ class TransformersRollout:
         self._can_merge = MergedCopy.supports(model)
         if merge_adapter and not self._can_merge:
             raise InputError("merge_adapter=True needs LoRA or DoRA on linear layers; use None or False")
+        if engine == "continuous" and seam.prompt_learner(model) is not None:
+            raise InputError("engine='continuous' cannot run a trained prefix; use 'auto' or 'generate'")
         refusal = refuses_decoding(model)
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")

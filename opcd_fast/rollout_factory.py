@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from opcd_fast import transformers_seam as seam
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import TransformersRollout
@@ -32,7 +33,13 @@ def make_rollout(
         InputError: the settings cannot work with this model.
     """
     has_adapter = hasattr(model, "peft_config")
-    if not has_adapter and (config.rollout == "vllm" or (config.rollout == "server" and not config.rollout_command)):
+    sends_adapter = config.rollout == "vllm" or (config.rollout == "server" and not config.rollout_command)
+    if seam.prompt_learner(model) is not None and (sends_adapter or config.rollout == "continuous"):
+        raise InputError(
+            f"rollout={config.rollout!r} cannot run the model's trained prefix; use 'transformers', or 'server' with "
+            "rollout_command"
+        )
+    if not has_adapter and sends_adapter:
         raise InputError(
             f"rollout={config.rollout!r} sends a LoRA adapter, and the model has none: set lora_rank, or use "
             "rollout='server' with rollout_command"

@@ -14,6 +14,8 @@ from opcd_fast.decoding import decode
 from opcd_fast.errors import InputError
 from opcd_fast.export import ExportOptions, export
 from opcd_fast.models import load_model
+from opcd_fast.parallel import refuse_sharded
+from opcd_fast.rollout import TransformersRollout
 from opcd_fast.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
@@ -233,6 +235,22 @@ def test_peft_loads_it_and_answers_alike(tmp_path):
 def test_settings_that_do_not_go_with_it(settings, words):
     with pytest.raises(InputError, match=words):
         OPCDConfig(**{"num_virtual_tokens": 6, **settings})
+
+
+@pytest.mark.parametrize("settings", [{"rollout": "continuous"}, {"rollout": "vllm"}, {"rollout": "server"}])
+def test_samplers_that_would_answer_without_a_given_prefix_are_refused(tmp_path, settings):
+    settings = {**settings, **({"rollout_url": "http://127.0.0.1:9"} if settings["rollout"] == "server" else {})}
+    with pytest.raises(InputError, match="cannot run the model's trained prefix"):
+        make(tmp_path / "run", prefixed(), num_virtual_tokens=0, **settings)
+    with pytest.raises(InputError, match="engine='continuous' cannot run a trained prefix"):
+        TransformersRollout(prefixed(), stop_token_ids=[256], engine="continuous")
+
+
+def test_a_given_prefix_has_the_rate_of_a_prefix_and_is_not_sharded(tmp_path):
+    trainer = make(tmp_path / "run", prefixed(), num_virtual_tokens=0, learning_rate=None)
+    assert trainer.optimizer.param_groups[0]["lr"] == 2e-2
+    with pytest.raises(InputError, match="num_virtual_tokens does not go with sharded weights"):
+        refuse_sharded(trainer.teachers.pair, trainer.config)
 
 
 def test_what_cannot_have_one_is_refused_before_anything_is_written(tmp_path):

@@ -56,13 +56,18 @@ def _of_task(
         raise InputError("context is missing: a task's prompts have none of their own")
     if eval_prompts is not None:
         raise InputError("eval_prompts: a task is evaluated on its own split 'selection'; drop eval_prompts")
-    if config.rollout == "replay":
-        raise InputError("rollout='replay': a task's later turns depend on the answers; a file cannot have them")
-    if config.kept_answers:
-        raise InputError("kept_answers: a task's later turns depend on the answers, which are drawn at every step")
+    check_goes_with_task(config)
     held_out = config.eval_batch if config.eval_every else 0
     made = TaskPrompts(task, tokenizer, context, config.batch_size, held_out, config.template_variables())
     return TrainingPrompts(
         made.first_turns, made.held_out_turns, made.held_out_turns, made.first.rows, made.held_out.rows,
         made.prefixes, made,
     )  # fmt: skip
+
+
+def check_goes_with_task(config: OPCDConfig) -> None:
+    """Raises InputError for settings that need answers to prompts which are known beforehand."""
+    if config.rollout == "replay":
+        raise InputError("rollout='replay': a task's later turns depend on the answers; a file cannot have them")
+    if config.kept_answers:
+        raise InputError("kept_answers: a task's later turns depend on the answers, which are drawn at every step")

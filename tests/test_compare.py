@@ -353,6 +353,13 @@ def test_the_command_on_a_task(files, capsys):
     assert "task score" in (files / "out" / "compare.md").read_text()
 
 
+def test_a_system_that_does_not_go_with_a_task_is_named_before_anything_is_trained(files, capsys):
+    pytest.importorskip("gymnasium")
+    assert main(arguments(files, "--task", "frozen-lake-gymnasium", "--systems", "opcd,sft", "--general", "none")) == 2
+    assert "'sft' does not go with a task: kept_answers" in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -73,6 +73,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     from opcd_fast.info import where_it_ran
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.prompts import read_context
+    from opcd_fast.training_prompts import check_goes_with_task
 
     quiet_libraries()
     check_common(config)
@@ -81,6 +82,11 @@ def compare(command: CompareCommand) -> dict[str, Any]:
         system.config(config, config.seed, config.output_dir, resume=False)  # contradictions are errors now
         read_context(as_file(command.context if system.context is None else system.context))  # type: ignore[arg-type]
     prompts = prompts_or_task(command, config)
+    for system in systems if command.task is not None else ():
+        try:
+            check_goes_with_task(system.config(config, config.seed, config.output_dir, resume=False))
+        except InputError as error:
+            raise InputError(f"systems: {system.label!r} does not go with a task: {error}") from error
     tokenizer = load_tokenizer(command.model)
     held_out, yardstick = _yardstick(command, config, tokenizer)
 

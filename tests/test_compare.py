@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+from opcd_fast import model_pair
 from opcd_fast.checkpoint import list_checkpoints
 from opcd_fast.cli import main
 from opcd_fast.compare import runs as runs_module
-from opcd_fast.compare.measure import Yardstick, scores_of
+from opcd_fast.compare.measure import Yardstick, base_reader, scores_of
 from opcd_fast.compare.runs import Comparison, run_all
 from opcd_fast.compare.seeds import over_seeds, t_quantile
 from opcd_fast.compare.systems import SYSTEMS, check_common, parse_systems
@@ -255,6 +256,15 @@ def test_forgetting_is_measured_from_the_students_own_base(tokenizer, tmp_path, 
     assert 0 < found["runs"]["opcd"][0]["general_kl"] < 0.1
 
 
+def test_a_base_that_lies_elsewhere_is_loaded_again(tokenizer, tmp_path, monkeypatch):
+    """An offloaded copy is on the host between its calls, where the student's batches are not."""
+    monkeypatch.setattr(model_pair, "refuse_useless_offload", lambda shares, device: None)
+    given = comparison(tokenizer, tmp_path, "opcd", 1, lora_rank=0, teacher_offload=True, eval_every=1)
+    trainer, again = runs_module._trainer(given, CONTEXT, given.common)
+    kept = trainer.teachers.reference.local.model
+    assert again is not None and base_reader(trainer, again).model not in (kept, trainer.model)
+
+
 # --- the table -----------------------------------------------------------------------------------------------
 
 
@@ -351,6 +361,12 @@ def test_the_command_on_a_task(files, capsys):
     (baseline,) = found["baselines"].values()
     assert baseline["base"]["task_score"] is not None and baseline["base + context"]["task_score"] is not None
     assert "task score" in (files / "out" / "compare.md").read_text()
+
+
+def test_several_processes_are_refused(files, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(files, *with_prompts(files))) == 2
+    assert "it runs in one process" in capsys.readouterr().err and not (files / "out").exists()
 
 
 def test_a_system_that_does_not_go_with_a_task_is_named_before_anything_is_trained(files, capsys):

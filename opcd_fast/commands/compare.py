@@ -12,6 +12,7 @@ from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
 from opcd_fast.commands.train import TrainOptions, loading, prompts_or_task
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.launch import launched
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def run(arguments: list[str]) -> int:
 def compare(command: CompareCommand) -> dict[str, Any]:
     """Run, print, save; returns what compare.json holds. Raises InputError before anything is written."""
     config = OPCDConfig(**dataclasses.asdict(command.run))
+    if launched() > 1:
+        raise InputError("compare: it runs in one process, and was started in several; start it without a launcher")
     for name in ("seeds", "answers_per_prompt", "task_problems"):
         if getattr(command, name) < 1:
             raise InputError(f"{name}={getattr(command, name)} must be at least 1")
@@ -94,7 +97,8 @@ def compare(command: CompareCommand) -> dict[str, Any]:
         teacher = None
         if command.teacher_model is not None:
             elsewhere = config.teacher_device != "auto"
-            teacher = load_model(command.teacher_model, **loading(config, config.teacher_quantization, elsewhere))
+            place = loading(config, config.teacher_quantization, elsewhere, waits=config.teacher_offload)
+            teacher = load_model(command.teacher_model, **place)
         return load_model(command.model, **loading(config, config.quantization)), teacher
 
     comparison = Comparison(

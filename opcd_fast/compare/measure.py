@@ -137,8 +137,8 @@ def fixed_answers(trainer: OPCDTrainer, yardstick: Yardstick, folder: Path) -> t
 def base_reader(trainer: OPCDTrainer, load_base: Callable[[], Any] | None = None) -> ContextTeacher:
     """Reads prompts without any context with the student's first weights.
 
-    load_base: loads these once more. Needed where the run keeps no copy of them: full fine-tuning with another model
-    as the teacher.
+    load_base: loads these once more. Needed where the run keeps no copy of them (full fine-tuning with another model as
+    the teacher), or keeps it elsewhere or packed.
     """
     reference = trainer.teachers.first_weights()[0]
     adapter, model, autocast = "active", reference.model, reference.autocast

@@ -115,13 +115,15 @@ def _run(
 def _trainer(
     comparison: Comparison, context: Context, config: OPCDConfig
 ) -> tuple[OPCDTrainer, Callable[[], Any] | None]:
-    """A run's trainer, and what loads the student's first weights again where the run would not keep them."""
+    """A run's trainer, and what loads the student's first weights again where the run would not keep them, or not where
+    and as the student's are."""
     model, teacher = comparison.load()
     trainer = OPCDTrainer(
         model, comparison.tokenizer, context, comparison.prompts, config, teacher_model=teacher,
         eval_prompts=comparison.eval_prompts, teacher_tokenizer=comparison.teacher_tokenizer,
     )  # fmt: skip
-    return trainer, (lambda: comparison.load()[0]) if teacher is not None else None
+    changed = config.teacher_offload or config.teacher_device != "auto" or config.teacher_quantization != "none"
+    return trainer, (lambda: comparison.load()[0]) if teacher is not None or changed else None
 
 
 def _budget(folder: Path, history: Sequence[dict[str, Any]]) -> dict[str, Any]:

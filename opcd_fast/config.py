@@ -404,10 +404,7 @@ class OPCDConfig:
         return bool(self.lora_rank or self.num_virtual_tokens)
 
     def learning_rate_for(self, adapter: bool, prefix: bool = False) -> float:
-        """The rate of a run that trains an adapter (a new one, or that of a PEFT model), or the whole model.
-
-        prefix: the adapter is a trained prefix.
-        """
+        """The rate of a run that trains an adapter (a new one, or a PEFT model's; `prefix`: a trained one), or all."""
         if self.learning_rate is not None:
             return self.learning_rate
         if prefix or self.num_virtual_tokens:

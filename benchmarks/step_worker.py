@@ -69,6 +69,7 @@ def opcd(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], S
         output_dir=str(folder / "run"), steps=steps, batch_size=case.prompts, max_new_tokens=case.tokens,
         lora_rank=RANK, learning_rate=LEARNING_RATE, gradient_checkpointing=case.checkpointing, dtype=case.dtype,
         micro_batch_tokens=case.micro_batch_tokens, eval_every=0, save_every=0, plots=False,
+        device=job.model.device.type,
     )  # fmt: skip
     trainer = OPCDTrainer(
         job.model, job.tokenizer, job.context, job.questions, config, callbacks=[note], quiet=True
@@ -87,7 +88,7 @@ def sdft(case: Case, job: Job, folder: Path, steps: int, fused: bool = False) ->
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     arguments = SDFTConfig(
-        **_trl_settings(case, folder, steps), num_generations=1, max_completion_length=case.tokens,
+        **_trl_settings(case, job, folder, steps), num_generations=1, max_completion_length=case.tokens,
         max_prompt_length=None, distillation_mode="full_logits", distillation_alpha=1.0, distillation_topk=None,
         teacher_model_kind="base", teacher_prompt_template="{privileged_context}\n\n{prompt}",
     )  # fmt: skip
@@ -119,7 +120,8 @@ def context_distillation(case: Case, job: Job, folder: Path, steps: int) -> tupl
 
     from opcd_fast.integrations.trl import ContextDistillationTrainer
 
-    arguments = DistillationConfig(**_trl_settings(case, folder, steps), max_completion_length=case.tokens, beta=1.0)
+    settings = _trl_settings(case, job, folder, steps)
+    arguments = DistillationConfig(**settings, max_completion_length=case.tokens, beta=1.0)
     watch = _watch()
     trainer = ContextDistillationTrainer(
         job.model, job.context, arguments, _rows(job), processing_class=job.tokenizer, peft_config=_lora(),
@@ -141,13 +143,13 @@ TRAINERS: dict[str, Any] = {
 }
 
 
-def _trl_settings(case: Case, folder: Path, steps: int) -> dict[str, Any]:
+def _trl_settings(case: Case, job: Job, folder: Path, steps: int) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "run"), "max_steps": steps, "per_device_train_batch_size": case.micro_batch,
         "gradient_accumulation_steps": case.prompts // case.micro_batch, "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "gradient_checkpointing": case.checkpointing,
         "bf16": case.dtype == "bfloat16", "temperature": 1.0, "report_to": [], "save_strategy": "no",
-        "logging_steps": 1, "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1, "disable_tqdm": True, "use_cpu": job.model.device.type == "cpu",
     }  # fmt: skip
 
 

@@ -205,7 +205,8 @@ class TransformersRollout:
             self._kept.set("merge", self._merge, reason)
         if self.max_batch is None:
             longest = max(map(len, rows))
-            self.max_batch = rollout_memory.batch_that_fits(self.model, longest, max_new_tokens)
+            answering = self.model if self._merged is None else self._merged.model  # whose type the cache has
+            self.max_batch = rollout_memory.batch_that_fits(answering, longest, max_new_tokens)
             self._kept.set("batch", self.max_batch, f"free memory, {longest} + {max_new_tokens} tokens a sequence")
         self._kept.write()
 

@@ -294,6 +294,16 @@ def test_equal_seeds_do_not_hide_that_answers_are_few():
     assert interval(over_seeds([2.0])) is None
 
 
+def test_intervals_of_scores_stay_between_0_and_1():
+    run = {"context": "c", "own_kl": 0.5, "fixed_kl": 0.5, "general_kl": 0.1, "seconds": 1.0, "length": 3.0}
+    run |= {"drawn_answers": 4, "drawn_tokens": 8, "trained_tokens": 8, "own_top1": 0.5, "fixed_top1": 0.5}
+    seeds = [{**run, "score": x, "task_score": 1 - x, "scores": [x] * 3} for x in (1.0, 0.9, 1.0)]
+    base = {"own_kl": 1.0, "fixed_kl": 1.0}
+    summary = summarize({"baselines": {"c": {"base": base}}, "runs": {"a": seeds}})["systems"]["a"]["summary"]
+    assert summary["score"]["high"] == 1.0 and 0.8 < summary["score"]["low"] < 0.85
+    assert summary["task_score"]["low"] == 0.0 and summary["own_gap_closed"]["mean"] == 0.5
+
+
 def test_scores_of_a_comparison_are_shares(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "mine_for_compare.py").write_text(
         "def same(m, a, row):\n  return m[-1]['content'] == a\ndef two(m, a, row):\n  return 2\n"

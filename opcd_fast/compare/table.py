@@ -60,6 +60,9 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [run.get(name) for run in runs]
         if all(value is not None for value in values):
             found[name] = over_seeds([float(value) for value in values])  # type: ignore[arg-type]
+    for name in ("score", "task_score"):  # from 0 to 1, which Student's t does not know
+        if name in found and found[name]["low"] is not None:
+            found[name] |= {"low": max(found[name]["low"], 0.0), "high": min(found[name]["high"], 1.0)}
     if "score" in found:
         found["score"] |= _over_answers([score for run in runs for score in run["scores"]])
     return found

@@ -68,7 +68,7 @@ def measure_case(case: Case, device: torch.device, options: argparse.Namespace, 
                 if not found[trainer]:
                     failed[trainer] = Failure("skipped", f"{options.limit_seconds:g} s had passed (--limit-seconds)")
                 continue
-            outcome = one_process(case, trainer, device, options.steps, timeout=max(60.0, 1.5 * left))
+            outcome = one_process(case, trainer, device, options.steps, timeout=left + 300)
             if isinstance(outcome, Failure):
                 failed[trainer] = outcome
             else:
@@ -106,9 +106,11 @@ def _row(
         case=case.name, implementation=trainer, model=case.model, prompts=case.prompts, tokens=case.tokens,
         context=max(1, context), dtype=case.dtype, checkpointing=case.checkpointing, group=case.group,
     )  # fmt: skip
-    if failure is not None or not found:
+    if not found:
         row.status, row.note = (failure.status, failure.note) if failure else ("failed", "no process ran")
         return row
+    if failure is not None:
+        row.note = f"a later process {failure.status}: {failure.note}"
     seconds = [s for outcome in found for s in outcome["seconds"]]
     row.time_ms = Time(1e3 * statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds), len(seconds))
     row.answer_tokens = statistics.mean(t for outcome in found for t in outcome["answer_tokens"])

@@ -138,6 +138,15 @@ def test_a_peer_that_fails_is_a_row(monkeypatch, tmp_path):
     assert rows["trl-sdft"].status == "failed" and rows["trl-sdft"].note == "ValueError: no"
 
 
+def test_a_process_that_fails_later_leaves_what_was_measured(monkeypatch, tmp_path):
+    left = [{"seconds": [2.0], "answer_tokens": [24.0], "peak_bytes": 5, "context": 26, "parts": {}}]
+    monkeypatch.setattr(step_table, "one_process", lambda *_, **__: left.pop() if left else Failure("failed", "late"))
+    options = ["--rounds", "2", "--trainers", "opcd_fast"]
+    assert step_table.main(["--quick", "--out", str(tmp_path), *options]) == 0
+    (row,) = read(next(tmp_path.glob("*.json"))).steps
+    assert row.time_ms.count == 1 and row.note == "a later process failed: late"
+
+
 def test_what_a_process_says_when_it_fails(monkeypatch):
     def run(*_, **__):
         return subprocess.CompletedProcess([], 1, "", "Traceback\nModuleNotFoundError: No module named 'trl'\n")

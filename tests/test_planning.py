@@ -73,7 +73,7 @@ def compared(case, tmp_path, monkeypatch):
     return {phase: (predicted.peaks[phase].nbytes, nbytes) for phase, nbytes in recorded.items()}
 
 
-QUICK = ("lora", "lora, checkpointing", "full")  # the profiler takes its time
+QUICK = ("lora, checkpointing",)  # the profiler takes its time
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])

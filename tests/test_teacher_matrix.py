@@ -493,7 +493,7 @@ def test_masks_are_added_by_eager_attention(name, implementation):
     assert largest_error(model, "mask")[1] <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "olmo3"])
+@pytest.mark.parametrize("name", [pytest.param("qwen3", marks=pytest.mark.slow), "gemma2", "olmo3"])
 def test_flex_attention_takes_a_block_mask(name, monkeypatch):
     # Not compiled: the C++ that some releases of torch generate for flex_attention on the CPU does not build.
     from torch.nn.attention.flex_attention import BlockMask, flex_attention

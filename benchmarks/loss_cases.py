@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.schema import GROUPS
-
 KLS = (1e-3,)  # mean KLs at which gradients are compared with the oracle, in the cases that are timed
 ACCURACY_KLS = (1.0, 1e-1, 1e-2, 1e-3, 3e-5)
 ORACLE_ROWS = 64
@@ -142,14 +140,6 @@ def _around(base: dict[str, int], sizes: Mapping[str, tuple[int, ...]], workspac
     head = f"v{base['V']}-d{base['D']}"
     n, v, d = base["N"], base["V"], base["D"]
     return chosen + [Case(head, n, v, d, torch.float32, False, "workspace", size * _MIB) for size in workspaces]
-
-
-def select(chosen: list[Case], groups: list[str] | None) -> list[Case]:
-    """The cases of some groups, all without any. Raises ValueError for a group that does not exist."""
-    unknown = sorted(set(groups or ()) - set(GROUPS))
-    if unknown:
-        raise ValueError(f"no group is called {unknown[0]!r}; there are {', '.join(GROUPS)}")
-    return [case for case in chosen if not groups or case.group in groups]
 
 
 def random_weight(v: int, d: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:

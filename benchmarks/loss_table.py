@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
-from benchmarks.loss_cases import ORACLE_ROWS, Case, Inputs, cases, make_inputs, oracle, oracle_rows, select
+from benchmarks.loss_cases import ORACLE_ROWS, Case, Inputs, cases, make_inputs, oracle, oracle_rows
 from benchmarks.loss_implementations import BOUND, Implementation, forget_compiled, implementations
 from benchmarks.measure import Failure, attempt, release, time_interleaved, with_peak
-from benchmarks.schema import GROUPS, GradientError, Row
+from benchmarks.schema import GROUPS, GradientError, Row, select
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("TRITON_INTERPRET=1 would time Triton's interpreter; unset it", file=sys.stderr)
         return 2
     try:
-        chosen = select(cases(device, options.quick), options.groups)
+        chosen = select(cases(device, options.quick), options.groups, GROUPS)
     except ValueError as error:
         print(f"--groups: {error}", file=sys.stderr)
         return 2

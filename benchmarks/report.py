@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import roofline, step_report, targets, teacher_report
+from benchmarks import roofline, step_report, targets, teacher_report, verdicts
 from benchmarks.schema import BOUND, GradientError, Report, Row, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def page(
         lines += ["**Nothing here was measured on a GPU.**", ""]
     lines += ["## Targets", ""]
     lines += ["One call of the loss is forward and backward of the mean reverse KL over N rows.", ""]
-    lines += targets.markdown(targets.judge([report for _, report in found]))
+    lines += verdicts.markdown(targets.judge([report for _, report in found]))
     for name, report in found:
         lines += ["", f"## {report.device.name}", "", *_head(name, report), *_device_tables(report)]
         lines += _plots(report, name, folder)

@@ -14,6 +14,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,14 @@ class Report:
         device = "cpu" if self.device.kind == "cpu" else self.device.name
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         return f"{self.benchmark}_{slug}_{self.date[:10]}.json"
+
+
+def select(cases: Iterable[Any], groups: Sequence[str], possible: Sequence[str]) -> list[Any]:
+    """The cases of these groups, all of them if none is named. Raises ValueError for a name that is no group."""
+    wrong = sorted(set(groups) - set(possible))
+    if wrong:
+        raise ValueError(f"unknown group {wrong[0]!r}; expected one of {', '.join(possible)}")
+    return [case for case in cases if not groups or case.group in groups]
 
 
 def read(path: Path) -> Report:

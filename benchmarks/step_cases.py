@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from benchmarks.schema import STEP_GROUPS
 
 RANK = 16
 LEARNING_RATE = 1e-3
@@ -64,14 +61,6 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         Case("demo-bf16", "checkpointing", dtype="bfloat16", checkpointing=False, **demo),
         Case("demo-fp32", "checkpointing", dtype="float32", checkpointing=False, **demo),
     ]
-
-
-def select(chosen: Sequence[Case], groups: Sequence[str]) -> list[Case]:
-    """The cases of these groups, all of them if none is named. Raises ValueError for a name that is no group."""
-    wrong = sorted(set(groups) - set(STEP_GROUPS))
-    if wrong:
-        raise ValueError(f"unknown group {wrong[0]!r}; expected one of {', '.join(STEP_GROUPS)}")
-    return [case for case in chosen if not groups or case.group in groups]
 
 
 def make_job(case: Case, device: torch.device) -> Job:

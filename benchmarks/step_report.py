@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks import targets
 from benchmarks.schema import Report, StepRow
-from benchmarks.targets import Verdict
 from benchmarks.teacher_report import Found
+from benchmarks.verdicts import (
+    CPU,
+    HOPPER,
+    Outcome,
+    Verdict,
+    markdown,
+    reaches,
+    verdicts,
+    within,
+    without_a_peer,
+    without_a_run,
+)
 
 OURS, PEER = "opcd_fast", "trl-sdft"
-_HOPPER = ("H100", "H200")
 
 
 @dataclass(frozen=True)
@@ -38,52 +47,32 @@ class StepTarget:
 
 
 TARGETS = (
-    StepTarget("time", 0.5, ("cpu",), "demo-bf16-checkpointed"),
-    StepTarget("rate", 3.0, _HOPPER, "1.7b-4k-64x512-checkpointed"),
-    StepTarget("memory", 1 / 3, _HOPPER, "1.7b-4k-64x512-checkpointed"),
+    StepTarget("time", 0.5, CPU, "demo-bf16-checkpointed"),
+    StepTarget("rate", 3.0, HOPPER, "1.7b-4k-64x512-checkpointed"),
+    StepTarget("memory", 1 / 3, HOPPER, "1.7b-4k-64x512-checkpointed"),
 )
 
 
 def judge(reports: Sequence[Report]) -> list[Verdict]:
-    """One verdict per target and matching device; "unmeasured" where no device matches."""
-    verdicts = []
-    for target in TARGETS:
-        matching = [r for r in reports if _matches(target, r)]
-        verdicts += [Verdict(target, r.device.name, *_judge(target, r.steps)) for r in matching]
-        if not matching:
-            wanted = "CPU" if target.devices == ("cpu",) else " or ".join(target.devices)
-            verdicts.append(Verdict(target, wanted, "unmeasured", None, "no report of such a device"))
-    return verdicts
+    return verdicts(TARGETS, lambda target, report: _judge(target, report.steps), reports)
 
 
-def _matches(target: StepTarget, report: Report) -> bool:
-    if report.device.kind == "cpu":
-        return target.devices == ("cpu",)
-    return any(name in report.device.name for name in target.devices)
-
-
-def _judge(target: StepTarget, rows: Sequence[StepRow]) -> tuple[str, float | None, str]:
+def _judge(target: StepTarget, rows: Sequence[StepRow]) -> Outcome:
     found = {row.implementation: row for row in rows if row.case == target.case}
     mine, other = found.get(OURS), found.get(PEER)
-    if mine is None or mine.status == "skipped":
-        return "unmeasured", None, "the case is not in the report" if mine is None else f"skipped: {mine.note}"
-    if mine.time_ms is None:
-        return "missed", None, f"{OURS} {mine.status}: {mine.note}"
-    if other is None or other.time_ms is None:
-        reason = "not in the report" if other is None else f"{other.status}: {other.note}"
-        return "unmeasured", None, f"{PEER} {reason}"
+    missing = without_a_run(mine) or without_a_peer(other, PEER)
+    if missing is not None:
+        return missing
     if target.measure == "memory":
         if not mine.peak_bytes or not other.peak_bytes:
             return "unmeasured", None, "a peak is missing"
-        value = mine.peak_bytes / other.peak_bytes
         why = f"{mine.peak_bytes / 2**20:,.0f} MiB, {PEER} {other.peak_bytes / 2**20:,.0f} MiB"
-        return "met" if value <= target.threshold else "missed", value, why
+        return within(mine.peak_bytes / other.peak_bytes, target.threshold, why)
     why = f"{mine.time_ms.median / 1e3:.2f} s, {PEER} {other.time_ms.median / 1e3:.2f} s"
-    value = mine.time_ms.median / other.time_ms.median
+    ratio = mine.time_ms.median / other.time_ms.median
     if target.measure == "time":
-        return "met" if value <= target.threshold else "missed", value, why
-    value = (mine.answer_tokens or 0.0) / (other.answer_tokens or 1.0) / value
-    return "met" if value >= target.threshold else "missed", value, why
+        return within(ratio, target.threshold, why)
+    return reaches((mine.answer_tokens or 0.0) / (other.answer_tokens or 1.0) / ratio, target.threshold, why)
 
 
 def section(found: Found, head: Callable[[str, Report], list[str]]) -> list[str]:
@@ -98,7 +87,7 @@ def section(found: Found, head: Callable[[str, Report], list[str]]) -> list[str]
         "",
         "### Targets of a step",
         "",
-        *targets.markdown(judge([report for _, report in found])),
+        *markdown(judge([report for _, report in found])),
         "",
     ]
     if not found:

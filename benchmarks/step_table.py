@@ -24,8 +24,8 @@ import torch
 
 from benchmarks import environment
 from benchmarks.measure import Failure
-from benchmarks.schema import STEP_GROUPS, StepRow, Time
-from benchmarks.step_cases import Case, cases, select
+from benchmarks.schema import STEP_GROUPS, StepRow, Time, select
+from benchmarks.step_cases import Case, cases
 from benchmarks.step_report import OURS, PEER
 
 TRAINERS = (OURS, PEER, "opcd_fast in trl", "trl-sdft, our loss")
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     start = time.monotonic()
     try:
-        chosen = select(cases(device, options.quick), options.groups)
+        chosen = select(cases(device, options.quick), options.groups, STEP_GROUPS)
     except ValueError as error:
         print(f"benchmarks.step_table: {error}", file=sys.stderr)
         return 2

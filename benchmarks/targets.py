@@ -1,20 +1,15 @@
-"""The speed and accuracy that this library promises itself, judged from reports alone.
-
-A verdict is "met", "missed" or "unmeasured", derived from the rows of the newest report of a device; nobody
-types it.
-"""
+"""The speed and accuracy that the losses promise themselves, judged from reports alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.schema import BOUND, OURS, Report, Row
+from benchmarks.verdicts import CPU, HOPPER, Outcome, Verdict, reaches, verdicts, within, without_a_peer, without_a_run
 
 ACCURACY = 3e-3
 ACCURACY_RANGE = (3e-5, 1.0)  # mean KLs that the accuracy rows must reach, within 20 %
-_HOPPER = ("H100", "H200")
 
 
 @dataclass(frozen=True)
@@ -54,21 +49,12 @@ class Target:
         return f"{rows}{self.V:,} × {self.D:,} {self.dtype}, {'frozen' if self.frozen else 'full'}"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    target: Any  # a `Target`, or a `TeacherTarget`
-    device: str
-    status: str  # "met", "missed" or "unmeasured"
-    value: float | None  # in the target's measure
-    why: str  # what was compared, or what is missing
-
-
 def _gpu(measure: str, threshold: float, against: str, d: int, frozen: bool = False) -> Target:
-    return Target(measure, threshold, against, _HOPPER, 151_936, d, "bfloat16", 16_384, frozen)
+    return Target(measure, threshold, against, HOPPER, 151_936, d, "bfloat16", 16_384, frozen)
 
 
 def _cpu(measure: str, threshold: float, against: str, dtype: str) -> Target:
-    return Target(measure, threshold, against, ("cpu",), 49_152, 576, dtype, 512)
+    return Target(measure, threshold, against, CPU, 49_152, 576, dtype, 512)
 
 
 TARGETS = (
@@ -80,25 +66,17 @@ TARGETS = (
     _gpu("speed", 1.5, "trl", 1024, frozen=True),
     _gpu("speed", 2.0, "liger-fused", 4096),
     _gpu("speed", 4.0, "liger-fused", 1024),
-    Target("error", ACCURACY, "", _HOPPER, 151_936, 1024, "bfloat16"),
+    Target("error", ACCURACY, "", HOPPER, 151_936, 1024, "bfloat16"),
     _cpu("time", 1.4, BOUND, "float32"),
     _cpu("time", 0.6, "trl", "float32"),
     _cpu("time", 0.3, "trl", "bfloat16"),
     _cpu("time", 1.0, "eager-bf16-logits", "bfloat16"),
-    Target("error", ACCURACY, "", ("cpu",), 49_152, 576, "bfloat16"),
+    Target("error", ACCURACY, "", CPU, 49_152, 576, "bfloat16"),
 )
 
 
 def judge(reports: Sequence[Report]) -> list[Verdict]:
-    """One verdict per target and matching device; "unmeasured" where no device matches."""
-    verdicts = []
-    for target in TARGETS:
-        matching = [report for report in reports if _matches(target, report)]
-        verdicts += [_judge(target, report) for report in matching]
-        if not matching:
-            wanted = "CPU" if target.devices == ("cpu",) else " or ".join(target.devices)
-            verdicts.append(Verdict(target, wanted, "unmeasured", None, "no report of such a device"))
-    return verdicts
+    return verdicts(TARGETS, _judge, reports)
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
@@ -107,49 +85,37 @@ def ours(rows: Sequence[Row]) -> Row | None:
     return next((found[name] for name in OURS if name in found), None)
 
 
-def _matches(target: Target, report: Report) -> bool:
-    if report.device.kind == "cpu":
-        return target.devices == ("cpu",)
-    return any(name in report.device.name for name in target.devices)
-
-
-def _judge(target: Target, report: Report) -> Verdict:
-    def verdict(status: str, why: str, value: float | None = None) -> Verdict:
-        return Verdict(target, report.device.name, status, value, why)
-
+def _judge(target: Target, report: Report) -> Outcome:
     rows = [row for row in report.rows if _is_case(target, row)]
     mine = ours(rows)
-    if mine is None:
-        return verdict("unmeasured", "the case is not in the report")
-    if mine.status == "skipped":
-        return verdict("unmeasured", f"{mine.implementation}: {mine.note}")
-    if mine.status != "ok":
-        return verdict("missed", f"{mine.implementation} {mine.status}: {mine.note}")
+    missing = without_a_run(mine)
+    if missing is not None:
+        return missing
     if target.measure == "error":
-        return _judge_error(verdict, mine, target)
+        return _judge_error(mine, target)
     other = next((row for row in rows if row.implementation == target.against), None)
-    if other is None or other.time_ms is None or mine.time_ms is None:
-        reason = "not in the report" if other is None else f"{other.status}: {other.note}"
-        return verdict("unmeasured", f"{target.against} {reason}")
+    missing = without_a_peer(other, target.against)
+    if missing is not None:
+        return missing
     ratio = mine.time_ms.median / other.time_ms.median
-    value = ratio if target.measure == "time" else 1 / ratio
-    met = value <= target.threshold if target.measure == "time" else value >= target.threshold
     names = mine.implementation, _versioned(report, other)
     why = f"{names[0]} {mine.time_ms.median:,.1f} ms, {names[1]} {other.time_ms.median:,.1f} ms"
-    return verdict("met" if met else "missed", why, value)
+    if target.measure == "time":
+        return within(ratio, target.threshold, why)
+    return reaches(1 / ratio, target.threshold, why)
 
 
-def _judge_error(verdict: Callable[..., Verdict], mine: Row, target: Target) -> Verdict:
+def _judge_error(mine: Row, target: Target) -> Outcome:
     found = mine.gradient_error
     low, high = ACCURACY_RANGE
     if not found or min(e.mean_kl for e in found) > 1.2 * low or max(e.mean_kl for e in found) < 0.8 * high:
-        return verdict("unmeasured", f"{mine.implementation} has no errors over that range")
+        return "unmeasured", None, f"{mine.implementation} has no errors over that range"
     if any(e.relative_error is None for e in found):
-        return verdict("missed", f"{mine.implementation}: a gradient held NaN or infinities")
+        return "missed", None, f"{mine.implementation}: a gradient held NaN or infinities"
     value = max(e.relative_error for e in found if e.relative_error is not None)
     of = sorted({e.of for e in found})
     why = f"{mine.implementation}, gradient of the {' and the '.join(of)}, {len(found)} comparisons"
-    return verdict("met" if value <= target.threshold else "missed", why, value)
+    return within(value, target.threshold, why)
 
 
 def _is_case(target: Target, row: Row) -> bool:
@@ -161,15 +127,3 @@ def _is_case(target: Target, row: Row) -> bool:
 def _versioned(report: Report, row: Row) -> str:
     package = {"trl": "trl", "liger-fused": "liger-kernel", "liger-chunked": "liger-kernel"}.get(row.implementation)
     return f"{row.implementation} {report.versions.get(package)}" if package else row.implementation
-
-
-def markdown(verdicts: Sequence[Verdict]) -> list[str]:
-    lines = ["| target | case | device | | measured | from |", "|---|---|---|---|---|---|"]
-    for v in verdicts:
-        value = ""
-        if v.value is not None:
-            value = f"{v.value:.2g}" if v.target.measure == "error" else f"{v.value:.2f}"
-        lines.append(
-            f"| {v.target.claim} | {v.target.shape} | {v.device} | {'**' + v.status + '**'} | {value} | {v.why} |"
-        )
-    return lines

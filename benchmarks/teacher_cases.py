@@ -7,14 +7,13 @@ model of teacher_model.py is then exact.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.schema import TEACHER_GROUPS
 from benchmarks.teacher_model import QWEN3_8B, Shape
 
 REFERENCE_LIMIT = 16_384  # tokens of a sequence; beyond, float32 on a GPU takes minutes
@@ -74,15 +73,6 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         Case(256, 64, 4, "batch"),
         Case(256, 64, 16, "flex"),
     ]
-
-
-def select(chosen: Iterable[Case], groups: Sequence[str]) -> list[Case]:
-    """The cases of these groups, all of them if none is named. Raises ValueError for a name that is no group."""
-    possible = [group for group in TEACHER_GROUPS if group != "check"]
-    wrong = sorted(set(groups) - set(possible))
-    if wrong:
-        raise ValueError(f"unknown group {wrong[0]!r}; expected one of {', '.join(possible)}")
-    return [case for case in chosen if not groups or case.group in groups]
 
 
 def make_setting(model: Any, case: Case) -> Setting:

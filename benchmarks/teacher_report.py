@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import targets, teacher_model, teacher_targets
+from benchmarks import teacher_model, teacher_targets, verdicts
 from benchmarks.schema import BOUND, Report, TeacherRow
 from benchmarks.teacher_implementations import CONCAT
 
@@ -28,7 +28,7 @@ def section(
         "",
         "### Targets of the teacher",
         "",
-        *targets.markdown(teacher_targets.judge([report for _, report in found])),
+        *verdicts.markdown(teacher_targets.judge([report for _, report in found])),
         "",
     ]
     if not found:

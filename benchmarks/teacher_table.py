@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks import environment
 from benchmarks.measure import Failure, attempt, release, time_interleaved, with_peak
-from benchmarks.schema import BOUND, TEACHER_GROUPS, TeacherRow, Time
-from benchmarks.teacher_cases import Case, Setting, cases, make_model, make_setting, references, select
+from benchmarks.schema import BOUND, TEACHER_GROUPS, TeacherRow, Time, select
+from benchmarks.teacher_cases import Case, Setting, cases, make_model, make_setting, references
 from benchmarks.teacher_implementations import CONCAT, Contender, Implementation, implementations
 from opcd_fast import ContextTeacher, InputError
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     start = time.monotonic()
     try:
-        chosen = select(cases(device, options.quick), options.groups)
+        chosen = select(cases(device, options.quick), options.groups, TEACHER_GROUPS[:-1])
         model, name, about = make_model(device, options.quick, options.layers)
     except (ValueError, InputError) as error:
         print(f"benchmarks.teacher_table: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The speed and memory that the shared-prefix teacher promises itself, judged from reports alone.
 
-Verdicts as in targets.py. What a test decides, no target repeats: that a planted error in any path is caught, that a
+What a test decides, no target repeats: that a planted error in any path is caught, that a
 layer which did not read its context is an error, and that a context is never truncated.
 """
 
@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.schema import Report, TeacherRow
-from benchmarks.targets import Verdict
 from benchmarks.teacher_implementations import CONCAT, OURS_BUILT, OURS_REBUILT
-
-_HOPPER = ("H100", "H200")
+from benchmarks.verdicts import CPU, HOPPER, Outcome, Verdict, reaches, verdicts, within, without_a_peer, without_a_run
 
 
 @dataclass(frozen=True)
@@ -52,64 +50,39 @@ class TeacherTarget:
         return f"{self.model}, context {context:,}, {batch} answers of {response}"
 
 
-_CPU = ("cpu",)
 _SMALL = {"model": "SmolLM2-135M", "sizes": (1024, 64, 16)}
 _LARGE = {"model": "Qwen3-8B", "sizes": (8192, 512, 64)}
 TARGETS = (
-    TeacherTarget("speed", 12.0, _HOPPER, OURS_BUILT, **_LARGE),  # type: ignore[arg-type]
-    TeacherTarget("speed", 10.0, _HOPPER, OURS_REBUILT, **_LARGE),  # type: ignore[arg-type]
-    TeacherTarget("attention", 0.85, _HOPPER, OURS_BUILT, **_LARGE),  # type: ignore[arg-type]
-    TeacherTarget("copies", 1.0, _HOPPER),
-    TeacherTarget("speed", 8.0, _CPU, OURS_BUILT, **_SMALL),  # type: ignore[arg-type]
-    TeacherTarget("speed", 4.0, _CPU, OURS_REBUILT, **_SMALL),  # type: ignore[arg-type]
-    TeacherTarget("copies", 1.0, _CPU),
-    TeacherTarget("seconds", 1.0, _CPU, "opcd_fast-auto"),
+    TeacherTarget("speed", 12.0, HOPPER, OURS_BUILT, **_LARGE),  # type: ignore[arg-type]
+    TeacherTarget("speed", 10.0, HOPPER, OURS_REBUILT, **_LARGE),  # type: ignore[arg-type]
+    TeacherTarget("attention", 0.85, HOPPER, OURS_BUILT, **_LARGE),  # type: ignore[arg-type]
+    TeacherTarget("copies", 1.0, HOPPER),
+    TeacherTarget("speed", 8.0, CPU, OURS_BUILT, **_SMALL),  # type: ignore[arg-type]
+    TeacherTarget("speed", 4.0, CPU, OURS_REBUILT, **_SMALL),  # type: ignore[arg-type]
+    TeacherTarget("copies", 1.0, CPU),
+    TeacherTarget("seconds", 1.0, CPU, "opcd_fast-auto"),
 )
 
 
 def judge(reports: Sequence[Report]) -> list[Verdict]:
-    """One verdict per target and matching device; "unmeasured" where no device matches."""
-    verdicts = []
-    for target in TARGETS:
-        matching = [report for report in reports if _matches(target, report)]
-        verdicts += [_judge(target, report) for report in matching]
-        if not matching:
-            wanted = "CPU" if target.devices == _CPU else " or ".join(target.devices)
-            verdicts.append(Verdict(target, wanted, "unmeasured", None, "no report of such a device"))
-    return verdicts
+    return verdicts(TARGETS, lambda target, report: _OUTCOMES[target.measure](target, report.teacher), reports)
 
 
-def _matches(target: TeacherTarget, report: Report) -> bool:
-    if report.device.kind == "cpu":
-        return target.devices == _CPU
-    return any(name in report.device.name for name in target.devices)
-
-
-def _judge(target: TeacherTarget, report: Report) -> Verdict:
-    status, value, why = _VERDICTS[target.measure](target, report.teacher)
-    return Verdict(target, report.device.name, status, value, why)
-
-
-def _speed(target: TeacherTarget, rows: Sequence[TeacherRow]) -> tuple[str, float | None, str]:
+def _speed(target: TeacherTarget, rows: Sequence[TeacherRow]) -> Outcome:
     found = {
         row.implementation: row
         for row in rows
         if (row.model, (row.context, row.response, row.batch), row.group) == (target.model, target.sizes, "main")
     }
     mine, other = found.get(target.implementation), found.get(CONCAT)
-    if mine is None or mine.status == "skipped":
-        return "unmeasured", None, "the case is not in the report" if mine is None else f"skipped: {mine.note}"
-    if mine.time_ms is None:
-        return "missed", None, f"{mine.implementation} {mine.status}: {mine.note}"
-    if other is None or other.time_ms is None:
-        reason = "not in the report" if other is None else f"{other.status}: {other.note}"
-        return "unmeasured", None, f"{CONCAT} {reason}"
-    value = other.time_ms.median / mine.time_ms.median
+    missing = without_a_run(mine) or without_a_peer(other, CONCAT)
+    if missing is not None:
+        return missing
     why = f"{mine.implementation} {mine.time_ms.median:,.0f} ms, {CONCAT} {other.time_ms.median:,.0f} ms"
-    return "met" if value >= target.threshold else "missed", value, why
+    return reaches(other.time_ms.median / mine.time_ms.median, target.threshold, why)
 
 
-def _copies(target: TeacherTarget, rows: Sequence[TeacherRow]) -> tuple[str, float | None, str]:
+def _copies(target: TeacherTarget, rows: Sequence[TeacherRow]) -> Outcome:
     ours = [row for row in rows if row.implementation.startswith("opcd_fast") and row.prefix_bytes is not None]
     values = [row.prefix_bytes / row.one_prefix_bytes for row in ours if row.prefix_bytes and row.one_prefix_bytes]
     if not ours or len(values) < len(ours):
@@ -119,16 +92,15 @@ def _copies(target: TeacherTarget, rows: Sequence[TeacherRow]) -> tuple[str, flo
     return "met" if worst == target.threshold else "missed", worst, f"{len(ours)} rows, batches of {batches}"
 
 
-def _seconds(target: TeacherTarget, rows: Sequence[TeacherRow]) -> tuple[str, float | None, str]:
+def _seconds(target: TeacherTarget, rows: Sequence[TeacherRow]) -> Outcome:
     row = next((row for row in rows if row.group == "check" and row.implementation == target.implementation), None)
     if row is None or row.time_ms is None:
         return "unmeasured", None, "not in the report"
-    value = row.time_ms.max / 1e3
-    return "met" if value <= target.threshold else "missed", value, f"the longest of {row.time_ms.count}"
+    return within(row.time_ms.max / 1e3, target.threshold, f"the longest of {row.time_ms.count}")
 
 
-def _attention(target: TeacherTarget, rows: Sequence[TeacherRow]) -> tuple[str, float | None, str]:
+def _attention(target: TeacherTarget, rows: Sequence[TeacherRow]) -> Outcome:
     return "unmeasured", None, "the table times whole forwards, not attention alone"
 
 
-_VERDICTS = {"speed": _speed, "copies": _copies, "seconds": _seconds, "attention": _attention}
+_OUTCOMES = {"speed": _speed, "copies": _copies, "seconds": _seconds, "attention": _attention}

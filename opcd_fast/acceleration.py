@@ -37,7 +37,7 @@ def make_accelerator(
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(logging_dir=None if logging_dir is None else str(logging_dir)),
-            **({"fsdp_plugin": _fsdp_plugin(dtype)} if shards_by_fsdp() else {}),
+            **({"fsdp_plugin": _fsdp_plugin(dtype)} if shards() else {}),
         )
 
     try:
@@ -61,14 +61,10 @@ def join(device: str) -> None:
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
-def shards_by_fsdp() -> bool:
-    """Whether the launcher asked for FSDP (`accelerate launch --use_fsdp`, or a config file that says so)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-
-
 def shards() -> bool:
-    """Whether weights will be sharded: they are then loaded on the CPU, because they may not fit one GPU whole."""
-    return shards_by_fsdp()
+    """Whether weights will be sharded: the launcher asked for FSDP (`accelerate launch --use_fsdp`, or a config file
+    that says so). They are then loaded on the CPU, because they may not fit one GPU whole."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def _fsdp_plugin(dtype: torch.dtype) -> Any:

@@ -164,9 +164,7 @@ def micro_batches(
     prompts have counts for each, although it is read once.
     """
     bound = math.inf if max_tokens is None else max_tokens
-    runs = [[sample] for sample in samples]
-    if share_prompts:
-        runs = [list(run) for _, run in groupby(samples, key=lambda sample: tuple(sample.student_prompt))]
+    runs = prompt_runs(samples) if share_prompts else [[sample] for sample in samples]
     group: list[Sample] = []
     used = 0
     for run in runs:
@@ -189,9 +187,13 @@ def count_tokens(group: Sequence[Sample], *, share_prompts: bool = False) -> int
     """Student and teacher tokens of a micro-batch, as `micro_batches` counts them."""
     total = sum(map(_tokens, group))
     if share_prompts:
-        for run in (list(run) for _, run in groupby(group, key=lambda sample: tuple(sample.student_prompt))):
-            total -= len(run[0].student_prompt) * (len(run) - 1)
+        total -= sum(len(run[0].student_prompt) * (len(run) - 1) for run in prompt_runs(group))
     return total
+
+
+def prompt_runs(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Neighbours with one student prompt together, in order."""
+    return [list(run) for _, run in groupby(samples, key=lambda sample: tuple(sample.student_prompt))]
 
 
 def _tokens(sample: Sample) -> int:

@@ -23,6 +23,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.info import where_it_ran
 from opcd_fast.intervals import wilson
 from opcd_fast.plots import plot_kl
+from opcd_fast.rendering import whole_prompt
 from opcd_fast.rollout import Rollout
 
 DATA = Path(__file__).parent / "demo_data"
@@ -75,7 +76,7 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
     questions = [json.loads(line)["prompt"] for line in (DATA / "eval_prompts.jsonl").read_text().splitlines()]
     per_question = -(-samples // len(rows))
     without = ([row.student_ids for row in rows] * per_question)[:samples]
-    within = ([(*trainer.prefixes[row.context_index], *row.teacher_ids) for row in rows] * per_question)[:samples]
+    within = ([whole_prompt(row, trainer.prefixes) for row in rows] * per_question)[:samples]
 
     print(f"Base model: {len(without)} held-out answers with the six turns in front, and without ...", flush=True)
     with trainer.base_weights():

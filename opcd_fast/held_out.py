@@ -9,7 +9,7 @@ from typing import Any
 from opcd_fast.batch import Sample
 from opcd_fast.evaluate import divergence, samples_of
 from opcd_fast.objective import Teacher
-from opcd_fast.rendering import RenderedPrompt
+from opcd_fast.rendering import RenderedPrompt, whole_prompt
 from opcd_fast.rollout import Completion, Rollout
 from opcd_fast.run_folder import RunFolder
 
@@ -27,10 +27,7 @@ def fixed_sequences(
     if kept is not None:
         return kept
     with first_weights:
-        answers = rollout.generate(
-            [(*prefixes[row.context_index], *row.teacher_ids) for row in rows],
-            **sampling,
-        )
+        answers = rollout.generate([whole_prompt(row, prefixes) for row in rows], **sampling)
     samples = samples_of(rows, answers)
     folder.write_samples(samples)
     return samples

@@ -14,6 +14,7 @@ from opcd_fast.messages import SYSTEM_ROLES, Message, Prompt, checked_messages
 from opcd_fast.prompts import read_prompts
 from opcd_fast.tables import read_rows, read_text
 
+GENERAL = Path(__file__).parent / "prompt_data" / "general.jsonl"  # a hundred prompts about anything
 TURNS = ("first", "last", "every")
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "function": "tool"}
 
@@ -78,7 +79,7 @@ def from_data(path: str | Path, column: str | None = None) -> list[Candidate]:
 
 def general_prompts(path: str | Path | None = None) -> list[Candidate]:
     """Prompts about anything, each with an empty `privileged_context`; None: the hundred that come along."""
-    file = Path(__file__).parent / "prompt_data" / "general.jsonl" if path is None else Path(path)
+    file = GENERAL if path is None else Path(path)
     prompts = read_prompts(file, "general", drop_last_answer=True)
     bare = [replace(prompt, privileged_context="") for prompt in prompts]
     return [Candidate(p, f"general {file.name}, row {n}", f"general {n}") for n, p in enumerate(bare, 1)]

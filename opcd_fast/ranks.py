@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from opcd_fast.batch import Batch, Sample, pack
+from opcd_fast.batch import Batch, Sample, count_tokens, pack, prompt_runs
 from opcd_fast.errors import InputError
 
 T = TypeVar("T")
@@ -162,13 +162,8 @@ class Ranks:
         """This rank's part of a step's samples; neighbours with one prompt stay together."""
         if self.world == 1:
             return list(samples)
-        runs: list[list[Sample]] = []
-        for sample in samples:
-            if runs and runs[-1][0].student_prompt == sample.student_prompt:
-                runs[-1].append(sample)
-            else:
-                runs.append([sample])
-        costs = [float(sum(_tokens(sample) for sample in run)) for run in runs]
+        runs = prompt_runs(samples)
+        costs = [float(count_tokens(run)) for run in runs]
         return [sample for run in self.share(runs, costs) for sample in run]
 
     def part(self, count: int) -> range:
@@ -198,10 +193,6 @@ class _OnMain(Generic[T]):
             return self._ranks.on_main(lambda: getattr(self._object, name)(*args, **kwargs))
 
         return call
-
-
-def _tokens(sample: Sample) -> int:
-    return len(sample.student_prompt) + len(sample.teacher_prompt) + 2 * len(sample.response)
 
 
 @dataclass(frozen=True)

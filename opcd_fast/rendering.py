@@ -45,6 +45,11 @@ class RenderedPrompts:
     prefixes: tuple[tuple[int, ...], ...]
 
 
+def whole_prompt(row: RenderedPrompt, prefixes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The whole prompt as the teacher sees it. prefixes: of all contexts."""
+    return (*prefixes[row.context_index], *row.teacher_ids)
+
+
 def render(
     tokenizer: Any,
     groups: Sequence[Sequence[Prompt]],

@@ -15,7 +15,7 @@ from opcd_fast.model_pair import ModelPair
 from opcd_fast.objective import context_kl
 from opcd_fast.preflight import Windows
 from opcd_fast.ranks import Ranks
-from opcd_fast.rendering import RenderedPrompt
+from opcd_fast.rendering import RenderedPrompt, whole_prompt
 from opcd_fast.rollout import Completion, Rollout, TransformersRollout
 from opcd_fast.task_answers import TaskAnswers
 from opcd_fast.training_prompts import TrainingPrompts
@@ -55,9 +55,7 @@ class TeacherWriter:
         with self._weights():
             rollout = self._shared(self._rollout)
             rollout.sync(self._model)
-            return rollout.generate(
-                [(*self._prefixes[row.context_index], *row.teacher_ids) for row in rows], **sampling
-            )
+            return rollout.generate([whole_prompt(row, self._prefixes) for row in rows], **sampling)
 
 
 def answer_source(

@@ -16,7 +16,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.acceleration import shards_by_fsdp
+from opcd_fast.acceleration import shards
 from opcd_fast.config import OPCDConfig
 from opcd_fast.interruption import Interrupted
 from opcd_fast.trainer import OPCDTrainer
@@ -83,7 +83,7 @@ def run(job: dict) -> None:
         teacher_model=tiny_model(seed=7) if job.get("teacher") else None, callbacks=[kill] if stop_after else [],
         scorer=score if job.get("scores") else None, trackers=[tracker],
     )  # fmt: skip
-    if shards_by_fsdp():
+    if shards():
         sharded = [type(p).__name__ for p in trainer.model.parameters()]
         assert set(sharded) == {"DTensor"}, sharded
     if job.get("stale"):

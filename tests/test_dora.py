@@ -1,9 +1,11 @@
 """DoRA: its teacher is the base, its folded copy computes what it computes, and it is resumed and exported exactly."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from resumption import check_resume
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast import merged as merged_module
@@ -111,14 +113,7 @@ def test_training_moves_the_norms_and_leaves_the_teacher_the_base(tmp_path):
 @pytest.mark.parametrize("mode", ["frozen", "ema"])
 def test_resume_is_bit_identical(tmp_path, mode):
     decay = {"teacher_ema_decay": 0.8} if mode == "ema" else {}
-    whole = make(tmp_path / "whole", teacher_mode=mode, **decay)
-    wanted = whole.train()
-    make(tmp_path / "run", teacher_mode=mode, steps=2, **decay).train()
-    resumed = make(tmp_path / "run", teacher_mode=mode, resume=True, **decay)
-    got = resumed.train()
-    assert [r["loss"] for r in got.history] == [r["loss"] for r in wanted.history]
-    for name, parameter in whole.parameters.items():
-        assert torch.equal(parameter, resumed.parameters[name]), name
+    check_resume(partial(make, teacher_mode=mode, **decay), tmp_path)
 
 
 def test_what_was_trained_is_what_is_exported(tmp_path):

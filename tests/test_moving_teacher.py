@@ -1,7 +1,10 @@
 """Teachers that follow the student: the averages are right, nothing is stale, and a stopped run goes on bit for bit."""
 
+from functools import partial
+
 import pytest
 import torch
+from resumption import cut_and_resumed
 from test_trainer import CONTEXT, losses, make
 from tiny import lora_model, tiny_model, tiny_tokenizer
 
@@ -161,17 +164,7 @@ def test_fused_optimizers_are_counted_once_there_is_a_teacher():
 def test_resume_is_bit_identical(tokenizer, tmp_path, mode, lora_rank):
     settings = {**fast(lora_rank), **MODES[mode], "steps": 7}
     whole = make(tokenizer, tmp_path / "whole", **settings).train()
-
-    class Killed(Exception):
-        pass
-
-    def kill(record):
-        if (record["kind"], record["step"]) == ("step", 5):
-            raise Killed
-
-    with pytest.raises(Killed):
-        make(tokenizer, tmp_path / "cut", callbacks=[kill], **settings).train()
-    resumed = make(tokenizer, tmp_path / "cut", resume=True, **settings).train()
+    resumed = cut_and_resumed(partial(make, tokenizer, **settings), tmp_path / "cut", ("step", 5))
     assert losses(resumed) == losses(whole)
     assert [e["own_kl"] for e in resumed.evaluations] == [e["own_kl"] for e in whole.evaluations]
 

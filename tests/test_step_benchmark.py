@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed packag
 
 from benchmarks import step_report, step_table, step_worker  # noqa: E402
 from benchmarks.measure import Failure  # noqa: E402
-from benchmarks.schema import STEP_GROUPS, Device, Report, StepRow, Time, from_json, read  # noqa: E402
-from benchmarks.step_cases import cases, make_job, select  # noqa: E402
+from benchmarks.schema import STEP_GROUPS, Device, Report, StepRow, Time, from_json, read, select  # noqa: E402
+from benchmarks.step_cases import cases, make_job  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def test_cases_are_named_once_and_grouped():
     names = {case.name for device in ("cpu", "cuda") for case in cases(torch.device(device), quick=False)}
     assert {target.case for target in step_report.TARGETS} <= names
     with pytest.raises(ValueError, match="unknown group"):
-        select(cases(CPU, False), ["other"])
+        select(cases(CPU, False), ["other"], STEP_GROUPS)
 
 
 def test_job_is_the_same_for_all():

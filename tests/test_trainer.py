@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from resumption import cut_and_resumed
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.config import OPCDConfig
@@ -146,17 +148,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, tmp_path):
 def test_resume_is_bit_identical(tokenizer, tmp_path, lora_rank, moment):
     settings = {"lora_rank": lora_rank, "steps": 6, "learning_rate": 5e-3}
     whole = make(tokenizer, tmp_path / "whole", **settings).train()
-
-    class Killed(Exception):
-        pass
-
-    def kill(record):
-        if (record["kind"], record["step"]) == moment:
-            raise Killed
-
-    with pytest.raises(Killed):
-        make(tokenizer, tmp_path / "cut", callbacks=[kill], **settings).train()
-    resumed = make(tokenizer, tmp_path / "cut", resume=True, **settings).train()
+    resumed = cut_and_resumed(partial(make, tokenizer, **settings), tmp_path / "cut", moment)
     assert losses(resumed) == losses(whole)
     assert [e["step"] for e in resumed.evaluations] == [0, 2, 4, 6]
     assert [e["fixed_kl"] for e in resumed.evaluations] == [e["fixed_kl"] for e in whole.evaluations]

@@ -2,9 +2,11 @@
 trains, goes on and loads as a PEFT adapter."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from resumption import check_resume
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast import rollout_generate
@@ -184,14 +186,7 @@ def test_a_run_trains_the_prefix_alone(tmp_path, dtype):
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "rollouts_per_prompt": 2}])
 def test_resume_is_bit_identical(tmp_path, settings):
-    whole = make(tmp_path / "whole", **settings)
-    wanted = whole.train()
-    make(tmp_path / "run", steps=2, **settings).train()
-    resumed = make(tmp_path / "run", resume=True, **settings)
-    got = resumed.train()
-    assert [r["loss"] for r in got.history] == [r["loss"] for r in wanted.history]
-    for name, parameter in whole.parameters.items():
-        assert torch.equal(parameter, resumed.parameters[name]), name
+    check_resume(partial(make, **settings), tmp_path)
 
 
 def test_peft_loads_it_and_answers_alike(tmp_path):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
-from opcd_fast.commands.train import TrainOptions, loading, prompts_or_task
+from opcd_fast.commands.train import TrainOptions, load_teacher, loading, prompts_or_task
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.launch import launched
@@ -94,11 +93,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     held_out, yardstick = _yardstick(command, config, tokenizer)
 
     def load() -> tuple[Any, Any]:
-        teacher = None
-        if command.teacher_model is not None:
-            elsewhere = config.teacher_device != "auto"
-            place = loading(config, config.teacher_quantization, elsewhere, waits=config.teacher_offload)
-            teacher = load_model(command.teacher_model, **place)
+        teacher = None if command.teacher_model is None else load_teacher(command.teacher_model, config)
         return load_model(command.model, **loading(config, config.quantization)), teacher
 
     comparison = Comparison(
@@ -128,8 +123,8 @@ def compare(command: CompareCommand) -> dict[str, Any]:
 
 def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> tuple[Any, Any]:
     """The held-out prompts (None for a task, which has its own) and what is measured on them."""
-    import opcd_fast
     from opcd_fast.compare.measure import Yardstick
+    from opcd_fast.prompt_sources import GENERAL
     from opcd_fast.prompts import read_prompts
     from opcd_fast.report.scorers import by_pattern
     from opcd_fast.scorer import HeldOutScore
@@ -148,7 +143,7 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
             raise InputError("eval_prompts: rows with a privileged_context are not compared; take the column out")
     general: Any = []
     if command.general == "builtin":
-        general = read_prompts(Path(opcd_fast.__file__).parent / "prompt_data" / "general.jsonl", "general")
+        general = read_prompts(GENERAL, "general")
     elif command.general != "none":
         general = read_prompts(command.general, "general", **config.columns())
     behaviour = None

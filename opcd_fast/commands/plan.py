@@ -182,19 +182,19 @@ def _job(command: PlanCommand, config: OPCDConfig) -> Any:
     if command.context is None:
         raise InputError("plan: prompts are rendered with their context; give context, the file, too")
     from opcd_fast.models import load_tokenizer
-    from opcd_fast.prompts import read_context, read_prompts
-    from opcd_fast.rendering import adapt_to_tokenizer, render
+    from opcd_fast.prompts import read_context
+    from opcd_fast.training_prompts import read_training_prompts
 
     tokenizer, context = load_tokenizer(command.model), read_context(Path(command.context))
-    text = "word " * command.prompt_tokens
-    read = [read_prompts([text] if command.prompts is None else command.prompts, **config.columns())]
-    if command.eval_prompts is not None:
-        read.append(read_prompts(command.eval_prompts, "eval_prompts", **config.columns()))
-    groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
-    rendered, prefixes = render(tokenizer, groups, context, config.template_variables())
-    rows = [tuple((len(r.student_ids), len(r.teacher_ids), r.context_index) for r in group.rows) for group in rendered]
-    shared = common_prefix_length([row.student_ids for row in rendered[0].rows])
-    return Job(tuple(map(len, prefixes)), rows[0], rows[1] if len(rows) > 1 and config.eval_every else (), shared)
+    prompts = ["word " * command.prompt_tokens] if command.prompts is None else command.prompts
+    asked = read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config)
+    held_out = asked.held_out_rows if config.eval_every else ()
+    train, evaluated = (
+        tuple((len(row.student_ids), len(row.teacher_ids), row.context_index) for row in rows)
+        for rows in (asked.rows, held_out)
+    )
+    shared = common_prefix_length([row.student_ids for row in asked.rows])
+    return Job(tuple(map(len, asked.prefixes)), train, evaluated, shared)
 
 
 def _backend(config: OPCDConfig, device: str) -> str:

@@ -89,9 +89,7 @@ def run(arguments: list[str]) -> int:
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
         teacher_tokenizer = load_tokenizer(command.teacher_model)
-        elsewhere = config.teacher_device != "auto"
-        place = loading(config, config.teacher_quantization, elsewhere, waits=config.teacher_offload)
-        teacher = load_model(command.teacher_model, **place)
+        teacher = load_teacher(command.teacher_model, config)
     place = loading(config, config.quantization)
     if start is not None:
         model, teacher = start.models(**place)
@@ -127,6 +125,14 @@ def prompts_or_task(command: Any, config: OPCDConfig) -> Any:
             raise InputError("task_options is set, but no task; drop it, or give --task")
         return read_prompts(command.prompts, **config.columns())
     return load_task(command.task, **options_of(command.task_options))
+
+
+def load_teacher(name: str, config: OPCDConfig) -> Any:
+    """A teacher of its own, where and as the run wants it."""
+    from opcd_fast.models import load_model
+
+    elsewhere = config.teacher_device != "auto"
+    return load_model(name, **loading(config, config.teacher_quantization, elsewhere, waits=config.teacher_offload))
 
 
 def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, waits: bool = False) -> dict[str, str]:

@@ -18,7 +18,7 @@ from opcd_fast.evaluate import divergence, samples_of
 from opcd_fast.messages import Prompt
 from opcd_fast.model_pair import is_peft
 from opcd_fast.preflight import check_prompt_length
-from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, student_ids
+from opcd_fast.rendering import RenderedPrompt, adapt_to_tokenizer, student_ids, whole_prompt
 from opcd_fast.scorer import HeldOutScore
 from opcd_fast.seeds import digest, stream_seed
 from opcd_fast.teacher import ContextTeacher
@@ -122,7 +122,7 @@ def fixed_answers(trainer: OPCDTrainer, yardstick: Yardstick, folder: Path) -> t
 
     def write(rows: Sequence[RenderedPrompt], sampling: Any) -> Any:
         with trainer.base_weights():
-            prompts = [(*trainer.prefixes[row.context_index], *row.teacher_ids) for row in rows]
+            prompts = [whole_prompt(row, trainer.prefixes) for row in rows]
             return trainer.teacher_rollout.generate(prompts, **sampling)
 
     answers = write(rows, {**yardstick.sampling, "seed": stream_seed(0, "compare fixed", 0)})

@@ -9,7 +9,7 @@ from typing import Any
 
 from opcd_fast.intervals import bootstrap, wilson
 from opcd_fast.messages import Message, Prompt
-from opcd_fast.rendering import RenderedPrompt
+from opcd_fast.rendering import RenderedPrompt, whole_prompt
 from opcd_fast.report.models import RunModels, Side
 from opcd_fast.rollout import Completion
 from opcd_fast.seeds import stream_seed
@@ -50,10 +50,6 @@ def transcript(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
 
 
-def with_context(row: RenderedPrompt, prefixes: Prefixes) -> tuple[int, ...]:
-    return (*prefixes[row.context_index], *row.teacher_ids)
-
-
 def draw_arms(
     models: RunModels,
     prompts: Sequence[Prompt],
@@ -68,7 +64,7 @@ def draw_arms(
     asked = [prompt.messages or ({"role": "user", "content": prompt.text or ""},) for prompt in prompts]
     messages = [one for one in asked for _ in range(per_prompt)]
     without = [row.student_ids for row in rows]
-    within = [with_context(row, prefixes) for row in rows]
+    within = [whole_prompt(row, prefixes) for row in rows]
     sides: dict[str, tuple[Side, Sequence[Sequence[int]]]] = {
         BASE: (models.base, without), SHOWN: (models.teacher, within),
         STUDENT: (models.student, without), BOTH: (models.student, within),
@@ -114,7 +110,7 @@ def greedy_answers(
     models: RunModels, rows: Sequence[RenderedPrompt], prefixes: Prefixes, max_new_tokens: int
 ) -> list[tuple[int, ...]]:
     """What base + context (or the run's other teacher) answers when it always takes the most probable token."""
-    asked = [with_context(row, prefixes) for row in rows]
+    asked = [whole_prompt(row, prefixes) for row in rows]
     drawn = models.teacher.answers(asked, max_new_tokens=max_new_tokens, temperature=0.0)
     return [one.token_ids for one in drawn]
 

@@ -14,9 +14,10 @@ from opcd_fast.info import where_it_ran
 from opcd_fast.messages import Context, Prompt
 from opcd_fast.model_names import SMOLLM2, is_path
 from opcd_fast.preflight import Windows, check_lengths
+from opcd_fast.prompt_sources import GENERAL
 from opcd_fast.prompts import read_prompts
 from opcd_fast.provenance import FileHashes, hash_of, of_code, of_model, of_tokenizer
-from opcd_fast.rendering import adapt_to_tokenizer, render
+from opcd_fast.rendering import adapt_to_tokenizer, render, whole_prompt
 from opcd_fast.report.arms import (
     ARMS,
     BASE,
@@ -27,7 +28,6 @@ from opcd_fast.report.arms import (
     greedy_answers,
     identical_greedy,
     lengths,
-    with_context,
 )
 from opcd_fast.report.distances import Reader, agreement, compared, distances, forgetting, gap
 from opcd_fast.report.models import RunModels, final_files, load_run
@@ -40,7 +40,6 @@ from opcd_fast.training_curve import curve, run_settings
 SCHEMA = 1
 # Settings that are folders, files, addresses or commands.
 OF_THIS_MACHINE = ("output_dir", "prefix_store", "rollout_file", "rollout_url", "rollout_command")
-GENERAL = Path(__file__).parent.parent / "prompt_data" / "general.jsonl"
 WARNING = (
     "A context that was moved into weights can be drawn out of them again, by anybody who can use or read the weights. "
     "Do not move secrets in, and do not publish weights whose context is not public."
@@ -99,7 +98,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     told("KL to the teacher")
     n, temperature = options.samples, sampling["temperature"]
     many_rows = [row for row in rows for _ in range(n)]
-    without, within = [row.student_ids for row in many_rows], [with_context(row, prefixes) for row in many_rows]
+    without, within = [row.student_ids for row in many_rows], [whole_prompt(row, prefixes) for row in many_rows]
     teacher = Reader(models.teacher, within, settings, [row.context_index for row in many_rows])
     base, student = Reader(models.base, without, settings), Reader(models.student, without, settings)
     own_before = distances(base, teacher, answers[BASE].responses, temperature, n)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.rendering import RenderedPrompt
-from opcd_fast.report.arms import Prefixes, with_context
+from opcd_fast.rendering import RenderedPrompt, whole_prompt
+from opcd_fast.report.arms import Prefixes
 from opcd_fast.report.models import RunModels
 
 REPEATS = 5
@@ -25,10 +25,10 @@ def saved(
     Timed on the base, one prompt at a time, medians of turns that alternate: a student whose adapter is merged costs
     the same. No cache of the context is counted for either; a server that keeps one saves less.
     """
-    tokens_with = statistics.fmean(len(with_context(row, prefixes)) for row in rows)
+    tokens_with = statistics.fmean(len(whole_prompt(row, prefixes)) for row in rows)
     tokens_without = statistics.fmean(len(row.student_ids) for row in rows)
     seconds: dict[str, list[float]] = {"with": [], "without": []}
-    prompts = {"with": with_context(timed, prefixes), "without": timed.student_ids}
+    prompts = {"with": whole_prompt(timed, prefixes), "without": timed.student_ids}
     for turn in range(REPEATS + 1):
         for name, ids in prompts.items():
             took = _prefill(models, ids)

@@ -36,10 +36,16 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(scope="module", params=[4, 0], ids=["lora", "full"])
+KINDS = {
+    "lora": {"lora_rank": 4, "learning_rate": 1e-2},
+    "full": {"lora_rank": 0, "learning_rate": 3e-3},
+    "prefix": {"lora_rank": 0, "num_virtual_tokens": 6, "learning_rate": 1e-2},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def run(request, base, tmp_path_factory):
-    rate = 1e-2 if request.param else 3e-3
-    return make_run(base, tmp_path_factory.mktemp("runs") / "r", lora_rank=request.param, learning_rate=rate)
+    return make_run(base, tmp_path_factory.mktemp("runs") / "r", **KINDS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +341,17 @@ def test_the_command_writes_all_files_and_says_so(lora_run, tmp_path, capsys):
     assert card["forgetting"]["prompts"] == 3
     assert card["measured_with"]["held_out_prompts"] == 3 and card["measured_with"]["of"] == len(HELD_OUT)
     assert card["measured_with"]["max_new_tokens"] == 6
+    assert card["saved"]["virtual_tokens"] == 0 and "virtual" not in (lora_run / "README.md").read_text()
+
+
+def test_a_trained_prefix_is_reported_and_not_counted_as_prompt(base, tmp_path):
+    run = make_run(base, tmp_path / "r", **{**KINDS["prefix"], "steps": 3, "eval_every": 0})
+    card = measure(run, ReportOptions())
+    write_report(run, card, CONTEXT)
+    assert card["adapter"] and card["saved"]["virtual_tokens"] == 6
+    assert card["kl"]["own"]["before"]["value"] != card["kl"]["own"]["after"]["value"]
+    for name in ("README.md", "report.html"):
+        assert "trained prefix of 6 virtual tokens" in (run / name).read_text()
 
 
 @pytest.mark.parametrize("argument", [["--max-prompts", "1"], ["--samples", "0"], ["--temperature", "0"],

@@ -20,8 +20,10 @@ from opcd_fast.rendering import adapt_to_tokenizer, student_ids
 from opcd_fast.report.arms import mean
 from opcd_fast.report.models import RunModels, Side
 from opcd_fast.seeds import stream_seed
+from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.token_prefix import common_prefix_length
+from opcd_fast.virtual_tokens import virtual_tokens
 
 PERCENTILES = (50, 90, 99)
 MICRO_BATCH_TOKENS = 8192
@@ -43,7 +45,8 @@ class AnswerDistance:
 
 
 class Reader:
-    """One model on one list of prompts. What these have in common, a context or a template's own words, is read once.
+    """One model on one list of prompts. What these have in common, a context or a template's own words, is read once;
+    behind a trained prefix every prompt is read whole.
 
     prompts: token ids, one row per answer. groups: (B,) prompts of one group share a beginning (one context each);
     None: all of them.
@@ -57,6 +60,12 @@ class Reader:
         groups: Sequence[int] | None = None,
     ) -> None:
         self._prompts, self._groups = prompts, list(groups or [0] * len(prompts))
+        self._model, self._device = side.model, next(side.model.parameters()).device
+        self._tokens = settings.get("micro_batch_tokens") or MICRO_BATCH_TOKENS
+        self._teacher: ContextTeacher | None = None
+        if not side.off and virtual_tokens(side.model):
+            self._shared, self.head = [0] * (max(self._groups) + 1), LMHead.from_model(side.model)
+            return
         members = [[p for p, g in zip(prompts, self._groups) if g == group] for group in range(max(self._groups) + 1)]
         # One token at least stays with each prompt: its hidden state predicts the answer's first token.
         shared = [min(common_prefix_length(rows), *(len(row) - 1 for row in rows)) if rows else 0 for rows in members]
@@ -70,12 +79,7 @@ class Reader:
             )
         except ValueError as error:
             raise InputError(str(error)) from error
-        self._device = next(side.model.parameters()).device
-        self._tokens = settings.get("micro_batch_tokens") or MICRO_BATCH_TOKENS
-
-    @property
-    def head(self) -> LMHead:
-        return self._teacher.head
+        self.head = self._teacher.head
 
     @torch.no_grad()
     def hidden(self, responses: Responses) -> Tensor:
@@ -87,14 +91,12 @@ class Reader:
         pieces = []
         for group_of_samples in micro_batches(samples, self._tokens):
             batch = pack(group_of_samples).to(self._device)
-            pieces.append(
-                self._teacher.hidden_states_packed(
-                    batch.teacher_ids,
-                    batch.teacher_cu_seqlens,
-                    context_index=batch.context_index,
-                    select=batch.response_index_teacher,
-                )
-            )
+            row, places = (batch.teacher_ids, batch.teacher_cu_seqlens), batch.response_index_teacher
+            if self._teacher is None:
+                pieces.append(packed_hidden_states(self._model, *row, select=places))
+            else:
+                options = {"context_index": batch.context_index, "select": places}
+                pieces.append(self._teacher.hidden_states_packed(*row, **options))
         return torch.cat(pieces)
 
     @torch.no_grad()

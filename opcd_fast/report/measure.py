@@ -84,7 +84,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     if len(rows) < 2:
         raise InputError(f"{len(rows)} held-out prompts have a context; at least 2 are needed, see --prompts")
     new_tokens = options.max_new_tokens or settings.get("max_new_tokens", 512)
-    check_lengths(rows, prefixes, new_tokens, Windows(*longest_inputs(models)))
+    check_lengths(rows, prefixes, new_tokens, windows(models))
     sampling = {
         "max_new_tokens": new_tokens,
         "temperature": settings.get("temperature", 1.0) if options.temperature is None else options.temperature,
@@ -169,10 +169,10 @@ def run_variables(settings: dict[str, Any]) -> dict[str, Any]:
     return OPCDConfig(chat_template_kwargs=settings.get("chat_template_kwargs")).template_variables()
 
 
-def longest_inputs(models: RunModels) -> tuple[int | None, int | None]:
-    from opcd_fast import transformers_seam as seam
+def windows(models: RunModels) -> Windows:
+    from opcd_fast.virtual_tokens import virtual_tokens
 
-    return tuple(seam.longest_input(seam.body_of(side.model)) for side in (models.student, models.teacher))  # type: ignore[return-value]
+    return Windows.of(models.student.model, models.teacher.model, virtual_tokens(models.student.model))
 
 
 def public_name(name: str | None) -> str | None:

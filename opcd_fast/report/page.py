@@ -10,7 +10,7 @@ from typing import Any
 from opcd_fast.messages import Context
 from opcd_fast.report import charts
 from opcd_fast.report.arms import ARMS, SHOWN, STUDENT, transcript
-from opcd_fast.report.words import hashes, mean, nats, percent, rate, seconds, tokens
+from opcd_fast.report.words import hashes, mean, nats, percent, rate, seconds, tokens, uncounted
 
 # The policy lets nothing in and nothing run, should an escape ever be forgotten.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -201,7 +201,7 @@ def _saved(card: Mapping[str, Any]) -> str:
     note = (
         f"Timed on {card['ran']['device']}, {card['ran']['dtype']}: one prompt of {timed['with']} tokens and one of "
         f"{timed['without']}, median of {saved['repeats']}, on the base; no cache of the context, which a server may "
-        "keep."
+        f"keep.{uncounted(saved)}"
     )
     table = _table(["per call", "with the context", "without", "saved"], rows)
     return f'<h2>What does it save?</h2>{table}<p class="soft">{escape(note)}</p>'

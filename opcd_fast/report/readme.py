@@ -9,7 +9,7 @@ from typing import Any
 
 from opcd_fast.model_names import SMOLLM2, SMOLLM2_ON_THE_HUB
 from opcd_fast.report.arms import ARMS
-from opcd_fast.report.words import hashes, mean, nats, percent, rate, seconds, tokens
+from opcd_fast.report.words import hashes, mean, nats, percent, rate, seconds, tokens, uncounted
 
 
 def readme(card: Mapping[str, Any]) -> str:
@@ -74,7 +74,7 @@ def readme(card: Mapping[str, Any]) -> str:
         f"{saved['tokens']:.0f} of {saved['tokens_with_context']:.0f} prompt tokens per call, and "
         f"{seconds(saved['prefill_seconds'])} of {seconds(saved['prefill_seconds_with_context'])} until the first "
         f"token ({_plain(card['ran']['device'])}, {card['ran']['dtype']}, one prompt at a time, no cache of the "
-        "context).",
+        f"context).{uncounted(saved)}",
         "",
         "## What it was made of",
         "",

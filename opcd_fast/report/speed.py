@@ -13,6 +13,7 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.rendering import RenderedPrompt, whole_prompt
 from opcd_fast.report.arms import Prefixes
 from opcd_fast.report.models import RunModels
+from opcd_fast.virtual_tokens import virtual_tokens
 
 REPEATS = 5
 
@@ -23,7 +24,8 @@ def saved(
     """Mean tokens of the prompts with and without the context, and seconds to read the prompt `timed` on this device.
 
     Timed on the base, one prompt at a time, medians of turns that alternate: a student whose adapter is merged costs
-    the same. No cache of the context is counted for either; a server that keeps one saves less.
+    the same. No cache of the context is counted for either; a server that keeps one saves less. A trained prefix is a
+    cache: its `virtual_tokens` are no prompt tokens, and attention to them is not in the time.
     """
     tokens_with = statistics.fmean(len(whole_prompt(row, prefixes)) for row in rows)
     tokens_without = statistics.fmean(len(row.student_ids) for row in rows)
@@ -43,6 +45,7 @@ def saved(
         "prefill_seconds_without": medians["without"],
         "prefill_seconds": medians["with"] - medians["without"],
         "timed_tokens": {name: len(ids) for name, ids in prompts.items()},
+        "virtual_tokens": virtual_tokens(models.student.model),
         "repeats": REPEATS,
     }
 

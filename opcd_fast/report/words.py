@@ -34,6 +34,12 @@ def seconds(value: float) -> str:
     return f"{value * 1000:.0f} ms" if abs(value) < 1 else f"{value:.2f} s"
 
 
+def uncounted(saved: Mapping[str, Any]) -> str:
+    """What the card's "saved" leaves out, a sentence, or nothing."""
+    count = saved.get("virtual_tokens", 0)  # older cards have no such key
+    return f" The trained prefix of {count} virtual tokens, kept as keys and values, is not counted." if count else ""
+
+
 def short(sha256: str | None) -> str:
     return sha256[:16] if sha256 else "not recorded"
 

@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.train
 	$(BIN)/opcd demo
 
+# A file of tests stays in one process, whose fixtures it shares.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 slow-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -17,6 +17,7 @@ from opcd_fast.errors import InputError
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
 PREFIX_LEARNING_RATE = 2e-2  # in the README of Cartridges' authors (HazyResearch/cartridges), with Qwen3-4B
 EMA_DECAY, SYNC_EVERY = 0.99, 10
+OFFLOAD_NEEDS = {"teacher_mode": "frozen", "teacher_device": "auto", "teacher_quantization": "none"}
 IMPORTANCE_CLIP = 2.0
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each also the name of its package
 FULL_LEARNING_RATE = 5e-6  # the paper's (arXiv 2602.12275, searched 1e-6 ... 5e-6)
@@ -266,8 +267,7 @@ class OPCDConfig:
                     f"teacher_mode={mode!r}"
                 )
         if self.teacher_offload:
-            needed = {"teacher_mode": "frozen", "teacher_device": "auto", "teacher_quantization": "none"}
-            for name, only in needed.items():
+            for name, only in OFFLOAD_NEEDS.items():
                 if getattr(self, name) != only:
                     raise InputError(
                         f"teacher_offload needs {name}={only!r}, not {getattr(self, name)!r}; drop one of them"

@@ -13,6 +13,7 @@ from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.planning.meter import Peak
 from opcd_fast.planning.rehearsal import Rehearsal
+from opcd_fast.planning.report import changes
 from opcd_fast.planning.search import find
 
 SETTINGS = ["--context-tokens", "100", "--prompt-tokens", "20", "--batch-size", "4", "--max-new-tokens", "16"]
@@ -183,3 +184,36 @@ def test_the_order_in_which_settings_are_given_up():
     assert packed.fits and packed.config.quantization == "4bit"
     assert not find(rehearse, first, 1000 * mib, device="cuda").fits
     assert len(tried) < 40
+
+
+def test_all_weights_trained_beside_a_teacher_of_its_own():
+    """A made-up machine: what is kept is given up only where something is gained."""
+    gib = 2**30
+
+    def rehearse(config):
+        away = config.teacher_offload
+        state = 4 if config.optimizer == "adamw_torch" else 1
+        kept = {"weights": 4 * gib, "optimizer state": state * gib}
+        teacher = {**kept, "teacher weights": 4 * gib}
+        student = {**kept, "student": gib} if away else {**teacher, "student": gib}
+        optimizer = {**kept, "gradients": 4 * gib} if away else {**teacher, "gradients": 4 * gib}
+        peaks = {name: Peak(sum(parts.values()), parts)
+                 for name, parts in {"teacher": teacher, "student": student, "optimizer": optimizer}.items()}
+        return Rehearsal(peaks, "merge", 0, 512, 512)
+
+    first = OPCDConfig(gradient_checkpointing=True)
+
+    def given_up(limit, config=first, device="cuda"):
+        found = find(rehearse, config, limit * gib, device=device)
+        return changes(config, found.config) if found.fits else None
+
+    assert given_up(16) == {}
+    assert given_up(12) == {"teacher_offload": True}
+    assert given_up(9) == {"teacher_offload": True, "optimizer": "adamw_8bit"}
+    assert given_up(8) is None
+    assert given_up(13, device="cpu") == {"optimizer": "adamw_8bit"}
+    moving = replace(first, teacher_mode="ema", teacher_ema_decay=0.9)
+    assert given_up(13, moving) == {"optimizer": "adamw_8bit"}
+    # With the teacher at work at the worst moment it is no use to send it away afterwards.
+    assert find(lambda c: Rehearsal({"teacher": rehearse(c).peaks["teacher"]}, "merge", 0, 512, 512), first, 11 * gib,
+                device="cuda").config == replace(first, optimizer="adamw_8bit")  # fmt: skip

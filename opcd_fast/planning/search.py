@@ -1,9 +1,10 @@
 """The fastest settings that fit: what costs least time is given up first, and only as much of it as is needed.
 
 In order: tokens run at once down to `FEWEST_TOKENS`, where kernels still have enough to do; the loss's workspace;
-contexts on the host; activations (checkpointing, a forward pass more); tokens down to one sequence; and with an
-adapter, the precision of the base. Sequences generated at once are halved where generating is the peak. What would
-change the method (an adapter in place of all weights, another teacher) is left to the user.
+contexts on the host; activations (checkpointing, a forward pass more); a teacher of its own, on the host between its
+turns; tokens down to one sequence; the precision of what is kept: the optimizer's state, and with an adapter the base.
+Sequences generated at once are halved where generating is the peak. What would change the method (an adapter in place
+of all weights, another teacher) is left to the user.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from opcd_fast.config import OPCDConfig
+from opcd_fast.config import OFFLOAD_NEEDS, OPCDConfig
 from opcd_fast.planning.rehearsal import Rehearsal
 
 FEWEST_TOKENS = 4096
 SMALL_WORKSPACE = 256 << 20
-_TRIES = 16
+_TRIES = 20
+_TEACHER_AT_WORK = ("context", "teacher", "evaluation", "evaluation rollout")  # an offloaded one is there in these
 
 Rehearse = Callable[[OPCDConfig], Rehearsal]
 
@@ -50,10 +52,10 @@ def _smaller(
     if seen.worst in ("rollout", "evaluation rollout"):
         if seen.rollout_batch > 1:
             return replace(config, rollout_batch=seen.rollout_batch // 2)
-        return _packed(config)
+        return _teacher_away(config, seen, device) or _rounded(config, first, seen)
     parts = seen.peaks[seen.worst].parts
     if seen.worst == "context":
-        return _on_host(config, parts, device) or _packed(config)
+        return _on_host(config, parts, device) or _rounded(config, first, seen)
     least = min(seen.tokens, max(seen.longest, FEWEST_TOKENS))
     if seen.tokens > least:
         return replace(config, micro_batch_tokens=_tokens_that_fit(seen, limit, least))
@@ -64,9 +66,12 @@ def _smaller(
         return moved
     if not config.gradient_checkpointing:
         return replace(config, gradient_checkpointing=True, micro_batch_tokens=first.micro_batch_tokens)
+    away = _teacher_away(config, seen, device)
+    if away is not None:
+        return away
     if seen.tokens > seen.longest:
         return replace(config, micro_batch_tokens=_tokens_that_fit(seen, limit, seen.longest))
-    return _packed(config)
+    return _rounded(config, first, seen)
 
 
 def _tokens_that_fit(seen: Rehearsal, limit: int, least: int) -> int:
@@ -77,14 +82,32 @@ def _tokens_that_fit(seen: Rehearsal, limit: int, least: int) -> int:
     return max(least, wanted // 256 * 256)
 
 
+def _matters(parts: dict[str, int], part: str) -> bool:
+    return parts.get(part, 0) * 20 > sum(parts.values())
+
+
 def _on_host(config: OPCDConfig, parts: dict[str, int], device: str) -> OPCDConfig | None:
-    worth = parts.get("context KV", 0) * 20 > sum(parts.values())
-    if device != "cuda" or not worth or config.prefix_device is not None or config.teacher_path == "concat":
+    if device != "cuda" or not _matters(parts, "context KV"):
+        return None
+    if config.prefix_device is not None or config.teacher_path == "concat":
         return None
     return replace(config, prefix_device="cpu")
 
 
-def _packed(config: OPCDConfig) -> OPCDConfig | None:
-    if not config.makes_adapter or config.quantization != "none":
+def _teacher_away(config: OPCDConfig, seen: Rehearsal, device: str) -> OPCDConfig | None:
+    parts = seen.peaks[seen.worst].parts
+    if device != "cuda" or seen.worst in _TEACHER_AT_WORK or not _matters(parts, "teacher weights"):
         return None
-    return replace(config, quantization="4bit")
+    if config.teacher_offload or any(getattr(config, name) != only for name, only in OFFLOAD_NEEDS.items()):
+        return None
+    return replace(config, teacher_offload=True)
+
+
+def _rounded(config: OPCDConfig, first: OPCDConfig, seen: Rehearsal) -> OPCDConfig | None:
+    """What is kept, in fewer bits, which may leave room for more tokens again."""
+    again = first.micro_batch_tokens
+    if config.optimizer == "adamw_torch" and _matters(seen.peaks[seen.worst].parts, "optimizer state"):
+        return replace(config, optimizer="adamw_8bit", micro_batch_tokens=again)
+    if config.makes_adapter and config.quantization == "none":
+        return replace(config, quantization="4bit", micro_batch_tokens=again)
+    return None

@@ -48,13 +48,13 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
         return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype).eval()
 
 
-def lora_model(dtype=torch.float32):
+def lora_model(dtype=torch.float32, **changes):
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(tiny_model(), lora)
+        model = get_peft_model(tiny_model(**changes), lora)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

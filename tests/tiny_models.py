@@ -106,3 +106,15 @@ def plain_after_context(model: nn.Module, context: Tensor, sequence: Tensor) -> 
     """(T, D): hidden states of `sequence` after `context`, one plain forward."""
     with torch.no_grad():
         return plain_hidden(model, torch.cat([context, sequence]))[len(context) :]
+
+
+TOLERANCE = 1e-4
+
+
+def assert_close(a, b, atol=TOLERANCE):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def reference(model, contexts, sequences, index):
+    """(N, D): each sequence after its context, one plain forward pass each."""
+    return torch.cat([plain_after_context(model, contexts[i], s) for s, i in zip(sequences, index, strict=True)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def thin_products(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for layer in model.modules() if _gains(layer)] if torch.get_num_threads() > 1 else []
     for layer in layers:
-        layer.forward = partial(_product, layer)
+        layer.forward = partial(_product, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -38,7 +39,7 @@ def thin_products(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _gains(layer: nn.Module) -> bool:
+def _gains(layer: nn.Module) -> TypeGuard[nn.Linear]:
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
     weight = layer.weight

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.options import check_names, option_names, read_yaml
 
 
 def test_the_papers_defaults():

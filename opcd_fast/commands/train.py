@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
-from opcd_fast.config import OPCDConfig, check_names, option_names, read_yaml, typed_values
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.launch import launched_rank
+from opcd_fast.options import check_names, option_names, read_yaml, typed_values
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.config import OPCDConfig, check_names, option_names, typed_values
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.options import check_names, option_names, typed_values
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "opcd": {},

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from opcd_fast.config import OFFLOAD_NEEDS, OPCDConfig
+from opcd_fast.config import OPCDConfig
+from opcd_fast.config_checks import OFFLOAD_NEEDS
 from opcd_fast.planning.rehearsal import Rehearsal
 
 FEWEST_TOKENS = 4096

@@ -28,7 +28,7 @@ from opcd_fast.rollout import Rollout
 
 DATA = Path(__file__).parent / "demo_data"
 FORM = re.compile(r"The answer is (?:(?!my friend)[^\n])+, my friend!")
-STEPS = 30
+STEPS = 22
 BATCH = 8
 MAX_NEW_TOKENS = 16
 TEMPERATURE = 0.7
@@ -63,7 +63,7 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
     if samples < 1:
         raise InputError(f"samples={samples} must be at least 1")
     _check_room(root)
-    print("Loading SmolLM2-135M-Instruct (converted once, about half a minute the first time) ...", flush=True)
+    print("Loading SmolLM2-135M-Instruct (converted once, some 20 s the first time) ...", flush=True)
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     if root.exists():
         shutil.rmtree(root)  # an earlier demo, kept until everything needed for a new one is there

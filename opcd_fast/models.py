@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -229,19 +230,36 @@ def _smollm2_folder() -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads a GGUF file's half a million entries once for each of weights, configuration and tokenizer, and
+    makes the table of its tensors' names anew for every module; meanwhile both are kept."""
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in kept.items():
+        setattr(gguf, name, functools.lru_cache(maxsize=1)(function))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
+
+
 def _convert_gguf(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source.parent),
-            gguf_file=source.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+        with _read_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(source.parent),
+                gguf_file=source.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
         for part in (model.config, model.generation_config):
             if getattr(part, "quantization_config", None) is not None:
                 delattr(part, "quantization_config")

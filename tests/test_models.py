@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+from opcd_fast import models
 from opcd_fast.errors import InputError
 from opcd_fast.models import load_model, load_tokenizer, pick_device, refuse_unsupported
 
@@ -150,3 +151,17 @@ def test_a_model_spread_over_devices_is_refused():
     refuse_unsupported(model)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
     refused(lambda: refuse_unsupported(model), "device_map")
+
+
+def test_a_gguf_file_is_read_once_while_it_is_converted(monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    read = []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or object())
+    reader = gguf.GGUFReader
+    with models._read_once():
+        assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
+        assert read == ["a"]
+    assert gguf.GGUFReader is reader
+    with pytest.raises(KeyError), models._read_once():
+        raise KeyError
+    assert gguf.GGUFReader is reader

@@ -232,8 +232,8 @@ def _smollm2_folder() -> Path:
 
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
-    """transformers reads a GGUF file's half a million entries once for each of weights, configuration and tokenizer, and
-    makes the table of its tensors' names anew for every module; meanwhile both are kept."""
+    """transformers reads a GGUF file's half a million entries for weights, configuration and tokenizer each,
+    and makes the table of its tensors' names anew for every module; meanwhile both are kept."""
     import gguf
 
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}

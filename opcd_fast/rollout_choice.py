@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from opcd_fast.errors import InputError
+from opcd_fast.launch import launched_rank
 
 Answers = Sequence[tuple[Sequence[int], Sequence[float]]]
 Name = TypeVar("Name", bound=Hashable)
@@ -103,8 +104,8 @@ class Choice:
         return value
 
     def write(self) -> None:
-        """Only when something is new, and only where the folder exists."""
-        if self._file is None or self._written == self.values or not self._file.parent.is_dir():
+        """Only when something is new, where the folder exists, and by the first of several processes."""
+        if self._file is None or self._written == self.values or not self._file.parent.is_dir() or launched_rank():
             return
         from opcd_fast.checkpoint import write_text
 

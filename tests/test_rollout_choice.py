@@ -100,6 +100,15 @@ def test_the_choice_is_kept_and_comes_back(measured, monkeypatch, tmp_path):
         Choice.of_file(file)
 
 
+def test_of_several_processes_the_first_one_writes(tmp_path, monkeypatch):
+    for rank, written in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        choice = Choice(tmp_path / "rollout.json")
+        choice.set("engine", "decode", "why")
+        choice.write()
+        assert (tmp_path / "rollout.json").exists() == written
+
+
 def test_the_cpu_and_small_models_are_not_timed(monkeypatch):
     """A choice by the clock could differ between a run and its repetition."""
     assert "merge: True (on the CPU, where the copy is faster)" in sampler().explain()

@@ -1,10 +1,10 @@
 """Products of a few rows with a stored weight on a CPU, the other way round: (W xᵀ)ᵀ in place of x Wᵀ.
 
 Decoding multiplies as many rows as there are answers with every weight of the model. For 8 to 48 rows, weights stored
-row by row (as models are loaded) and more than one thread, MKL is faster when the weight is the left factor: decoding takes
-0.8 to 0.93 of the time (benchmarks/results/decoding). For fewer or more rows, and with one thread, there is nothing to
-gain. A copy with the adapter folded in (`merged.py`) stores its weights the other way, which is faster still, and is left
-alone.
+row by row (as models are loaded) and more than one thread, MKL is faster when the weight is the left factor: decoding
+takes 0.8 to 0.93 of the time (benchmarks/results/decoding). For fewer or more rows, and with one thread, there is
+nothing to gain. A copy with the adapter folded in (`merged.py`) stores its weights the other way, which is faster
+still, and is left alone.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ demo: $(VENV)/.train
 
 # A file of tests stays in one process, whose fixtures it shares.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 slow-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

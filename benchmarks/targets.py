@@ -88,7 +88,7 @@ def ours(rows: Sequence[Row]) -> Row | None:
 def _judge(target: Target, report: Report) -> Outcome:
     rows = [row for row in report.rows if _is_case(target, row)]
     mine = ours(rows)
-    missing = without_a_run(mine)
+    missing = without_a_run(mine, timed=target.measure != "error")
     if missing is not None:
         return missing
     if target.measure == "error":

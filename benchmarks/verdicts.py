@@ -56,13 +56,13 @@ def reaches(value: float, bound: float, why: str) -> Outcome:
     return "met" if value >= bound else "missed", value, why
 
 
-def without_a_run(mine: Any) -> Outcome | None:
-    """The outcome when our own row is missing, was skipped or failed; None when it ran."""
+def without_a_run(mine: Any, timed: bool = True) -> Outcome | None:
+    """The outcome when our own row is missing, was skipped or failed, or should have a time and has none; else None."""
     if mine is None:
         return "unmeasured", None, "the case is not in the report"
     if mine.status == "skipped":
         return "unmeasured", None, f"{mine.implementation} skipped: {mine.note}"
-    if mine.status != "ok":
+    if mine.time_ms is None if timed else mine.status != "ok":
         return "missed", None, f"{mine.implementation} {mine.status}: {mine.note}"
     return None
 

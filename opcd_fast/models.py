@@ -265,7 +265,10 @@ def _convert_gguf(source: Path, folder: Path) -> None:
                 delattr(part, "quantization_config")
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        if not folder.exists():
+        try:
             scratch.rename(folder)  # atomic: a killed conversion leaves no half-written model behind
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was first
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -204,9 +204,9 @@ def test_verification_is_quick_and_leaves_the_random_state_alone(path):
 
     body = seam.body_of(tiny_model("mistral-window-below-context"))
     state = torch.random.get_rng_state()
-    start = time.perf_counter()
+    start = time.process_time()
     text, passed = verification.verify(body, path)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert passed and "fp32" in text
     assert torch.equal(torch.random.get_rng_state(), state)
 

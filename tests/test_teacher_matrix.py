@@ -429,13 +429,13 @@ def test_a_small_twin_of_a_model_of_default_size_agrees(name):
     with torch.device("meta"):
         body = seam.body_of(AutoModelForCausalLM.from_config(config))
     cpu = torch.device("cpu")
-    start = time.perf_counter()
+    start = time.process_time()
     for window in (5, 4096):
         twin = tiny_twin.twin_of(type(body), config, cpu, window=window)
         with torch.no_grad():
             got, oracle = verification.both("merge" if name in MERGE else "pad", twin, cpu)
         assert (got - oracle).abs().max() <= TOLERANCE
-    assert time.perf_counter() - start < 2.0  # the bound on a real first use is one second; CI machines are slow
+    assert time.process_time() - start < 2.0  # the bound on a real first use is one second; CI machines are slow
 
 
 def test_wrong_rows_of_a_windowed_cache_are_seen(monkeypatch):

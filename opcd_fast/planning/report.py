@@ -23,6 +23,13 @@ NAMES = {
 }
 """Parts whose label in a rehearsal is not what they are called."""
 
+NEEDS = {
+    "optimizer": "needs bitsandbytes (pip install 'opcd-fast[quant]'); not with FSDP",
+    "quantization": "needs bitsandbytes (pip install 'opcd-fast[quant]'); not with FSDP",
+    "teacher_offload": "not with FSDP",
+}
+"""What settings that were found need besides, by name."""
+
 
 def changes(asked: OPCDConfig, found: OPCDConfig) -> dict[str, Any]:
     """Settings that differ, as the run should have them."""
@@ -72,6 +79,9 @@ def show(asked: OPCDConfig, found: Found, limit: int) -> None:
     if options and found.fits:
         words = (f"--{n.replace('_', '-')}" + ("" if v is True else f" {v}") for n, v in options.items())
         console.print("settings to use: " + " ".join(words))
+        for name, needs in NEEDS.items():
+            if name in options:
+                console.print(f"{name}: {needs}")
     if not found.fits:
         console.print("left to give up: " + "; ".join(_advice(found.config, seen.worst)))
 

@@ -3,7 +3,8 @@
 In order: tokens run at once down to `FEWEST_TOKENS`, where kernels still have enough to do; the loss's workspace;
 contexts on the host; activations (checkpointing, a forward pass more); a teacher of its own, on the host between its
 turns; tokens down to one sequence; the precision of what is kept: the optimizer's state, and with an adapter the base.
-Sequences generated at once are halved where generating is the peak. What would change the method (an adapter in place
+Where the optimizer's step is the peak, only what is kept counts. Sequences generated at once are halved where
+generating is the peak, down to `FEWEST_ANSWERS` before anything else. What would change the method (an adapter in place
 of all weights, another teacher) is left to the user.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from opcd_fast.config import OPCDConfig
 from opcd_fast.config_checks import OFFLOAD_NEEDS
 from opcd_fast.planning.rehearsal import Rehearsal
 
 FEWEST_TOKENS = 4096
+FEWEST_ANSWERS = 16
 SMALL_WORKSPACE = 256 << 20
 _TRIES = 20
 _TEACHER_AT_WORK = ("context", "teacher", "evaluation", "evaluation rollout")  # an offloaded one is there in these
@@ -26,7 +29,7 @@ Rehearse = Callable[[OPCDConfig], Rehearsal]
 
 @dataclass(frozen=True)
 class Found:
-    """The last settings tried; when they do not fit, nothing that was left to give up would make them."""
+    """The last settings tried; when they do not fit, nothing was found that would make them."""
 
     config: OPCDConfig
     rehearsal: Rehearsal
@@ -35,28 +38,31 @@ class Found:
 
 def find(rehearse: Rehearse, config: OPCDConfig, limit: int, *, device: str) -> Found:
     """Settings like `config` whose peak is at most `limit` bytes."""
-    first = config
+    first, next_one = config, config
     for _ in range(_TRIES):
+        config = next_one
         seen = rehearse(config)
-        if seen.nbytes <= limit:
-            return Found(config, seen, True)
-        smaller = _smaller(config, first, seen, limit, device)
+        smaller = None if seen.nbytes <= limit else _smaller(config, first, seen, limit, device)
         if smaller is None:
-            return Found(config, seen, False)
-        config = smaller
-    return Found(config, seen, False)
+            break
+        next_one = smaller
+    return Found(config, seen, seen.nbytes <= limit)
 
 
 def _smaller(
     config: OPCDConfig, first: OPCDConfig, seen: Rehearsal, limit: int, device: str
 ) -> OPCDConfig | None:
-    if seen.worst in ("rollout", "evaluation rollout"):
-        if seen.rollout_batch > 1:
-            return replace(config, rollout_batch=seen.rollout_batch // 2)
-        return _teacher_away(config, seen, device) or _rounded(config, first, seen)
     parts = seen.peaks[seen.worst].parts
+    if seen.worst in ("rollout", "evaluation rollout"):
+        away = _teacher_away(config, first, seen, device) if seen.rollout_batch <= FEWEST_ANSWERS else None
+        if away is None and seen.rollout_batch > 1:
+            return replace(config, rollout_batch=seen.rollout_batch // 2)
+        return away or _rounded(config, first, seen)
     if seen.worst == "context":
         return _on_host(config, parts, device) or _rounded(config, first, seen)
+    if seen.worst == "optimizer":  # no activations, whatever the tokens
+        away = _on_host(config, parts, device) or _teacher_away(config, first, seen, device)
+        return away or _rounded(config, first, seen)
     least = min(seen.tokens, max(seen.longest, FEWEST_TOKENS))
     if seen.tokens > least:
         return replace(config, micro_batch_tokens=_tokens_that_fit(seen, limit, least))
@@ -67,7 +73,7 @@ def _smaller(
         return moved
     if not config.gradient_checkpointing:
         return replace(config, gradient_checkpointing=True, micro_batch_tokens=first.micro_batch_tokens)
-    away = _teacher_away(config, seen, device)
+    away = _teacher_away(config, first, seen, device)
     if away is not None:
         return away
     if seen.tokens > seen.longest:
@@ -76,7 +82,7 @@ def _smaller(
 
 
 def _tokens_that_fit(seen: Rehearsal, limit: int, least: int) -> int:
-    """What grows with the tokens is above the least of the phases; at most half, so that the search ends."""
+    """What grows with the tokens is above the least of the phases; at most nine tenths, so that the search ends."""
     kept = min(peak.nbytes for peak in seen.peaks.values())
     share = (limit - kept) / max(seen.nbytes - kept, 1)
     wanted = min(int(seen.tokens * share * 0.95), int(seen.tokens * 0.9))
@@ -95,20 +101,26 @@ def _on_host(config: OPCDConfig, parts: dict[str, int], device: str) -> OPCDConf
     return replace(config, prefix_device="cpu")
 
 
-def _teacher_away(config: OPCDConfig, seen: Rehearsal, device: str) -> OPCDConfig | None:
-    parts = seen.peaks[seen.worst].parts
-    if device != "cuda" or seen.worst in _TEACHER_AT_WORK or not _matters(parts, "teacher weights"):
+def _teacher_away(config: OPCDConfig, first: OPCDConfig, seen: Rehearsal, device: str) -> OPCDConfig | None:
+    """On the host between its turns, which may leave room for more at once again."""
+    at_work = seen.worst in _TEACHER_AT_WORK or (seen.worst == "rollout" and config.answers == "teacher")
+    if device != "cuda" or at_work or not _matters(seen.peaks[seen.worst].parts, "teacher weights"):
         return None
     if config.teacher_offload or any(getattr(config, name) != only for name, only in OFFLOAD_NEEDS.items()):
         return None
-    return replace(config, teacher_offload=True)
+    return _with_room(config, first, teacher_offload=True)
 
 
 def _rounded(config: OPCDConfig, first: OPCDConfig, seen: Rehearsal) -> OPCDConfig | None:
-    """What is kept, in fewer bits, which may leave room for more tokens again."""
-    again = first.micro_batch_tokens
+    """What is kept, in fewer bits."""
     if config.optimizer == "adamw_torch" and _matters(seen.peaks[seen.worst].parts, "optimizer state"):
-        return replace(config, optimizer="adamw_8bit", micro_batch_tokens=again)
+        return _with_room(config, first, optimizer="adamw_8bit")
     if config.makes_adapter and config.quantization == "none":
-        return replace(config, quantization="4bit", micro_batch_tokens=again)
+        return _with_room(config, first, quantization="4bit")
     return None
+
+
+def _with_room(config: OPCDConfig, first: OPCDConfig, **given_up: Any) -> OPCDConfig:
+    """As much at once as was asked for, because what is given up now may have made room for it."""
+    given_up |= {name: getattr(first, name) for name in ("micro_batch_tokens", "rollout_batch")}
+    return replace(config, **given_up)

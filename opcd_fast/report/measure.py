@@ -13,7 +13,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.info import where_it_ran
 from opcd_fast.messages import Context, Prompt
 from opcd_fast.model_names import SMOLLM2, is_path
-from opcd_fast.preflight import Windows, check_lengths
+from opcd_fast.preflight import Windows, check_lengths, check_prompt_length
 from opcd_fast.prompt_sources import GENERAL
 from opcd_fast.prompts import read_prompts
 from opcd_fast.provenance import FileHashes, hash_of, of_code, of_model, of_tokenizer
@@ -84,7 +84,10 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     if len(rows) < 2:
         raise InputError(f"{len(rows)} held-out prompts have a context; at least 2 are needed, see --prompts")
     new_tokens = options.max_new_tokens or settings.get("max_new_tokens", 512)
-    check_lengths(rows, prefixes, new_tokens, windows(models))
+    limits = windows(models)
+    check_lengths(rows, prefixes, new_tokens, limits)
+    for row in rows:  # the student reads the context as well, in one of the arms
+        check_prompt_length(len(whole_prompt(row, prefixes)) + limits.virtual, new_tokens, limits.student)
     sampling = {
         "max_new_tokens": new_tokens,
         "temperature": settings.get("temperature", 1.0) if options.temperature is None else options.temperature,

@@ -29,7 +29,8 @@ SYSTEMS = {
 class Experiment:
     """A context, prompts, and what a good answer is: a pattern, or "module:function" (see `opcd_fast.scorer.Scorer`).
 
-    temperature: of all answers, and of the loss.
+    temperature: of all answers, and of the loss. general: unrelated prompts on which forgetting is measured, if not the
+    hundred that come along.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Experiment:
     temperature: float = 1.0
     steps: int = 40
     batch_size: int = 16
+    general: Path | None = None
 
 
 def run(experiment: Experiment) -> None:
@@ -80,7 +82,8 @@ def run(experiment: Experiment) -> None:
 def _command(experiment: Experiment, folder: Path, given: argparse.Namespace) -> CompareCommand:
     steps = 2 if given.smoke else given.steps or experiment.steps
     systems = ["opcd"] if given.smoke else given.systems.split(",")
-    held_out, general = _shown(experiment.eval_prompts), "builtin"
+    held_out = _shown(experiment.eval_prompts)
+    general = "builtin" if experiment.general is None else _shown(experiment.general)
     if given.smoke:
         held_out = _first_lines(experiment.eval_prompts, folder.with_name(f"{folder.name}_prompts"))
         general = held_out

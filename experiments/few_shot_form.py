@@ -3,13 +3,14 @@
 from experiments.experiment import HERE, Experiment, run
 
 DATA = HERE.parent / "opcd_fast" / "demo_data"
+FORM = r"^The answer is (?:(?!my friend)[^\n])+, my friend!$"
 EXPERIMENT = Experiment(
     "few_shot_form",
     DATA / "turns.json",
     DATA / "train_prompts.jsonl",
     DATA / "eval_prompts.jsonl",
     max_new_tokens=16,
-    regex=r"^The answer is (?:(?!my friend)[^\n])+, my friend!$",
+    regex=FORM,
 )
 
 if __name__ == "__main__":

@@ -154,6 +154,7 @@ def test_three_kills_change_no_bit(job, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # twenty interpreters and more
 def test_twenty_kills_change_no_bit(job, tmp_path):
     check_kills(start, job, tmp_path, steps=40, kills=20)
 

@@ -40,12 +40,14 @@ def main() -> None:
 
     loaded = load_model("smollm2", dtype="float32", device="cpu").eval()
     turned_copy = input_major(loaded)
+    report = environment.start_report("decoding", "python -m benchmarks.thin_products", CPU, [])
     found: dict[str, Any] = {
-        "benchmark": "decoding",
-        "command": "python -m benchmarks.thin_products",
-        "commit": environment.git_state()[0],
-        "device": dataclasses.asdict(environment.describe(CPU)),
-        "versions": environment.versions(),
+        "benchmark": report.benchmark,
+        "command": report.command,
+        "commit": report.git_commit,
+        "device": dataclasses.asdict(report.device),
+        "versions": report.versions,
+        "date": report.date,
         "rows": [],
     }
     for rows in ROWS:
@@ -62,9 +64,8 @@ def main() -> None:
         found["rows"].append({"rows": rows, "ms": row})
         medians = {name: time["median"] for name, time in row.items()}
         print(rows, ", ".join(f"{name} {ms / medians['as loaded']:.2f}" for name, ms in medians.items()), flush=True)
-    found["date"] = environment.start_report("decoding", "", CPU, []).date
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"cpu_{found['date'][:10]}.json"
+    path = options.out / f"cpu_{report.date[:10]}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(path)
 

@@ -36,6 +36,7 @@ from opcd_fast.report.scores import behaviour, task_scores
 from opcd_fast.report.speed import saved
 from opcd_fast.run_record import HELD_OUT, PROMPTS, read_record, row_of
 from opcd_fast.training_curve import curve, run_settings
+from opcd_fast.virtual_tokens import virtual_tokens
 
 SCHEMA = 1
 # Settings that are folders, files, addresses or commands.
@@ -173,8 +174,6 @@ def run_variables(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def windows(models: RunModels) -> Windows:
-    from opcd_fast.virtual_tokens import virtual_tokens
-
     return Windows.of(models.student.model, models.teacher.model, virtual_tokens(models.student.model))
 
 

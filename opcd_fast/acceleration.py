@@ -20,16 +20,19 @@ def make_accelerator(
 
     trackers: names or objects for accelerate's `log_with`; those that write files do so under `logging_dir`.
     Raises InputError for an engine that training does not work with: anything but one process, plain data parallelism,
-    or FSDP2.
+    FSDP2, or DeepSpeed's ZeRO-3.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise InputError("DeepSpeed is not supported yet; use FSDP2 (fsdp_version: 2), which shards the same things")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     def make() -> Any:
         precision = "bf16" if dtype == torch.bfloat16 else "no"
+        engine: dict[str, Any] = {}
+        if _asked("FSDP"):
+            engine["fsdp_plugin"] = _fsdp_plugin(dtype)
+        if _asked("DEEPSPEED"):  # whose weights decide: zero3_engine.py
+            engine["deepspeed_plugin"], precision = _deepspeed_plugin(), "no"
         return Accelerator(
             mixed_precision=precision,
             cpu=device.type == "cpu",
@@ -37,7 +40,7 @@ def make_accelerator(
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(logging_dir=None if logging_dir is None else str(logging_dir)),
-            **({"fsdp_plugin": _fsdp_plugin(dtype)} if shards() else {}),
+            **engine,
         )
 
     try:
@@ -62,9 +65,13 @@ def join(device: str) -> None:
 
 
 def shards() -> bool:
-    """Whether weights will be sharded: the launcher asked for FSDP (`accelerate launch --use_fsdp`, or a config file
-    that says so). They are then loaded on the CPU, because they may not fit one GPU whole."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    """Whether weights will be sharded: the launcher asked for it (`accelerate launch --use_fsdp` or `--use_deepspeed`,
+    or a config file that says so). They are then loaded on the CPU, because they may not fit one GPU whole."""
+    return _asked("FSDP") or _asked("DEEPSPEED")
+
+
+def _asked(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
 
 
 def _fsdp_plugin(dtype: torch.dtype) -> Any:
@@ -84,12 +91,37 @@ def _fsdp_plugin(dtype: torch.dtype) -> Any:
     return plugin
 
 
+def _deepspeed_plugin() -> Any:
+    """accelerate's plugin from the launcher's settings, for ZeRO-3 whose weights are all on the GPUs."""
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"the launcher asks for DeepSpeed, which cannot be imported ({error}); pip install 'opcd-fast[deepspeed]'"
+        ) from error
+    from accelerate.utils import DeepSpeedPlugin
+
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"  # weights are looked at before they are sharded
+    plugin = DeepSpeedPlugin()
+    config = plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    if plugin.zero_stage != 3:
+        raise InputError(f"DeepSpeed's ZeRO stage {plugin.zero_stage} is not supported; set zero_stage: 3")
+    for part in ("offload_optimizer", "offload_param"):
+        if (zero.get(part) or {}).get("device", "none") not in ("none", None):
+            raise InputError(f"DeepSpeed's {part} is not supported; set {part}_device: none")
+    for part in ("optimizer", "scheduler"):
+        if part in config:
+            raise InputError(f"DeepSpeed's config names its own {part}; the run has one, drop it there")
+    return plugin
+
+
 def _refuse_engine(accelerator: Any) -> None:
     from accelerate.utils import DistributedType
 
     kind = accelerator.distributed_type
-    if shards() and kind != DistributedType.FSDP:
+    sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if shards() and kind not in sharding:
         raise InputError("the launcher asks for sharded weights, which accelerate has on GPUs only; use DDP on the CPU")
-    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
-    if kind not in known:
-        raise InputError(f"accelerate's engine {kind} is not supported; use DDP or FSDP2")
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *sharding):
+        raise InputError(f"accelerate's engine {kind} is not supported; use DDP, FSDP2 or ZeRO-3")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from opcd_fast.batch import Sample
+from opcd_fast.engine import Engine
 from opcd_fast.intervals import mean_and_error
 from opcd_fast.objective import Teacher, context_kl
-from opcd_fast.parallel import Parallel
 from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.retreat import TokenBudget
 from opcd_fast.rollout import Completion
@@ -28,13 +28,13 @@ def divergence(
     device: torch.device,
     micro_batch_tokens: int | None = None,
     budget: TokenBudget | None = None,
-    parallel: Parallel | None = None,
+    engine: Engine | None = None,
     **loss_options: Any,
 ) -> dict[str, float]:
     """Divergence of student and teacher on given sequences, without gradients.
 
     budget: in place of `micro_batch_tokens`, one that is shared with training, so that both keep what fits; its ranks
-    share the sequences out, and all get the same numbers. parallel: where the models' weights can be read.
+    share the sequences out, and all get the same numbers. engine: where the models' weights can be read.
 
     Returns:
         kl: mean over sequences of the mean token KL(student || teacher), nats;
@@ -62,7 +62,7 @@ def divergence(
                 compute_dtype=compute_dtype,
                 **loss_options,
             )
-            _, stats = score() if parallel is None else parallel.run(score)
+            _, stats = score() if engine is None else engine.run(score)
             if turn.empty:
                 continue
             lengths = batch.response_cu_seqlens.diff().tolist()
@@ -75,8 +75,8 @@ def divergence(
     was_training = student.training
     student.eval()
     try:
-        if parallel is not None:
-            parallel.read_contexts(teacher, samples)
+        if engine is not None:
+            engine.read_contexts(teacher, samples)
         by_sequence, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
     finally:
         student.train(was_training)

@@ -1,214 +1,55 @@
-"""The student on the engine that accelerate was launched with: one process, plain data parallelism, or FSDP2.
+"""The engine of a run, as accelerate was launched: one process, plain data parallelism, FSDP2 or ZeRO-3.
 
-Plain data parallelism keeps a whole model on every rank. Ranks work through their micro-batches on their own and
-meet once a step, in the sum of the gradients (`total`): how many micro-batches each has, or how often it tries, is its
-own business. torch's DDP would meet inside of the last backward pass instead.
-
-FSDP2 meets in every layer. Whatever reads the models' weights runs inside of one module's forward (`Parallel.run`). A
-decoder layer is gathered when that layer runs, and what lies outside of the layers (embeddings, last norm, lm-head)
-when that module's forward begins: the head is gathered once per micro-batch, not for every chunk of the loss, and its
-gradient takes the engine's own way.
+What all of them have in common is in `opcd_fast.engine`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from opcd_fast import transformers_seam as seam
-from opcd_fast.batch import Sample
 from opcd_fast.config import OPCDConfig
+from opcd_fast.engine import Engine
 from opcd_fast.errors import InputError
-from opcd_fast.importance import Drift
-from opcd_fast.loss import LossStats
+from opcd_fast.fsdp2_engine import FSDP2Engine
 from opcd_fast.model_pair import ModelPair, is_peft
 from opcd_fast.optimizers import make_optimizer
 from opcd_fast.quantized import is_quantized
-from opcd_fast.ranks import Ranks, map_tensors
+from opcd_fast.ranks import Ranks
 from opcd_fast.virtual_tokens import virtual_tokens
 
-T = TypeVar("T")
 
+def make_engine(
+    accelerator: Any, ranks: Ranks, pair: ModelPair, config: OPCDConfig, device: torch.device, dtype: torch.dtype
+) -> Engine:
+    """`pair`'s models on the engine of `accelerator`, with the optimizer of what is trained.
 
-class WorkInside(nn.Module):
-    """The models of a run as one module, whose forward is the work it is given."""
-
-    def __init__(self, models: list[Any]) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(models)
-        # What accelerate asks a transformers model for: the layers that are gathered one by one.
-        self._no_split_modules = sorted({type(layer).__name__ for m in models for layer in seam.layers_of(m)})
-
-    def forward(self, work: Callable[[], T]) -> T:
-        return work()
-
-
-class Parallel:
-    """`pair`'s models, prepared by `accelerator`, with the optimizer of what is trained; `device`: where that will be.
-
-    Where weights are sharded that happens here, in place: the models keep their identity, their parameters become
-    other tensors. Collective, as are all methods.
+    device, dtype: where the models will run, and the compute type. Collective, as all methods of what it returns.
 
     Raises InputError for settings that the engine does not go with.
     """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED"):
+        refuse_sharded(pair, config)
+    student = pair.student
+    trained = [p for p in student.parameters() if p.requires_grad]
+    prefix = virtual_tokens(student) > 0
+    optimizer = make_optimizer(config, trained, device, adapter=is_peft(student), prefix=prefix)
+    if kind == "FSDP":  # version 2: acceleration.py refuses the first one
+        return FSDP2Engine(accelerator, ranks, pair, optimizer)
+    if kind == "DEEPSPEED":
+        from opcd_fast.zero3_engine import ZeRO3Engine
 
-    def __init__(
-        self,
-        accelerator: Any,
-        ranks: Ranks,
-        pair: ModelPair,
-        config: OPCDConfig,
-        device: torch.device,
-    ) -> None:
-        self._accelerator, self.ranks = accelerator, ranks
-        kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-        self.sharded = kind == "FSDP"  # FSDP2: acceleration.py refuses the first version
-        student = pair.student
-        if self.sharded:
-            refuse_sharded(pair, config)
-        trained = [p for p in student.parameters() if p.requires_grad]
-        prefix = virtual_tokens(student) > 0
-        optimizer = make_optimizer(config, trained, device, adapter=is_peft(student), prefix=prefix)
-        self.module: Any = None
-        if self.sharded:
-            models = {id(m): m for m in (student, pair.teacher, pair.reference) if m}
-            self.module, self.optimizer = accelerator.prepare(WorkInside(list(models.values())), optimizer)
-            self._reshard = [(m, m is not self.module) for m in self.module.modules() if _is_fsdp(m)]
-        else:
-            self.optimizer = accelerator.prepare(optimizer)
-        self._student = student
-        self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        if ranks.world > 1 and not self.sharded:  # the first weights of a fresh adapter were drawn by each
-            for parameter in self.parameters.values():
-                torch.distributed.broadcast(parameter.data, 0)
-        self._whole = False
+        return ZeRO3Engine(accelerator, ranks, pair, optimizer, dtype, config.max_grad_norm)
+    return Engine(accelerator, ranks, pair, optimizer)
 
-    # ------------------------------------------------------------------------------------------ a step
 
-    def run(self, work: Callable[[], T]) -> T:
-        """`work()` where the models' weights can be read, gradients included."""
-        return work() if self.module is None or self._whole else self.module(work)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch. FSDP2 sends them each time, because whole gradients would need the memory
-        that sharding is there to save; and it takes the mean over the ranks, where the sum is wanted."""
-        self._accelerator.backward(loss * self.ranks.world if self.sharded else loss)
-
-    def total(
-        self, loss: float, statistics: list[LossStats], drift: Drift
-    ) -> tuple[float, list[LossStats], Drift]:
-        """What all ranks' shares of a step come to; their gradients too, which are summed in place."""
-        if not self.sharded and self.ranks.world > 1:
-            self._sum_gradients()
-        return self.ranks.sum(loss), self.ranks.gather_lists(statistics), Drift.total(self.ranks.gather(drift))
-
-    def _sum_gradients(self) -> None:
-        mine = [p.grad is not None for p in self.parameters.values()]  # none at all without a micro-batch
-        anywhere = [any(found) for found in zip(*self.ranks.gather(mine))]
-        wanted = [p for p, found in zip(self.parameters.values(), anywhere) if found]
-        for parameter in wanted:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        sums = [torch.distributed.all_reduce(p.grad, async_op=True) for p in wanted]
-        for one in sums:
-            one.wait()
-
-    def clip(self, limit: float) -> float:
-        """Scale gradients down to the norm `limit` over all parameters of all ranks; returns the norm before that."""
-        norm = self._accelerator.clip_grad_norm_(self.parameters.values(), limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Every rank has all weights, for as long as the block is open: for generation, whose number of forward passes
-        differs between ranks. They must fit one device in the compute type."""
-        if not self.sharded or self._whole:
-            yield
-            return
-        self.module(lambda: None)  # the first forward decides which module is the root
-        try:
-            for module, _ in self._reshard:
-                module.set_reshard_after_forward(False, recurse=False)
-                module.unshard()
-            self._whole = True
-            yield
-        finally:
-            self._whole = False
-            for module, reshard in self._reshard:
-                module.reshard()
-                module.set_reshard_after_forward(reshard, recurse=False)
-
-    def sampler(self, sampler: Any) -> Any:
-        """`sampler` as all ranks use it together."""
-        return SharedSampler(sampler, self) if self.sharded or self.ranks.world > 1 else sampler
-
-    def check_teacher(self, *teachers: Any) -> None:
-        """Raise InputError where a teacher's number of forward passes would differ between ranks that meet in each."""
-        for teacher in teachers:
-            if self.sharded and teacher is not None and not teacher.run_once_a_call():
-                raise InputError(
-                    f"this model's teacher runs on path {teacher.path!r}, once per context or sequence, which differ "
-                    "between ranks; sharded weights do not go with that: use plain data parallelism (DDP)"
-                )
-
-    def read_contexts(self, teacher: Any, samples: Sequence[Sample]) -> None:
-        """Where weights are sharded, all ranks read the contexts of all samples now, in one order: each reading runs
-        the model, and none may run it alone."""
-        if self.sharded:
-            self.run(lambda: teacher.read(sorted({sample.context_index for sample in samples})))
-
-    # ------------------------------------------------------------------------------------------ checkpoints
-
-    def gathered(self, value: Any) -> Any:
-        """`value` with whole CPU tensors for sharded ones on rank 0; on the other ranks with None for every tensor."""
-        if self.ranks.world == 1 and not self.sharded:
-            return value
-
-        def whole(tensor: Tensor) -> Tensor | None:
-            full = tensor.detach()
-            if hasattr(full, "full_tensor"):
-                full = full.full_tensor()
-            return full.cpu() if self.ranks.main else None
-
-        return map_tensors(value, whole)
-
-    @torch.no_grad()
-    def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Put whole weights and an optimizer's whole state back, however many ranks they came from."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(_sharded_like(parameter, weights[name]))
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        in_order = [p for group in inner.param_groups for p in group["params"]]
-        state = {
-            index: {
-                key: _sharded_like(in_order[index], value) if _of_parameter(value, in_order[index]) else value
-                for key, value in kept.items()
-            }
-            for index, kept in optimizer["state"].items()
-        }
-        self.optimizer.load_state_dict({**optimizer, "state": state})
-
-    def weights_writer(self, tokenizer: Any) -> Callable[[Path], None]:
-        """What writes the student's whole weights of now (the adapter, or the model) and `tokenizer` into a folder, on
-        rank 0."""
-        state = self.gathered(self._student.state_dict()) if self.sharded else None
-
-        def fill(folder: Path) -> None:
-            model = self._accelerator.unwrap_model(self._student)
-            # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
-            options: dict[str, Any] = {"save_embedding_layers": False} if is_peft(model) else {}
-            if state is not None:
-                options["state_dict"] = state
-            model.save_pretrained(folder, save_function=self._accelerator.save, **options)
-            tokenizer.save_pretrained(folder)
-
-        return fill
+def shared_sampler(sampler: Any, engine: Engine) -> Any:
+    """`sampler` as all ranks use it together."""
+    return SharedSampler(sampler, engine) if engine.sharded or engine.ranks.world > 1 else sampler
 
 
 class SharedSampler:
@@ -218,8 +59,8 @@ class SharedSampler:
     that it would have used for all; any other runs on rank 0 alone.
     """
 
-    def __init__(self, sampler: Any, parallel: Parallel) -> None:
-        self._sampler, self._parallel, self._ranks = sampler, parallel, parallel.ranks
+    def __init__(self, sampler: Any, engine: Engine) -> None:
+        self._sampler, self._engine, self._ranks = sampler, engine, engine.ranks
         self._takes_part = "only" in inspect.signature(sampler.generate).parameters
 
     def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Any]:
@@ -230,14 +71,14 @@ class SharedSampler:
                 return self._sampler.generate(prompts, only=part, **sampling)
             return self._sampler.generate(prompts, **sampling) if self._ranks.main else []
 
-        with self._parallel.whole():
+        with self._engine.whole():
             return self._ranks.gather_lists(self._ranks.together(answers))
 
     def sync(self, model: Any = None) -> None:
         if self._takes_part:
             self._sampler.sync(model)
             return
-        with self._parallel.whole():
+        with self._engine.whole():
             self._ranks.on_main(lambda: self._sampler.sync(model))
 
 
@@ -269,24 +110,3 @@ def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
             f"teacher_path={config.teacher_path!r}", "it runs the model once per context or sequence, which differ "
             "between ranks", "use 'auto', or plain data parallelism (DDP)",
         )  # fmt: skip
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
-
-
-def _of_parameter(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
-
-
-def _sharded_like(like: Tensor, full: Tensor) -> Tensor:
-    """`full`, the same on every rank, sharded as `like` is."""
-    full = full.to(like.device)
-    if not hasattr(like, "full_tensor"):
-        return full
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    return distribute_tensor(full.to(like.dtype), like.device_mesh, like.placements)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from opcd_fast import checkpoint
+from opcd_fast.engine import Engine
 from opcd_fast.errors import InputError
-from opcd_fast.parallel import Parallel
 from opcd_fast.run_folder import RunFolder
 from opcd_fast.teachers import Teachers
 
@@ -15,25 +15,25 @@ from opcd_fast.teachers import Teachers
 class Snapshots:
     """Everything that a later step depends on: trained weights, optimizer, a moving teacher, and the records.
 
-    parallel: the student's parameters and optimizer; what is saved is whole, whatever it is sharded over, and saving
+    engine: the student's parameters and optimizer; what is saved is whole, whatever it is sharded over, and saving
     and restoring are collective. identity: see `opcd_fast.run_identity`. keep: newest checkpoints that stay.
     """
 
     def __init__(
         self,
         folder: RunFolder,
-        parallel: Parallel,
+        engine: Engine,
         teachers: Teachers,
         identity: Callable[[], dict[str, Any]],
         keep: int,
     ) -> None:
-        self._folder, self._parallel, self._teachers = folder, parallel, teachers
+        self._folder, self._engine, self._teachers = folder, engine, teachers
         self._identity, self._keep = identity, keep
 
     def save(self, step: int) -> None:
-        parallel = self._parallel
-        saved = checkpoint.Saved(parallel.parameters, parallel.optimizer.state_dict(), self._teachers.state())
-        self._folder.save(step, parallel.gathered(saved), self._identity(), self._keep)
+        weights, optimizer = self._engine.state()
+        saved = checkpoint.Saved(weights, optimizer, self._engine.gathered(self._teachers.state()))
+        self._folder.save(step, saved, self._identity(), self._keep)
 
     def restore(self, steps: int) -> tuple[int, list[dict[str, Any]]]:
         """Put the newest checkpoint's state in place; its step and the records up to it.
@@ -43,6 +43,6 @@ class Snapshots:
         step, saved, records = self._folder.restore(self._identity())
         if step > steps:
             raise InputError(f"resume: the run has made {step} steps already, steps={steps}; give more")
-        self._parallel.restore(saved.weights, saved.optimizer)
+        self._engine.restore(saved.weights, saved.optimizer)
         self._teachers.restore(saved.teacher)
         return step, records

@@ -23,7 +23,6 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.acceleration import make_accelerator, shards
 from opcd_fast.batch import Sample
 from opcd_fast.config import OPCDConfig
-from opcd_fast.heads import LMHead
 from opcd_fast.health import check_finite
 from opcd_fast.held_out import fixed_sequences, held_out_record, mean_length
 from opcd_fast.importance import Drift
@@ -32,7 +31,7 @@ from opcd_fast.journal import Journal, TrainResult
 from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
-from opcd_fast.parallel import Parallel
+from opcd_fast.parallel import make_engine, shared_sampler
 from opcd_fast.preflight import Windows, check_context_matters, check_lengths
 from opcd_fast.progress import Progress
 from opcd_fast.prompt_order import prompts_of_step
@@ -139,15 +138,17 @@ class OPCDTrainer:
         self.model = pair.student
         self.share_prompts = shares_prompts(self.model, config.share_prompts, config.rollouts_per_prompt)
         vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)
-        self.parallel = Parallel(self.accelerator, self.ranks, pair, config, self.device)
-        self.optimizer, self.parameters = self.parallel.optimizer, self.parallel.parameters
-        self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
+        self.engine = make_engine(
+            self.accelerator, self.ranks, pair, config, self.device, self.compute_dtype
+        )
+        self.parameters = self.engine.parameters
+        self.teachers = Teachers(pair, self.prefixes, config, self.device, self.engine.autocast)
         self.teacher = self.teachers.teacher
-        self.parallel.check_teacher(self.teacher, self.teachers.reference)
-        self.budget = TokenBudget(config.micro_batch_tokens, self.ranks, together=self.parallel.sharded)
+        self.engine.check_teacher(self.teacher, self.teachers.reference)
+        self.budget = TokenBudget(config.micro_batch_tokens, self.ranks, together=self.engine.sharded)
         stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
         common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
-        sampling = replace(config, merge_for_rollout=False) if self.parallel.sharded else config
+        sampling = replace(config, merge_for_rollout=False) if self.engine.sharded else config
         self.rollout = make_rollout(
             sampling, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
         )
@@ -165,7 +166,7 @@ class OPCDTrainer:
         self.base_weights = partial(seam.without_adapters, self.model) if shares_base else self.teachers.at_work
         self.teacher_writes = TeacherWriter(
             config, pair, self.prefixes, self.teacher_rollout, self.base_weights, self.eval_rollout,
-            self.parallel.sampler, **common,
+            partial(shared_sampler, engine=self.engine), **common,
         )  # fmt: skip
         self.source = answer_source(
             config, self._path, asked, self._prompts_of, self.student_writes, self.teacher_writes, self._sampling,
@@ -173,7 +174,7 @@ class OPCDTrainer:
         )  # fmt: skip
         self._objective, self._filler = objective_of(config), objective_of(config, weigh=False)
         self.snapshots = Snapshots(
-            self.folder, self.parallel, self.teachers, self._identity, config.keep_checkpoints
+            self.folder, self.engine, self.teachers, self._identity, config.keep_checkpoints
         )
 
     # ------------------------------------------------------------------------------------------ the method
@@ -217,12 +218,12 @@ class OPCDTrainer:
                 drawn = self.source.draw(step)  # the student answers, without the context
             samples = drawn.samples  # of all ranks, each of which scores its share
             denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch or a rank
-            self.parallel.read_contexts(self.teacher, samples)
-            student_head = LMHead.from_model(self.model)
+            self.engine.read_contexts(self.teacher, samples)
+            student_head = self.engine.student_head()
 
             def gradients() -> tuple[float, list[Any], Drift]:
                 loss, statistics, drift = 0.0, [], Drift()
-                self.optimizer.zero_grad(set_to_none=True)
+                self.engine.zero_grad()
                 with seeded(stream_seed(config.seed, self.ranks.stream("dropout"), step), self.device):
                     for turn in self.budget.rounds(samples, share_prompts=self.share_prompts):
                         objective = partial(
@@ -236,9 +237,9 @@ class OPCDTrainer:
                             drift=drift,
                             **self._loss_options(),
                         )
-                        part, stats = self.parallel.run(objective)
+                        part, stats = self.engine.run(objective)
                         with watch("backward"):
-                            self.parallel.backward(part)
+                            self.engine.backward(part)
                         if not turn.empty:
                             loss += float(part.detach())
                             statistics.append(stats)
@@ -246,20 +247,20 @@ class OPCDTrainer:
                 return loss, statistics, drift
 
             found = self.budget.retrying(gradients, f"step {step + 1}")
-            loss, statistics, drift = self.parallel.total(*found)
+            loss, statistics, drift = self.engine.total(*found)
 
         with watch("optimizer"):
             limit = config.max_grad_norm or math.inf
-            norm = self.parallel.clip(limit)
+            norm = self.engine.clip(limit)
             check_finite(step + 1, loss, norm)  # before the weights are touched
-            self.optimizer.step()
+            self.engine.step()
             self.teachers.after_step(step + 1)
         record = step_record(step + 1, loss, norm, samples, drawn.answers, statistics, watch.seconds, drift)
         return record | described(config) | drawn.more
 
     def save(self, path: str | Path) -> None:
         """Write the trained weights (the adapter, or the whole model) and the tokenizer; whole or not at all."""
-        fill = self.parallel.weights_writer(self.tokenizer)
+        fill = self.engine.weights_writer(self.tokenizer)
         self.ranks.on_main(lambda: checkpoint.write_folder(Path(path), fill))
 
     # ------------------------------------------------------------------------------------------ steps and records
@@ -270,7 +271,7 @@ class OPCDTrainer:
 
     def student_writes(self, rows: Sequence[RenderedPrompt], sampling: Mapping[str, Any]) -> list[Completion]:
         """The student's answers, without the context."""
-        rollout = self.parallel.sampler(self.rollout)
+        rollout = shared_sampler(self.rollout, self.engine)
         rollout.sync(self.model)
         return rollout.generate([row.student_ids for row in rows], **sampling)
 
@@ -289,7 +290,7 @@ class OPCDTrainer:
             "compute_dtype": self.compute_dtype,
             "backend": self.config.loss_backend,
             "workspace_bytes": self.config.workspace_bytes,
-            "autocast": self.accelerator.autocast,
+            "autocast": self.engine.autocast,
         }
 
     def _evaluate(self, step: int, fixed: list[Sample], journal: Journal, interruption: Interruption) -> None:
@@ -300,12 +301,12 @@ class OPCDTrainer:
         assert self.teachers.reference is not None
         # Asked once, on rank 0: a scorer may give another number each time, and ranks must agree on the best.
         score = None if self._score is None else self.ranks.by_main(self._score)
-        rollout = self.parallel.sampler(self.eval_rollout)
+        rollout = shared_sampler(self.eval_rollout, self.engine)
         with interruption.abandonable():
             rollout.sync(self.model)
             record = held_out_record(
                 step, self.eval_rows, fixed, rollout, self._sampling("evaluation", 0), self.model,
-                self.teachers.reference, score=score, device=self.device, budget=self.budget, parallel=self.parallel,
+                self.teachers.reference, score=score, device=self.device, budget=self.budget, engine=self.engine,
                 **self._loss_options(),
             )  # fmt: skip
             record |= self.source.evaluate()
@@ -315,7 +316,7 @@ class OPCDTrainer:
         if not self.eval_rows or not self.config.eval_every:
             return []
         sampling, first = self._sampling("fixed", 0), self.base_weights()
-        rollout = self.parallel.sampler(self.teacher_rollout)
+        rollout = shared_sampler(self.teacher_rollout, self.engine)
         return fixed_sequences(self.folder, self.eval_rows, self.prefixes, rollout, first, sampling)
 
     def _keep(self, step: int, journal: Journal) -> None:
@@ -327,7 +328,7 @@ class OPCDTrainer:
         if last or is_best or (config.save_every and step % config.save_every == 0):
             self.snapshots.save(step)
         if is_best:
-            self.folder.save_best(journal.evaluations[-1], self.parallel.weights_writer(self.tokenizer))
+            self.folder.save_best(journal.evaluations[-1], self.engine.weights_writer(self.tokenizer))
 
     def _start_or_resume(self) -> tuple[int, Journal]:
         config, step = self.config, 0
@@ -339,7 +340,7 @@ class OPCDTrainer:
         else:
             with torch.no_grad(), self.teachers.at_work():
                 first = self.teachers.first_weights()
-                self.parallel.run(partial(check_context_matters, self.train_rows, *first, **self._loss_options()))
+                self.engine.run(partial(check_context_matters, self.train_rows, *first, **self._loss_options()))
             self.folder.start(asdict(config))
             self.ranks.on_main(lambda: write_record(self._path, self.origins))
         trackers = self.ranks.together(lambda: Trackers(self.accelerator, self._path, asdict(config), step))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+CONTEXTS = ["always answer with zzz", "never say anything but q"]
+PROMPTS = [{"prompt": f"question {i}" + " and more" * (i % 3), "privileged_context": CONTEXTS[i % 2]} for i in range(7)]
 WORKER = Path(__file__).with_name("ranks_worker.py")
 UNEVEN = {"micro_batch_tokens": 1, "batch_size": 5}  # shares of 3 and 2 answers, each a micro-batch
 RUNNING = {
@@ -42,6 +44,27 @@ SLOW_JOBS = {
         "engine": "ddp", "settings": {"lora_rank": 4, "rollouts_per_prompt": 3, "micro_batch_tokens": 200},
     },
 }
+ZERO3_JOBS = {
+    "zero3-lora": {
+        "engine": "zero3", "settings": {
+            "lora_rank": 4, "rollouts_per_prompt": 2, "micro_batch_tokens": 250, "max_grad_norm": 0.01,
+            "gradient_checkpointing": True,
+        },
+    },
+    "zero3-full": {"engine": "zero3", "settings": UNEVEN, "tied": True},
+    "zero3-bf16": {"engine": "zero3", "settings": {"dtype": "bfloat16"}, "tied": True},
+}  # fmt: skip
+SLOW_ZERO3_JOBS = {
+    "zero3-teacher-writes": {
+        "engine": "zero3", "settings": {**UNEVEN, "lora_rank": 4, "answers": "teacher", "divergence": "forward_kl"},
+    },
+    "zero3-other-teacher": {
+        "engine": "zero3", "settings": {"lora_rank": 4, "normalize": "token", "max_grad_norm": 0}, "teacher": True,
+    },
+    "zero3-live-teacher": {"engine": "zero3", "settings": {"lora_rank": 4, "teacher_mode": "live"}},
+    "zero3-running": {"engine": "zero3", "settings": RUNNING, "scores": True, "stale": True},
+    "zero3-bf16-lora": {"engine": "zero3", "settings": {"lora_rank": 4, "dtype": "bfloat16"}},
+}  # fmt: skip
 GROUP_OF_TWO = 80  # tokens: a rank has several micro-batches, some of more than one sequence, which can be halved
 
 
@@ -69,7 +92,7 @@ def launch(jobs, world, folder):
 
 
 def job(name, folder, *, settings=(), **more):
-    made = {**JOBS, **SLOW_JOBS}[name]
+    made = {**JOBS, **SLOW_JOBS, **ZERO3_JOBS, **SLOW_ZERO3_JOBS}[name]
     return {**made, "settings": {**made["settings"], "output_dir": str(folder), **dict(settings)}, **more}
 
 
@@ -114,6 +137,46 @@ def slow_runs(base):
     launch(jobs, 2, folder)
     launch([job(name, one / name, engine="ddp") for name in (*SLOW_JOBS, "fsdp2-lora", "running-ddp")], 1, folder)
     return folder
+
+
+@functools.cache
+def zero3_runs(base):
+    folder = base / "zero3-ranks"
+    two, one, resume = folder / "two", folder / "one", {"resume": True}
+    bf16 = answers_of_all(folder)
+    jobs = [job(name, two / name, settings=bf16 if "bf16" in name else ()) for name in ZERO3_JOBS]
+    jobs += [job("zero3-full", two / "cut", kill=2), job("zero3-full", two / "cut", settings=resume)]
+    jobs += [job("zero3-bf16", two / "cut-bf16", settings=bf16, kill=2)]
+    jobs += [job("zero3-bf16", two / "cut-bf16", settings={**bf16, **resume})]
+    jobs += [job("zero3-full", two / "cut-for-one", kill=2)]
+    jobs += [job("zero3-bf16", two / "fsdp2-bf16", settings=bf16, engine="fsdp2")]
+    launch(jobs, 2, folder)
+    jobs = [job(name, one / name, engine="ddp") for name in ("zero3-lora", "zero3-full")]
+    jobs += [job("zero3-full", two / "cut-for-one", settings=resume, engine="ddp")]
+    launch(jobs, 1, folder)
+    return folder
+
+
+@functools.cache
+def slow_zero3_runs(base):
+    folder = base / "slow-zero3-ranks"
+    bf16 = answers_of_all(folder)
+    for world in (2, 1):
+        engine = {} if world == 2 else {"engine": "ddp"}
+        place = folder / ("one" if world == 1 else "two")
+        launch(
+            [job(name, place / name, settings=bf16 if "bf16" in name else (), **engine) for name in SLOW_ZERO3_JOBS],
+            world, folder,
+        )  # fmt: skip
+    return folder
+
+
+def answers_of_all(folder):
+    """Settings of runs in bf16, where ranks sample other answers than one process: rounding depends on the batch."""
+    folder.mkdir()
+    answers = [{"prompt": prompt["prompt"], "response": "the same"[i:]} for i, prompt in enumerate(PROMPTS)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    return {"rollout": "replay", "rollout_file": str(folder / "answers.jsonl"), "eval_every": 0}
 
 
 def told(folder, ranks=2):

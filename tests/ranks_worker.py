@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.tracking import GeneralTracker
+from rank_runs import PROMPTS
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.acceleration import shards
@@ -24,13 +25,15 @@ from opcd_fast.trainer import OPCDTrainer
 faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for ever says where
 torch.set_num_threads(1)
 STOP = list("abcdefghijklmnopqrstuvw")  # answers of many lengths
-CONTEXTS = ["always answer with zzz", "never say anything but q"]
-PROMPTS = [{"prompt": f"question {i}" + " and more" * (i % 3), "privileged_context": CONTEXTS[i % 2]} for i in range(7)]
 ENGINES = {
     "ddp": {},
     "fsdp2": {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(Path(__file__).with_name("zero3.json")),  # small weights sharded too
     },
 }  # fmt: skip
 RANK = int(os.environ.get("RANK", "0"))
@@ -40,17 +43,22 @@ class Killed(Exception):
     pass
 
 
-def allow_fsdp_on_the_cpu() -> None:
-    """accelerate has FSDP on GPUs only; torch has it over gloo as well, and everything after this choice is theirs."""
+def allow_sharding_on_the_cpu() -> None:
+    """accelerate has FSDP and DeepSpeed on GPUs only; torch and DeepSpeed have them over gloo as well, and everything
+    after this choice is theirs."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
     plain = AcceleratorState.__init__
 
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    def init(self, *args, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if deepspeed_plugin is not None:
+            deepspeed_plugin.set_mixed_precision("no")
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.distributed_type, self.deepspeed_plugins = DistributedType.DEEPSPEED, deepspeed_plugin
 
     AcceleratorState.__init__ = init
 
@@ -63,6 +71,8 @@ def run(job: dict) -> None:
         for name in names:
             os.environ.pop(name, None)
     os.environ.update(ENGINES[job.get("engine", "ddp")])
+    if job.get("engine") == "zero3":
+        keep_to_gloo()
     config = {
         "steps": 3, "batch_size": 5, "max_new_tokens": 7, "learning_rate": 1e-2, "eval_every": 3, "save_every": 1,
         "keep_checkpoints": 9, "device": "cpu", "dtype": "float32", "stop_tokens": STOP, **job["settings"],
@@ -84,8 +94,7 @@ def run(job: dict) -> None:
         scorer=score if job.get("scores") else None, trackers=[tracker],
     )  # fmt: skip
     if shards():
-        sharded = [type(p).__name__ for p in trainer.model.parameters()]
-        assert set(sharded) == {"DTensor"}, sharded
+        assert_sharded(trainer.model, job["engine"])
     if job.get("stale"):
         say_other_logprobs(trainer.rollout)
     fail = job.get("fail")
@@ -122,6 +131,21 @@ def run(job: dict) -> None:
         (Path(config["output_dir"]) / f"error-{RANK}").write_text(str(error))
 
 
+def keep_to_gloo() -> None:
+    """DeepSpeed would compile collectives of its own for CPUs, which takes half a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def assert_sharded(model, engine):
+    if engine == "zero3":
+        whole = {name: p.numel() for name, p in model.named_parameters() if p.numel() or not hasattr(p, "ds_id")}
+        assert not any("proj" in name or "embed" in name for name in whole), whole  # small ones stay
+    else:
+        assert {type(p).__name__ for p in model.parameters()} == {"DTensor"}
+
+
 def score(messages, answer, row):
     assert RANK == 0, "a scorer may say something else on another rank"
     return len(answer)
@@ -147,17 +171,17 @@ class StepsTracker(GeneralTracker):
 
 def run_out_of_memory(trainer, call):
     """In the `call`-th backward pass, whose gradients are there by then, or where ranks meet in it: before it."""
-    backward, count = trainer.parallel.backward, [0]
+    backward, count = trainer.engine.backward, [0]
 
     def failing(loss):
         count[0] += 1
         fails = count[0] == call
-        if not (fails and trainer.parallel.sharded):
+        if not (fails and trainer.engine.sharded):
             backward(loss)
         if fails:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    trainer.parallel.backward = failing
+    trainer.engine.backward = failing
 
 
 def say_other_logprobs(rollout):
@@ -194,7 +218,7 @@ def break_rank(trainer, where):
 
 
 if __name__ == "__main__":
-    allow_fsdp_on_the_cpu()
+    allow_sharding_on_the_cpu()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
         print("done", job["settings"]["output_dir"], flush=True)

@@ -169,8 +169,9 @@ def test_shipped_configurations_are_what_accelerate_reads(tmp_path):
         config = load_config_from_file(str(file))  # refuses keys that accelerate does not know
         kinds[file.stem] = str(config.distributed_type.value)
         assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
-    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
     assert load_config_from_file(str(folder / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
+    assert load_config_from_file(str(folder / "zero3.yaml")).deepspeed_config["zero_stage"] == 3
 
 
 # --------------------------------------------------------------------------------------------- what is refused
@@ -217,5 +218,6 @@ def test_engines_that_are_refused(monkeypatch):
             make_accelerator(torch.device("cpu"), torch.float32)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match="DeepSpeed is not supported yet"):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(InputError, match=r"DeepSpeed, which cannot be imported.*pip install 'opcd-fast\[deepspeed\]'"):
         make_accelerator(torch.device("cpu"), torch.float32)

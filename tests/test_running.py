@@ -269,7 +269,7 @@ def test_a_signal_saves_and_the_rest_is_the_same(tokenizer, tmp_path, number, mo
         # before the first step the rollout also makes the evaluation's answers
         "rollout": (trainer.rollout, "generate", 5, 2),  # evaluation, 1, 2, evaluation, 3
         "loss": (trainer, "_objective", 3, 2),
-        "optimizer": (trainer.optimizer, "step", 3, 3),
+        "optimizer": (trainer.engine, "step", 3, 3),
         "evaluation": (sys.modules["opcd_fast.trainer"], "held_out_record", 2, 2),
         "fixed": (trainer.teacher_rollout, "generate", 1, 0),
         "saving": (trainer.snapshots, "save", 1, 2),

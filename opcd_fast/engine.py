@@ -1,0 +1,205 @@
+"""What holds a run's weights and moves its gradients; this one keeps whole weights on every rank.
+
+Plain data parallelism: ranks work through their micro-batches on their own and meet once a step, in the sum of the
+gradients. How many micro-batches each has, or how often it tries, is its own business. torch's DDP would meet inside of
+the last backward pass instead. With one process there is nobody to meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.batch import Sample
+from opcd_fast.errors import InputError
+from opcd_fast.heads import LMHead
+from opcd_fast.importance import Drift
+from opcd_fast.loss import LossStats
+from opcd_fast.model_pair import ModelPair, is_peft
+from opcd_fast.ranks import Ranks, map_tensors
+
+T = TypeVar("T")
+
+
+class Engine:
+    """`pair`'s models and the `optimizer` of what is trained, prepared by `accelerator`.
+
+    Subclasses shard the weights, in place: the models keep their identity. All methods are then collective.
+    """
+
+    sharded = False
+    """Whether ranks meet inside of every pass."""
+
+    def __init__(self, accelerator: Any, ranks: Ranks, pair: ModelPair, optimizer: Any) -> None:
+        self.accelerator, self.ranks, self.student = accelerator, ranks, pair.student
+        self._prepare(pair, optimizer)
+        self.parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        """What is trained, by name."""
+
+    def _prepare(self, pair: ModelPair, optimizer: Any) -> None:
+        self.optimizer = self.accelerator.prepare(optimizer)
+        if self.ranks.world > 1:  # the first weights of a fresh adapter were drawn by each
+            for parameter in self.student.parameters():
+                if parameter.requires_grad:
+                    torch.distributed.broadcast(parameter.data, 0)
+
+    # ------------------------------------------------------------------------------------------ a step
+
+    def run(self, work: Callable[[], T]) -> T:
+        """`work()` where the models' weights can be read, gradients included."""
+        return work()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Every rank has all weights, for as long as the block is open: for generation, whose number of forward passes
+        differs between ranks. They must fit one device in the compute type."""
+        yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the student's forward runs under when its weights are fp32 masters."""
+        return self.accelerator.autocast()
+
+    def student_head(self) -> LMHead:
+        """The student's lm-head, for `run`: its weights need not be there outside."""
+        return LMHead.from_model(self.student)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch."""
+        self.accelerator.backward(loss)
+
+    def _sum_gradients(self) -> None:
+        if self.ranks.world == 1:
+            return
+        mine = [p.grad is not None for p in self.parameters.values()]  # none at all without a micro-batch
+        anywhere = [any(found) for found in zip(*self.ranks.gather(mine))]
+        wanted = [p for p, found in zip(self.parameters.values(), anywhere) if found]
+        for parameter in wanted:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sums = [torch.distributed.all_reduce(p.grad, async_op=True) for p in wanted]
+        for one in sums:
+            one.wait()
+
+    def clip(self, limit: float) -> float:
+        """Scale gradients down to the norm `limit` over all parameters of all ranks; returns the norm before that."""
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def total(
+        self, loss: float, statistics: list[LossStats], drift: Drift
+    ) -> tuple[float, list[LossStats], Drift]:
+        """What all ranks' shares of a step come to; their gradients too, which are summed in place."""
+        self._sum_gradients()
+        return self.ranks.sum(loss), self.ranks.gather_lists(statistics), Drift.total(self.ranks.gather(drift))
+
+    # ------------------------------------------------------------------------------------------ teachers
+
+    def check_teacher(self, *teachers: Any) -> None:
+        """Raise InputError where a teacher's number of forward passes would differ between ranks that meet in each."""
+        for teacher in teachers:
+            if self.sharded and teacher is not None and not teacher.run_once_a_call():
+                raise InputError(
+                    f"this model's teacher runs on path {teacher.path!r}, once per context or sequence, which differ "
+                    "between ranks; sharded weights do not go with that: use plain data parallelism (DDP)"
+                )
+
+    def read_contexts(self, teacher: Any, samples: Sequence[Sample]) -> None:
+        """Where weights are sharded, all ranks read the contexts of all samples now, in one order: each reading runs
+        the model, and none may run it alone."""
+        if self.sharded:
+            self.run(lambda: teacher.read(sorted({sample.context_index for sample in samples})))
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Trained weights by name, and the optimizer's `state_dict`, of whole tensors; see `gathered`."""
+        return self.gathered((self.parameters, self.optimizer.state_dict()))
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        """Put whole weights and an optimizer's whole state back, however many ranks they came from."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._mine(parameter, weights[name]))
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        in_order = [p for group in inner.param_groups for p in group["params"]]
+        state = {
+            index: {
+                key: self._mine(in_order[index], value) if of_parameter(value, in_order[index].shape) else value
+                for key, value in kept.items()
+            }
+            for index, kept in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict({**optimizer, "state": state})
+
+    def weights_writer(self, tokenizer: Any) -> Callable[[Path], None]:
+        """What writes the student's whole weights of now (the adapter, or the model) and `tokenizer` into a folder, on
+        rank 0."""
+        state = self._whole_student() if self.sharded else None
+
+        def fill(folder: Path) -> None:
+            model = self.accelerator.unwrap_model(self.student)
+            # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
+            options: dict[str, Any] = {"save_embedding_layers": False} if is_peft(model) else {}
+            if state is not None:
+                options["state_dict"] = state
+            model.save_pretrained(folder, save_function=self.accelerator.save, **options)
+            tokenizer.save_pretrained(folder)
+
+        return fill
+
+    def _whole_student(self) -> dict[str, Any]:
+        """What `save_pretrained` writes, `gathered`: an adapter, or all weights."""
+        state = self.student.state_dict(keep_vars=True)
+        wanted = self.parameters.keys() if is_peft(self.student) else state.keys()
+        return self.gathered({name: state[name] for name in wanted})
+
+    def gathered(self, value: Any) -> Any:
+        """`value` with whole CPU tensors on rank 0 and None for every tensor on the others; as it is, where one process
+        has all weights. Tensors are looked for inside of dicts, lists, tuples and dataclasses."""
+        if self.ranks.world == 1 and not self.sharded:
+            return value
+
+        def whole(tensor: Tensor) -> Tensor | None:
+            full = self._full(tensor.detach())
+            return full.cpu() if self.ranks.main else None
+
+        return map_tensors(value, whole)
+
+    def _full(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _mine(self, like: Tensor, full: Tensor) -> Tensor:
+        """This rank's part of `full`, as it has one of `like`."""
+        return full.to(like.device)
+
+
+class WorkInside(nn.Module):
+    """The models of a run as one module, whose forward is the work it is given: there an engine has their weights."""
+
+    def __init__(self, pair: ModelPair) -> None:
+        super().__init__()
+        models = {id(m): m for m in (pair.student, pair.teacher, pair.reference) if m}
+        self.models = nn.ModuleList(models.values())
+        # What accelerate asks a transformers model for: the layers that are gathered one by one.
+        layers = (layer for model in models.values() for layer in seam.layers_of(model))
+        self._no_split_modules = sorted({type(layer).__name__ for layer in layers})
+
+    def forward(self, work: Callable[[], T]) -> tuple[T]:
+        return (work(),)  # engines look for tensors in what a module returns, and know tuples
+
+
+def of_parameter(value: Any, shape: torch.Size) -> bool:
+    """Whether an entry of an optimizer's state belongs to the numbers of a parameter one by one."""
+    return isinstance(value, Tensor) and value.shape == shape and value.ndim > 0

@@ -1,0 +1,230 @@
+"""Weights, gradients and optimizer sharded by DeepSpeed's ZeRO-3.
+
+Every module gathers its own weights when it runs, so ranks meet in each. The lm-head, whose weights the loss reads by
+itself, is gathered when the forward of `WorkInside` begins, and again when its backward does.
+
+An adapter's weights stay fp32 beside a base in the compute type, as in one process. Full fine-tuning runs on weights in
+the compute type; the engine keeps fp32 masters of them. Gradients are summed in fp32 in both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.engine import Engine, WorkInside, of_parameter
+from opcd_fast.heads import LMHead
+from opcd_fast.model_pair import ModelPair, is_peft
+from opcd_fast.ranks import Ranks
+from opcd_fast.weight_versions import HOME
+
+T = TypeVar("T")
+
+
+class ZeRO3Engine(Engine):
+    """Parameters keep their identity and are empty unless gathered.
+
+    dtype: the compute type. max_grad_norm: the engine clips by itself, in `step`; None or 0 for not at all.
+    """
+
+    sharded = True
+
+    def __init__(
+        self, accelerator: Any, ranks: Ranks, pair: ModelPair, optimizer: Any, dtype: torch.dtype, max_grad_norm: float
+    ) -> None:
+        self._limit = max_grad_norm or 0.0
+        self._low = dtype != torch.float32
+        super().__init__(accelerator, ranks, pair, optimizer)
+
+    def _prepare(self, pair: ModelPair, optimizer: Any) -> None:
+        self._groups = optimizer.state_dict()["param_groups"]
+        self._in_order = [p for group in optimizer.param_groups for p in group["params"]]
+        masters = not is_peft(pair.student)
+        self._head = LMHead.from_model(pair.student)
+        plugin = self.accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config.update(settings(self._low and masters, self._limit, self.ranks.world))
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        inside = WorkInside(pair)
+        self._module, self.optimizer = self.accelerator.prepare(inside, optimizer)
+        self._zero = self._module.optimizer
+        self._offload = self._zero.parameter_offload
+        self._everything: list[Any] = list(inside.parameters())
+        for parameter in self._everything:
+            setattr(parameter, HOME, parameter.ds_tensor)  # its own memory comes and goes
+        self._register_heads(inside)
+        self._whole = False
+
+    def _register_heads(self, inside: WorkInside) -> None:
+        from deepspeed.runtime.zero import register_external_parameter
+
+        for model in inside.models:
+            for weights in seam.head_weights(model):
+                if weights is not None:
+                    register_external_parameter(inside, weights)
+
+    # ------------------------------------------------------------------------------------------ a step
+
+    def run(self, work: Callable[[], T]) -> T:
+        return work() if self._whole else self._module(work)[0]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self._whole:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(self._everything):
+            # A module's hooks would give its weights back after the first token.
+            for handle in (*self._offload.forward_hooks, *self._offload.backward_hooks):
+                handle.remove()
+            self._offload.forward_hooks, self._offload.backward_hooks = [], []
+            self._whole = True
+            try:
+                yield
+            finally:
+                self._whole = False
+                self._offload._register_deepspeed_module(self._offload.module)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        device = self._everything[0].device.type
+        return torch.autocast(device, dtype=torch.bfloat16) if self._low else nullcontext()
+
+    def student_head(self) -> LMHead:
+        return self._head
+
+    def zero_grad(self) -> None:
+        self._zero.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Sends the gradients each time, and takes their mean over the ranks, where the sum is wanted."""
+        self._module.set_gradient_accumulation_boundary(False)
+        self._module.backward(loss * self.ranks.world, scale_wrt_gas=False)
+
+    def _sum_gradients(self) -> None:
+        """They are sums already."""
+
+    def clip(self, limit: float) -> float:
+        """The norm over all ranks; `step` scales the gradients down."""
+        from deepspeed.utils import safe_get_local_grad
+
+        assert limit == (self._limit or math.inf)
+        mine = [safe_get_local_grad(p).float().square().sum() for p in self._in_order]
+        return math.sqrt(self.ranks.sum(float(torch.stack(mine).double().sum())))
+
+    def step(self) -> None:
+        self._module.set_gradient_accumulation_boundary(True)
+        self._module.step()
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        weights = {name: self._kept(self._master(p)) for name, p in self.parameters.items()}
+        inner = self._zero.optimizer.state
+        entries: dict[str, Any] = next(iter(inner.values()), {})
+        flat = self._zero.fp32_partitioned_groups_flat[0]
+        state = {
+            index: {
+                key: self._kept(safe_get_full_optimizer_state(p, key).view(p.ds_shape))
+                if of_parameter(value, flat.shape)
+                else _counter(value, torch.device("cpu"))
+                for key, value in entries.items()
+            }
+            for index, p in enumerate(self._in_order if entries else ())
+        }
+        return weights, {"state": state, "param_groups": self._groups}
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        for name, parameter in self.parameters.items():
+            self._set(parameter, weights[name])
+        if not optimizer["state"]:
+            return
+        first = optimizer["state"][0]
+        shape = self._in_order[0].ds_shape
+        inner, fused = self._zero.optimizer.state, self._groups[0].get("fused")
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            place = flat.device if fused else torch.device("cpu")
+            inner[flat] = {
+                key: torch.zeros_like(flat) if of_parameter(value, shape) else _counter(value, place)
+                for key, value in first.items()
+            }
+        for index, parameter in enumerate(self._in_order):
+            for key, value in optimizer["state"][index].items():
+                if of_parameter(value, parameter.ds_shape):
+                    safe_set_local_optimizer_state(parameter, self._mine(parameter, value), key)
+
+    def _whole_student(self) -> dict[str, Any]:
+        state = self.student.state_dict(keep_vars=True)
+        wanted = self.parameters.keys() if is_peft(self.student) else state.keys()
+        found: dict[int, Any] = {}  # weights that are tied come once
+        for name in wanted:
+            if id(state[name]) not in found:
+                found[id(state[name])] = self._kept(self._full(state[name]))
+        return {name: found[id(state[name])] for name in wanted}
+
+    def _kept(self, full: Tensor) -> Tensor | None:
+        return full.detach().cpu() if self.ranks.main else None
+
+    def _full(self, tensor: Tensor) -> Tensor:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        if not hasattr(tensor, "ds_id"):
+            return tensor
+        if tensor.requires_grad:
+            return self._master(tensor)
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+
+    def _master(self, parameter: Tensor) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).view(parameter.ds_shape)  # type: ignore[attr-defined]
+
+    def _mine(self, like: Tensor, full: Tensor) -> Tensor:
+        """The last rank's part may be filled up with zeros: all have one length."""
+        size = like.ds_tensor.numel()  # type: ignore[attr-defined]
+        part = full.flatten()[size * self.ranks.rank : size * (self.ranks.rank + 1)]
+        out = torch.zeros(size, dtype=torch.float32, device=like.device)
+        out[: part.numel()] = part
+        return out
+
+    def _set(self, parameter: Tensor, weights: Tensor) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            if self.ranks.main:
+                parameter.data.copy_(weights)
+        safe_set_local_fp32_param(parameter, self._mine(parameter, weights))
+
+
+def _counter(value: Any, place: torch.device) -> Any:
+    """What is no average of a parameter: the number of steps, which an optimizer counts up in place."""
+    return value.detach().to(place, copy=True) if isinstance(value, Tensor) else value
+
+
+def settings(low: bool, max_grad_norm: float, world: int) -> dict[str, Any]:
+    """What a run decides of DeepSpeed's configuration. low: weights are bf16, with fp32 masters."""
+    return {
+        "train_batch_size": world,  # of no consequence: the loop makes its own micro-batches
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": low},
+        "fp16": {"enabled": False},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_force_ds_cpu_optimizer": False,
+    }

@@ -1,5 +1,6 @@
 """What the CPU's allocator held, moment by moment, in one step of a real run."""
 
+import gc
 from contextlib import contextmanager
 
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -25,8 +26,10 @@ def marked_parts(monkeypatch):
 def recorded_peaks(make_and_train, monkeypatch):
     """Peak bytes of each part of the second step of the run that `make_and_train` makes from nothing.
 
-    The profiler has to see everything made: it does not know the size of what was there before it.
+    The profiler has to see everything made: it does not know the size of what was there before it, unless another
+    profile of this process saw that. Such garbage would count as less than nothing when it is found.
     """
+    gc.collect()
     with (
         marked_parts(monkeypatch),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run,

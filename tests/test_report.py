@@ -253,20 +253,42 @@ def test_a_teacher_in_memory_is_not_taken_for_the_base(base, tmp_path):
         measure(tmp_path / "r", ReportOptions())
 
 
-def test_a_larger_teacher_is_loaded_again_and_scores(base, tmp_path):
+def train_with_teacher(base, other, folder):
     from opcd_fast.config import OPCDConfig
     from opcd_fast.trainer import OPCDTrainer
 
-    other = save_base(tmp_path / "other", seed=7)
-    config = OPCDConfig(output_dir=str(tmp_path / "r"), steps=1, batch_size=2, max_new_tokens=6, lora_rank=2,
+    config = OPCDConfig(output_dir=str(folder), steps=1, batch_size=2, max_new_tokens=6, lora_rank=2,
                         device="cpu", dtype="float32", eval_every=0)  # fmt: skip
     teacher = load_model(other, dtype="float32", device="cpu")
     OPCDTrainer(load_model(base, dtype="float32", device="cpu"), load_tokenizer(base), CONTEXT, ["a", "b"], config,
                 teacher_model=teacher, teacher_tokenizer=load_tokenizer(other), eval_prompts=HELD_OUT,
                 quiet=True).train()  # fmt: skip
+
+
+def test_a_larger_teacher_is_loaded_again_and_scores(base, tmp_path):
+    train_with_teacher(base, save_base(tmp_path / "other", seed=7), tmp_path / "r")
     card = measure(tmp_path / "r", ReportOptions())
-    assert card["teacher_model"] == "other"
+    assert card["teacher_model"] == "other" and list(card["arms"]) == list(ARMS)
     assert card["kl"]["own"]["before"]["value"] > 1  # two random models are far apart, a context less
+
+
+def test_an_arm_that_the_students_window_is_too_short_for_is_left_out(tmp_path):
+    base, other = (save_base(tmp_path / name, seed=seed) for seed, name in enumerate(("short", "other")))
+    tokenizer, asked = load_tokenizer(base), [{"role": "user", "content": max(HELD_OUT, key=len)}]
+    shown = [{"role": "system", "content": CONTEXT}, *asked]
+    template = {"add_generation_prompt": True, "return_dict": False}
+    without, within = (len(tokenizer.apply_chat_template(said, **template)) for said in (asked, shown))
+    assert within > without
+    settings = Path(base) / "config.json"
+    window = {"max_position_embeddings": without + 6}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | window))
+    train_with_teacher(base, other, tmp_path / "r")
+    options = ReportOptions(scorers=(by_pattern("[a-z]"),), general=tuple(read_prompts(["hi", "you"])))
+    card = measure(tmp_path / "r", options)
+    assert list(card["arms"]) == list(card["scores"][0]["arms"]) == [BASE, SHOWN, STUDENT]
+    pages = [file.read_text() for file in write_report(tmp_path / "r", card, CONTEXT) if file.suffix != ".json"]
+    assert len(pages) == 2
+    assert all("Without student + context: the context does not fit the student" in page for page in pages)
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,7 @@ def _show(card: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opcd_fast.report.arms import ARMS
-    from opcd_fast.report.words import mean, rate, tokens
+    from opcd_fast.report.words import mean, missing_arms, rate, tokens
 
     console = Console()
     table = Table(title="KL to the teacher with the context, nats per token (95 % interval)")
@@ -113,12 +112,13 @@ def _show(card: dict) -> None:
         kl = card["kl"][key]
         table.add_row(name, mean(kl["before"]), mean(kl["after"]), rate(kl["gap_closed"]))
     console.print(table)
-    table = Table(title="the four arms")
-    for column in ("", *ARMS):
+    arms = card["arms"]
+    table = Table(title="the arms", caption=missing_arms(card))
+    for column in ("", *arms):
         table.add_column(column)
     for score in card["scores"]:
-        table.add_row(score["name"].replace("[", "\\["), *(rate(score["arms"][arm]) for arm in ARMS))
-    table.add_row("tokens per answer", *(tokens(card["arms"][arm]["length"]) for arm in ARMS))
+        table.add_row(score["name"].replace("[", "\\["), *(rate(score["arms"][arm]) for arm in arms))
+    table.add_row("tokens per answer", *(tokens(found["length"]) for found in arms.values()))
     console.print(table)
     if card["forgetting"]:
         kl = card["forgetting"]["kl"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from opcd_fast.intervals import bootstrap, wilson
 from opcd_fast.messages import Message, Prompt
+from opcd_fast.preflight import Windows
 from opcd_fast.rendering import RenderedPrompt, whole_prompt
 from opcd_fast.report.models import RunModels, Side
 from opcd_fast.rollout import Completion
@@ -50,6 +51,16 @@ def transcript(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
 
 
+def arms_that_fit(
+    rows: Sequence[RenderedPrompt], prefixes: Prefixes, max_new_tokens: int, windows: Windows
+) -> tuple[str, ...]:
+    """All arms; without "student + context" where another model is the teacher, and the context is longer than what the
+    student can read itself."""
+    longest = max(len(whole_prompt(row, prefixes)) for row in rows) + windows.virtual + max_new_tokens
+    fits = windows.student is None or longest <= windows.student
+    return ARMS if fits else tuple(arm for arm in ARMS if arm != BOTH)
+
+
 def draw_arms(
     models: RunModels,
     prompts: Sequence[Prompt],
@@ -58,8 +69,9 @@ def draw_arms(
     per_prompt: int,
     seed: int,
     sampling: Mapping[str, Any],
+    arms: Sequence[str] = ARMS,
 ) -> dict[str, Answers]:
-    """Sampled answers of every arm; a run with another model as teacher has that one in the arm "base + context"."""
+    """Sampled answers of `arms`; a run with another model as teacher has that one in the arm "base + context"."""
     rows = [row for row in rows for _ in range(per_prompt)]
     asked = [prompt.messages or ({"role": "user", "content": prompt.text or ""},) for prompt in prompts]
     messages = [one for one in asked for _ in range(per_prompt)]
@@ -70,7 +82,8 @@ def draw_arms(
         STUDENT: (models.student, without), BOTH: (models.student, within),
     }  # fmt: skip
     drawn = {}
-    for arm, (side, ids) in sides.items():
+    for arm in arms:
+        side, ids = sides[arm]
         completions = side.answers(ids, seed=stream_seed(seed, f"report {arm}", 0), **sampling)
         texts = [models.tokenizer.decode(c.token_ids, skip_special_tokens=True).strip() for c in completions]
         drawn[arm] = Answers(completions, texts, messages, per_prompt)

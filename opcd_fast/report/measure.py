@@ -13,17 +13,17 @@ from opcd_fast.errors import InputError
 from opcd_fast.info import where_it_ran
 from opcd_fast.messages import Context, Prompt
 from opcd_fast.model_names import SMOLLM2, is_path
-from opcd_fast.preflight import Windows, check_lengths, check_prompt_length
+from opcd_fast.preflight import Windows, check_lengths
 from opcd_fast.prompt_sources import GENERAL
 from opcd_fast.prompts import read_prompts
 from opcd_fast.provenance import FileHashes, hash_of, of_code, of_model, of_tokenizer
 from opcd_fast.rendering import adapt_to_tokenizer, render, whole_prompt
 from opcd_fast.report.arms import (
-    ARMS,
     BASE,
     SHOWN,
     STUDENT,
     Answers,
+    arms_that_fit,
     draw_arms,
     greedy_answers,
     identical_greedy,
@@ -87,8 +87,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     new_tokens = options.max_new_tokens or settings.get("max_new_tokens", 512)
     limits = windows(models)
     check_lengths(rows, prefixes, new_tokens, limits)
-    for row in rows:  # the student reads the context as well, in one of the arms
-        check_prompt_length(len(whole_prompt(row, prefixes)) + limits.virtual, new_tokens, limits.student)
+    arms = arms_that_fit(rows, prefixes, new_tokens, limits)
     sampling = {
         "max_new_tokens": new_tokens,
         "temperature": settings.get("temperature", 1.0) if options.temperature is None else options.temperature,
@@ -97,8 +96,8 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     if sampling["temperature"] <= 0:
         raise InputError("temperature must be above 0: it divides the logits that are compared")
 
-    told(f"answers of {len(ARMS)} arms to {len(rows)} held-out prompts")
-    answers = draw_arms(models, prompts, rows, prefixes, options.samples, options.seed, sampling)
+    told(f"answers of {len(arms)} arms to {len(rows)} held-out prompts")
+    answers = draw_arms(models, prompts, rows, prefixes, options.samples, options.seed, sampling, arms)
     told("KL to the teacher")
     n, temperature = options.samples, sampling["temperature"]
     many_rows = [row for row in rows for _ in range(n)]
@@ -123,7 +122,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     forgot = forgetting(models, general, variables, sampling, options.seed, settings) if general else None
     told("scores")
     scores = [behaviour(scorer, answers, options.examples) for scorer in options.scorers]
-    scores += [task_scores(name, models, context, options, sampling) for name in options.tasks]
+    scores += [task_scores(name, models, context, options, sampling, arms) for name in options.tasks]
     told("prefill time")
     first = rows[0]
     time_saved = saved(models, rows, prefixes, first)
@@ -154,7 +153,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
             },
             "greedy": greedy,
         },
-        "arms": {arm: lengths(answers[arm]) for arm in ARMS},
+        "arms": {arm: lengths(answers[arm]) for arm in arms},
         "scores": scores,
         "forgetting": None if forgot is None else {**forgot, "left_out_as_trained_on": trained_on},
         "saved": time_saved,

@@ -9,8 +9,8 @@ from typing import Any
 
 from opcd_fast.messages import Context
 from opcd_fast.report import charts
-from opcd_fast.report.arms import ARMS, SHOWN, STUDENT, transcript
-from opcd_fast.report.words import hashes, mean, nats, percent, rate, seconds, tokens, uncounted
+from opcd_fast.report.arms import SHOWN, STUDENT, transcript
+from opcd_fast.report.words import hashes, mean, missing_arms, nats, percent, rate, seconds, tokens, uncounted
 
 # The policy lets nothing in and nothing run, should an escape ever be forgotten.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -129,13 +129,16 @@ def _teacher(card: Mapping[str, Any]) -> str:
 
 
 def _arms(card: Mapping[str, Any]) -> str:
-    rows = [[score["name"], *(rate(score["arms"][arm]) for arm in ARMS)] for score in card["scores"]]
-    rows.append(["tokens per answer", *(tokens(card["arms"][arm]["length"]) for arm in ARMS)])
-    rows.append(["cut at the limit", *(rate(card["arms"][arm]["truncated"]) for arm in ARMS)])
-    chart = charts.scores(card["scores"], ARMS)
+    arms = card["arms"]
+    rows = [[score["name"], *(rate(score["arms"][arm]) for arm in arms)] for score in card["scores"]]
+    rows.append(["tokens per answer", *(tokens(found["length"]) for found in arms.values())])
+    rows.append(["cut at the limit", *(rate(found["truncated"]) for found in arms.values())])
+    chart = charts.scores(card["scores"], list(arms))
     figure = f"<figure><figcaption>Scores with 95% intervals</figcaption>{chart}</figure>" if chart else ""
+    left_out = missing_arms(card)
+    missing = f'<p class="soft">{escape(left_out)}</p>' if left_out else ""
     hint = "" if chart else '<p class="soft">No behaviour was named; --regex, --scorer or --task measures one.</p>'
-    return f"<h2>Does it behave?</h2>{hint}{figure}{_table(['', *ARMS], rows)}"
+    return f"<h2>Does it behave?</h2>{hint}{figure}{_table(['', *arms], rows)}{missing}"
 
 
 def _regressions(card: Mapping[str, Any]) -> str:

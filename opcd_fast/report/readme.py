@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opcd_fast.model_names import SMOLLM2, SMOLLM2_ON_THE_HUB
-from opcd_fast.report.arms import ARMS
-from opcd_fast.report.words import hashes, mean, nats, percent, rate, seconds, tokens, uncounted
+from opcd_fast.report.words import hashes, mean, missing_arms, nats, percent, rate, seconds, tokens, uncounted
 
 
 def readme(card: Mapping[str, Any]) -> str:
@@ -44,14 +43,17 @@ def readme(card: Mapping[str, Any]) -> str:
         f"Greedy answers identical to those of base + context: {rate(greedy['before']['identical'])} before, "
         f"{rate(greedy['after']['identical'])} after.",
         "",
-        "| | " + " | ".join(ARMS) + " |",
-        "|---|" + "---|" * len(ARMS),
+        "| | " + " | ".join(card["arms"]) + " |",
+        "|---|" + "---|" * len(card["arms"]),
     ]
+    arms = card["arms"].values()
     for score in card["scores"]:
-        cells = " | ".join(rate(score["arms"][arm]) for arm in ARMS)
+        cells = " | ".join(rate(score["arms"][arm]) for arm in card["arms"])
         lines.append(f"| {_plain(score['name'])} | {cells} |")
-    lines.append("| tokens per answer | " + " | ".join(tokens(card["arms"][arm]["length"]) for arm in ARMS) + " |")
-    lines.append("| cut at the limit | " + " | ".join(rate(card["arms"][arm]["truncated"]) for arm in ARMS) + " |")
+    lines.append("| tokens per answer | " + " | ".join(tokens(found["length"]) for found in arms) + " |")
+    lines.append("| cut at the limit | " + " | ".join(rate(found["truncated"]) for found in arms) + " |")
+    left_out = missing_arms(card)
+    lines += ["", left_out] if left_out else []
     worse = sum(score["regressions"]["count"] for score in card["scores"])
     if card["scores"]:
         of = sum(score["regressions"]["of"] for score in card["scores"])

@@ -42,9 +42,14 @@ def regressions(pairs: Sequence[dict[str, Any]], examples: int) -> dict[str, Any
 
 
 def task_scores(
-    name: str, models: RunModels, context: Context | None, options: Any, sampling: Mapping[str, Any]
+    name: str,
+    models: RunModels,
+    context: Context | None,
+    options: Any,
+    sampling: Mapping[str, Any],
+    arms: Sequence[str] = ARMS,
 ) -> dict[str, Any]:
-    """The same for a task's episodes of the split "test", each played by every arm."""
+    """The same for a task's episodes of the split "test", each played by every one of `arms`."""
     from opcd_fast.tasks import load_task
     from opcd_fast.tasks.play import play
 
@@ -53,7 +58,7 @@ def task_scores(
     task = load_task(name)
     sides = {BASE: models.base, SHOWN: models.teacher, STUDENT: models.student, BOTH: models.student}
     played = {}
-    for arm in ARMS:
+    for arm in arms:
         side = sides[arm]
         with side.acting():
             played[arm] = play(
@@ -67,7 +72,7 @@ def task_scores(
             )
     if len(played[STUDENT]) < 2:
         raise InputError(f"task {name!r} has {len(played[STUDENT])} problems to test on; at least 2 are needed")
-    arms = {arm: share([episode.score for episode in episodes]) for arm, episodes in played.items()}
+    found = {arm: share([episode.score for episode in episodes]) for arm, episodes in played.items()}
     pairs = []
     for shown, student in zip(played[SHOWN], played[STUDENT], strict=True):
         pairs.append(
@@ -77,7 +82,7 @@ def task_scores(
                 "answers": {SHOWN: _answers(shown), STUDENT: _answers(student)},
             }
         )
-    return {"name": name, "kind": "task", "arms": arms, "regressions": regressions(pairs, options.examples)}
+    return {"name": name, "kind": "task", "arms": found, "regressions": regressions(pairs, options.examples)}
 
 
 def _answers(episode: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from opcd_fast.report.arms import BOTH
+
 
 def percent(value: float) -> str:
     """One decimal where a whole number would claim too much or too little."""
@@ -38,6 +40,13 @@ def uncounted(saved: Mapping[str, Any]) -> str:
     """What the card's "saved" leaves out, a sentence, or nothing."""
     count = saved.get("virtual_tokens", 0)  # older cards have no such key
     return f" The trained prefix of {count} virtual tokens, kept as keys and values, is not counted." if count else ""
+
+
+def missing_arms(card: Mapping[str, Any]) -> str | None:
+    """Why an arm is not in the card, a sentence; None where all are."""
+    if BOTH in card["arms"]:
+        return None
+    return f"Without {BOTH}: the context does not fit the student's own window; the teacher's is longer."
 
 
 def short(sha256: str | None) -> str:

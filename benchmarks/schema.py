@@ -24,7 +24,8 @@ FIRST_SCHEMA = "opcd-fast-benchmark/1"  # had neither groups nor a workspace; st
 SECOND_SCHEMA = "opcd-fast-benchmark/2"  # had no rows of the teacher; still read
 THIRD_SCHEMA = "opcd-fast-benchmark/3"  # had no rows of whole steps; still read
 GROUPS = ("main", "accuracy", "N", "V", "D", "workspace")
-TEACHER_GROUPS = ("main", "context", "response", "batch", "flex", "check")
+TIMED_TEACHER_GROUPS = ("main", "context", "response", "batch", "flex")
+TEACHER_GROUPS = (*TIMED_TEACHER_GROUPS, "check")
 STEP_GROUPS = ("main", "dtype", "checkpointing")
 BOUND = "gemms"  # the bare matrix products
 OURS = ("opcd_fast-triton", "opcd_fast-native", "opcd_fast-torch")  # in the order in which backend="auto" prefers

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import environment
 from benchmarks.measure import Failure, attempt, release, time_interleaved, with_peak
-from benchmarks.schema import BOUND, TEACHER_GROUPS, TeacherRow, Time, select
+from benchmarks.schema import BOUND, TIMED_TEACHER_GROUPS, TeacherRow, Time, select
 from benchmarks.teacher_cases import Case, Setting, cases, make_model, make_setting, references
 from benchmarks.teacher_implementations import CONCAT, Contender, Implementation, implementations
 from opcd_fast import ContextTeacher, InputError
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     start = time.monotonic()
     try:
-        chosen = select(cases(device, options.quick), options.groups, TEACHER_GROUPS[:-1])
+        chosen = select(cases(device, options.quick), options.groups, TIMED_TEACHER_GROUPS)
         model, name, about = make_model(device, options.quick, options.layers)
     except (ValueError, InputError) as error:
         print(f"benchmarks.teacher_table: {error}", file=sys.stderr)
@@ -222,7 +222,7 @@ def print_rows(rows: list[TeacherRow]) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher_table", description=__doc__)
     names: Callable[[str], Any] = lambda text: text.split(",")  # noqa: E731
-    groups = ", ".join(TEACHER_GROUPS[:-1])
+    groups = ", ".join(TIMED_TEACHER_GROUPS)
     parser.add_argument("--out", type=Path, required=True, help="directory for the JSON file")
     parser.add_argument("--quick", action="store_true", help="a tiny model: checks the flow, measures nothing")
     parser.add_argument("--groups", type=names, default=[], metavar="NAME,...", help=f"only of {groups}")

@@ -235,7 +235,7 @@ class OPCDTrainer:
                             stopwatch=watch,
                             student_head=student_head,
                             drift=drift,
-                            **self._loss_options(),
+                            **self.loss_options(),
                         )
                         part, stats = self.engine.run(objective)
                         with watch("backward"):
@@ -284,7 +284,8 @@ class OPCDTrainer:
             "seed": stream_seed(config.seed, purpose, index),
         }
 
-    def _loss_options(self) -> dict[str, Any]:
+    def loss_options(self) -> dict[str, Any]:
+        """How training and evaluation compute their loss, as keywords of `opcd_fast.objective.context_kl`."""
         return {
             "temperature": self.config.temperature,
             "compute_dtype": self.compute_dtype,
@@ -307,7 +308,7 @@ class OPCDTrainer:
             record = held_out_record(
                 step, self.eval_rows, fixed, rollout, self._sampling("evaluation", 0), self.model,
                 self.teachers.reference, score=score, device=self.device, budget=self.budget, engine=self.engine,
-                **self._loss_options(),
+                **self.loss_options(),
             )  # fmt: skip
             record |= self.source.evaluate()
         journal.evaluation(record)
@@ -340,7 +341,7 @@ class OPCDTrainer:
         else:
             with torch.no_grad(), self.teachers.at_work():
                 first = self.teachers.first_weights()
-                self.engine.run(partial(check_context_matters, self.train_rows, *first, **self._loss_options()))
+                self.engine.run(partial(check_context_matters, self.train_rows, *first, **self.loss_options()))
             self.folder.start(asdict(config))
             self.ranks.on_main(lambda: write_record(self._path, self.origins))
         trackers = self.ranks.together(lambda: Trackers(self.accelerator, self._path, asdict(config), step))

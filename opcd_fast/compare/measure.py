@@ -165,10 +165,8 @@ def _without_context(trainer: OPCDTrainer, prompts: Sequence[Prompt]) -> list[Re
 
 
 def _options(trainer: OPCDTrainer, yardstick: Yardstick) -> dict[str, Any]:
-    config = trainer.config
+    """How a run computes its loss, at the yardstick's temperature."""
     return {
-        "temperature": yardstick.sampling["temperature"], "compute_dtype": trainer.compute_dtype,
+        **trainer.loss_options(), "temperature": yardstick.sampling["temperature"],
         "device": trainer.device, "micro_batch_tokens": yardstick.micro_batch_tokens,
-        "backend": config.loss_backend, "workspace_bytes": config.workspace_bytes,
-        "autocast": trainer.accelerator.autocast,
     }  # fmt: skip

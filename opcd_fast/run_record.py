@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from opcd_fast.messages import Context, Prompt
 from opcd_fast.provenance import FileHashes, hash_of, of_code, of_model, of_tokenizer
 
 RECORD, PROMPTS, HELD_OUT = "run.json", "prompts.jsonl", "held_out.jsonl"
+ROW = "row"  # the column of held_out.jsonl that holds a prompt's data row
 SCHEMA = 1
 
 
@@ -58,8 +59,9 @@ def write_record(folder: Path, origins: Origins) -> None:
         "versions": versions(),
         **origins.more,
     }
-    for name, prompts in ((PROMPTS, origins.prompts), (HELD_OUT, origins.held_out)):
-        write_text(folder / name, "".join(json.dumps(row_of(prompt)) + "\n" for prompt in prompts))
+    write_text(folder / PROMPTS, "".join(json.dumps(row_of(prompt)) + "\n" for prompt in origins.prompts))
+    scored = ({**row_of(prompt), ROW: _plain(prompt.row)} for prompt in origins.held_out)
+    write_text(folder / HELD_OUT, "".join(json.dumps(row) + "\n" for row in scored))
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")  # last: where it is, the others are
 
 
@@ -89,6 +91,28 @@ def row_of(prompt: Prompt) -> dict[str, Any]:
         if value is not None:
             row[name] = dict(value) if isinstance(value, Mapping) else list(value) if name == "tools" else value
     return row
+
+
+def kept_held_out(folder: Path) -> list[Prompt]:
+    """A run's held-out prompts with the data rows that they came from, which its scorers look at."""
+    from opcd_fast.prompts import read_prompts
+
+    if not (folder / HELD_OUT).stat().st_size:
+        return []
+    found = read_prompts(folder / HELD_OUT, "held-out prompts")
+    return [replace(prompt, row=prompt.row.get(ROW, prompt.row)) for prompt in found]
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that JSON can hold."""
+    kept = {}
+    for name, value in row.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            continue
+        kept[str(name)] = value
+    return kept
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -38,6 +39,12 @@ def load_scorer(name: str) -> Scorer:
             sys.path.remove(here)
     if not callable(found):
         raise InputError(f"scorer={name!r} is a {type(found).__name__}, not a function")
+    try:
+        inspect.signature(found).bind([], "", {})
+    except TypeError as error:
+        raise InputError(f"scorer={name!r} must take the messages, the answer and the row ({error})") from error
+    except ValueError:  # one that does not say what it takes
+        pass
     return found
 
 

@@ -53,7 +53,7 @@ def lora_run(base, tmp_path_factory):
     return make_run(base, tmp_path_factory.mktemp("runs") / "l")
 
 
-def long_answers(answer, messages):
+def long_answers(messages, answer, row):
     return min(1.0, len(answer) / 6)
 
 
@@ -136,7 +136,8 @@ def test_scores_and_regressions_are_those_of_the_answers(lora_run):
     """The scorer is told what was asked, and the arms differ by what the scorer sees alone."""
     seen = []
 
-    def scorer(answer, messages):
+    def scorer(messages, answer, row):
+        assert row == {}  # the run was given bare strings
         seen.append((answer, messages[-1]["content"]))
         return len(answer) % 2
 
@@ -253,6 +254,18 @@ def test_a_teacher_in_memory_is_not_taken_for_the_base(base, tmp_path):
         measure(tmp_path / "r", ReportOptions())
 
 
+def test_a_scorer_of_training_sees_the_same_rows_in_the_report(base, tmp_path):
+    import numpy as np
+
+    given = [{"prompt": text, "tone": index, "array": np.zeros(2)} for index, text in enumerate(HELD_OUT)]
+    run, seen = make_run(base, tmp_path / "r", held_out=given), []
+    options = ReportOptions(scorers=[by_pattern("q")])
+    object.__setattr__(options.scorers[0], "function", lambda messages, answer, row: seen.append(row) or 0)
+    measure(run, options)
+    # What JSON cannot hold is not kept.
+    assert seen == [{"prompt": text, "tone": index} for index, text in enumerate(HELD_OUT)] * len(ARMS)
+
+
 def train_with_teacher(base, other, folder):
     from opcd_fast.config import OPCDConfig
     from opcd_fast.trainer import OPCDTrainer
@@ -294,7 +307,7 @@ def test_an_arm_that_the_students_window_is_too_short_for_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [("nothing", "module:function"), ("json:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
-     ("functools:reduce", "arguments|cannot be used")],
+     ("posixpath:basename", "must take the messages, the answer and the row")],
 )  # fmt: skip
 def test_scorers_that_cannot_work_are_refused(name, words):
     with pytest.raises(InputError, match=words):
@@ -305,13 +318,13 @@ def test_scorers_are_held_to_their_range():
     with pytest.raises(InputError, match="regular expression"):
         by_pattern("(")
     scorer = by_pattern("x")
-    object.__setattr__(scorer, "function", lambda answer, messages: 2)
+    object.__setattr__(scorer, "function", lambda messages, answer, row: 2)
     with pytest.raises(InputError, match="from 0 to 1"):
-        scorer("a", [])
-    object.__setattr__(scorer, "function", lambda answer, messages: 1 / 0)
+        scorer([], "a", {})
+    object.__setattr__(scorer, "function", lambda messages, answer, row: 1 / 0)
     with pytest.raises(InputError, match="ZeroDivisionError"):
-        scorer("a", [])
-    assert by_pattern("^a")("abc", []) == 1 and by_pattern("^a")("cba", []) == 0
+        scorer([], "a", {})
+    assert by_pattern("^a")([], "abc", {}) == 1 and by_pattern("^a")([], "cba", {}) == 0
 
 
 def test_the_readme_is_what_the_hub_reads(card):

@@ -151,7 +151,7 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
         pattern = by_pattern(command.regex)
 
         def found(messages: Any, answer: str, row: Any) -> float:
-            return pattern(answer.strip(), messages)
+            return pattern(messages, answer.strip(), row)
 
         behaviour = HeldOutScore(found, f"regex {command.regex}", tokenizer, held_out or ())
     elif config.scorer is not None:

@@ -31,7 +31,7 @@ class ReportCommand:
     regex: tuple[str, ...] = ()
     """Patterns to be found in a good answer (Python's re.search; ^ and $ for the whole)."""
     scorer: tuple[str, ...] = ()
-    """Functions as module:function, which give an answer (or an answer and the messages) a score from 0 to 1."""
+    """Functions as module:function, of the messages, the answer and the prompt's row, as in training; from 0 to 1."""
     task: tuple[str, ...] = ()
     """Tasks of opcd, scored on their test split: instructions, math:FILE, frozen-lake, ..."""
     model: str | None = None

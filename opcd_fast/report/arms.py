@@ -28,6 +28,7 @@ class Answers:
     completions: list[Completion]
     texts: list[str]
     messages: Sequence[Sequence[Message]]  # what was asked, per answer
+    rows: Sequence[Mapping[str, Any]]  # the data rows of that
     per_prompt: int
 
     @property
@@ -75,6 +76,7 @@ def draw_arms(
     rows = [row for row in rows for _ in range(per_prompt)]
     asked = [prompt.messages or ({"role": "user", "content": prompt.text or ""},) for prompt in prompts]
     messages = [one for one in asked for _ in range(per_prompt)]
+    given = [prompt.row for prompt in prompts for _ in range(per_prompt)]
     without = [row.student_ids for row in rows]
     within = [whole_prompt(row, prefixes) for row in rows]
     sides: dict[str, tuple[Side, Sequence[Sequence[int]]]] = {
@@ -86,7 +88,7 @@ def draw_arms(
         side, ids = sides[arm]
         completions = side.answers(ids, seed=stream_seed(seed, f"report {arm}", 0), **sampling)
         texts = [models.tokenizer.decode(c.token_ids, skip_special_tokens=True).strip() for c in completions]
-        drawn[arm] = Answers(completions, texts, messages, per_prompt)
+        drawn[arm] = Answers(completions, texts, messages, given, per_prompt)
     return drawn
 
 

@@ -34,7 +34,7 @@ from opcd_fast.report.models import RunModels, final_files, load_run
 from opcd_fast.report.scorers import Scorer
 from opcd_fast.report.scores import behaviour, task_scores
 from opcd_fast.report.speed import saved
-from opcd_fast.run_record import HELD_OUT, PROMPTS, read_record, row_of
+from opcd_fast.run_record import PROMPTS, kept_held_out, read_record, row_of
 from opcd_fast.training_curve import curve, run_settings
 from opcd_fast.virtual_tokens import virtual_tokens
 
@@ -195,8 +195,8 @@ def _context(record: dict[str, Any] | None, given: Context | None) -> Context | 
 def _held_out(run: Path, record: dict[str, Any] | None, options: ReportOptions) -> tuple[list[Prompt], int]:
     """The first prompts, and how many there are."""
     found = list(options.prompts or ())
-    if not found and record is not None and (run / HELD_OUT).stat().st_size:
-        found = read_prompts(run / HELD_OUT, "held-out prompts")
+    if not found and record is not None:
+        found = kept_held_out(run)
     if not found:
         raise InputError("the run has no held-out prompts (`opcd train --eval-prompts`); name a file with --prompts")
     if record is not None and options.prompts is not None:

@@ -1,32 +1,29 @@
-"""What a user calls right: a pattern, a Python function, or a task."""
+"""What a user calls right: a pattern, or a Python function that gives shares."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from opcd_fast import scorer
 from opcd_fast.errors import InputError
 from opcd_fast.messages import Message
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A behaviour: `score(answer, messages)` in [0, 1]."""
+    """A behaviour: `score(messages, answer, row)` in [0, 1]. The function is as in `opcd_fast.scorer`."""
 
     name: str
     kind: str  # "regex" or "function"
-    function: Callable[[str, Sequence[Message]], float | bool]
+    function: scorer.Scorer
 
-    def __call__(self, answer: str, messages: Sequence[Message]) -> float:
+    def __call__(self, messages: Sequence[Message], answer: str, row: Mapping[str, Any]) -> float:
         """Raises InputError when the user's function fails or gives no number in [0, 1]."""
         try:
-            score = self.function(answer, messages)
+            score = self.function([dict(message) for message in messages], answer, row)
             value = float(score)
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
@@ -42,26 +39,9 @@ def by_pattern(pattern: str) -> Scorer:
         compiled = re.compile(pattern)
     except re.error as error:
         raise InputError(f"regex={pattern!r} is not a regular expression: {error}") from error
-    return Scorer(pattern, "regex", lambda answer, messages: compiled.search(answer) is not None)
+    return Scorer(pattern, "regex", lambda messages, answer, row: float(compiled.search(answer) is not None))
 
 
 def by_function(name: str) -> Scorer:
-    """`module:function`, found in the current folder or among the installed packages.
-
-    The function gets the answer's text and, if it takes two arguments, the prompt's messages. Raises InputError.
-    """
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not module_name or not attribute:
-        raise InputError(f"scorer={name!r} must be module:function")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        function: Any = getattr(importlib.import_module(module_name), attribute)
-        count = len(inspect.signature(function).parameters)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"scorer={name!r} cannot be used: {error}") from error
-    finally:
-        sys.path.remove(here)
-    if count not in (1, 2):
-        raise InputError(f"scorer={name!r} takes {count} arguments; it must take the answer, or answer and messages")
-    return Scorer(name, "function", function if count == 2 else lambda answer, messages: function(answer))
+    """`module:function`, the same as a run's `scorer`, here from 0 to 1. Raises InputError."""
+    return Scorer(name, "function", scorer.load_scorer(name))

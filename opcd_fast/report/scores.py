@@ -16,7 +16,7 @@ from opcd_fast.seeds import stream_seed
 def behaviour(scorer: Scorer, answers: Mapping[str, Answers], examples: int) -> dict[str, Any]:
     """Score of each arm with its interval, and the regressions."""
     scored = {
-        arm: [scorer(text, messages) for text, messages in zip(found.texts, found.messages)]
+        arm: [scorer(*asked) for asked in zip(found.messages, found.texts, found.rows, strict=True)]
         for arm, found in answers.items()
     }
     per_prompt = answers[STUDENT].per_prompt

@@ -46,13 +46,17 @@ def make_accelerator(
     try:
         accelerator = make()
         stale = accelerator.device.type != device.type
-    except ValueError:
+    except (ValueError, NotImplementedError):
         stale = True
     if stale:  # accelerate's state is global: an earlier run in this process had another precision or device
         alone = not PartialState._shared_state or PartialState().num_processes == 1
         AcceleratorState._reset_state(reset_partial_state=alone)
         accelerator = make()
     _refuse_engine(accelerator)
+    if _asked("DEEPSPEED"):  # or every model that is loaded from here on would be sharded, by all ranks together
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     return accelerator
 
 
@@ -102,7 +106,10 @@ def _deepspeed_plugin() -> Any:
     from accelerate.utils import DeepSpeedPlugin
 
     os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"  # weights are looked at before they are sharded
-    plugin = DeepSpeedPlugin()
+    try:
+        plugin = DeepSpeedPlugin()
+    except ValueError as error:
+        raise InputError(f"DeepSpeed's config: {error}") from error
     config = plugin.deepspeed_config
     zero = config["zero_optimization"]
     if plugin.zero_stage != 3:
@@ -110,9 +117,12 @@ def _deepspeed_plugin() -> Any:
     for part in ("offload_optimizer", "offload_param"):
         if (zero.get(part) or {}).get("device", "none") not in ("none", None):
             raise InputError(f"DeepSpeed's {part} is not supported; set {part}_device: none")
-    for part in ("optimizer", "scheduler"):
+    for part in ("optimizer", "scheduler", "tensor_parallel", "sequence_parallel_size"):
         if part in config:
-            raise InputError(f"DeepSpeed's config names its own {part}; the run has one, drop it there")
+            raise InputError(f"DeepSpeed's config has {part!r}, which a run does not go with; drop it there")
+    for name in [name for name, value in zero.items() if value == "auto"]:  # its default will do
+        del zero[name]
+    zero.setdefault("reduce_bucket_size", 50_000_000)  # gradients; the default's half a billion are 2 GB in fp32
     return plugin
 
 

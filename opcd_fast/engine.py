@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,11 +160,31 @@ class Engine:
 
         return fill
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """On rank 0 the student's `save_pretrained` writes its whole weights of now, for as long as the block is open.
+        Nothing is gathered but what it writes, tensor by tensor."""
+        if not self.sharded:
+            yield
+            return
+        state, save = self._whole_student(), self.student.save_pretrained
+        self.student.save_pretrained = partial(save, state_dict=state)
+        try:
+            yield
+        finally:
+            self.student.save_pretrained = save
+
     def _whole_student(self) -> dict[str, Any]:
-        """What `save_pretrained` writes, `gathered`: an adapter, or all weights."""
+        """What `save_pretrained` writes, `gathered`."""
+        return self.gathered(self._saved_tensors())
+
+    def _saved_tensors(self) -> dict[str, Tensor]:
+        """All of the student's tensors, or those that may belong to its adapter, trained or not."""
         state = self.student.state_dict(keep_vars=True)
-        wanted = self.parameters.keys() if is_peft(self.student) else state.keys()
-        return self.gathered({name: state[name] for name in wanted})
+        if not is_peft(self.student):
+            return state
+        parts = ("lora_", "modules_to_save.", "token_adapter.")
+        return {name: p for name, p in state.items() if name in self.parameters or any(part in name for part in parts)}
 
     def gathered(self, value: Any) -> Any:
         """`value` with whole CPU tensors on rank 0 and None for every tensor on the others; as it is, where one process

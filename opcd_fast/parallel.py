@@ -6,7 +6,8 @@ What all of them have in common is in `opcd_fast.engine`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,12 +57,14 @@ class SharedSampler:
     """A sampler whose prompts are shared out among the ranks, and whose answers all ranks get.
 
     One whose `generate` takes `only` (a range of the prompts) answers each rank's part there, with the random numbers
-    that it would have used for all; any other runs on rank 0 alone.
+    that it would have used for all; any other runs on rank 0 alone. One whose `uses_model` is "saves" knows the model
+    by what that writes in `sync`, one with "no" not at all, and neither needs whole weights on the ranks.
     """
 
     def __init__(self, sampler: Any, engine: Engine) -> None:
         self._sampler, self._engine, self._ranks = sampler, engine, engine.ranks
         self._takes_part = "only" in inspect.signature(sampler.generate).parameters
+        self._uses_model = getattr(sampler, "uses_model", "runs")
 
     def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Any]:
         part = self._ranks.part(len(prompts))
@@ -71,14 +74,17 @@ class SharedSampler:
                 return self._sampler.generate(prompts, only=part, **sampling)
             return self._sampler.generate(prompts, **sampling) if self._ranks.main else []
 
-        with self._engine.whole():
+        with self._engine.whole() if self._uses_model == "runs" else nullcontext():
             return self._ranks.gather_lists(self._ranks.together(answers))
 
     def sync(self, model: Any = None) -> None:
         if self._takes_part:
             self._sampler.sync(model)
             return
-        with self._engine.whole():
+        around: dict[str, Callable[[], AbstractContextManager[None]]] = {
+            "runs": self._engine.whole, "saves": self._engine.saving, "no": nullcontext,
+        }  # fmt: skip
+        with around[self._uses_model]():
             self._ranks.on_main(lambda: self._sampler.sync(model))
 
 

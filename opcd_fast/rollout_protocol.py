@@ -33,6 +33,8 @@ class Rollout(Protocol):
 
     `sync(model)` comes before `generate` whenever the trained weights may have moved; an engine that keeps a copy of
     them (merged, on a server, in another engine) brings it up to date there. `explain()` says what was chosen and why.
+    Where weights are sharded over ranks, `uses_model` spares gathering them: "saves" if `sync` calls nothing of the
+    model but `save_pretrained`, "no" if nothing at all; "runs" if there is no such attribute.
     """
 
     def generate(

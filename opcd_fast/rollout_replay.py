@@ -36,6 +36,8 @@ class ReplayRollout:
         InputError: the file is missing or a line is wrong (it says which).
     """
 
+    uses_model = "no"
+
     def __init__(
         self,
         file: str | Path,

@@ -61,6 +61,8 @@ class ServerRollout:
         vocab_size: an id from here on in an answer is an error.
     """
 
+    uses_model = "saves"
+
     def __init__(
         self,
         url: str,

@@ -33,6 +33,8 @@ class VLLMRollout:
         options: any other argument of vllm.LLM.
     """
 
+    uses_model = "saves"
+
     def __init__(
         self,
         model_name: str,

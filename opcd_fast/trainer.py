@@ -63,7 +63,8 @@ class OPCDTrainer:
     """Trains `model` to answer as it would with `context` in front.
 
     Args:
-        model: transformers causal LM; trained in place. With `lora_rank` it gets an adapter (see `self.model`).
+        model: transformers causal LM; trained in place. With `lora_rank` it gets an adapter (see `self.model`). Where a
+            launcher asked for FSDP2 or ZeRO-3 its weights stay sharded afterwards: use `save`, or load `final/`.
         tokenizer: its tokenizer; the chat template renders prompts.
         context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
         prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`), or a task
@@ -176,6 +177,11 @@ class OPCDTrainer:
         self.snapshots = Snapshots(
             self.folder, self.engine, self.teachers, self._identity, config.keep_checkpoints
         )
+
+    @property
+    def optimizer(self) -> Any:
+        """The one that the loop steps; of several ranks, see `self.engine`."""
+        return self.engine.optimizer
 
     # ------------------------------------------------------------------------------------------ the method
 

@@ -9,17 +9,21 @@ the compute type; the engine keeps fp32 masters of them. Gradients are summed in
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from opcd_fast import transformers_seam as seam
 from opcd_fast.engine import Engine, WorkInside, of_parameter
+from opcd_fast.errors import InputError
 from opcd_fast.heads import LMHead
 from opcd_fast.model_pair import ModelPair, is_peft
 from opcd_fast.ranks import Ranks
@@ -60,6 +64,7 @@ class ZeRO3Engine(Engine):
             setattr(parameter, HOME, parameter.ds_tensor)  # its own memory comes and goes
         self._register_heads(inside)
         self._whole = False
+        self._guard_saving()
 
     def _register_heads(self, inside: WorkInside) -> None:
         from deepspeed.runtime.zero import register_external_parameter
@@ -122,6 +127,11 @@ class ZeRO3Engine(Engine):
     def step(self) -> None:
         self._module.set_gradient_accumulation_boundary(True)
         self._module.step()
+        self._count_change()
+
+    def _count_change(self) -> None:
+        """The engine writes weights in ways that torch does not count, and samplers and teachers go by the count."""
+        increment_version([*self._in_order, *(p.ds_tensor for p in self._in_order)])
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -149,10 +159,12 @@ class ZeRO3Engine(Engine):
 
         for name, parameter in self.parameters.items():
             self._set(parameter, weights[name])
+        self._count_change()
         if not optimizer["state"]:
             return
-        first = optimizer["state"][0]
-        shape = self._in_order[0].ds_shape
+        # One process keeps none for a parameter that never had a gradient.
+        index, first = next(iter(optimizer["state"].items()))
+        shape = self._in_order[index].ds_shape
         inner, fused = self._zero.optimizer.state, self._groups[0].get("fused")
         for flat in self._zero.fp32_partitioned_groups_flat:
             place = flat.device if fused else torch.device("cpu")
@@ -161,18 +173,36 @@ class ZeRO3Engine(Engine):
                 for key, value in first.items()
             }
         for index, parameter in enumerate(self._in_order):
-            for key, value in optimizer["state"][index].items():
+            for key, value in optimizer["state"].get(index, {}).items():
                 if of_parameter(value, parameter.ds_shape):
                     safe_set_local_optimizer_state(parameter, self._mine(parameter, value), key)
 
     def _whole_student(self) -> dict[str, Any]:
-        state = self.student.state_dict(keep_vars=True)
-        wanted = self.parameters.keys() if is_peft(self.student) else state.keys()
+        state = self._saved_tensors()
         found: dict[int, Any] = {}  # weights that are tied come once
-        for name in wanted:
-            if id(state[name]) not in found:
-                found[id(state[name])] = self._kept(self._full(state[name]))
-        return {name: found[id(state[name])] for name in wanted}
+        for tensor in state.values():
+            if id(tensor) not in found:
+                found[id(tensor)] = self._kept(self._full(tensor))
+        return {name: found[id(tensor)] for name, tensor in state.items()}
+
+    def _guard_saving(self) -> None:
+        """Sharded weights are empty, and transformers would save them without a word."""
+        save = self.student.save_pretrained
+
+        def checked(folder: str | Path, *args: Any, state_dict: Any = None, **options: Any) -> None:
+            if state_dict is None and not self._whole:
+                raise InputError(
+                    "the model's weights are sharded, and only empty ones could be saved; use trainer.save(folder), or "
+                    "load the run's final/"
+                )
+            kinds = {one.dtype for one in (state_dict or {}).values() if one.is_floating_point()}  # saving empties it
+            save(folder, *args, state_dict=state_dict, **options)
+            config = Path(folder) / "config.json"
+            if len(kinds) == 1 and config.is_file():  # where the model's type is said, not that of its fp32 masters
+                told = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(kinds.pop())[6:]}
+                config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+        self.student.save_pretrained = checked
 
     def _kept(self, full: Tensor) -> Tensor | None:
         return full.detach().cpu() if self.ranks.main else None
@@ -226,5 +256,6 @@ def settings(low: bool, max_grad_norm: float, world: int) -> dict[str, Any]:
         "fp16": {"enabled": False},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
+        "torch_autocast": {"enabled": False},
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -40,6 +40,7 @@ JOBS = {
 SLOW_JOBS = {
     "moving-teacher": {"engine": "ddp", "settings": {"teacher_mode": "ema", "lora_rank": 4}},
     "other-teacher": {"engine": "fsdp2", "settings": {**UNEVEN, "gradient_checkpointing": True}, "teacher": True},
+    "saved-parts": {"engine": "fsdp2", "settings": {"eval_every": 0}, "saved_parts": True},
     "accumulating": {
         "engine": "ddp", "settings": {"lora_rank": 4, "rollouts_per_prompt": 3, "micro_batch_tokens": 200},
     },
@@ -52,6 +53,7 @@ ZERO3_JOBS = {
         },
     },
     "zero3-full": {"engine": "zero3", "settings": UNEVEN, "tied": True},
+    "zero3-served": {"engine": "zero3", "settings": {"lora_rank": 4, "eval_every": 0, "steps": 3}, "served": True},
     "zero3-bf16": {"engine": "zero3", "settings": {"dtype": "bfloat16"}, "tied": True},
 }  # fmt: skip
 SLOW_ZERO3_JOBS = {
@@ -62,6 +64,7 @@ SLOW_ZERO3_JOBS = {
         "engine": "zero3", "settings": {"lora_rank": 4, "normalize": "token", "max_grad_norm": 0}, "teacher": True,
     },
     "zero3-live-teacher": {"engine": "zero3", "settings": {"lora_rank": 4, "teacher_mode": "live"}},
+    "zero3-saved-parts": {"engine": "zero3", "settings": {"eval_every": 0}, "saved_parts": True},
     "zero3-running": {"engine": "zero3", "settings": RUNNING, "scores": True, "stale": True},
     "zero3-bf16-lora": {"engine": "zero3", "settings": {"lora_rank": 4, "dtype": "bfloat16"}},
 }  # fmt: skip
@@ -150,6 +153,7 @@ def zero3_runs(base):
     jobs += [job("zero3-bf16", two / "cut-bf16", settings={**bf16, **resume})]
     jobs += [job("zero3-full", two / "cut-for-one", kill=2)]
     jobs += [job("zero3-bf16", two / "fsdp2-bf16", settings=bf16, engine="fsdp2")]
+    jobs += [job("zero3-served", two / "fsdp2-served", engine="fsdp2")]
     launch(jobs, 2, folder)
     jobs = [job(name, one / name, engine="ddp") for name in ("zero3-lora", "zero3-full")]
     jobs += [job("zero3-full", two / "cut-for-one", settings=resume, engine="ddp")]
@@ -193,6 +197,13 @@ def checkpoint(folder):
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     state = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
     return load_file(newest / "trainable.safetensors"), state
+
+
+def assert_same_adapter(a, b):
+    """What was written at the end, saved parts that are not trained included."""
+    ours, theirs = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (a, b))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-4) for key in ours)
 
 
 def assert_same_run(a, b):

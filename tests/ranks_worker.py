@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from rank_runs import PROMPTS
@@ -19,7 +20,10 @@ from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.acceleration import shards
 from opcd_fast.config import OPCDConfig
+from opcd_fast.errors import InputError
 from opcd_fast.interruption import Interrupted
+from opcd_fast.rollout import Completion
+from opcd_fast.rollout_weights import AdapterFolder
 from opcd_fast.trainer import OPCDTrainer
 
 faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for ever says where
@@ -88,6 +92,11 @@ def run(job: dict) -> None:
         config["micro_batch_tokens"] = json.loads((Path(like) / f"told-{RANK}.json").read_text())["budget"]
     tracker = StepsTracker()
     model = tiny_model(tie_word_embeddings=job.get("tied", False))
+    if job.get("saved_parts"):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"]))
     trainer = OPCDTrainer(
         model, tiny_tokenizer(), None, PROMPTS, OPCDConfig(**config), eval_prompts=PROMPTS[:3], quiet=True,
         teacher_model=tiny_model(seed=7) if job.get("teacher") else None, callbacks=[kill] if stop_after else [],
@@ -95,6 +104,8 @@ def run(job: dict) -> None:
     )  # fmt: skip
     if shards():
         assert_sharded(trainer.model, job["engine"])
+    if job.get("served"):
+        trainer.rollout = trainer.eval_rollout = Served(Path(config["output_dir"]).with_name("served"))
     if job.get("stale"):
         say_other_logprobs(trainer.rollout)
     fail = job.get("fail")
@@ -117,9 +128,11 @@ def run(job: dict) -> None:
         result = trainer.train()
         told = {
             "best": [result.best_step, result.steps, result.stopped_early], "empty": empty,
-            "budget": trainer.budget.tokens, "tracked": tracker.steps,
+            "budget": trainer.budget.tokens, "tracked": tracker.steps, "pushed": getattr(trainer.rollout, "pushed", []),
         }  # fmt: skip
         (Path(config["output_dir"]) / f"told-{RANK}.json").write_text(json.dumps(told))
+        if job.get("engine") == "zero3":
+            look_at_what_is_left(trainer)
     except Interrupted as stop:
         (Path(config["output_dir"]) / f"stopped-{RANK}").write_text(f"{stop.status} {stop}")
     except Exception as error:
@@ -144,6 +157,31 @@ def assert_sharded(model, engine):
         assert not any("proj" in name or "embed" in name for name in whole), whole  # small ones stay
     else:
         assert {type(p).__name__ for p in model.parameters()} == {"DTensor"}
+
+
+class Served:
+    """As a server would, it gets what the model saves; the answers are always the same."""
+
+    uses_model = "saves"
+
+    def __init__(self, folder):
+        self.adapters, self.pushed = AdapterFolder(folder), []
+
+    def sync(self, model):
+        assert RANK == 0
+        self.pushed.append(str(self.adapters.write(model)))
+
+    def generate(self, prompts, **sampling):
+        return [Completion((7, 8 + i % 2, 9), None, False) for i, _ in enumerate(prompts)]
+
+
+def look_at_what_is_left(trainer):
+    """After the run: nothing may be saved empty, and other models are loaded as ever."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    with pytest.raises(InputError, match=r"trainer.save\(folder\)"):
+        trainer.model.save_pretrained("nowhere")
+    assert not is_deepspeed_zero3_enabled()
 
 
 def score(messages, answer, row):

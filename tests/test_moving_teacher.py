@@ -145,7 +145,7 @@ def test_no_prefix_is_stale_whatever_the_optimizer(tokenizer, tmp_path, mode, lo
         settings = {**fast(lora_rank), **MODES[mode], "teacher_path": path, "eval_prompts": None}
         trainer = make(tokenizer, tmp_path / path, **settings)
         rate = settings["learning_rate"]
-        trainer.optimizer = torch.optim.AdamW(trainer.parameters.values(), lr=rate, fused=True)
+        trainer.engine.optimizer = torch.optim.AdamW(trainer.parameters.values(), lr=rate, fused=True)
         return losses(trainer.train())
 
     assert run("merge") == pytest.approx(run("concat"), rel=1e-4)

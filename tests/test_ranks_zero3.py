@@ -1,8 +1,20 @@
 """Two processes of DeepSpeed's ZeRO-3, over gloo, make the steps that one process makes."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from rank_runs import SLOW_ZERO3_JOBS, assert_same_run, checkpoint, records, slow_zero3_runs, told, zero3_runs
+from rank_runs import (
+    SLOW_ZERO3_JOBS,
+    assert_same_adapter,
+    assert_same_run,
+    checkpoint,
+    records,
+    slow_zero3_runs,
+    told,
+    zero3_runs,
+)
 from safetensors.torch import load_file
 
 from opcd_fast.acceleration import make_accelerator
@@ -26,6 +38,8 @@ def test_two_ranks_make_the_steps_of_one(runs, name):
 def test_two_ranks_make_the_steps_of_one_in_other_runs(tmp_path_factory, name):
     runs = slow_zero3_runs(tmp_path_factory.getbasetemp())
     assert_same_run(runs / "two" / name, runs / "one" / name)
+    if name == "zero3-saved-parts":
+        assert_same_adapter(runs / "two" / name, runs / "one" / name)
 
 
 def test_a_checkpoint_is_continued_as_if_nothing_had_happened(runs):
@@ -55,10 +69,23 @@ def test_final_weights_are_whole(runs):
     saved = AutoModelForCausalLM.from_pretrained(runs / "two" / "zero3-full" / "final").state_dict()
     trained, _ = checkpoint(runs / "two" / "zero3-full")
     assert all(torch.equal(saved[key], value) for key, value in trained.items())
-    file = "zero3-lora/final/adapter_model.safetensors"
-    adapters = [load_file(runs / world / file) for world in ("one", "two")]
-    assert adapters[0].keys() == adapters[1].keys()
-    assert all(torch.allclose(adapters[0][key], adapters[1][key], atol=1e-4) for key in adapters[0])
+    assert_same_adapter(runs / "two" / "zero3-lora", runs / "one" / "zero3-lora")
+
+
+def test_the_type_in_the_config_is_that_of_the_masters(runs):
+    for name in ("zero3-bf16", "fsdp2-bf16", "zero3-full"):
+        assert json.loads((runs / "two" / name / "final" / "config.json").read_text())["dtype"] == "float32", name
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_server_gets_the_weights_of_every_step(runs, engine):
+    folder = runs / "two" / f"{engine}-served"
+    pushed, nothing = (one["pushed"] for one in told(folder))
+    assert len(set(pushed)) == 3 and nothing == []
+    trained = load_file(sorted((folder / "checkpoints").iterdir())[1] / "trainable.safetensors")  # of step 2
+    served = load_file(Path(pushed[-1]) / "adapter_model.safetensors")
+    assert {name.replace(".default", ""): weight for name, weight in trained.items()}.keys() == served.keys()
+    assert all(torch.equal(served[name.replace(".default", "")], weight) for name, weight in trained.items())
 
 
 def masters_of(folder):
@@ -83,13 +110,20 @@ def test_an_adapter_on_a_bf16_base_is_fp32_as_in_one_process(tmp_path_factory):
     assert float((moments - expected).norm() / expected.norm()) < 0.05
 
 
-def test_what_is_refused(monkeypatch):
+def test_what_is_refused(monkeypatch, tmp_path):
+    folder, zero3 = tmp_path, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
+    for name, more in (("optimizer", {"optimizer": {"type": "Adam"}}), ("tensors", {"tensor_parallel": {}})):
+        (folder / f"{name}.json").write_text(json.dumps(zero3 | more))
+    (folder / "empty.json").write_text("{}")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for name, value, said in [
         ("ZERO_STAGE", "2", "ZeRO stage 2 is not supported; set zero_stage: 3"),
         ("OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer is not supported; set offload_optimizer_device: none"),
         ("OFFLOAD_PARAM_DEVICE", "cpu", "offload_param is not supported"),
         ("ZERO_STAGE", "3", "on GPUs only"),
+        ("CONFIG_FILE", str(folder / "optimizer.json"), "has 'optimizer', which a run does not go with"),
+        ("CONFIG_FILE", str(folder / "tensors.json"), "has 'tensor_parallel'"),
+        ("CONFIG_FILE", str(folder / "empty.json"), "DeepSpeed's config: Please specify the ZeRO"),
     ]:
         with monkeypatch.context() as patch:
             patch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from opcd_fast.checkpoint import write_text
@@ -45,20 +46,26 @@ class Experiment:
     steps: int = 40
     batch_size: int = 16
     general: Path | None = None
+    more_systems: Mapping[str, str] = field(default_factory=dict)
+    """Beside the four: name on the command line, and system as `opcd compare` takes it."""
+
+    @property
+    def systems(self) -> dict[str, str]:
+        return {**SYSTEMS, **self.more_systems}
 
 
 def run(experiment: Experiment) -> None:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(description=f"The experiment {experiment.name}.")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="some of them, with commas between")
+    parser.add_argument("--systems", default=",".join(experiment.systems), help="some of them, with commas between")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each system")
     parser.add_argument("--steps", type=int, help="another budget, in a folder and a file of results of its own")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="a short run of OPCD alone; its numbers mean nothing")
     given = parser.parse_args()
-    unknown = set(given.systems.split(",")) - set(SYSTEMS)
+    unknown = set(given.systems.split(",")) - set(experiment.systems)
     if unknown:
-        parser.error(f"--systems: {', '.join(sorted(unknown))} unknown; use some of {', '.join(SYSTEMS)}")
+        parser.error(f"--systems: {', '.join(sorted(unknown))} unknown; use some of {', '.join(experiment.systems)}")
     name = experiment.name
     if given.steps is not None:
         name += f"_{given.steps}_steps"
@@ -93,7 +100,7 @@ def _command(experiment: Experiment, folder: Path, given: argparse.Namespace) ->
         prompts=_shown(experiment.prompts),
         eval_prompts=held_out,
         general=general,
-        systems=tuple(SYSTEMS[name] for name in SYSTEMS if name in systems),
+        systems=tuple(system for name, system in experiment.systems.items() if name in systems),
         seeds=1 if given.smoke else given.seeds,
         regex=experiment.regex,
         answers_per_prompt=experiment.answers_per_prompt,

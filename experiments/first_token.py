@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 
@@ -21,14 +22,13 @@ from opcd_fast.rendering import render, whole_prompt
 
 
 @torch.no_grad()
-def first_tokens(experiment: Experiment) -> dict[str, object]:
+def first_tokens(model: Any, tokenizer: Any, experiment: Experiment) -> dict[str, object]:
     """Medians over the held-out prompts, at the experiment's temperature."""
-    model, tokenizer = load_model("smollm2", dtype="float32"), load_tokenizer("smollm2")
     context, prompts = read_context(experiment.context), read_prompts(experiment.eval_prompts)
     (rendered,), prefixes = render(tokenizer, [prompts], context, {})
 
     def probabilities(ids: list[int]) -> torch.Tensor:
-        logits = model(torch.tensor([ids], device=model.device)).logits[0, -1]
+        logits = model(torch.tensor([ids], device=model.device), logits_to_keep=1).logits[0, -1]
         return (logits.float() / experiment.temperature).softmax(-1)
 
     within = [probabilities(whole_prompt(row, prefixes)) for row in rendered.rows]
@@ -45,7 +45,8 @@ def first_tokens(experiment: Experiment) -> dict[str, object]:
 
 if __name__ == "__main__":
     experiments = (few_shot_form.EXPERIMENT, persona.EXPERIMENT, made_up_money.EXPERIMENT)
-    found = {one.name: first_tokens(one) for one in experiments}
+    models = load_model("smollm2", dtype="float32"), load_tokenizer("smollm2")
+    found = {one.name: first_tokens(*models, one) for one in experiments}
     ran = {
         **where_it_ran(), "command": "python -m experiments.first_token",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

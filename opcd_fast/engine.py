@@ -29,10 +29,7 @@ T = TypeVar("T")
 
 
 class Engine:
-    """`pair`'s models and the `optimizer` of what is trained, prepared by `accelerator`.
-
-    Subclasses shard the weights, in place: the models keep their identity. All methods are then collective.
-    """
+    """`pair`'s models and the `optimizer` of what is trained, prepared by `accelerator`."""
 
     sharded = False
     """Whether ranks meet inside of every pass."""
@@ -175,8 +172,10 @@ class Engine:
             self.student.save_pretrained = save
 
     def _whole_student(self) -> dict[str, Any]:
-        """What `save_pretrained` writes, `gathered`."""
-        return self.gathered(self._saved_tensors())
+        """What `save_pretrained` writes, `gathered`; weights that are tied are one tensor."""
+        state = self._saved_tensors()
+        found = self.gathered({id(tensor): tensor for tensor in state.values()})
+        return {name: found[id(tensor)] for name, tensor in state.items()}
 
     def _saved_tensors(self) -> dict[str, Tensor]:
         """All of the student's tensors, or those that may belong to its adapter, trained or not."""
@@ -192,11 +191,10 @@ class Engine:
         if self.ranks.world == 1 and not self.sharded:
             return value
 
-        def whole(tensor: Tensor) -> Tensor | None:
-            full = self._full(tensor.detach())
-            return full.cpu() if self.ranks.main else None
+        return map_tensors(value, lambda tensor: self._kept(self._full(tensor)))
 
-        return map_tensors(value, whole)
+    def _kept(self, full: Tensor) -> Tensor | None:
+        return full.detach().cpu() if self.ranks.main else None
 
     def _full(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -204,6 +202,40 @@ class Engine:
     def _mine(self, like: Tensor, full: Tensor) -> Tensor:
         """This rank's part of `full`, as it has one of `like`."""
         return full.to(like.device)
+
+
+class ShardingEngine(Engine):
+    """What engines have in common that shard the weights over the ranks, in place: the models keep their identity, and
+    all methods are collective.
+
+    `_prepare` sets `_module`, in whose forward work can be done.
+    """
+
+    sharded = True
+    _module: Any
+    _is_whole = False
+
+    def run(self, work: Callable[[], T]) -> T:
+        return work() if self._is_whole else self._module(work)[0]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self._is_whole:
+            yield
+            return
+        with self._gathering():
+            self._is_whole = True
+            try:
+                yield
+            finally:
+                self._is_whole = False
+
+    def _gathering(self) -> AbstractContextManager[None]:
+        """All weights are on every rank while the block is open."""
+        raise NotImplementedError
+
+    def _sum_gradients(self) -> None:
+        """They are sums after each micro-batch already."""
 
 
 class WorkInside(nn.Module):

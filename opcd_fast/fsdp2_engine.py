@@ -7,22 +7,18 @@ for every chunk of the loss, and its gradient takes the engine's own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from opcd_fast.engine import Engine, WorkInside
+from opcd_fast.engine import ShardingEngine, WorkInside
 from opcd_fast.model_pair import ModelPair
 
-T = TypeVar("T")
 
-
-class FSDP2Engine(Engine):
+class FSDP2Engine(ShardingEngine):
     """Parameters become DTensors, other objects than before."""
-
-    sharded = True
 
     def _prepare(self, pair: ModelPair, optimizer: Any) -> None:
         from torch.distributed.fsdp import FSDPModule
@@ -30,25 +26,16 @@ class FSDP2Engine(Engine):
         self._module, self.optimizer = self.accelerator.prepare(WorkInside(pair), optimizer)
         parts = [m for m in self._module.modules() if isinstance(m, FSDPModule)]
         self._reshard = [(part, part is not self._module) for part in parts]
-        self._whole = False
-
-    def run(self, work: Callable[[], T]) -> T:
-        return work() if self._whole else self._module(work)[0]
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        if self._whole:
-            yield
-            return
+    def _gathering(self) -> Iterator[None]:
         self._module(lambda: None)  # the first forward decides which module is the root
         try:
             for module, _ in self._reshard:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
-            self._whole = True
             yield
         finally:
-            self._whole = False
             for module, reshard in self._reshard:
                 module.reshard()
                 module.set_reshard_after_forward(reshard, recurse=False)
@@ -57,9 +44,6 @@ class FSDP2Engine(Engine):
         """Sends the gradients each time, because whole ones would need the memory that sharding is there to save; and
         takes their mean over the ranks, where the sum is wanted."""
         self.accelerator.backward(loss * self.ranks.world)
-
-    def _sum_gradients(self) -> None:
-        """They are sums already."""
 
     def _full(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

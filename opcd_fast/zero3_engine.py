@@ -12,33 +12,29 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.engine import Engine, WorkInside, of_parameter
+from opcd_fast.engine import ShardingEngine, WorkInside, of_parameter
 from opcd_fast.errors import InputError
 from opcd_fast.heads import LMHead
 from opcd_fast.model_pair import ModelPair, is_peft
 from opcd_fast.ranks import Ranks
 from opcd_fast.weight_versions import HOME
 
-T = TypeVar("T")
 
-
-class ZeRO3Engine(Engine):
+class ZeRO3Engine(ShardingEngine):
     """Parameters keep their identity and are empty unless gathered.
 
     dtype: the compute type. max_grad_norm: the engine clips by itself, in `step`; None or 0 for not at all.
     """
-
-    sharded = True
 
     def __init__(
         self, accelerator: Any, ranks: Ranks, pair: ModelPair, optimizer: Any, dtype: torch.dtype, max_grad_norm: float
@@ -63,7 +59,6 @@ class ZeRO3Engine(Engine):
         for parameter in self._everything:
             setattr(parameter, HOME, parameter.ds_tensor)  # its own memory comes and goes
         self._register_heads(inside)
-        self._whole = False
         self._guard_saving()
 
     def _register_heads(self, inside: WorkInside) -> None:
@@ -76,14 +71,8 @@ class ZeRO3Engine(Engine):
 
     # ------------------------------------------------------------------------------------------ a step
 
-    def run(self, work: Callable[[], T]) -> T:
-        return work() if self._whole else self._module(work)[0]
-
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        if self._whole:
-            yield
-            return
+    def _gathering(self) -> Iterator[None]:
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(self._everything):
@@ -91,11 +80,9 @@ class ZeRO3Engine(Engine):
             for handle in (*self._offload.forward_hooks, *self._offload.backward_hooks):
                 handle.remove()
             self._offload.forward_hooks, self._offload.backward_hooks = [], []
-            self._whole = True
             try:
                 yield
             finally:
-                self._whole = False
                 self._offload._register_deepspeed_module(self._offload.module)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -112,9 +99,6 @@ class ZeRO3Engine(Engine):
         """Sends the gradients each time, and takes their mean over the ranks, where the sum is wanted."""
         self._module.set_gradient_accumulation_boundary(False)
         self._module.backward(loss * self.ranks.world, scale_wrt_gas=False)
-
-    def _sum_gradients(self) -> None:
-        """They are sums already."""
 
     def clip(self, limit: float) -> float:
         """The norm over all ranks; `step` scales the gradients down."""
@@ -138,7 +122,6 @@ class ZeRO3Engine(Engine):
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        weights = {name: self._kept(self._master(p)) for name, p in self.parameters.items()}
         inner = self._zero.optimizer.state
         entries: dict[str, Any] = next(iter(inner.values()), {})
         flat = self._zero.fp32_partitioned_groups_flat[0]
@@ -151,7 +134,7 @@ class ZeRO3Engine(Engine):
             }
             for index, p in enumerate(self._in_order if entries else ())
         }
-        return weights, {"state": state, "param_groups": self._groups}
+        return self.gathered(self.parameters), {"state": state, "param_groups": self._groups}
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
@@ -177,20 +160,12 @@ class ZeRO3Engine(Engine):
                 if of_parameter(value, parameter.ds_shape):
                     safe_set_local_optimizer_state(parameter, self._mine(parameter, value), key)
 
-    def _whole_student(self) -> dict[str, Any]:
-        state = self._saved_tensors()
-        found: dict[int, Any] = {}  # weights that are tied come once
-        for tensor in state.values():
-            if id(tensor) not in found:
-                found[id(tensor)] = self._kept(self._full(tensor))
-        return {name: found[id(tensor)] for name, tensor in state.items()}
-
     def _guard_saving(self) -> None:
         """Sharded weights are empty, and transformers would save them without a word."""
         save = self.student.save_pretrained
 
         def checked(folder: str | Path, *args: Any, state_dict: Any = None, **options: Any) -> None:
-            if state_dict is None and not self._whole:
+            if state_dict is None and not self._is_whole:
                 raise InputError(
                     "the model's weights are sharded, and only empty ones could be saved; use trainer.save(folder), or "
                     "load the run's final/"
@@ -204,23 +179,16 @@ class ZeRO3Engine(Engine):
 
         self.student.save_pretrained = checked
 
-    def _kept(self, full: Tensor) -> Tensor | None:
-        return full.detach().cpu() if self.ranks.main else None
-
     def _full(self, tensor: Tensor) -> Tensor:
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         if not hasattr(tensor, "ds_id"):
             return tensor
-        if tensor.requires_grad:
-            return self._master(tensor)
+        if tensor.requires_grad:  # its fp32 master
+            return safe_get_full_fp32_param(tensor).view(tensor.ds_shape)  # type: ignore[attr-defined]
         with GatheredParameters([tensor]):
             return tensor.detach().clone()
-
-    def _master(self, parameter: Tensor) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter).view(parameter.ds_shape)  # type: ignore[attr-defined]
 
     def _mine(self, like: Tensor, full: Tensor) -> Tensor:
         """The last rank's part may be filled up with zeros: all have one length."""

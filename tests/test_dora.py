@@ -14,7 +14,8 @@ from opcd_fast.errors import InputError
 from opcd_fast.export import ExportOptions, export
 from opcd_fast.merged import MergedCopy
 from opcd_fast.models import load_model
-from opcd_fast.planning.rehearsal import Job, rehearse
+from opcd_fast.planning.job import Job
+from opcd_fast.planning.rehearsal import rehearse
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.trainer import OPCDTrainer
 

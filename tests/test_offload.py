@@ -15,7 +15,8 @@ from opcd_fast import trainer as trainer_module
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.offload import Offload, OffloadedTeacher
-from opcd_fast.planning.rehearsal import Job, rehearse
+from opcd_fast.planning.job import Job
+from opcd_fast.planning.rehearsal import rehearse
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.trainer import OPCDTrainer
 

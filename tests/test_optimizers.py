@@ -12,7 +12,8 @@ from tiny import tiny_tokenizer as make_tokenizer
 from opcd_fast import optimizers, weight_versions
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.planning.rehearsal import Job, rehearse
+from opcd_fast.planning.job import Job
+from opcd_fast.planning.rehearsal import rehearse
 from opcd_fast.trainer import OPCDTrainer
 
 HERE = ["adamw_torch", "adafactor", "adamw_8bit"]

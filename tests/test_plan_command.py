@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
@@ -127,11 +128,26 @@ def test_the_file_of_a_run_is_planned_as_written(written, capsys):
     assert numbers["phases"]["student"]["parts"]["context KV"] == 300 * keys
 
 
+def test_the_turns_of_a_task_are_planned(written, capsys):
+    pytest.importorskip("gymnasium")
+    file, settings = written
+    Path(settings["context"]).write_text("be brief")
+    lines = [f"{name}: {value}\n" for name, value in settings.items() if name not in ("prompts", "eval_prompts")]
+    file.write_text("".join(lines) + "task: frozen-lake-gymnasium\ntask_options: '{\"max_turns\": 4}'\n")
+    found = as_plan(capsys, "--config", file)
+    assert any("4 turns" in note for note in found["notes"]) and "evaluation rollout" in found["phases"]
+    one = as_plan(capsys, "--config", file, "--task-options", '{"max_turns": 1}')
+    # Later turns tell what the last move did.
+    assert 4 * one["micro_batch_tokens"] < found["micro_batch_tokens"] < 6 * one["micro_batch_tokens"]
+    status = main(["plan", "--gpu", "24GB", "--config", str(file), "--context-tokens", "300"])
+    assert status == 2 and "give context" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("init: runs/before", "init goes on from an earlier run"),
-        ("task: frozen-lake", "shows only when they are played"),
+        ("task: frozen-lake", "give --prompts FILE, or --task NAME in its place"),
         ("gpu: 24GB", "unknown option 'gpu'"),
         ("lora_rnk: 4", "did you mean 'lora_rank'"),
         ("steps: many", "steps='many' must be a whole number"),

@@ -1,5 +1,8 @@
 """The planner's predictions against what a real step allocates on the CPU."""
 
+import zlib
+from dataclasses import replace
+
 import pytest
 import torch
 from memory_record import recorded_peaks
@@ -9,9 +12,11 @@ from opcd_fast import merged
 from opcd_fast.config import OPCDConfig
 from opcd_fast.loss_inputs import resolve_backend
 from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
-from opcd_fast.planning.rehearsal import Job, rehearse
-from opcd_fast.token_prefix import common_prefix_length
+from opcd_fast.planning.job import Job, job_of
+from opcd_fast.planning.rehearsal import rehearse
+from opcd_fast.tasks.episode import as_user
 from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.training_prompts import read_training_prompts
 
 CONTEXT = "always answer with zzz, whatever the question may be, and never say why you do it. " * 3
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 1024}
@@ -39,8 +44,29 @@ CASES = {
     "full, bf16, adamw_8bit": {"dtype": "bfloat16", "optimizer": "adamw_8bit"},
     "other teacher": {"lora_rank": 8, "teacher": OTHER},
     "wide vocabulary": {"lora_rank": 8, "vocabulary": 4096, "workspace_bytes": 4 << 20},
+    "task": {"lora_rank": 8, "task": True, "batch_size": 4, "rollouts_per_prompt": 2},
+    "task, micro-batches": {"lora_rank": 8, "task": True, "batch_size": 4, "micro_batch_tokens": 500},
     "full, wide vocabulary": {"vocabulary": 4096, "dtype": "bfloat16", "workspace_bytes": 4 << 20},
 }
+
+
+class Asking:
+    """A task of three turns, whatever is answered."""
+
+    name, max_turns, score, feedback = "asking", 3, None, ""
+
+    def __init__(self, identity=""):
+        self.id, self.turn, self.seen = identity, 0, "nothing"
+
+    def episodes(self, split, count, seed=0):
+        return [Asking(f"{split} {index}") for index in range(count)]
+
+    def messages(self):
+        return as_user(f"{self.id}: which of these is it, [left] or [right]? ({self.seen})")
+
+    def answer(self, text):
+        self.turn, self.seen = self.turn + 1, f"{zlib.crc32(text.encode()):08x}"
+        self.score = 0.0 if self.turn == self.max_turns else None
 
 
 def compared(case, tmp_path, monkeypatch):
@@ -48,7 +74,7 @@ def compared(case, tmp_path, monkeypatch):
     case = dict(case)
     if case.get("optimizer", "").endswith("8bit"):
         pytest.importorskip("bitsandbytes")
-    teacher, vocabulary = case.pop("teacher", None), case.pop("vocabulary", 261)
+    teacher, vocabulary, task = case.pop("teacher", None), case.pop("vocabulary", 261), case.pop("task", False)
     settings = {"batch_size": 16, "max_new_tokens": 16, "rollout_batch": 16, "steps": 3, "eval_every": 0, **case}
     settings.setdefault("dtype", "float32")
     config = OPCDConfig(output_dir=str(tmp_path / "run"), device="cpu", **settings)
@@ -58,13 +84,11 @@ def compared(case, tmp_path, monkeypatch):
         model = tiny_model(**SIZES, vocab_size=vocabulary, dtype=dtype)
         other = None if teacher is None else tiny_model(seed=1, **teacher, vocab_size=vocabulary, dtype=dtype)
         plans.extend((model.config, None if other is None else other.config))
-        prompts = [f"question number {i}" for i in range(9)]
+        prompts = Asking() if task else [f"question number {i}" for i in range(9)]
         trainer = OPCDTrainer(model, tiny_tokenizer(), CONTEXT, prompts, config, teacher_model=other, quiet=True)
         # All answers have their full length, and are drawn from all of the vocabulary but its last token.
         trainer.rollout.stop_token_ids, trainer.rollout.vocab_size = (vocabulary - 1,), vocabulary - 1
-        rows = tuple((len(r.student_ids), len(r.teacher_ids), r.context_index) for r in trainer.train_rows)
-        shared = common_prefix_length([r.student_ids for r in trainer.train_rows])
-        job.append(Job(tuple(map(len, trainer.prefixes)), rows, shared=shared))
+        job.append(job_of(read_training_prompts(prompts, None, CONTEXT, trainer.tokenizer, config), config))
         trainer.train()
 
     recorded = recorded_peaks(make_and_train, monkeypatch)
@@ -159,6 +183,58 @@ def test_training_answers_of_the_teacher_read_whole_contexts(mode):
     if mode == "frozen":
         kept = planned(OPCDConfig(**base, answers="teacher", kept_answers=3), Job((600,), ((20, 20, 0),) * 8))
         assert kept.rollout_batch == 24  # all at once, before the first step
+
+
+class Quoting(Asking):
+    """Wants a move of those it names, and quotes all that was said."""
+
+    def messages(self):
+        said = f" after {self.seen}" if self.turn else ""
+        return as_user(f"which way, [left] or [right]?{said}")
+
+    def answer(self, text):
+        assert text.endswith(("[left]", "[right]"))
+        self.turn, self.seen = self.turn + 1, text if self.turn == 0 else self.seen + text
+        self.score = 0.0 if self.turn == self.max_turns else None
+
+    def episodes(self, split, count, seed=0):
+        return [Quoting(split) for _ in range(count)]
+
+
+def test_a_task_is_played_with_answers_of_full_length_that_name_a_move():
+    config = OPCDConfig(batch_size=3, max_new_tokens=40, eval_every=5, eval_batch=4, task_episodes=9)
+    asked = read_training_prompts(Quoting(), None, CONTEXT, tiny_tokenizer(), config)
+    job = job_of(asked, config)
+    first = len(asked.rows[0].student_ids)
+    quoted = len(" after ")  # the tiny tokenizer's tokens are bytes
+    lengths = sorted({student for student, _, _ in job.prompts})
+    assert lengths == [first, first + quoted + 40, first + quoted + 80]
+    assert job.turns == 3 and job.episodes == 9 and len(job.held_out) == 4
+    assert {teacher - student for student, teacher, _ in job.prompts} == {
+        len(asked.rows[0].teacher_ids) - first
+    }  # fmt: skip
+    without = job_of(asked, replace(config, eval_every=0))
+    assert without.episodes == 0 and without.held_out == ()
+
+
+def test_all_turns_of_a_step_and_the_episodes_of_an_evaluation_are_counted():
+    settings = OPCDConfig(batch_size=2, max_new_tokens=8, lora_rank=4, rollout_batch=16, eval_batch=1)
+    one, three = (planned(settings, replace(SMALL, turns=turns)) for turns in (1, 3))
+    assert three.tokens == 3 * one.tokens
+    # Turns are answered one after another.
+    assert three.peaks["rollout"].nbytes == pytest.approx(one.peaks["rollout"].nbytes, rel=1e-3)
+    assert any("3 turns" in note for note in three.notes) and not one.notes
+    evaluated = replace(SMALL, held_out=((20, 20, 0),), turns=3)
+    few, many = (planned(settings, replace(evaluated, episodes=episodes)) for episodes in (0, 16))
+    assert many.peaks["evaluation rollout"].nbytes > 1.2 * few.peaks["evaluation rollout"].nbytes
+
+
+def test_a_micro_batch_is_full_when_there_is_more_to_do():
+    """Three sequences of 52 tokens fit into 190; with answers that end sooner, so do 190 tokens."""
+    settings = OPCDConfig(batch_size=8, max_new_tokens=7, lora_rank=4)
+    assert planned(replace(settings, micro_batch_tokens=190)).tokens in range(186, 191)
+    assert planned(replace(settings, micro_batch_tokens=8 * 52 + 30)).tokens == 8 * 52  # there is no more
+    assert planned(replace(settings, micro_batch_tokens=50)).tokens == 52  # a sequence is never cut
 
 
 def test_shallow_rehearsals_tell_of_deep_models():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.commands.arguments import parse, quiet_libraries
-from opcd_fast.commands.train import TrainOptions, read_defaults
+from opcd_fast.commands.train import TrainOptions, prompts_or_task, read_defaults
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 
@@ -40,6 +40,10 @@ class PlanCommand:
     """Without `prompts`: tokens of the longest prompt."""
     eval_prompts: str | None = None
     """Held-out prompts, as for `opcd train`."""
+    task: str | None = None
+    """A task in place of prompts, as for `opcd train`; it is played without a model, to see how long its turns get."""
+    task_options: str | None = None
+    """Options of the task as JSON."""
     teacher_model: str | None = None
     """Another model as the teacher; only its config is read."""
     search: bool = True
@@ -125,12 +129,6 @@ def plan_command(arguments: list[str]) -> tuple[PlanCommand, OPCDConfig]:
             raise InputError(
                 f"plan: {name} goes on from an earlier run, which is not read; plan with that run's own config"
             )
-    for name in ("task", "task_options"):
-        if values.pop(name, None) is not None:
-            raise InputError(
-                f"plan: {name}: how many turns there are, and how long they are, shows only when they are played; plan "
-                "with a config without it, prompt_tokens of the longest turn and micro_batch_tokens"
-            )
     required = {"model": tyro.MISSING, "gpu": tyro.MISSING}
     default = PlanCommand(**{**required, **values}, run=TrainOptions(**options))
     command = parse(PlanCommand, "plan", arguments, default=default)
@@ -173,28 +171,22 @@ def _body_of(source: Any, dtype: Any) -> Any:
 
 
 def _job(command: PlanCommand, config: OPCDConfig) -> Any:
-    from opcd_fast.planning.rehearsal import Job
-    from opcd_fast.token_prefix import common_prefix_length
+    from opcd_fast.planning.job import Job, job_of
 
-    if command.context_tokens is not None and command.prompts is None and command.eval_prompts is None:
+    rendered = (command.prompts, command.eval_prompts, command.task, command.task_options)
+    if command.context_tokens is not None and not any(rendered):
         tokens = command.prompt_tokens
         return Job((command.context_tokens,), ((tokens, tokens, 0),))
     if command.context is None:
-        raise InputError("plan: prompts are rendered with their context; give context, the file, too")
+        raise InputError("plan: prompts and tasks are rendered with their context; give context, the file, too")
     from opcd_fast.models import load_tokenizer
     from opcd_fast.prompts import read_context
     from opcd_fast.training_prompts import read_training_prompts
 
+    without = not (command.prompts or command.task or command.task_options)
+    prompts = ["word " * command.prompt_tokens] if without else prompts_or_task(command, config)
     tokenizer, context = load_tokenizer(command.model), read_context(Path(command.context))
-    prompts = ["word " * command.prompt_tokens] if command.prompts is None else command.prompts
-    asked = read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config)
-    held_out = asked.held_out_rows if config.eval_every else ()
-    train, evaluated = (
-        tuple((len(row.student_ids), len(row.teacher_ids), row.context_index) for row in rows)
-        for rows in (asked.rows, held_out)
-    )
-    shared = common_prefix_length([row.student_ids for row in asked.rows])
-    return Job(tuple(map(len, asked.prefixes)), train, evaluated, shared)
+    return job_of(read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config), config)
 
 
 def _backend(config: OPCDConfig, device: str) -> str:

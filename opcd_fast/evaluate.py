@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opcd_fast.batch import Sample
 from opcd_fast.engine import Engine
@@ -40,18 +42,22 @@ def divergence(
         kl: mean over sequences of the mean token KL(student || teacher), nats;
         kl_error: standard error of that mean;
         kl_per_token: mean over all tokens, nats;
-        top1_agreement: share of tokens where both models' most probable token is the same.
+        top1_agreement: share of tokens where both models' most probable token is the same;
+        first_token: median over sequences of the student's probability of the first token, where the samples have their
+        sampler's log-probabilities.
     """
     if budget is None:
         budget = TokenBudget(micro_batch_tokens)
     ranks = budget.ranks
 
-    def measured() -> tuple[list[float], float, float, int]:
+    def measured() -> tuple[list[float], list[float], float, float, int]:
         by_token = agreement = 0.0
         by_sequence: list[float] = []
+        first_tokens: list[float] = []
         tokens = 0
         for turn in budget.rounds(samples):
             batch = turn.pack().to(device)
+            seen = _LogProbabilities()
             score = partial(
                 context_kl,
                 batch,
@@ -60,6 +66,7 @@ def divergence(
                 temperature=temperature,
                 denominator=1.0,
                 compute_dtype=compute_dtype,
+                drift=seen,
                 **loss_options,
             )
             _, stats = score() if engine is None else engine.run(score)
@@ -67,27 +74,40 @@ def divergence(
                 continue
             lengths = batch.response_cu_seqlens.diff().tolist()
             by_sequence += [float(answer.sum()) for answer in (stats.token_kl * batch.token_weights).split(lengths)]
+            first_tokens += [float(answer[0].exp()) for x in seen.found for answer in x.split(lengths)]
             by_token += float(stats.token_kl.sum())
             agreement += float(stats.top1_agreement.float().sum())
             tokens += batch.response_ids.numel()
-        return by_sequence, by_token, agreement, tokens
+        return by_sequence, first_tokens, by_token, agreement, tokens
 
     was_training = student.training
     student.eval()
     try:
         if engine is not None:
             engine.read_contexts(teacher, samples)
-        by_sequence, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
+        by_sequence, first_tokens, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
     finally:
         student.train(was_training)
     kl, error = mean_and_error(ranks.gather_lists(by_sequence))
     by_token, agreement, tokens = map(sum, zip(*ranks.gather((by_token, agreement, tokens))))
-    return {
+    first_tokens = ranks.gather_lists(first_tokens)
+    record = {
         "kl": kl,
         "kl_error": error,
         "kl_per_token": by_token / tokens,
         "top1_agreement": agreement / tokens,
     }
+    return record | ({"first_token": statistics.median(first_tokens)} if first_tokens else {})
+
+
+class _LogProbabilities:
+    """Of the response tokens under the student, as the objective tells them."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def add(self, logprobs: Tensor, behaviour: Tensor, factors: Tensor | None = None) -> None:
+        self.found.append(logprobs)
 
 
 def samples_of(rows: Sequence[RenderedPrompt], completions: Sequence[Completion]) -> list[Sample]:

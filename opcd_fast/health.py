@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 
 WINDOW = 5  # steps that a mean is taken over
 SHORT, DULL = 1 / 3, 1 / 10  # shares of what was normal
 CUT_OFF = 0.5  # share of answers that reach the token limit
+UNSAID = 1e-4  # between 2e-3, which a run overcame, and 1e-6, which none did (experiments/results/first_token.json)
+MODE_SEEKING = ("reverse_kl", "topk_reverse_kl")  # no gradient to speak of where the student has no probability
 DRIFT = 0.02  # nats per token; a bfloat16 copy of the same weights stays far below
 
 
@@ -20,6 +23,18 @@ def check_finite(step: int, loss: float, norm: float) -> None:
         raise InputError(
             f"loss is {loss} and gradient norm {norm} at step {step}; the weights of the last checkpoint are intact: "
             "lower learning_rate (OPCD_CHECK=1 names the first bad row)"
+        )
+
+
+def warning_before_training(evaluation: Mapping[str, Any], config: OPCDConfig) -> Iterator[tuple[str, str]]:
+    """Name and text of the warning that the held-out evaluation of the first weights gives reason for, if any."""
+    probability = evaluation.get("fixed_first_token", 1.0)
+    on_policy = config.answers == "student" and config.rollout != "replay"
+    if evaluation["step"] == 0 and on_policy and config.divergence in MODE_SEEKING and probability < UNSAID:
+        yield "unsaid_answers", (
+            f"the student begins as the teacher does with probability {probability:.1g} (median of held-out prompts): "
+            f"divergence={config.divergence!r} on its own answers hardly teaches what it never says; set "
+            "divergence='forward_kl'"
         )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opcd_fast import best
 from opcd_fast.config import OPCDConfig
-from opcd_fast.health import warnings_of
+from opcd_fast.health import warning_before_training, warnings_of
 from opcd_fast.held_out import in_words
 from opcd_fast.plots import plot_run
 from opcd_fast.progress import Progress, seconds_by_part
@@ -76,18 +76,21 @@ class Journal:
         self._progress.step(record)
         self._made += 1
         told = {warning["name"] for warning in self.warnings}
-        found = warnings_of(self.history, told, self.teacher_length, self._config.top_p == 1)
+        self._warn(record, warnings_of(self.history, told, self.teacher_length, self._config.top_p == 1))
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Note a held-out evaluation, what that of the first weights warns of, and draw the run so far."""
+        self._note(record, self.evaluations)
+        self._progress.evaluation(in_words(record), record)
+        self._warn(record, warning_before_training(record, self._config))
+        self.draw()
+
+    def _warn(self, record: dict[str, Any], found: Iterable[tuple[str, str]]) -> None:
         for name, message in list(found):
             self.warnings.append({"step": record["step"], "kind": "warning", "name": name, "message": message})
             self._folder.log(self.warnings[-1])
             if self._ranks.main:
                 logger.warning("%s", message)
-
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """Note a held-out evaluation, and draw the run so far."""
-        self._note(record, self.evaluations)
-        self._progress.evaluation(in_words(record), record)
-        self.draw()
 
     @property
     def enough(self) -> bool:

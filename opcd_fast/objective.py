@@ -14,11 +14,18 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.batch import Batch
 from opcd_fast.errors import InputError
 from opcd_fast.heads import LMHead
-from opcd_fast.importance import Drift, importance_weights, trainer_logprobs
+from opcd_fast.importance import importance_weights, trainer_logprobs
 from opcd_fast.loss import LossStats, fused_linear_divergence, fused_linear_logprobs
 from opcd_fast.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.timing import Stopwatch
+
+
+class TokenLogProbs(Protocol):
+    """Who is told log-probabilities of response tokens; see `Drift.add`."""
+
+    def add(self, logprobs: Tensor, behaviour: Tensor, factors: Tensor | None = None) -> None: ...
+
 
 REVERSE_KL: Mapping[str, Any] = {"divergence": "reverse_kl"}
 
@@ -48,7 +55,7 @@ def context_kl(
     divergence: Mapping[str, Any] = REVERSE_KL,
     student_head: LMHead | None = None,
     stopwatch: Stopwatch | None = None,
-    drift: Drift | None = None,
+    drift: TokenLogProbs | None = None,
     correction: str = "none",
     clip: float = 1.0,
 ) -> tuple[Tensor, LossStats]:
@@ -64,7 +71,7 @@ def context_kl(
         autocast: makes the context of the student's forward when its weights are fp32 masters.
         student_head: where the caller has it already; None looks at the student.
         divergence: another one than the reverse KL, as keywords of `fused_linear_divergence`.
-        drift: where to add how far the sampler's log-probabilities are from the student's, if the batch has them.
+        drift: is told the student's and the sampler's log-probabilities, if the batch has them.
         correction: "token" or "sequence" multiplies the weights by `importance_weights` with bound `clip`; that takes
             one more product with the head, and log-probabilities in the batch (InputError without).
     Returns:

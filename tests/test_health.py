@@ -2,8 +2,9 @@
 
 import pytest
 
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.health import check_finite, warnings_of
+from opcd_fast.health import check_finite, warning_before_training, warnings_of
 
 WELL = {"response_length": 30.0, "student_entropy": 1.0, "finished": 0.9, "sampler_kl": 0.001}
 
@@ -56,3 +57,25 @@ def test_a_ruinous_step_is_refused(loss, norm):
     check_finite(1, 1.0, 2.0)
     with pytest.raises(InputError, match="at step 3"):
         check_finite(3, loss, norm)
+
+
+UNSAID = {"step": 0, "fixed_first_token": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "found"),
+    [
+        (UNSAID, {}, True),
+        (UNSAID, {"divergence": "topk_reverse_kl", "k": 5}, True),
+        (UNSAID, {"divergence": "forward_kl"}, False),
+        (UNSAID, {"answers": "teacher"}, False),
+        (UNSAID, {"rollout": "replay", "rollout_file": "answers.jsonl"}, False),
+        ({**UNSAID, "fixed_first_token": 2e-3}, {}, False),
+        ({**UNSAID, "step": 10}, {}, False),
+        ({"step": 0}, {}, False),
+    ],
+)
+def test_answers_that_the_student_never_gives(record, settings, found):
+    told = list(warning_before_training(record, OPCDConfig(**settings)))
+    assert [name for name, _ in told] == (["unsaid_answers"] if found else [])
+    assert all("1e-06" in text and "forward_kl" in text for _, text in told)

@@ -4,7 +4,8 @@
 # that is left; a case that gets none is in the file as skipped.
 #
 #   scripts/gpu.sh                     on a machine with a CUDA device
-#   scripts/gpu.sh teacher loss        only some of the parts: tests, teacher, loss; one alone has all the time
+#   scripts/gpu.sh teacher loss        only some of the parts: tests, teacher, loss; one alone has all the time,
+#                                      and tests alone runs those marked `slow` as well
 #   scripts/gpu.sh step                whole training steps beside TRL's; alone, it takes all of the time
 #   scripts/gpu.sh --dry-run [PART…]   the same flow on the CPU with tiny shapes; the tests are only collected
 #
@@ -61,9 +62,10 @@ export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 # The parts' limits add up to 8 minutes and 45 seconds, kills included.
 tests_seconds=120 teacher_seconds=150 loss_seconds=240
+which="gpu and not slow"
 alone=525
 case "$parts" in
-" tests " | " teacher " | " loss ") tests_seconds=$alone teacher_seconds=$alone loss_seconds=$alone ;;
+" tests " | " teacher " | " loss ") which=gpu tests_seconds=$alone teacher_seconds=$alone loss_seconds=$alone ;;
 esac
 if [ -n "$dry_run" ]; then
     out=${OUT:-$(mktemp -d)}
@@ -95,7 +97,7 @@ asked_for() { [ "${parts#* "$1" }" != "$parts" ]; }
 run_tests() {
     echo "== tests marked gpu (at most $tests_seconds s)"
     # One module that does not import must not keep the others from running; it still fails the run.
-    timeout --kill-after=5 "$tests_seconds" "$python" -m pytest -m gpu tests --continue-on-collection-errors \
+    timeout --kill-after=5 "$tests_seconds" "$python" -m pytest -m "$which" tests --continue-on-collection-errors \
         -p no:cacheprovider -o timeout=100 "${test_options[@]}" 2>&1 | tee "$out/gpu_tests.txt"
     local status=${PIPESTATUS[0]}
     if [ "$status" = 5 ]; then

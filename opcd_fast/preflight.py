@@ -49,15 +49,20 @@ def check_lengths(
 ) -> None:
     """Nothing is ever truncated: what does not fit a model's window is refused, with the counts. Raises InputError."""
     for row in rows:
-        check_prompt_length(len(row.student_ids) + windows.virtual, max_new_tokens, windows.student)
         prefix = len(prefixes[row.context_index])
-        whole = prefix + len(row.teacher_ids)
-        if windows.teacher is not None and whole + max_new_tokens > windows.teacher:
-            raise InputError(
-                f"context and prompt of {whole} tokens (shared prefix {prefix}) plus max_new_tokens={max_new_tokens} "
-                f"exceed the teacher's window of {windows.teacher} by {whole + max_new_tokens - windows.teacher}; "
-                "shorten the context or max_new_tokens"
-            )
+        check_length(len(row.student_ids), prefix, len(row.teacher_ids), max_new_tokens, windows)
+
+
+def check_length(prompt: int, prefix: int, suffix: int, max_new_tokens: int, windows: Windows) -> None:
+    """The same of one prompt, in tokens: the student's, and the teacher's shared prefix and the rest."""
+    check_prompt_length(prompt + windows.virtual, max_new_tokens, windows.student)
+    whole = prefix + suffix
+    if windows.teacher is not None and whole + max_new_tokens > windows.teacher:
+        raise InputError(
+            f"context and prompt of {whole} tokens (shared prefix {prefix}) plus max_new_tokens={max_new_tokens} "
+            f"exceed the teacher's window of {windows.teacher} by {whole + max_new_tokens - windows.teacher}; "
+            "shorten the context or max_new_tokens"
+        )
 
 
 @torch.no_grad()

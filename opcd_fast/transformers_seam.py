@@ -123,7 +123,12 @@ def embedding_rows(body: nn.Module) -> int | None:
 
 def longest_input(body: nn.Module) -> int | None:
     """`max_position_embeddings` of the model in tokens, or None where the architecture has no such limit."""
-    limit = setting(config_of(body), "max_position_embeddings")
+    return longest_input_of(config_of(body))
+
+
+def longest_input_of(config: Any) -> int | None:
+    """The same, of a text model's configuration."""
+    limit = setting(config, "max_position_embeddings")
     return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 

@@ -86,6 +86,33 @@ def test_lengths_come_from_files(tmp_path, folder, capsys):
     assert plan["phases"]["student"]["parts"]["context KV"] >= 360 * keys
 
 
+def test_rows_that_bring_their_contexts_need_no_other(tmp_path, capsys):
+    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    rows = [{"prompt": "q" * 9, "privileged_context": letter * 40} for letter in "ab"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", tmp_path / "m", "--prompts", tmp_path / "p.jsonl", "--batch-size", 2]
+    found = as_plan(capsys, *arguments, "--max-new-tokens", 16)
+    keys = 3 * 2 * 2 * 24 * 2  # layers, keys and values, heads, head size, bytes
+    assert found["phases"]["student"]["parts"]["context KV"] >= 2 * 40 * keys
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "no context"}) + "\n")
+    assert main(["plan", "--gpu", "24GB", *map(str, arguments)]) == 2
+    assert "context is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["--prompt-tokens", "500"], "prompt of 500 tokens plus max_new_tokens=16 exceeds the model's window of 512"),
+        (["--prompt-tokens", "490", "--num-virtual-tokens", "10"], "prompt of 500 tokens plus max_new_tokens=16"),
+        (["--context-tokens", "480"], "exceed the teacher's window of 512 by 4"),
+    ],
+)
+def test_what_no_window_holds_is_refused_as_by_a_run(folder, capsys, settings, words):
+    assert main(["plan", "--model", folder, "--gpu", "24GB", *SETTINGS, *settings]) == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.fixture
 def written(tmp_path):
     """The YAML file of a run, with everything that it names but the weights."""

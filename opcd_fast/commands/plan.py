@@ -31,7 +31,8 @@ class PlanCommand:
     gpu: str
     """Memory of the GPU: 24GB (a GB is 2^30 bytes here, as GPUs are sold), 80GiB or 512MB."""
     context: str | None = None
-    """What the teacher sees, as for `opcd train`; needs the model's tokenizer."""
+    """What the teacher sees, as for `opcd train`; needs the model's tokenizer. Left out where every row of `prompts`
+    has a `privileged_context`."""
     context_tokens: int | None = None
     """In place of `context`: how many tokens it has."""
     prompts: str | None = None
@@ -56,8 +57,12 @@ class PlanCommand:
 def run(arguments: list[str]) -> int:
     command, config = plan_command(arguments)
     gpu = gpu_bytes(command.gpu)
-    if (command.context is None) == (command.context_tokens is None):
-        raise InputError("plan: give context, a file, or context_tokens, a number; one of them")
+    given = [value is not None for value in (command.context, command.context_tokens)]
+    if all(given) or not (any(given) or command.prompts):
+        raise InputError(
+            "plan: give context, a file, or context_tokens, a number; one of them, or neither where every row of "
+            "prompts has a privileged_context"
+        )
     for name in ("context_tokens", "prompt_tokens"):
         value = getattr(command, name)
         if value is not None and value < 1:
@@ -67,11 +72,13 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from opcd_fast import rollout_memory
+    from opcd_fast import transformers_seam as seam
     from opcd_fast.models import pick_dtype
     from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
     from opcd_fast.planning.rehearsal import Rehearsal, rehearse
     from opcd_fast.planning.report import as_json, show
     from opcd_fast.planning.search import Found, find
+    from opcd_fast.preflight import Windows, check_length
     from opcd_fast.teacher_budget import default_batch_bytes
 
     on_cpu = config.device == "cpu"
@@ -81,6 +88,10 @@ def run(arguments: list[str]) -> int:
     student = _config_of(command.model)
     teacher = None if command.teacher_model is None else _config_of(command.teacher_model)
     job = _job(command, config)
+    own, other = (seam.longest_input_of(source.get_text_config()) for source in (student, teacher or student))
+    windows = Windows(own, other, config.num_virtual_tokens)
+    for prompt, suffix, index in (*job.prompts, *job.held_out):
+        check_length(prompt, job.contexts[index], suffix, config.max_new_tokens, windows)
     # A GPU computes in bf16 unless told otherwise; it need not be here for that.
     dtype = pick_dtype(config.dtype, torch.device("cpu")) if on_cpu or config.dtype != "auto" else torch.bfloat16
 
@@ -177,15 +188,18 @@ def _job(command: PlanCommand, config: OPCDConfig) -> Any:
     if command.context_tokens is not None and not any(rendered):
         tokens = command.prompt_tokens
         return Job((command.context_tokens,), ((tokens, tokens, 0),))
-    if command.context is None:
-        raise InputError("plan: prompts and tasks are rendered with their context; give context, the file, too")
+    if command.context_tokens is not None:
+        raise InputError(
+            "plan: prompts and tasks are rendered with their context; give context, the file, in place of its tokens"
+        )
     from opcd_fast.models import load_tokenizer
     from opcd_fast.prompts import read_context
     from opcd_fast.training_prompts import read_training_prompts
 
     without = not (command.prompts or command.task or command.task_options)
     prompts = ["word " * command.prompt_tokens] if without else prompts_or_task(command, config)
-    tokenizer, context = load_tokenizer(command.model), read_context(Path(command.context))
+    tokenizer = load_tokenizer(command.model)
+    context = None if command.context is None else read_context(Path(command.context))
     return job_of(read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config), config)
 
 

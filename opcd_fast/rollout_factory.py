@@ -65,6 +65,8 @@ def make_rollout(
             config.rollout_file or "", tokenizer=tokenizer, template_kwargs=config.template_variables(), **common
         )
         replay.check(prompts)
+        if config.importance_correction != "none":
+            replay.check_logprobs()
         return replay
     return local_rollout(config, model, **common)
 

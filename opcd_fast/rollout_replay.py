@@ -81,6 +81,15 @@ class ReplayRollout:
                 f"{missing[0]} ({shown} ...); prompts are compared as token ids, template included"
             )
 
+    def check_logprobs(self) -> None:
+        """Raises InputError when an answer has none."""
+        bare = sum(answer.logprobs is None for answers in self._answers.values() for answer in answers)
+        if bare:
+            raise InputError(
+                f"importance_correction needs log-probabilities, and {bare} answers of rollout_file="
+                f"{str(self.file)!r} have none; add logprobs to them, or set importance_correction='none'"
+            )
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -1,11 +1,14 @@
 """Answers from a file: token ids or text, matched by the prompt's ids, with an error for every gap."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import tiny_tokenizer
 
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.rollout_factory import make_rollout
 from opcd_fast.rollout_protocol import Completion
 from opcd_fast.rollout_replay import ReplayRollout, write_replay
 
@@ -92,6 +95,21 @@ def test_a_missing_prompt_is_named(tmp_path):
 def test_bad_lines_are_named(tmp_path, row, message):
     with pytest.raises(InputError, match=message):
         replay(written(tmp_path, row), vocab_size=261, tokenizer=tiny_tokenizer())
+
+
+def test_a_correction_needs_every_answers_logprobs(tmp_path):
+    prompts, answers = [[1, 2], [3]], [Completion((4, 5), (-0.5, -0.25), False), Completion((6,), None, False)]
+    config = OPCDConfig(rollout="replay", rollout_file=str(tmp_path / "a.jsonl"), importance_correction="token")
+
+    def make(config):
+        return make_rollout(config, None, stop_token_ids=[256], vocab_size=None, prompts=prompts)
+
+    write_replay(tmp_path / "a.jsonl", prompts, answers)
+    with pytest.raises(InputError, match="importance_correction needs log-probabilities, and 1 answers of rollout_fi"):
+        make(config)
+    make(replace(config, importance_correction="none"))
+    write_replay(tmp_path / "a.jsonl", prompts, [answers[0], replace(answers[1], logprobs=(-0.1,))])
+    make(config)
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -38,12 +38,13 @@ def _typed(name: str, declared: str, value: Any, numbers_as_text: bool) -> Any:
         value = str(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_list = isinstance(value, (list, tuple))
+    texts = [value] if isinstance(value, str) else ["<end>"]
     good, wanted = {
         "bool": (isinstance(value, bool), "True or False"),
         "int": (is_number and isinstance(value, int), "a whole number"),
         "float": (is_number, "a number"),
         "str": (isinstance(value, str) and value.strip() != "", "text, and not empty"),
-        "tuple[str, ...]": (is_list and all(isinstance(v, str) and v for v in value), "a list of texts: ['<end>']"),
+        "tuple[str, ...]": (is_list and all(isinstance(v, str) and v for v in value), f"a list of texts: {texts}"),
     }[kind]
     if not good:
         raise InputError(f"{name}={value!r:.80} must be {wanted}{' (or None)' if none else ''}")
@@ -90,7 +91,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"config file {str(path)!r} does not exist")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        values, written = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
@@ -99,6 +101,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise InputError(f"config file {str(path)!r} must hold `name: value` lines")
+    assert written is not None
+    names = [str(name.value).replace("-", "_") for name, _ in written.value]  # the library keeps the last of equal ones
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"config file {str(path)!r} sets {name} {names.count(name)} times; keep one of them")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 

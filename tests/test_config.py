@@ -75,7 +75,7 @@ def test_every_field_has_a_type_that_is_checked():
 
 
 def test_a_list_is_asked_for_where_a_text_would_become_letters():
-    with pytest.raises(InputError, match="list of texts"):
+    with pytest.raises(InputError, match=r"list of texts: \['abc'\]"):
         OPCDConfig(stop_tokens="abc")
 
 
@@ -111,6 +111,9 @@ def test_yaml_names_are_checked_with_a_hint(tmp_path):
     (tmp_path / "zero.yaml").write_text("0\n")
     with pytest.raises(InputError, match="name: value"):
         read_yaml(tmp_path / "zero.yaml")
+    (tmp_path / "twice.yaml").write_text("steps: 4\nlora_rank: 2\nlora-rank: 8\n")
+    with pytest.raises(InputError, match="sets lora_rank 2 times"):
+        read_yaml(tmp_path / "twice.yaml")
     (tmp_path / "empty.yaml").write_text("")
     assert read_yaml(tmp_path / "empty.yaml") == {}
 

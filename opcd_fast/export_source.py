@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opcd_fast.errors import InputError
-from opcd_fast.models import load_model, load_tokenizer, pick_dtype, resolve
+from opcd_fast.models import first_line, load_model, load_tokenizer, pick_dtype, resolve
 from opcd_fast.quantized import is_quantized, quantize_4bit, require_bitsandbytes
 
 CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,8 +91,7 @@ def with_adapter_of(base: Any, folder: str | Path) -> Any:
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except Exception as error:  # whatever a library raises over these files is about these files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"adapter {str(folder)!r} cannot be loaded: {reason}") from error
+        raise InputError(f"adapter {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _unpacked_again(source: Source, device: str) -> Any:

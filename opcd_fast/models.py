@@ -190,7 +190,7 @@ def _reading(what: str, name: str) -> Iterator[None]:
     except (InputError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InputError(f"{what} {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{what} {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def resolve(name: str | os.PathLike[str]) -> str:
@@ -204,6 +204,8 @@ def resolve(name: str | os.PathLike[str]) -> str:
         folder = Path(name).expanduser()
         if not folder.is_dir():
             raise InputError(f"model folder {name!r} does not exist; give a folder, a hub id or {SMOLLM2!r}")
+        if (folder / "run.json").is_file() and (folder / "final").is_dir():
+            raise InputError(f"model folder {name!r} is a run's; its weights are in {str(folder / 'final')!r}")
         return str(folder)
     return name
 
@@ -213,9 +215,10 @@ def same_tokenizer(a: Any, b: Any) -> bool:
     return a.get_vocab() == b.get_vocab() and a("Aye! 12 ümlaut\n").input_ids == b("Aye! 12 ümlaut\n").input_ids
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its first, and the second where the first one only announces it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())
+    return " ".join(" ".join(lines[: 2 if lines[0].rstrip().endswith(":") else 1]).split())
 
 
 def _smollm2_folder() -> Path:

@@ -189,6 +189,12 @@ def test_a_fully_trained_run_and_a_bare_folder(base, run, tmp_path):
     assert (again.kind, again.dtype) == ("model", "bfloat16")
 
 
+def test_an_adapter_on_another_base_says_what_does_not_fit(run, tmp_path):
+    tiny_model(hidden_size=48).save_pretrained(tmp_path / "other")
+    wrong = ExportOptions(model=str(tmp_path / "other"))
+    refused(lambda: export(run, tmp_path / "x", wrong), "cannot be loaded", "size mismatch for")
+
+
 def test_an_adapter_can_be_rounded(run, tmp_path):
     export(run, tmp_path / "out", ExportOptions(dtype="bfloat16"))
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -9,7 +9,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast import models
 from opcd_fast.errors import InputError
-from opcd_fast.models import load_model, load_tokenizer, pick_device, refuse_unsupported
+from opcd_fast.models import first_line, load_model, load_tokenizer, pick_device, refuse_unsupported
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,20 @@ def test_a_damaged_model_is_one_line(folder, damage, words):
 def test_a_damaged_adapter_is_one_line(folder, damage, words):
     damage(folder / "adapter")
     refused(lambda: load_model(str(folder / "adapter"), device="cpu"), *words)
+
+
+def test_the_folder_of_a_run_is_told_from_that_of_its_weights(tmp_path):
+    (tmp_path / "final").mkdir()
+    for name in ("config.json", "run.json"):
+        (tmp_path / name).write_text("{}")
+    for load in (load_model, load_tokenizer):
+        refused(lambda load=load: load(str(tmp_path)), "its weights are in", str(tmp_path / "final"))
+
+
+def test_an_announcement_is_followed_by_what_it_announces():
+    assert first_line(ValueError("one of: \n\t(1) this\n\t(2) that")) == "one of: (1) this"
+    assert first_line(ValueError("all is said\nand more")) == "all is said"
+    assert first_line(KeyError()) == "KeyError"
 
 
 def test_a_damaged_tokenizer_is_one_line(folder):

@@ -10,6 +10,8 @@ from test_trainer import losses, make
 from tiny import tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opcd_fast.commands.train import loading
+from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.remote_teacher import RemoteTeacher
 from opcd_fast.teacher import ContextTeacher
@@ -106,6 +108,8 @@ def test_a_device_that_is_not_there_is_named(tokenizer, tmp_path):
             continue
         with pytest.raises(InputError, match=word):
             make(tokenizer, tmp_path / "run", teacher_device=device, teacher_model=tiny_model(seed=7))
+        with pytest.raises(InputError, match=f"^{word}"):  # before the command has loaded it
+            loading(OPCDConfig(teacher_device=device), "none", elsewhere=True)
 
 
 def test_the_students_own_device_is_no_other(tokenizer, tmp_path):

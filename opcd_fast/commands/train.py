@@ -145,9 +145,8 @@ def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, wait
 
     if quantization == "none" and not elsewhere and not waits and not shards():
         return {"dtype": config.dtype, "device": config.device}
-    dtype = pick_dtype(
-        config.dtype, pick_device(config.teacher_device if elsewhere else config.device, make_current=False)
-    )
+    name = "teacher_device" if elsewhere else "device"
+    dtype = pick_dtype(config.dtype, pick_device(getattr(config, name), name=name, make_current=False))
     return {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
 
 

@@ -37,6 +37,8 @@ class RunFolder:
         self._metrics = self.path / "metrics.jsonl"
         self._checkpoints = self.path / "checkpoints"
         self._saved: int | None = None
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output_dir={str(path)!r} is a file; choose another folder")
         found = bool(checkpoint.list_checkpoints(self._checkpoints))
         if not resume and (found or (self.path / "final").exists()):
             raise InputError(f"output_dir={str(path)!r} already holds a run; use resume, or choose another folder")

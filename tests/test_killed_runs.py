@@ -193,7 +193,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_checkpoint(job, tmp_path):
     assert Fork([*arguments, "--steps", "4", "--resume"]).wait() == 0
 
 
-@pytest.mark.parametrize("which", ["file in the way", "no such model", "no weights"])
+@pytest.mark.parametrize("which", ["file in the way", "file in its place", "no such model", "no weights"])
 def test_what_cannot_start_says_why(job, tmp_path, which, capsys):
     from opcd_fast.cli import main
 
@@ -201,6 +201,9 @@ def test_what_cannot_start_says_why(job, tmp_path, which, capsys):
     if which == "file in the way":
         (tmp_path / "occupied").write_text("")
         folder = tmp_path / "occupied" / "run"
+    elif which == "file in its place":
+        folder = tmp_path / "occupied"
+        folder.write_text("mine")
     elif which == "no such model":
         arguments[2] = str(tmp_path / "nowhere")
     else:
@@ -212,5 +215,8 @@ def test_what_cannot_start_says_why(job, tmp_path, which, capsys):
     assert main([*arguments, "--output-dir", str(folder), "--steps", "2", "--no-plots"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("opcd: ") and "Traceback" not in said
-    assert {"file in the way": "occupied", "no such model": "nowhere", "no weights": "bare"}[which] in said
-    assert not folder.exists()
+    assert {
+        "file in the way": "occupied", "file in its place": "is a file; choose another", "no such model": "nowhere",
+        "no weights": "bare",
+    }[which] in said  # fmt: skip
+    assert not folder.is_dir()

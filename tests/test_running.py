@@ -109,6 +109,19 @@ def test_tensorboard_files(tokenizer, tmp_path):
     assert [e.step for e in events.Scalars("eval/own_kl")] == [0, 2, 4, 6]
 
 
+def test_wandb_offline_keeps_both_runs_in_the_folder(tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for steps, resume in ((2, False), (4, True)):
+        make(tokenizer, tmp_path / "run", steps=steps, resume=resume, trackers=("wandb",)).train()
+    written = [file.read_bytes() for file in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))]
+    assert len(written) == 2, "a resumed run is another one"
+    for content in written:
+        for name in (b"train/loss", b"train/seconds/rollout", b"eval/own_kl", b"lora_rank"):
+            assert name in content, name
+
+
 def stop_at(step):
     def callback(record):
         if (record["kind"], record["step"]) == ("step", step):

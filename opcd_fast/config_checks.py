@@ -46,7 +46,8 @@ def check(config: OPCDConfig) -> None:
     _check_adapter(config)
     _check_rollout(config, rules)
     if config.merge_for_rollout and not config.lora_rank:
-        raise InputError("merge_for_rollout=True needs an adapter; set lora_rank or drop merge_for_rollout")
+        remedy = "drop merge_for_rollout" if config.num_virtual_tokens else "set lora_rank or drop merge_for_rollout"
+        raise InputError(f"merge_for_rollout=True needs weights to merge, those of LoRA; {remedy}")
 
 
 class _Rules:

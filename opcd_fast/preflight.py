@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from opcd_fast.objective import context_kl
 from opcd_fast.rendering import RenderedPrompt
 from opcd_fast.teacher import ContextTeacher
 
+logger = logging.getLogger("opcd_fast")
 PROBES = 8  # prompts looked at
 
 
@@ -63,6 +65,18 @@ def check_length(prompt: int, prefix: int, suffix: int, max_new_tokens: int, win
             f"exceed the teacher's window of {windows.teacher} by {whole + max_new_tokens - windows.teacher}; "
             "shorten the context or max_new_tokens"
         )
+
+
+def warn_of_known_prompts(rows: Sequence[RenderedPrompt], held_out: Sequence[RenderedPrompt]) -> None:
+    """Says in the log how many of the held-out prompts are trained on."""
+    trained_on = set(rows)
+    known = sum(row in trained_on for row in held_out)
+    if known:
+        logger.warning(
+            "%d of %d held-out prompts are among the training prompts: what is measured on them, also for save_best "
+            "and early stop, says nothing about other prompts",
+            known, len(held_out),
+        )  # fmt: skip
 
 
 @torch.no_grad()

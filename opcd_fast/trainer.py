@@ -32,7 +32,7 @@ from opcd_fast.messages import Message
 from opcd_fast.model_pair import fingerprint, name_of, shared_vocabulary, student_and_teacher
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.parallel import make_engine, shared_sampler
-from opcd_fast.preflight import Windows, check_context_matters, check_lengths
+from opcd_fast.preflight import Windows, check_context_matters, check_lengths, warn_of_known_prompts
 from opcd_fast.progress import Progress
 from opcd_fast.prompt_order import prompts_of_step
 from opcd_fast.prompts import read_context
@@ -119,6 +119,8 @@ class OPCDTrainer:
         best.check_measured(config, evaluates, self._score is not None)
         windows = Windows.of(model, teacher_model or model, config.num_virtual_tokens or virtual_tokens(model))
         check_lengths((*self.train_rows, *self.held_out_rows), self.prefixes, config.max_new_tokens, windows)
+        if evaluates and asked.task is None and self.ranks.main:
+            warn_of_known_prompts(self.train_rows, self.eval_rows)
 
         self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
         self.origins = Origins(

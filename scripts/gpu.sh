@@ -20,13 +20,14 @@
 # The peers are optional, each missing one is a row that says so. To carry them to a machine without a network,
 # make a folder where there is one, and name it in SITE over there:
 #
-#   pip download --no-deps --dest wheels trl==1.16.0 liger-kernel==0.8.5
+#   pip download --no-deps --dest wheels trl==1.16.0 liger-kernel==0.8.5 datasets==5.2.0 dill multiprocess
 #   pip install --no-deps --no-index --target peers wheels/*.whl
 #   SITE=$PWD/peers scripts/gpu.sh
 #
-# --no-deps: both ask for packages (datasets, accelerate, ...; a torch of their own choice) that the two functions
-# timed here do not use. They need torch, triton and packaging alone. `step` runs TRL's whole trainer, which needs
-# datasets and what it asks for as well; without them its rows are skipped.
+# --no-deps: TRL and Liger-Kernel ask for a torch of their own choice. The two functions that `loss` times need torch,
+# triton and packaging alone; `step` runs TRL's whole trainer, which needs datasets with its dill and multiprocess (of the
+# Python over there: pip download --python-version), and accelerate, pandas, pyarrow, xxhash, requests. What is missing
+# is a skipped row. A dry run with these and torch 2.11, triton 3.6, transformers 5.17, Python 3.12 ran every part.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 

@@ -353,7 +353,9 @@ def test_the_command_writes_table_page_and_picture(files, capsys):
     assert main(arguments(files, *with_prompts(files), *more, str(general))) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     found = json.loads((files / "out" / "compare.json").read_text())
-    assert list(found["systems"]) == ["opcd", "sft", "raw"] and torch.__version__.startswith(found["ran"]["torch"])
+    assert list(found["systems"]) == ["opcd", "sft", "raw"]
+    # A wheel's metadata may leave out what torch says of its build (+cu130).
+    assert found["ran"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert len(found["baselines"]) == 2 and found["scorer"] == "regex a"
     assert found["systems"]["raw"]["runs"][0]["context"] != found["systems"]["opcd"]["runs"][0]["context"]
     page = (files / "out" / "compare.md").read_text()

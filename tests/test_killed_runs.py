@@ -219,4 +219,7 @@ def test_what_cannot_start_says_why(job, tmp_path, which, capsys):
         "file in the way": "occupied", "file in its place": "is a file; choose another", "no such model": "nowhere",
         "no weights": "bare",
     }[which] in said  # fmt: skip
-    assert not folder.is_dir()
+    if which == "file in its place":
+        assert folder.read_text() == "mine"
+    else:
+        assert not folder.exists()

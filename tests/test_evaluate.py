@@ -1,4 +1,4 @@
-"""Held-out measurements against plain transformers in float64, and what the first of them warns of."""
+"""Held-out measurements against plain transformers in float64, and the warnings about them."""
 
 import json
 import statistics
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import make
+from test_trainer import PROMPTS, make
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast import health
@@ -60,3 +60,13 @@ def test_a_run_is_warned_before_it_trains_and_once(tmp_path, monkeypatch, caplog
     assert [record["name"] for record in records if record["kind"] == "warning"] == ["unsaid_answers"]
     assert 0 < records[0]["fixed_first_token"] < 1
     assert make(tokenizer, tmp_path / "other", steps=2, divergence="forward_kl").train().warnings == []
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path, caplog):
+    tokenizer = tiny_tokenizer()
+    make(tokenizer, tmp_path / "apart")
+    assert "held-out" not in caplog.text
+    make(tokenizer, tmp_path / "run", eval_prompts=[PROMPTS[2], "other", PROMPTS[2], PROMPTS[0]])
+    assert "3 of 4 held-out prompts are among the training prompts" in caplog.text
+    make(tokenizer, tmp_path / "never", eval_prompts=[PROMPTS[2]], eval_every=0)
+    assert caplog.text.count("held-out") == 1

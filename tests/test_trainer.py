@@ -42,15 +42,6 @@ def make(tokenizer, folder, model=None, *, eval_prompts=HELD_OUT, context=CONTEX
     )
 
 
-def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path, caplog):
-    make(tokenizer, tmp_path / "apart")
-    assert "held-out" not in caplog.text
-    make(tokenizer, tmp_path / "run", eval_prompts=[PROMPTS[2], "other", PROMPTS[2], PROMPTS[0]])
-    assert "3 of 4 held-out prompts are among the training prompts" in caplog.text
-    make(tokenizer, tmp_path / "never", eval_prompts=[PROMPTS[2]], eval_every=0)
-    assert caplog.text.count("held-out") == 1
-
-
 def losses(result):
     return [record["loss"] for record in result.history]
 

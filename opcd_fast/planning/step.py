@@ -145,7 +145,8 @@ class Step:
         samples = self._samples([row for row in self._rows() for _ in range(self.job.turns)])
         groups = list(micro_batches(samples, self.config.micro_batch_tokens, share_prompts=self.shares))
         largest = self._largest(groups, self.shares)
-        self.tokens, self.longest = self._size(largest), max(count_tokens([sample]) for sample in samples)
+        self.tokens = count_tokens(largest, share_prompts=self.shares)
+        self.longest = max(count_tokens([sample]) for sample in samples)
         for _ in range(min(2, len(groups))):  # the second one finds gradients that exist already
             self._micro_batch(largest, total_weight(samples, self.config.normalize))
         with meter.phase("optimizer"):
@@ -235,9 +236,6 @@ class Step:
         student, teacher = cut(other.student_prompt, least), cut(other.teacher_prompt)
         filled = [*largest, Sample(student, teacher, other.context_index, cut(other.response))]
         return filled if size(filled) <= size(largest) + room else largest
-
-    def _size(self, group: list[Sample]) -> int:
-        return count_tokens(group, share_prompts=self.shares)
 
     def _micro_batch(self, group: list[Sample], denominator: float) -> None:
         config, meter = self.config, self.meter

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from opcd_fast import sharding
-from opcd_fast.dual_chunks import check_dual, run_dual
 from opcd_fast.kernels import reference
 from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, take
 from opcd_fast.row_operations import row_operation
@@ -64,8 +63,6 @@ def linear_divergence(
             dw = torch.empty(w_s.shape, dtype=dtype, device=device)
             dw[v if n > 0 else 0 :].zero_()
     db = torch.zeros(w_s.shape[0], dtype=dtype, device=device) if wanted.bias else None
-    if spec.projection == "dual":
-        check_dual(Side(h_s, w_s), Side(h_t, w_t), spec)
     # Before anything that a rank might skip: the ranks of a sharded head meet here.
     place = sharding.slices(spec, wanted, n, device) if spec.group else (0, v)
     if n > 0:
@@ -83,14 +80,10 @@ def linear_divergence(
         # somebody's running sum.
         late = dw_into is None and isinstance(rows.factor, Tensor)
         dw_factor = 1.0 if late else float(rows.factor)
-        arguments = (
+        _run(
             student, _valid(b_s, v, dtype), teacher, _valid(b_t, v, dtype), rows, spec, wanted, statistics,
-            dh, None if dw is None else dw[:v], dw_factor, dw_into is None, None if db is None else db[:v],
+            dh, None if dw is None else dw[:v], dw_factor, dw_into is None, None if db is None else db[:v], *place,
         )  # fmt: skip
-        if spec.projection == "dual":
-            run_dual(*arguments)
-        else:
-            _run(*arguments, *place)
         if rows.hidden:
             statistics = torch.where(seen.t(), statistics, 0)
     if dw is not None and dw_into is None and isinstance(rows.factor, Tensor):

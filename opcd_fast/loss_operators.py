@@ -52,14 +52,13 @@ def linear_divergence_op(
     parameter: float,
     tail: str,
     group: str,
-    projection: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics (5, N), dH, dW, db); a gradient that is not wanted is empty. The last parameters, from
     scale_s on, are the fields of `Spec` in order; backend may be "auto"."""
     dtype = compute_dtype(h_s, w_s, h_t, w_t)
     spec = Spec(
         scale_s, scale_t, softcap_s, softcap_t, temperature, vocab_size, workspace_bytes,
-        resolve_backend(backend, h_s.device, dtype), all_statistics, divergence, parameter, tail, group, projection,
+        resolve_backend(backend, h_s.device, dtype), all_statistics, divergence, parameter, tail, group,
     )  # fmt: skip
     rows = select_rows(token_weights, h_s.shape[0], reduction, denominator, factor, dtype, h_s.device)
     with exactly(h_s.device):

@@ -407,6 +407,8 @@ def test_sequence_mean_weights_of_a_mask_and_of_offsets():
         ({"reduction": "sum", "denominator": 3}, ["denominator", "'mean'"]),
         ({"denominator": 0}, ["denominator", "positive"]),
         ({"backend": "cuda"}, ["backend", "'torch'"]),
+        ({"projection": "dual"}, ["projection", "'auto'"]),
+        ({"projection": "bf16"}, ["projection", "'separate'"]),
         ({"workspace_bytes": 100}, ["workspace_bytes", "at least"]),
         ({"workspace_bytes": -1}, ["workspace_bytes", "positive"]),
         ({"token_weights": torch.ones(4)}, ["token_weights", "(3,)"]),
@@ -419,6 +421,14 @@ def test_bad_options_say_what_and_what_instead(options, words):
     with pytest.raises(ValueError) as error:
         fused_linear_reverse_kl(h, student, h_t, teacher, **options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("projection", ["auto", "separate", "fp32"])
+def test_every_projection_is_the_same_today(projection):
+    student, h, teacher, h_t = heads(rows=3)
+    with torch.no_grad():
+        found = fused_linear_reverse_kl(h, student, h_t, teacher, projection=projection)
+        assert float(found) == float(fused_linear_reverse_kl(h, student, h_t, teacher))
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):

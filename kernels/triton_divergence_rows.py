@@ -33,6 +33,7 @@ from opcd_fast.kernels.divergence_merge import (
     write_statistics,
 )
 from opcd_fast.kernels.divergence_rows import DIVERGENCES, check_divergence
+from opcd_fast.kernels.launch_shapes import launch_shape
 from opcd_fast.kernels.triton_logits import (
     NO_COLUMN,
     SMALLEST,
@@ -42,7 +43,6 @@ from opcd_fast.kernels.triton_logits import (
     difference_of,
     expm1,
     inner_and_outer,
-    launch_shape,
     load_logits,
     psi_terms,
 )
@@ -310,7 +310,7 @@ def divergence_rows(
         return
     inner_s, outer_s = inner_and_outer(scale_s, softcap_s, temperature)
     inner_t, outer_t = inner_and_outer(scale_t, softcap_t, temperature)
-    block, warps = launch_shape(columns)
+    block, warps = launch_shape("divergence_rows", columns)
     splits, blocks = split_blocks(n, columns, block, splits)
     two_passes = divergence in ("reverse_kl", "forward_kl")
     logits = (z_s, z_t, z_s if bias_s is None else bias_s, z_t if bias_t is None else bias_t)

@@ -68,7 +68,7 @@ def _shapes(entries: Any, where: str) -> tuple[Shape, ...]:
         if entry[0] <= before:
             raise ValueError(f"the launch shapes of {where}: columns must rise, but {entry[0]} follows {before}")
         before = entry[0]
-        _check(*entry[1:], f"of {where}")
+        _check(entry[1], entry[2], f"of {where}")
     return tuple(Shape(*entry) for entry in entries)
 
 

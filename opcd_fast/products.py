@@ -68,7 +68,8 @@ def project(hidden: list[Tensor], weights: list[Weight], logits: list[Tensor]) -
     tiled = []
     for h, weight, z in zip(hidden, weights, logits, strict=True):
         if weight.bf16_dot:
-            native.project_bf16(h.bfloat16(), weight.weight, z)  # h was bf16 before it was made float32
+            # h was bf16 before it was made float32. The library reads rows, which a transposed tensor has not.
+            native.project_bf16(h.bfloat16().contiguous(), weight.weight, z)
         else:
             tiled.append((h, weight, z))
     for start in tiled[0][1].tiles() if tiled else ():

@@ -2,7 +2,7 @@
 
 A flat operation on tensors, scalars and a mask of wanted gradients; no autograd, no modules. Logits exist for
 a few rows at a time, in the buffers that workspace.py plans. Two levels: the logits of a few rows, the gradient of
-several such chunks, because dW is read and written once for each of the latter.
+several such chunks, because dW is read and written once for each of the latter, and dH is narrow.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from opcd_fast.workspace import (
     gradient_dtype,
     has_gradient_buffer,
     make_plan,
+    multiprocessors_of,
     pitch_of,
     returned_dtype,
 )
@@ -64,7 +65,8 @@ def linear_divergence(
             dw[v if n > 0 else 0 :].zero_()
     db = torch.zeros(w_s.shape[0], dtype=dtype, device=device) if wanted.bias else None
     # Before anything that a rank might skip: the ranks of a sharded head meet here.
-    place = sharding.slices(spec, wanted, n, device) if spec.group else (0, v)
+    multiprocessors = multiprocessors_of(device)
+    place = sharding.slices(spec, wanted, n, device, multiprocessors) if spec.group else (0, v, multiprocessors)
     if n > 0:
         if rows.hidden:
             seen = (rows.weights != 0).unsqueeze(1)
@@ -123,13 +125,15 @@ def _run(
     db: Tensor | None,
     first_column: int,  # of this rank's slice of the vocabulary
     columns: int,  # of the largest slice; v unless the head is sharded
+    multiprocessors: int,
 ) -> None:
     active = rows.active
     n = student.h.shape[0] if active is None else active.shape[0]
     v, pitch, device = spec.vocab_size, pitch_of(spec.vocab_size), student.h.device
     dtype = compute_dtype(*student, *teacher)
     operation = row_operation(spec, n)
-    plan = make_plan(n, [student, teacher], columns, spec, wanted, operation.planes + operation.temporaries)
+    planes = operation.planes + operation.temporaries
+    plan = make_plan(n, [student, teacher], columns, spec, wanted, planes, multiprocessors)
     run_rows = row_operation(spec, plan.logit_rows, first_column).run
     weight_s = Weight(student, dtype, plan.tile, spec.backend)
     weight_t = Weight(teacher, dtype, plan.tile, spec.backend, shares=weight_s)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opcd_fast import sharding
 from opcd_fast.kernels import reference
-from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, take
+from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, scale_into, take
 from opcd_fast.row_operations import row_operation
 from opcd_fast.rows import Rows
 from opcd_fast.spec import Spec, Wanted
@@ -88,14 +88,18 @@ def linear_divergence(
         )  # fmt: skip
         if rows.hidden:
             statistics = torch.where(seen.t(), statistics, 0)
-    if dw is not None and dw_into is None and isinstance(rows.factor, Tensor):
-        dw.mul_(rows.factor)
+    if dw is not None and dw_into is None:
+        # Rounded, or scaled and rounded, in one pass.
+        kept = returned_dtype(w_s.dtype)
+        if isinstance(rows.factor, Tensor):
+            dw = scale_into(dw, rows.factor, dw if kept == dtype else torch.empty_like(dw, dtype=kept))
+        dw = dw.to(kept)
     if db is not None:
         _scale(db, rows.factor)
     return (
         statistics,
         dh,
-        None if dw is None or dw_into is not None else dw.to(returned_dtype(w_s.dtype)),
+        None if dw_into is not None else dw,
         None if db is None or b_s is None else db.to(returned_dtype(b_s.dtype)),
     )
 

@@ -54,6 +54,7 @@ _REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
 _FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
 _JSD = tl.constexpr(DIVERGENCES.index("jsd"))
 _SKEW_REVERSE_KL = tl.constexpr(DIVERGENCES.index("skew_reverse_kl"))
+_SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES.index("skew_forward_kl"))
 # exp(87.8) and its inverse are normal numbers; a probability whose ratio to the other is beyond has underflown
 _LIMIT = tl.constexpr(87.8)
 
@@ -160,6 +161,7 @@ def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE):
             terms = psi_terms(p, parameter * p + rest * q, x)
             p_phi = p * (x + parameter * (excess / ratio) - shift)
         else:
+            tl.static_assert(DIVERGENCE == _SKEW_FORWARD_KL, "unknown divergence")
             y, excess, ratio = _log_ratio_to_mixture(-l, rest, parameter)
             terms = psi_terms(q, parameter * q + rest * p, y)
             p_phi = p * (rest * (excess / ratio) - shift)

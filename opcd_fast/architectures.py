@@ -20,9 +20,12 @@ from opcd_fast.expanded_cache import is_recurrent, unknown_state
 
 # Models with recurrent layers that go on from a cached state, in tests/test_teacher_matrix.py. Known not to: Jamba,
 # MiniMax and RecurrentGemma, whose scans start anew or whose state no cache sees.
-_GOES_ON = frozenset(
-    {"bamba", "falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_next", "zamba2"}
-)
+# fmt: off
+_GOES_ON = frozenset({
+    "bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_next", "zamba2",
+})
+# fmt: on
 
 _HIDDEN_STATE = frozenset({"recurrent_gemma"})  # does not show in the cache of every version
 
@@ -106,14 +109,14 @@ def refuses_pad(body: nn.Module) -> str | None:
         return f"{type(body).__name__} is a model of several inputs; pass its language model"
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         return "the model has cross-attention"
-    if seam.takes_cache(body) is None:
-        return f"architecture {config.model_type!r} takes no cache of keys and values"
     state = unknown_state(body)
     if state is not None:
         return f"layers of architecture {config.model_type!r} keep more than keys and values ({state})"
     recurrent = is_recurrent(body) or config.model_type in _HIDDEN_STATE
     if recurrent and config.model_type not in _GOES_ON:
         return f"recurrent layers of architecture {config.model_type!r} are not known to go on from a cached state"
+    if seam.takes_cache(body) is None:
+        return f"architecture {config.model_type!r} takes no cache of keys and values"
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         return f"the padded path runs eager or sdpa attention, the model has {implementation!r}"

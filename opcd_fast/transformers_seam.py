@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
@@ -284,6 +285,29 @@ def trained_prefix(model: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
         refuse_virtual_tokens(model)
     cache = learner.get_prompt(batch_size=1)
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def generation_inputs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Any, dict[str, Any], Cache | None]:
+    """What to call `generate` on, its inputs, and the cache among them, for prompts (B, T) padded on the left.
+
+    Of a model with a trained prefix of p tokens: the base model, a cache that holds the prefix, and p ids of no meaning
+    in front, (B, p + T), where `generate` looks for what the cache holds. PEFT's own `generate` puts the prefix under
+    a cache's old name beside transformers' new one, and from transformers 5.24 on that is dropped (peft 0.21).
+    Whether `generate` took the cache shows in its length, which grows.
+    """
+    if trained_prefix(model) is None:
+        return model, {"input_ids": input_ids, "attention_mask": attention_mask}, None
+    cache = prompt_learner(model).get_prompt(batch_size=len(input_ids))
+    before = input_ids.new_zeros(len(input_ids), cache.get_seq_length())
+    lm: Any = causal_lm(model)
+    inputs = {
+        "input_ids": torch.cat([before, input_ids], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(before), attention_mask], dim=1),
+        **cache_argument(lm, cache),
+    }
+    return lm, inputs, cache
 
 
 def adapter_modules(model: nn.Module) -> list[nn.Module]:

@@ -74,11 +74,14 @@ PAD = {  # and why not merge
     "nemotron-h": "not known to run exactly on a packed row",
     "zamba2": "not known to run exactly on a packed row",
     "lfm2": "not known to run exactly on a packed row",
+    "lfm2-moe": "not known to run exactly on a packed row",
+    "qwen3.5-moe": "not known to run exactly on a packed row",
+    "olmo-hybrid": "not known to run exactly on a packed row",
 }
 CONCAT = {  # and why not pad
     "llama-dynamic": "RoPE type 'dynamic'",
     "deepseek-v32": "keep more than keys and values (DynamicIndexedLayer)",
-    "mamba2": "takes no cache of keys and values",
+    "mamba2": "not known to go on from a cached state",
     "jamba": "not known to go on from a cached state",
     "recurrent-gemma": "not known to go on from a cached state",
     "minimax": "not known to go on from a cached state",
@@ -410,6 +413,7 @@ def test_prefixes_of_every_kind_come_back_from_disk(name, tmp_path):
 NO_ATTENTION_BY_DEFAULT = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "granite-hybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
+    "lfm2-moe": {"layer_types": (["conv"] * 3 + ["full_attention"]) * 8},
 }
 
 

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
 from opcd_fast.frozen_cache import FrozenLayer, frozen_cache
+from opcd_fast.sdpa import sdpa_without_cudnn
 
 __all__ = ["FrozenLayer", "frozen_cache"]  # the part of this seam that has a file of its own
 
@@ -88,7 +89,10 @@ def run_body(
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
 ) -> Tensor:
-    """Last hidden state (B, T, D) of `input_ids` (B, T); after the final norm, what the lm-head reads."""
+    """Last hidden state (B, T, D) of `input_ids` (B, T); after the final norm, what the lm-head reads.
+
+    Without cuDNN's attention, also where checkpointed layers are recomputed.
+    """
     kwargs: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None, "return_dict": True}
     # Passed only when given and known: some architectures take neither argument, and count positions themselves.
     if position_ids is not None and "position_ids" in inspect.signature(body.forward).parameters:
@@ -97,7 +101,11 @@ def run_body(
         kwargs["attention_mask"] = attention_mask
     if cache is not None:
         kwargs.update(cache_argument(body, cache))
-    return body(**kwargs).last_hidden_state
+    with sdpa_without_cudnn():
+        if not torch.is_grad_enabled():
+            return body(**kwargs).last_hidden_state
+        with recomputing_under(body, sdpa_without_cudnn):
+            return body(**kwargs).last_hidden_state
 
 
 def takes_cache(model: nn.Module) -> str | None:

@@ -34,10 +34,11 @@ def generate(
     device = next(model.parameters()).device
     ids, mask = _left_padded(prompts, stop_token_ids[0])
     sampler = _Sampler(uniform.to(device), temperature, top_p, vocab_size)
+    generator, inputs, prefix = seam.generation_inputs(model, ids.to(device), mask.to(device))
+    width = inputs["input_ids"].shape[1]
     with _own_generation_settings(model):
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+        output = generator.generate(
+            **inputs,
             logits_processor=[sampler],
             synced_gpus=False,  # weights are whole here, and ranks need not take the same number of steps
             generation_config=GenerationConfig(
@@ -49,7 +50,9 @@ def generate(
                 use_cache=True,
             ),
         )
-    tokens = output[:, ids.shape[1] :].tolist()
+    if prefix is not None and prefix.get_seq_length() < width:
+        raise RuntimeError("model: transformers' generate did not read the trained prefix; use engine='decode'")
+    tokens = output[:, width:].tolist()
     logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
     answers = []
     for row, values in zip(tokens, logprobs):

@@ -21,7 +21,6 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import refuses_plain_cache
 from opcd_fast.buffered_cache import buffered_cache
 from opcd_fast.sampling import draw
-from opcd_fast.thin_products import thin_products
 from opcd_fast.token_prefix import common_prefix_length
 
 MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
@@ -60,7 +59,7 @@ def decode(
     uniform = uniform.to(device)
     answers: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     rows = list(range(len(prompts)))  # the answers that are still being written
-    with seam.using_attention(seam.body_of(model), run.attend), thin_products(run.model):
+    with seam.using_attention(seam.body_of(model), run.attend):
         logits = run.read_prompts()
         for step in range(limit):
             tokens, logprobs = draw(logits, uniform[:, step], temperature, top_p, vocab_size)

@@ -88,6 +88,7 @@ class BatchRun:
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.cache = buffered_cache(seam.num_layers(seam.body_of(model)))
+        self._as_argument = seam.cache_argument(self.model, self.cache)
         self.prompts, self.row_of, self.limit = prompts, torch.tensor(row_of, device=self.device), limit
         self.past = 0  # virtual tokens in front of every row
         if prefix is not None:
@@ -171,7 +172,7 @@ class BatchRun:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=ids, position_ids=positions, **self._as_argument, use_cache=True, logits_to_keep=1
         )
         return output.logits[:, -1]
 

@@ -1,4 +1,4 @@
-"""The one place that knows transformers' (and peft's) version-dependent parts; checked on 5.17 and 5.23.
+"""The one place that knows transformers' (and peft's) version-dependent parts; checked on 5.17, 5.23 and 5.24.
 
 Everything here takes a model and hides how this version of transformers spells a thing: where the body under
 the lm-head is, how the attention function is chosen, what a cache layer must implement, how gradient
@@ -27,6 +27,8 @@ __all__ = ["FrozenLayer", "frozen_cache"]  # the part of this seam that has a fi
 PACKED_ATTENTION = "opcd_packed"
 """Name under which `using_attention` registers its function. transformers builds no mask for a name that its
 mask registry lacks, which is what a packed row needs."""
+
+_CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
 # --- finding the parts of a model ---------------------------------------------------------------------------
@@ -93,8 +95,28 @@ def run_body(
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask
     if cache is not None:
-        kwargs["past_key_values"] = cache
+        kwargs.update(cache_argument(body, cache))
     return body(**kwargs).last_hidden_state
+
+
+def takes_cache(model: nn.Module) -> str | None:
+    """The name under which `forward` of `model` (in its wrappers, or a body) takes a cache; None when it takes none."""
+    inner: Any = causal_lm(model)
+    # The class's own as well: what replaces a method of one object may say (*args, **kwargs) and nothing else.
+    for forward in (inner.forward, type(inner).forward):
+        names = inspect.signature(forward).parameters
+        found = next((name for name in _CACHE_NAMES if name in names), None)
+        if found is not None:
+            return found
+    return None
+
+
+def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """The keyword argument of `forward` of `model` that hands over `cache`. Raises TypeError when it takes none."""
+    name = takes_cache(model)
+    if name is None:
+        raise TypeError(f"model: {type(causal_lm(model)).__name__} takes no cache of keys and values")
+    return {name: cache}
 
 
 def config_of(body: nn.Module) -> Any:

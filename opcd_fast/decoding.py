@@ -27,7 +27,7 @@ MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it
 
 
 def refuses_decoding(model: Any) -> str | None:
-    """Why this loop cannot run `model`, in words; None when it can (it is compared with `generate` all the same)."""
+    """Why this loop cannot run `model`, in words; None when it can (`rollout_check` looks all the same)."""
     return refuses_plain_cache(seam.body_of(model), training=False)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opcd_fast import transformers_seam as seam
 from opcd_fast.quantized import is_quantized
+from opcd_fast.sdpa import sdpa_without_cudnn
 from opcd_fast.verification import full_precision
 
 Answers = Sequence[tuple[Sequence[int], Sequence[float]]]
@@ -77,7 +78,8 @@ def scored(
     rows, largest = [], 0.0
     for prompt, (ids, _) in zip(prompts, answers, strict=True):
         whole = torch.tensor([[*prompt, *ids]], device=device)
-        logits = lm(input_ids=whole, logits_to_keep=len(ids) + 1, **_behind_prefix(model, whole.shape[1])).logits
+        with sdpa_without_cudnn():
+            logits = lm(input_ids=whole, logits_to_keep=len(ids) + 1, **_behind_prefix(model, whole.shape[1])).logits
         logits = logits[0, -len(ids) - 1 : -1, :vocab_size].double()
         largest = max(largest, float(logits.abs().max()))
         rows.append(logits.log_softmax(-1).gather(1, whole[0, len(prompt) :, None])[:, 0])

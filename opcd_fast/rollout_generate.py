@@ -12,6 +12,7 @@ from torch import Tensor
 from opcd_fast import transformers_seam as seam
 from opcd_fast.rollout_protocol import cut_at_stop
 from opcd_fast.sampling import draw
+from opcd_fast.sdpa import sdpa_without_cudnn
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def generate(
     device = next(model.parameters()).device
     ids, mask = _left_padded(prompts, stop_token_ids[0])
     sampler = _Sampler(uniform.to(device), temperature, top_p, vocab_size)
-    with _own_generation_settings(model):
+    with _own_generation_settings(model), sdpa_without_cudnn():
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),

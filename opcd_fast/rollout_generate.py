@@ -12,6 +12,7 @@ from torch import Tensor
 from opcd_fast import transformers_seam as seam
 from opcd_fast.rollout_protocol import cut_at_stop
 from opcd_fast.sampling import draw
+from opcd_fast.sdpa import sdpa_without_cudnn
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def generate(
     sampler = _Sampler(uniform.to(device), temperature, top_p, vocab_size)
     generator, inputs, prefix = seam.generation_inputs(model, ids.to(device), mask.to(device))
     width = inputs["input_ids"].shape[1]
-    with _own_generation_settings(model):
+    with _own_generation_settings(model), sdpa_without_cudnn():
         output = generator.generate(
             **inputs,
             logits_processor=[sampler],

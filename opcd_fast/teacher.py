@@ -30,6 +30,7 @@ from opcd_fast.path_choice import PathChoice
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_memory import PrefixMemory
 from opcd_fast.prefix_store import PrefixStore
+from opcd_fast.quantized import keep_plain_layout
 from opcd_fast.stored_layer import storage_type
 from opcd_fast.teacher_budget import default_batch_bytes
 from opcd_fast.teacher_inputs import (
@@ -105,6 +106,7 @@ class ContextTeacher:
         if adapter not in ("disabled", "active"):
             raise ValueError(f"adapter: expected 'disabled' or 'active', got {adapter!r}")
         self.model = model
+        keep_plain_layout(model)
         self._body = seam.body_of(model)
         if adapter == "active":
             seam.refuse_virtual_tokens(model)

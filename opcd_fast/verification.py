@@ -18,7 +18,7 @@ _TOLERANCE_HALF = 0.05  # relative RMS; a missing or wrong key gives differences
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32: either would turn rounding into a mismatch."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -48,7 +48,7 @@ def verify(body: nn.Module, path: str, prefix_device: torch.device | None = None
                 return f"{type(error).__name__}: {error}".splitlines()[0], None
             for kind in dict.fromkeys((torch.float32, dtype)):
                 twin = twin.to(kind)
-                with _full_precision(device):
+                with full_precision(device):
                     got, oracle = both(path, twin, device, prefix_device)
                 if kind == torch.float32:
                     worst = max(worst, float((got - oracle).abs().max()))

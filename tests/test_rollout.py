@@ -94,7 +94,7 @@ def test_a_decode_that_is_wrong_is_found_out(monkeypatch, caplog):
     model = tiny_model()
     sampler = TransformersRollout(model, stop_token_ids=[256])
     answers = sampler.generate(PROMPTS, max_new_tokens=6, seed=1)
-    assert "engine: generate (decode disagrees with generate by" in sampler.explain()
+    assert "engine: generate (decode disagrees with the model" in sampler.explain()
     assert "decode disagrees" in caplog.text
     assert answers == TransformersRollout(model, stop_token_ids=[256], engine="generate").generate(
         PROMPTS, max_new_tokens=6, seed=1
@@ -108,7 +108,7 @@ def test_a_decode_that_is_wrong_is_found_out(monkeypatch, caplog):
 def test_the_right_decode_is_taken():
     sampler = TransformersRollout(tiny_model(), stop_token_ids=[256])
     sampler.generate(PROMPTS, max_new_tokens=6)
-    assert "engine: decode (agrees with generate" in sampler.explain()
+    assert "engine: decode (agrees with the model" in sampler.explain()
 
 
 def test_answers_follow_the_distribution():

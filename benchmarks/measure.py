@@ -30,7 +30,7 @@ def attempt(call: Callable[[], Any], device: torch.device) -> Any:
     """What the call returns, or a `Failure`: a contender that runs out of memory must not end the table."""
     try:
         result = call()
-        _wait(device)
+        wait(device)
     except (RuntimeError, MemoryError) as error:
         # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one.
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -143,11 +143,11 @@ def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int |
     """
     if device.type == "cuda":
         release(device)
-        _wait(device)
+        wait(device)
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
         result = call()
-        _wait(device)
+        wait(device)
         return result, torch.cuda.max_memory_allocated() - base, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
         result = call()
@@ -163,7 +163,7 @@ def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int |
     return result, peak, None
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -1,10 +1,13 @@
 """One launch of each Triton kernel: its inputs, the bytes it must move, and its error against float64.
 
 What smoke tries, the sweep times and ncu looks at is the same.
+
+    python -m benchmarks.gpu.launches [--dry-run]    each twice and nothing else, for a profiler to look at
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import wait
 from opcd_fast.kernels import divergence_rows as divergence_twin
 from opcd_fast.kernels import logprob_rows as logprob_twin
 from opcd_fast.kernels import merge_attention as merge_twin
@@ -29,6 +33,7 @@ class Launch:
     call: Callable[[], Any]
     error: Callable[[], tuple[float, float]]  # relative, of what is rounded to two bytes and of what is not
     nbytes: int  # read and written at least
+    result: Tensor  # what the last call wrote
 
 
 def reverse_kl(device: torch.device, rows: int, columns: int, softcap: float | None = None) -> Launch:
@@ -45,7 +50,7 @@ def reverse_kl(device: torch.device, rows: int, columns: int, softcap: float | N
 
     # Two passes over both logits, one write.
     return Launch("reverse_kl_rows", partial(reverse_kl_rows, *arguments, **options), partial(_error, arguments, twin),
-                  rows * columns * (4 * 4 + 2))  # fmt: skip
+                  rows * columns * (4 * 4 + 2), gradient)  # fmt: skip
 
 
 def divergence(device: torch.device, rows: int, columns: int, name: str = "forward_kl") -> Launch:
@@ -59,7 +64,7 @@ def divergence(device: torch.device, rows: int, columns: int, name: str = "forwa
     passes = 2 if name in ("reverse_kl", "forward_kl") else 3
     return Launch("divergence_rows", partial(divergence_rows, *arguments, **options),
                   partial(_error, arguments, lambda given: divergence_twin.divergence_rows(*given, **options)),
-                  rows * columns * (passes * 8 + 2))  # fmt: skip
+                  rows * columns * (passes * 8 + 2), gradient)  # fmt: skip
 
 
 def logprob(device: torch.device, rows: int, columns: int) -> Launch:
@@ -71,7 +76,7 @@ def logprob(device: torch.device, rows: int, columns: int) -> Launch:
     arguments = (z, None, ids, weights, torch.zeros(2, rows, device=device), gradient)
     return Launch("logprob_rows", partial(logprob_rows, *arguments, **options),
                   partial(_error, arguments, lambda given: logprob_twin.logprob_rows(*given, **options)),
-                  rows * columns * (2 * 4 + 2))  # fmt: skip
+                  rows * columns * (2 * 4 + 2), gradient)  # fmt: skip
 
 
 def merge(device: torch.device, tokens: int, heads: int, width: int) -> Launch:
@@ -85,10 +90,22 @@ def merge(device: torch.device, tokens: int, heads: int, width: int) -> Launch:
 
     def error() -> tuple[float, float]:
         exact = merge_twin.merge_attention(*(x.double() for x in pairs))
-        return _relative(result, exact), 0.0
+        return relative(result, exact), 0.0
 
     # The small tile of logsumexps is not counted.
-    return Launch("merge_attention", lambda: merge_attention(*pairs, out=result), error, 3 * result.numel() * 2)
+    return Launch("merge_attention", lambda: merge_attention(*pairs, out=result), error, 3 * result.numel() * 2, result)
+
+
+def large(device: torch.device, dry: bool) -> dict[str, Callable[[], Launch]]:
+    """By kernel, a launch of the size that a training step makes."""
+    rows, columns = (3, 1003) if dry else (1024, 151_936)
+    tokens, heads, width = (5, 2, 16) if dry else (32_768, 32, 128)
+    return {
+        "reverse_kl_rows": partial(reverse_kl, device, rows, columns),
+        "merge_attention": partial(merge, device, tokens, heads, width),
+        "logprob_rows": partial(logprob, device, rows, columns),
+        "divergence_rows": partial(divergence, device, rows, columns),
+    }
 
 
 def _row_inputs(device: torch.device, rows: int, columns: int, biased: bool) -> tuple[Any, ...]:
@@ -116,12 +133,30 @@ def _error(arguments: tuple[Any, ...], twin: Callable[[list[Any]], None]) -> tup
     twin(given)
     *_, statistics, gradient = arguments
     *_, exact_statistics, exact_gradient = given
-    return _relative(gradient, exact_gradient), _relative(statistics[0], exact_statistics[0])
+    return relative(gradient, exact_gradient), relative(statistics[0], exact_statistics[0])
 
 
-def _relative(found: Tensor, exact: Tensor) -> float:
+def relative(found: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of what is exact."""
     return float((found.double() - exact).norm() / exact.norm())
 
 
 def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
+
+
+def main() -> None:
+    dry = "--dry-run" in sys.argv[1:]
+    device = torch.device("cpu" if dry else "cuda")
+    for name, build in large(device, dry).items():
+        try:
+            launch = build()
+            for _ in range(2):
+                launch.call()
+            wait(device)
+        except Exception as error:  # noqa: BLE001 - the others shall be seen all the same
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -99,7 +99,9 @@ def _parts(one: Implementation, inputs: Callable[[], Inputs], device: torch.devi
 # --- products of the rows that a chunk can have: TFLOP/s ----------------------------------------------------
 
 
-def _rates(session: Session, v: int, d: int, rows: tuple[int, ...], build: Callable[[int], Callable[[], Any]]) -> Values:
+def _rates(
+    session: Session, v: int, d: int, rows: tuple[int, ...], build: Callable[[int], Callable[[], Any]]
+) -> Values:
     values: Values = {}
     for count in (8, 16) if session.dry else rows:
         found = timed(build(count), session.device, 0.15)

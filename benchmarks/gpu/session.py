@@ -59,6 +59,10 @@ class Session:
                 {name: os.environ[name] for name in VARIABLES if name in os.environ},
             ))  # fmt: skip
 
+    def head(self) -> Head:
+        """Where and with what this phase runs."""
+        return read(self.out).heads[self.phase]
+
     def left(self) -> float:
         """Seconds."""
         return self._end - time.monotonic()
@@ -91,7 +95,7 @@ class Session:
         else:
             self._attempt(row, measure)
             # After the handler, so that a traceback's frames no longer hold tensors that did not fit.
-            broken = row.status == "failed" and self._broken()
+            broken = row.status == "failed" and self.broken()
         row.seconds = time.monotonic() - begin
         row.settings = {key: str(found) for key, found in (settings or {}).items()}
         if broken:
@@ -102,6 +106,15 @@ class Session:
         if broken:
             sys.exit(BROKEN)
         return row.values if row.status == "ok" else None
+
+    def done(self, name: str) -> bool:
+        return name in self._done
+
+    def note(self, name: str, status: str, reason: str | None, values: Values) -> None:
+        """A row of something that was measured elsewhere; one of the same name is kept."""
+        if name not in self._done:
+            self._done[name] = PhaseRow(self.phase, name, status, reason, values=values)
+            append(self.out, self._done[name])
 
     def _attempt(self, row: PhaseRow, measure: Callable[[], Values]) -> None:
         try:
@@ -116,7 +129,7 @@ class Session:
             row.status, row.reason = "failed", f"{type(error).__name__}: {text} ({_place(error)})"
             traceback.print_exc()
 
-    def _broken(self) -> bool:
+    def broken(self) -> bool:
         """Whether no further call can succeed in this process."""
         try:
             wait(self.device)

@@ -6,13 +6,12 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import launches
-from benchmarks.gpu.launches import GRADIENT_ERROR, VALUE_ERROR, Launch
+from benchmarks.gpu.launches import GRADIENT_ERROR, VALUE_ERROR, Launch, relative
 from benchmarks.gpu.session import Session, Skip, Values, Wrong, error_row
 from benchmarks.phase_rows import value
 from opcd_fast.workspace import pitch_of
@@ -50,13 +49,13 @@ def _products(session: Session, n: int, v: int, d: int) -> None:
         h, w, _ = inputs()
         z = torch.full((n, pitch_of(v)), float("nan"), device=device)[:, :v]
         torch.mm(h, w.t(), out_dtype=torch.float32, out=z)
-        return error_row(_relative(z, h.double() @ w.double().t()), PRODUCT_ERROR)
+        return error_row(relative(z, h.double() @ w.double().t()), PRODUCT_ERROR)
 
     def hidden() -> Values:
         session.on_device("mm with out_dtype")
         _, w, grad = inputs()
         found = torch.mm(grad, w, out_dtype=torch.float32)
-        return error_row(_relative(found, grad.double() @ w.double()), PRODUCT_ERROR)
+        return error_row(relative(found, grad.double() @ w.double()), PRODUCT_ERROR)
 
     def weight(beta: float) -> Values:
         session.on_device("addmm with out_dtype")
@@ -64,7 +63,7 @@ def _products(session: Session, n: int, v: int, d: int) -> None:
         exact = 0.5 * grad.double().t() @ h.double() + beta
         dw = torch.full((v, d), 1.0 if beta else float("nan"), device=device)  # beta 0: nothing is read
         torch.addmm(dw, grad.t(), h, beta=beta, alpha=0.5, out_dtype=torch.float32, out=dw)
-        return error_row(_relative(dw, exact), PRODUCT_ERROR)
+        return error_row(relative(dw, exact), PRODUCT_ERROR)
 
     session.row("mm, float32 logits with a pitch", logits, shape=shape)
     session.row("mm, float32 dH", hidden, shape=shape)
@@ -146,9 +145,7 @@ def _varlen(session: Session, window: int | None) -> Values:
     sizes = [(5, 120), (1, 1), (64, 64), (33, 700)]
     queries, keys = zip(*sizes, strict=True)
     q, k, v = _qkv(session, sum(queries), sum(keys), 128)
-    cu_q, cu_k = (
-        torch.tensor([0, *x], device=session.device).cumsum(0, dtype=torch.int32) for x in (queries, keys)
-    )
+    cu_q, cu_k = (torch.tensor([0, *x], device=session.device).cumsum(0, dtype=torch.int32) for x in (queries, keys))
     bounds = attention_kernels.Bounds(cu_q, cu_k, max(queries), max(keys))
     out, lse = attention_kernels.varlen_torch(q, k, v, bounds, 0.1, None, window, True)
     pieces = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
@@ -176,7 +173,7 @@ def _worse(
     if out.shape != exact.shape or lse.shape != exact_lse.shape:
         raise RuntimeError(f"shapes {tuple(out.shape)} and {tuple(lse.shape)}; expected "
                            f"{tuple(exact.shape)} and {tuple(exact_lse.shape)}")  # fmt: skip
-    return max(worst[0], _relative(out, exact)), max(worst[1], float((lse.double() - exact_lse).abs().max()))
+    return max(worst[0], relative(out, exact)), max(worst[1], float((lse.double() - exact_lse).abs().max()))
 
 
 def _judged(out: float, lse: float) -> Values:
@@ -219,7 +216,7 @@ def _graph(session: Session, n: int, v: int, d: int) -> Values:
     torch.cuda.synchronize()
     wanted_loss, wanted = call()
     difference = abs(float(loss) - float(wanted_loss)) / float(wanted_loss)
-    return error_row(max(difference, _relative(gradient, wanted.double())), 1e-3, "difference from a plain call")
+    return error_row(max(difference, relative(gradient, wanted.double())), 1e-3, "difference from a plain call")
 
 
 def _step(session: Session) -> Values:
@@ -232,7 +229,3 @@ def _step(session: Session) -> Values:
         run_steps, _ = opcd(case, make_job(case, session.device), Path(folder), steps=2)
         ended, tokens, _parts = run_steps()
     return {"step": value(1e3 * (ended[1] - ended[0]), "ms"), "tokens": value(tokens[-1], "1")}
-
-
-def _relative(found: Tensor, exact: Any) -> float:
-    return float((found.double() - exact).norm() / exact.norm())

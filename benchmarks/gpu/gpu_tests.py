@@ -50,6 +50,7 @@ class Rows:
         self.passed = self.collected = 0
         self.uncollected: list[str] = []
 
+    @pytest.hookimpl(trylast=True)  # after -m
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         self.collected = len(items)
         items[:] = [item for item in items if not self.session.done(_name(item.nodeid))]

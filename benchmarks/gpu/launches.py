@@ -23,7 +23,7 @@ from opcd_fast.kernels import merge_attention as merge_twin
 from opcd_fast.kernels import reference
 from opcd_fast.workspace import pitch_of
 
-GRADIENT_ERROR = 2**-8  # bf16 holds 8 bits; a device rounds to the nearest, the interpreter cuts off
+GRADIENT_ERROR = 2**-7  # of a bf16 number that was cut off, as the interpreter does; a device rounds to the nearest
 VALUE_ERROR = 1e-3
 
 

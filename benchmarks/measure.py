@@ -19,6 +19,8 @@ import torch
 
 from benchmarks.schema import Time
 
+SLOW = 1.0  # seconds of a call that `timed` makes once
+
 
 @dataclass
 class Failure:
@@ -91,6 +93,15 @@ def time_interleaved(
         if name not in results and values:
             results[name] = Time(statistics.median(values), min(values), max(values), len(values))
     return results
+
+
+def timed(call: Callable[[], Any], device: torch.device, seconds: float, slow: bool = False) -> Time:
+    """One contender alone: three calls at least, one if they are slow. Raises RuntimeError where it fails."""
+    rounds: dict[str, Any] = {"min_rounds": 1, "max_rounds": 1, "untimed": False} if slow else {}
+    found = time_interleaved({"": call}, device, seconds=seconds, warm=True, **rounds)[""]
+    if isinstance(found, Failure):
+        raise RuntimeError(found.note)
+    return found
 
 
 def _round(

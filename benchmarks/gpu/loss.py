@@ -13,14 +13,14 @@ from benchmarks.gpu.kernel_times import profiled
 from benchmarks.gpu.session import Session, Skip, Values
 from benchmarks.loss_cases import KLS, Case, Inputs, cases, make_inputs
 from benchmarks.loss_implementations import Implementation, implementations
-from benchmarks.measure import Failure, release, time_interleaved, with_peak
+from benchmarks.measure import SLOW, release, timed, with_peak
 from benchmarks.phase_rows import times, value
-from benchmarks.schema import BOUND, OURS, Time
+from benchmarks.schema import BOUND, OURS
+from opcd_fast import chunks
 from opcd_fast.workspace import pitch_of
 
 ORDER = (BOUND, *OURS, "trl", "liger-fused")  # the bound first: every other row says its share of it
 LOGIT_ROWS = (256, 512, 640, 768, 1024, 1280, 1536, 2048)
-SLOW = 1.0  # seconds of a call that is timed once
 GRADIENT_ROWS = (640, 1280, 1920, 2560, 3200, 3840, 4224)
 
 
@@ -34,8 +34,9 @@ def run(session: Session) -> None:
             found = time_row(session, f"{case.name}, {one.name}", case, one, inputs, bound)
             bound = found if one.name == BOUND else bound
             if one.ours:
-                session.row(f"{case.name}, parts", partial(_parts, one, inputs, device), shape=_shape(case),
-                            settings={"of": one.name})  # fmt: skip
+                rows: dict[str, int] = {}
+                session.row(f"{case.name}, parts", partial(_parts, one, inputs, device, rows), shape=_shape(case),
+                            settings=rows)  # fmt: skip
         inputs.cache_clear()
         release(device)
     v = 1000 if session.dry else 151_936
@@ -79,21 +80,24 @@ def time_row(
     return session.row(name, measure, shape=_shape(case), settings=settings, needs=4)
 
 
-def timed(call: Callable[[], Any], device: torch.device, seconds: float, slow: bool = False) -> Time:
-    """At least three calls, one if they are slow. Raises RuntimeError where the call fails."""
-    rounds: dict[str, Any] = {"min_rounds": 1, "max_rounds": 1, "untimed": False} if slow else {}
-    found = time_interleaved({"": call}, device, seconds=seconds, warm=True, **rounds)[""]
-    if isinstance(found, Failure):
-        raise RuntimeError(found.note)
-    return found
-
-
 def _shape(case: Case) -> dict[str, int]:
     return {"N": case.N, "V": case.V, "D": case.D}
 
 
-def _parts(one: Implementation, inputs: Callable[[], Inputs], device: torch.device) -> Values:
-    return profiled(one.build(inputs()), device)
+def _parts(one: Implementation, inputs: Callable[[], Inputs], device: torch.device, rows: dict[str, int]) -> Values:
+    """rows: gets what the planner chose."""
+    make = chunks.make_plan
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        plan = make(*arguments, **options)
+        rows.update(logit_rows=plan.logit_rows, gradient_rows=plan.gradient_rows)
+        return plan
+
+    chunks.make_plan = noted
+    try:
+        return profiled(one.build(inputs()), device)
+    finally:
+        chunks.make_plan = make
 
 
 # --- products of the rows that a chunk can have: TFLOP/s ----------------------------------------------------

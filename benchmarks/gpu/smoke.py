@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import launches
 from benchmarks.gpu.launches import GRADIENT_ERROR, VALUE_ERROR, Launch, relative
@@ -105,11 +107,13 @@ def _kernel(build: Callable[[], Launch]) -> Values:
 
 
 def _attention(session: Session) -> None:
-    for name in ("prefix_flash", "prefix_cudnn", "prefix_efficient"):
+    for name in ("prefix_flash", "prefix_efficient"):
         session.row(f"attention: {name}", partial(_phase_1, session, name), settings={"part": "phase 1"})
     for window in (None, 40):
         session.row(f"attention: varlen, window {window}", partial(_varlen, session, window))
     session.row("attention: padded rows", lambda: _grid(session))
+    for masked in (False, True):
+        session.row(f"attention: decoding, {'mask' if masked else 'no mask'}", partial(_decoding, session, masked))
 
 
 def _qkv(session: Session, n: int, m: int, d: int) -> list[Tensor]:
@@ -123,9 +127,7 @@ def _phase_1(session: Session, name: str, softcap: float | None = None) -> Value
     from opcd_fast.blocked_attention import blocked_attention
 
     session.on_device(name)
-    kernel = getattr(attention_kernels, name, None)
-    if kernel is None:
-        raise Skip(f"this tree has no {name}")
+    kernel = getattr(attention_kernels, name)
     worst = 0.0, 0.0
     for n, m, d in ((200, 513, 128), (1, 1000, 128), (65, 2, 64)):
         q, k, v = _qkv(session, n, m, d)
@@ -148,6 +150,8 @@ def _varlen(session: Session, window: int | None) -> Values:
     cu_q, cu_k = (torch.tensor([0, *x], device=session.device).cumsum(0, dtype=torch.int32) for x in (queries, keys))
     bounds = attention_kernels.Bounds(cu_q, cu_k, max(queries), max(keys))
     out, lse = attention_kernels.varlen_torch(q, k, v, bounds, 0.1, None, window, True)
+    if lse is None:
+        raise RuntimeError("no logsumexp came back")
     pieces = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
     exact = [
         blocked_attention(a.double(), b.double(), c.double(), 0.1, causal=True, window=window) for a, b, c in pieces
@@ -165,6 +169,25 @@ def _grid(session: Session) -> Values:
     out, lse = attention_kernels.row_on_grid(q, k, v, row, 0.125, None, 0.0, True)
     exact = attention_kernels.row_blocked(q.double(), k.double(), v.double(), row, 0.125, None, 0.0, True)
     return _judged(*_worse((0.0, 0.0), out, lse, *exact))
+
+
+def _decoding(session: Session, masked: bool) -> Values:
+    """One query a head over growing keys, as decoding.py calls it: two query heads folded into their key head."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(session.device, torch.bfloat16)  # noqa: E731
+    worst = 0.0
+    for keys in (64, 65, 200):
+        q, k, v = draw(4, 2, 2, 64), draw(4, 2, keys, 64), draw(4, 2, keys, 64)
+        mask = torch.zeros(4, 1, 1, keys, device=session.device, dtype=torch.bfloat16) if masked else None
+        if mask is not None:
+            mask[1:, ..., : keys // 3] = float("-inf")
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(backends):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.125)
+        scores = q.double() @ k.double().transpose(-1, -2) * 0.125
+        exact = (scores if mask is None else scores + mask.double()).softmax(-1) @ v.double()
+        worst = max(worst, relative(out, exact))
+    return error_row(worst, ATTENTION_ERROR)
 
 
 def _worse(

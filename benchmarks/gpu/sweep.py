@@ -15,9 +15,8 @@ from torch import Tensor
 from benchmarks.environment import ROOT
 from benchmarks.gpu import launches
 from benchmarks.gpu.launches import GRADIENT_ERROR, Launch, relative
-from benchmarks.gpu.loss import timed
 from benchmarks.gpu.session import Session, Values, Wrong
-from benchmarks.measure import release
+from benchmarks.measure import release, timed
 from benchmarks.phase_rows import value
 from opcd_fast.kernels import launch_shapes
 

@@ -9,9 +9,8 @@ from functools import cache, partial
 
 from torch import Tensor
 
-from benchmarks.gpu.loss import SLOW, timed
 from benchmarks.gpu.session import Session, Skip, Values
-from benchmarks.measure import release, with_peak
+from benchmarks.measure import SLOW, release, timed, with_peak
 from benchmarks.phase_rows import times, value
 from benchmarks.schema import BOUND
 from benchmarks.teacher_cases import Case, Setting, cases, make_model, make_setting, references

@@ -16,7 +16,7 @@ import torch
 
 from opcd_fast.planning.loss_scratch import Seen
 from opcd_fast.spec import Spec, Wanted
-from opcd_fast.workspace import TILE_COLUMNS, TILE_ROWS, Plan, Side, make_plan, output_tiles
+from opcd_fast.workspace import MULTIPROCESSORS, TILE_COLUMNS, TILE_ROWS, Plan, Side, make_plan, output_tiles
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Device:
     source: str
 
 
-H100 = Device("H100", 800e12, 3.0e12, 132, "assumed")
-H200 = Device("H200", 790e12, 4.3e12, 132, "measured: a large product, a large copy")
+H100 = Device("H100", 800e12, 3.0e12, MULTIPROCESSORS[9, 0], "assumed")
+H200 = Device("H200", 790e12, 4.3e12, MULTIPROCESSORS[9, 0], "measured: a large product, a large copy")
 DEVICES = (H200, H100)
 
 

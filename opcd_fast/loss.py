@@ -96,8 +96,8 @@ def fused_linear_reverse_kl(
         backward.
     denominator: for "mean"; default sum(w). Give the global count when accumulating over micro-batches or
         ranks.
-    workspace_bytes: bound for scratch memory, which does not include the gradients; default 1 GiB, or 2.5
-        GiB when the head is trained, less where the shapes need less.
+    workspace_bytes: bound for scratch memory, which does not include the gradients; default 3 GiB on a GPU, on a CPU
+        2.5 GiB when the head is trained and else 1 GiB, 1 GiB without a gradient; less where the shapes need less.
     return_stats: also return `LossStats`.
     backend: "triton" (CUDA), "native" (the compiled CPU library), "torch" (any device), or "auto": the first of
         these that can run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -120,19 +121,33 @@ def test_model_bytes():
 
 
 def test_model_times():
+    h100 = roofline.H100
     small, large = roofline.SHAPES[:2]
-    assert roofline.bound(small) == pytest.approx(25.5e-3, rel=1e-2)
-    assert roofline.bound(large, frozen=True) == pytest.approx(76.5e-3, rel=1e-2)
-    for one in roofline.IMPLEMENTATIONS:
-        for shape in roofline.SHAPES:
-            least, most = one.seconds(shape)
-            assert roofline.bound(shape) < least < most < 2 * least
-            assert one.seconds(shape, frozen=True)[0] < least
-    # The row kernel's 18 bytes per logit, by hand: 18 * 16384 * 151936 / 3.0e12.
-    assert roofline.OURS.seconds(small)[0] - roofline.bound(small) == pytest.approx(14.94e-3, rel=1e-3)
+    assert roofline.bound(small, h100) == pytest.approx(25.5e-3, rel=1e-2)
+    assert roofline.bound(large.with_frozen_head(), h100) == pytest.approx(76.5e-3, rel=1e-2)
+    for device, one, full in itertools.product(roofline.DEVICES, roofline.IMPLEMENTATIONS, roofline.SHAPES):
+        least, most = one.seconds(full, device)
+        frozen = full.with_frozen_head()
+        assert roofline.bound(full, device) < least < most
+        assert roofline.bound(frozen, device) < one.seconds(frozen, device)[0] < least
+    # The row kernel's 18 bytes per logit, by hand, then dW's cast and scaling: 10 bytes an element.
+    by_hand = (18 * 16_384 * 151_936 + 10 * 151_936 * 1024) / 3.0e12
+    assert roofline.OURS.seconds(small, h100)[0] - roofline.bound(small, h100) == pytest.approx(by_hand, rel=1e-3)
     # Liger's chunks: 128 rows at D = 1024, 512 at 4096.
-    assert [rows(small) for _, rows in roofline.LIGER.kernels][0] == 128
-    assert [rows(large) for _, rows in roofline.LIGER.kernels][0] == 512
+    assert [roofline.LIGER.kernels[0].rows(shape, h100) for shape in (small, large)] == [128, 512]
+
+
+def test_model_of_waves():
+    """dH of 640 rows by 1,024 columns is 20 tiles, for 132 multiprocessors."""
+    shape, device = roofline.SHAPES[0].with_frozen_head(), roofline.H200
+    few = roofline._dh(roofline._fixed(640))
+    assert few.arithmetic(shape, device) / few.in_waves(shape, device) == pytest.approx(20 / 132 * 25.6 / 26)
+    ours = next(kernel for kernel in roofline.OURS.running(shape) if kernel.name == "dH")
+    assert ours.rows(shape, device) == roofline.plan(shape, device).gradient_rows == 33 * 128
+    assert sum(ours.runs(shape, device)) == shape.N
+    assert ours.arithmetic(shape, device) / ours.in_waves(shape, device) > 0.9
+    assert not any(kernel.trained_only for kernel in roofline.OURS.running(shape))
+
 
 
 def _full_report(**options) -> Report:

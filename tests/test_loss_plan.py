@@ -2,13 +2,15 @@
 
 import itertools
 import random
-from dataclasses import dataclass
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from opcd_fast import chunks
 from opcd_fast.loss import fused_linear_reverse_kl
+from opcd_fast.planning.loss_scratch import Seen
 from opcd_fast.spec import Spec, Wanted
 from opcd_fast.workspace import (
     DEFAULT_DEVICE_WORKSPACE,
@@ -24,22 +26,8 @@ from opcd_fast.workspace import (
 FROZEN, TRAINED, NOTHING = Wanted(True, False, False), Wanted(True, True, False), Wanted(False, False, False)
 
 
-@dataclass(frozen=True)
-class OnDevice:
-    shape: tuple
-    place: int
-    dtype: torch.dtype = torch.bfloat16
-    is_cuda: bool = True
-
-    def data_ptr(self):
-        return self.place
-
-    def stride(self):
-        return (self.shape[1], 1)
-
-
 def plan_of(rows, v, width, wanted, *, multiprocessors=132, bytes_=None, backend="triton", dtype=torch.bfloat16):
-    side = Side(OnDevice((rows, width), 1, dtype), OnDevice((v, width), 2, dtype))
+    side = Side(Seen((rows, width), dtype, True, 1), Seen((v, width), dtype, True, 2))
     spec = Spec(1.0, 1.0, None, None, 1.0, v, bytes_, backend, True)
     return make_plan(rows, [side, side], v, spec, wanted, 0, multiprocessors)
 
@@ -152,3 +140,17 @@ def test_a_cpu_allocates_for_the_rows_there_are():
         spec = Spec(1.0, 1.0, None, None, 1.0, 701, None, backend, True)
         plan = make_plan(rows, [side, side], 701, spec, TRAINED, 3, 132)
         assert plan.logit_rows == plan.gradient_rows == plan.block_rows == rows
+
+
+def test_the_page_says_what_is_cut():
+    """The table of docs/loss.md."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "loss.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| (\D+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 5
+    for *sizes, heads, logit_rows, gradient_rows, gib in rows:
+        v, width = (int(size.replace(",", "")) for size in sizes)
+        for head in heads.split(" or "):
+            wanted = {"frozen": FROZEN, "trained": TRAINED}[head]
+            plan = plan_of(16_384, v, width, wanted)
+            assert [f"{plan.logit_rows:,}", f"{plan.gradient_rows:,}"] == [logit_rows, gradient_rows]
+            assert f"{held(plan, v, width, wanted, 2) / 2**30:.1f}" == gib

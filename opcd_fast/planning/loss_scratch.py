@@ -25,7 +25,7 @@ from opcd_fast.workspace import (
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What `workspace` looks at in a tensor, on a device that need not be here."""
 
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ def loss_scratch(args: tuple[Any, ...], *, device: str, backend: str) -> int:
 
     def seen(x: Tensor, columns: int | None = None) -> Any:
         shape = (x.shape[0] if columns is None else columns, *x.shape[1:])
-        return _Seen(tuple(shape), x.dtype, device == "cuda", x.untyped_storage()._cdata)
+        return Seen(tuple(shape), x.dtype, device == "cuda", x.untyped_storage()._cdata)
 
     v, n = spec.vocab_size, h_s.shape[0]
     student, teacher = Side(seen(h_s), seen(w_s, v)), Side(seen(h_t), seen(w_t, v))

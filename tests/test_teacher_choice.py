@@ -60,7 +60,7 @@ def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
             attention, "merge_by_logsumexp", lambda a, la, b, lb, **kw: honest_merge(a, la, b, lb + 0.01, **kw)
         )
     if "pad" in wrong:
-        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
+        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_, **__: honest_update(self, k * 1.01, v))
     model = tiny_model()
     (context,), sequences = random_ids(20), random_ids(5, 3)
     ids, bounds = pack(sequences)
@@ -108,7 +108,7 @@ def plant(error, monkeypatch):
         monkeypatch.setattr(teacher_paths, "expanded_cache", without_first)
     elif error == "pad: keys":
         honest_update = ExpandedLayer.update
-        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
+        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_, **__: honest_update(self, k * 1.01, v))
     elif error == "pad: positions":
         honest_run = seam.run_body
 

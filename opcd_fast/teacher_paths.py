@@ -89,9 +89,10 @@ def _padded_after(body: nn.Module, prefix: SharedPrefix, sequences: list[Tensor]
         # One token alone takes another way through recurrent layers, made for sampling. Nemotron-H's does not bound the
         # time step from below and is off by 4e-3; so one more column, which nothing reads.
         grid = torch.nn.functional.pad(grid, (0, 1))
-    positions = torch.arange(len(prefix), len(prefix) + grid.shape[1], device=grid.device).expand_as(grid)
-    cache = None
+    # After no prefix the model counts by itself: given positions, it would look on the device for packed sequences.
+    cache, positions = None, None
     if len(prefix):
+        positions = torch.arange(len(prefix), len(prefix) + grid.shape[1], device=grid.device).expand_as(grid)
         stored = [prefix.layer(index) for index in range(len(prefix.keys))]
         cache = expanded_cache(stored, prefix.states, len(prefix), len(sequences))
     hidden = seam.run_body(body, grid, position_ids=positions, cache=cache)

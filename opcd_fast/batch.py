@@ -41,12 +41,18 @@ class Batch:
     student_parent: Tensor | None = None  # (S,) int64: index of the segment before it, -1 for none; None: not shared
 
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in vars(self).items()}
+        """On `device`, but for what the host reads: fetching it back would wait for the device each time."""
+        moved = {n: v if v is None or n in _READ_BY_THE_HOST else v.to(device) for n, v in vars(self).items()}
         return Batch(**moved)
 
     def without_weight(self) -> Batch:
         """The same sequences, none of which counts: loss and gradients are zeros."""
         return replace(self, token_weights=torch.zeros_like(self.token_weights))
+
+
+_READ_BY_THE_HOST = frozenset(
+    {"student_cu_seqlens", "teacher_cu_seqlens", "context_index", "student_parent", "response_index_teacher"}
+)
 
 
 @dataclass(frozen=True)

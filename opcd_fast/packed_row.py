@@ -6,10 +6,19 @@ N tokens in the row, B sequences, T the longest of them, H heads, d head size.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`; from the host to a CUDA device without the host waiting for what is queued there."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -25,11 +34,12 @@ class PrefixGroup:
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """Where the sequences of a row begin and end."""
+    """Where the sequences of a row begin and end. Lengths are known on the host, so that nothing asks the device."""
 
     lengths: tuple[int, ...]  # tokens of each sequence
     cu_seqlens: Tensor  # (B + 1,) int32, on the row's device
     groups: tuple[PrefixGroup, ...] = ()  # empty: no sequence has a prefix
+    kept: dict[Any, Any] = field(default_factory=dict, init=False)  # what layers work out from it alone, once for all
 
     @functools.cached_property
     def longest(self) -> int:
@@ -40,22 +50,41 @@ class PackedRow:
         return len(set(self.lengths)) > 1
 
     @functools.cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """`cu_seqlens` on the host."""
+        return (0, *accumulate(self.lengths))
+
+    @functools.cached_property
+    def sequence_on_host(self) -> Tensor:
+        """(N,) int64, sequence of each token, on the CPU."""
+        counts = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), counts, output_size=sum(self.lengths))
+
+    @functools.cached_property
+    def offset_on_host(self) -> Tensor:
+        """(N,) int64, position of each token inside its own sequence, on the CPU."""
+        return torch.arange(sum(self.lengths)) - torch.tensor(self.bounds, dtype=torch.int64)[self.sequence_on_host]
+
+    @functools.cached_property
     def sequence_of_token(self) -> Tensor:
         """(N,) int64."""
-        device = self.cu_seqlens.device
-        counts = torch.tensor(self.lengths, dtype=torch.int64, device=device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=device), counts)
+        return on_device(self.sequence_on_host, self.cu_seqlens.device)
 
     @functools.cached_property
     def offset_of_token(self) -> Tensor:
         """(N,) int64, position inside its own sequence."""
-        starts = self.cu_seqlens[:-1].long()
-        return torch.arange(sum(self.lengths), device=starts.device) - starts[self.sequence_of_token]
+        return on_device(self.offset_on_host, self.cu_seqlens.device)
 
     @functools.cached_property
     def slot_of_token(self) -> Tensor:
         """(N,) int64, position in a flattened right-padded (B, T) grid."""
-        return self.sequence_of_token * self.longest + self.offset_of_token
+        return on_device(self.sequence_on_host * self.longest + self.offset_on_host, self.cu_seqlens.device)
+
+    @functools.cached_property
+    def position_of_token(self) -> Tensor:
+        """(N,) int64, position counted from the start of its prefix."""
+        before = torch.tensor(self.prefix_lengths, dtype=torch.int64)[self.sequence_on_host]
+        return on_device(self.offset_on_host + before, self.cu_seqlens.device)
 
     @property
     def prefix_lengths(self) -> list[int]:
@@ -71,8 +100,8 @@ class PackedRow:
 def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedRow:
     """The row of `tokens` tokens that `cu_seqlens` (B + 1,) of any integer type divides.
 
-    Sequences may be empty, the row may not. Raises ValueError when cu_seqlens does not rise from 0 to
-    `tokens`.
+    cu_seqlens is read on the host: give it there, as fetching it waits for the device. Sequences may be empty, the row
+    may not. Raises ValueError when cu_seqlens does not rise from 0 to `tokens`.
     """
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens: expected integers of shape (B + 1,), got {tuple(cu_seqlens.shape)}")
@@ -84,7 +113,7 @@ def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedR
         raise ValueError(
             f"cu_seqlens: must rise from 0 to the {tokens} tokens of input_ids, got {bounds[:4]}…{bounds[-1]}"
         )
-    return PackedRow(lengths, cu_seqlens.to(device=device, dtype=torch.int32))
+    return PackedRow(lengths, on_device(cu_seqlens.to(torch.int32), device))
 
 
 def to_grid(x: Tensor, row: PackedRow) -> Tensor:

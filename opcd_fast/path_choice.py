@@ -52,8 +52,10 @@ class PathChoice:
                 self._chosen = self._asked, self._check_asked()
             else:
                 self._chosen = self._first_that_agrees()
-                if self._chosen[0] != "merge":
-                    logger.warning("teacher: path %r, because %s", *self._chosen)
+                path, reason = self._chosen
+                if path != "merge":
+                    costs = ", which reads the context again for every sequence" if path == "concat" else ""
+                    logger.warning("teacher: path %r%s, because %s", path, costs, reason)
         return self._chosen
 
     def _check_asked(self) -> str:

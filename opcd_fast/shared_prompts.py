@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import refuses_sharing
 from opcd_fast.errors import InputError
+from opcd_fast.packed_row import on_device
 from opcd_fast.student import check_fits, forward_on_row, packed_hidden_states, say_once
 from opcd_fast.tree_attention import TreeCall, TreeRow, tree_row
 
@@ -71,12 +72,13 @@ def shared_prompt_hidden_states(
     if reason is not None:
         say_once(f"shared prompts {type(body).__name__}", f"student: prompts are not shared, because {reason}")
         index, bounds, place = unshared(row)
-        place = place if select is None else place.index_select(0, select)
+        place = place if select is None else place.index_select(0, on_device(select, place.device))
         return packed_hidden_states(model, input_ids.index_select(0, index), bounds, select=place)
     call = TreeCall(row)
     attention = partial(_attention, body, call)
     hidden = forward_on_row(body, input_ids.index_select(0, row.order), row.positions, attention, call.layers_done)
-    return hidden.index_select(0, row.back if select is None else row.back.index_select(0, select))
+    places = row.back if select is None else row.back.index_select(0, on_device(select, row.back.device))
+    return hidden.index_select(0, places)
 
 
 def _refuses(model: nn.Module, training: bool) -> str | None:
@@ -111,4 +113,4 @@ def unshared(row: TreeRow) -> tuple[Tensor, Tensor, Tensor]:
     place = torch.zeros(starts[-1], dtype=torch.int64)
     place.scatter_reduce_(0, copies, torch.arange(len(copies)), "amin", include_self=False)
     device = row.order.device
-    return row.order[copies.to(device)], bounds.to(device), place.to(device)[row.back]
+    return row.order[on_device(copies, device)], bounds, on_device(place, device)[row.back]

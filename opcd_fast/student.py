@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import refuses_packing, rope_switch
 from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, packed_row, running
+from opcd_fast.packed_row import on_device
 from opcd_fast.virtual_tokens import Prefix, after_prefix, refuses_prefix
 
 logger = logging.getLogger("opcd_fast")
@@ -54,7 +55,7 @@ def packed_hidden_states(
     else:
         say_once(type(body).__name__, f"student: padded batch with stock attention, because {reason}")
         hidden = _padded(body, input_ids, row)
-    return hidden if select is None else hidden.index_select(0, select)
+    return hidden if select is None else hidden.index_select(0, on_device(select, hidden.device))
 
 
 def checked_row(body: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> PackedRow:
@@ -125,12 +126,13 @@ def _padded(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
     long = [switch is not None and length > switch for length in row.lengths]
     if len(set(long)) == 1:
         return padded_forward(body, input_ids, row)
-    is_long = torch.tensor(long, device=input_ids.device)[row.sequence_of_token]
+    is_long = torch.tensor(long)[row.sequence_on_host]
     hidden: Tensor | None = None
     for side in (False, True):
         place = torch.nonzero(is_long == side).squeeze(1)
         if not place.numel():  # empty sequences alone
             continue
+        place = on_device(place, input_ids.device)
         ends = torch.tensor([0, *(n for n, which in zip(row.lengths, long, strict=True) if which == side)]).cumsum(0)
         part = padded_forward(body, input_ids[place], packed_row(ends, place.numel(), input_ids.device))
         start = part.new_zeros(len(input_ids), part.shape[-1]) if hidden is None else hidden

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import kernels_of, refuses_stock_attention
 from opcd_fast.attention import PackedRow, packed_row
+from opcd_fast.packed_row import on_device
 from opcd_fast.path_choice import PathChoice
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_memory import PrefixMemory
@@ -232,7 +233,7 @@ class ContextTeacher:
             raise ValueError(
                 f"attention_mask: shape {tuple(mask.shape)} differs from input_ids' {tuple(input_ids.shape)}"
             )
-        mask = mask.to(input_ids.device, torch.bool)
+        mask = mask.to("cpu", torch.bool)  # which sequences there are is decided on the host
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError(
                 "attention_mask: a token follows padding; pad on the right (tokenizer.padding_side='right'), "
@@ -240,10 +241,11 @@ class ContextTeacher:
             )
         cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
         cu_seqlens[1:] = mask.sum(1).cumsum(0)
-        packed = self.hidden_states_packed(input_ids[mask], cu_seqlens, context_index=context_index)
-        out = packed.new_zeros(batch, longest, packed.shape[-1])
-        out[mask] = packed
-        return out
+        place = mask.flatten().nonzero().squeeze(1)
+        ids = input_ids.flatten().index_select(0, on_device(place, input_ids.device))
+        packed = self.hidden_states_packed(ids, cu_seqlens, context_index=context_index)
+        out = packed.new_zeros(batch * longest, packed.shape[-1])
+        return out.index_copy_(0, on_device(place, packed.device), packed).view(batch, longest, -1)
 
     def hidden_states_packed(
         self,
@@ -256,7 +258,8 @@ class ContextTeacher:
         """(N,) token ids of B sequences back to back, each continuing its context -> (N, D), model's dtype.
 
         cu_seqlens: (B + 1,) integers from 0 to N. context_index: (B,) which context each sequence continues;
-        may be left out when there is one. select: (M,) positions in the row, >= 0; then (M, D) comes back.
+        may be left out when there is one. select: (M,) positions in the row, >= 0; then (M, D) comes back. These three
+        are read on the host: given there, the call does not wait for the device.
         The hidden state that predicts a sequence's FIRST token belongs to the context:
         `prefixes[i].last_hidden_state`.
 
@@ -274,13 +277,13 @@ class ContextTeacher:
         check_select(select, input_ids.numel())
 
         path = self._choice.for_call(row.lengths, context_lengths)
-        ids = input_ids.to(device)
+        ids = on_device(input_ids, device)
         parts = self._parts(path, row, index, context_lengths)
         with self._scoring():
             if len(parts) > 1:
                 return run_in_parts(partial(self._run, path), ids, row, index, parts, select)
             hidden = self._run(path, ids, row, index)
-        return hidden if select is None else hidden.index_select(0, select.to(device))
+        return hidden if select is None else hidden.index_select(0, on_device(select, device))
 
     def _run(self, path: str, ids: Tensor, row: PackedRow, index: Sequence[int]) -> Tensor:
         if path == "merge":

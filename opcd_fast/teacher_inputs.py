@@ -67,8 +67,10 @@ def check_select(select: Tensor | None, tokens: int) -> None:
         return
     if select.ndim != 1 or select.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"select: expected integer positions of shape (M,), got {select.dtype} {tuple(select.shape)}")
-    if select.numel() and not 0 <= int(select.min()) <= int(select.max()) < tokens:
-        raise ValueError(f"select: positions must lie in [0, {tokens}), got {int(select.min())}…{int(select.max())}")
+    if select.numel():
+        least, most = torch.stack(select.aminmax()).tolist()  # both at once: on a device, asking waits for it
+        if not 0 <= least <= most < tokens:
+            raise ValueError(f"select: positions must lie in [0, {tokens}), got {least}…{most}")
 
 
 def check_bytes(name: str, value: int | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast.attention import PackedRow, packed_row
+from opcd_fast.packed_row import on_device
 from opcd_fast.teacher_budget import Part, part_bytes, sizes_of
 
 Run = Callable[[Tensor, PackedRow, Sequence[int]], Tensor]
@@ -65,24 +66,24 @@ def run_in_parts(
 
     Parts hold every sequence that has tokens once. Of each part only the selected positions are kept.
     """
-    bounds = row.cu_seqlens.tolist()
+    bounds = row.bounds
     wanted = None if select is None else select.cpu()
     out: Tensor | None = None
     for sequences in parts:
         tokens = torch.cat([torch.arange(bounds[s], bounds[s + 1]) for s in sequences])
         ends = torch.tensor([0] + [row.lengths[s] for s in sequences]).cumsum(0)
         part_row = packed_row(ends, tokens.numel(), input_ids.device)
-        hidden = run(input_ids[tokens.to(input_ids.device)], part_row, [index[s] for s in sequences])
+        hidden = run(input_ids[on_device(tokens, input_ids.device)], part_row, [index[s] for s in sequences])
         if wanted is None:
             target = tokens
         else:
             place = torch.full((input_ids.numel(),), -1)
             place[tokens] = torch.arange(tokens.numel())
             target = torch.nonzero(place[wanted] >= 0).squeeze(1)  # rows of the result that lie in this part
-            hidden = hidden.index_select(0, place[wanted[target]].to(hidden.device))
+            hidden = hidden.index_select(0, on_device(place[wanted[target]], hidden.device))
         if out is None:
             out = hidden.new_empty(input_ids.numel() if wanted is None else wanted.numel(), hidden.shape[-1])
-        out.index_copy_(0, target.to(hidden.device), hidden)
+        out.index_copy_(0, on_device(target, hidden.device), hidden)
         del hidden  # or the next part would run beside it
     assert out is not None, "no parts"
     return out

@@ -11,6 +11,7 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import moving_rope
 from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, attention_on_row, packed_row, running
 from opcd_fast.expanded_cache import expanded_cache, unread_layers
+from opcd_fast.packed_row import on_device
 from opcd_fast.prefix import SharedPrefix, cache_of
 from opcd_fast.student import padded_forward
 
@@ -26,14 +27,12 @@ def merge_forward(
     back: Tensor | None = None
     if order != list(range(len(index))):
         # Sequences of one context must be neighbours, so that phase 1 is one call for each context.
-        bounds = row.cu_seqlens.tolist()
-        moved = torch.cat([torch.arange(bounds[s], bounds[s + 1]) for s in order]).to(input_ids.device)
-        input_ids = input_ids.index_select(0, moved)
-        back = torch.empty_like(moved).scatter_(0, moved, torch.arange(moved.numel(), device=moved.device))
+        moved = torch.cat([torch.arange(row.bounds[s], row.bounds[s + 1]) for s in order])
+        input_ids = input_ids.index_select(0, on_device(moved, input_ids.device))
+        back = on_device(torch.empty_like(moved).scatter_(0, moved, torch.arange(moved.numel())), input_ids.device)
     row, used = _grouped(row, order, [index[s] for s in order], prefixes)
     cache, counts = cache_of(used)
-    starts = torch.tensor(row.prefix_lengths, device=input_ids.device)
-    positions = row.offset_of_token + starts[row.sequence_of_token]
+    positions = row.position_of_token
     call = PackedCall(row, counts)
     with running(call), seam.using_attention(body, attention_on_row):
         hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), cache=cache)[0]
@@ -59,7 +58,7 @@ def _grouped(
             groups.append(PrefixGroup(first, end, bounds[first], bounds[end], len(prefix)))
             used.append(prefix)
             first = end
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=row.cu_seqlens.device)
+    cu_seqlens = on_device(torch.tensor(bounds, dtype=torch.int32), row.cu_seqlens.device)
     return PackedRow(lengths, cu_seqlens, tuple(groups)), used
 
 
@@ -90,9 +89,10 @@ def _padded_after(body: nn.Module, prefix: SharedPrefix, sequences: list[Tensor]
         # One token alone takes another way through recurrent layers, made for sampling. Nemotron-H's does not bound the
         # time step from below and is off by 4e-3; so one more column, which nothing reads.
         grid = torch.nn.functional.pad(grid, (0, 1))
-    positions = torch.arange(len(prefix), len(prefix) + grid.shape[1], device=grid.device).expand_as(grid)
-    cache = None
+    # After no prefix the model counts by itself: given positions, it would look on the device for packed sequences.
+    cache, positions = None, None
     if len(prefix):
+        positions = torch.arange(len(prefix), len(prefix) + grid.shape[1], device=grid.device).expand_as(grid)
         stored = [prefix.layer(index) for index in range(len(prefix.keys))]
         cache = expanded_cache(stored, prefix.states, len(prefix), len(sequences))
     hidden = seam.run_body(body, grid, position_ids=positions, cache=cache)
@@ -122,11 +122,11 @@ def concat_forward(
             if len(ids)
         ]
         return torch.cat(singles)
-    placed = [contexts[i].to(input_ids.device) for i in index]
+    placed = [on_device(contexts[i], input_ids.device) for i in index]
     pieces = [part for pair in zip(placed, input_ids.split(list(row.lengths)), strict=True) for part in pair]
     ends = torch.tensor([0] + [c.numel() + t for c, t in zip(placed, row.lengths, strict=True)]).cumsum(0)
     ids = torch.cat(pieces)
     whole = packed_row(ends, ids.numel(), input_ids.device)
-    context_lengths = torch.tensor([c.numel() for c in placed], device=input_ids.device)
-    is_suffix = whole.offset_of_token >= context_lengths[whole.sequence_of_token]
-    return padded_forward(body, ids, whole)[is_suffix]
+    context_lengths = torch.tensor([c.numel() for c in placed])
+    suffix = (whole.offset_on_host >= context_lengths[whole.sequence_on_host]).nonzero().squeeze(1)
+    return padded_forward(body, ids, whole).index_select(0, on_device(suffix, input_ids.device))

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from opcd_fast.attention import PackedRow, PrefixGroup, packed_row, row_attention
 from opcd_fast.attention_pairs import Spans, pair_for
+from opcd_fast.packed_row import on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +68,7 @@ class TreeRow:
     @functools.cached_property
     def positions(self) -> Tensor:
         """(N,) int64: place of each token in its sequence, its prompt included."""
-        before = torch.tensor(self.children.prefix_lengths, dtype=torch.int64, device=self.order.device)
-        children = self.children.offset_of_token + before[self.children.sequence_of_token]
-        return torch.cat([self.roots.offset_of_token, children])
+        return torch.cat([self.roots.offset_of_token, self.children.position_of_token])
 
     @functools.cached_property
     def own_spans(self) -> Spans:
@@ -87,7 +86,7 @@ class TreeRow:
 
 def bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(B + 1,) int32: where stretches of `lengths` tokens begin and end."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 def tree_row(cu_seqlens: Tensor, parent: Tensor, tokens: int, device: torch.device) -> TreeRow:
@@ -117,15 +116,15 @@ def tree_row(cu_seqlens: Tensor, parent: Tensor, tokens: int, device: torch.devi
 
     starts = [0, *accumulate(lengths)]
     arranged = [*prompts, *alone, *children]
-    order = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in arranged]).to(device)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=device))
+    order = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in arranged])
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
     of_roots = tuple(lengths[i] for i in (*prompts, *alone))
     of_children = tuple(lengths[i] for i in children)
     return TreeRow(
         PackedRow(of_roots, bounds(of_roots, device)),
         PackedRow(of_children, bounds(of_children, device), tuple(groups)),
-        order,
-        back,
+        on_device(order, device),
+        on_device(back, device),
     )
 
 

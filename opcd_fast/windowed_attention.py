@@ -6,6 +6,7 @@ They do not merge: what a token sees of its prefix depends on the token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from opcd_fast import attention_backends as backends
 from opcd_fast.attention_kernels import Bounds, repeat_heads
 from opcd_fast.blocked_attention import blocked_attention
-from opcd_fast.packed_row import PackedRow
+from opcd_fast.packed_row import PackedRow, on_device
 
 
 class _Stretch(NamedTuple):
@@ -44,18 +45,19 @@ def windowed_attention(
     Differentiable, the logsumexp too. Raises RuntimeError when the cache kept fewer prefix keys than the window
     reaches back to.
     """
-    stretches = _stretches(row, prefix_counts, window)
+    key_of_layer = (tuple(prefix_counts), window)
+    if key_of_layer not in row.kept:
+        row.kept[key_of_layer] = _stretches(row, prefix_counts, window)
+    stretches = row.kept[key_of_layer]
     need = backends.need_of(query, key, value, softcap=softcap, dropout=dropout)
     need = backends.for_gradients(need, through_lse=with_lse)
     kernel = backends.windowed(need, with_lse=with_lse)
     if kernel.name not in ("dense", "blocked"):
         device = query.device
-        index = torch.cat([torch.arange(*span, device=device) for s in stretches for span in (s.prefix, s.own)])
-        sizes = [s.own[1] - s.own[0] + s.prefix[1] - s.prefix[0] for s in stretches]
-        cu_q = torch.tensor([0] + [s.queries[1] for s in stretches], dtype=torch.int32, device=device)
-        cu_k = torch.tensor([0, *sizes], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        if (key_of_layer, device) not in row.kept:
+            row.kept[key_of_layer, device] = _gathered(stretches, row.longest, device)
+        index, bounds = row.kept[key_of_layer, device]
         key, value = key.index_select(2, index), value.index_select(2, index)
-        bounds = Bounds(cu_q, cu_k, row.longest, max(sizes))
         return kernel.run(query, key, value, bounds, scale, softcap, window, with_lse)
 
     pieces, levels = [], []
@@ -70,6 +72,16 @@ def windowed_attention(
             out = _dense(q, k, v, scale, window, dropout)
         pieces.append(out)
     return torch.cat(pieces), torch.cat(levels) if with_lse else None
+
+
+def _gathered(stretches: Sequence[_Stretch], longest: int, device: torch.device) -> tuple[Tensor, Bounds]:
+    """Which keys the row's varlen call reads, in its order, and where each sequence's begin."""
+    index = torch.cat([torch.arange(*span) for s in stretches for span in (s.prefix, s.own)])
+    sizes = [s.own[1] - s.own[0] + s.prefix[1] - s.prefix[0] for s in stretches]
+    cu_q = torch.tensor([0, *(s.queries[1] for s in stretches)], dtype=torch.int32)
+    cu_k = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+    bounds = Bounds(on_device(cu_q, device), on_device(cu_k, device), longest, max(sizes))
+    return on_device(index, device), bounds
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, dropout: float) -> Tensor:

@@ -14,6 +14,7 @@ from test_attention import dense, make_qkv, make_row
 
 from opcd_fast import attention_backends as backends
 from opcd_fast import attention_kernels as kernels
+from opcd_fast.attention import row_attention
 from opcd_fast.attention_backends import FA2, FA4, Need
 from opcd_fast.attention_kernels import Bounds
 
@@ -241,3 +242,23 @@ def test_windows(name, softcap, packages):
         expected, expected_lse = explicit(flat[0][tokens], flat[1][keys], flat[2][keys], 0.25, softcap, True, 4)
         torch.testing.assert_close(out[tokens], expected)
         torch.testing.assert_close(lse[tokens], expected_lse)
+
+
+@pytest.mark.parametrize("window", [4, 9, 22])
+@pytest.mark.parametrize("lengths", [[3, 1, 9, 2], [2, 0, 3, 8]])
+def test_windowed_layers_by_one_call_for_the_row(lengths, window, packages, monkeypatch):
+    """Which keys each sequence reads of its prefix and of its own; worked out once for all layers alike."""
+    run = backends.Kernel(FA4, kernels.varlen_fa4)
+    monkeypatch.setattr(backends, "windowed", lambda need, with_lse=False: run)
+    sizes = [14, 0]
+    kept = [min(s, window - 1) for s in sizes]
+    row = make_row(lengths, sizes, [2, 2])
+    for _ in range(2):
+        q, k, v = make_qkv(sum(lengths), sum(kept), dtype=torch.float64)
+        out = row_attention(q, k, v, row, kept, 0.25, window)
+        torch.testing.assert_close(out, dense(q, k, v, row, kept, 0.25, window))
+    other = make_row(lengths, [20, 5], [2, 2])  # same lengths and counts where the window is small, other prefixes
+    kept = [min(s, window - 1) for s in [20, 5]]
+    q, k, v = make_qkv(sum(lengths), sum(kept), dtype=torch.float64)
+    out = row_attention(q, k, v, other, kept, 0.25, window)
+    torch.testing.assert_close(out, dense(q, k, v, other, kept, 0.25, window))

@@ -121,4 +121,7 @@ def test_shared_prompts_occur_once_and_every_position_predicts_its_token():
     for name in ("teacher_ids", "response_index_teacher", "token_weights", "response_ids", "response_cu_seqlens"):
         assert getattr(batch, name).equal(getattr(apart, name)), name
     moved = batch.to(torch.device("meta"))
-    assert moved.student_parent.device.type == "meta" and apart.to(torch.device("meta")).student_parent is None
+    assert moved.student_ids.device.type == moved.response_index_student.device.type == "meta"
+    host = (moved.student_parent, moved.student_cu_seqlens, moved.teacher_cu_seqlens, moved.context_index)
+    assert {x.device.type for x in (*host, moved.response_index_teacher)} == {"cpu"}  # rows are cut up there
+    assert apart.to(torch.device("meta")).student_parent is None

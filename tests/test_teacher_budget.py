@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from test_loss_memory import peak_bytes
-from tiny_models import pack, plain_after_context, random_ids, tiny_model
+from tiny_models import pack, plain_after_context, random_ids, tiny_model, told
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from opcd_fast import teacher_budget
@@ -154,7 +154,7 @@ def test_a_sequence_too_large_runs_alone_and_that_is_said_once(caplog):
         for _ in range(2):
             teacher.hidden_states_packed(ids, bounds)
     assert counts == [9, 5, 3] * 2
-    assert len(caplog.records) == 1 and "more than max_batch_bytes=1; it runs alone" in caplog.text
+    assert len(told(caplog)) == 1 and "more than max_batch_bytes=1; it runs alone" in caplog.text
 
 
 def test_a_large_batch_runs_in_few_passes_and_a_small_one_in_one(caplog):
@@ -169,7 +169,7 @@ def test_a_large_batch_runs_in_few_passes_and_a_small_one_in_one(caplog):
         with caplog.at_level(logging.WARNING, "opcd_fast"):
             teacher.hidden_states_packed(ids, bounds)
         assert len(counts) == passes and sum(counts) == 128
-    assert not caplog.records
+    assert not told(caplog)
 
 
 def test_contexts_stay_together_and_every_sequence_comes_once():

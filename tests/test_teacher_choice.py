@@ -13,6 +13,7 @@ from tiny_models import (
     random_ids,
     reference,
     tiny_model,
+    told,
 )
 
 from opcd_fast import attention, teacher_paths, verification
@@ -32,11 +33,23 @@ def test_other_architectures_take_another_path_and_say_so(name, path, caplog):
         ids, bounds = pack(random_ids(5, 3))
         teacher.hidden_states_packed(ids, bounds)
         teacher.hidden_states_packed(ids, bounds)
-    assert len(caplog.records) == 1
+    assert [record.levelname for record in told(caplog)] == ["WARNING"]
+    assert ("again for every sequence" in caplog.text) == (path == "concat")
     reason = "RoPE" if "rope" in name else model.config.model_type
     assert reason in caplog.text and reason in teacher.explain() and path in teacher.explain()
     with pytest.raises(ValueError, match=r"path='merge'.*use path='concat'"):
         ContextTeacher(model, [1, 2], path="merge")
+
+
+def test_a_cache_argument_of_another_name_is_a_warning(monkeypatch, caplog):
+    """What a library renames once more must not make every sequence read the context again, unsaid."""
+    monkeypatch.setattr(seam, "takes_cache", lambda model: None)
+    (context,), sequences = random_ids(20), random_ids(5, 3)
+    teacher = ContextTeacher(model := tiny_model(), context)
+    got = teacher.hidden_states_packed(*pack(sequences))
+    assert_close(got, reference(model, [context], sequences, [0, 0]))
+    assert teacher.path == "concat" and [record.levelname for record in told(caplog)] == ["WARNING"]
+    assert "takes no cache" in caplog.text and "again for every sequence" in caplog.text
 
 
 @pytest.mark.parametrize(("wrong", "path"), [(("merge",), "pad"), (("merge", "pad"), "concat")])
@@ -47,7 +60,7 @@ def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
             attention, "merge_by_logsumexp", lambda a, la, b, lb, **kw: honest_merge(a, la, b, lb + 0.01, **kw)
         )
     if "pad" in wrong:
-        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
+        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_, **__: honest_update(self, k * 1.01, v))
     model = tiny_model()
     (context,), sequences = random_ids(20), random_ids(5, 3)
     ids, bounds = pack(sequences)
@@ -57,7 +70,7 @@ def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
     assert teacher.path == path
     for step in wrong:
         assert f"not {step}: it failed its check" in teacher.explain()
-    assert len(caplog.records) == 1
+    assert len(told(caplog)) == 1
     assert_close(got, reference(model, [context], sequences, [0, 0]))
 
 
@@ -95,7 +108,7 @@ def plant(error, monkeypatch):
         monkeypatch.setattr(teacher_paths, "expanded_cache", without_first)
     elif error == "pad: keys":
         honest_update = ExpandedLayer.update
-        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
+        monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_, **__: honest_update(self, k * 1.01, v))
     elif error == "pad: positions":
         honest_run = seam.run_body
 
@@ -141,7 +154,7 @@ def test_a_path_asked_for_that_cannot_be_tried_runs_and_says_so(monkeypatch, cap
     with caplog.at_level(logging.WARNING, "opcd_fast"):
         got = teacher.hidden_states_packed(*pack(sequences))
     assert_close(got, reference(model, [context], sequences, [0, 0]))
-    assert len(caplog.records) == 1 and "'merge' could not be checked" in caplog.text
+    assert len(told(caplog)) == 1 and "'merge' could not be checked" in caplog.text
     assert "it could not be checked" in teacher.explain()
 
 
@@ -174,7 +187,7 @@ def test_a_padded_batch_that_is_wrong_runs_one_by_one(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "opcd_fast"):
         for _ in range(2):
             assert_close(teacher.hidden_states_packed(ids, bounds), reference(model, [context], sequences, [0, 0]))
-    assert len(caplog.records) == 1 and "one sequence at a time" in caplog.text
+    assert len(told(caplog)) == 1 and "one sequence at a time" in caplog.text
     assert "one at a time" in teacher.explain()
 
 

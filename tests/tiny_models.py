@@ -118,3 +118,8 @@ def assert_close(a, b, atol=TOLERANCE):
 def reference(model, contexts, sequences, index):
     """(N, D): each sequence after its context, one plain forward pass each."""
     return torch.cat([plain_after_context(model, contexts[i], s) for s, i in zip(sequences, index, strict=True)])
+
+
+def told(caplog):
+    """What the library logged: others log too, some when they are first imported."""
+    return [record for record in caplog.records if record.name == "opcd_fast"]

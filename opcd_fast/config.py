@@ -117,9 +117,9 @@ class OPCDConfig:
     """The student reads once what the step's prompts have in common: a prompt with several answers, or the beginning of
     all prompts (a system prompt). None: where its model can."""
     rollout: str = "transformers"
-    """Where answers come from: "transformers" (this process, the fastest way that is exact), "generate" or
-    "continuous" (transformers' own ways), "server" (OpenAI's protocol with token ids), "vllm" (in this process),
-    "replay" (a file). See docs/rollouts.md."""
+    """Where answers come from: "transformers" (this process, the fastest way that is exact), "generate"
+    (transformers' own way), "server" (OpenAI's protocol with token ids), "vllm" (in this process), "replay" (a file).
+    See docs/rollouts.md."""
     rollout_batch: int | None = None
     """Sequences generated at once; None: what memory holds at the first call, 256 at most."""
     merge_for_rollout: bool | None = None

@@ -3,8 +3,7 @@
 Engines that give the same answers for the same seed, up to rounding:
 
 - "decode": `opcd_fast.decoding`, for architectures it knows; checked on first use (`rollout_check`);
-- "generate": transformers' `generate`, for everything else;
-- "continuous": transformers' `generate_batch`, whose own random numbers draw the tokens.
+- "generate": transformers' `generate`, for everything else.
 
 The protocol, and other engines: `rollout_protocol`, `rollout_server`, `rollout_vllm`, `rollout_replay`.
 """
@@ -29,7 +28,7 @@ from opcd_fast.rollout_protocol import Completion, Rollout, check_request, stop_
 
 __all__ = ["Completion", "Rollout", "TransformersRollout", "stop_token_ids"]
 
-ENGINES = ("auto", "decode", "generate", "continuous")
+ENGINES = ("auto", "decode", "generate")
 UNTIMED = ("cpu",)  # where the adapter is folded in without timing it
 WORTH_MEASURING = 20_000_000  # parameters; below, a choice saves less than measuring it costs
 TRIAL_TOKENS = 8
@@ -50,7 +49,7 @@ class TransformersRollout:
             weights). None: on the CPU; on GPUs for models from 20 million parameters on, where it is timed once on the
             first call's prompts, and taken only if it is faster and the log-probabilities agree.
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
-        engine: "auto" | "decode" | "generate" | "continuous". Auto is "decode" where it agrees with the
+        engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the
             model's forward pass.
         choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
     """
@@ -80,8 +79,6 @@ class TransformersRollout:
         self._can_merge = MergedCopy.supports(model)
         if merge_adapter and not self._can_merge:
             raise InputError("merge_adapter=True needs LoRA or DoRA on linear layers; use None or False")
-        if engine == "continuous" and seam.prompt_learner(model) is not None:
-            raise InputError("engine='continuous' cannot run a trained prefix; use 'auto' or 'generate'")
         refusal = refuses_decoding(model)
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
@@ -151,7 +148,7 @@ class TransformersRollout:
                 part = order[start : start + (self.max_batch or 1)]
                 try:
                     answers = self._run(
-                        self._engine, model, [rows[i] for i in part], uniform[part], seed=seed + start, **options
+                        self._engine, model, [rows[i] for i in part], uniform[part], **options
                     )
                 except torch.cuda.OutOfMemoryError:
                     if len(part) == 1:
@@ -170,7 +167,7 @@ class TransformersRollout:
 
     def _run(
         self, engine: str | None, model: Any, prompts: list[tuple[int, ...]], uniform: Tensor, *,
-        temperature: float, top_p: float, seed: int = 0,
+        temperature: float, top_p: float,
     ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
         options: dict[str, Any] = {
             "temperature": temperature, "top_p": top_p, "vocab_size": self.vocab_size,
@@ -178,8 +175,6 @@ class TransformersRollout:
         }  # fmt: skip
         if engine == "decode":
             return decode(model, prompts, uniform, **options)
-        if engine == "continuous":
-            return rollout_generate.continuous(model, prompts, uniform.shape[1], seed=seed, **options)
         return rollout_generate.generate(model, prompts, uniform, **options)
 
     def _completion(self, tokens: list[int], logprobs: list[float] | None) -> Completion:

@@ -22,7 +22,7 @@ def answering_model(meter: Meter, model: Any, config: OPCDConfig, device: str) -
     device: the run's, "cuda" or "cpu"; the model's tensors are fake ones. On a GPU a run without `merge_for_rollout`
     times both; here the copy counts, being the larger.
     """
-    if config.rollout not in ("transformers", "generate", "continuous") or config.merge_for_rollout is False:
+    if config.rollout not in ("transformers", "generate") or config.merge_for_rollout is False:
         return model
     if not MergedCopy.supports(model):
         return model

@@ -123,8 +123,8 @@ class OPCDConfig:
     rollout_batch: int | None = None
     """Sequences generated at once; None: what memory holds at the first call, 256 at most."""
     merge_for_rollout: bool | None = None
-    """Generate with a copy that has the adapter folded in. None: on the CPU; on a GPU what is faster at the first
-    call, and exact (unmerged for models under 20 million parameters)."""
+    """Generate with a copy that has the adapter folded in. None: on a CPU where memory holds it, and
+    not on a GPU."""
     rollout_url: str | None = None
     """Of "server": http://host:port, what stands in front of /v1."""
     rollout_model: str | None = None

@@ -29,7 +29,7 @@ from opcd_fast.rollout_protocol import Completion, Rollout, check_request, stop_
 __all__ = ["Completion", "Rollout", "TransformersRollout", "stop_token_ids"]
 
 ENGINES = ("auto", "decode", "generate")
-TRIAL_TOKENS = 8
+TRIAL_TOKENS = 4
 TRIAL_PROMPTS = 4
 
 _log = logging.getLogger(__name__)

@@ -117,14 +117,14 @@ class OPCDConfig:
     """The student reads once what the step's prompts have in common: a prompt with several answers, or the beginning of
     all prompts (a system prompt). None: where its model can."""
     rollout: str = "transformers"
-    """Where answers come from: "transformers" (this process, the fastest way that is exact), "generate" or
-    "continuous" (transformers' own ways), "server" (OpenAI's protocol with token ids), "vllm" (in this process),
-    "replay" (a file). See docs/rollouts.md."""
+    """Where answers come from: "transformers" (this process, the fastest way that is exact), "generate"
+    (transformers' own way), "server" (OpenAI's protocol with token ids), "vllm" (in this process), "replay" (a file).
+    See docs/rollouts.md."""
     rollout_batch: int | None = None
     """Sequences generated at once; None: what memory holds at the first call, 256 at most."""
     merge_for_rollout: bool | None = None
-    """Generate with a copy that has the adapter folded in. None: on the CPU; on a GPU what is faster at the first
-    call, and exact (unmerged for models under 20 million parameters)."""
+    """Generate with a copy that has the adapter folded in. None: on a CPU where memory holds it, and
+    not on a GPU."""
     rollout_url: str | None = None
     """Of "server": http://host:port, what stands in front of /v1."""
     rollout_model: str | None = None

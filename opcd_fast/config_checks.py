@@ -16,7 +16,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")  # each also the name of its pack
 
 # Which kinds of rollout use which settings; setting another one is an error.
 ROLLOUT_SETTINGS = {
-    ("transformers", "generate", "continuous", "replay"): ("merge_for_rollout",),  # replay: its evaluations
+    ("transformers", "generate", "replay"): ("merge_for_rollout",),  # replay: its evaluations
     ("server",): (
         "rollout_url", "rollout_command", "rollout_timeout", "rollout_tries", "rollout_concurrency",
         "rollout_logprobs",
@@ -214,13 +214,13 @@ def _check_prefix(config: OPCDConfig) -> None:
     if config.share_prompts:
         raise InputError(f"{name}: prompts are not shared behind a trained prefix; drop share_prompts")
     sends_adapter = config.rollout == "vllm" or (config.rollout == "server" and config.rollout_command is None)
-    if sends_adapter or config.rollout == "continuous":
+    if sends_adapter:
         raise InputError(f"{name}: rollout={config.rollout!r} cannot run a trained prefix; use 'transformers', or "
                          "'server' with rollout_command")  # fmt: skip
 
 
 def _check_rollout(config: OPCDConfig, rules: _Rules) -> None:
-    rules.one_of("rollout", "transformers", "generate", "continuous", "server", "vllm", "replay")
+    rules.one_of("rollout", "transformers", "generate", "server", "vllm", "replay")
     rules.one_of("rollout_logprobs", "raw", "processed")
     rules.at_least("rollout_tries", 1)
     rules.at_least("rollout_concurrency", 1)

@@ -3,8 +3,7 @@
 Engines that give the same answers for the same seed, up to rounding:
 
 - "decode": `opcd_fast.decoding`, for architectures it knows; checked on first use (`rollout_check`);
-- "generate": transformers' `generate`, for everything else;
-- "continuous": transformers' `generate_batch`, whose own random numbers draw the tokens.
+- "generate": transformers' `generate`, for everything else.
 
 The protocol, and other engines: `rollout_protocol`, `rollout_server`, `rollout_vllm`, `rollout_replay`.
 """
@@ -24,15 +23,13 @@ from opcd_fast.decoding import decode, refuses_decoding
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
 from opcd_fast.rollout_check import Answers, check_decoding
-from opcd_fast.rollout_choice import Choice, agree, faster
+from opcd_fast.rollout_choice import Choice
 from opcd_fast.rollout_protocol import Completion, Rollout, check_request, stop_token_ids, weights_version
 
 __all__ = ["Completion", "Rollout", "TransformersRollout", "stop_token_ids"]
 
-ENGINES = ("auto", "decode", "generate", "continuous")
-UNTIMED = ("cpu",)  # where the adapter is folded in without timing it
-WORTH_MEASURING = 20_000_000  # parameters; below, a choice saves less than measuring it costs
-TRIAL_TOKENS = 8
+ENGINES = ("auto", "decode", "generate")
+TRIAL_TOKENS = 4
 TRIAL_PROMPTS = 4
 
 _log = logging.getLogger(__name__)
@@ -47,10 +44,9 @@ class TransformersRollout:
         max_batch: sequences generated at once. None: as many as the memory that is free at the first call holds,
             at most 256.
         merge_adapter: generate with a copy that has the LoRA adapter folded in (a second copy of the adapted
-            weights). None: on the CPU; on GPUs for models from 20 million parameters on, where it is timed once on the
-            first call's prompts, and taken only if it is faster and the log-probabilities agree.
+            weights). None: on a CPU where half of the free memory holds it, and not on a GPU.
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
-        engine: "auto" | "decode" | "generate" | "continuous". Auto is "decode" where it agrees with the
+        engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the
             model's forward pass.
         choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
     """
@@ -80,8 +76,6 @@ class TransformersRollout:
         self._can_merge = MergedCopy.supports(model)
         if merge_adapter and not self._can_merge:
             raise InputError("merge_adapter=True needs LoRA or DoRA on linear layers; use None or False")
-        if engine == "continuous" and seam.prompt_learner(model) is not None:
-            raise InputError("engine='continuous' cannot run a trained prefix; use 'auto' or 'generate'")
         refusal = refuses_decoding(model)
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
@@ -95,15 +89,10 @@ class TransformersRollout:
         merge = self._kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
         if merge is None and not self._can_merge:
             merge = self._kept.set("merge", False, "no LoRA adapter to fold in")
-        if merge is None and self.device.type in UNTIMED:
-            # Two runs are then the same. Adapters' small products cost more there than their share of the arithmetic.
-            fits = MergedCopy.bytes_needed(model) <= rollout_memory.free_bytes(self.device) // 2
-            reason = "on the CPU, where the copy is faster" if fits else "the copy would take over half of what is free"
-            merge = self._kept.set("merge", fits, reason)
-        if merge is None and sum(p.numel() for p in model.parameters()) < WORTH_MEASURING:
-            merge = self._kept.set("merge", False, "small model: not measured")
-        self._merge: bool | None = merge
-        if self._merge:
+        if merge is None:
+            # By rule and not by the clock, so that a run which is repeated rounds as it did.
+            merge = self._kept.set("merge", *self._worth_merging())
+        if merge:
             self._merged = MergedCopy(model)
         if max_batch is None:
             self.max_batch = kept.get("batch")
@@ -151,7 +140,7 @@ class TransformersRollout:
                 part = order[start : start + (self.max_batch or 1)]
                 try:
                     answers = self._run(
-                        self._engine, model, [rows[i] for i in part], uniform[part], seed=seed + start, **options
+                        self._engine, model, [rows[i] for i in part], uniform[part], **options
                     )
                 except torch.cuda.OutOfMemoryError:
                     if len(part) == 1:
@@ -170,7 +159,7 @@ class TransformersRollout:
 
     def _run(
         self, engine: str | None, model: Any, prompts: list[tuple[int, ...]], uniform: Tensor, *,
-        temperature: float, top_p: float, seed: int = 0,
+        temperature: float, top_p: float,
     ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
         options: dict[str, Any] = {
             "temperature": temperature, "top_p": top_p, "vocab_size": self.vocab_size,
@@ -178,8 +167,6 @@ class TransformersRollout:
         }  # fmt: skip
         if engine == "decode":
             return decode(model, prompts, uniform, **options)
-        if engine == "continuous":
-            return rollout_generate.continuous(model, prompts, uniform.shape[1], seed=seed, **options)
         return rollout_generate.generate(model, prompts, uniform, **options)
 
     def _completion(self, tokens: list[int], logprobs: list[float] | None) -> Completion:
@@ -198,13 +185,17 @@ class TransformersRollout:
 
     # --------------------------------------------------------------------------------------- decided once
 
+    def _worth_merging(self) -> tuple[bool, str]:
+        if self.device.type != "cpu":
+            return False, "on a GPU, where the copy takes memory that training needs"
+        if MergedCopy.bytes_needed(self.model) > rollout_memory.free_bytes(self.device) // 2:
+            return False, "the copy would take over half of what is free"
+        return True, "on a CPU, where adapters' small products cost more than their share of the arithmetic"
+
     def _decide(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> None:
         if self._engine is None:
             self._engine, reason = self._verified(rows, max_new_tokens)
             self._kept.set("engine", self._engine, reason)
-        if self._merge is None:
-            self._merge, reason = self._measured(rows, max_new_tokens)
-            self._kept.set("merge", self._merge, reason)
         if self.max_batch is None:
             longest = max(map(len, rows))
             answering = self.model if self._merged is None else self._merged.model  # whose type the cache has
@@ -234,34 +225,3 @@ class TransformersRollout:
     def _stepped_down(self, reason: str) -> tuple[str, str]:
         _log.warning("rollout: %s; using transformers' generate", reason)
         return "generate", reason
-
-    def _measured(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> tuple[bool, str]:
-        """Unmerged against merged on the first prompts of this call; the time for folding counts."""
-        needed = MergedCopy.bytes_needed(self.model)
-        if needed > rollout_memory.free_bytes(self.device) // 2:
-            return False, f"the copy would take {needed / 2**30:.1f} GiB, over half of what is free"
-        copy = MergedCopy(self.model)
-        rows = rows[: self.max_batch or 16]
-        tokens = min(TRIAL_TOKENS, max_new_tokens)
-        zeros = torch.zeros(len(rows), tokens, dtype=torch.float64)
-
-        def run(model: Any, count: int) -> list[tuple[list[int], list[float]]]:
-            return self._run(self._engine, model, rows, zeros[:, :count], temperature=0.0, top_p=1.0)
-
-        dtype = next(self.model.parameters()).dtype
-        good, difference = agree(run(self.model, tokens), run(copy.refresh(), tokens), dtype)
-        if not good:
-            return False, f"merged log-probabilities differ by {difference:.1e}"
-        merged, seconds = faster(
-            {
-                False: lambda count: run(self.model, count),
-                True: lambda count: run(copy.refresh(), count),
-            },
-            few=1, many=tokens, wanted=max_new_tokens, device=self.device,
-        )  # fmt: skip
-        if merged:
-            self._merged = copy
-        return merged, (
-            f"{len(rows)} prompts, estimated for {max_new_tokens} tokens: merged {seconds[True]:.2f} s, "
-            f"unmerged {seconds[False]:.2f} s; log-probabilities differ by {difference:.1e}"
-        )

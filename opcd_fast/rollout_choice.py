@@ -1,72 +1,13 @@
-"""What a sampler decided for itself: how candidates are compared, and where the decision is kept."""
+"""What a sampler decided for itself, with its reasons, and where that is kept."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from opcd_fast.errors import InputError
 from opcd_fast.launch import launched_rank
-
-Answers = Sequence[tuple[Sequence[int], Sequence[float]]]
-Name = TypeVar("Name", bound=Hashable)
-
-# Largest difference of a log-probability that rounding explains; of single tokens, in nats.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-REPEATS = 2
-
-
-def agree(ours: Answers, theirs: Answers, dtype: torch.dtype) -> tuple[bool, float]:
-    """Whether two engines' most probable answers are one up to rounding, and the largest difference in nats.
-
-    Answers are compared up to the first token that differs, that one included: at a tie both took the most probable
-    token, whose log-probability is then the same.
-    """
-    worst = 0.0
-    for (ids, logprobs), (other_ids, other_logprobs) in zip(ours, theirs, strict=True):
-        for a, b, p, q in zip(ids, other_ids, logprobs, other_logprobs):
-            difference = abs(p - q)
-            worst = max(worst, difference if difference == difference else float("inf"))
-            if a != b:
-                break
-    return worst <= TOLERANCE.get(dtype, 2e-3), worst
-
-
-def faster(
-    candidates: dict[Name, Callable[[int], object]], *, few: int, many: int, wanted: int, device: torch.device
-) -> tuple[Name, dict[Name, float]]:
-    """The candidate that is estimated to be fastest for `wanted` tokens, and each one's seconds.
-
-    Each runs with `few` and with `many` tokens, in turns, the best of two counting; what a token costs follows from
-    the difference.
-    """
-    lengths = (few, many) if many > few else (few,)
-    best: dict[Any, float] = {}
-    for _ in range(REPEATS):
-        for name, run in candidates.items():
-            for length in lengths:
-                _wait(device)
-                started = time.perf_counter()
-                run(length)
-                _wait(device)
-                took = time.perf_counter() - started
-                best[name, length] = min(best.get((name, length), took), took)
-    seconds = {}
-    for name in candidates:
-        first, last = best[name, lengths[0]], best[name, lengths[-1]]
-        per_token = max(last - first, 0.0) / max(lengths[-1] - lengths[0], 1)
-        seconds[name] = last + per_token * (wanted - lengths[-1])
-    return min(seconds, key=lambda name: seconds[name]), seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Choice:

@@ -13,7 +13,7 @@ from opcd_fast.rollout import TransformersRollout
 from opcd_fast.rollout_choice import Choice
 from opcd_fast.rollout_protocol import Rollout
 
-ENGINE_OF = {"transformers": "auto", "generate": "generate", "continuous": "continuous"}
+ENGINE_OF = {"transformers": "auto", "generate": "generate"}
 
 
 def make_rollout(
@@ -34,7 +34,7 @@ def make_rollout(
     """
     has_adapter = hasattr(model, "peft_config")
     sends_adapter = config.rollout == "vllm" or (config.rollout == "server" and not config.rollout_command)
-    if seam.prompt_learner(model) is not None and (sends_adapter or config.rollout == "continuous"):
+    if seam.prompt_learner(model) is not None and sends_adapter:
         raise InputError(
             f"rollout={config.rollout!r} cannot run the model's trained prefix; use 'transformers', or 'server' with "
             "rollout_command"

@@ -1,4 +1,4 @@
-"""transformers' own two ways to generate, with the settings and random numbers of the loop."""
+"""transformers' own way to generate, with the settings and random numbers of the loop."""
 
 from __future__ import annotations
 
@@ -73,33 +73,6 @@ class _Sampler:
         tokens, logprobs = draw(scores, self._uniform[:, len(self.logprobs)], *self._options)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-
-
-@torch.no_grad()
-def continuous(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    stop_token_ids: Sequence[int],
-    temperature: float,
-    top_p: float,
-    vocab_size: int | None = None,
-    seed: int = 0,
-) -> list[tuple[list[int], list[float]]]:
-    """transformers' continuous batching; the result as of `generate`.
-
-    It draws with its own random numbers, so the answers are others than those of the other engines, and whether the
-    same seed gives the same ones is up to it. Raises RuntimeError when a request failed or is missing.
-    """
-    if vocab_size is not None and vocab_size < seam.config_of(seam.body_of(model)).vocab_size:
-        raise RuntimeError("engine='continuous' cannot leave out the head's padding; use engine='generate'")
-    with _own_generation_settings(model):
-        results = seam.continuous_batch(
-            model, prompts, max_new_tokens, stop_token_ids=stop_token_ids, temperature=temperature, top_p=top_p,
-            seed=seed,
-        )  # fmt: skip
-    return [(list(cut_at_stop(tokens, stop_token_ids)[0]), list(values)) for tokens, values in results]
 
 
 @contextmanager

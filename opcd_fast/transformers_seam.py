@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -442,51 +442,3 @@ def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, T
             )
         )
     return layers, list(cache.layers), hidden
-
-
-# --- continuous batching ------------------------------------------------------------------------------------
-
-
-def continuous_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    stop_token_ids: Sequence[int],
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> list[tuple[list[int], list[float]]]:
-    """`generate_batch`: tokens and log-probabilities per prompt. Raises RuntimeError when a request failed."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    tokens = sum(map(len, prompts)) + len(prompts) * max_new_tokens
-    size = 32
-    settings: dict[str, Any] = {
-        # Sized by this job; left alone, the pool takes most of the memory that is free.
-        "num_blocks": -(-tokens // size) + 2 * len(prompts) + 2,
-        "max_batch_tokens": max(256, max(map(len, prompts)), len(prompts)),
-        "return_logprobs": True,
-        "seed": seed % 2**31,
-        "use_async_batching": False,
-    }
-    known = inspect.signature(ContinuousBatchingConfig).parameters
-    settings["page_size" if "page_size" in known else "block_size"] = size
-    if "auto_switch_to_flash" in known:
-        settings["auto_switch_to_flash"] = False  # the attention that the model was given
-    lm: Any = causal_lm(model)
-    results = lm.generate_batch(
-        [list(prompt) for prompt in prompts],
-        generation_config=GenerationConfig(
-            **sampling, max_new_tokens=max_new_tokens, eos_token_id=list(stop_token_ids),
-            pad_token_id=stop_token_ids[0],
-        ),
-        continuous_batching_config=ContinuousBatchingConfig(**settings),
-        warmup=False,
-    )  # fmt: skip
-    done = list(results.values())
-    bad = next((result.error for result in done if result.error), None)
-    if bad is not None or len(done) != len(prompts):
-        raise RuntimeError(f"continuous batching answered {len(done)} of {len(prompts)} prompts: {bad}")
-    return [(list(result.generated_tokens), list(result.logprobs)) for result in done]

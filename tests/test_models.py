@@ -9,7 +9,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast import models
 from opcd_fast.errors import InputError
-from opcd_fast.models import first_line, load_model, load_tokenizer, pick_device, refuse_unsupported
+from opcd_fast.models import first_line, load_model, load_tokenizer, pick_device, pick_dtype, refuse_unsupported
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,17 @@ def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
     assert pick_device("cuda") == torch.device("cuda") and not current
     assert pick_device("cuda:1") == torch.device("cuda", 1) and current == [torch.device("cuda", 1)]
     refused(lambda: pick_device("cuda:2"), "2 GPUs", "cuda:1")
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("1", torch.bfloat16), ("0", torch.float32)])
+def test_auto_follows_the_environment_on_a_cpu(folder, monkeypatch, value, wanted):
+    monkeypatch.setenv("OPCD_CPU_BF16", value)
+    tiny_model().save_pretrained(folder)
+    assert load_model(folder, device="cpu").dtype == wanted
+    assert load_model(folder, dtype="float32", device="cpu").dtype == torch.float32, "what is named is not decided"
+    monkeypatch.setenv("OPCD_CPU_BF16", "yes")
+    with pytest.raises(InputError, match="OPCD_CPU_BF16='yes'"):
+        pick_dtype("auto", torch.device("cpu"))
 
 
 def test_a_model_and_an_adapter_load(folder):

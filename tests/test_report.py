@@ -78,7 +78,10 @@ def test_token_kl_is_that_of_plain_forwards_in_float64(run, base, temperature):
     responses = [[70, 71], [256], [100, 90, 80, 70, 256], [3, 4, 5]]
     readers = {name: Reader(getattr(models, name), without, {}) for name in ("base", "student")}
     teacher = Reader(models.teacher, within, {})
-    plain = {"base": load_model(base, dtype="float32", device="cpu"), "student": load_model(run / "final")}
+    plain = {
+        name: load_model(folder, dtype="float32", device="cpu")
+        for name, folder in {"base": base, "student": run / "final"}.items()
+    }
     wrong = 0.0
     for name, reader in readers.items():
         found = distances(reader, teacher, responses, temperature)

@@ -10,8 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from opcd_fast.compare.table import as_markdown
 from opcd_fast.report.arms import ARMS, SHOWN, STUDENT
 from opcd_fast.report.page import page
+from opcd_fast.report.readme import readme
 
 EVIL = "<script>document.title='owned'</script><img src=http://example.invalid/x onerror=alert(1)>&\"'</div></table>"
 
@@ -218,3 +220,13 @@ def test_a_picture_of_the_page_is_not_blank(card, tmp_path):
     pixels = image.imread(shot)[..., :3]
     teal = (abs(pixels - [15 / 255, 118 / 255, 110 / 255]).max(-1) < 0.08).sum()
     assert pixels.shape[:2] == (1400, 1000) and teal > 500  # bars and dots of the student
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float16", True), ("float32", False)])
+def test_numbers_of_16_bits_are_called_that(card, dtype, said):
+    """In the page, in the model card and under a comparison's table."""
+    card["ran"]["dtype"] = dtype
+    words = f"Computed in {dtype}"
+    assert (words in page(card, "context")) == said and (words in readme(card)) == said
+    summary = {"ran": card["ran"], "systems": {}, "baselines": {}, "differences": {}}
+    assert (words in as_markdown(summary, "title")) == said

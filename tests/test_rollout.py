@@ -126,30 +126,12 @@ def test_answers_follow_the_distribution():
     assert freedom > 20 and abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_continuous_batching(temperature):
-    model = lora_model()
-    sampler = TransformersRollout(model, stop_token_ids=[256], engine="continuous", merge_adapter=False)
-    answers = sampler.generate(PROMPTS, max_new_tokens=5, temperature=temperature, seed=3)
-    for prompt, answer in zip(PROMPTS, answers):
-        wanted = logprobs_by_hand(model, prompt, list(answer.token_ids), temperature or 1.0)
-        torch.testing.assert_close(torch.tensor(answer.logprobs).double(), wanted, atol=1e-4, rtol=1e-4)
-    if temperature == 0:
-        other = TransformersRollout(model, stop_token_ids=[256], engine="generate", merge_adapter=False)
-        wanted = other.generate(PROMPTS, max_new_tokens=5, temperature=0)
-        assert [a.token_ids for a in answers] == [a.token_ids for a in wanted]
-
-
 def test_padding_of_the_head_is_never_drawn():
     model = tiny_model()
     for engine in ("decode", "generate"):
         sampler = TransformersRollout(model, stop_token_ids=[0], vocab_size=20, engine=engine)
         answers = sampler.generate(PROMPTS * 4, max_new_tokens=8, seed=0)
         assert max(max(a.token_ids) for a in answers) < 20
-    with pytest.raises(RuntimeError, match="padding"):
-        TransformersRollout(model, stop_token_ids=[0], vocab_size=20, engine="continuous").generate(
-            PROMPTS, max_new_tokens=2
-        )
 
 
 def test_the_batch_is_sized_to_memory(monkeypatch):
@@ -221,7 +203,7 @@ def test_requests_that_no_engine_can_run(change, message):
         TransformersRollout(tiny_model(), stop_token_ids=[256]).generate(options.pop("prompts"), **options)
 
 
-@pytest.mark.parametrize("options", [{"engine": "vllm"}, {"max_batch": 0}])
+@pytest.mark.parametrize("options", [{"engine": "vllm"}, {"engine": "continuous"}, {"max_batch": 0}])
 def test_settings_that_do_not_exist(options):
     with pytest.raises(InputError, match=next(iter(options))):
         TransformersRollout(tiny_model(), stop_token_ids=[256], **options)

@@ -131,8 +131,7 @@ def test_every_setting_reaches_the_engine(tokenizer, tmp_path):
     assert (engine.concurrency, engine.logprobs_are) == (5, "processed")
     assert (engine.weights.command, engine.weights.model_name) == ("reload --now", "served")
     assert engine.stop_token_ids == (256, tokenizer.get_vocab()["z"])
-    for name in ("generate", "continuous"):
-        assert f"engine: {name} " in trainer(tokenizer, tmp_path / name, rollout=name).rollout.explain()
+    assert "engine: generate " in trainer(tokenizer, tmp_path / "own", rollout="generate").rollout.explain()
 
 
 def test_a_resumed_run_goes_on_with_what_was_decided(tokenizer, tmp_path):

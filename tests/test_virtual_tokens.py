@@ -17,7 +17,6 @@ from opcd_fast.errors import InputError
 from opcd_fast.export import ExportOptions, export
 from opcd_fast.models import load_model
 from opcd_fast.parallel import refuse_sharded
-from opcd_fast.rollout import TransformersRollout
 from opcd_fast.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
@@ -252,7 +251,6 @@ def test_peft_loads_it_and_answers_alike(tmp_path):
         ({"teacher_mode": "live"}, "teacher_mode='frozen'"),
         ({"share_prompts": True}, "drop share_prompts"),
         ({"rollout": "vllm"}, "cannot run a trained prefix"),
-        ({"rollout": "continuous"}, "cannot run a trained prefix"),
         ({"merge_for_rollout": True}, "merge_for_rollout"),
         ({"num_virtual_tokens": -1}, "num_virtual_tokens"),
     ],
@@ -262,13 +260,11 @@ def test_settings_that_do_not_go_with_it(settings, words):
         OPCDConfig(**{"num_virtual_tokens": 6, **settings})
 
 
-@pytest.mark.parametrize("settings", [{"rollout": "continuous"}, {"rollout": "vllm"}, {"rollout": "server"}])
+@pytest.mark.parametrize("settings", [{"rollout": "vllm"}, {"rollout": "server"}])
 def test_samplers_that_would_answer_without_a_given_prefix_are_refused(tmp_path, settings):
     settings = {**settings, **({"rollout_url": "http://127.0.0.1:9"} if settings["rollout"] == "server" else {})}
     with pytest.raises(InputError, match="cannot run the model's trained prefix"):
         make(tmp_path / "run", prefixed(), num_virtual_tokens=0, **settings)
-    with pytest.raises(InputError, match="engine='continuous' cannot run a trained prefix"):
-        TransformersRollout(prefixed(), stop_token_ids=[256], engine="continuous")
 
 
 def test_a_given_prefix_has_the_rate_of_a_prefix_and_is_not_sharded(tmp_path):

@@ -73,7 +73,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     from opcd_fast.compare.systems import check_common, parse_systems
     from opcd_fast.compare.table import as_markdown, summarize
     from opcd_fast.info import where_it_ran
-    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.models import load_model, load_tokenizer, pick_device, pick_dtype
     from opcd_fast.prompts import read_context
     from opcd_fast.training_prompts import check_goes_with_task
 
@@ -111,7 +111,9 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     )
     found = summarize(run_all(comparison, lambda text: print(text, flush=True)))
     options = dataclasses.asdict(command)
-    found = {"ran": where_it_ran(), "command": options, "scorer": yardstick.identity()["scorer"], **found}
+    dtype = str(pick_dtype(config.dtype, pick_device(config.device))).removeprefix("torch.")
+    ran = {**where_it_ran(), "dtype": dtype}
+    found = {"ran": ran, "command": options, "scorer": yardstick.identity()["scorer"], **found}
     page = as_markdown(found, f"{', '.join(found['systems'])}: {command.model}")
     write_text(comparison.folder / "compare.json", json.dumps(found, indent=1) + "\n")
     write_text(comparison.folder / "compare.md", page)

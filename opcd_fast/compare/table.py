@@ -8,6 +8,7 @@ from typing import Any
 
 from opcd_fast.compare.seeds import over_seeds
 from opcd_fast.intervals import wilson
+from opcd_fast.report.words import rounding
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def as_markdown(summary: Mapping[str, Any], title: str) -> str:
     lines += ["", "Mean over seeds [95 % interval]: Student's t over seeds; for the behaviour the wider of that and "
               "Wilson's over answers. The gap is the KL of the base model without the context to the teacher with it.",
               "", *_baseline_lines(summary["baselines"])]  # fmt: skip
+    rounded = rounding(summary.get("ran", {}))
+    lines += ["", rounded] if rounded else []
     if summary["differences"]:
         lines += ["", f"Differences from {summary['compared_with']}, seed by seed:", "",
                   _row(["system", *(m.title for m in shown)]), _row(["---"] * (len(shown) + 1))]  # fmt: skip

@@ -19,10 +19,10 @@ from opcd_fast.sampling import draw
 def answering_model(meter: Meter, model: Any, config: OPCDConfig, device: str) -> Any:
     """The copy with the adapter folded in that the run keeps, or `model`.
 
-    device: the run's, "cuda" or "cpu"; the model's tensors are fake ones. On a GPU a run without `merge_for_rollout`
-    times both; here the copy counts, being the larger.
+    device: the run's, "cuda" or "cpu"; the model's tensors are fake ones.
     """
-    if config.rollout not in ("transformers", "generate", "continuous") or config.merge_for_rollout is False:
+    merges = device == "cpu" if config.merge_for_rollout is None else config.merge_for_rollout
+    if config.rollout not in ("transformers", "generate") or not merges:
         return model
     if not MergedCopy.supports(model):
         return model

@@ -138,7 +138,7 @@ class Step:
         self._read_contexts()
         optimizer = self._optimizer()
         self._answers = answering_model(meter, pair.student, self.config, self.device)
-        if self.config.rollout in ("transformers", "generate", "continuous"):
+        if self.config.rollout in ("transformers", "generate"):
             self.rollout_batch = self._draw_answers()
         pair.student.train()
         optimizer.zero_grad(set_to_none=True)

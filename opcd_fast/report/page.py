@@ -10,7 +10,7 @@ from typing import Any
 from opcd_fast.messages import Context
 from opcd_fast.report import charts
 from opcd_fast.report.arms import SHOWN, STUDENT, transcript
-from opcd_fast.report.words import hashes, mean, missing_arms, nats, percent, rate, seconds, tokens, uncounted
+from opcd_fast.report.words import hashes, mean, missing_arms, nats, percent, rate, rounding, seconds, tokens, uncounted
 
 # The policy lets nothing in and nothing run, should an escape ever be forgotten.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -239,7 +239,8 @@ def _made_of(card: Mapping[str, Any]) -> str:
     return (
         "<h2>What was it made of?</h2>"
         f'<p class="soft">Recorded {escape(card["hashes"]["recorded"])}. {escape(versions)}. '
-        "<code>opcd check</code> compares this with what there is now.</p>"
+        "<code>opcd check</code> compares this with what there is now. "
+        f"{escape(rounding(card['ran']))}</p>"
         f'<div class="scroll"><table>{head}{rows}</table></div>'
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opcd_fast.model_names import SMOLLM2, SMOLLM2_ON_THE_HUB
-from opcd_fast.report.words import hashes, mean, missing_arms, nats, percent, rate, seconds, tokens, uncounted
+from opcd_fast.report.words import hashes, mean, missing_arms, nats, percent, rate, rounding, seconds, tokens, uncounted
 
 
 def readme(card: Mapping[str, Any]) -> str:
@@ -29,7 +29,7 @@ def readme(card: Mapping[str, Any]) -> str:
     lines += [
         f"Measured on {with_['held_out_prompts']} held-out prompts, {with_['samples_per_prompt']} sampled answer(s) "
         f"each of at most {with_['max_new_tokens']} tokens, temperature {with_['temperature']}. In brackets: 95% "
-        "intervals.",
+        f"intervals. {rounding(card['ran'])}".strip(),
         "",
         "| KL to base + context, nats per token | before | after | gap closed |",
         "|---|---|---|---|",

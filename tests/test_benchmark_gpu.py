@@ -268,6 +268,7 @@ def test_the_summary_is_short_and_names_what_failed(tmp_path):
     rows += [PhaseRow("smoke", PHASE, seconds=3.0), PhaseRow("loss", PHASE, "timeout", "stopped after 92 s", 92.0)]
     lines = summary(Run(rows=rows, damaged=[7]), [phase.name for phase in RUNS["first"]], tmp_path, 431.0, ["big.bin"])
     assert len(lines) <= LINES == 40 and max(map(len, lines)) <= WIDTH
+    assert sum(line.startswith(" " * 11) for line in lines) == 1, "what matters has a second line where there is room"
     text = "\n".join(lines)
     expected = (
         "2 of 11 phases in 431 s, 100 rows failed", "timeout 92 s", "reason 0", "and 88 more", "99 ok", "row 0 0 ms",
@@ -332,7 +333,7 @@ def test_what_a_phase_asks_of_a_device_can_be_built(phase, monkeypatch):
     module = __import__(f"benchmarks.gpu.{phase}", fromlist=["run"])
     recorded = Recorded()
     module.run(recorded)
-    least = {"smoke": 22, "accuracy": 15, "loss": 22, "sweep": 30, "decoding": 9, "teacher": 6, "retimed": 6}
+    least = {"smoke": 24, "accuracy": 15, "loss": 22, "sweep": 30, "decoding": 9, "teacher": 6, "retimed": 6}
     assert len(recorded.names) >= least.get(phase, 1)
     if phase == "loss":
         assert (
@@ -378,6 +379,62 @@ def test_a_launch_that_is_wrong_is_seen(name):
     assert launch.error()[0] > launches.GRADIENT_ERROR
     launch.result[0, 0] = float("nan")  # what was never written
     assert not launch.error()[0] <= launches.GRADIENT_ERROR
+
+
+def test_what_smoke_compares_with_is_right(tmp_path, monkeypatch):
+    """Stand-ins for what only a device has: every row passes with them, and fails with a wrong one."""
+    from benchmarks.gpu import smoke
+    from opcd_fast import attention_kernels
+    from opcd_fast.blocked_attention import blocked_attention
+
+    mm, addmm = torch.mm, torch.addmm
+
+    def wide_mm(a, b, *, out_dtype=None, out=None):
+        return mm(a, b, out=out) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+    def wide_addmm(c, a, b, *, beta=1.0, alpha=1.0, out_dtype=None, out=None):
+        given = (a, b) if out_dtype is None else (a.to(out_dtype), b.to(out_dtype))
+        return addmm(c, *given, beta=beta, alpha=alpha, out=out)
+
+    def varlen(q, k, v, bounds, scale, softcap, window, with_lse):
+        sizes = [bounds.cu_q.diff().tolist(), *[bounds.cu_k.diff().tolist()] * 2]
+        pieces = zip(*(x.split(size, 2) for x, size in zip((q, k, v), sizes)))
+        found = [blocked_attention(*piece, scale, causal=True, window=window) for piece in pieces]
+        return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
+
+    monkeypatch.setattr(session.Session, "on_device", lambda self, what: None)
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    monkeypatch.setattr(attention_kernels, "varlen_ready", lambda: True)
+    monkeypatch.setattr(attention_kernels, "varlen_torch", varlen)
+    for name in ("prefix_flash", "prefix_efficient"):
+        monkeypatch.setattr(attention_kernels, name, attention_kernels.prefix_blocked)
+
+    def rows(name):
+        (tmp_path / name).mkdir()
+        one = make_session(tmp_path / name)
+        smoke._products(one, 5, 1003, 64)
+        smoke._attention(one)
+        return {row.name: row for row in read(tmp_path / name / "gpu.jsonl").rows}
+
+    right = rows("right")
+    assert {row.status for row in right.values()} == {"ok"} and len(right) == 12, right
+
+    def wrong(function):
+        def call(*arguments, **options):
+            found = function(*arguments, **options)
+            (found[0] if isinstance(found, tuple) else found)[..., :1] *= 1.5
+            return found
+
+        return call
+
+    for place, name in ((torch, "mm"), (torch, "addmm"), (attention_kernels, "varlen_torch"), (smoke, "scale_into"),
+                        (attention_kernels, "prefix_flash"), (attention_kernels, "prefix_efficient"),
+                        (attention_kernels, "row_on_grid"), (smoke.F, "scaled_dot_product_attention")):  # fmt: skip
+        monkeypatch.setattr(place, name, wrong(getattr(place, name)))
+    found = rows("wrong")
+    assert {row.status for row in found.values()} == {"failed"}, found
+    assert all("is above" in row.reason or "errors" in row.reason for row in found.values())
 
 
 LONG = """==PROF== Connected

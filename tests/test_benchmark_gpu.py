@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,71 @@ def test_the_script_says_where_there_is_no_device():
         [str(ROOT / "scripts" / "gpu.sh")], capture_output=True, text=True, timeout=60, env=environment
     )
     assert done.returncode == 2 and "no CUDA driver" in done.stderr
+
+
+SHELL = """#!/bin/sh
+case "$*" in
+*"pip install"*) [ -z "$NO_WHEELS" ] && touch "${10}/peer.py" ;;
+*"pip download"*) truncate -s "$WHEEL_BYTES" carried/peer-1-py3-none-any.whl ;;
+*"benchmarks.gpu"*) echo "asked: $*"; echo "path: $PYTHONPATH"; ls "${PYTHONPATH%%:*}"; exit 3 ;;
+esac
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A repository of the scripts alone, and a python that does nothing but say what it was asked."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("gpu.sh", "carry.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
+    (tmp_path / "python").write_text(SHELL)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / ".gitignore").write_text("carried/\n")
+    author = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, timeout=60)
+
+    def script(name, *arguments, **variables):
+        environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PYTHONPATH": "", **variables}
+        command = [str(tmp_path / "scripts" / name), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+    return tmp_path, script
+
+
+def test_what_is_carried_must_fit_with_the_tree(tree):
+    folder, script = tree
+    done = script("carry.sh", WHEEL_BYTES=str(60 << 20))
+    assert done.returncode == 0 and f"carried {60 << 10} KiB" in done.stdout, done.stderr
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert (folder / "carried" / "COMMIT").read_text() == head
+    (folder / "more").write_bytes(b"x" * (4 << 20))  # not committed, but it travels
+    (folder / "carried" / "old.whl").write_bytes(b"x")
+    done = script("carry.sh", WHEEL_BYTES=str(60 << 20))
+    assert done.returncode == 1 and "too large together" in done.stderr
+    assert not (folder / "carried" / "old.whl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"), [(["--dry-run"], DRY_SECONDS), (["second", "--dry-run"], DRY_SECONDS)]
+)
+def test_the_script_runs_with_what_was_carried(tree, arguments, seconds):
+    folder, script = tree
+    (folder / "carried").mkdir()
+    (folder / "carried" / "peer-1-py3-none-any.whl").write_bytes(b"")
+    done = script("gpu.sh", *arguments)
+    asked = done.stdout.splitlines()[0].split()
+    assert done.returncode == 3 and asked[1:4] == [
+        "-m",
+        "benchmarks.gpu",
+        "second" if "second" in arguments else "first",
+    ]
+    assert "--dry-run" in asked and seconds - 10 < int(asked[asked.index("--seconds") + 1]) < seconds
+    assert "peer.py" in done.stdout
+    site = next(line for line in done.stdout.splitlines() if line.startswith("path: ")).removeprefix("path: ")
+    assert site and not Path(site).exists(), "the temporary folder goes afterwards"
+    done = script("gpu.sh", *arguments, NO_WHEELS="1")
+    assert "do not install here" in done.stdout and "asked: " in done.stdout and "peer.py" not in done.stdout
 
 
 # --- rows ---------------------------------------------------------------------------------------------------

@@ -334,7 +334,7 @@ def test_the_summary_is_short_and_names_what_failed(tmp_path):
     rows += [PhaseRow("smoke", PHASE, seconds=3.0), PhaseRow("loss", PHASE, "timeout", "stopped after 92 s", 92.0)]
     lines = summary(Run(rows=rows, damaged=[7]), [phase.name for phase in RUNS["first"]], tmp_path, 431.0, ["big.bin"])
     assert len(lines) <= LINES == 40 and max(map(len, lines)) <= WIDTH
-    assert sum(line.startswith(" " * 11) for line in lines) == 1, "what matters has a second line where there is room"
+    assert sum(line.startswith(" " * 11) for line in lines) == 3, "what was measured has more lines where there is room"
     text = "\n".join(lines)
     expected = (
         "2 of 11 phases in 431 s, 100 rows failed", "timeout 92 s", "reason 0", "and 88 more", "99 ok", "row 0 0 ms",
@@ -342,6 +342,10 @@ def test_the_summary_is_short_and_names_what_failed(tmp_path):
     )  # fmt: skip
     for said in expected:
         assert said in text, said
+    cases = [
+        PhaseRow("loss", f"a, {name}", values={"time": value(ms, "ms")}) for name, ms in (("gemms", 103), ("trl", 3e2))
+    ]
+    assert "a, gemms 103 ms; trl 300 ms" in "\n".join(summary(Run(rows=cases), ["loss"], tmp_path, 1.0, []))
 
 
 # --- phases -------------------------------------------------------------------------------------------------

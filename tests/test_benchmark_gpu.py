@@ -30,7 +30,7 @@ CUDA = torch.device("cuda")
 FAKE = """
 import argparse, os, subprocess, sys, time
 from pathlib import Path
-from benchmarks.phase_rows import PhaseRow, append, read, value
+from benchmarks.phase_rows import PhaseRow, append, marker, read, value
 parser = argparse.ArgumentParser()
 parser.add_argument("name"), parser.add_argument("--out", type=Path), parser.add_argument("--seconds", type=float)
 parser.add_argument("--dry-run", action="store_true")
@@ -39,6 +39,7 @@ name, out = options.name, options.out
 earlier = len(read(out).of(name))
 append(out, PhaseRow(name, f"row {earlier}", values={"time": value(1.5, "ms")}))
 if name == "hangs":
+    marker(out).write_text("the row it hangs in")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (out.parent / "grandchild").write_text(str(child.pid))
     time.sleep(600)
@@ -49,6 +50,10 @@ if name == "crashes":
     sys.exit("ValueError: the reason")
 if name == "breaks" and not earlier:
     sys.exit(75)
+if name == "dies" and not earlier:
+    marker(out).write_text("the row it dies of")
+    print("LLVM ERROR: no", file=sys.stderr, flush=True)
+    os.abort()
 """
 
 
@@ -79,8 +84,8 @@ def run_of(folder):
 def test_a_phase_that_hangs_crashes_or_breaks_the_device_costs_no_other_its_results(
     fake, tmp_path, monkeypatch, capsys
 ):
-    names = ("first", "hangs", "crashes", "breaks", "last")
-    ends = {"first": 5, "hangs": 9, "crashes": 40, "breaks": 60, "last": 80}
+    names = ("first", "hangs", "crashes", "breaks", "dies", "last")
+    ends = {"first": 5, "hangs": 9, "crashes": 40, "breaks": 60, "dies": 80, "last": 100}
     monkeypatch.setattr(runner, "schedule", lambda run: [(Phase(n, 20, "a fake"), ends[n]) for n in names])
     monkeypatch.setattr(runner, "LEAST", 1.0)
     start = time.monotonic()
@@ -88,16 +93,20 @@ def test_a_phase_that_hangs_crashes_or_breaks_the_device_costs_no_other_its_resu
     assert time.monotonic() - start < 60
     run = run_of(tmp_path / "out")
     found = {name: end.status for name, end in run.ends().items()}
-    assert found == {"first": "ok", "hangs": "timeout", "crashes": "failed", "breaks": "ok", "last": "ok"}
+    assert found == {"first": "ok", "hangs": "timeout", "crashes": "failed", "breaks": "ok", "dies": "ok", "last": "ok"}
     assert "exit status 1: ValueError: the reason" in run.ends()["crashes"].reason
     assert [row.name for row in run.of("breaks")] == ["row 0", "row 1"], "it goes on behind what broke the device"
+    dies = run.of("dies")
+    assert [row.name for row in dies] == ["row 0", "the row it dies of", "row 2"], "and behind what broke the process"
+    assert dies[1].status == "failed" and dies[1].reason.endswith("status -6: LLVM ERROR: no")
+    assert [(row.name, row.status) for row in run.of("hangs")][1:] == [("the row it hangs in", "timeout")]
     assert all(run.of(name)[0].values == {"time": Value(1.5, "ms")} for name in names)
     assert len(run.damaged) == 1, "the line that was cut off, and no other"
     grandchild = int((tmp_path / "out" / "grandchild").read_text())
     assert not Path(f"/proc/{grandchild}").exists() or "Z" in Path(f"/proc/{grandchild}/stat").read_text()
     lines = capsys.readouterr().out.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("== summary"))
-    assert "2 rows failed" in lines[begin] and len(lines) - begin <= LINES
+    assert "4 rows failed" in lines[begin] and len(lines) - begin <= LINES
     assert any("crashes phase: exit status 1: ValueError" in line for line in lines[begin:])
 
 
@@ -127,6 +136,7 @@ def test_a_run_that_is_asked_to_end_leaves_its_rows_and_no_process(fake, tmp_pat
     out, _ = child.communicate(timeout=30)
     assert child.returncode == 1
     assert "0 of 2 phases" in out and "hangs      not reached" in out and "row 0 1.5 ms" in out
+    assert not list(tmp_path.glob("*.row"))
     grandchild = int((tmp_path / "grandchild").read_text())
     assert not Path(f"/proc/{grandchild}").exists() or "Z" in Path(f"/proc/{grandchild}/stat").read_text()
 
@@ -261,6 +271,7 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(tmp_path):
     assert one.row("wrong", lambda: (_ for _ in ()).throw(Wrong("too far off", {"error": value(0.5, "1")}))) is None
     assert one.row("late", measure, needs=1000.0) is None
     run = read(tmp_path / "gpu.jsonl")
+    assert not list(tmp_path.glob("*.row")), "what was written needs no mark"
     assert run.heads["smoke"].device.kind == "cpu" and run.heads["smoke"].versions["torch"]
     found = {row.name: row for row in run.rows}
     assert found["good"].settings == {"found": "3"} and found["good"].values["error"].value is None
@@ -505,6 +516,45 @@ def test_what_smoke_compares_with_is_right(tmp_path, monkeypatch):
     found = rows("wrong")
     assert {row.status for row in found.values()} == {"failed"}, found
     assert all("is above" in row.reason or "errors" in row.reason for row in found.values())
+
+
+TESTS = """
+import os, pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip(reason="no such kernel")
+def test_skipped(): pass
+def test_breaks(): raise RuntimeError("CUDA error")
+def test_dies():
+    os.abort()
+def test_last(): pass
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+from benchmarks.gpu import gpu_tests, session
+session.Session.broken = lambda self: "breaks" in list(self._done)[-1]
+one = session.Session("gpu_tests", Path(sys.argv[1]), dry=True, seconds=60.0, command="x")
+one.row("pytest", lambda: gpu_tests._pytest(one, ["-p", "no:cacheprovider", "-c", "/dev/null", sys.argv[2]]))
+"""
+
+
+def test_a_test_that_breaks_the_device_or_the_process_costs_the_others_nothing(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    lines = tmp_path / "gpu.jsonl"
+    phase, statuses = Phase("gpu_tests", 60, "tests"), []
+    for _ in range(3):
+        command = [sys.executable, "-c", DRIVER, str(lines), str(tmp_path / "test_some.py")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        runner._unwritten(phase, lines, done.returncode, "Aborted")
+        statuses.append(done.returncode)
+    assert statuses == [BROKEN, -signal.SIGABRT, 0], done.stderr
+    rows = {row.name.rpartition("::")[2]: row for row in read(lines).of("gpu_tests")}
+    found = {name: row.status for name, row in rows.items()}
+    assert found == {"test_good": "ok", "test_bad": "failed", "test_skipped": "skipped", "test_breaks": "failed",
+                     "test_dies": "failed", "test_last": "ok", "pytest": "ok"}  # fmt: skip
+    assert "assert 1 == 2" in rows["test_bad"].reason and rows["test_skipped"].reason == "Skipped: no such kernel"
+    assert rows["test_dies"].reason == "the process ended with status -6: Aborted"
 
 
 LONG = """==PROF== Connected

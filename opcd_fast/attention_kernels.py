@@ -174,7 +174,9 @@ def varlen_torch(
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, d)
-    shared = k.shape[1] != q.shape[1]
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _varlen_parameters():  # without the switch, as in torch 2.11, heads are shared as they come
+        options["enable_gqa"] = k.shape[1] != q.shape[1]
     out = varlen_attn(
         q,
         k,
@@ -183,8 +185,7 @@ def varlen_torch(
         return_aux=AuxRequest(lse=True) if with_lse else None,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        # Without the switch, as in torch 2.11, heads are shared as they come.
-        **({"enable_gqa": shared} if "enable_gqa" in _varlen_parameters() else {}),
+        **options,
     )
     if not with_lse:
         return out, None  # type: ignore[return-value]

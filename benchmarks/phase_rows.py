@@ -71,6 +71,11 @@ class Run:
         return {row.phase: row for row in self.rows if row.name == PHASE}
 
 
+def marker(lines: Path) -> Path:
+    """Where a process says which row it is at, for the case that it does not live to write it."""
+    return lines.with_suffix(".row")
+
+
 def value(number: float, unit: str) -> Value:
     return Value(float(number) if math.isfinite(number) else None, unit)
 

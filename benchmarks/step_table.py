@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.gpu.phases import PEERS, TRAINING
 from benchmarks.measure import Failure
 from benchmarks.schema import STEP_GROUPS, StepRow, Time, select
 from benchmarks.step_cases import Case, cases
@@ -84,7 +85,9 @@ def one_process(
     """What the worker printed, or why it did not."""
     command = [sys.executable, "-m", "benchmarks.step_worker", case.name, trainer, "--steps", str(steps),
                "--device", str(device)]  # fmt: skip
-    settings = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    settings = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **TRAINING}
+    if trainer != OURS:
+        settings |= PEERS
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **settings},
                               cwd=environment.ROOT)  # fmt: skip

@@ -168,6 +168,9 @@ def varlen_torch(
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, d)
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _varlen_parameters():  # without the switch, as in torch 2.11, heads are shared as they come
+        options["enable_gqa"] = k.shape[1] != q.shape[1]
     out = varlen_attn(
         q,
         k,
@@ -176,7 +179,7 @@ def varlen_torch(
         return_aux=AuxRequest(lse=True) if with_lse else None,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=k.shape[1] != q.shape[1],
+        **options,
     )
     if not with_lse:
         return out, None  # type: ignore[return-value]
@@ -217,14 +220,18 @@ def varlen_fa2(
     return out, lse.transpose(0, 1) if with_lse else None
 
 
-@functools.cache
 def varlen_ready() -> bool:
-    """Whether this torch's varlen_attn takes windows and shared key heads (2.10 did not)."""
+    """Whether this torch's varlen_attn takes windows and a scale (2.10 did not)."""
+    return {"window_size", "scale"} <= _varlen_parameters()
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 @functools.cache

@@ -256,11 +256,14 @@ def test_bf16_is_as_good_as_one_pass(past, softcap, sink):
 
 @pytest.mark.parametrize("window", [None, 4, 9])
 @pytest.mark.parametrize("lengths", [[3, 1, 9, 2], [2, 0, 3, 1]])
-def test_what_the_varlen_kernel_is_given(lengths, window, monkeypatch):
-    """The CUDA branch, with a stand-in that follows varlen_attn's documentation (logsumexp as (H, N))."""
+@pytest.mark.parametrize("switch", [True, False])
+def test_what_the_varlen_kernel_is_given(lengths, window, switch, monkeypatch):
+    """The CUDA branch, with a stand-in that follows varlen_attn's documentation (logsumexp as (H, N)). In torch 2.11 it
+    has no switch for shared heads, and shares them."""
 
-    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux, window_size, scale=None, enable_gqa=False):
-        assert enable_gqa == (q.shape[1] != k.shape[1]) and window_size[1] == 0
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux, window_size, scale=None, **more):
+        assert set(more) <= ({"enable_gqa"} if switch else set()) and window_size[1] == 0
+        assert not switch or more.get("enable_gqa", False) == (q.shape[1] != k.shape[1])
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         outs, lses = [], []
         for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
@@ -276,6 +279,9 @@ def test_what_the_varlen_kernel_is_given(lengths, window, monkeypatch):
             lses.append(scores.logsumexp(-1))
         return (torch.cat(outs), torch.cat(lses, 1)) if return_aux is not None else torch.cat(outs)
 
+    parameters = {"window_size", "scale", *(["enable_gqa"] if switch else [])}
+    monkeypatch.setattr(attention_kernels, "_varlen_parameters", lambda: parameters)
+    assert attention_kernels.varlen_ready()
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     monkeypatch.setattr(backends, "_varlen", lambda *_: backends.Kernel("varlen", attention_kernels.varlen_torch))
     attention_kernels._lse_has_heads_first.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ CUDA = torch.device("cuda")
 FAKE = """
 import argparse, os, subprocess, sys, time
 from pathlib import Path
-from benchmarks.phase_rows import PhaseRow, append, read, value
+from benchmarks.phase_rows import PhaseRow, append, marker, read, value
 parser = argparse.ArgumentParser()
 parser.add_argument("name"), parser.add_argument("--out", type=Path), parser.add_argument("--seconds", type=float)
 parser.add_argument("--dry-run", action="store_true")
@@ -38,6 +39,7 @@ name, out = options.name, options.out
 earlier = len(read(out).of(name))
 append(out, PhaseRow(name, f"row {earlier}", values={"time": value(1.5, "ms")}))
 if name == "hangs":
+    marker(out).write_text("the row it hangs in")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (out.parent / "grandchild").write_text(str(child.pid))
     time.sleep(600)
@@ -48,6 +50,10 @@ if name == "crashes":
     sys.exit("ValueError: the reason")
 if name == "breaks" and not earlier:
     sys.exit(75)
+if name == "dies" and not earlier:
+    marker(out).write_text("the row it dies of")
+    print("LLVM ERROR: no", file=sys.stderr, flush=True)
+    os.abort()
 """
 
 
@@ -78,8 +84,8 @@ def run_of(folder):
 def test_a_phase_that_hangs_crashes_or_breaks_the_device_costs_no_other_its_results(
     fake, tmp_path, monkeypatch, capsys
 ):
-    names = ("first", "hangs", "crashes", "breaks", "last")
-    ends = {"first": 5, "hangs": 9, "crashes": 40, "breaks": 60, "last": 80}
+    names = ("first", "hangs", "crashes", "breaks", "dies", "last")
+    ends = {"first": 5, "hangs": 9, "crashes": 40, "breaks": 60, "dies": 80, "last": 100}
     monkeypatch.setattr(runner, "schedule", lambda run: [(Phase(n, 20, "a fake"), ends[n]) for n in names])
     monkeypatch.setattr(runner, "LEAST", 1.0)
     start = time.monotonic()
@@ -87,16 +93,20 @@ def test_a_phase_that_hangs_crashes_or_breaks_the_device_costs_no_other_its_resu
     assert time.monotonic() - start < 60
     run = run_of(tmp_path / "out")
     found = {name: end.status for name, end in run.ends().items()}
-    assert found == {"first": "ok", "hangs": "timeout", "crashes": "failed", "breaks": "ok", "last": "ok"}
+    assert found == {"first": "ok", "hangs": "timeout", "crashes": "failed", "breaks": "ok", "dies": "ok", "last": "ok"}
     assert "exit status 1: ValueError: the reason" in run.ends()["crashes"].reason
     assert [row.name for row in run.of("breaks")] == ["row 0", "row 1"], "it goes on behind what broke the device"
+    dies = run.of("dies")
+    assert [row.name for row in dies] == ["row 0", "the row it dies of", "row 2"], "and behind what broke the process"
+    assert dies[1].status == "failed" and dies[1].reason.endswith("status -6: LLVM ERROR: no")
+    assert [(row.name, row.status) for row in run.of("hangs")][1:] == [("the row it hangs in", "timeout")]
     assert all(run.of(name)[0].values == {"time": Value(1.5, "ms")} for name in names)
     assert len(run.damaged) == 1, "the line that was cut off, and no other"
     grandchild = int((tmp_path / "out" / "grandchild").read_text())
     assert not Path(f"/proc/{grandchild}").exists() or "Z" in Path(f"/proc/{grandchild}/stat").read_text()
     lines = capsys.readouterr().out.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("== summary"))
-    assert "2 rows failed" in lines[begin] and len(lines) - begin <= LINES
+    assert "4 rows failed" in lines[begin] and len(lines) - begin <= LINES
     assert any("crashes phase: exit status 1: ValueError" in line for line in lines[begin:])
 
 
@@ -126,6 +136,7 @@ def test_a_run_that_is_asked_to_end_leaves_its_rows_and_no_process(fake, tmp_pat
     out, _ = child.communicate(timeout=30)
     assert child.returncode == 1
     assert "0 of 2 phases" in out and "hangs      not reached" in out and "row 0 1.5 ms" in out
+    assert not list(tmp_path.glob("*.row"))
     grandchild = int((tmp_path / "grandchild").read_text())
     assert not Path(f"/proc/{grandchild}").exists() or "Z" in Path(f"/proc/{grandchild}/stat").read_text()
 
@@ -173,6 +184,71 @@ def test_the_script_says_where_there_is_no_device():
     assert done.returncode == 2 and "no CUDA driver" in done.stderr
 
 
+SHELL = """#!/bin/sh
+case "$*" in
+*"pip install"*) [ -z "$NO_WHEELS" ] && touch "${10}/peer.py" ;;
+*"pip download"*) truncate -s "$WHEEL_BYTES" carried/peer-1-py3-none-any.whl ;;
+*"benchmarks.gpu"*) echo "asked: $*"; echo "path: $PYTHONPATH"; ls "${PYTHONPATH%%:*}"; exit 3 ;;
+esac
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A repository of the scripts alone, and a python that does nothing but say what it was asked."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("gpu.sh", "carry.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
+    (tmp_path / "python").write_text(SHELL)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / ".gitignore").write_text("carried/\n")
+    author = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, timeout=60)
+
+    def script(name, *arguments, **variables):
+        environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PYTHONPATH": "", **variables}
+        command = [str(tmp_path / "scripts" / name), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+    return tmp_path, script
+
+
+def test_what_is_carried_must_fit_with_the_tree(tree):
+    folder, script = tree
+    done = script("carry.sh", WHEEL_BYTES=str(60 << 20))
+    assert done.returncode == 0 and f"carried {60 << 10} KiB" in done.stdout, done.stderr
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert (folder / "carried" / "COMMIT").read_text() == head
+    (folder / "more").write_bytes(b"x" * (4 << 20))  # not committed, but it travels
+    (folder / "carried" / "old.whl").write_bytes(b"x")
+    done = script("carry.sh", WHEEL_BYTES=str(60 << 20))
+    assert done.returncode == 1 and "too large together" in done.stderr
+    assert not (folder / "carried" / "old.whl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"), [(["--dry-run"], DRY_SECONDS), (["second", "--dry-run"], DRY_SECONDS)]
+)
+def test_the_script_runs_with_what_was_carried(tree, arguments, seconds):
+    folder, script = tree
+    (folder / "carried").mkdir()
+    (folder / "carried" / "peer-1-py3-none-any.whl").write_bytes(b"")
+    done = script("gpu.sh", *arguments)
+    asked = done.stdout.splitlines()[0].split()
+    assert done.returncode == 3 and asked[1:4] == [
+        "-m",
+        "benchmarks.gpu",
+        "second" if "second" in arguments else "first",
+    ]
+    assert "--dry-run" in asked and seconds - 10 < int(asked[asked.index("--seconds") + 1]) < seconds
+    assert "peer.py" in done.stdout
+    site = next(line for line in done.stdout.splitlines() if line.startswith("path: ")).removeprefix("path: ")
+    assert site and not Path(site).exists(), "the temporary folder goes afterwards"
+    done = script("gpu.sh", *arguments, NO_WHEELS="1")
+    assert "do not install here" in done.stdout and "asked: " in done.stdout and "peer.py" not in done.stdout
+
+
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +271,7 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(tmp_path):
     assert one.row("wrong", lambda: (_ for _ in ()).throw(Wrong("too far off", {"error": value(0.5, "1")}))) is None
     assert one.row("late", measure, needs=1000.0) is None
     run = read(tmp_path / "gpu.jsonl")
+    assert not list(tmp_path.glob("*.row")), "what was written needs no mark"
     assert run.heads["smoke"].device.kind == "cpu" and run.heads["smoke"].versions["torch"]
     found = {row.name: row for row in run.rows}
     assert found["good"].settings == {"found": "3"} and found["good"].values["error"].value is None
@@ -268,6 +345,7 @@ def test_the_summary_is_short_and_names_what_failed(tmp_path):
     rows += [PhaseRow("smoke", PHASE, seconds=3.0), PhaseRow("loss", PHASE, "timeout", "stopped after 92 s", 92.0)]
     lines = summary(Run(rows=rows, damaged=[7]), [phase.name for phase in RUNS["first"]], tmp_path, 431.0, ["big.bin"])
     assert len(lines) <= LINES == 40 and max(map(len, lines)) <= WIDTH
+    assert sum(line.startswith(" " * 11) for line in lines) == 3, "what was measured has more lines where there is room"
     text = "\n".join(lines)
     expected = (
         "2 of 11 phases in 431 s, 100 rows failed", "timeout 92 s", "reason 0", "and 88 more", "99 ok", "row 0 0 ms",
@@ -275,6 +353,10 @@ def test_the_summary_is_short_and_names_what_failed(tmp_path):
     )  # fmt: skip
     for said in expected:
         assert said in text, said
+    cases = [
+        PhaseRow("loss", f"a, {name}", values={"time": value(ms, "ms")}) for name, ms in (("gemms", 103), ("trl", 3e2))
+    ]
+    assert "a, gemms 103 ms; trl 300 ms" in "\n".join(summary(Run(rows=cases), ["loss"], tmp_path, 1.0, []))
 
 
 # --- phases -------------------------------------------------------------------------------------------------
@@ -332,7 +414,7 @@ def test_what_a_phase_asks_of_a_device_can_be_built(phase, monkeypatch):
     module = __import__(f"benchmarks.gpu.{phase}", fromlist=["run"])
     recorded = Recorded()
     module.run(recorded)
-    least = {"smoke": 22, "accuracy": 15, "loss": 22, "sweep": 30, "decoding": 9, "teacher": 6, "retimed": 6}
+    least = {"smoke": 24, "accuracy": 15, "loss": 22, "sweep": 30, "decoding": 9, "teacher": 6, "retimed": 6}
     assert len(recorded.names) >= least.get(phase, 1)
     if phase == "loss":
         assert (
@@ -378,6 +460,101 @@ def test_a_launch_that_is_wrong_is_seen(name):
     assert launch.error()[0] > launches.GRADIENT_ERROR
     launch.result[0, 0] = float("nan")  # what was never written
     assert not launch.error()[0] <= launches.GRADIENT_ERROR
+
+
+def test_what_smoke_compares_with_is_right(tmp_path, monkeypatch):
+    """Stand-ins for what only a device has: every row passes with them, and fails with a wrong one."""
+    from benchmarks.gpu import smoke
+    from opcd_fast import attention_kernels
+    from opcd_fast.blocked_attention import blocked_attention
+
+    mm, addmm = torch.mm, torch.addmm
+
+    def wide_mm(a, b, *, out_dtype=None, out=None):
+        return mm(a, b, out=out) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+    def wide_addmm(c, a, b, *, beta=1.0, alpha=1.0, out_dtype=None, out=None):
+        given = (a, b) if out_dtype is None else (a.to(out_dtype), b.to(out_dtype))
+        return addmm(c, *given, beta=beta, alpha=alpha, out=out)
+
+    def varlen(q, k, v, bounds, scale, softcap, window, with_lse):
+        sizes = [bounds.cu_q.diff().tolist(), *[bounds.cu_k.diff().tolist()] * 2]
+        pieces = zip(*(x.split(size, 2) for x, size in zip((q, k, v), sizes)))
+        found = [blocked_attention(*piece, scale, causal=True, window=window) for piece in pieces]
+        return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
+
+    monkeypatch.setattr(session.Session, "on_device", lambda self, what: None)
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    monkeypatch.setattr(attention_kernels, "varlen_ready", lambda: True)
+    monkeypatch.setattr(attention_kernels, "varlen_torch", varlen)
+    for name in ("prefix_flash", "prefix_efficient"):
+        monkeypatch.setattr(attention_kernels, name, attention_kernels.prefix_blocked)
+
+    def rows(name):
+        (tmp_path / name).mkdir()
+        one = make_session(tmp_path / name)
+        smoke._products(one, 5, 1003, 64)
+        smoke._attention(one)
+        return {row.name: row for row in read(tmp_path / name / "gpu.jsonl").rows}
+
+    right = rows("right")
+    assert {row.status for row in right.values()} == {"ok"} and len(right) == 12, right
+
+    def wrong(function):
+        def call(*arguments, **options):
+            found = function(*arguments, **options)
+            (found[0] if isinstance(found, tuple) else found)[..., :1] *= 1.5
+            return found
+
+        return call
+
+    for place, name in ((torch, "mm"), (torch, "addmm"), (attention_kernels, "varlen_torch"), (smoke, "scale_into"),
+                        (attention_kernels, "prefix_flash"), (attention_kernels, "prefix_efficient"),
+                        (attention_kernels, "row_on_grid"), (smoke.F, "scaled_dot_product_attention")):  # fmt: skip
+        monkeypatch.setattr(place, name, wrong(getattr(place, name)))
+    found = rows("wrong")
+    assert {row.status for row in found.values()} == {"failed"}, found
+    assert all("is above" in row.reason or "errors" in row.reason for row in found.values())
+
+
+TESTS = """
+import os, pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip(reason="no such kernel")
+def test_skipped(): pass
+def test_breaks(): raise RuntimeError("CUDA error")
+def test_dies():
+    os.abort()
+def test_last(): pass
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+from benchmarks.gpu import gpu_tests, session
+session.Session.broken = lambda self: "breaks" in list(self._done)[-1]
+one = session.Session("gpu_tests", Path(sys.argv[1]), dry=True, seconds=60.0, command="x")
+one.row("pytest", lambda: gpu_tests._pytest(one, ["-p", "no:cacheprovider", "-c", "/dev/null", sys.argv[2]]))
+"""
+
+
+def test_a_test_that_breaks_the_device_or_the_process_costs_the_others_nothing(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    lines = tmp_path / "gpu.jsonl"
+    phase, statuses = Phase("gpu_tests", 60, "tests"), []
+    for _ in range(3):
+        command = [sys.executable, "-c", DRIVER, str(lines), str(tmp_path / "test_some.py")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        runner._unwritten(phase, lines, done.returncode, "Aborted")
+        statuses.append(done.returncode)
+    assert statuses == [BROKEN, -signal.SIGABRT, 0], done.stderr
+    rows = {row.name.rpartition("::")[2]: row for row in read(lines).of("gpu_tests")}
+    found = {name: row.status for name, row in rows.items()}
+    assert found == {"test_good": "ok", "test_bad": "failed", "test_skipped": "skipped", "test_breaks": "failed",
+                     "test_dies": "failed", "test_last": "ok", "pytest": "ok"}  # fmt: skip
+    assert "assert 1 == 2" in rows["test_bad"].reason and rows["test_skipped"].reason == "Skipped: no such kernel"
+    assert rows["test_dies"].reason == "the process ended with status -6: Aborted"
 
 
 LONG = """==PROF== Connected

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
+from benchmarks import gpu_report, roofline, targets  # noqa: E402
 from benchmarks import report as report_page  # noqa: E402
-from benchmarks import roofline, targets  # noqa: E402
 from benchmarks.phase_rows import Head, PhaseRow, append, value  # noqa: E402
 from benchmarks.plots import accuracy, swept  # noqa: E402
 from benchmarks.schema import BOUND, Device, GradientError, Report, Row, Time  # noqa: E402
@@ -272,9 +272,9 @@ def test_report_needs_a_table(tmp_path, capsys):
 def test_the_page_is_that_of_the_stored_results(tmp_path):
     """Whoever adds a result runs `python -m benchmarks.report` and commits what it writes."""
     pytest.importorskip("matplotlib")
-    stored = [report_page.newest(ROOT / "benchmarks" / "results", name) for name in ("loss", "teacher", "step")]
-    loss, teacher, steps = stored
-    page = report_page.page(loss, teacher, tmp_path, steps)
+    results = ROOT / "benchmarks" / "results"
+    loss, teacher, steps = (report_page.newest(results, name) for name in ("loss", "teacher", "step"))
+    page = report_page.page(loss, teacher, tmp_path, steps, gpu_report.runs(results))
     assert page == (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for path in tmp_path.glob("images/*"):
         assert (ROOT / "docs" / "images" / path.name).exists()

@@ -156,6 +156,21 @@ def test_what_a_process_says_when_it_fails(monkeypatch):
     assert outcome == Failure("skipped", "ModuleNotFoundError: No module named 'trl'")
 
 
+@pytest.mark.parametrize("trainer", ["opcd_fast", "trl-sdft"])
+def test_peers_are_spared_cudnns_plans(trainer, monkeypatch):
+    seen = {}
+
+    def run(*_, env, **__):
+        seen.update(env)
+        return subprocess.CompletedProcess([], 1, "", "ValueError: x")
+
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
+    monkeypatch.setattr(step_table.subprocess, "run", run)
+    step_table.one_process(cases(CPU, quick=True)[0], trainer, CPU, 1, 5)
+    assert seen["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert seen.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == (None if trainer == "opcd_fast" else "1")
+
+
 def test_bad_arguments(tmp_path, capsys):
     assert step_table.main(["--quick", "--out", str(tmp_path), "--groups", "other"]) == 2
     for arguments in (["--steps", "0"], ["--trainers", "nobody"]):

@@ -42,8 +42,8 @@ def _pytest(session: Session, arguments: list[str]) -> Values:
 
 
 class Rows:
-    """A row for every test as soon as it has run. One that breaks the CUDA context ends the process, and the next one
-    goes on behind it."""
+    """A row for every test as soon as it has run. One that breaks the CUDA context ends the process, as one does that
+    crashes it, and the next process goes on behind it."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -58,6 +58,9 @@ class Rows:
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
             self.uncollected.append(report.nodeid)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.session.mark(_name(nodeid))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and (report.when != "setup" or report.passed):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-PEERS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}  # or whole steps of theirs would time the building of cuDNN's plans
+# From torch 2.11 cuDNN's attention comes first, and builds a plan for every size that it has not seen.
+PEERS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
 TRAINING = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -28,8 +29,8 @@ FIRST = (
     Phase("loss", 92, "the main cases beside peers, per kernel; the products by rows"),
     Phase("sweep", 56, "block and warps of every kernel into a launch table"),
     Phase("counters", 36, "one launch of each kernel under ncu"),
-    Phase("decoding", 66, "tokens a second beside transformers' generate", {}),
-    Phase("step", 56, "training steps at Qwen3-1.7B's shape, and a trace", {**PEERS, **TRAINING}),
+    Phase("decoding", 66, "tokens a second beside transformers' generate"),
+    Phase("step", 56, "training steps at Qwen3-1.7B's shape, and a trace", TRAINING),
     Phase("consumer", 42, "LoRA on a card of 24 GB, peak against the plan", TRAINING),
     Phase("teacher", 36, "8 layers of Qwen3-8B after a context of 8k", PEERS),
     Phase("gpu_tests", 46, "the tests marked gpu"),

@@ -18,7 +18,7 @@ from types import FrameType
 
 from benchmarks.gpu.phases import DRY_SECONDS, ENDING, SECONDS, Phase, schedule
 from benchmarks.gpu.summary import summary
-from benchmarks.phase_rows import PHASE, PhaseRow, append, read
+from benchmarks.phase_rows import PHASE, PhaseRow, append, marker, read
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = 75  # of session.py, which needs torch
@@ -59,6 +59,7 @@ def run(
             append(lines, _phase(phase, lines, log, limit, dry, module))
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"== stopped: {type(stopped).__name__}", flush=True)
+        marker(lines).unlink(missing_ok=True)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     dropped = fit(folder, keep=lines)
@@ -74,7 +75,7 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 
 def _phase(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module: str) -> PhaseRow:
-    """Run it, again behind a row that broke the device, and say how it ended."""
+    """Run it, again behind a row that broke the device or the process, and say how it ended."""
     begin = time.monotonic()
     row = PhaseRow(phase.name, PHASE)
     if limit - begin < LEAST:
@@ -83,8 +84,10 @@ def _phase(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module
     print(f"== {phase.name}: {phase.about} (at most {limit - begin:.0f} s)", flush=True)
     offset = log.stat().st_size if log.exists() else 0
     status: int | None = BROKEN
-    while status == BROKEN and limit - time.monotonic() >= LEAST:
+    died = False
+    while (status == BROKEN or died) and limit - time.monotonic() >= LEAST:
         status = _process(phase, lines, log, limit, dry, module)
+        died = _unwritten(phase, lines, status, _last(log, offset)) and bool(status)
     row.seconds = time.monotonic() - begin
     if status is None:
         row.status, row.reason = "timeout", f"stopped after {row.seconds:.0f} s"
@@ -92,6 +95,22 @@ def _phase(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module
         row.status, row.reason = "failed", f"exit status {status}: {_last(log, offset)}"
     print(f"== {phase.name}: {row.status}, {row.seconds:.0f} s {row.reason or ''}", flush=True)
     return row
+
+
+def _unwritten(phase: Phase, lines: Path, status: int | None, said: str) -> bool:
+    """Write the row that the process did not live to write; whether there was one."""
+    place = marker(lines)
+    if not place.exists():
+        return False
+    name = place.read_text()
+    place.unlink()
+    if any(row.name == name for row in read(lines).of(phase.name)):
+        return False
+    row = PhaseRow(phase.name, name, "timeout", "stopped with its phase")
+    if status is not None:
+        row.status, row.reason = "failed", f"the process ended with status {status}: {said}"
+    append(lines, row)
+    return True
 
 
 def _process(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module: str) -> int | None:

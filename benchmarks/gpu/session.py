@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import environment
 from benchmarks.measure import release, wait
-from benchmarks.phase_rows import Head, PhaseRow, Value, append, read, value
+from benchmarks.phase_rows import Head, PhaseRow, Value, append, marker, read, value
 
 Values = dict[str, Value]
 BROKEN = 75  # exit status: a kernel has broken the CUDA context, and a new process may go on after that row
@@ -93,6 +93,7 @@ class Session:
         if self.left() < needs:
             row.status, row.reason = "skipped", f"{max(0.0, self.left()):.0f} s were left, it takes {needs:.0f}"
         else:
+            self.mark(name)
             self._attempt(row, measure)
             # After the handler, so that a traceback's frames no longer hold tensors that did not fit.
             broken = row.status == "failed" and self.broken()
@@ -102,10 +103,15 @@ class Session:
             row.reason = f"{row.reason}; the CUDA context is broken"
         append(self.out, row)
         self._done[name] = row
+        marker(self.out).unlink(missing_ok=True)
         print(f"{self.phase} {name}: {row.status} {row.seconds:.1f} s {row.reason or ''}", flush=True)
         if broken:
             sys.exit(BROKEN)
         return row.values if row.status == "ok" else None
+
+    def mark(self, name: str) -> None:
+        """This row is being measured: should the process die of it, the runner writes it, and starts behind it."""
+        marker(self.out).write_text(name)
 
     def done(self, name: str) -> bool:
         return name in self._done

@@ -16,6 +16,7 @@ from benchmarks.gpu import launches
 from benchmarks.gpu.launches import GRADIENT_ERROR, VALUE_ERROR, Launch, relative
 from benchmarks.gpu.session import Session, Skip, Values, Wrong, error_row
 from benchmarks.phase_rows import value
+from opcd_fast.products import scale_into
 from opcd_fast.workspace import pitch_of
 
 OTHERS = ("forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
@@ -67,10 +68,18 @@ def _products(session: Session, n: int, v: int, d: int) -> None:
         torch.addmm(dw, grad.t(), h, beta=beta, alpha=0.5, out_dtype=torch.float32, out=dw)
         return error_row(relative(dw, exact), PRODUCT_ERROR)
 
+    def scaled() -> Values:
+        """As backward does it."""
+        _, w, _ = inputs()
+        exact = w.double() / 3
+        out = scale_into(w, torch.tensor(1 / 3, device=device), w)
+        return error_row(relative(out, exact), 2**-8)
+
     session.row("mm, float32 logits with a pitch", logits, shape=shape)
     session.row("mm, float32 dH", hidden, shape=shape)
     session.row("addmm, dW afresh", partial(weight, 0.0), shape=shape)
     session.row("addmm, dW added", partial(weight, 1.0), shape=shape)
+    session.row("dW scaled where it lies", scaled, shape=shape)
 
 
 # --- the Triton kernels -------------------------------------------------------------------------------------

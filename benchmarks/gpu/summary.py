@@ -9,14 +9,29 @@ from benchmarks.phase_rows import PhaseRow, Run, Value
 
 LINES, WIDTH = 40, 190
 FAILURES = 12
+MORE = 3  # further lines of a phase
 
 
 def summary(run: Run, phases: Sequence[str], folder: Path, seconds: float, dropped: Sequence[str]) -> list[str]:
-    """First how each phase ended and what matters most of it, then what failed."""
+    """First how each phase ended and what it measured, in as many lines as are left, then what failed."""
     ends = run.ends()
     ended = [name for name in phases if name in ends]
     bad = [row for row in run.rows if row.status in ("failed", "timeout")]
+    last = []
+    if bad:
+        last.append("failed:")
+        last += [_cut(f"  {row.phase} {row.name}: {row.reason}") for row in bad[:FAILURES]]
+        if len(bad) > FAILURES:
+            last.append(f"  and {len(bad) - FAILURES} more")
+    if run.damaged:
+        last.append(f"lines cut off: {', '.join(map(str, run.damaged))}")
+    if dropped:
+        last.append(_cut(f"did not fit and went: {', '.join(dropped)}"))
+    files = sorted(f"{path.name} {path.stat().st_size >> 10} KiB" for path in folder.iterdir() if path.is_file())
+    last.append(_cut(f"files in {folder}: {', '.join(files)}"))
+
     lines = [f"== summary: {len(ended)} of {len(phases)} phases in {seconds:.0f} s, {len(bad)} rows failed"]
+    spare = LINES - 1 - len(phases) - len(last)  # for further lines of phases
     for name in phases:
         rows, end = run.of(name), ends.get(name)
         status = "not reached" if end is None else f"{end.status} {end.seconds:.0f} s"
@@ -24,25 +39,27 @@ def summary(run: Run, phases: Sequence[str], folder: Path, seconds: float, dropp
             f"{count} {status}" for status in ("ok", "failed", "skipped")
             if (count := sum(row.status == status for row in rows))
         )  # fmt: skip
-        lines.append(_cut(f"{name:10} {status:12} {counts:28} {_shown(rows)}"))
-    if bad:
-        lines.append("failed:")
-        lines += [_cut(f"  {row.phase} {row.name}: {row.reason}") for row in bad[:FAILURES]]
-        if len(bad) > FAILURES:
-            lines.append(f"  and {len(bad) - FAILURES} more")
-    if run.damaged:
-        lines.append(f"lines cut off: {', '.join(map(str, run.damaged))}")
-    if dropped:
-        lines.append(_cut(f"did not fit and went: {', '.join(dropped)}"))
-    files = sorted(f"{path.name} {path.stat().st_size >> 10} KiB" for path in folder.iterdir() if path.is_file())
-    lines.append(_cut(f"files in {folder}: {', '.join(files)}"))
-    return lines[:LINES]
+        start, shown = f"{name:10} {status:12} {counts:28} ", _shown(rows)
+        more = 0
+        while len(start + shown) > WIDTH and more < MORE and spare:
+            first = shown[: WIDTH - len(start)].rpartition("; ")[0]
+            lines.append(start + first)
+            start, shown = " " * 11, shown[len(first) :].removeprefix("; ")
+            spare, more = spare - 1, more + 1
+        lines.append(_cut(start + shown))
+    return [line.rstrip() for line in lines + last][:LINES]
 
 
 def _shown(rows: Sequence[PhaseRow]) -> str:
-    """The first value of as many rows as the line holds, evenly over the phase."""
-    told = [(row.name, *next(iter(row.values.items()))) for row in rows if row.status == "ok" and row.values]
-    return "; ".join(f"{name} {number(found)}" for name, _, found in told)
+    """The first value of each row that has one, a case named once; tests are counted."""
+    told = [(row.name, next(iter(row.values.values()))) for row in rows
+            if row.status == "ok" and row.values and "::" not in row.name]  # fmt: skip
+    texts, before = [], None
+    for name, found in told:
+        case, comma, what = name.partition(", ")
+        texts.append(f"{what if comma and case == before else name} {number(found)}")
+        before = case
+    return "; ".join(texts)
 
 
 def number(found: Value) -> str:

@@ -65,7 +65,10 @@ setup(
         "opcd_fast.tasks",
     ],
     package_dir={"opcd_fast": "opcd_fast", "opcd_fast.kernels": "kernels"},
-    package_data={"opcd_fast": ["py.typed", "demo_data/*", "engines/*", "prompt_data/*"]},
+    package_data={
+        "opcd_fast": ["py.typed", "demo_data/*", "engines/*", "prompt_data/*"],
+        "opcd_fast.kernels": ["*.json"],
+    },
     # What belongs in the source archive (MANIFEST.in) is not what gets installed: with the default, True, the C++
     # sources would follow into the wheel, and setuptools would take the data folder for a forgotten package.
     include_package_data=False,

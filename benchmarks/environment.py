@@ -7,12 +7,15 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import opcd_fast
+from benchmarks.measure import wait
 from benchmarks.schema import Device, Report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +59,8 @@ def git_state() -> tuple[str | None, bool | None]:
     return commit, _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") != ""
 
 
-def describe(device: torch.device) -> Device:
+def describe(device: torch.device, ceilings: bool = True) -> Device:
+    """ceilings: measure a large product and a large copy too, which takes seconds."""
     if device.type != "cuda":
         return Device("cpu", _cpu_name(), torch.get_num_threads(), None, None, None)
     properties = torch.cuda.get_device_properties(device)
@@ -68,34 +72,36 @@ def describe(device: torch.device) -> Device:
         memory_bytes=properties.total_memory,
         driver=driver.splitlines()[0] if driver else None,
         cuda=torch.version.cuda,
-        matmul_flops_per_second=_matmul_ceiling(device),
-        copy_bytes_per_second=_copy_ceiling(device),
+        matmul_flops_per_second=matmul_ceiling(device) if ceilings else None,
+        copy_bytes_per_second=copy_ceiling(device) if ceilings else None,
     )
 
 
-def _matmul_ceiling(device: torch.device, size: int = 8192) -> float:
+def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
+    """FLOP/s of a square product of that size, bf16."""
     # Random data: a matrix unit fed zeros draws less power and runs faster than it ever will in use.
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     out = torch.empty_like(a)
-    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out))
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
 
 
-def _copy_ceiling(device: torch.device, size: int = 1 << 31) -> float:
+def copy_ceiling(device: torch.device, size: int = 1 << 31) -> float:
+    """Bytes read plus written in a second, copying that many bytes."""
     source = torch.empty(size, device=device, dtype=torch.uint8).random_()
     target = torch.empty_like(source)
-    return 2 * size / _seconds(lambda: target.copy_(source))
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
-def _seconds(call) -> float:
-    """Mean of ten calls in a row on the GPU, after three."""
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Mean of ten calls in a row, after three."""
     for _ in range(3):
         call()
-    torch.cuda.synchronize()
+    wait(device)
     start = time.perf_counter()
     for _ in range(10):
         call()
-    torch.cuda.synchronize()
+    wait(device)
     return (time.perf_counter() - start) / 10
 
 

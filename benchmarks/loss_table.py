@@ -140,11 +140,11 @@ def _first_calls(
         if gradients is None:
             live.remove(contender)
         elif contender.is_loss:
-            yield contender, _errors(gradients, references, index, mean_kl)
+            yield contender, gradient_errors(gradients, references, index, mean_kl)
         gradients = None  # not kept while the next one runs
 
 
-def _errors(
+def gradient_errors(
     gradients: Sequence[torch.Tensor], references: Sequence[torch.Tensor], index: torch.Tensor, mean_kl: float
 ) -> list[GradientError]:
     """Of dL/dh on the rows of `index`, and of dL/dW where there is a reference for it."""

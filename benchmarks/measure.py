@@ -19,6 +19,8 @@ import torch
 
 from benchmarks.schema import Time
 
+SLOW = 1.0  # seconds of a call that `timed` makes once
+
 
 @dataclass
 class Failure:
@@ -30,7 +32,7 @@ def attempt(call: Callable[[], Any], device: torch.device) -> Any:
     """What the call returns, or a `Failure`: a contender that runs out of memory must not end the table."""
     try:
         result = call()
-        _wait(device)
+        wait(device)
     except (RuntimeError, MemoryError) as error:
         # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one.
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -93,6 +95,15 @@ def time_interleaved(
     return results
 
 
+def timed(call: Callable[[], Any], device: torch.device, seconds: float, slow: bool = False) -> Time:
+    """One contender alone: three calls at least, one if they are slow. Raises RuntimeError where it fails."""
+    rounds: dict[str, Any] = {"min_rounds": 1, "max_rounds": 1, "untimed": False} if slow else {}
+    found = time_interleaved({"": call}, device, seconds=seconds, warm=True, **rounds)[""]
+    if isinstance(found, Failure):
+        raise RuntimeError(found.note)
+    return found
+
+
 def _round(
     calls: dict[str, Callable[[], Any]],
     device: torch.device,
@@ -143,11 +154,11 @@ def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int |
     """
     if device.type == "cuda":
         release(device)
-        _wait(device)
+        wait(device)
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
         result = call()
-        _wait(device)
+        wait(device)
         return result, torch.cuda.max_memory_allocated() - base, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
         result = call()
@@ -163,7 +174,7 @@ def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int |
     return result, peak, None
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -129,6 +129,8 @@ def why_not(name: str, device: torch.device) -> str | None:
             return why_no_compile(device)
     except Missing as missing:
         return str(missing)
+    except Exception as error:  # noqa: BLE001 - whatever their import raises is a row, not the end of the table
+        return f"{name} does not load: {type(error).__name__}: {error}"[:300]
     return None
 
 

@@ -6,6 +6,9 @@ page), and what arithmetic says of the first two. Only the loss's table must be 
 page. A file that is half-written, of another schema, or of a run that was stopped is an error, not something to skip:
 numbers that nobody noticed missing are worse than none.
 
+The JSON lines of `scripts/gpu.sh`, in the results' folder gpu/, are another matter: a lease ends when it ends, and the
+page says what is missing.
+
 Exit status: 0, or 2 with the reason on stderr.
 """
 
@@ -17,7 +20,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import roofline, step_report, targets, teacher_report, verdicts
+from benchmarks import gpu_report, roofline, step_report, targets, teacher_report, verdicts
+from benchmarks.phase_rows import Run
 from benchmarks.schema import BOUND, GradientError, Report, Row, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = newest(options.results)
         teacher = newest(options.results, "teacher")
         steps = newest(options.results, "step")
-        text = page(found, teacher, options.out.parent, steps)
+        on_gpus = gpu_report.runs(options.results)
+        text = page(found, teacher, options.out.parent, steps, on_gpus)
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
@@ -42,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
-    print(f"{options.out}: {', '.join(name for name, _ in [*found, *teacher, *steps])}")
+    print(f"{options.out}: {', '.join(name for name, _ in [*found, *teacher, *steps, *on_gpus])}")
     return 0
 
 
@@ -68,18 +73,25 @@ def newest(folder: Path, benchmark: str = "loss") -> list[tuple[str, Report]]:
 
 
 def page(
-    found: teacher_report.Found, teacher: teacher_report.Found, folder: Path, steps: teacher_report.Found = ()
+    found: teacher_report.Found,
+    teacher: teacher_report.Found,
+    folder: Path,
+    steps: teacher_report.Found = (),
+    on_gpus: Sequence[tuple[str, Run]] = (),
 ) -> str:
     """The page's Markdown; the plots are written to `folder`/images."""
     lines = [
         "# Performance",
         "",
         "Written by `python -m benchmarks.report` from the files named below; do not edit. First "
-        "the loss, then [the teacher](#the-shared-prefix-teacher), then [whole steps](#whole-training-steps). "
+        "the loss, then [the teacher](#the-shared-prefix-teacher), [whole steps](#whole-training-steps) and [what one "
+        "lease of a GPU gave](#gpu-runs). "
         "[How it is measured](../benchmarks/README.md).",
         "",
     ]
-    if not any(report.device.kind == "cuda" for _, report in [*found, *teacher, *steps]):
+    measured = [report.device.kind for _, report in [*found, *teacher, *steps]]
+    measured += [head.device.kind for _, run in on_gpus for head in run.heads.values()]
+    if "cuda" not in measured:
         lines += ["**Nothing here was measured on a GPU.**", ""]
     lines += ["## Targets", ""]
     lines += ["One call of the loss is forward and backward of the mean reverse KL over N rows.", ""]
@@ -89,7 +101,7 @@ def page(
         lines += _plots(report, name, folder)
     lines += ["", "## Roofline", "", *roofline.markdown(), ""]
     lines += teacher_report.section(teacher, folder, _head, _slug)
-    lines += step_report.section(steps, _head)
+    lines += [*step_report.section(steps, _head), *gpu_report.section(on_gpus)]
     return "\n".join(lines)
 
 

@@ -102,10 +102,6 @@ ONE_READ = Implementation(
     "opcd_fast, row kernel of one read",
     _all(_LOGIT_ROWS, *_LOGITS, Kernel("row kernel", 0, 10)) + _all(_GRADIENT_ROWS, _DH, _DW),
 )
-DUAL = Implementation(
-    "opcd_fast, dual accumulator at the speed of a library's product",
-    _all(_GRADIENT_ROWS, Kernel("both logits of a tile", 2, 4, 2), Kernel("gradient pass", 0, 6), _DH, _DW),
-)
 TRL = Implementation(
     "TRL 1.16",
     _all(
@@ -133,7 +129,7 @@ LIGER = Implementation(
         )
     ),
 )
-IMPLEMENTATIONS = (OURS, ONE_READ, DUAL, TRL, LIGER)
+IMPLEMENTATIONS = (OURS, ONE_READ, TRL, LIGER)
 
 
 def markdown() -> list[str]:

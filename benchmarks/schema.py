@@ -189,7 +189,7 @@ def from_json(data: Any) -> Report:
     """
     if isinstance(data, dict) and data.get("schema") in (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA):
         data = {**data, "schema": SCHEMA}
-    report: Report = _build(Report, data, "report")
+    report: Report = build(Report, data, "report")
     if report.schema != SCHEMA:
         raise ValueError(f"schema is {report.schema!r}; this code reads {SCHEMA!r}")
     for index, row in enumerate(report.rows):
@@ -253,7 +253,7 @@ def _check_common(row: Row | TeacherRow | StepRow, where: str) -> None:
         raise ValueError(f"{where}.note must say why peak_bytes is missing")
 
 
-def _build(kind: Any, data: Any, where: str) -> Any:
+def build(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{where} is a {type(data).__name__}; expected an object")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -279,7 +279,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return None
         return _value(next(a for a in arguments if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
+        return build(hint, value, where)
     if origin is list and isinstance(value, list):
         return [_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):

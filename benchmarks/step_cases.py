@@ -77,15 +77,15 @@ def make_job(case: Case, device: torch.device) -> Job:
             json.loads((DATA / "turns.json").read_text(encoding="utf-8")),
             [json.loads(line)["prompt"] for line in lines],
         )
-    shape = _SHAPES[case.model]
+    shape = SHAPES[case.model]
     draw = random.Random(0)
     words = [f"w{draw.randrange(shape['vocab_size'] - 100)}" for _ in range(case.context_words)]
     questions = [" ".join(f"w{draw.randrange(shape['vocab_size'] - 100)}" for _ in range(24)) for _ in range(256)]
     context = [{"role": "system", "content": " ".join(words)}]
-    return Job(_random_model(shape, dtype, device), _word_tokenizer(shape["vocab_size"]), context, questions)
+    return Job(random_model(shape, dtype, device), _word_tokenizer(shape["vocab_size"]), context, questions)
 
 
-_SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, int]] = {
     "Qwen3-1.7B": {  # its config.json on the Hub
         "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,
@@ -97,7 +97,8 @@ _SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def _random_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Any:
+def random_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of that shape in eval mode, weights drawn on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
     kind = Qwen3Config if shape["head_dim"] == 128 else LlamaConfig

@@ -55,9 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def opcd(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], Steps], int | None]:
-    from opcd_fast import OPCDConfig
-    from opcd_fast.trainer import OPCDTrainer
-
     records: list[dict[str, Any]] = []
     ended: list[float] = []
 
@@ -65,15 +62,7 @@ def opcd(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], S
         records.append(record)
         ended.append(_now())
 
-    config = OPCDConfig(
-        output_dir=str(folder / "run"), steps=steps, batch_size=case.prompts, max_new_tokens=case.tokens,
-        lora_rank=RANK, learning_rate=LEARNING_RATE, gradient_checkpointing=case.checkpointing, dtype=case.dtype,
-        micro_batch_tokens=case.micro_batch_tokens, eval_every=0, save_every=0, plots=False,
-        device=job.model.device.type,
-    )  # fmt: skip
-    trainer = OPCDTrainer(
-        job.model, job.tokenizer, job.context, job.questions, config, callbacks=[note], quiet=True
-    )  # fmt: skip
+    trainer = opcd_trainer(case, job, folder, steps, note)
 
     def run() -> Steps:
         trainer.train()
@@ -81,6 +70,26 @@ def opcd(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], S
         return ended, [float(record["response_tokens"]) for record in records], parts
 
     return run, len(trainer.prefixes[0])
+
+
+def opcd_trainer(
+    case: Case, job: Job, folder: Path, steps: int, note: Callable[[dict[str, Any]], None], **settings: Any
+) -> Any:
+    """Ours; `note` gets the record of each step, `settings` go before those of the case."""
+    from opcd_fast import OPCDConfig
+    from opcd_fast.trainer import OPCDTrainer
+
+    config = OPCDConfig(**opcd_settings(case, folder, steps, job.model.device.type, **settings))
+    return OPCDTrainer(job.model, job.tokenizer, job.context, job.questions, config, callbacks=[note], quiet=True)
+
+
+def opcd_settings(case: Case, folder: Path, steps: int, device: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "run"), "steps": steps, "batch_size": case.prompts, "max_new_tokens": case.tokens,
+        "lora_rank": RANK, "learning_rate": LEARNING_RATE, "gradient_checkpointing": case.checkpointing,
+        "dtype": case.dtype, "micro_batch_tokens": case.micro_batch_tokens, "eval_every": 0, "save_every": 0,
+        "plots": False, "device": device, **settings,
+    }  # fmt: skip
 
 
 def sdft(case: Case, job: Job, folder: Path, steps: int, fused: bool = False) -> tuple[Callable[[], Steps], None]:
@@ -95,7 +104,7 @@ def sdft(case: Case, job: Job, folder: Path, steps: int, fused: bool = False) ->
     context = "\n".join(message["content"] for message in job.context)
     watch = _watch()
     trainer = SDFTTrainer(
-        model=job.model, args=arguments, processing_class=job.tokenizer, peft_config=_lora(), callbacks=[watch],
+        model=job.model, args=arguments, processing_class=job.tokenizer, peft_config=lora(), callbacks=[watch],
         train_dataset=_rows(job, privileged_context=context),
     )  # fmt: skip
     if fused:
@@ -124,7 +133,7 @@ def context_distillation(case: Case, job: Job, folder: Path, steps: int) -> tupl
     arguments = DistillationConfig(**settings, max_completion_length=case.tokens, beta=1.0)
     watch = _watch()
     trainer = ContextDistillationTrainer(
-        job.model, job.context, arguments, _rows(job), processing_class=job.tokenizer, peft_config=_lora(),
+        job.model, job.context, arguments, _rows(job), processing_class=job.tokenizer, peft_config=lora(),
         callbacks=[watch],
     )  # fmt: skip
 
@@ -153,7 +162,7 @@ def _trl_settings(case: Case, job: Job, folder: Path, steps: int) -> dict[str, A
     }  # fmt: skip
 
 
-def _lora() -> Any:
+def lora() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")

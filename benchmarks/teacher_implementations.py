@@ -19,6 +19,7 @@ from benchmarks.schema import BOUND
 from benchmarks.teacher_cases import Case, Setting
 from benchmarks.teacher_model import concat_flops, shared_flops
 from opcd_fast import ContextTeacher
+from opcd_fast import transformers_seam as seam
 
 OURS_BUILT, OURS_REBUILT = "opcd_fast-merge", "opcd_fast-merge-rebuilt"
 CONCAT = "concat"
@@ -50,9 +51,8 @@ def implementations(case: Case, setting: Setting) -> list[Implementation]:
     merge = Implementation(OURS_BUILT, partial(_ours, "merge"), built, ours=True)
     layer = setting.answers.numel() * shape.flops_per_token // shape.layers
     bound = Implementation(BOUND, _gemms, layer, note="the products of one layer, for the answers' tokens alone")
-    mask = Implementation("opcd_fast-mask", partial(_ours, "mask"), built, ours=True, skip=_no_mask_path(setting))
     if case.group == "flex":
-        return [merge, mask, Implementation("flex-mask", _flex, built, skip=_no_flex(setting)), bound]
+        return [merge, Implementation("flex-mask", _flex, built, skip=_no_flex(setting)), bound]
     return [
         merge,
         Implementation(OURS_REBUILT, partial(_ours, "merge", rebuild=True), rebuilt, ours=True),
@@ -85,14 +85,6 @@ def _ours(path: str, setting: Setting, rebuild: bool = False) -> Contender:
         return nbytes
 
     return Contender(call, held)
-
-
-def _no_mask_path(setting: Setting) -> str | None:
-    try:
-        ContextTeacher(setting.model, setting.context, path="mask")
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 @torch.no_grad()
@@ -132,8 +124,10 @@ def _cache(setting: Setting, rebuild: bool = False) -> Contender:
             cache = _fork(prefix)
             cache.batch_repeat_interleave(len(answers))
             bytes_held = _nbytes(cache)
-            hidden = setting.body(input_ids=answers, past_key_values=cache, use_cache=True).last_hidden_state
+            given = seam.cache_argument(setting.body, cache)
+            hidden = setting.body(input_ids=answers, use_cache=True, **given).last_hidden_state
             states.append(hidden.flatten(0, 1))
+            del given
             del cache
         return torch.cat(states)
 
@@ -145,7 +139,7 @@ def _prefill(setting: Setting) -> Any:
 
     cache = DynamicCache(config=setting.model.config)
     with torch.no_grad():
-        setting.body(input_ids=setting.context[None], past_key_values=cache, use_cache=True)
+        setting.body(input_ids=setting.context[None], **seam.cache_argument(setting.body, cache), use_cache=True)
     return cache
 
 
@@ -201,8 +195,9 @@ def _flex(setting: Setting) -> Contender:
         setting.model.set_attn_implementation("flex_attention")
         try:
             return setting.body(
-                input_ids=row, position_ids=positions, attention_mask=mask, past_key_values=_fork(kept), use_cache=True
-            ).last_hidden_state[0]
+                input_ids=row, position_ids=positions, attention_mask=mask, use_cache=True,
+                **seam.cache_argument(setting.body, _fork(kept)),
+            ).last_hidden_state[0]  # fmt: skip
         finally:
             setting.model.set_attn_implementation(before)
 

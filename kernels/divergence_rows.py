@@ -283,6 +283,8 @@ def _mixture(
         value = _total(torch.sub(excess, minus_x, out=l).mul_(p), none_p, q, w)
         # expm1(x) = -excess / (1 + excess)
         return value, excess.div_(torch.add(excess, 1.0, out=l)).mul_(parameter).sub_(minus_x)
+    if divergence != "skew_forward_kl":
+        raise ValueError(f"unknown divergence {divergence!r}")
     excess = torch.expm1(l, out=a).mul_(w)  # m / q - 1
     value = _total(torch.log1p(excess, out=b).neg_().add_(excess).mul_(q), none_q, p, w)
     return value, excess.div_(torch.add(excess, 1.0, out=b)).mul_(w)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opcd_fast.kernels.launch_shapes import launch_shape
 from opcd_fast.kernels.triton_logits import (
     NO_COLUMN,
     SMALLEST,
@@ -26,7 +27,6 @@ from opcd_fast.kernels.triton_logits import (
     check_logits,
     difference_of,
     inner_and_outer,
-    launch_shape,
     load_logits,
     psi_terms,
 )
@@ -196,7 +196,7 @@ def reverse_kl_rows(
         return
     inner_s, outer_s = inner_and_outer(scale_s, softcap_s, temperature)
     inner_t, outer_t = inner_and_outer(scale_t, softcap_t, temperature)
-    block, warps = launch_shape(columns)
+    block, warps = launch_shape("reverse_kl_rows", columns)
     _reverse_kl_rows_kernel[(rows,)](
         z_s, z_t, z_s if bias_s is None else bias_s, z_t if bias_t is None else bias_t, row_weights,
         statistics, z_s if gradient is None else gradient,

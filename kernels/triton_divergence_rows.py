@@ -33,6 +33,7 @@ from opcd_fast.kernels.divergence_merge import (
     write_statistics,
 )
 from opcd_fast.kernels.divergence_rows import DIVERGENCES, check_divergence
+from opcd_fast.kernels.launch_shapes import launch_shape
 from opcd_fast.kernels.triton_logits import (
     NO_COLUMN,
     SMALLEST,
@@ -42,7 +43,6 @@ from opcd_fast.kernels.triton_logits import (
     difference_of,
     expm1,
     inner_and_outer,
-    launch_shape,
     load_logits,
     psi_terms,
 )
@@ -54,6 +54,7 @@ _REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
 _FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
 _JSD = tl.constexpr(DIVERGENCES.index("jsd"))
 _SKEW_REVERSE_KL = tl.constexpr(DIVERGENCES.index("skew_reverse_kl"))
+_SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES.index("skew_forward_kl"))
 # exp(87.8) and its inverse are normal numbers; a probability whose ratio to the other is beyond has underflown
 _LIMIT = tl.constexpr(87.8)
 
@@ -160,6 +161,7 @@ def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE):
             terms = psi_terms(p, parameter * p + rest * q, x)
             p_phi = p * (x + parameter * (excess / ratio) - shift)
         else:
+            tl.static_assert(DIVERGENCE == _SKEW_FORWARD_KL, "unknown divergence")
             y, excess, ratio = _log_ratio_to_mixture(-l, rest, parameter)
             terms = psi_terms(q, parameter * q + rest * p, y)
             p_phi = p * (rest * (excess / ratio) - shift)
@@ -310,7 +312,7 @@ def divergence_rows(
         return
     inner_s, outer_s = inner_and_outer(scale_s, softcap_s, temperature)
     inner_t, outer_t = inner_and_outer(scale_t, softcap_t, temperature)
-    block, warps = launch_shape(columns)
+    block, warps = launch_shape("divergence_rows", columns)
     splits, blocks = split_blocks(n, columns, block, splits)
     two_passes = divergence in ("reverse_kl", "forward_kl")
     logits = (z_s, z_t, z_s if bias_s is None else bias_s, z_t if bias_t is None else bias_t)

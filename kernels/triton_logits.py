@@ -7,10 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Launch shape by number of columns: (columns up to, BLOCK, warps). 8 float32 per lane and side are two 128-bit
-# loads. Not tuned on a device yet.
-LAUNCH = ((4096, 512, 2), (16384, 1024, 4), (1 << 31, 2048, 8))
-
 SMALLEST = tl.constexpr(1.1754944e-38)  # smallest normal float32: a probability below it counts as 0
 UNSEEN = tl.constexpr(-1.0e38)  # a running maximum before its first finite logit
 NO_COLUMN = tl.constexpr(2147483647)
@@ -76,8 +72,3 @@ def check_logits(name: str, z: Tensor) -> None:
 def inner_and_outer(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
     """logits / temperature = inner * x, or outer * tanh(inner * x) with a softcap."""
     return (scale / temperature, 1.0) if softcap is None else (scale / softcap, softcap / temperature)
-
-
-def launch_shape(columns: int) -> tuple[int, int]:
-    """(BLOCK, warps) for this many columns."""
-    return next((block, warps) for limit, block, warps in LAUNCH if columns <= limit)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opcd_fast.kernels.triton_logits import UNSEEN, check_logits, inner_and_outer, launch_shape, load_logits
+from opcd_fast.kernels.launch_shapes import launch_shape
+from opcd_fast.kernels.triton_logits import UNSEEN, check_logits, inner_and_outer, load_logits
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def logprob_rows(
     if rows == 0:
         return
     inner, outer = inner_and_outer(scale, softcap, temperature)
-    block, warps = launch_shape(columns)
+    block, warps = launch_shape("logprob_rows", columns)
     _logprob_rows_kernel[(rows,)](
         z, z if bias is None else bias, token_ids, row_weights, statistics, z if gradient is None else gradient,
         z.stride(0), 0 if gradient is None else gradient.stride(0), statistics.stride(0), columns,

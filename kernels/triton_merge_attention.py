@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 2048  # elements of a program: two 128-bit loads of half precision for each lane. Not tuned on a device yet
-WARPS = 4
+from opcd_fast.kernels import launch_shapes
 
 
 @triton.jit
@@ -80,10 +79,11 @@ def _merge_attention_kernel(
         tl.store(lse_ptr + tokens * stride_lse_n + heads * stride_lse_h, lse, mask=inside)
 
 
-def launch_shape(width: int) -> tuple[int, int]:
-    """(PAIRS, BLOCK) for heads of this size."""
+def launch_shape(width: int) -> tuple[int, int, int]:
+    """(PAIRS, BLOCK, warps) for heads of this size."""
+    tile, warps = launch_shapes.launch_shape("merge_attention", width)
     block = triton.next_power_of_2(width)
-    return max(1, _TILE // block), block
+    return max(1, tile // block), block, warps
 
 
 def merge_attention(
@@ -117,14 +117,14 @@ def merge_attention(
     second, level_b = (_unit(out_b), lse_b) if out_b is not None and lse_b is not None else (first, lse_a)
     levels = lse_a if lse is None else lse
     flags = [lse_a if has is None else has.to(torch.int8) for has in (has_keys_a, has_keys_b)]
-    pairs, block = launch_shape(width)
+    pairs, block, warps = launch_shape(width)
     _merge_attention_kernel[(triton.cdiv(tokens * heads, pairs),)](
         first, lse_a, second, level_b, lse_a if sink is None else sink.contiguous(), *flags, result, levels,
         *first.stride()[:2], *lse_a.stride(), *second.stride()[:2], *level_b.stride(),
         *result.stride()[:2], *levels.stride(), tokens * heads,
         HEADS=heads, WIDTH=width, HAS_B=two, HAS_SINK=sink is not None,
         HAS_FLAG_A=has_keys_a is not None, HAS_FLAG_B=two and has_keys_b is not None, WRITE_LSE=lse is not None,
-        PAIRS=pairs, BLOCK=block, num_warps=WARPS,
+        PAIRS=pairs, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return result
 

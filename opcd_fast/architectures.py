@@ -1,14 +1,13 @@
 """Which models can run on a prefix computed once, and why others cannot.
 
 `merge` and the student's packed row need attention that goes through transformers' attention interface with windows,
-caps and sinks on top; `mask` needs positions that come from `position_ids` alone, and a mask that reaches every layer;
-`pad` needs a cache of keys and values alone. What is said here is what is known before running anything;
-`opcd_fast.verification` then tries the path on a small model of the same kind.
+caps and sinks on top; `pad` needs a cache of keys, values and states that can be copied for each row. What is said
+here is what is known before running anything; `opcd_fast.verification` then tries the path on a small model of the
+same kind.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -21,9 +20,12 @@ from opcd_fast.expanded_cache import is_recurrent, unknown_state
 
 # Models with recurrent layers that go on from a cached state, in tests/test_teacher_matrix.py. Known not to: Jamba,
 # MiniMax and RecurrentGemma, whose scans start anew or whose state no cache sees.
-_GOES_ON = frozenset(
-    {"bamba", "falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_next", "zamba2"}
-)
+# fmt: off
+_GOES_ON = frozenset({
+    "bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_next", "zamba2",
+})
+# fmt: on
 
 _HIDDEN_STATE = frozenset({"recurrent_gemma"})  # does not show in the cache of every version
 
@@ -37,13 +39,6 @@ _PACKABLE = frozenset({
     "deepseek_v3",
 })
 # fmt: on
-# Those, and others whose own attention does what an explicit mask and explicit positions say.
-_MASKABLE = _PACKABLE | {"falcon"}
-_PLACES_IN_ROW = {
-    "llama4_text": "scales queries by their place in the row",
-    "mpt": "biases scores by places in the row (ALiBi)",
-    "bloom": "biases scores by places in the row (ALiBi)",
-}
 
 
 def refuses_stock_attention(body: nn.Module) -> str | None:
@@ -114,40 +109,17 @@ def refuses_pad(body: nn.Module) -> str | None:
         return f"{type(body).__name__} is a model of several inputs; pass its language model"
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         return "the model has cross-attention"
-    if "past_key_values" not in inspect.signature(body.forward).parameters:
-        return f"architecture {config.model_type!r} takes no cache of keys and values"
     state = unknown_state(body)
     if state is not None:
         return f"layers of architecture {config.model_type!r} keep more than keys and values ({state})"
     recurrent = is_recurrent(body) or config.model_type in _HIDDEN_STATE
     if recurrent and config.model_type not in _GOES_ON:
         return f"recurrent layers of architecture {config.model_type!r} are not known to go on from a cached state"
+    if seam.takes_cache(body) is None:
+        return f"architecture {config.model_type!r} takes no cache of keys and values"
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         return f"the padded path runs eager or sdpa attention, the model has {implementation!r}"
-    return _refuses_dynamic(body)
-
-
-def refuses_mask(body: nn.Module) -> str | None:
-    """Why a packed row under an explicit mask would not be exact with the model's own attention; None when it is.
-
-    Whether the masks fit in memory is known for each call, see `mask_path.MASK_BYTES`.
-    """
-    config = seam.config_of(body)
-    kind = config.model_type
-    state = unknown_state(body)
-    if state is not None or is_recurrent(body) or kind in _HIDDEN_STATE:
-        return f"layers of architecture {kind!r} keep more than keys and values ({state or 'a recurrent state'})"
-    if kind in _PLACES_IN_ROW or getattr(config, "alibi", False):
-        return f"architecture {kind!r} {_PLACES_IN_ROW.get(kind, 'biases scores by places in the row (ALiBi)')}"
-    if kind not in _MASKABLE or getattr(config, "add_cross_attention", False):
-        return f"architecture {kind!r} is not known to run exactly on a packed row under a mask"
-    types = _other_layer_types(body)
-    if types:
-        return f"architecture {kind!r} has layers of type {min(types)!r}"
-    implementation = config._attn_implementation
-    if implementation not in ("eager", "sdpa", "flex_attention"):
-        return f"the masked path runs eager, sdpa or flex attention, the model has {implementation!r}"
     return _refuses_dynamic(body)
 
 

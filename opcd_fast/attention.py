@@ -213,7 +213,7 @@ def prefix_attention(
 
     P >= 1. Differentiable, through both results.
     """
-    need = backends.need_of(query, key, value, softcap=softcap, keys=key.shape[2])
+    need = backends.need_of(query, key, value, softcap=softcap)
     return backends.phase_1(need).run(query, key, value, scale, softcap)
 
 

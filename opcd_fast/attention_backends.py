@@ -39,7 +39,6 @@ class Need:
     gradient: bool = False  # through the output
     lse_gradient: bool = False  # through the logsumexp too
     dropout: bool = False
-    keys: int | None = None  # in phase 1; None where not known yet
 
     @property
     def half_on_cuda(self) -> bool:
@@ -47,9 +46,7 @@ class Need:
         return self.device == "cuda" and self.capability >= (8, 0) and self.dtype in _HALF and self.head_size % 8 == 0
 
 
-def need_of(
-    query: Tensor, *others: Tensor, softcap: float | None = None, dropout: float = 0.0, keys: int | None = None
-) -> Need:
+def need_of(query: Tensor, *others: Tensor, softcap: float | None = None, dropout: float = 0.0) -> Need:
     """The facts of a call with `query` (1, H, N, d); `others` may want gradients as well."""
     device = query.device
     capability = torch.cuda.get_device_capability(device) if query.is_cuda else (0, 0)
@@ -62,7 +59,6 @@ def need_of(
         softcap=softcap is not None,
         gradient=gradient,
         dropout=dropout > 0.0,
-        keys=keys,
     )
 
 
@@ -98,9 +94,7 @@ def phase_1(need: Need, packages: frozenset[str] | None = None) -> Kernel:
             return Kernel("blocked", kernels.prefix_blocked)
         return Kernel("CPU flash", kernels.prefix_cpu_flash)
     if need.device == "cuda":
-        # cuDNN takes head sizes to 256 on some chips and versions; 128 is what all have. One key it does not take.
-        if not need.softcap and need.half_on_cuda and need.head_size <= 128 and need.keys != 1 and _cudnn_ready():
-            return Kernel("cuDNN", kernels.prefix_cudnn)
+        # Not cuDNN's, whose plans hold for exact sizes: the sum of lengths differs from call to call.
         if not need.softcap and need.half_on_cuda and need.head_size <= 256:
             return Kernel("flash", kernels.prefix_flash)
         if FA4 in packages and _fa4_takes(need):
@@ -186,12 +180,6 @@ def _triton_ready() -> bool:
     except ImportError:
         return False
     return True
-
-
-def _cudnn_ready() -> bool:
-    """cuDNN 9.1 or newer, where attention with shared key heads was settled; switched off with torch's own switch."""
-    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return version is not None and version >= 90100 and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def describe(need: Need, *, windows: bool, sinks: bool, packages: frozenset[str] | None = None) -> str:

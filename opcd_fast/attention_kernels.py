@@ -25,12 +25,6 @@ aten = torch.ops.aten
 # (query, key, value, scale, softcap) -> out, logsumexp
 
 
-def prefix_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, False, scale=scale)
-    lse = lse.reshape(1, query.shape[1], -1)  # (1, H, N, 1)
-    return out[0].transpose(0, 1), lse[0, :, : query.shape[2]].transpose(0, 1)
-
-
 def prefix_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
     out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
     return out[0].transpose(0, 1), lse[0, :, : query.shape[2]].transpose(0, 1)

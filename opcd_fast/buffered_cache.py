@@ -55,6 +55,8 @@ class BufferedLayer(CacheLayerMixin):
             shape = (self.rows, key_states.shape[1], self.capacity)
             self.keys = keys = key_states.new_empty(*shape, key_states.shape[3])
             self.values = values = value_states.new_empty(*shape, value_states.shape[3])
+        elif keys.dtype != key_states.dtype:  # a trained prefix comes in the weights' type, whatever the model runs in
+            self.keys, self.values = keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
         keys[:, :, start : self.end] = key_states
         values[:, :, start : self.end] = value_states
         return keys[:, :, : self.end], values[:, :, : self.end]

@@ -2,7 +2,7 @@
 
 A flat operation on tensors, scalars and a mask of wanted gradients; no autograd, no modules. Logits exist for
 a few rows at a time, in the buffers that workspace.py plans. Two levels: the logits of a few rows, the gradient of
-several such chunks, because dW is read and written once for each of the latter.
+several such chunks, because dW is read and written once for each of the latter, and dH is narrow.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from opcd_fast import sharding
-from opcd_fast.dual_chunks import check_dual, run_dual
 from opcd_fast.kernels import reference
-from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, take
+from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, scale_into, take
 from opcd_fast.row_operations import row_operation
 from opcd_fast.rows import Rows
 from opcd_fast.spec import Spec, Wanted
@@ -26,6 +25,7 @@ from opcd_fast.workspace import (
     gradient_dtype,
     has_gradient_buffer,
     make_plan,
+    multiprocessors_of,
     pitch_of,
     returned_dtype,
 )
@@ -64,10 +64,9 @@ def linear_divergence(
             dw = torch.empty(w_s.shape, dtype=dtype, device=device)
             dw[v if n > 0 else 0 :].zero_()
     db = torch.zeros(w_s.shape[0], dtype=dtype, device=device) if wanted.bias else None
-    if spec.projection == "dual":
-        check_dual(Side(h_s, w_s), Side(h_t, w_t), spec)
     # Before anything that a rank might skip: the ranks of a sharded head meet here.
-    place = sharding.slices(spec, wanted, n, device) if spec.group else (0, v)
+    multiprocessors = multiprocessors_of(device)
+    place = sharding.slices(spec, wanted, n, device, multiprocessors) if spec.group else (0, v, multiprocessors)
     if n > 0:
         if rows.hidden:
             seen = (rows.weights != 0).unsqueeze(1)
@@ -83,24 +82,24 @@ def linear_divergence(
         # somebody's running sum.
         late = dw_into is None and isinstance(rows.factor, Tensor)
         dw_factor = 1.0 if late else float(rows.factor)
-        arguments = (
+        _run(
             student, _valid(b_s, v, dtype), teacher, _valid(b_t, v, dtype), rows, spec, wanted, statistics,
-            dh, None if dw is None else dw[:v], dw_factor, dw_into is None, None if db is None else db[:v],
+            dh, None if dw is None else dw[:v], dw_factor, dw_into is None, None if db is None else db[:v], *place,
         )  # fmt: skip
-        if spec.projection == "dual":
-            run_dual(*arguments)
-        else:
-            _run(*arguments, *place)
         if rows.hidden:
             statistics = torch.where(seen.t(), statistics, 0)
-    if dw is not None and dw_into is None and isinstance(rows.factor, Tensor):
-        dw.mul_(rows.factor)
+    if dw is not None and dw_into is None:
+        # Rounded, or scaled and rounded, in one pass.
+        kept = returned_dtype(w_s.dtype)
+        if isinstance(rows.factor, Tensor):
+            dw = scale_into(dw, rows.factor, dw if kept == dtype else torch.empty_like(dw, dtype=kept))
+        dw = dw.to(kept)
     if db is not None:
         _scale(db, rows.factor)
     return (
         statistics,
         dh,
-        None if dw is None or dw_into is not None else dw.to(returned_dtype(w_s.dtype)),
+        None if dw_into is not None else dw,
         None if db is None or b_s is None else db.to(returned_dtype(b_s.dtype)),
     )
 
@@ -130,13 +129,15 @@ def _run(
     db: Tensor | None,
     first_column: int,  # of this rank's slice of the vocabulary
     columns: int,  # of the largest slice; v unless the head is sharded
+    multiprocessors: int,
 ) -> None:
     active = rows.active
     n = student.h.shape[0] if active is None else active.shape[0]
     v, pitch, device = spec.vocab_size, pitch_of(spec.vocab_size), student.h.device
     dtype = compute_dtype(*student, *teacher)
     operation = row_operation(spec, n)
-    plan = make_plan(n, [student, teacher], columns, spec, wanted, operation.planes + operation.temporaries)
+    planes = operation.planes + operation.temporaries
+    plan = make_plan(n, [student, teacher], columns, spec, wanted, planes, multiprocessors)
     run_rows = row_operation(spec, plan.logit_rows, first_column).run
     weight_s = Weight(student, dtype, plan.tile, spec.backend)
     weight_t = Weight(teacher, dtype, plan.tile, spec.backend, shares=weight_s)

@@ -149,7 +149,7 @@ class OPCDConfig:
     workspace_bytes: int | None = None
     """Bound for the loss's scratch memory; None: the loss's own default."""
     teacher_path: str = "auto"
-    """How the teacher reads the context: "auto" | "merge" | "pad" | "mask" | "concat"."""
+    """How the teacher reads the context: "auto" | "merge" | "pad" | "concat"."""
     prefix_store: str | None = None
     """Folder where contexts' caches are kept, so that a second run does not read them again; None: nowhere."""
     max_prefix_bytes: int | None = None

@@ -126,7 +126,7 @@ def _check_teacher(config: OPCDConfig, rules: _Rules) -> None:
 
 
 def _check_caches(config: OPCDConfig, rules: _Rules) -> None:
-    rules.one_of("teacher_path", "auto", "merge", "pad", "mask", "concat")
+    rules.one_of("teacher_path", "auto", "merge", "pad", "concat")
     if config.prefix_dtype is not None:
         rules.one_of("prefix_dtype", "float8_e4m3fn")
     for name in ("prefix_device", "prefix_dtype"):

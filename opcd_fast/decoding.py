@@ -2,7 +2,8 @@
 
 Three things make it cheaper than transformers' `generate`: the cache is written in place instead of concatenated in
 every layer at every token; a query head is folded into its key head, so that keys are never repeated; and rows that
-are finished leave the batch. Prompts that occur several times run once, and so does the prefix that all share.
+are finished leave the batch. Prompts that occur several times run once, and so does the prefix that all share. A device
+is never waited for but every few tokens, to see which rows are finished.
 
 Token ids in, token ids out. The random number of answer i at token t depends on the seed, i and t alone, so the
 answers do not depend on how the prompts were split into batches (up to rounding).
@@ -20,15 +21,17 @@ from torch.nn import functional as F
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import refuses_plain_cache
 from opcd_fast.buffered_cache import buffered_cache
+from opcd_fast.rollout_protocol import cut_at_stop
 from opcd_fast.sampling import draw
-from opcd_fast.thin_products import thin_products
+from opcd_fast.sdpa import sdpa_without_cudnn
 from opcd_fast.token_prefix import common_prefix_length
 
 MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
+LOOK_EVERY = 16  # tokens, on a device
 
 
 def refuses_decoding(model: Any) -> str | None:
-    """Why this loop cannot run `model`, in words; None when it can (it is compared with `generate` all the same)."""
+    """Why this loop cannot run `model`, in words; None when it can (`rollout_check` looks all the same)."""
     return refuses_plain_cache(seam.body_of(model), training=False)
 
 
@@ -58,25 +61,39 @@ def decode(
     run = BatchRun(model, [place[tuple(prompt)] for prompt in prompts], different, limit)
     stops = torch.tensor(list(stop_token_ids), device=device)
     uniform = uniform.to(device)
-    answers: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-    rows = list(range(len(prompts)))  # the answers that are still being written
-    with seam.using_attention(seam.body_of(model), run.attend), thin_products(run.model):
+    drawn = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
+    values = torch.zeros(len(prompts), limit, device=device)
+    rows = torch.arange(len(prompts), device=device)  # the answers in the batch
+    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    every = tokens_between_looks(device)
+    with seam.using_attention(seam.body_of(model), run.attend), sdpa_without_cudnn():
         logits = run.read_prompts()
         for step in range(limit):
             tokens, logprobs = draw(logits, uniform[:, step], temperature, top_p, vocab_size)
-            over = torch.isin(tokens, stops)
-            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
-                answers[row][0].append(token)
-                answers[row][1].append(logprob)
-            going = (~over).nonzero().squeeze(1)
-            if step + 1 == limit or not len(going):
+            drawn[rows, step], values[rows, step] = tokens, logprobs
+            over = over | (tokens[:, None] == stops).any(1)
+            if step + 1 == limit:
                 break
-            if len(going) < len(rows):
-                rows = [rows[i] for i in going.tolist()]
-                uniform, tokens = uniform[going], tokens[going]
-                run.keep(going)
+            if (step + 1) % every == 0:
+                going = (~over).nonzero().squeeze(1)  # waits for the device
+                if not len(going):
+                    break
+                if len(going) < len(rows):
+                    rows, over, uniform, tokens = rows[going], over[going], uniform[going], tokens[going]
+                    run.keep(going)
             logits = run.next(tokens)
-    return answers
+    # What a row drew after its stop token, while it waited to leave, is dropped.
+    kept = [cut_at_stop(row, stop_token_ids)[0] for row in drawn.tolist()]
+    return [(list(ids), row[: len(ids)]) for ids, row in zip(kept, values.tolist())]
+
+
+def tokens_between_looks(device: torch.device) -> int:
+    """How many tokens are drawn before the host looks which rows are finished.
+
+    A look waits for all work that was given to a device, so that it then idles until more comes. On a CPU it costs
+    nothing, and a row that stays costs its share of every token.
+    """
+    return 1 if device.type == "cpu" else LOOK_EVERY
 
 
 class BatchRun:
@@ -89,6 +106,7 @@ class BatchRun:
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.cache = buffered_cache(seam.num_layers(seam.body_of(model)))
+        self._as_argument = seam.cache_argument(self.model, self.cache)
         self.prompts, self.row_of, self.limit = prompts, torch.tensor(row_of, device=self.device), limit
         self.past = 0  # virtual tokens in front of every row
         if prefix is not None:
@@ -118,18 +136,19 @@ class BatchRun:
         )
         # Slots between what all begin with and the rest.
         padding = width - self.past - torch.tensor(lengths, device=self.device)
+        ragged = min(lengths) < max(lengths)
         slots = torch.arange(width, device=self.device)
         real = (slots < head) | (slots >= head + padding[:, None])  # (B, width)
         positions = (slots[head:] - padding[:, None]).clamp(min=0)
         self.mask = None
-        if head or bool(padding.any()):
+        if head or ragged:
             # Padding sees itself: a row without any key would be NaN, and NaN survives a weight of 0.
             seen = (real[:, None] & (slots <= slots[head:, None])) | (slots == slots[head:, None])
             self.mask = self._additive(seen[:, None])
         logits = self._forward(ids, positions)
         self.mask = None
         self.decoding_mask: Tensor | None = None
-        if bool(padding.any()):
+        if ragged:
             more = real.new_ones(count, self.limit)
             self.decoding_mask = self._additive(torch.cat([real, more], dim=1)[:, None, None])[self.row_of]
         self.cache.spread(self.row_of, width + self.limit)
@@ -172,7 +191,7 @@ class BatchRun:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=ids, position_ids=positions, **self._as_argument, use_cache=True, logits_to_keep=1
         )
         return output.logits[:, -1]
 

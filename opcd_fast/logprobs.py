@@ -17,7 +17,15 @@ from opcd_fast.loss_inputs import as_head, check_finite, check_side, check_tempe
 from opcd_fast.products import Weight, add_weight_gradient, hidden_gradient, operand_dtype, project, take
 from opcd_fast.rows import refuse_capture
 from opcd_fast.spec import NOTHING, Spec, Wanted
-from opcd_fast.workspace import Side, compute_dtype, gradient_dtype, has_gradient_buffer, make_plan, pitch_of
+from opcd_fast.workspace import (
+    Side,
+    compute_dtype,
+    gradient_dtype,
+    has_gradient_buffer,
+    make_plan,
+    multiprocessors_of,
+    pitch_of,
+)
 
 
 def fused_linear_logprobs(
@@ -149,7 +157,7 @@ def _run(
         side = Side(h, weight[:v])
         row_bias = None if bias is None else bias[:v].to(dtype).contiguous()
         planes = 0 if spec.backend == "triton" else logprob_rows.scratch_planes(spec.softcap_s)
-        plan = make_plan(n, [side], v, spec, wanted, planes)
+        plan = make_plan(n, [side], v, spec, wanted, planes, multiprocessors_of(device))
         tiles, h_dtype = Weight(side, dtype, plan.tile, spec.backend), operand_dtype(side, dtype)
         logits = torch.empty(plan.logit_rows, pitch_of(v), dtype=dtype, device=device)
         g_buffer = logits

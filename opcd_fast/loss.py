@@ -80,7 +80,7 @@ def fused_linear_reverse_kl(
     return_stats: bool = False,
     backend: str = "auto",
     accumulate_weight_grad: bool = False,
-    projection: str = "fp32",
+    projection: str = "auto",
 ) -> Any:
     """Reverse KL between two models' next-token distributions, from their last hidden states.
 
@@ -105,9 +105,8 @@ def fused_linear_reverse_kl(
         a buffer of its own, and return none. Needs reduction="sum" or denominator=, a backward with an upstream
         gradient of exactly 1, and no activation checkpointing around the call. The gradient is added when the loss is
         computed, whether or not backward follows.
-    projection: "fp32" writes float32 logits. "dual" keeps both logits of a tile in registers and writes two bytes of
-        each: half the memory traffic at the accuracy of float32 logits, and none without a wanted gradient. Triton
-        alone; a KL beyond 80 nats is reported as about 80. Not measured on a device yet, hence no default.
+    projection: how the logits are formed: "separate" multiplies each side with its head, in float32 ("fp32" is the
+        older name of the same). "auto" chooses; today there is nothing else to choose.
 
     A row in which the teacher gives probability 0 to a token that the student gives more has kl = inf and
     gradient 0. With the environment variable OPCD_CHECK=1, NaN or infinite inputs raise an error naming the
@@ -145,7 +144,7 @@ def fused_linear_divergence(
     return_stats: bool = False,
     backend: str = "auto",
     accumulate_weight_grad: bool = False,
-    projection: str = "fp32",
+    projection: str = "auto",
 ) -> Any:
     """`fused_linear_reverse_kl` for other divergences; p is the student, q the teacher.
 
@@ -174,6 +173,7 @@ def fused_linear_divergence(
             "divergence='topk_reverse_kl' needs the whole vocabulary on every rank; gather the head, and leave its "
             "group=None"
         )
+    check_projection(projection)
     operator_reduction, factor, scalar = check_reduction(reduction, denominator)
     weights = flat_weights(token_weights, leading, student_hidden.device)
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
@@ -214,7 +214,6 @@ def fused_linear_divergence(
         parameter=parameter,
         tail=tail,
         group="" if student.group is None else student.group.group_name,
-        projection=check_projection(projection),
     )
     loss, statistics = LinearDivergence.apply(
         h_s, weight, bias, h_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), weights, scalar,

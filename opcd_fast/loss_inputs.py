@@ -13,7 +13,7 @@ from opcd_fast import native
 from opcd_fast.heads import LMHead
 
 REDUCTIONS = ("mean", "sum", "none")
-PROJECTIONS = ("fp32", "dual")
+PROJECTIONS = ("auto", "separate", "fp32")
 BACKENDS = ("auto", "triton", "native", "torch")
 
 
@@ -67,10 +67,11 @@ def check_pair(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> to
     return h_s.shape[:-1]
 
 
-def check_projection(projection: str) -> str:
+def check_projection(projection: str) -> None:
+    if projection == "dual":
+        raise ValueError("projection='dual' does not exist any more; use projection='auto', which is as accurate")
     if projection not in PROJECTIONS:
         raise ValueError(f"projection is {projection!r}; expected one of {', '.join(map(repr, PROJECTIONS))}")
-    return projection
 
 
 def check_temperature(temperature: float) -> float:

@@ -17,6 +17,7 @@ from opcd_fast.exact import exactly
 from opcd_fast.kernels.reference import STATISTICS
 from opcd_fast.loss_inputs import resolve_backend
 from opcd_fast.main_grad import placeholder
+from opcd_fast.products import scale_into
 from opcd_fast.rows import select_rows
 from opcd_fast.spec import NOTHING, Spec, Wanted
 from opcd_fast.workspace import compute_dtype, returned_dtype
@@ -52,14 +53,13 @@ def linear_divergence_op(
     parameter: float,
     tail: str,
     group: str,
-    projection: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics (5, N), dH, dW, db); a gradient that is not wanted is empty. The last parameters, from
     scale_s on, are the fields of `Spec` in order; backend may be "auto"."""
     dtype = compute_dtype(h_s, w_s, h_t, w_t)
     spec = Spec(
         scale_s, scale_t, softcap_s, softcap_t, temperature, vocab_size, workspace_bytes,
-        resolve_backend(backend, h_s.device, dtype), all_statistics, divergence, parameter, tail, group, projection,
+        resolve_backend(backend, h_s.device, dtype), all_statistics, divergence, parameter, tail, group,
     )  # fmt: skip
     rows = select_rows(token_weights, h_s.shape[0], reduction, denominator, factor, dtype, h_s.device)
     with exactly(h_s.device):
@@ -148,10 +148,11 @@ class LinearDivergence(torch.autograd.Function):
         else:
             if ctx.accumulated is not None:
                 _require_one(upstream)
-            gradients = [scaled(gradient, upstream) for gradient in ctx.saved_tensors]
-        found = [
-            g.to(dtype) if want else None for g, want, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True)
-        ]
+            gradients = ctx.saved_tensors
+        found: list[Tensor | None] = [None] * 3
+        for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
+            if ctx.wanted[i]:
+                found[i] = gradient.to(dtype) if ctx.late else scaled(gradient, upstream, dtype)
         if ctx.accumulated is not None:
             found[1] = placeholder(ctx.accumulated)
         return (*found, *(None,) * 10)
@@ -184,22 +185,23 @@ class LogitsReverseKL(torch.autograd.Function):
             with exactly(z_s.device):
                 _, gradient = logits_divergence(z_s, z_t, rows, ctx.spec, True)
         else:
-            gradient = scaled(ctx.saved_tensors[0], upstream)
+            gradient = scaled(ctx.saved_tensors[0], upstream, ctx.dtype)
         return (gradient.to(ctx.dtype), *(None,) * 7)
 
 
-def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """upstream * gradient for a scalar upstream gradient."""
-    # On a CPU the usual upstream gradient of 1 is seen for free; on a device looking would synchronise.
-    if gradient.numel() == 0 or (
-        not torch.compiler.is_compiling() and not upstream.is_cuda and float(upstream) == 1.0
-    ):
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """upstream * gradient in this dtype, for a scalar upstream gradient; where that is free, in the gradient itself."""
+    if gradient.numel() == 0:
         return gradient
-    result = torch.empty_like(gradient)
-    # In slices through the upstream's dtype: 1/3 rounded to bf16 would scale a whole bf16 gradient wrongly.
-    for source, target in zip(gradient.split(4096), result.split(4096), strict=True):
-        target.copy_(source.to(upstream.dtype) * upstream)
-    return result
+    if torch.compiler.is_compiling():
+        return (gradient * upstream.reshape([1] * gradient.ndim)).to(dtype)
+    # On a CPU the usual upstream gradient of 1 is seen for free; on a device looking would synchronise.
+    if not upstream.is_cuda and float(upstream) == 1.0:
+        return gradient.to(dtype)
+    # A graph that is kept may come here again, for what this call found.
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    out = torch.empty_like(gradient, dtype=dtype) if again or gradient.dtype != dtype else gradient
+    return scale_into(gradient, upstream, out)
 
 
 def _require_one(upstream: Tensor) -> None:

@@ -17,7 +17,7 @@ from opcd_fast.fingerprint import described
 from opcd_fast.heads import LMHead
 from opcd_fast.models import pick_device, refuse_unsupported, same_device, same_tokenizer
 from opcd_fast.moving_teacher import MovingWeights, copy_of_trained
-from opcd_fast.quantized import is_quantized, keep_gradients, quantize_4bit
+from opcd_fast.quantized import is_quantized, keep_plain_layout, quantize_4bit
 from opcd_fast.seeds import seeded, stream_seed
 from opcd_fast.virtual_tokens import with_prefix
 
@@ -169,7 +169,7 @@ def _placed(model: Any, device: torch.device, dtype: torch.dtype, quantization: 
     if quantization == "4bit":
         model = quantize_4bit(model, device, dtype, "quantization='4bit'")
     if is_quantized(model):
-        keep_gradients(model)
+        keep_plain_layout(model)
         return model.to(device=device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # not the buffers: RoPE's frequencies are fp32 in a model of any type
@@ -180,6 +180,7 @@ def _teacher(model: Any, device: torch.device, dtype: torch.dtype, quantization:
     """A model that is only read; one that was given keeps its type."""
     if quantization == "4bit":
         model = quantize_4bit(model, device, dtype, "teacher_quantization='4bit'")
+    keep_plain_layout(model)
     return model.to(device=device).requires_grad_(False).eval()
 
 

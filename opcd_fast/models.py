@@ -59,7 +59,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Compute type of a model's body.
 
     `auto` is bfloat16 on a GPU and on CPUs with bf16 arithmetic (AMX or AVX512-BF16), and float32 on other
-    CPUs, where bf16 matrix products are emulated and slower than fp32 ones.
+    CPUs, where bf16 matrix products are emulated and slower than fp32 ones (`cpu_has_bf16`).
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "auto":
@@ -72,7 +72,15 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """True where the CPU multiplies bf16 in hardware."""
+    """True where the CPU multiplies bf16 in hardware. `OPCD_CPU_BF16=0` or `1` decides in its place.
+
+    Raises InputError for another value of the variable.
+    """
+    forced = os.environ.get("OPCD_CPU_BF16", "")
+    if forced:
+        if forced not in ("0", "1"):
+            raise InputError(f"OPCD_CPU_BF16={forced!r} is not available; set 0 or 1, or leave it out")
+        return forced == "1"
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -119,6 +127,8 @@ def _load_whole(name: str, dtype: torch.dtype) -> Any:
     """A model that is no adapter, on the CPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from opcd_fast.quantized import keep_plain_layout
+
     folder = resolve(name)
     with _reading("model", name):
         refuse_unsupported(AutoConfig.from_pretrained(folder), name)
@@ -133,6 +143,7 @@ def _load_whole(name: str, dtype: torch.dtype) -> Any:
             f"model {name!r}: its weights do not fit its config.json: {bad[0]!r} and {len(bad) - 1} more are missing "
             "or of another shape; save it again, or correct the file"
         )
+    keep_plain_layout(model)
     model.name_or_path = model.config._name_or_path = name  # an adapter saved later names what the user named
     return model.eval()
 

@@ -104,7 +104,7 @@ def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
             raise wrong(name, "ranks would run the teacher at different times", "drop it")
     if config.merge_for_rollout:
         raise wrong("merge_for_rollout=True", "the merged copy would be a whole model on every rank", "drop it")
-    if config.teacher_path not in ("auto", "merge", "mask"):
+    if config.teacher_path not in ("auto", "merge"):
         raise wrong(
             f"teacher_path={config.teacher_path!r}", "it runs the model once per context or sequence, which differ "
             "between ranks", "use 'auto', or plain data parallelism (DDP)",

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from opcd_fast.architectures import refuses_mask, refuses_merge, refuses_pad, rope_switch
+from opcd_fast.architectures import refuses_merge, refuses_pad, rope_switch
 from opcd_fast.verification import verify
 
 logger = logging.getLogger("opcd_fast")
 
-PATHS = ("merge", "pad", "mask", "concat")
+PATHS = ("merge", "pad", "concat")
 
 
 class PathChoice:
@@ -25,9 +25,10 @@ class PathChoice:
 
     def __init__(self, body: nn.Module, asked: str, prefix_device: torch.device | None = None) -> None:
         if asked not in ("auto", *PATHS):
-            raise ValueError(f"path: expected 'auto', 'merge', 'pad', 'mask' or 'concat', got {asked!r}")
+            gone = "; what ran on 'mask' runs on 'pad'" if asked == "mask" else ""
+            raise ValueError(f"path: expected 'auto', 'merge', 'pad' or 'concat', got {asked!r}{gone}")
         self._body, self._asked, self._prefix_device = body, asked, prefix_device
-        self._refused = {"merge": refuses_merge(body), "pad": refuses_pad(body), "mask": refuses_mask(body)}
+        self._refused = {"merge": refuses_merge(body), "pad": refuses_pad(body)}
         refused = self._refused.get(asked)
         if refused is not None:
             raise ValueError(f"path={asked!r}: {refused}; use path='concat'")
@@ -116,8 +117,6 @@ class PathChoice:
             lines.append(f"the context is read again for every sequence{one}")
         if self.path == "pad":
             lines.append("a batch of sequences copies the context for one layer at a time")
-        if self.path == "mask":
-            lines.append("every token pays for all keys of a call, of other sequences too, but with flex_attention")
         if self.path != "concat" and self.rope_switch is not None:
             lines.append(f"calls that cross {self.rope_switch} tokens, where longrope moves positions, run on concat")
         return lines

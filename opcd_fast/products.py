@@ -68,7 +68,8 @@ def project(hidden: list[Tensor], weights: list[Weight], logits: list[Tensor]) -
     tiled = []
     for h, weight, z in zip(hidden, weights, logits, strict=True):
         if weight.bf16_dot:
-            native.project_bf16(h.bfloat16(), weight.weight, z)  # h was bf16 before it was made float32
+            # h was bf16 before it was made float32. The library reads rows, which a transposed tensor has not.
+            native.project_bf16(h.bfloat16().contiguous(), weight.weight, z)
         else:
             tiled.append((h, weight, z))
     for start in tiled[0][1].tiles() if tiled else ():
@@ -98,3 +99,15 @@ def add_weight_gradient(
         torch.addmm(dw, g.t(), h, beta=beta, alpha=factor, out_dtype=dw.dtype, out=dw)
     else:
         dw.addmm_(g.t(), h, beta=beta, alpha=factor)
+
+
+def scale_into(source: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """out = source * factor, a scalar; multiplied in the wider of their two dtypes and rounded once to out's, which may
+    be source itself. One kernel on a device, without a copy."""
+    # With a dimension it counts in the promotion of types: a scalar 1/3 would be rounded to bf16 first.
+    factor = factor.reshape([1] * source.ndim)
+    # A CPU casts through temporaries, hence slices.
+    rows = source.shape[0] if source.is_cuda else 4096
+    for part, target in zip(source.split(rows), out.split(rows), strict=True):
+        torch.mul(part, factor, out=target)
+    return out

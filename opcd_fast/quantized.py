@@ -61,6 +61,7 @@ def quantize_4bit(model: Any, device: torch.device, dtype: torch.dtype, setting:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     seam.mark_4bit(lm)
+    keep_plain_layout(lm)
     return lm.to(device).requires_grad_(False)
 
 
@@ -74,11 +75,12 @@ def _packed(bnb: Any, layer: nn.Linear, device: torch.device, dtype: torch.dtype
     return new.train(layer.training)
 
 
-def keep_gradients(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights that gradients will pass through.
+def keep_plain_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights in the first forward pass without gradients.
 
-    On CPUs with AVX512-BF16 the first forward without gradients rearranges a layer's weights for a kernel that has no
-    backward pass, and a student that shares the layer would lose gradients without a word.
+    On CPUs with AVX512-BF16 it rearranges them for a kernel that multiplies in bfloat16 whatever the compute type is,
+    has no backward pass (a student that shares the layer would lose gradients without a word), and fails for widths
+    that are not multiples of 64. Without it a packed model gives the same numbers on every CPU.
     """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):

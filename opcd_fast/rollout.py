@@ -2,7 +2,7 @@
 
 Engines that give the same answers for the same seed, up to rounding:
 
-- "decode": `opcd_fast.decoding`, for architectures it knows; compared with "generate" on first use;
+- "decode": `opcd_fast.decoding`, for architectures it knows; checked on first use (`rollout_check`);
 - "generate": transformers' `generate`, for everything else;
 - "continuous": transformers' `generate_batch`, whose own random numbers draw the tokens.
 
@@ -23,6 +23,7 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.decoding import decode, refuses_decoding
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
+from opcd_fast.rollout_check import Answers, check_decoding
 from opcd_fast.rollout_choice import Choice, agree, faster
 from opcd_fast.rollout_protocol import Completion, Rollout, check_request, stop_token_ids, weights_version
 
@@ -49,7 +50,8 @@ class TransformersRollout:
             weights). None: on the CPU; on GPUs for models from 20 million parameters on, where it is timed once on the
             first call's prompts, and taken only if it is faster and the log-probabilities agree.
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
-        engine: "auto" | "decode" | "generate" | "continuous". Auto is "decode" where it agrees with "generate".
+        engine: "auto" | "decode" | "generate" | "continuous". Auto is "decode" where it agrees with the
+            model's forward pass.
         choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
     """
 
@@ -211,21 +213,23 @@ class TransformersRollout:
         self._kept.write()
 
     def _verified(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> tuple[str, str]:
-        """Both engines on a few of the prompts, shortest and longest among them, most probable tokens."""
+        """The loop on a few of the prompts, shortest and longest among them."""
         ordered = sorted(set(rows), key=len)
         trial = [*ordered[: TRIAL_PROMPTS // 2], *ordered[TRIAL_PROMPTS // 2 :][-TRIAL_PROMPTS // 2 :]]
         uniform = torch.zeros(len(trial), min(TRIAL_TOKENS, max_new_tokens), dtype=torch.float64)
+
+        def loop() -> Answers:
+            return self._run("decode", self.model, trial, uniform, temperature=0.0, top_p=1.0)
+
         try:
-            ours = self._run("decode", self.model, trial, uniform, temperature=0.0, top_p=1.0)
+            good, figures = check_decoding(self.model, loop, trial, self.vocab_size)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
             return self._stepped_down(f"decode failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        theirs = self._run("generate", self.model, trial, uniform, temperature=0.0, top_p=1.0)
-        good, difference = agree(ours, theirs, next(self.model.parameters()).dtype)
         if good:
-            return "decode", f"agrees with generate: log-probabilities differ by {difference:.1e} at most"
-        return self._stepped_down(f"decode disagrees with generate by {difference:.1e} in log-probability")
+            return "decode", f"agrees with the model's forward pass: log-probabilities differ by {figures}"
+        return self._stepped_down(f"decode disagrees with the model's forward pass: log-probabilities by {figures}")
 
     def _stepped_down(self, reason: str) -> tuple[str, str]:
         _log.warning("rollout: %s; using transformers' generate", reason)

@@ -12,6 +12,7 @@ from torch import Tensor
 from opcd_fast import transformers_seam as seam
 from opcd_fast.rollout_protocol import cut_at_stop
 from opcd_fast.sampling import draw
+from opcd_fast.sdpa import sdpa_without_cudnn
 
 
 @torch.no_grad()
@@ -34,10 +35,11 @@ def generate(
     device = next(model.parameters()).device
     ids, mask = _left_padded(prompts, stop_token_ids[0])
     sampler = _Sampler(uniform.to(device), temperature, top_p, vocab_size)
-    with _own_generation_settings(model):
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+    generator, inputs, prefix = seam.generation_inputs(model, ids.to(device), mask.to(device))
+    width = inputs["input_ids"].shape[1]
+    with _own_generation_settings(model), sdpa_without_cudnn():
+        output = generator.generate(
+            **inputs,
             logits_processor=[sampler],
             synced_gpus=False,  # weights are whole here, and ranks need not take the same number of steps
             generation_config=GenerationConfig(
@@ -49,7 +51,9 @@ def generate(
                 use_cache=True,
             ),
         )
-    tokens = output[:, ids.shape[1] :].tolist()
+    if prefix is not None and prefix.get_seq_length() < width:
+        raise RuntimeError("model: transformers' generate did not read the trained prefix; use engine='decode'")
+    tokens = output[:, width:].tolist()
     logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
     answers = []
     for row, values in zip(tokens, logprobs):

@@ -34,4 +34,3 @@ class Spec:
     parameter: float = 0.0  # beta of jsd, alpha of the skewed ones, k of the truncated one
     tail: str = "none"  # of the truncated one
     group: str = ""  # name of the process group over which the head is sharded; "" for none
-    projection: str = "fp32"  # or "dual"

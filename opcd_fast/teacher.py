@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import kernels_of, refuses_stock_attention
 from opcd_fast.attention import PackedRow, packed_row
-from opcd_fast.mask_path import mask_forward
 from opcd_fast.path_choice import PathChoice
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_memory import PrefixMemory
 from opcd_fast.prefix_store import PrefixStore
+from opcd_fast.quantized import keep_plain_layout
 from opcd_fast.stored_layer import storage_type
 from opcd_fast.teacher_budget import default_batch_bytes
 from opcd_fast.teacher_inputs import (
@@ -57,9 +57,9 @@ class ContextTeacher:
 
     model: a transformers causal LM, or PEFT around one; it may be the student itself.
     contexts: token ids of one context (1-D tensor or list of ints, possibly empty), or a list of such.
-    path: "auto" (the first of merge, pad and mask that is exact for this model, checked at first use, else concat),
-        "merge", "pad", "mask" or "concat". A path asked for by name goes through the same check, and is an error if it
-        fails.
+    path: "auto" (merge, else pad, whichever is exact for this model by a check at first use; else concat, with a
+        warning), "merge", "pad" or "concat". A path asked for by name goes through the same check, and is an error if
+        it fails.
     adapter: "disabled" runs a PEFT model without its adapters, "active" as they are.
     store: a folder where contexts' caches are kept for later runs, see `PrefixStore`; made if need be. Left alone as
         soon as the teacher's weights are seen to change, while they are being trained, and on path "concat".
@@ -106,6 +106,7 @@ class ContextTeacher:
         if adapter not in ("disabled", "active"):
             raise ValueError(f"adapter: expected 'disabled' or 'active', got {adapter!r}")
         self.model = model
+        keep_plain_layout(model)
         self._body = seam.body_of(model)
         if adapter == "active":
             seam.refuse_virtual_tokens(model)
@@ -153,7 +154,7 @@ class ContextTeacher:
 
     @property
     def path(self) -> str:
-        """The path in use: "merge", "pad", "mask" or "concat". Asking runs the check of first use.
+        """The path in use: "merge", "pad" or "concat". Asking runs the check of first use.
 
         Raises ValueError when a path that was asked for by name fails that check.
         """
@@ -190,7 +191,7 @@ class ContextTeacher:
         False for a model whose path runs it once per context or sequence.
         """
         self._max_batch_bytes = sys.maxsize
-        return self.path in ("merge", "mask") and self._choice.rope_switch is None
+        return self.path == "merge" and self._choice.rope_switch is None
 
     def explain(self) -> str:
         """Which path runs, why, and what the contexts occupy."""
@@ -286,8 +287,6 @@ class ContextTeacher:
             return merge_forward(self._body, self._prefixes_of(index), ids, row, index)
         if path == "pad":
             return pad_forward(self._body, self._prefixes_of(index), ids, row, index)
-        if path == "mask":
-            return mask_forward(self._body, self._prefixes_of(index), ids, row, index)
         return concat_forward(self._body, self._contexts, ids, row, index, alone=self._choice.runs_alone())
 
     def _parts(

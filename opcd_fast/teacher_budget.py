@@ -134,16 +134,11 @@ def part_bytes(sizes: Sizes, path: str, part: Part, fetched: float = 0.0) -> int
         attention = (past + 2 * rows) * sizes.keys * s + rows * sizes.query * (2 * s + 3 * 4)
         attention += grid * (2 * sizes.query + sizes.keys) * sizes.single + prefix
     else:
-        if path == "mask":  # one row, all of whose tokens stand against all keys
-            rows, past = part.tokens, part.past
-            keys = past + rows
-            scores = rows * keys
-        else:
-            whole = part.longest_whole if path == "concat" else part.longest
-            rows = part.sequences * whole
-            past = 0 if path == "concat" else part.longest_past
-            keys = part.sequences * (past + whole)
-            scores = whole * keys
+        whole = part.longest_whole if path == "concat" else part.longest
+        rows = part.sequences * whole
+        past = 0 if path == "concat" else part.longest_past
+        keys = part.sequences * (past + whole)
+        scores = whole * keys
         attention = (
             (keys + 2 * rows) * sizes.keys * s + rows * sizes.query * 3 * s + int(past * sizes.keys * s * fetched)
         )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from opcd_fast import mask_path
 from opcd_fast.attention import PackedRow, packed_row
 from opcd_fast.teacher_budget import Part, part_bytes, sizes_of
 
@@ -43,8 +42,6 @@ def split(
         one = (lengths[sequence], index[sequence], context_lengths[sequence])
         longer = part.plus(*one, sizes.window)
         fits = part_bytes(sizes, path, longer, fetched) <= max_bytes
-        if path == "mask":  # which refuses larger masks, whatever else there is room for
-            fits = fits and longer.tokens * (longer.past + longer.tokens) * sizes.element <= mask_path.MASK_BYTES
         if path == "pad" and len(longer.contexts) > 1:
             fits = False  # it runs context by context anyway
         if not parts or not fits:

@@ -1,4 +1,4 @@
-"""The one place that knows transformers' (and peft's) version-dependent parts; checked on 5.17 and 5.23.
+"""The one place that knows transformers' (and peft's) version-dependent parts; checked on 5.17, 5.23 and 5.24.
 
 Everything here takes a model and hides how this version of transformers spells a thing: where the body under
 the lm-head is, how the attention function is chosen, what a cache layer must implement, how gradient
@@ -16,17 +16,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
 from opcd_fast.frozen_cache import FrozenLayer, frozen_cache
+from opcd_fast.sdpa import sdpa_without_cudnn
 
 __all__ = ["FrozenLayer", "frozen_cache"]  # the part of this seam that has a file of its own
 
 PACKED_ATTENTION = "opcd_packed"
 """Name under which `using_attention` registers its function. transformers builds no mask for a name that its
 mask registry lacks, which is what a packed row needs."""
+
+_CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
 # --- finding the parts of a model ---------------------------------------------------------------------------
@@ -85,7 +89,10 @@ def run_body(
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
 ) -> Tensor:
-    """Last hidden state (B, T, D) of `input_ids` (B, T); after the final norm, what the lm-head reads."""
+    """Last hidden state (B, T, D) of `input_ids` (B, T); after the final norm, what the lm-head reads.
+
+    Without cuDNN's attention, also where checkpointed layers are recomputed.
+    """
     kwargs: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None, "return_dict": True}
     # Passed only when given and known: some architectures take neither argument, and count positions themselves.
     if position_ids is not None and "position_ids" in inspect.signature(body.forward).parameters:
@@ -93,8 +100,32 @@ def run_body(
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask
     if cache is not None:
-        kwargs["past_key_values"] = cache
-    return body(**kwargs).last_hidden_state
+        kwargs.update(cache_argument(body, cache))
+    with sdpa_without_cudnn():
+        if not torch.is_grad_enabled():
+            return body(**kwargs).last_hidden_state
+        with recomputing_under(body, sdpa_without_cudnn):
+            return body(**kwargs).last_hidden_state
+
+
+def takes_cache(model: nn.Module) -> str | None:
+    """The name under which `forward` of `model` (in its wrappers, or a body) takes a cache; None when it takes none."""
+    inner: Any = causal_lm(model)
+    # The class's own as well: what replaces a method of one object may say (*args, **kwargs) and nothing else.
+    for forward in (inner.forward, type(inner).forward):
+        names = inspect.signature(forward).parameters
+        found = next((name for name in _CACHE_NAMES if name in names), None)
+        if found is not None:
+            return found
+    return None
+
+
+def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """The keyword argument of `forward` of `model` that hands over `cache`. Raises TypeError when it takes none."""
+    name = takes_cache(model)
+    if name is None:
+        raise TypeError(f"model: {type(causal_lm(model)).__name__} takes no cache of keys and values")
+    return {name: cache}
 
 
 def config_of(body: nn.Module) -> Any:
@@ -261,6 +292,29 @@ def trained_prefix(model: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
         refuse_virtual_tokens(model)
     cache = learner.get_prompt(batch_size=1)
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def generation_inputs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Any, dict[str, Any], Cache | None]:
+    """What to call `generate` on, its inputs, and the cache among them, for prompts (B, T) padded on the left.
+
+    Of a model with a trained prefix of p tokens: the base model, a cache that holds the prefix, and p ids of no meaning
+    in front, (B, p + T), where `generate` looks for what the cache holds. PEFT's own `generate` puts the prefix under
+    a cache's old name beside transformers' new one, and from transformers 5.24 on that is dropped (peft 0.21).
+    Whether `generate` took the cache shows in its length, which grows.
+    """
+    if trained_prefix(model) is None:
+        return model, {"input_ids": input_ids, "attention_mask": attention_mask}, None
+    cache = prompt_learner(model).get_prompt(batch_size=len(input_ids))
+    before = input_ids.new_zeros(len(input_ids), cache.get_seq_length())
+    lm: Any = causal_lm(model)
+    inputs = {
+        "input_ids": torch.cat([before, input_ids], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(before), attention_mask], dim=1),
+        **cache_argument(lm, cache),
+    }
+    return lm, inputs, cache
 
 
 def adapter_modules(model: nn.Module) -> list[nn.Module]:

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opcd_fast import transformers_seam as seam
 from opcd_fast.attention import packed_row
-from opcd_fast.mask_path import mask_forward
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
 from opcd_fast.tiny_twin import VOCABULARY, has_window, tiny_twin
@@ -20,7 +18,7 @@ _TOLERANCE_HALF = 0.05  # relative RMS; a missing or wrong key gives differences
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32: either would turn rounding into a mismatch."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -32,7 +30,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def verify(body: nn.Module, path: str, prefix_device: torch.device | None = None) -> tuple[str, bool | None]:
-    """Run `path` ("merge", "pad", "mask" or "concat") on tiny random models of `body`'s kind: outcome, agreement.
+    """Run `path` ("merge", "pad" or "concat") on tiny random models of `body`'s kind: outcome, agreement.
 
     Against each sequence alone after its context, a plain forward without padding.
 
@@ -48,13 +46,9 @@ def verify(body: nn.Module, path: str, prefix_device: torch.device | None = None
                 twin = tiny_twin(body, window=window)
             except Exception as error:  # noqa: BLE001 - configurations refuse small sizes in ways of their own
                 return f"{type(error).__name__}: {error}".splitlines()[0], None
-            if path == "mask":
-                # Its mask depends on the implementation, which a twin changes where it is neither eager nor sdpa.
-                name = seam.config_of(body)._attn_implementation
-                seam.config_of(twin)._attn_implementation_internal = name
             for kind in dict.fromkeys((torch.float32, dtype)):
                 twin = twin.to(kind)
-                with _full_precision(device):
+                with full_precision(device):
                     got, oracle = both(path, twin, device, prefix_device)
                 if kind == torch.float32:
                     worst = max(worst, float((got - oracle).abs().max()))
@@ -85,6 +79,6 @@ def both(
         prefixes = {
             i: SharedPrefix.build(twin, c, chunk_tokens=chunk, device=prefix_device) for i, c in enumerate(contexts)
         }
-        forward = {"merge": merge_forward, "pad": pad_forward, "mask": mask_forward}[path]
+        forward = {"merge": merge_forward, "pad": pad_forward}[path]
         got = forward(twin, prefixes, ids, row, index)
     return got.double(), concat_forward(twin, contexts, ids, row, index, alone=True).double()

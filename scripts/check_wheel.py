@@ -82,7 +82,7 @@ def copy_sources(copy: Path) -> list[str]:
 def installed_name(name: str) -> str | None:
     """Where the wheel has the tracked file `name`; None if it does not belong there."""
     if name.startswith("kernels/"):
-        return f"opcd_fast/{name}" if name.endswith(".py") else None
+        return f"opcd_fast/{name}" if name.endswith((".py", ".json")) else None
     return name if name.startswith("opcd_fast/") else None
 
 

@@ -242,6 +242,11 @@ ARCHITECTURES: dict[str, Config] = {
         attention_head_dim=24,
     ),
     "lfm2": _config("Lfm2Config", layer_types=["conv", "full_attention"]),
+    "lfm2-moe": _config("Lfm2MoeConfig", _EXPERTS, layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "qwen3.5-moe": _config(
+        "Qwen3_5MoeTextConfig", _EXPERTS, _LINEAR, head_dim=16, shared_expert_intermediate_size=32
+    ),
+    "olmo-hybrid": _config("OlmoHybridConfig", _LINEAR, layer_types=["linear_attention", "full_attention"]),
     "mamba2": lambda: transformers.Mamba2Config(
         vocab_size=VOCABULARY,
         hidden_size=48,

@@ -7,6 +7,22 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from opcd_fast import timing
 
+MB = 1 << 20
+
+
+def peak_bytes(function):
+    """Most bytes held at once by tensors and temporaries that were allocated while the function ran."""
+    gc.collect()  # what an earlier profile saw would count when it is freed in this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak
+
 
 @contextmanager
 def marked_parts(monkeypatch):

@@ -28,11 +28,13 @@ bias = torch.randn(V, generator=generator)
 weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 0.0, 1.0, 3.0, 1.0])
 first = sum(SIZES[:rank])
 mine = slice(first, first + SIZES[rank])
+# The longest sums run over the vocabulary, on both sides of a comparison, each in an order of its own.
+ROUNDING = 2 * torch.finfo(torch.float32).eps * V**0.5
 
 
 def close(ours, theirs, what, least=1e-12):
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=least))
-    assert error <= 1e-6, f"{what}: {error}"
+    assert error <= ROUNDING, f"{what}: {error}"
 
 
 def run(hidden, head, teacher_head, **options):

@@ -27,7 +27,6 @@ def need(capability=(9, 0), dtype=BF16, d=128, **options):
 
 @pytest.fixture(autouse=True)
 def _a_full_torch(monkeypatch):
-    monkeypatch.setattr(backends, "_cudnn_ready", lambda: True)
     monkeypatch.setattr(backends, "_triton_ready", lambda: True)
     monkeypatch.setattr(kernels, "varlen_ready", lambda: True)
 
@@ -36,9 +35,8 @@ TABLE = [  # need, packages, phase 1, phase 2, windowed, merge
     (need(None, FP32), NONE, "CPU flash", "CPU flash", "dense", "torch"),
     (need(None, BF16), BOTH, "CPU flash", "CPU flash", "dense", "torch"),
     (need(None, FP32, softcap=True), BOTH, "blocked", "blocked", "blocked", "torch"),
-    (need(), NONE, "cuDNN", "varlen", "varlen", "Triton"),
-    (need(), BOTH, "cuDNN", "varlen", "varlen", "Triton"),
-    (need(keys=1), NONE, "flash", "varlen", "varlen", "Triton"),
+    (need(), NONE, "flash", "varlen", "varlen", "Triton"),
+    (need(), BOTH, "flash", "varlen", "varlen", "Triton"),
     (need(d=256), BOTH, "flash", "varlen", "varlen", "Triton"),
     (need(d=192), NONE, "flash", "varlen", "varlen", "Triton"),
     (need(d=76), BOTH, "memory-efficient", "memory-efficient", "dense", "Triton"),
@@ -73,8 +71,15 @@ def test_table(call, packages, first, second, windowed, merge):
     assert backends.merge(call) == merge
 
 
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_no_plan_is_built_for_the_lengths_of_a_call(d, capability, dtype):
+    """Phase 1 sees another sum of lengths at every step, and keys with other strides: flash takes them as they come."""
+    assert backends.phase_1(need(capability, dtype, d), NONE) == ("flash", kernels.prefix_flash)
+
+
 def test_what_torch_lacks(monkeypatch):
-    monkeypatch.setattr(backends, "_cudnn_ready", lambda: False)
     monkeypatch.setattr(backends, "_triton_ready", lambda: False)
     monkeypatch.setattr(kernels, "varlen_ready", lambda: False)
     assert backends.phase_1(need(), BOTH).name == "flash" and backends.merge(need()) == "torch"
@@ -99,7 +104,7 @@ def test_description():
         "windowed layers: FlashAttention-4"
     )
     text = backends.describe(need(), windows=False, sinks=False, packages=NONE)
-    assert text == "phase 1 cuDNN, phase 2 varlen, merge Triton"
+    assert text == "phase 1 flash, phase 2 varlen, merge Triton"
 
 
 def test_packages_that_are_not_there_or_do_not_import(monkeypatch):
@@ -187,16 +192,11 @@ def test_phase_1(name, softcap, packages):
     check_prefix(getattr(kernels, name), softcap)
 
 
-@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("name", ["flash", "efficient"])
 def test_phase_1_of_torch(name, monkeypatch):
     def attention(query, key, value, scale):
         out, lse = explicit(*(x[0].transpose(0, 1) for x in (query, key, value)), scale, None, False, None)
         return out.transpose(0, 1)[None], lse.t()[None]
-
-    def cudnn(query, key, value, bias, compute_log_sumexp, dropout_p, is_causal, *, scale):
-        assert bias is None and compute_log_sumexp and dropout_p == 0.0 and not is_causal
-        out, lse = attention(query, key, value, scale)
-        return out, lse.unsqueeze(-1), *[None] * 7
 
     def flash(query, key, value, dropout_p, is_causal, return_debug_mask, *, scale):
         assert dropout_p == 0.0 and not is_causal and not return_debug_mask
@@ -209,7 +209,6 @@ def test_phase_1_of_torch(name, monkeypatch):
         return out, torch.nn.functional.pad(lse, (0, 5), value=torch.nan), None, None
 
     stand_in = types.SimpleNamespace(
-        _scaled_dot_product_cudnn_attention=cudnn,
         _scaled_dot_product_flash_attention=flash,
         _scaled_dot_product_efficient_attention=efficient,
     )

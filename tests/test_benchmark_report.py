@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed packag
 
 from benchmarks import report as report_page  # noqa: E402
 from benchmarks import roofline, targets  # noqa: E402
+from benchmarks.phase_rows import Head, PhaseRow, append, value  # noqa: E402
 from benchmarks.plots import accuracy, swept  # noqa: E402
 from benchmarks.schema import BOUND, Device, GradientError, Report, Row, Time  # noqa: E402
 
@@ -114,9 +115,8 @@ def test_model_bytes():
     bytes_of = {one.name: (one.row_bytes(), one.logit_bytes()) for one in roofline.IMPLEMENTATIONS}
     assert bytes_of[roofline.OURS.name] == (18, 30)
     assert bytes_of[roofline.ONE_READ.name] == (10, 22)
-    assert bytes_of[roofline.DUAL.name] == (6, 14)
     assert bytes_of[roofline.TRL.name] == (26, 46)
-    assert [one.products() for one in roofline.IMPLEMENTATIONS] == [4, 4, 4, 6, 4]
+    assert [one.products() for one in roofline.IMPLEMENTATIONS] == [4, 4, 6, 4]
 
 
 def test_model_times():
@@ -145,6 +145,48 @@ def _full_report(**options) -> Report:
     wrong = _errors("eager-bf16-logits", [0.05, 0.1, 0.2, 0.6, 2.4])
     rows += [dataclasses.replace(r, case="a") for r in (_errors("opcd_fast-triton", [2e-3] * 5), wrong)]
     return _report(rows, **options)
+
+
+def _gpu_run(path: Path) -> None:
+    """Two phases of eleven: one whole, one that was killed in the middle of a line."""
+    device = Device("cuda", "NVIDIA H200", 132, 1 << 37, "580.1", "13.0")
+    environment = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+    for phase in ("loss", "gpu_tests"):
+        append(path, Head(phase, "2030-01-02T03:04:05+00:00", "python -m x", "abc", None, device, {"torch": "2.11.0"},
+                          environment))  # fmt: skip
+    append(path, PhaseRow("loss", "full, opcd_fast-triton", shape={"N": 16_384}, settings={"dtype": "bfloat16"},
+                          values={"time": value(128.4, "ms"), "of_bound": value(0.81, "1")}))  # fmt: skip
+    append(path, PhaseRow("loss", "full, trl", "failed", "OutOfMemoryError: tried | 80 GiB"))
+    append(path, PhaseRow("loss", "phase", seconds=80.0))
+    for index in range(3):
+        append(path, PhaseRow("gpu_tests", f"gpu/test_loss_gpu.py::test_it[{index}]", values={"time": value(1, "s")}))
+    append(path, PhaseRow("gpu_tests", "gpu/test_loss_gpu.py::test_other", "failed", "E assert 2 <= 1"))
+    append(path, PhaseRow("gpu_tests", "cut off", values={"time": value(1, "s")}))
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def test_whatever_part_of_a_gpu_run_came_back_is_shown(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results, out = tmp_path / "results", tmp_path / "docs" / "performance.md"
+    table = _full_report(name="a CPU")
+    table.write(results / table.file_name())
+    (results / "gpu").mkdir()
+    arguments = ["--results", str(results), "--out", str(out)]
+    assert report_page.main(arguments) == 0
+    before = out.read_text(encoding="utf-8")
+    assert "Not measured on a GPU" in before and "**Nothing here was measured on a GPU.**" in before
+    _gpu_run(results / "gpu" / "gpu_first_2030.jsonl")
+    assert report_page.main(arguments) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "Nothing here was measured on a GPU" not in text and "NVIDIA H200; commit abc; driver 580.1" in text
+    assert "| full, opcd_fast-triton | N 16,384; dtype bfloat16 | time 128.4 ms, of_bound 0.81 |" in text
+    assert "| full, trl |  | **failed**: OutOfMemoryError: tried \\| 80 GiB |" in text
+    assert "Cut off in the file: line 10." in text and "**Not finished**: the run ended before it." in text
+    assert "| 3 tests | | passed |" in text and "test_it" not in text and "test_other |  | **failed**" in text
+    (results / "gpu" / "gpu_first_2031.jsonl").write_text('{"kind": "row", "speed": 3}\n')
+    capsys.readouterr()
+    assert report_page.main(arguments) == 2
+    assert "gpu_first_2031.jsonl, line 1 has unknown field 'speed'" in capsys.readouterr().err
 
 
 def test_plots_leave_out_what_cannot_be_compared():

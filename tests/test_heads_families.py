@@ -166,7 +166,8 @@ def test_logits_equal_the_models(model_type):
     head, expected = check(model_type), KINDS[model_type]
     assert head.scale == pytest.approx(expected.get("scale", 1.0), rel=1e-6)
     assert head.softcap == (pytest.approx(expected["softcap"], rel=1e-6) if "softcap" in expected else None)
-    assert head.vocab_size == expected.get("vocab_size")
+    # Whether the padding lies in the head's rows or only in the embedding is the version's affair (Inkling-2).
+    assert head.valid_size == expected.get("vocab_size", head.weight.shape[0])
     assert (head.bias is not None) == expected.get("bias", False)
 
 

@@ -326,6 +326,38 @@ def test_non_contiguous_inputs(backend):
     compare(LMHead(weight), h, teacher, h_t.T.contiguous().T, backend)
 
 
+LAYOUTS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every other column": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "every other row": lambda x: torch.stack([x, x], dim=1)[:, 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("of_head", [True, False])
+@pytest.mark.parametrize("bf16_dot", [True, False])
+def test_bf16_inputs_in_any_layout(monkeypatch, layout, of_head, bf16_dot):
+    """With the CPU's bf16 dot product, or what stands for it where the CPU has none, and without."""
+    if not native.available():
+        pytest.skip(native.status())
+    monkeypatch.setattr(native, "has_bf16_dot", lambda: bf16_dot)
+    h, w, h_t = states(7, 24, 610, 0.1)
+    h_t = h_t.bfloat16()
+    weights = torch.tensor([1.0, 1.0, 0.0, 2.0, 1.0, 1.0, 1.0])
+
+    def run(*tensors, **options):
+        h, w, h_t = tensors
+        h, w = leaf(h), leaf(w)
+        loss = fused_linear_reverse_kl(h, w, h_t, w.detach(), backend="native", **options)
+        return [loss.detach(), *torch.autograd.grad(loss, (h, w))]
+
+    for options in ({}, {"token_weights": weights}, {"workspace_bytes": 150_000}):
+        # The same numbers, so the same bits but for what BLAS does with another layout: one bf16 rounding.
+        plain, laid_out = run(h, w, h_t, **options), run(layout(h), layout(w) if of_head else w, layout(h_t), **options)
+        for found, wanted in zip(laid_out, plain, strict=True):
+            assert relative_error(found, wanted) < torch.finfo(torch.bfloat16).eps
+
+
 def test_gradcheck_in_float64():
     g = torch.Generator().manual_seed(0)
     h, h_t = (torch.randn(3, 4, generator=g, dtype=torch.float64) for _ in range(2))
@@ -407,6 +439,8 @@ def test_sequence_mean_weights_of_a_mask_and_of_offsets():
         ({"reduction": "sum", "denominator": 3}, ["denominator", "'mean'"]),
         ({"denominator": 0}, ["denominator", "positive"]),
         ({"backend": "cuda"}, ["backend", "'torch'"]),
+        ({"projection": "dual"}, ["projection", "'auto'"]),
+        ({"projection": "bf16"}, ["projection", "'separate'"]),
         ({"workspace_bytes": 100}, ["workspace_bytes", "at least"]),
         ({"workspace_bytes": -1}, ["workspace_bytes", "positive"]),
         ({"token_weights": torch.ones(4)}, ["token_weights", "(3,)"]),
@@ -419,6 +453,14 @@ def test_bad_options_say_what_and_what_instead(options, words):
     with pytest.raises(ValueError) as error:
         fused_linear_reverse_kl(h, student, h_t, teacher, **options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("projection", ["auto", "separate", "fp32"])
+def test_every_projection_is_the_same_today(projection):
+    student, h, teacher, h_t = heads(rows=3)
+    with torch.no_grad():
+        found = fused_linear_reverse_kl(h, student, h_t, teacher, projection=projection)
+        assert float(found) == float(fused_linear_reverse_kl(h, student, h_t, teacher))
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):

@@ -1,15 +1,12 @@
 """What the loss allocates, counted by the allocator: workspace_bytes bounds it, whatever N is."""
 
-import gc
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from memory_record import MB, peak_bytes
 
 from opcd_fast import native
 from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_reverse_kl
 
-MB = 1 << 20
 VOCABULARY, ROWS, WIDTH = 151_936, 4096, 16
 SLACK = 2 * MB  # per-row statistics, weights and row numbers
 
@@ -21,20 +18,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def peak_bytes(function):
-    """Most bytes held at once by tensors and temporaries that were allocated while the function ran."""
-    gc.collect()  # what an earlier profile saw would count when it is freed in this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del result
-    return peak
 
 
 def inputs(rows, dtype=torch.float32):

@@ -155,6 +155,7 @@ def test_operands_of_the_wrong_kind_are_refused():
 @needs_library
 def test_bf16_dot_is_said_to_be_there_only_when_it_is_right(monkeypatch):
     """On a CPU without the instruction the level must not be offered; with it, a failed check falls back."""
+    monkeypatch.delenv("OPCD_NATIVE_LEVEL", raising=False)
     assert native.has_bf16_dot() == (native.BF16_DOT_LEVEL in LEVELS)
     if not native.has_bf16_dot():
         return

@@ -242,12 +242,44 @@ def test_what_cannot_be_packed_is_refused(tokenizer, tmp_path):
 
 
 @needs_bitsandbytes
-def test_gradients_pass_through_a_base_that_was_read_without_them(tokenizer, tmp_path, monkeypatch):
-    """On some CPUs bitsandbytes would switch to a kernel without a backward pass; on others only the switch shows."""
+@pytest.mark.parametrize("given", ["student", "teacher", "teacher object", "folder", "bare"])
+def test_weights_keep_their_layout_when_they_are_read_without_gradients(tokenizer, tmp_path, monkeypatch, given):
+    """On some CPUs bitsandbytes would rearrange them, for a kernel that rounds otherwise, has no backward pass and
+    takes no layer this small; on others only the switch shows."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    trainer = make(tokenizer, tmp_path / "run", quantization="4bit")
-    layers = [m for m in trainer.model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    if given == "student":
+        model = make(tokenizer, tmp_path / "run", quantization="4bit").model
+    elif given == "teacher":
+        settings = {"teacher_quantization": "4bit", "teacher_model": tiny_model(seed=3)}
+        model = make(tokenizer, tmp_path / "run", **settings).teacher.model
+    elif given == "teacher object":
+        model = make(tokenizer, tmp_path / "run", teacher_model=saved_packed(tmp_path)).teacher.model
+    elif given == "folder":
+        saved_packed(tmp_path).save_pretrained(tmp_path / "packed")
+        model = load_model(str(tmp_path / "packed"), dtype="float32", device="cpu")
+    else:
+        model = ContextTeacher(saved_packed(tmp_path), [1, 2, 3]).model
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    with torch.no_grad():
+        found = model.eval()(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert torch.isfinite(found).all()
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("hidden", "between"), [(32, 40), (24, 50), (64, 128)])
+def test_any_width_is_packed(hidden, between):
+    """Against the layers' own weights, unpacked; in float32 a product of k terms may be off by k roundings."""
+    model = packed_model(hidden_size=hidden, intermediate_size=between)
+    import bitsandbytes as bnb
+
+    for layer in (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)):
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            off = (layer(x).double() - x.double() @ weight.T).abs()
+        assert (off <= layer.in_features * 2**-24 * (x.double().abs() @ weight.T.abs())).all()
 
 
 def test_settings_of_another_packing_are_refused():

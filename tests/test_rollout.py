@@ -7,6 +7,7 @@ from tiny import logprobs_by_hand, lora_model, tiny_model
 
 from opcd_fast import decoding, rollout_memory
 from opcd_fast import rollout as rollout_module
+from opcd_fast import transformers_seam as seam
 from opcd_fast.errors import InputError
 from opcd_fast.merged import MergedCopy
 from opcd_fast.rollout import TransformersRollout
@@ -93,7 +94,7 @@ def test_a_decode_that_is_wrong_is_found_out(monkeypatch, caplog):
     model = tiny_model()
     sampler = TransformersRollout(model, stop_token_ids=[256])
     answers = sampler.generate(PROMPTS, max_new_tokens=6, seed=1)
-    assert "engine: generate (decode disagrees with generate by" in sampler.explain()
+    assert "engine: generate (decode disagrees with the model" in sampler.explain()
     assert "decode disagrees" in caplog.text
     assert answers == TransformersRollout(model, stop_token_ids=[256], engine="generate").generate(
         PROMPTS, max_new_tokens=6, seed=1
@@ -107,7 +108,7 @@ def test_a_decode_that_is_wrong_is_found_out(monkeypatch, caplog):
 def test_the_right_decode_is_taken():
     sampler = TransformersRollout(tiny_model(), stop_token_ids=[256])
     sampler.generate(PROMPTS, max_new_tokens=6)
-    assert "engine: decode (agrees with generate" in sampler.explain()
+    assert "engine: decode (agrees with the model" in sampler.explain()
 
 
 def test_answers_follow_the_distribution():
@@ -158,7 +159,7 @@ def test_the_batch_is_sized_to_memory(monkeypatch):
     assert per_token == 2 * layers * heads * width * 4
     cache = decoding.buffered_cache(layers)
     cache.spread(torch.zeros(3, dtype=torch.int64), 7)
-    model(input_ids=torch.ones(3, 7, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.ones(3, 7, dtype=torch.int64), **seam.cache_argument(model, cache), use_cache=True)
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     assert held == 3 * 7 * per_token
     row = rollout_memory.bytes_per_sequence(model, 10, 20, 261)

@@ -170,7 +170,7 @@ def test_concat_in_parts(setting, monkeypatch):
 
 def test_flex_is_a_row_with_a_reason(setting):
     found = _contenders(setting, dataclasses.replace(SMALL, group="flex"))
-    assert set(found) == {"opcd_fast-merge", "opcd_fast-mask", "flex-mask", BOUND}
+    assert set(found) == {"opcd_fast-merge", "flex-mask", BOUND}
     assert "GPU" in found["flex-mask"].skip
 
 
@@ -218,7 +218,7 @@ def test_quick_table(tmp_path):
         rows = {row.implementation: row for row in report.teacher if row.case == case.name}
         for name, row in rows.items():
             assert (row.context, row.response, row.batch) == (case.context, case.response, case.batch)
-            if name in ("flex-mask", "opcd_fast-mask") and row.status == "skipped":
+            if name == "flex-mask" and row.status == "skipped":
                 assert row.note
                 continue
             assert row.status == "ok" and row.time_ms.count >= 3

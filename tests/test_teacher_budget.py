@@ -10,7 +10,7 @@ from test_loss_memory import peak_bytes
 from tiny_models import pack, plain_after_context, random_ids, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from opcd_fast import mask_path, teacher_budget
+from opcd_fast import teacher_budget
 from opcd_fast import transformers_seam as seam
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.teacher_parts import split
@@ -69,7 +69,7 @@ def counted(model, path, lengths, context, **options):
 
 
 CASES = [(300, [32] * 16), (300, [64, 48, 16, 3, 1] * 3), (20, [128] * 6), (900, [8] * 6), (0, [60] * 6)]
-WAYS = [("llama", "merge"), ("llama", "pad"), ("llama", "mask"), ("eager", "mask"), ("llama", "concat"),
+WAYS = [("llama", "merge"), ("llama", "pad"), ("llama", "concat"),
         ("eager", "pad"), ("eager", "concat"),
         ("wide-mlp", "merge"), ("many-keys", "merge"), ("many-keys", "pad"), ("mixtral", "merge"), ("gpt2", "pad"),
         ("gpt2", "concat")]  # fmt: skip
@@ -110,7 +110,7 @@ def test_peak_of_a_divided_call_stays_below_the_bound(path, selected):
     assert whole > 2 * part
 
 
-@pytest.mark.parametrize("path", ["merge", "pad", "mask", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed-window"])
 def test_parts_change_no_number(name, path):
     model, contexts = tiny_model(name), random_ids(20, 6, 0)
@@ -126,17 +126,6 @@ def test_parts_change_no_number(name, path):
         torch.testing.assert_close(some, want[select], atol=1e-4, rtol=0)
         none = teacher.hidden_states_packed(ids, bounds, context_index=index, select=select[:0])
         assert none.shape == (0, 48)
-
-
-def test_masks_larger_than_allowed_are_divided_too(monkeypatch):
-    model, contexts, sequences = tiny_model("falcon"), random_ids(20, 6), random_ids(9, 12, 4, 12, seed=2)
-    ids, bounds = pack(sequences)
-    teacher = ContextTeacher(model, contexts, path="mask")
-    assert teacher.path == "mask"  # the check is over
-    monkeypatch.setattr(mask_path, "MASK_BYTES", 12 * 32 * 4)  # one of the longest sequences by itself
-    got = teacher.hidden_states_packed(ids, bounds, context_index=[0, 0, 1, 0])
-    want = [plain_after_context(model, contexts[i], s) for i, s in zip([0, 0, 1, 0], sequences, strict=True)]
-    torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=0)
 
 
 def test_windows_count_for_each_context():

@@ -15,10 +15,9 @@ from tiny_models import (
     tiny_model,
 )
 
-from opcd_fast import attention, mask_path, teacher_paths, verification
+from opcd_fast import attention, teacher_paths, verification
 from opcd_fast import transformers_seam as seam
 from opcd_fast.expanded_cache import ExpandedLayer
-from opcd_fast.mask_path import CountedLayer
 from opcd_fast.teacher import ContextTeacher
 
 # --- choice of path -----------------------------------------------------------------------------------------
@@ -40,18 +39,13 @@ def test_other_architectures_take_another_path_and_say_so(name, path, caplog):
         ContextTeacher(model, [1, 2], path="merge")
 
 
-@pytest.mark.parametrize(
-    ("wrong", "path"), [(("merge",), "pad"), (("merge", "pad"), "mask"), (("merge", "pad", "mask"), "concat")]
-)
+@pytest.mark.parametrize(("wrong", "path"), [(("merge",), "pad"), (("merge", "pad"), "concat")])
 def test_planted_errors_step_down(wrong, path, monkeypatch, caplog):
     honest_merge, honest_update = attention.merge_by_logsumexp, ExpandedLayer.update
     if "merge" in wrong:
         monkeypatch.setattr(
             attention, "merge_by_logsumexp", lambda a, la, b, lb, **kw: honest_merge(a, la, b, lb + 0.01, **kw)
         )
-    if "mask" in wrong:
-        honest_read = CountedLayer.update
-        monkeypatch.setattr(CountedLayer, "update", lambda self, k, v, *_: honest_read(self, k * 1.01, v))
     if "pad" in wrong:
         monkeypatch.setattr(ExpandedLayer, "update", lambda self, k, v, *_: honest_update(self, k * 1.01, v))
     model = tiny_model()
@@ -162,11 +156,6 @@ def test_planted_error_in_windows_steps_down(name, monkeypatch):
     assert ContextTeacher(tiny_model(name), [1, 2]).path == "pad"
     honest_sizes = ExpandedLayer.get_mask_sizes
     monkeypatch.setattr(ExpandedLayer, "get_mask_sizes", lambda self, q: (honest_sizes(self, q)[0], 0))
-    assert ContextTeacher(tiny_model(name), [1, 2]).path == "mask"
-    honest_mask = mask_path._mask
-    monkeypatch.setattr(
-        mask_path, "_mask", lambda *args: honest_mask(*args[:-1], None if args[-1] is None else args[-1] - 1)
-    )
     assert ContextTeacher(tiny_model(name), [1, 2]).path == "concat"
 
 
@@ -265,7 +254,7 @@ def test_layer_that_never_asks_for_its_prefix_is_an_error_on_pad(name, monkeypat
     teacher.hidden_states_packed(ids, bounds)
     attend = model.model.layers[1].self_attn
     honest = attend.forward
-    forget = {"past_key_values": None, "attention_mask": None}
+    forget = {seam.takes_cache(model): None, "attention_mask": None}
     monkeypatch.setattr(attend, "forward", lambda *args, **kw: honest(*args, **{**kw, **forget}))
     with pytest.raises(RuntimeError, match=r"layers \[1\] did not read the context"):
         teacher.hidden_states_packed(ids, bounds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 
 import pytest
@@ -12,7 +11,7 @@ from architectures import ARCHITECTURES, WINDOW, build
 from tiny_models import pack, plain_after_context, plain_hidden, random_ids
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from opcd_fast import architectures, expanded_cache, mask_path, student, teacher_paths, tiny_twin, verification
+from opcd_fast import architectures, expanded_cache, student, teacher_paths, tiny_twin, verification
 from opcd_fast import transformers_seam as seam
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.student import packed_hidden_states
@@ -75,27 +74,17 @@ PAD = {  # and why not merge
     "nemotron-h": "not known to run exactly on a packed row",
     "zamba2": "not known to run exactly on a packed row",
     "lfm2": "not known to run exactly on a packed row",
+    "lfm2-moe": "not known to run exactly on a packed row",
+    "qwen3.5-moe": "not known to run exactly on a packed row",
+    "olmo-hybrid": "not known to run exactly on a packed row",
 }
 CONCAT = {  # and why not pad
     "llama-dynamic": "RoPE type 'dynamic'",
     "deepseek-v32": "keep more than keys and values (DynamicIndexedLayer)",
-    "mamba2": "takes no cache of keys and values",
+    "mamba2": "not known to go on from a cached state",
     "jamba": "not known to go on from a cached state",
     "recurrent-gemma": "not known to go on from a cached state",
     "minimax": "not known to go on from a cached state",
-}
-NOT_MASKED = {  # and why
-    "llama4": "scales queries by their place in the row",
-    "mpt": "ALiBi",
-    "bloom": "ALiBi",
-    "falcon-alibi": "ALiBi",
-    "llama-dynamic": "RoPE type 'dynamic'",
-    "deepseek-v32": "keep more than keys and values (DynamicIndexedLayer)",
-    **dict.fromkeys(
-        ["qwen3-next", "qwen3.5", "falcon-h1", "bamba", "granite-hybrid", "nemotron-h", "zamba2", "lfm2", "mamba2"],
-        "a recurrent state",
-    ),
-    **dict.fromkeys(["jamba", "recurrent-gemma", "minimax"], "a recurrent state"),
 }
 # One member of every mechanism; the others are walked with -m slow.
 MECHANISMS = {
@@ -173,11 +162,6 @@ def test_path_and_numbers(name):
             ContextTeacher(model, contexts(), path="pad")
     else:
         assert largest_error(model, "pad")[1] <= TOLERANCE
-    if name in NOT_MASKED:
-        with pytest.raises(ValueError, match=re.escape(NOT_MASKED[name])):
-            ContextTeacher(model, contexts(), path="mask")
-    else:
-        assert largest_error(model, "mask")[1] <= TOLERANCE
     sequences = random_ids(*LENGTHS, seed=2)
     without = plain(model, sequences, contexts_=[torch.zeros(0, dtype=torch.int64)] * 3)
     assert (without - plain(model, sequences)).abs().max() > 0.1  # the context matters
@@ -191,8 +175,18 @@ def test_window_larger_than_the_context(name):
     teacher, error = largest_error(model)
     assert teacher.path == ("merge" if name in MERGE else "pad" if name in PAD else "concat")
     assert error <= TOLERANCE
-    if name not in NOT_MASKED:
-        assert largest_error(model, "mask")[1] <= TOLERANCE
+
+
+def test_the_path_that_is_gone_is_an_error_that_names_another():
+    with pytest.raises(ValueError, match="path: expected .*'mask'.*'pad'"):
+        ContextTeacher(build("falcon"), contexts(), path="mask")
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_newer_falcon(kv_heads):
+    model = build("falcon", new_decoder_architecture=True, multi_query=False, num_kv_heads=kv_heads)
+    teacher, error = largest_error(model)
+    assert teacher.path == "pad" and error <= TOLERANCE  # its small twin has as many heads to a key
 
 
 @pytest.mark.parametrize("name", [p for p in WALK if p.values[0] in MERGE])
@@ -258,7 +252,7 @@ def crossing():
     return build("phi3-longrope"), random_ids(20), random_ids(2, 17, seed=2)
 
 
-@pytest.mark.parametrize("path", ["merge", "pad", "mask", "concat"])
+@pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 def test_longrope_that_crosses_its_switch(path, caplog):
     model, context, sequences = crossing()
     ids, bounds = pack(sequences)
@@ -272,7 +266,7 @@ def test_longrope_that_crosses_its_switch(path, caplog):
     assert teacher.path == path and ("24 tokens" in teacher.explain()) == (path != "concat")
 
 
-@pytest.mark.parametrize("path", ["merge", "pad", "mask"])
+@pytest.mark.parametrize("path", ["merge", "pad"])
 @pytest.mark.parametrize(("context", "lengths"), [(10, (5, 14)), (30, (1, 9)), (0, (24, 3)), (0, (25, 40))])
 def test_longrope_on_one_side_of_its_switch_needs_no_concat(path, context, lengths, monkeypatch):
     model, contexts_, sequences = build("phi3-longrope"), random_ids(context), random_ids(*lengths, seed=2)
@@ -281,7 +275,7 @@ def test_longrope_on_one_side_of_its_switch_needs_no_concat(path, context, lengt
     assert (got - plain(model, sequences, [0, 0], contexts_)).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("path", ["merge", "pad", "mask"])
+@pytest.mark.parametrize("path", ["merge", "pad"])
 def test_longrope_without_the_guard_is_wrong(path, monkeypatch):
     model, context, sequences = crossing()
     monkeypatch.setattr("opcd_fast.path_choice.PathChoice.for_call", lambda self, *_: self.path)
@@ -301,7 +295,7 @@ def test_longrope_in_one_batch_is_wrong(monkeypatch):
 def test_sdpa_that_drops_a_part_of_the_model_is_refused(name, setting):
     model = build(name)
     model.config._attn_implementation_internal = "sdpa"
-    for path in ("auto", "pad", "mask", "concat"):
+    for path in ("auto", "pad", "concat"):
         with pytest.raises(ValueError, match="sdpa attention drops.*attn_implementation='eager'"):
             ContextTeacher(model, contexts(), path=path)
 
@@ -395,7 +389,7 @@ def test_a_recurrent_layer_that_gets_no_state_is_an_error(name, tokens, monkeypa
     teacher.hidden_states(one, context_index=[0])
     layer = model.model.layers[0]
     honest = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda *args, **kw: honest(*args, **{**kw, "past_key_values": None}))
+    monkeypatch.setattr(layer, "forward", lambda *args, **kw: honest(*args, **{**kw, seam.takes_cache(model): None}))
     with pytest.raises(RuntimeError, match=r"layers \[0\] did not read the context"):
         teacher.hidden_states(one, context_index=[0])
 
@@ -419,6 +413,7 @@ def test_prefixes_of_every_kind_come_back_from_disk(name, tmp_path):
 NO_ATTENTION_BY_DEFAULT = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "granite-hybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
+    "lfm2-moe": {"layer_types": (["conv"] * 3 + ["full_attention"]) * 8},
 }
 
 
@@ -445,110 +440,6 @@ def test_wrong_rows_of_a_windowed_cache_are_seen(monkeypatch):
     monkeypatch.setattr(expanded_cache.ExpandedLayer, "get_mask_sizes", lambda self, q: (honest(self, q)[0], 0))
     with pytest.raises(ValueError, match="path='pad': it failed its check"):
         largest_error(model, "pad")
-
-
-# --- the masked path ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama4", "mpt", "bloom", "falcon-alibi"])
-def test_what_a_mask_gets_wrong_is_refused(name, monkeypatch):
-    monkeypatch.setattr("opcd_fast.path_choice.refuses_mask", lambda body: None)
-    try:
-        error = largest_error(build(name), "mask")[1]
-    except Exception:
-        error = float("inf")
-    assert error > 0.1
-
-
-def test_auto_takes_the_mask_after_pad(monkeypatch):
-    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: "of this test")
-    teacher, error = largest_error(build("falcon"))
-    assert teacher.path == "mask" and error <= TOLERANCE
-    assert "not pad: of this test" in teacher.explain() and "every token pays" in teacher.explain()
-
-
-def test_a_wrong_mask_steps_down(monkeypatch):
-    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: "of this test")
-    honest = mask_path._mask
-
-    def without_a_key(*args):
-        return honest(*args).index_fill(-1, torch.tensor([3]), False)
-
-    monkeypatch.setattr(mask_path, "_mask", without_a_key)
-    teacher, error = largest_error(build("falcon"))
-    assert teacher.path == "concat" and "not mask: it failed its check" in teacher.explain() and error <= TOLERANCE
-
-
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_the_newer_falcon_under_a_mask(kv_heads):
-    model = build("falcon", new_decoder_architecture=True, multi_query=False, num_kv_heads=kv_heads)
-    assert largest_error(model, "mask")[1] <= TOLERANCE
-    assert ContextTeacher(model, contexts()).path == "pad"  # its small twin has as many heads to a key
-
-
-@pytest.mark.parametrize(("name", "implementation"), [("qwen3", "eager"), ("gemma3", "eager"), ("falcon", "eager")])
-def test_masks_are_added_by_eager_attention(name, implementation):
-    model = build(name)
-    model.config._attn_implementation_internal = implementation
-    assert largest_error(model, "mask")[1] <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", [pytest.param("qwen3", marks=pytest.mark.slow), "gemma2", "olmo3"])
-def test_flex_attention_takes_a_block_mask(name, monkeypatch):
-    # Not compiled: the C++ that some releases of torch generate for flex_attention on the CPU does not build.
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    seen = []
-
-    def plainly(query, key, value, training=False, **options):
-        seen.append(isinstance(options["block_mask"], BlockMask))
-        return flex_attention(query, key, value, **options)
-
-    model = build(name, head_dim=16)
-    sequences = random_ids(*LENGTHS, seed=2)
-    expected = plain(model, sequences)
-    teacher = ContextTeacher(model, contexts(), path="mask")
-    teacher.prefixes  # noqa: B018 - transformers compiles its own masks, which takes long
-    model.config._attn_implementation_internal = "flex_attention"
-    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", plainly)
-    assert teacher.path == "mask"  # checked anew, with this attention
-    seen.clear()
-    got = teacher.hidden_states_packed(*pack(sequences), context_index=INDEX)
-    assert (got - expected).abs().max() <= TOLERANCE and seen == [True, True]
-
-
-def test_a_mask_too_large_is_refused(monkeypatch):
-    teacher = ContextTeacher(build("llama"), contexts(), path="mask")
-    assert teacher.path == "mask"  # the check is over
-    packed, keys = pack(random_ids(36, seed=2)), len(contexts()[0]) + 36
-    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * keys * 4 - 1)
-    with pytest.raises(ValueError, match=rf"input_ids: 36 tokens that see {keys} keys.*use path='pad'"):
-        teacher.hidden_states_packed(*packed, context_index=[0])
-    monkeypatch.setattr(mask_path, "MASK_BYTES", 36 * keys * 4)
-    teacher.hidden_states_packed(*packed, context_index=[0])
-
-
-def test_a_masked_layer_that_does_not_read_its_context_is_an_error(monkeypatch):
-    model = build("falcon")
-    teacher = ContextTeacher(model, contexts(), path="mask")
-    teacher.prefixes  # noqa: B018 - built with an honest model
-    layer = model.transformer.h[1]
-    honest = layer.self_attention.forward
-
-    def forgetful(*args, layer_past=None, attention_mask=None, **kwargs):
-        return honest(*args, layer_past=None, attention_mask=attention_mask[..., -36:], **kwargs)
-
-    monkeypatch.setattr(layer.self_attention, "forward", forgetful)
-    ids, bounds = pack(random_ids(*LENGTHS, seed=2))
-    with pytest.raises(RuntimeError, match=r"attention layers \[1\] did not read the context"):
-        teacher.hidden_states_packed(ids, bounds, context_index=INDEX)
-
-
-def test_a_masked_model_set_to_another_attention_is_refused():
-    model = build("llama")
-    model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="masked path runs eager, sdpa or flex attention"):
-        ContextTeacher(model, contexts(), path="mask")
 
 
 def test_one_token_goes_through_recurrent_layers_like_many():

@@ -5,6 +5,9 @@
 
 namespace opcd {
 
+// The order of DIVERGENCES in kernels/divergence_rows.py.
+enum { REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, SKEW_REVERSE_KL, SKEW_FORWARD_KL, DIVERGENCES };
+
 // A divergence of n rows of logits. Mirrored field by field by `RowsCall` in opcd_fast/native.py.
 struct RowsCall {
   const void* z_s;  // (n, columns) float32 or bf16, unit column stride
@@ -20,7 +23,7 @@ struct RowsCall {
   float inner_s, inner_t, outer_s, outer_t;
   float derivative;  // scale / temperature
   float parameter;   // beta of jsd, alpha of the skewed ones
-  int32_t divergence;  // its place in DIVERGENCES of kernels/divergence_rows.py
+  int32_t divergence;  // one of the enum above
   int32_t bf16_s, bf16_t, bf16_gradient;
   int32_t softcap_s, softcap_t;
   int32_t all_statistics;

@@ -96,8 +96,9 @@ OPCD_API int opcd_native_has_level(int level) { return choose(level).supported; 
 // Threads of the OpenMP runtime at `parallel` (its GOMP_parallel) from now on; null: threads of our own.
 OPCD_API void opcd_native_use_openmp(void* parallel) { openmp = reinterpret_cast<OpenMP>(parallel); }
 
-// 0, or 1 when the CPU or this build lacks the level.
+// 0; 1 when the CPU or this build lacks the level; 2 when this build does not know the divergence.
 OPCD_API int opcd_native_divergence_rows(const RowsCall* call, int level, int threads) {
+  if (call->divergence < 0 || call->divergence >= opcd::DIVERGENCES) return 2;
   const Choice choice = choose(level);
   if (!choice.supported) return 1;
   in_parallel(call->rows, threads,

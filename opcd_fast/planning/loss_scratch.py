@@ -16,6 +16,7 @@ from opcd_fast.workspace import (
     gradient_dtype,
     has_gradient_buffer,
     make_plan,
+    multiprocessors_of,
     pitch_of,
     returned_dtype,
     runs_native,
@@ -62,17 +63,20 @@ def loss_scratch(args: tuple[Any, ...], *, device: str, backend: str) -> int:
     if backend != "triton" or spec.divergence == "topk_reverse_kl":
         operation = row_operation(spec, n)
         planes = operation.planes + operation.temporaries
-    plan = make_plan(n, [student, teacher], v, spec, wanted, planes)
+    # Of the device if it is here, else of an assumed one: a plan does not ask which kind it will be.
+    place = torch.device(device if torch.cuda.is_available() else "cpu")
+    plan = make_plan(n, [student, teacher], v, spec, wanted, planes, multiprocessors_of(place))
     _, tiles = upcast_tile([student, teacher], dtype, v)
     buffers = 2 * plan.logit_rows * pitch * size + tiles
     if has_gradient_buffer(student, dtype, spec, wanted):
         buffers += plan.gradient_rows * pitch * gradient_dtype(student, dtype).itemsize
     buffers += planes * plan.block_rows * v * size
-    rows = plan.gradient_rows * h_s.shape[-1]
+    taken = min(n, plan.logit_rows)
+    rows = min(n, plan.gradient_rows) * h_s.shape[-1]
     copied = not runs_native(*student) and h_s.dtype != dtype
     buffers += rows * size * int(copied)
     # In the end either a chunk's teacher rows in the products' type, or its dH in float32 and rounded.
-    of_teacher = plan.logit_rows * h_t.shape[-1] * size if not runs_native(*teacher) and h_t.dtype != dtype else 0
+    of_teacher = taken * h_t.shape[-1] * size if not runs_native(*teacher) and h_t.dtype != dtype else 0
     of_gradient = rows * (size + (h_s.dtype.itemsize if h_s.dtype != dtype else 0)) if wanted.hidden else 0
     buffers += max(of_teacher, of_gradient)
     if backend == "torch" and pitch != v:

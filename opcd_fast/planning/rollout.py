@@ -79,7 +79,7 @@ def _generate(model: Any, batch: int, longest: int, config: OPCDConfig) -> None:
 
     cache = DynamicCache(config=model.config)
     ids = torch.zeros(batch, longest, dtype=torch.int64)
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    options = {**seam.cache_argument(model, cache), "use_cache": True, "logits_to_keep": 1}
     _draw(model(input_ids=ids, **options).logits[:, -1], config)
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:

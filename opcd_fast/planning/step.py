@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from opcd_fast import transformers_seam as seam
-from opcd_fast.architectures import refuses_mask, refuses_merge, refuses_pad, refuses_sharing
+from opcd_fast.architectures import refuses_merge, refuses_pad, refuses_sharing
 from opcd_fast.batch import Sample, count_tokens, micro_batches, pack
 from opcd_fast.config import OPCDConfig
 from opcd_fast.heads import LMHead
@@ -65,7 +65,7 @@ class Step:
         notes = []
         teacher_body = seam.body_of(pair.teacher)
         if self.path == "auto":
-            refused = (("merge", refuses_merge), ("pad", refuses_pad), ("mask", refuses_mask))
+            refused = (("merge", refuses_merge), ("pad", refuses_pad))
             self.path = next((path for path, refuses in refused if refuses(teacher_body) is None), "concat")
         if self.path != "merge":
             notes.append(f"an estimate: the teacher reads its context by path {self.path!r}")

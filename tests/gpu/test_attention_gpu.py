@@ -17,7 +17,6 @@ from opcd_fast.packed_row import packed_row
 pytestmark = pytest.mark.gpu
 
 PHASE_1 = {
-    "cuDNN": kernels.prefix_cudnn,
     "flash": kernels.prefix_flash,
     "memory-efficient": kernels.prefix_efficient,
     "flex": kernels.prefix_flex,
@@ -31,8 +30,6 @@ VARLEN = {"varlen": kernels.varlen_torch, backends.FA4: kernels.varlen_fa4, back
 def skip_where_missing(name):
     if name in (backends.FA4, backends.FA2) and name not in backends.installed():
         pytest.skip(f"{name} is not installed")
-    if name == "cuDNN" and not backends._cudnn_ready():
-        pytest.skip("no cuDNN of this age")
     if name == "varlen" and not kernels.varlen_ready():
         pytest.skip("no varlen kernel with windows")
 
@@ -50,7 +47,7 @@ def close(out, lse, expected, expected_lse):
 
 
 @pytest.mark.parametrize(("name", "softcap"), [*((n, None) for n in PHASE_1), *((n, 3.0) for n in CAPPED)])
-@pytest.mark.parametrize(("n", "m", "d"), [(1, 1000, 128), (37, 3, 64), (200, 513, 128), (65, 2, 64)])
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1000, 128), (37, 3, 64), (200, 513, 128), (65, 1, 64)])
 def test_phase_1(name, softcap, n, m, d):
     skip_where_missing(name)
     q, k, v = tensors(n, m, d)

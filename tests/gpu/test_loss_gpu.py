@@ -68,8 +68,9 @@ def test_peak_memory(train_head):
     h.grad = w.grad = None
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    fused_linear_reverse_kl(h, w, h_t, w.detach(), workspace_bytes=workspace).backward()
-    gradients = 2 * h.numel() * 2 + (w.numel() * (4 + 2 + 2) if train_head else 0)
+    (fused_linear_reverse_kl(h, w, h_t, w.detach(), workspace_bytes=workspace) / 3).backward()
+    # dW in float32 and rounded; it is scaled where it lies.
+    gradients = 2 * h.numel() * 2 + (w.numel() * (4 + 2) if train_head else 0)
     assert torch.cuda.max_memory_allocated() - before <= workspace + gradients + (8 << 20)
 
 
@@ -98,26 +99,6 @@ def test_divergences_against_the_torch_backend_in_float64(divergence, options, r
     assert relative_error(h.grad, h64.grad) <= 3e-3 and relative_error(w.grad, w64.grad) <= 3e-3
 
 
-@pytest.mark.parametrize("spread", [0.28, 0.029, 0.0049])
-@pytest.mark.parametrize("train_head", [False, True])
-def test_the_dual_projection_is_as_accurate(spread, train_head):
-    h, w, h_t = states(ROWS, WIDTH, VOCABULARY, spread)
-    h, w, h_t = h.cuda().requires_grad_(), w.cuda().requires_grad_(train_head), h_t.bfloat16().cuda()
-    h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_(train_head)
-    exact = token_kl64(logits64(h64, LMHead(w64)), logits64(h_t, LMHead(w64.detach())))
-    exact.mean().backward()
-    loss, stats = fused_linear_reverse_kl(h, w, h_t, w.detach(), return_stats=True, projection="dual")
-    loss.backward()
-    assert relative_error(h.grad, h64.grad) <= 3e-3
-    if train_head:
-        assert relative_error(w.grad, w64.grad) <= 3e-3
-    with torch.no_grad():
-        _, alone = fused_linear_reverse_kl(h, w, h_t, w, return_stats=True, projection="dual")
-    for found in (stats, alone):
-        assert ((found.token_kl - exact.detach()).abs() <= 3e-3 * exact.detach() + 1e-9).all()
-        assert torch.equal(found.top1_agreement, alone.top1_agreement)
-
-
 def test_logprobs():
     h, w, _ = (x.cuda() for x in states(ROWS, WIDTH, VOCABULARY, 0.1))
     ids = torch.randint(VOCABULARY, (ROWS,), device="cuda")
@@ -130,8 +111,7 @@ def test_logprobs():
     assert relative_error(h.grad, h64.grad) <= 3e-3 and relative_error(w.grad, w64.grad) <= 3e-3
 
 
-@pytest.mark.parametrize("projection", ["fp32", "dual"])
-def test_a_cuda_graph_replays_the_loss_on_new_inputs(projection):
+def test_a_cuda_graph_replays_the_loss_on_new_inputs():
     """Rows of weight 0 cannot be left out while a graph is captured; they are masked, whatever they hold."""
     h, w, h_t = (x.cuda() for x in states(ROWS, WIDTH, VOCABULARY, 0.1))
     h_t = h_t.bfloat16()
@@ -139,7 +119,7 @@ def test_a_cuda_graph_replays_the_loss_on_new_inputs(projection):
 
     def call():
         leaf = h.detach().requires_grad_()
-        loss = fused_linear_reverse_kl(leaf, w, h_t, w, token_weights=weights, projection=projection)
+        loss = fused_linear_reverse_kl(leaf, w, h_t, w, token_weights=weights)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     side = torch.cuda.Stream()

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from opcd_fast.kernels import reverse_kl_rows, triton_divergence_rows, triton_logprob_rows
 from opcd_fast.kernels.divergence_merge import NORMALISERS, TERMS
 from opcd_fast.kernels.divergence_rows import DIVERGENCES
-from opcd_fast.kernels.triton_logits import LAUNCH
+from opcd_fast.kernels.launch_shapes import current_table
 
 POINTERS = {"g_ptr": "*bf16", "token_ptr": "*i64"}  # the others are float32
 FLOATS = ("inner", "outer", "derivative", "parameter")
@@ -39,6 +39,7 @@ class Kernel(NamedTuple):
     variants: dict
     default: tuple
     reading_loops: dict
+    shapes: str  # whose launch shapes it has
 
 
 def _reverse_kl() -> Kernel:
@@ -49,7 +50,8 @@ def _reverse_kl() -> Kernel:
         "loss_only": {**flags, "WRITE_GRADIENT": False},
         "everything": {**flags, **TRANSFORMED, "ALL_STATISTICS": True},
     }
-    return Kernel(reverse_kl_rows._reverse_kl_rows_kernel, variants, ("everything",), dict.fromkeys(variants, 2))
+    kernel = reverse_kl_rows._reverse_kl_rows_kernel
+    return Kernel(kernel, variants, ("everything",), dict.fromkeys(variants, 2), "reverse_kl_rows")
 
 
 def _normalisers() -> Kernel:
@@ -59,7 +61,7 @@ def _normalisers() -> Kernel:
         for suffix, flags in (("", PLAIN), ("_everything", TRANSFORMED)):
             variants[name + suffix] = {**flags, "DIVERGENCE": index, "PLANES": planes}
     kernel = triton_divergence_rows._normaliser_kernel
-    return Kernel(kernel, variants, ("reverse_kl_everything",), dict.fromkeys(variants, 1))
+    return Kernel(kernel, variants, ("reverse_kl_everything",), dict.fromkeys(variants, 1), "divergence_rows")
 
 
 def _terms() -> Kernel:
@@ -78,7 +80,7 @@ def _terms() -> Kernel:
         for suffix, extra in {**passes, "_loss_only": {}}.items():
             variants[name + suffix + "_everything" * everything] = {**flags, **extra}
     kernel = triton_divergence_rows._terms_kernel
-    return Kernel(kernel, variants, ("jsd_terms_everything",), dict.fromkeys(variants, 1))
+    return Kernel(kernel, variants, ("jsd_terms_everything",), dict.fromkeys(variants, 1), "divergence_rows")
 
 
 def _logprob() -> Kernel:
@@ -89,7 +91,7 @@ def _logprob() -> Kernel:
         "everything": {"HAS_BIAS": True, "SOFTCAP": True, "WRITE_GRADIENT": True},
     }
     loops_of = {"plain": 2, "statistics": 1, "everything": 2}
-    return Kernel(triton_logprob_rows._logprob_rows_kernel, variants, ("everything",), loops_of)
+    return Kernel(triton_logprob_rows._logprob_rows_kernel, variants, ("everything",), loops_of, "logprob_rows")
 
 
 KERNELS = {"reverse_kl": _reverse_kl(), "normalisers": _normalisers(), "terms": _terms(), "logprob": _logprob()}
@@ -162,6 +164,7 @@ if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if argument != "--all"]
     chosen = [argument for argument in arguments if argument in KERNELS] or list(KERNELS)
     for capability, name in itertools.product((int(a) for a in arguments if a.isdecimal()), chosen):
-        for _, block, warps in LAUNCH if everything else LAUNCH[-1:]:
+        shapes = current_table().shapes[KERNELS[name].shapes]
+        for _, block, warps in shapes if everything else shapes[-1:]:
             for variant in KERNELS[name].variants if everything else KERNELS[name].default:
                 print(json.dumps(report(capability, name, variant, block, warps)), flush=True)

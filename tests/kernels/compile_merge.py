@@ -41,10 +41,10 @@ def source(constants: dict) -> ASTSource:
 
 
 def report(capability: int, variant: str, width: int) -> dict:
-    pairs, block = merge.launch_shape(width)
+    pairs, block, warps = merge.launch_shape(width)
     constants = {"HEADS": 32, "WIDTH": width, "PAIRS": pairs, "BLOCK": block, **VARIANTS[variant]}
     compiled = triton.compile(
-        source(constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": merge.WARPS}
+        source(constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -54,9 +54,9 @@ def report(capability: int, variant: str, width: int) -> dict:
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
     return {
-        "capability": capability, "variant": variant, "width": width, "warps": merge.WARPS, **numbers,
+        "capability": capability, "variant": variant, "width": width, "warps": warps, **numbers,
         "sass": bool(sass), "sets": 2 if constants["HAS_B"] else 1,
-        "elements": pairs * block // (32 * merge.WARPS),
+        "elements": pairs * block // (32 * warps),
         "wide_loads": len(re.findall(r"LDG\.E\S*\.(?:128|256)", sass)),
         "wide_stores": len(re.findall(r"STG\.E\S*\.(?:128|256)", sass)),
         "narrow_stores": len(re.findall(r"STG\.E\b(?!\S*\.(?:128|256))", sass)),

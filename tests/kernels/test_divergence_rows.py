@@ -401,6 +401,18 @@ def test_what_the_rows_cannot_do_is_refused(case, words, rows):
         run(rows, case, z_s, z_t)
 
 
+def test_a_divergence_added_to_the_table_alone_is_not_another_one(rows, monkeypatch):
+    more = (*specification.DIVERGENCES, "hellinger")
+    monkeypatch.setattr(specification, "DIVERGENCES", more)
+    if rows is not torch_rows:
+        from opcd_fast.kernels import triton_divergence_rows
+
+        monkeypatch.setattr(triton_divergence_rows, "DIVERGENCES", more)
+    z_s, z_t, *_ = inputs(2, 8)
+    with pytest.raises(Exception, match="unknown divergence"):
+        run(rows, ("hellinger", 0.5), z_s, z_t)
+
+
 def test_no_rows(rows):
     for case in FEW:
         statistics, g = run(rows, case, torch.empty(0, 8), torch.empty(0, 8))

@@ -332,3 +332,11 @@ def test_an_unknown_divergence_or_parameter_is_refused():
     for divergence, parameter in (("hellinger", 0.5), ("jsd", 0.0), ("skew_forward_kl", 1.0)):
         with pytest.raises(ValueError, match=divergence):
             computed_divergence(z_s, z_t, weights=weights, **PLAIN, divergence=divergence, parameter=parameter)
+
+
+def test_a_divergence_that_the_library_does_not_know_is_not_another_one(level, monkeypatch):
+    """One that was added to the specification alone."""
+    monkeypatch.setattr(divergence_rows, "DIVERGENCES", (*divergence_rows.DIVERGENCES, "hellinger"))
+    z_s, z_t, weights = inputs(2, 8)
+    with pytest.raises(RuntimeError, match="divergence_rows failed with code 2"):
+        computed_divergence(z_s, z_t, weights=weights, **PLAIN, divergence="hellinger", parameter=0.5)

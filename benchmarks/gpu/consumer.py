@@ -1,0 +1,75 @@
+"""The job of a consumer's card: LoRA at Qwen3-1.7B's shape with the trainer, under the memory of 24 GB.
+
+What the allocator held at the worst moment is compared with what `opcd plan` says of the same settings.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.session import Session, Values
+from benchmarks.gpu.step import Steps
+from benchmarks.phase_rows import value
+from benchmarks.step_cases import SHAPES, Case, make_job
+
+CARD = 24 << 30
+JOB = Case(
+    "lora on 24 GB", "main", "Qwen3-1.7B", prompts=32, tokens=128, dtype="bfloat16", checkpointing=False,
+    micro_batch=8, micro_batch_tokens=8192, context_words=2048,  # about 19 GiB by the plan
+)  # fmt: skip
+TINY = Case("lora", "main", "tiny Llama", 4, 6, "float32", False, 4, context_words=24)
+SETTINGS = {"merge_for_rollout": True}  # what is timed at the first call otherwise; the plan must know
+
+
+def run(session: Session) -> None:
+    case = TINY if session.dry else JOB
+    session.row("cap", lambda: _cap(session))
+    with tempfile.TemporaryDirectory() as folder:
+        steps = Steps(session, case, Path(folder), traced=False, rollout_batch=case.prompts, **SETTINGS)
+        steps.run()
+        session.row("plan", lambda: _plan(session, case, Path(folder), steps.peak), needs=5)
+
+
+def _cap(session: Session) -> Values:
+    """What of a card of 24 GB a process's tensors can have."""
+    from opcd_fast.commands.plan import RESERVED
+
+    session.on_device("a limit on its memory")
+    total = torch.cuda.get_device_properties(session.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (CARD - RESERVED) / total))
+    return {"bytes": value(CARD - RESERVED, "bytes")}
+
+
+def _plan(session: Session, case: Case, folder: Path, measured: int) -> Values:
+    """The worst moment of every part of a step as the plan has it, and the plan over what was measured."""
+    from opcd_fast.config import OPCDConfig
+    from opcd_fast.planning.extrapolation import extrapolated
+    from opcd_fast.planning.job import job_of
+    from opcd_fast.planning.rehearsal import rehearse
+    from opcd_fast.training_prompts import read_training_prompts
+
+    job = make_job(case, torch.device("meta"))
+    config = OPCDConfig(**case_settings(case, folder))
+    asked = read_training_prompts(job.questions, None, job.context, job.tokenizer, config)
+    planned = job_of(asked, config)
+    dtype = getattr(torch, case.dtype)
+
+    def whole(layers: int) -> Any:
+        return rehearse(config, planned, job.model.config, device="cuda", dtype=dtype, backend="triton", layers=layers)
+
+    found = extrapolated(whole, SHAPES[case.model]["num_hidden_layers"])
+    values = {"plan": value(found.nbytes, "bytes")}
+    if measured:
+        values = {"plan over measured": value(found.nbytes / measured, "1"), "measured": value(measured, "bytes"),
+                  **values}  # fmt: skip
+    return values | {part: value(peak.nbytes, "bytes") for part, peak in found.peaks.items()}
+
+
+def case_settings(case: Case, folder: Path) -> dict[str, Any]:
+    from benchmarks.step_worker import opcd_settings
+
+    return opcd_settings(case, folder, 1, "cuda", rollout_batch=case.prompts, **SETTINGS)

@@ -1,0 +1,82 @@
+"""The tests marked `gpu`, a row each. Those that compile for seconds run last (tests/gpu/conftest.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+
+from benchmarks.environment import ROOT
+from benchmarks.gpu.session import BROKEN, Session, Values, Wrong
+from benchmarks.phase_rows import value
+
+SECONDS = 20  # of one test
+FILES = (
+    "gpu/test_loss_gpu", "gpu/test_teacher_gpu", "gpu/test_trainer_gpu", "gpu/test_memory_gpu",
+    "gpu/test_shared_prompts_gpu", "gpu/test_attention_gpu", "test_offload",
+)  # fmt: skip
+
+
+def run(session: Session) -> None:
+    files = FILES[:1] if session.dry else FILES
+    arguments = ["-m", "gpu and not slow", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+                 *(str(ROOT / "tests" / f"{name}.py") for name in files)]  # fmt: skip
+    if importlib.util.find_spec("pytest_timeout"):
+        arguments += ["-o", f"timeout={SECONDS}", "-o", "timeout_method=signal"]
+    if session.dry:
+        arguments.append("--collect-only")
+    session.row("pytest", lambda: _pytest(session, arguments))
+
+
+def _pytest(session: Session, arguments: list[str]) -> Values:
+    rows = Rows(session)
+    status = int(pytest.main(["--rootdir", str(ROOT), *arguments], plugins=[rows]))
+    values = {"passed": value(rows.passed, "1"), "collected": value(rows.collected, "1")}
+    if rows.uncollected:
+        raise Wrong(f"not collected: {', '.join(rows.uncollected)}", values)
+    if status not in (0, 1) or not rows.collected:
+        raise Wrong(f"pytest ended with status {status}", values)
+    return values
+
+
+class Rows:
+    """A row for every test as soon as it has run. One that breaks the CUDA context ends the process, and the next one
+    goes on behind it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.passed = self.collected = 0
+        self.uncollected: list[str] = []
+
+    @pytest.hookimpl(trylast=True)  # after -m
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        self.collected = len(items)
+        items[:] = [item for item in items if not self.session.done(_name(item.nodeid))]
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.uncollected.append(report.nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and (report.when != "setup" or report.passed):
+            return
+        self.passed += report.passed
+        status = {"passed": "ok", "failed": "failed"}.get(report.outcome, "skipped")
+        self.session.note(_name(report.nodeid), status, _reason(report), {"time": value(report.duration, "s")})
+        if report.failed and self.session.broken():
+            os._exit(BROKEN)
+
+
+def _name(nodeid: str) -> str:
+    return nodeid.removeprefix("tests/")
+
+
+def _reason(report: Any) -> str | None:
+    if report.passed:
+        return None
+    if isinstance(report.longrepr, tuple):  # a skip: file, line, why
+        return str(report.longrepr[2])
+    lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+    return " ".join((lines or str(report.longrepr).splitlines()[-1:])[0].split())[:400]

@@ -1,0 +1,53 @@
+"""The phases of a run, most valuable first, and the seconds that each may take.
+
+A phase may go on until its place in the schedule ends: what earlier ones left is its own, and none takes from a later
+one. Each starts a process, which takes 5 to 15 s with torch and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PEERS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}  # or whole steps of theirs would time the building of cuDNN's plans
+TRAINING = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str  # its module in this package
+    seconds: int
+    about: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+FIRST = (
+    Phase("ceilings", 24, "versions, the fastest copy and product, the host's time for a launch"),
+    Phase("smoke", 62, "every call that was never made on a device, against float64"),
+    Phase("accuracy", 26, "dL/dh and dL/dW at mean KL 1 to 3e-5 against float64"),
+    Phase("loss", 92, "the main cases beside peers, per kernel; the products by rows"),
+    Phase("sweep", 56, "block and warps of every kernel into a launch table"),
+    Phase("counters", 36, "one launch of each kernel under ncu"),
+    Phase("decoding", 66, "tokens a second beside transformers' generate", {}),
+    Phase("step", 56, "training steps at Qwen3-1.7B's shape, and a trace", {**PEERS, **TRAINING}),
+    Phase("consumer", 42, "LoRA on a card of 24 GB, peak against the plan", TRAINING),
+    Phase("teacher", 36, "8 layers of Qwen3-8B after a context of 8k", PEERS),
+    Phase("gpu_tests", 46, "the tests marked gpu"),
+)
+SECOND = (
+    Phase("ceilings", 24, "the fastest copy and product of this lease"),
+    Phase("retimed", 112, "the main cases with the packaged and with the swept launch table"),
+)
+RUNS = {"first": FIRST, "second": SECOND}
+SECONDS = {"first": 560, "second": 150}  # hard, the summary included
+ENDING = 8  # of those: to kill what hangs and to write the summary
+DRY_SECONDS = 350
+
+
+def schedule(run: str) -> list[tuple[Phase, int]]:
+    """(phase, second of the run at which it ends at the latest)."""
+    end, ends = 0, []
+    for phase in RUNS[run]:
+        end += phase.seconds
+        ends.append((phase, end))
+    return ends

@@ -1,0 +1,163 @@
+"""Every phase in a process of its own, under its own limit; whatever one does, the others keep their results and time.
+
+Knows nothing of torch: it starts at once and cannot be taken down by a broken device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+
+from benchmarks.gpu.phases import DRY_SECONDS, ENDING, SECONDS, Phase, schedule
+from benchmarks.gpu.summary import summary
+from benchmarks.phase_rows import PHASE, PhaseRow, append, read
+
+ROOT = Path(__file__).resolve().parents[2]
+BROKEN = 75  # of session.py, which needs torch
+LEAST = 6.0  # seconds; a process with less would not get through its imports
+GRACE = 2.0  # from asking to end to ending
+FILES, FILE_BYTES = 8, 16 << 20  # what may come back
+LOG_BYTES = 4 << 20
+
+
+class Stopped(Exception):
+    """Somebody asked the run to end."""
+
+
+def run(
+    name: str,
+    folder: Path,
+    *,
+    dry: bool = False,
+    seconds: float | None = None,
+    only: Sequence[str] = (),
+    module: str = "benchmarks.gpu",
+) -> int:
+    """All phases of a run, or those of `only`; 0 if nothing failed. The last lines printed are the summary.
+
+    seconds: for everything; default: what the run has. module: what a phase's process runs.
+    """
+    start = time.monotonic()
+    total = min(filter(None, (seconds, DRY_SECONDS if dry else SECONDS[name])))
+    hard = start + total - ENDING
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%S")
+    lines, log = folder / f"gpu_{name}_{stamp}.jsonl", folder / f"gpu_{name}_{stamp}.log"
+    chosen = [(phase, end) for phase, end in schedule(name) if not only or phase.name in only]
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        for phase, end in chosen:
+            limit = hard if dry or only else min(start + end, hard)
+            append(lines, _phase(phase, lines, log, limit, dry, module))
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(f"== stopped: {type(stopped).__name__}", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    dropped = fit(folder, keep=lines)
+    found = read(lines)
+    print("\n".join(summary(found, [phase.name for phase, _ in chosen], folder, time.monotonic() - start, dropped)))
+    sys.stdout.flush()
+    bad = [row for row in found.rows if row.status in ("failed", "timeout")]
+    return int(bool(bad) or len(found.ends()) < len(chosen))
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def _phase(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module: str) -> PhaseRow:
+    """Run it, again behind a row that broke the device, and say how it ended."""
+    begin = time.monotonic()
+    row = PhaseRow(phase.name, PHASE)
+    if limit - begin < LEAST:
+        row.status, row.reason = "skipped", f"{max(0.0, limit - begin):.0f} s were left"
+        return row
+    print(f"== {phase.name}: {phase.about} (at most {limit - begin:.0f} s)", flush=True)
+    offset = log.stat().st_size if log.exists() else 0
+    status: int | None = BROKEN
+    while status == BROKEN and limit - time.monotonic() >= LEAST:
+        status = _process(phase, lines, log, limit, dry, module)
+    row.seconds = time.monotonic() - begin
+    if status is None:
+        row.status, row.reason = "timeout", f"stopped after {row.seconds:.0f} s"
+    elif status:
+        row.status, row.reason = "failed", f"exit status {status}: {_last(log, offset)}"
+    print(f"== {phase.name}: {row.status}, {row.seconds:.0f} s {row.reason or ''}", flush=True)
+    return row
+
+
+def _process(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module: str) -> int | None:
+    """Its exit status, or None when it had to be killed. It leaves no process behind."""
+    left = limit - time.monotonic()
+    command = [sys.executable, "-m", module, phase.name, "--out", str(lines), "--seconds", f"{left - GRACE:.1f}",
+               *(["--dry-run"] if dry else [])]  # fmt: skip
+    with log.open("ab") as output:
+        # A group of its own, not a session: whoever ends this process's session ends the phase as well.
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment(phase.environment, dry), stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
+        )  # fmt: skip
+        try:
+            return child.wait(left)
+        except subprocess.TimeoutExpired:
+            _signal(child.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE)
+            return None
+        finally:
+            _signal(child.pid, signal.SIGKILL)  # and whatever it started
+            child.wait()
+
+
+def environment(more: Mapping[str, str], dry: bool) -> dict[str, str]:
+    """Of a phase's process."""
+    found = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **more}
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    found.setdefault("KINETO_LOG_LEVEL", "99")
+    found.pop("TRITON_INTERPRET", None)
+    if dry:
+        # Tiny shapes: threads would only wait for each other.
+        found.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return found
+
+
+def _signal(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _last(log: Path, offset: int) -> str:
+    """The last line that the process wrote, which is the error of a Python process."""
+    with log.open("rb") as file:
+        file.seek(max(offset, log.stat().st_size - 8192))
+        text = file.read().decode("utf-8", "replace")
+    return next((line.strip()[:400] for line in reversed(text.splitlines()) if line.strip()), "no message")
+
+
+def fit(folder: Path, keep: Path) -> list[str]:
+    """Make what lies in the folder small and few enough to come back; the names of files that had to go.
+
+    A log keeps its beginning and its end; other files that are too large go, and beyond eight the largest ones. `keep`
+    stays whatever it is.
+    """
+    gone = []
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p != keep):
+        if path.suffix == ".log" and path.stat().st_size > LOG_BYTES:
+            text = path.read_bytes()
+            path.write_bytes(text[: LOG_BYTES // 2] + b"\n[...]\n" + text[-LOG_BYTES // 2 :])
+        if path.stat().st_size > FILE_BYTES:
+            gone.append(f"{path.name} ({path.stat().st_size >> 20} MiB)")
+            path.unlink()
+    others = sorted((p for p in folder.iterdir() if p.is_file() and p != keep), key=lambda p: p.stat().st_size)
+    for path in others[FILES - 1 :]:
+        gone.append(f"{path.name} (more than {FILES} files)")
+        path.unlink()
+    return gone

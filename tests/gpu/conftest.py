@@ -1,0 +1,13 @@
+"""Tests that compile for seconds run last: a machine may be taken away before the end."""
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COMPILED = ("flex", "compile", "row_flex", "3.0")  # in a test's name: flex attention, torch.compile, a softcap
+
+
+def pytest_collection_modifyitems(items):
+    here = [item for item in items if HERE in Path(item.path).parents]
+    others = [item for item in items if HERE not in Path(item.path).parents]
+    here.sort(key=lambda item: any(word in item.name for word in COMPILED))  # stable
+    items[:] = [*others, *here]

@@ -1,0 +1,75 @@
+"""The upstream gradient reaches the loss's gradients in one rounding and without a second copy of them."""
+
+import pytest
+import torch
+from loss_oracle import relative_error, states
+from memory_record import MB, peak_bytes
+
+from opcd_fast.loss import fused_linear_reverse_kl, reverse_kl
+from opcd_fast.products import scale_into
+
+THIRD = torch.tensor(1.0) / 3  # not a bf16 number
+
+
+def leaves(dtype, rows=9, vocabulary=10_007, width=16):
+    h, w, h_t = states(rows, width, vocabulary, 0.3, torch.float32)
+    return h.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), h_t.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_scaled_gradients_are_rounded_once(dtype):
+    h, w, h_t = leaves(dtype)
+    call = lambda: fused_linear_reverse_kl(h, w, h_t, w.detach())  # noqa: E731
+    plain = torch.autograd.grad(call(), (h, w))
+    found = torch.autograd.grad(call() * THIRD, (h, w))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for scaled, before in zip(found, plain, strict=True):
+        assert scaled.dtype == dtype
+        if dtype == torch.float16:  # kept in float32 until now, so that the scaled one is the better
+            assert relative_error(scaled, before.double() / 3) < torch.finfo(dtype).eps
+        else:
+            assert torch.equal(scaled, (before.to(wide) * THIRD.to(wide)).to(dtype))
+
+
+def test_a_graph_that_is_kept_is_scaled_anew_each_time():
+    h, w, h_t = leaves(torch.bfloat16)
+    loss = fused_linear_reverse_kl(h, w, h_t, w.detach())
+    first = torch.autograd.grad(loss * THIRD, (h, w), retain_graph=True)
+    second = torch.autograd.grad(loss * 2, (h, w), retain_graph=True)
+    third = torch.autograd.grad(loss * THIRD, (h, w))
+    plain = torch.autograd.grad(fused_linear_reverse_kl(h, w, h_t, w.detach()), (h, w))
+    for one, two, three, unscaled in zip(first, second, third, plain, strict=True):
+        assert torch.equal(one, three) and torch.equal(two, 2 * unscaled)
+
+
+@pytest.mark.parametrize(("dtype", "temporaries"), [(torch.float32, 0), (torch.bfloat16, 2 * 4096 * 64 * 4)])
+def test_scaling_holds_no_second_gradient(dtype, temporaries):
+    h, w, h_t = leaves(dtype, vocabulary=65_536, width=64)
+    for factor in (1.0, 0.3):
+        w.grad = None
+        loss = fused_linear_reverse_kl(h, w, h_t, w.detach()) * factor
+        assert peak_bytes(loss.backward) <= temporaries + MB // 4  # dW is 16 or 8 MiB
+    # The meter sees a copy where there is one.
+    loss = fused_linear_reverse_kl(h, w, h_t, w.detach()) * 0.3
+    assert peak_bytes(lambda: loss.backward(retain_graph=True)) >= w.numel() * w.itemsize
+
+
+def test_gradients_of_logits_are_scaled():
+    g = torch.Generator().manual_seed(0)
+    z_s, z_t = (torch.randn(5, 311, generator=g).bfloat16() for _ in range(2))
+    found = []
+    for factor in (torch.tensor(1.0), THIRD):
+        leaf = z_s.clone().requires_grad_()
+        (reverse_kl(leaf, z_t) * factor).backward()
+        found.append(leaf.grad)
+    assert torch.equal(found[1], (found[0].float() * THIRD).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(1,), (5001,), (9000, 3)])
+def test_scale_into_every_pair_of_types(shape):
+    g = torch.Generator().manual_seed(0)
+    for source in (torch.float32, torch.bfloat16):
+        for out in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(shape, generator=g).to(source)
+            wanted = (x.float() * THIRD).to(out)
+            assert torch.equal(scale_into(x, THIRD, torch.empty(shape, dtype=out)), wanted)

@@ -1,0 +1,193 @@
+"""The check of the decoding loop: what rounds is accepted in every type, and what is wrong is found in every type."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from tiny import lora_model, tiny_model
+
+from opcd_fast import transformers_seam as seam
+from opcd_fast.decoding import BatchRun, decode
+from opcd_fast.rollout_check import check_decoding, in_float32, scored
+from opcd_fast.virtual_tokens import with_prefix
+
+PROMPTS = [[*range(20, 33)], [*range(20, 31), 7], [5, 6, 7], [*range(40, 90)]]
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def check(model, vocab_size=None, tokens=8):
+    def loop():
+        uniform = torch.zeros(len(PROMPTS), tokens, dtype=torch.float64)
+        options = {"stop_token_ids": [256], "temperature": 0.0, "top_p": 1.0, "vocab_size": vocab_size}
+        return decode(model, PROMPTS, uniform, **options)
+
+    with torch.no_grad(), seam.scoring_mode(model):
+        return check_decoding(model, loop, PROMPTS, vocab_size)
+
+
+def make(kind, dtype=torch.float32):
+    if kind == "plain":
+        return tiny_model(dtype=dtype)
+    if kind == "prefix":
+        return with_prefix(tiny_model(dtype=dtype), 5, [[*range(100, 120)]])
+    if kind == "adapter in float32":
+        model = lora_model(dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if "lora" not in name:
+                parameter.data = parameter.data.to(dtype)
+        return model
+    return lora_model(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "adapter", "adapter in float32", "prefix"])
+def test_the_loop_is_accepted(kind, dtype):
+    good, figures = check(make(kind, dtype))
+    assert good, figures
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "qwen2", "qwen3", "olmo2", "mistral-no-window", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loop_is_accepted_of_every_kind(name, dtype, monkeypatch):
+    model = tiny_models.tiny_model(name).to(dtype)
+    monkeypatch.setattr("test_rollout_check.PROMPTS", [row.tolist() for row in tiny_models.random_ids(5, 17, 1)])
+    good, figures = check(model)
+    assert good, figures
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_rounding_of_large_logits_is_accepted(tokens):
+    """Spacing of bfloat16 between 128 and 256 is 1: two right ways differ by whole nats."""
+    model = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(64)
+    good, figures = check(model, tokens=tokens)
+    assert good, figures
+
+
+def sees_the_future_of_padding(monkeypatch):
+    good = BatchRun.next
+
+    def wrong(self, tokens):
+        self.decoding_mask = torch.zeros_like(self.decoding_mask)
+        return good(self, tokens)
+
+    monkeypatch.setattr(BatchRun, "next", wrong)
+
+
+def misses_the_last_key(monkeypatch):
+    good = BatchRun.attend
+
+    def wrong(self, module, query, key, value, *arguments, **options):
+        if query.shape[2] > 1:
+            return good(self, module, query, key, value, *arguments, **options)
+        kept, self.mask = self.mask, None if self.mask is None else self.mask[..., :-1]
+        try:
+            return good(self, module, query, key[:, :, :-1], value[:, :, :-1], *arguments, **options)
+        finally:
+            self.mask = kept
+
+    monkeypatch.setattr(BatchRun, "attend", wrong)
+
+
+def counts_positions_from_one(monkeypatch):
+    good = BatchRun.read_prompts
+
+    def wrong(self):
+        logits = good(self)
+        self.positions = self.positions + 1
+        return logits
+
+    monkeypatch.setattr(BatchRun, "read_prompts", wrong)
+
+
+FAULTS = [sees_the_future_of_padding, misses_the_last_key, counts_positions_from_one]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, dtype, monkeypatch):
+    model = make("adapter", dtype)
+    fault(monkeypatch)
+    good, figures = check(model)
+    assert not good, figures
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_missing_adapter_is_found_where_rounding_would_hide_it(dtype, monkeypatch):
+    model = make("adapter", dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.02)
+    good = BatchRun._forward
+
+    def wrong(self, ids, positions):
+        with seam.without_adapters(model):
+            return good(self, ids, positions)
+
+    assert check(model)[0]
+    monkeypatch.setattr(BatchRun, "_forward", wrong)
+    found, figures = check(model)
+    assert not found and "in float32" in figures, figures
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_fault_of_the_models_own_type_alone_is_found(dtype, monkeypatch):
+    good = BatchRun.attend
+
+    def wrong(self, module, query, key, value, *arguments, **options):
+        value = value.flip(2) if query.dtype == dtype else value
+        return good(self, module, query, key, value, *arguments, **options)
+
+    monkeypatch.setattr(BatchRun, "attend", wrong)
+    found, figures = check(make("plain", dtype))
+    assert not found and "a plain forward" in figures, figures
+
+
+def test_what_is_not_a_number_is_not_accepted(monkeypatch):
+    monkeypatch.setattr(BatchRun, "next", lambda self, tokens: torch.full((len(tokens), 261), float("nan")))
+    assert not check(make("plain"))[0]
+
+
+def test_the_heads_padding_counts_for_neither():
+    assert check(make("plain", torch.bfloat16), vocab_size=50)[0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapter", "adapter in float32"])
+def test_float32_is_that_of_a_model_in_float32(kind):
+    narrow = make(kind, torch.bfloat16)
+    wide = make(kind, torch.bfloat16).float()
+    ids = torch.tensor(PROMPTS[:1])
+    with torch.no_grad(), in_float32(narrow):
+        found = narrow(input_ids=ids).logits
+    assert found.dtype == torch.float32 and torch.equal(found, wide(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_the_weights_are_the_same_objects_afterwards(raises, monkeypatch):
+    model = make("adapter in float32", torch.bfloat16)
+    before = {name: (p, p.data_ptr(), p._version) for name, p in model.named_parameters()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    if raises:
+        monkeypatch.setattr(type(model.get_base_model().model.layers[1].mlp), "forward", lambda *a: 1 / 0)
+    try:
+        with torch.no_grad(), in_float32(model):
+            model(input_ids=torch.tensor(PROMPTS[:1]))
+    except ZeroDivisionError:
+        assert raises
+    after = {name: (p, p.data_ptr(), p._version) for name, p in model.named_parameters()}
+    assert all(after[name][0] is p and after[name] == before[name] for name, (p, *_) in before.items())
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_scores_are_of_each_sequence_alone():
+    model = make("plain")
+    answers = [([3, 4, 5], [0.0] * 3), ([6], [0.0])]
+    found, largest = scored(model, PROMPTS[:2], answers)
+    with torch.no_grad():
+        logits = [model(torch.tensor([[*p, *ids]])).logits[0, len(p) - 1 : -1] for p, (ids, _) in zip(PROMPTS, answers)]
+    wanted = [z.double().log_softmax(-1)[range(len(ids)), ids] for z, (ids, _) in zip(logits, answers)]
+    torch.testing.assert_close(found, torch.cat(wanted), atol=1e-6, rtol=1e-6)
+    assert largest == pytest.approx(float(torch.cat(logits).abs().max()))

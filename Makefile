@@ -30,7 +30,7 @@ newest-check:
 	PYTHON=$(PYTHON) scripts/versions.sh newest --torch $(shell sed -n 's/^torch==//p' constraints.txt) \
 		$(PARALLEL) $(SEAMS)
 
-# As on a CPU without AVX and without bf16 arithmetic, and as on one with AVX2 that has it.
+# As on a CPU without AVX and without bf16 arithmetic, and as on one with AVX2 that has it. Needs an x86 CPU with AVX2.
 cpu-check: $(VENV)/.dev
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPCD_NATIVE_LEVEL=portable OPCD_CPU_BF16=0 \
 		$(BIN)/python -m pytest $(PARALLEL) $(ARITHMETIC)

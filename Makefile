@@ -4,15 +4,38 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test install lint types wheel-check bench slow-test experiment-a experiment-b experiment-c clean
+# A file of tests stays in one process, whose fixtures it shares.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# What touches other people's code: transformers' models (teacher, student, heads), its caches (decoding), accelerate and
+# PEFT (trainer), TRL, and Triton (interpreter and compiler).
+SEAMS := tests/test_teacher_matrix.py tests/test_student.py tests/test_heads_families.py tests/test_rollout.py \
+	tests/test_trainer.py tests/test_integrations_trl.py tests/test_integrations_trl_context.py \
+	tests/kernels/test_reverse_kl_rows.py tests/kernels/test_compile.py
+# Whose numbers depend on the instructions that torch, oneDNN and the CPU library choose.
+ARITHMETIC := tests/test_loss_accuracy.py tests/kernels/test_native_rows.py tests/test_native.py tests/test_retreat.py \
+	tests/test_quantized.py tests/test_sharded_heads.py tests/test_report.py tests/test_golden.py tests/test_rollout.py
+
+.PHONY: demo test newest-check cpu-check install lint types wheel-check bench slow-test experiment-a experiment-b experiment-c clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
 	$(BIN)/opcd demo
 
-# A file of tests stays in one process, whose fixtures it shares.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# The newest of everything, whatever constraints.txt says, but for torch: that would be a download of gigabytes.
+newest-check:
+	PYTHON=$(PYTHON) scripts/versions.sh newest --torch $(shell sed -n 's/^torch==//p' constraints.txt) \
+		$(PARALLEL) $(SEAMS)
+
+# As on a CPU without AVX and without bf16 arithmetic, and as on one with AVX2 that has it. Needs an x86 CPU with AVX2.
+cpu-check: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPCD_NATIVE_LEVEL=portable OPCD_CPU_BF16=0 \
+		$(BIN)/python -m pytest $(PARALLEL) $(ARITHMETIC)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPCD_NATIVE_LEVEL=avx2 OPCD_CPU_BF16=1 \
+		$(BIN)/python -m pytest $(PARALLEL) $(ARITHMETIC)
 
 slow-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
@@ -56,9 +79,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
 
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) --no-build-isolation --editable '.[train,gguf,data,quant,tasks,trl,dev]'
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[deepspeed]' || \
-		echo "DeepSpeed could not be installed: the tests of ZeRO-3 are skipped"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info runs

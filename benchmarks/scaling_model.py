@@ -44,7 +44,7 @@ class Job:
     context: int = 4096
     lora_rank: int = 0  # 0: the whole model is trained, and a frozen copy of it teaches
     micro_batches: int = 1  # of each rank
-    sharded: bool = True  # FSDP2 or ZeRO-3; otherwise DDP
+    sharded: bool = True  # FSDP2; otherwise DDP
 
     @property
     def layer_parameters(self) -> int:

@@ -8,18 +8,16 @@ the last backward pass instead. With one process there is nobody to meet.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opcd_fast import transformers_seam as seam
 from opcd_fast.batch import Sample
 from opcd_fast.errors import InputError
-from opcd_fast.heads import LMHead
 from opcd_fast.importance import Drift
 from opcd_fast.loss import LossStats
 from opcd_fast.model_pair import ModelPair, is_peft
@@ -58,14 +56,6 @@ class Engine:
         """Every rank has all weights, for as long as the block is open: for generation, whose number of forward passes
         differs between ranks. They must fit one device in the compute type."""
         yield
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """What the student's forward runs under when its weights are fp32 masters."""
-        return self.accelerator.autocast()
-
-    def student_head(self) -> LMHead:
-        """The student's lm-head, for `run`: its weights need not be there outside."""
-        return LMHead.from_model(self.student)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -202,55 +192,6 @@ class Engine:
     def _mine(self, like: Tensor, full: Tensor) -> Tensor:
         """This rank's part of `full`, as it has one of `like`."""
         return full.to(like.device)
-
-
-class ShardingEngine(Engine):
-    """What engines have in common that shard the weights over the ranks, in place: the models keep their identity, and
-    all methods are collective.
-
-    `_prepare` sets `_module`, in whose forward work can be done.
-    """
-
-    sharded = True
-    _module: Any
-    _is_whole = False
-
-    def run(self, work: Callable[[], T]) -> T:
-        return work() if self._is_whole else self._module(work)[0]
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        if self._is_whole:
-            yield
-            return
-        with self._gathering():
-            self._is_whole = True
-            try:
-                yield
-            finally:
-                self._is_whole = False
-
-    def _gathering(self) -> AbstractContextManager[None]:
-        """All weights are on every rank while the block is open."""
-        raise NotImplementedError
-
-    def _sum_gradients(self) -> None:
-        """They are sums after each micro-batch already."""
-
-
-class WorkInside(nn.Module):
-    """The models of a run as one module, whose forward is the work it is given: there an engine has their weights."""
-
-    def __init__(self, pair: ModelPair) -> None:
-        super().__init__()
-        models = {id(m): m for m in (pair.student, pair.teacher, pair.reference) if m}
-        self.models = nn.ModuleList(models.values())
-        # What accelerate asks a transformers model for: the layers that are gathered one by one.
-        layers = (layer for model in models.values() for layer in seam.layers_of(model))
-        self._no_split_modules = sorted({type(layer).__name__ for layer in layers})
-
-    def forward(self, work: Callable[[], T]) -> tuple[T]:
-        return (work(),)  # engines look for tensors in what a module returns, and know tuples
 
 
 def of_parameter(value: Any, shape: torch.Size) -> bool:

@@ -1,4 +1,4 @@
-"""The engine of a run, as accelerate was launched: one process, plain data parallelism, FSDP2 or ZeRO-3.
+"""The engine of a run, as accelerate was launched: one process, plain data parallelism or FSDP2.
 
 What all of them have in common is in `opcd_fast.engine`.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from opcd_fast.acceleration import shards
 from opcd_fast.config import OPCDConfig
 from opcd_fast.engine import Engine
 from opcd_fast.errors import InputError
@@ -23,29 +24,21 @@ from opcd_fast.ranks import Ranks
 from opcd_fast.virtual_tokens import virtual_tokens
 
 
-def make_engine(
-    accelerator: Any, ranks: Ranks, pair: ModelPair, config: OPCDConfig, device: torch.device, dtype: torch.dtype
-) -> Engine:
+def make_engine(accelerator: Any, ranks: Ranks, pair: ModelPair, config: OPCDConfig, device: torch.device) -> Engine:
     """`pair`'s models on the engine of `accelerator`, with the optimizer of what is trained.
 
-    device, dtype: where the models will run, and the compute type. Collective, as all methods of what it returns.
+    device: where the models will run. Collective, as all methods of what it returns.
 
     Raises InputError for settings that the engine does not go with.
     """
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in ("FSDP", "DEEPSPEED"):
+    sharded = shards()
+    if sharded:
         refuse_sharded(pair, config)
     student = pair.student
     trained = [p for p in student.parameters() if p.requires_grad]
     prefix = virtual_tokens(student) > 0
     optimizer = make_optimizer(config, trained, device, adapter=is_peft(student), prefix=prefix)
-    if kind == "FSDP":  # version 2: acceleration.py refuses the first one
-        return FSDP2Engine(accelerator, ranks, pair, optimizer)
-    if kind == "DEEPSPEED":
-        from opcd_fast.zero3_engine import ZeRO3Engine
-
-        return ZeRO3Engine(accelerator, ranks, pair, optimizer, dtype, config.max_grad_norm)
-    return Engine(accelerator, ranks, pair, optimizer)
+    return (FSDP2Engine if sharded else Engine)(accelerator, ranks, pair, optimizer)
 
 
 def shared_sampler(sampler: Any, engine: Engine) -> Any:

@@ -23,6 +23,7 @@ from opcd_fast import transformers_seam as seam
 from opcd_fast.acceleration import make_accelerator, shards
 from opcd_fast.batch import Sample
 from opcd_fast.config import OPCDConfig
+from opcd_fast.heads import LMHead
 from opcd_fast.health import check_finite
 from opcd_fast.held_out import fixed_sequences, held_out_record, mean_length
 from opcd_fast.importance import Drift
@@ -64,7 +65,7 @@ class OPCDTrainer:
 
     Args:
         model: transformers causal LM; trained in place. With `lora_rank` it gets an adapter (see `self.model`). Where a
-            launcher asked for FSDP2 or ZeRO-3 its weights stay sharded afterwards: use `save`, or load `final/`.
+            launcher asked for FSDP2 its weights stay sharded afterwards: use `save`, or load `final/`.
         tokenizer: its tokenizer; the chat template renders prompts.
         context: text, chat messages, or a file of either; None when every prompt has a `privileged_context`.
         prompts: a file, folder, data set, data frame or list (see `opcd_fast.prompts.read_prompts`), or a task
@@ -141,11 +142,9 @@ class OPCDTrainer:
         self.model = pair.student
         self.share_prompts = shares_prompts(self.model, config.share_prompts, config.rollouts_per_prompt)
         vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)
-        self.engine = make_engine(
-            self.accelerator, self.ranks, pair, config, self.device, self.compute_dtype
-        )
+        self.engine = make_engine(self.accelerator, self.ranks, pair, config, self.device)
         self.parameters = self.engine.parameters
-        self.teachers = Teachers(pair, self.prefixes, config, self.device, self.engine.autocast)
+        self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
         self.teacher = self.teachers.teacher
         self.engine.check_teacher(self.teacher, self.teachers.reference)
         self.budget = TokenBudget(config.micro_batch_tokens, self.ranks, together=self.engine.sharded)
@@ -227,7 +226,7 @@ class OPCDTrainer:
             samples = drawn.samples  # of all ranks, each of which scores its share
             denominator = total_weight(samples, config.normalize)  # of the whole step, not of a micro-batch or a rank
             self.engine.read_contexts(self.teacher, samples)
-            student_head = self.engine.student_head()
+            student_head = LMHead.from_model(self.model)
 
             def gradients() -> tuple[float, list[Any], Drift]:
                 loss, statistics, drift = 0.0, [], Drift()
@@ -299,7 +298,7 @@ class OPCDTrainer:
             "compute_dtype": self.compute_dtype,
             "backend": self.config.loss_backend,
             "workspace_bytes": self.config.workspace_bytes,
-            "autocast": self.engine.autocast,
+            "autocast": self.accelerator.autocast,
         }
 
     def _evaluate(self, step: int, fixed: list[Sample], journal: Journal, interruption: Interruption) -> None:

@@ -148,8 +148,7 @@ def num_layers(body: nn.Module) -> int:
 def embedding_rows(body: nn.Module) -> int | None:
     """How many token ids the input embedding knows; None when it cannot tell."""
     weight = getattr(body.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-    # DeepSpeed's ZeRO-3 leaves an empty tensor where a weight is not gathered, with its shape beside.
-    return None if weight is None else int(getattr(weight, "ds_shape", weight.shape)[0])
+    return None if weight is None else int(weight.shape[0])
 
 
 def longest_input(body: nn.Module) -> int | None:

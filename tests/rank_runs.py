@@ -24,7 +24,10 @@ JOBS = {
     "ddp-lora": {"engine": "ddp", "settings": {"lora_rank": 4, "normalize": "token", "rollouts_per_prompt": 2}},
     "ddp-full": {"engine": "ddp", "settings": UNEVEN},
     "fsdp2-lora": {
-        "engine": "fsdp2", "settings": {"lora_rank": 4, "rollouts_per_prompt": 2, "micro_batch_tokens": 250},
+        "engine": "fsdp2", "settings": {
+            "lora_rank": 4, "rollouts_per_prompt": 2, "micro_batch_tokens": 250, "max_grad_norm": 0.01,
+            "gradient_checkpointing": True,
+        },
     },
     "fsdp2-full": {"engine": "fsdp2", "settings": UNEVEN, "tied": True},
     "kept-answers": {
@@ -45,29 +48,10 @@ SLOW_JOBS = {
         "engine": "ddp", "settings": {"lora_rank": 4, "rollouts_per_prompt": 3, "micro_batch_tokens": 200},
     },
 }
-ZERO3_JOBS = {
-    "zero3-lora": {
-        "engine": "zero3", "settings": {
-            "lora_rank": 4, "rollouts_per_prompt": 2, "micro_batch_tokens": 250, "max_grad_norm": 0.01,
-            "gradient_checkpointing": True,
-        },
-    },
-    "zero3-full": {"engine": "zero3", "settings": UNEVEN, "tied": True},
-    "zero3-served": {"engine": "zero3", "settings": {"lora_rank": 4, "eval_every": 0, "steps": 3}, "served": True},
-    "zero3-bf16": {"engine": "zero3", "settings": {"dtype": "bfloat16"}, "tied": True},
-}  # fmt: skip
-SLOW_ZERO3_JOBS = {
-    "zero3-teacher-writes": {
-        "engine": "zero3", "settings": {**UNEVEN, "lora_rank": 4, "answers": "teacher", "divergence": "forward_kl"},
-    },
-    "zero3-other-teacher": {
-        "engine": "zero3", "settings": {"lora_rank": 4, "normalize": "token", "max_grad_norm": 0}, "teacher": True,
-    },
-    "zero3-live-teacher": {"engine": "zero3", "settings": {"lora_rank": 4, "teacher_mode": "live"}},
-    "zero3-saved-parts": {"engine": "zero3", "settings": {"eval_every": 0}, "saved_parts": True},
-    "zero3-running": {"engine": "zero3", "settings": RUNNING, "scores": True, "stale": True},
-    "zero3-bf16-lora": {"engine": "zero3", "settings": {"lora_rank": 4, "dtype": "bfloat16"}},
-}  # fmt: skip
+OTHER_JOBS = {  # of which one process does not make the same
+    "served": {"engine": "fsdp2", "settings": {"lora_rank": 4, "eval_every": 0, "steps": 3}, "served": True},
+    "bf16": {"engine": "fsdp2", "settings": {"dtype": "bfloat16", "eval_every": 0}, "tied": True},
+}
 GROUP_OF_TWO = 80  # tokens: a rank has several micro-batches, some of more than one sequence, which can be halved
 
 
@@ -89,13 +73,13 @@ def launch(jobs, world, folder):
         with open(folder / f"{file.stem}.{rank}", "w") as log:
             command = [sys.executable, WORKER, file]
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    codes = [rank.wait(timeout=300) for rank in ranks]
+    codes = [rank.wait(timeout=540) for rank in ranks]
     said = [(folder / f"{file.stem}.{rank}").read_text() for rank in range(world)]
     assert not any(codes), "\n".join(f"rank {rank}: {words[-3000:]}" for rank, words in enumerate(said))
 
 
 def job(name, folder, *, settings=(), **more):
-    made = {**JOBS, **SLOW_JOBS, **ZERO3_JOBS, **SLOW_ZERO3_JOBS}[name]
+    made = {**JOBS, **SLOW_JOBS, **OTHER_JOBS}[name]
     return {**made, "settings": {**made["settings"], "output_dir": str(folder), **dict(settings)}, **more}
 
 
@@ -108,8 +92,9 @@ def default_runs(base):
     folder = base / "ranks"
     folder.mkdir()
     two, one, resume = folder / "two", folder / "one", {"resume": True}
-    grouped = {"micro_batch_tokens": GROUP_OF_TWO}
+    grouped, same = {"micro_batch_tokens": GROUP_OF_TWO}, same_answers(folder)
     jobs = [job(name, two / name) for name in JOBS]
+    jobs += [job("served", two / "served"), job("bf16", two / "bf16", settings=same)]
     # Checkpoints are whole: what two ranks of FSDP2 began, a single process goes on with.
     jobs += [job("fsdp2-full", two / "cut-full", kill=2)]
     jobs += [job("ddp-full", two / "broken", fail="generate", error="the disk of this rank is gone")]
@@ -123,6 +108,7 @@ def default_runs(base):
     jobs += [job("fsdp2-lora", two / "sharded-memory", settings=grouped, memory=2, lost=True)]
     launch(jobs, 2, folder)
     jobs = [job(name, one / name, engine="ddp") for name in JOBS if name != "running-fsdp2"]
+    jobs += [job("bf16", one / "bf16", settings=same, engine="ddp")]
     jobs += [job("fsdp2-full", two / "cut-full", settings=resume, engine="ddp")]
     launch(jobs, 1, folder)
     return folder
@@ -142,45 +128,11 @@ def slow_runs(base):
     return folder
 
 
-@functools.cache
-def zero3_runs(base):
-    folder = base / "zero3-ranks"
-    two, one, resume = folder / "two", folder / "one", {"resume": True}
-    bf16 = answers_of_all(folder)
-    jobs = [job(name, two / name, settings=bf16 if "bf16" in name else ()) for name in ZERO3_JOBS]
-    jobs += [job("zero3-full", two / "cut", kill=2), job("zero3-full", two / "cut", settings=resume)]
-    jobs += [job("zero3-bf16", two / "cut-bf16", settings=bf16, kill=2)]
-    jobs += [job("zero3-bf16", two / "cut-bf16", settings={**bf16, **resume})]
-    jobs += [job("zero3-full", two / "cut-for-one", kill=2)]
-    jobs += [job("zero3-bf16", two / "fsdp2-bf16", settings=bf16, engine="fsdp2")]
-    jobs += [job("zero3-served", two / "fsdp2-served", engine="fsdp2")]
-    launch(jobs, 2, folder)
-    jobs = [job(name, one / name, engine="ddp") for name in ("zero3-lora", "zero3-full")]
-    jobs += [job("zero3-full", two / "cut-for-one", settings=resume, engine="ddp")]
-    launch(jobs, 1, folder)
-    return folder
-
-
-@functools.cache
-def slow_zero3_runs(base):
-    folder = base / "slow-zero3-ranks"
-    bf16 = answers_of_all(folder)
-    for world in (2, 1):
-        engine = {} if world == 2 else {"engine": "ddp"}
-        place = folder / ("one" if world == 1 else "two")
-        launch(
-            [job(name, place / name, settings=bf16 if "bf16" in name else (), **engine) for name in SLOW_ZERO3_JOBS],
-            world, folder,
-        )  # fmt: skip
-    return folder
-
-
-def answers_of_all(folder):
+def same_answers(folder):
     """Settings of runs in bf16, where ranks sample other answers than one process: rounding depends on the batch."""
-    folder.mkdir()
     answers = [{"prompt": prompt["prompt"], "response": "the same"[i:]} for i, prompt in enumerate(PROMPTS)]
     (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    return {"rollout": "replay", "rollout_file": str(folder / "answers.jsonl"), "eval_every": 0}
+    return {"rollout": "replay", "rollout_file": str(folder / "answers.jsonl")}
 
 
 def told(folder, ranks=2):

@@ -1,6 +1,6 @@
 """A transformers cache that writes in place and drops rows: what a decoding loop over a batch needs.
 
-Part of the seam to transformers; checked on 5.17 and 5.23.
+Part of the seam to transformers; checked on 5.17, 5.23 and 5.24.
 """
 
 from __future__ import annotations

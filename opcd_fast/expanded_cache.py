@@ -1,6 +1,6 @@
 """A prefix as a transformers cache for a padded batch: keys expanded one layer at a time, states copied per row.
 
-Works on transformers' cache classes, as `opcd_fast.transformers_seam` does; checked on 5.17 and 5.23.
+Works on transformers' cache classes, as `opcd_fast.transformers_seam` does; checked on 5.17, 5.23 and 5.24.
 """
 
 from __future__ import annotations

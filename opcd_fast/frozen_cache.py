@@ -1,6 +1,6 @@
 """Prefixes as a transformers cache for a packed row: in front of the row's own keys, read-only.
 
-Part of the seam to transformers, which re-exports it; checked on 5.17 and 5.23.
+Part of the seam to transformers, which re-exports it; checked on 5.17, 5.23 and 5.24.
 """
 
 from __future__ import annotations

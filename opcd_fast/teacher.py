@@ -3,11 +3,10 @@
     teacher = ContextTeacher(model, context_ids)
     hidden = teacher.hidden_states_packed(input_ids, cu_seqlens)      # (N, D), what teacher.head reads
 
-Four paths give the same numbers. `merge` computes the context's keys and values once, at batch size 1, and
+Three paths give the same numbers. `merge` computes the context's keys and values once, at batch size 1, and
 runs all sequences as one packed row whose attention is merged with the attention over the context. `pad` reads the
-same keys and values with the model's own attention, in a padded batch; `mask` does so in a packed row under an explicit
-mask, at the price of attention between all sequences on dense kernels. `concat` runs context and sequence together:
-the oracle, and the last resort.
+same keys and values, and the states of recurrent layers, with the model's own attention, in a padded batch. `concat`
+runs context and sequence together: the oracle, and the last resort.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ABI = 3
+ABI = 4
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # numbered as in native.cpp; each includes those before it
 LEVEL_VARIABLE = "OPCD_NATIVE_LEVEL"  # forces one of them
 BF16_DOT_LEVEL = "avx512bf16"
@@ -113,7 +113,7 @@ def available() -> bool:
 
 
 def status() -> str:
-    """One line: "built, ABI 3, avx512", or what is missing and how to get it."""
+    """One line: "built, ABI 4, avx512", or what is missing and how to get it."""
     path = library_path()
     if path is None:
         tools = {"CMake": shutil.which("cmake"), "a C++ compiler": shutil.which("c++") or shutil.which("g++")}

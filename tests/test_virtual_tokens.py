@@ -17,6 +17,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.export import ExportOptions, export
 from opcd_fast.models import load_model
 from opcd_fast.parallel import refuse_sharded
+from opcd_fast.rollout import TransformersRollout
 from opcd_fast.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher

@@ -21,6 +21,7 @@ from benchmarks.measure import wait
 from benchmarks.phase_rows import value
 from benchmarks.step_cases import RANK, SHAPES, random_model
 from opcd_fast.decoding import decode
+from opcd_fast.sdpa import sdpa_without_cudnn
 
 PROMPT = 64
 SETTINGS = {"dtype": "bfloat16", "sampling": "temperature 1"}
@@ -73,7 +74,7 @@ def _decode(model: Any, rows: int, tokens: int) -> None:
 
 
 def _generate(model: Any, rows: int, tokens: int, **options: Any) -> None:
-    with _without_cudnn():
+    with sdpa_without_cudnn():
         _plain_generate(model, rows, tokens, **options)
 
 
@@ -82,12 +83,6 @@ def _plain_generate(model: Any, rows: int, tokens: int, **options: Any) -> None:
     ids = _prompts(rows).to(next(model.parameters()).device)
     model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, min_new_tokens=tokens,
                    max_new_tokens=tokens, **options)  # fmt: skip
-
-
-def _without_cudnn() -> Any:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _with_cudnn(call: Callable[[int], None], tokens: int) -> None:

@@ -41,7 +41,11 @@ class Batch:
     student_parent: Tensor | None = None  # (S,) int64: index of the segment before it, -1 for none; None: not shared
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`, but for what the host reads: fetching it back would wait for the device each time."""
+        """On `device`, but for what the host reads: fetching it back would wait for the device each time.
+
+        On the CPU stay both `cu_seqlens` of whole sequences, `context_index`, `student_parent` and
+        `response_index_teacher`; a kernel of your own wants them moved.
+        """
         moved = {n: v if v is None or n in _READ_BY_THE_HOST else v.to(device) for n, v in vars(self).items()}
         return Batch(**moved)
 

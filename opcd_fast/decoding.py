@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from opcd_fast import transformers_seam as seam
 from opcd_fast.architectures import refuses_plain_cache
+from opcd_fast.attention_kernels import repeat_heads
 from opcd_fast.buffered_cache import buffered_cache
 from opcd_fast.rollout_protocol import cut_at_stop
 from opcd_fast.sampling import draw
@@ -149,7 +150,8 @@ class BatchRun:
         self.mask = None
         self.decoding_mask: Tensor | None = None
         if ragged:
-            more = real.new_ones(count, self.limit)
+            # Rows of a mask begin at multiples of 8 elements: else a kernel copies it in every layer at every token.
+            more = real.new_ones(count, self.limit + -(width + self.limit) % 8)
             self.decoding_mask = self._additive(torch.cat([real, more], dim=1)[:, None, None])[self.row_of]
         self.cache.spread(self.row_of, width + self.limit)
         self.positions = (width - padding)[self.row_of]
@@ -183,6 +185,10 @@ class BatchRun:
             folded = query.reshape(b, key.shape[1], groups, -1)
             out = F.scaled_dot_product_attention(folded, key, value, attn_mask=self.mask, scale=scaling)
             return out.reshape(b, 1, heads, -1), None
+        if groups > 1 and query.is_cuda:
+            # Keys shared by heads leave CUDA one kernel, which takes neither a mask nor float32; without it, the scores
+            # of all queries and keys would be stored.
+            key, value, groups = repeat_heads(key, query), repeat_heads(value, query), 1
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=self.mask, scale=scaling,
             is_causal=self.mask is None and count > 1, enable_gqa=groups > 1,

@@ -195,11 +195,11 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
         return gradient
     if torch.compiler.is_compiling():
         return (gradient * upstream.reshape([1] * gradient.ndim)).to(dtype)
-    # On a CPU the usual upstream gradient of 1 is seen for free; on a device looking would synchronise.
-    if not upstream.is_cuda and float(upstream) == 1.0:
-        return gradient.to(dtype)
     # A graph that is kept may come here again, for what this call found.
     again = torch._C._autograd._get_current_graph_task_keep_graph()
+    # On a CPU the usual upstream gradient of 1 is seen for free; on a device looking would synchronise.
+    if not upstream.is_cuda and float(upstream) == 1.0:
+        return gradient.to(dtype, copy=again)
     out = torch.empty_like(gradient, dtype=dtype) if again or gradient.dtype != dtype else gradient
     return scale_into(gradient, upstream, out)
 

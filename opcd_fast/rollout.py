@@ -84,6 +84,11 @@ class TransformersRollout:
         self._kept = choice or Choice()
         kept = self._kept.values
         self._engine = self._kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
+        if self._engine not in (None, *ENGINES[1:]):
+            raise InputError(
+                f"choice: it kept the engine {self._engine!r}, which is not available any more; delete rollout.json in "
+                "the run's folder to decide anew, or give engine="
+            )
         if self._engine is None and refusal is not None:
             self._engine = self._kept.set("engine", "generate", f"decode cannot run this model: {refusal}")
         merge = self._kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
@@ -187,7 +192,7 @@ class TransformersRollout:
 
     def _worth_merging(self) -> tuple[bool, str]:
         if self.device.type != "cpu":
-            return False, "on a GPU, where the copy takes memory that training needs"
+            return False, "on a GPU, where the copy takes memory that training needs; not measured there yet"
         if MergedCopy.bytes_needed(self.model) > rollout_memory.free_bytes(self.device) // 2:
             return False, "the copy would take over half of what is free"
         return True, "on a CPU, where adapters' small products cost more than their share of the arithmetic"

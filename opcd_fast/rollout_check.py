@@ -126,7 +126,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         kept.clear()
 
     hooks = []
-    for part in _parts(model, set(seam.layers_of(model))):
+    for part in _parts(seam.causal_lm(model), set(seam.layers_of(model))):
         if isinstance(part, nn.Embedding):
             hooks.append(part.register_forward_hook(_widen_output))
         else:

@@ -6,17 +6,27 @@ keys grow by one with each token; and with an explicit mask its backward can giv
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-WITHOUT_CUDNN = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+import torch
 
 
-def sdpa_without_cudnn() -> AbstractContextManager[None]:
-    """`scaled_dot_product_attention` picks one of `WITHOUT_CUDNN` while the block is open.
+@contextmanager
+def sdpa_without_cudnn() -> Iterator[None]:
+    """`scaled_dot_product_attention` runs flash, memory-efficient or plain attention while the block is open.
 
-    The choice is the process's, not the thread's. A forward pass that is recomputed in backward has to open it again
+    What else the caller has switched off stays off; where nothing is left, plain attention runs. The choice is the
+    process's, not the thread's. A forward pass that is recomputed in backward has to open it again
     (`transformers_seam.recomputing_under`).
     """
-    return sdpa_kernel(list(WITHOUT_CUDNN))
+    cuda = torch.backends.cuda
+    cudnn, math = cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled()
+    try:
+        cuda.enable_cudnn_sdp(False)
+        if not (math or cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()):
+            cuda.enable_math_sdp(True)
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(cudnn)
+        cuda.enable_math_sdp(math)

@@ -78,7 +78,8 @@ def head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The modules that the architecture says must stay whole: its decoder layers."""
     names = set(getattr(causal_lm(model), "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    # Ancestors too: FSDP2 puts a class of its own in front of a layer's.
+    return [module for module in model.modules() if not names.isdisjoint(c.__name__ for c in type(module).__mro__)]
 
 
 def run_body(
@@ -184,7 +185,7 @@ def _configs(body: nn.Module) -> list[Any]:
 def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
     """Run every attention layer of `body` through `function` while the block is open."""
     # transformers keeps what was registered last, and with it whatever that holds: a cache of gigabytes, for one.
-    outer = AttentionInterface._global_mapping.get(PACKED_ATTENTION, _no_call)
+    outer: Any = AttentionInterface._global_mapping.get(PACKED_ATTENTION, _no_call)
     AttentionInterface.register(PACKED_ATTENTION, function)
     saved = [(config, config._attn_implementation_internal) for config in _configs(body)]
     try:

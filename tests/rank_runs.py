@@ -51,6 +51,7 @@ SLOW_JOBS = {
 OTHER_JOBS = {  # of which one process does not make the same
     "served": {"engine": "fsdp2", "settings": {"lora_rank": 4, "eval_every": 0, "steps": 3}, "served": True},
     "bf16": {"engine": "fsdp2", "settings": {"dtype": "bfloat16", "eval_every": 0}, "tied": True},
+    "bf16-lora": {"engine": "fsdp2", "settings": {"dtype": "bfloat16", "lora_rank": 4, "eval_every": 0, "steps": 1}},
 }
 GROUP_OF_TWO = 80  # tokens: a rank has several micro-batches, some of more than one sequence, which can be halved
 
@@ -95,6 +96,7 @@ def default_runs(base):
     grouped, same = {"micro_batch_tokens": GROUP_OF_TWO}, same_answers(folder)
     jobs = [job(name, two / name) for name in JOBS]
     jobs += [job("served", two / "served"), job("bf16", two / "bf16", settings=same)]
+    jobs += [job("bf16-lora", two / "bf16-lora")]
     # Checkpoints are whole: what two ranks of FSDP2 began, a single process goes on with.
     jobs += [job("fsdp2-full", two / "cut-full", kill=2)]
     jobs += [job("ddp-full", two / "broken", fail="generate", error="the disk of this rank is gone")]

@@ -33,6 +33,12 @@ def make_session(tmp_path, **options):
     return Session("smoke", tmp_path / "gpu.jsonl", **settings)
 
 
+def kept():
+    """The launch table that an earlier run on a device has left in this tree."""
+    path = ROOT / ".cache" / "gpu" / "launch_shapes.json"
+    return path.read_bytes() if path.exists() else None
+
+
 def test_the_cheapest_phases_run_dry(tmp_path):
     """As on a device, in processes of their own, tiny shapes; the sweep's table is one that the launchers read."""
     command = [
@@ -46,6 +52,7 @@ def test_the_cheapest_phases_run_dry(tmp_path):
         "--out",
         str(tmp_path),
     ]
+    before = kept()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     run = run_of(tmp_path)
@@ -58,7 +65,7 @@ def test_the_cheapest_phases_run_dry(tmp_path):
     times = {row.name: row.values["time"].value for row in swept if "merge_attention" in row.name}
     best = min(times, key=times.get).partition(", ")[2]
     assert best == "{} x {}".format(*table.shapes["merge_attention"][-1][1:])
-    assert not (ROOT / ".cache" / "gpu").exists(), "a dry run's table is none to launch with"
+    assert kept() == before, "a dry run's table is none to launch with"
 
 
 class Recorded:
@@ -83,10 +90,14 @@ class Recorded:
 def test_what_a_phase_asks_of_a_device_can_be_built(phase, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     module = __import__(f"benchmarks.gpu.{phase}", fromlist=["run"])
-    recorded = Recorded()
+    recorded, tables = Recorded(), []
+    if phase == "sweep":
+        monkeypatch.setattr(module, "_write", lambda *arguments: tables.append(arguments))
     module.run(recorded)
     least = {"smoke": 24, "accuracy": 15, "loss": 22, "sweep": 30, "decoding": 9, "teacher": 6, "retimed": 6}
     assert len(recorded.names) >= least.get(phase, 1)
+    if phase == "sweep":
+        assert len(tables) == 4, "a table after every kernel, for a run that is cut off"
     if phase == "loss":
         assert (
             sum("trl" in name for name in recorded.names) == 4 and sum("parts" in name for name in recorded.names) == 4
@@ -115,7 +126,7 @@ def test_the_settings_of_the_steps_are_ones_a_run_takes(tmp_path):
     from benchmarks.step_worker import opcd_settings
     from opcd_fast.config import OPCDConfig
 
-    assert OPCDConfig(**case_settings(JOB, tmp_path)).merge_for_rollout is True
+    assert OPCDConfig(**case_settings(JOB, tmp_path)).rollout_batch == JOB.prompts
     assert OPCDConfig(**case_settings(TINY, tmp_path)).rollout_batch == TINY.prompts
     for case in cases(CUDA, quick=False):
         assert OPCDConfig(**opcd_settings(case, tmp_path, 3, "cuda")).micro_batch_tokens == case.micro_batch_tokens

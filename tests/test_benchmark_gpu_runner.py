@@ -148,7 +148,7 @@ def test_what_comes_back_is_small_and_few(tmp_path, monkeypatch):
         *((f"f{i}", 10 + i) for i in range(9)),
     ):
         (tmp_path / name).write_bytes(b"x" * size)
-    gone = runner.fit(tmp_path, tmp_path / "run.jsonl")
+    gone = runner.fit(list(tmp_path.iterdir()), tmp_path / "run.jsonl")
     left = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert len(left) == runner.FILES == 8 and left["run.jsonl"] == 5000, "the rows are kept whatever their size"
     assert "huge.bin" not in left and {"f0", "f1"} <= set(left) and "f8" not in left

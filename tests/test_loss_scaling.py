@@ -42,6 +42,18 @@ def test_a_graph_that_is_kept_is_scaled_anew_each_time():
         assert torch.equal(one, three) and torch.equal(two, 2 * unscaled)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_gradients_of_a_kept_graph_are_the_callers_own(factor):
+    h, w, h_t = leaves(torch.float32)
+    loss = fused_linear_reverse_kl(h, w, h_t, w.detach()) * factor
+    first = torch.autograd.grad(loss, (h, w), retain_graph=True)
+    wanted = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()  # as clipping changes them in place
+    second = torch.autograd.grad(loss, (h, w))
+    assert all(map(torch.equal, second, wanted))
+
+
 @pytest.mark.parametrize(("dtype", "temporaries"), [(torch.float32, 0), (torch.bfloat16, 2 * 4096 * 64 * 4)])
 def test_scaling_holds_no_second_gradient(dtype, temporaries):
     h, w, h_t = leaves(dtype, vocabulary=65_536, width=64)

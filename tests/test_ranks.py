@@ -85,6 +85,12 @@ def test_bf16_runs_have_fp32_masters_and_the_gradient_of_one_process(runs):
     assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=4 * eps)
 
 
+def test_sharded_ranks_find_the_decoding_loop_right(runs):
+    """Its check runs the layers in float32, whatever FSDP2 has made of their classes."""
+    kept = json.loads((runs / "two" / "bf16-lora" / "rollout.json").read_text())
+    assert kept["values"]["engine"] == "decode", kept["reasons"]
+
+
 def test_a_server_gets_the_weights_of_every_step(runs):
     folder = runs / "two" / "served"
     pushed, nothing = (one["pushed"] for one in told(folder))

@@ -84,3 +84,12 @@ def test_sync_and_moved_weights_fold_again(monkeypatch):
     assert len(folds) == 3
     with pytest.raises(InputError, match="the model it was made with"):
         engine.sync(tiny_model())
+
+
+def test_a_kept_engine_that_is_gone_is_told(tmp_path):
+    file = tmp_path / "rollout.json"
+    file.write_text('{"values": {"engine": "continuous"}, "reasons": {"engine": "timed"}}')
+    with pytest.raises(InputError, match="'continuous'.*rollout.json"):
+        TransformersRollout(tiny_model(), stop_token_ids=[256], choice=Choice.of_file(file))
+    kept = TransformersRollout(tiny_model(), stop_token_ids=[256], choice=Choice.of_file(file), engine="generate")
+    assert "engine: generate" in kept.explain()

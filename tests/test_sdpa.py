@@ -6,12 +6,11 @@ from architectures import build
 from tiny_models import pack, random_ids
 
 from opcd_fast.integrations.forward import hidden_states
-from opcd_fast.sdpa import WITHOUT_CUDNN, sdpa_without_cudnn
+from opcd_fast.sdpa import sdpa_without_cudnn
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 
 SWITCHES = ("cudnn", "flash", "mem_efficient", "math")
-WITHOUT = {"cudnn": False, "flash": True, "mem_efficient": True, "math": True}
 
 
 def switches():
@@ -32,22 +31,26 @@ def seen(monkeypatch):
     return found
 
 
-@pytest.fixture(params=["all", "cudnn alone"])
+def without(outside):
+    """The same without cuDNN; plain attention where nothing is left."""
+    left = {**outside, "cudnn": False}
+    return left if any(left.values()) else {**left, "math": True}
+
+
+@pytest.fixture(params=[SWITCHES, ("cudnn",), ("cudnn", "math"), ("flash", "math")], ids="+".join)
 def outside(request):
     """What the caller allows, which must be so again afterwards."""
     before = switches()
-    if request.param == "cudnn alone":
-        for name in SWITCHES[1:]:
-            getattr(torch.backends.cuda, f"enable_{name}_sdp")(False)
+    for name in SWITCHES:
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in request.param)
     yield switches()
     for name, on in before.items():
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(on)
 
 
 def test_the_set(outside):
-    assert {kind.name for kind in WITHOUT_CUDNN} == {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"}
     with sdpa_without_cudnn():
-        assert switches() == WITHOUT
+        assert switches() == without(outside)
     assert switches() == outside
     with pytest.raises(KeyError), sdpa_without_cudnn():
         raise KeyError
@@ -67,13 +70,13 @@ def test_the_student_forward_and_backward(way, checkpointing, seen, outside):
         hidden = hidden_states(model, ids.view(3, 5), torch.ones(3, 5, dtype=torch.int64))
     else:
         hidden = packed_hidden_states(model, ids, bounds)
-    assert seen == [WITHOUT] * 2 and switches() == outside  # two layers
+    assert seen == [without(outside)] * 2 and switches() == outside  # two layers
     hidden.square().mean().backward()
-    assert seen == [WITHOUT] * (4 if checkpointing else 2) and switches() == outside
+    assert seen == [without(outside)] * (4 if checkpointing else 2) and switches() == outside
 
 
 @pytest.mark.parametrize("path", ["pad", "concat"])
 def test_the_teacher(path, seen, outside):
     teacher = ContextTeacher(build("qwen3"), random_ids(20)[0], path=path)
     teacher.hidden_states_packed(*pack(random_ids(5, 1, 9)))
-    assert len(seen) >= 2 and all(one == WITHOUT for one in seen) and switches() == outside
+    assert len(seen) >= 2 and all(one == without(outside) for one in seen) and switches() == outside

@@ -17,11 +17,11 @@ from benchmarks.phase_rows import value
 def run(session: Session) -> None:
     size, copied = (256, 1 << 20) if session.dry else (8192, 1 << 31)
     texts: dict[str, str] = {}
+    session.row("versions", lambda: _versions(session, texts), settings=texts)
     session.row("copy", lambda: _copy(session, copied), shape={"bytes": copied})
     session.row("product", lambda: _product(session, size), shape={"n": size}, settings={"dtype": "bfloat16"})
     session.row("product, float32 out", lambda: _wide_product(session, size), shape={"n": size})
     session.row("host", lambda: _host(session), settings={"call": "add_ of one element"})
-    session.row("versions", lambda: _versions(session, texts), settings=texts)
 
 
 def _copy(session: Session, size: int) -> Values:

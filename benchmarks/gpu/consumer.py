@@ -22,14 +22,13 @@ JOB = Case(
     micro_batch=8, micro_batch_tokens=8192, context_words=2048,  # about 19 GiB by the plan
 )  # fmt: skip
 TINY = Case("lora", "main", "tiny Llama", 4, 6, "float32", False, 4, context_words=24)
-SETTINGS = {"merge_for_rollout": True}  # what is timed at the first call otherwise; the plan must know
 
 
 def run(session: Session) -> None:
     case = TINY if session.dry else JOB
     session.row("cap", lambda: _cap(session))
     with tempfile.TemporaryDirectory() as folder:
-        steps = Steps(session, case, Path(folder), traced=False, rollout_batch=case.prompts, **SETTINGS)
+        steps = Steps(session, case, Path(folder), traced=False, rollout_batch=case.prompts)
         steps.run()
         session.row("plan", lambda: _plan(session, case, Path(folder), steps.peak), needs=5)
 
@@ -72,4 +71,4 @@ def _plan(session: Session, case: Case, folder: Path, measured: int) -> Values:
 def case_settings(case: Case, folder: Path) -> dict[str, Any]:
     from benchmarks.step_worker import opcd_settings
 
-    return opcd_settings(case, folder, 1, "cuda", rollout_batch=case.prompts, **SETTINGS)
+    return opcd_settings(case, folder, 1, "cuda", rollout_batch=case.prompts)

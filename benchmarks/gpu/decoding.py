@@ -44,6 +44,7 @@ def run(session: Session) -> None:
     row("generate, dynamic cache", lambda: theirs(), tokens // 2, attention="without cuDNN")
     row("generate, static cache", lambda: theirs(cache_implementation="static", disable_compile=True), tokens // 2,
         attention="without cuDNN")  # fmt: skip
+    row("decode, ragged prompts", lambda: partial(_decode, model(), rows, ragged=True), tokens // 2)
     for label, call in (("decode", lambda count: _decode(model(), 2, count)),
                         ("generate", lambda count: _generate(model(), 2, count))):  # fmt: skip
         session.row(f"calls per token, {label}", partial(_calls, call), settings={"model": name})
@@ -68,9 +69,12 @@ def _prompts(rows: int) -> torch.Tensor:
     return torch.randint(5, 200, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
 
 
-def _decode(model: Any, rows: int, tokens: int) -> None:
+def _decode(model: Any, rows: int, tokens: int, *, ragged: bool = False) -> None:
     uniform = torch.rand(rows, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    decode(model, _prompts(rows).tolist(), uniform, stop_token_ids=[-1], temperature=1.0, top_p=1.0)
+    prompts = _prompts(rows).tolist()
+    if ragged:  # so that there is a mask
+        prompts = [prompt[row % 8 :] for row, prompt in enumerate(prompts)]
+    decode(model, prompts, uniform, stop_token_ids=[-1], temperature=1.0, top_p=1.0)
 
 
 def _generate(model: Any, rows: int, tokens: int, **options: Any) -> None:

@@ -45,7 +45,7 @@ def run(
 
     seconds: for everything; default: what the run has. module: what a phase's process runs.
     """
-    start = time.monotonic()
+    start, began = time.monotonic(), time.time() - 1
     total = min(filter(None, (seconds, DRY_SECONDS if dry else SECONDS[name])))
     hard = start + total - ENDING
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def run(
         marker(lines).unlink(missing_ok=True)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    dropped = fit(folder, keep=lines)
+    dropped = fit([path for path in folder.iterdir() if path.stat().st_mtime >= began], keep=lines)
     found = read(lines)
     print("\n".join(summary(found, [phase.name for phase, _ in chosen], folder, time.monotonic() - start, dropped)))
     sys.stdout.flush()
@@ -161,21 +161,21 @@ def _last(log: Path, offset: int) -> str:
     return next((line.strip()[:400] for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
-def fit(folder: Path, keep: Path) -> list[str]:
-    """Make what lies in the folder small and few enough to come back; the names of files that had to go.
+def fit(written: Sequence[Path], keep: Path) -> list[str]:
+    """Make the files that a run has written small and few enough to come back; the names of files that had to go.
 
     A log keeps its beginning and its end; other files that are too large go, and beyond eight the largest ones. `keep`
     stays whatever it is.
     """
     gone = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p != keep):
+    for path in sorted(p for p in written if p.is_file() and p != keep):
         if path.suffix == ".log" and path.stat().st_size > LOG_BYTES:
             text = path.read_bytes()
             path.write_bytes(text[: LOG_BYTES // 2] + b"\n[...]\n" + text[-LOG_BYTES // 2 :])
         if path.stat().st_size > FILE_BYTES:
             gone.append(f"{path.name} ({path.stat().st_size >> 20} MiB)")
             path.unlink()
-    others = sorted((p for p in folder.iterdir() if p.is_file() and p != keep), key=lambda p: p.stat().st_size)
+    others = sorted((p for p in written if p.is_file() and p != keep), key=lambda p: p.stat().st_size)
     for path in others[FILES - 1 :]:
         gone.append(f"{path.name} (more than {FILES} files)")
         path.unlink()

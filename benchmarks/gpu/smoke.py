@@ -31,6 +31,7 @@ def run(session: Session) -> None:
     _kernels(session, n, v)
     _attention(session)
     session.row("loss in a CUDA graph", lambda: _graph(session, n, v, d), shape={"N": n, "V": v, "D": d})
+    session.row("decoding, ragged prompts", lambda: _loop(session), settings={"model": "tiny Llama"})
     session.row("a training step", lambda: _step(session), settings={"model": "tiny Llama"})
     session.row("flex attention", lambda: _phase_1(session, "prefix_flex", 3.0), needs=30, settings={"softcap": 3.0})
 
@@ -196,6 +197,23 @@ def _decoding(session: Session, masked: bool) -> Values:
         exact = (scores if mask is None else scores + mask.double()).softmax(-1) @ v.double()
         worst = max(worst, relative(out, exact))
     return error_row(worst, ATTENTION_ERROR)
+
+
+def _loop(session: Session) -> Values:
+    """The decoding loop, its masked prefill with shared heads included, against plain forward passes."""
+    from benchmarks.step_cases import SHAPES, random_model
+    from opcd_fast.decoding import decode
+    from opcd_fast.rollout_check import check_decoding
+
+    model = random_model(SHAPES["tiny Llama"], torch.bfloat16, session.device)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 200, (length,), generator=draw).tolist() for length in (9, 3, 40, 17)]
+    uniform = torch.zeros(len(prompts), 5, dtype=torch.float64)
+    loop = lambda: decode(model, prompts, uniform, stop_token_ids=[-1], temperature=0.0, top_p=1.0)  # noqa: E731
+    good, figures = check_decoding(model, loop, prompts)
+    if not good:
+        raise Wrong(f"log-probabilities differ by {figures}", {})
+    return {"answers": value(len(prompts), "1")}
 
 
 def _worse(

@@ -47,6 +47,8 @@ def run(session: Session) -> None:
     best: dict[str, tuple[int, int]] = {}
     for kernel, build in launches.large(device, dry).items():
         best[kernel] = _swept(session, kernel, kernel, build, shapes[kernel])
+        if best[kernel][0]:
+            _write(session, best, (0, 0))  # at once: the time may be over before the next one is done
     narrow = _swept(
         session, "reverse_kl_rows", f"reverse_kl_rows, V {NARROW}",
         partial(launches.reverse_kl, device, 3 if dry else 2048, 700 if dry else NARROW), WIDE,

@@ -8,6 +8,7 @@ from typing import Any
 
 from opcd_fast.config_checks import check
 from opcd_fast.divergences import ALPHA, BETA, TAIL, K
+from opcd_fast.gone import refuse_gone
 from opcd_fast.options import typed_values
 
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
@@ -189,6 +190,10 @@ class OPCDConfig:
     """Fixes prompt order, answers and initial adapter."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> OPCDConfig:
+        refuse_gone(settings)  # before Python calls them unexpected
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, value in typed_values(OPCDConfig, vars(self)).items():

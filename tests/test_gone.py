@@ -99,3 +99,12 @@ def test_an_older_run_that_used_it_is_refused(older, name, value, capsys):
         run_settings(run)
     assert main(["report", str(run)]) == 2
     assert name in capsys.readouterr().err
+
+
+def test_taking_it_out_of_the_file_does_not_change_what_a_run_began_with(older):
+    base, run = older
+    without = (run / "config.json").read_text()
+    age(run, prefix_dtype="float8_e4m3fn")
+    (run / "config.json").write_text(without)
+    with pytest.raises(InputError, match="prefix_dtype='float8_e4m3fn'.*another output_dir"):
+        make_run(base, run, steps=3, eval_every=2, resume=True)

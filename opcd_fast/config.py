@@ -8,6 +8,7 @@ from typing import Any
 
 from opcd_fast.config_checks import check
 from opcd_fast.divergences import ALPHA, BETA, TAIL, K
+from opcd_fast.gone import refuse_gone
 from opcd_fast.options import typed_values
 
 LORA_LEARNING_RATE = 1e-3  # the demo's, measured on SmolLM2-135M; lower it for larger models
@@ -150,14 +151,10 @@ class OPCDConfig:
     """Bound for the loss's scratch memory; None: the loss's own default."""
     teacher_path: str = "auto"
     """How the teacher reads the context: "auto" | "merge" | "pad" | "concat"."""
-    prefix_store: str | None = None
-    """Folder where contexts' caches are kept, so that a second run does not read them again; None: nowhere."""
     max_prefix_bytes: int | None = None
     """Bound for the contexts' caches in memory; the ones used longest ago are dropped. None: no bound."""
     prefix_device: str | None = None
     """Where contexts' caches are kept; "cpu" brings them to a GPU layer by layer. None: where the teacher is."""
-    prefix_dtype: str | None = None
-    """"float8_e4m3fn" keeps contexts' caches in eight bits, with the error that brings. None: the teacher's type."""
     teacher_batch_bytes: int | None = None
     """Bound for what the teacher holds besides weights and caches; larger batches run in parts. None: a quarter of
     its weights, at least 1 GiB."""
@@ -193,6 +190,10 @@ class OPCDConfig:
     """Fixes prompt order, answers and initial adapter."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> OPCDConfig:
+        refuse_gone(settings)  # before Python calls them unexpected
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, value in typed_values(OPCDConfig, vars(self)).items():

@@ -127,11 +127,8 @@ def _check_teacher(config: OPCDConfig, rules: _Rules) -> None:
 
 def _check_caches(config: OPCDConfig, rules: _Rules) -> None:
     rules.one_of("teacher_path", "auto", "merge", "pad", "concat")
-    if config.prefix_dtype is not None:
-        rules.one_of("prefix_dtype", "float8_e4m3fn")
-    for name in ("prefix_device", "prefix_dtype"):
-        if config.teacher_path == "concat" and getattr(config, name) is not None:
-            raise InputError(f"{name} is set, but teacher_path='concat' keeps no caches; drop one of them")
+    if config.teacher_path == "concat" and config.prefix_device is not None:
+        raise InputError("prefix_device is set, but teacher_path='concat' keeps no caches; drop one of them")
 
 
 def _check_adapter(config: OPCDConfig) -> None:

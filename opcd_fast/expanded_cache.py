@@ -20,8 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from opcd_fast.prefix_stream import PrefixStream
-from opcd_fast.stored_layer import StoredLayer
+from opcd_fast.prefix_stream import KeysAndValues, PrefixStream
 from opcd_fast.transformers_seam import config_of
 
 # What stands in a cache for a layer that holds nothing: one that reads another's keys, or is no attention at all.
@@ -44,7 +43,7 @@ class ExpandedLayer(CacheLayerMixin):
 
     def _hold(self, stream: PrefixStream, index: int, length: int) -> None:
         self.stream, self.index, self.length = stream, index, length
-        self.kept = stream.layers[index][0].kept
+        self.kept = stream.layers[index][0][0].shape[-2]
         self.is_sliding = self.kept < length
         self.is_initialized = True
 
@@ -135,7 +134,7 @@ def states_of(layer: Any) -> dict[str, Tensor]:
 
 
 def expanded_cache(
-    stored: Sequence[StoredLayer], states: Sequence[Mapping[str, Tensor]], length: int, batch: int
+    stored: Sequence[KeysAndValues], states: Sequence[Mapping[str, Tensor]], length: int, batch: int
 ) -> Cache:
     """The cache that puts one prefix of `length` tokens in front of each of `batch` rows.
 
@@ -146,7 +145,7 @@ def expanded_cache(
     stream = PrefixStream([[layer] for layer in stored])
     for index, layer in enumerate(stored):
         state = states[index] if states else {}
-        has_keys = layer.keys.numel() > 0
+        has_keys = layer[0].numel() > 0
         if state and has_keys:
             layers.append(StateAndExpandedLayer(stream, index, length, state, batch))
         elif state:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from opcd_fast.prefix_stream import PrefixStream
-from opcd_fast.stored_layer import StoredLayer
+from opcd_fast.prefix_stream import KeysAndValues, PrefixStream
 
 
 class FrozenLayer(CacheLayerMixin):
@@ -40,7 +39,7 @@ class FrozenLayer(CacheLayerMixin):
             return whole_keys, torch.cat([*(v.to(value_states.dtype) for v in values), value_states], dim=-2)
 
     def get_seq_length(self, *args: Any) -> int:
-        return sum(prefix.kept for prefix in self.stream.layers[self.index])
+        return sum(keys.shape[-2] for keys, _ in self.stream.layers[self.index])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -51,7 +50,7 @@ class FrozenLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # the name before 5.18
 
 
-def frozen_cache(layers: Sequence[Sequence[StoredLayer]]) -> Cache:
+def frozen_cache(layers: Sequence[Sequence[KeysAndValues]]) -> Cache:
     """A cache of `FrozenLayer`s, layers[layer][prefix]."""
     stream = PrefixStream(layers)
     return Cache(layers=[FrozenLayer(stream, index) for index in range(len(layers))])

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opcd_fast import transformers_seam as seam
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.fingerprint import described
 from opcd_fast.heads import LMHead
 from opcd_fast.models import pick_device, refuse_unsupported, same_device, same_tokenizer
 from opcd_fast.moving_teacher import MovingWeights, copy_of_trained
@@ -250,8 +250,17 @@ def shared_vocabulary(student: Any, teacher: Any, tokenizer: Any, teacher_tokeni
 def fingerprint(model: Any) -> str:
     """Tells one set of weights from another: names, shapes, and the first values of every parameter, hashed."""
     seen = hashlib.sha256()
-    named = (part for name, parameter in model.named_parameters() for part in described(name, parameter))
+    named = (part for name, parameter in model.named_parameters() for part in _plain_tensors(name, parameter))
     for name, parameter in named:
         seen.update(f"{name} {tuple(parameter.shape)}".encode())
         seen.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return seen.hexdigest()
+
+
+def _plain_tensors(name: str, x: Tensor) -> list[tuple[str, Tensor]]:
+    """What together says what a weight is that bitsandbytes packed; any other tensor is its own only part."""
+    state: Any = getattr(x, "quant_state", None)
+    if state is None or not hasattr(state, "as_dict"):
+        return [(name, x)]
+    parts = state.as_dict(packed=True)
+    return [(name, x.detach().as_subclass(Tensor)), *((f"{name}.{key}", parts[key]) for key in sorted(parts))]

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.gone import refuse_gone
 
 
 def typed_values(cls: type, values: Mapping[str, Any], numbers_as_text: bool = False) -> dict[str, Any]:
@@ -75,7 +76,8 @@ def _json_object(value: Any) -> Any:
 
 
 def check_names(values: Mapping[str, Any], allowed: list[str], where: str) -> None:
-    """Raises InputError for a name that is not an option, with the closest one that is."""
+    """Raises InputError for a name that is not an option, with the closest one that is, and for what is gone."""
+    refuse_gone(values, where)
     for name in values:
         if name not in allowed:
             close = difflib.get_close_matches(name, allowed, 1)

@@ -99,7 +99,7 @@ def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
         raise wrong("num_virtual_tokens", "the prefix is made outside of the modules that gather weights")
     if config.optimizer != "adamw_torch":
         raise wrong(f"optimizer={config.optimizer!r}", "it does not know them", "use 'adamw_torch'")
-    for name in ("prefix_store", "max_prefix_bytes", "teacher_batch_bytes"):
+    for name in ("max_prefix_bytes", "teacher_batch_bytes"):
         if getattr(config, name) is not None:
             raise wrong(name, "ranks would run the teacher at different times", "drop it")
     if config.merge_for_rollout:

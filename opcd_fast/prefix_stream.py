@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from opcd_fast.stored_layer import StoredLayer
+KeysAndValues = tuple[Tensor, Tensor]
+"""Of one layer of one prefix: (1, H_kv, kept, d_k) and (1, H_kv, kept, d_v); (1, 0, 0, 0) where it has none."""
 
 _ALIGNMENT = 256  # of each tensor in a slot: what a fresh allocation has
 
@@ -99,11 +100,11 @@ class PrefixStream:
     One forward pass uses it, from the first layer to the last. Another order works too, but then copies come late.
     """
 
-    def __init__(self, layers: Sequence[Sequence[StoredLayer]]) -> None:
+    def __init__(self, layers: Sequence[Sequence[KeysAndValues]]) -> None:
         self.layers = layers
         self._transfer: Transfer | None = None
         self._opened = False
-        self._placed: dict[int, tuple[int, list[StoredLayer]]] = {}  # layer: its slot, and where it is or will be
+        self._placed: dict[int, tuple[int, list[KeysAndValues]]] = {}  # layer: its slot, and where it is or will be
 
     @contextmanager
     def layer(self, index: int, like: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -112,11 +113,11 @@ class PrefixStream:
         They are good inside the block only.
         """
         if not self._opened:
-            source = self.layers[index][0].keys.device
+            source = self.layers[index][0][0].device
             self._transfer = open_transfer(source, like.device, max(map(_slot_bytes, self.layers)))
             self._opened = True
         if self._transfer is None:
-            yield _dequantised(self.layers[index], like.dtype)
+            yield _cast(self.layers[index], like.dtype)
             return
         self._start(index)
         slot, placed = self._placed.pop(index)
@@ -124,7 +125,7 @@ class PrefixStream:
         if following is not None:
             self._start(following, 1 - slot)
         self._transfer.wait(slot)
-        yield _dequantised(placed, like.dtype)
+        yield _cast(placed, like.dtype)
         self._transfer.release(slot)
 
     def _start(self, index: int, slot: int = 0) -> None:
@@ -132,27 +133,21 @@ class PrefixStream:
             return
         assert self._transfer is not None
         self._placed.clear()  # a copy that was started for a layer which did not come next
-        places = self._transfer.start(slot, [x for layer in self.layers[index] for x in layer.tensors])
-        found = []
-        for layer in self.layers[index]:
-            count = len(layer.tensors)
-            found.append(layer.with_tensors(places[:count]))
-            places = places[count:]
-        self._placed[index] = slot, found
+        places = self._transfer.start(slot, [x for pair in self.layers[index] for x in pair])
+        self._placed[index] = slot, list(zip(places[::2], places[1::2], strict=True))
 
     def _next(self, index: int) -> int | None:
         """The next layer that has keys."""
         later = range(index + 1, len(self.layers))
-        return next((i for i in later if self.layers[i][0].keys.numel()), None)
+        return next((i for i in later if self.layers[i][0][0].numel()), None)
 
 
-def _dequantised(layers: Sequence[StoredLayer], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    pairs = [layer.dequantised(dtype) for layer in layers]
-    return [keys for keys, _ in pairs], [values for _, values in pairs]
+def _cast(pairs: Sequence[KeysAndValues], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    return [keys.to(dtype) for keys, _ in pairs], [values.to(dtype) for _, values in pairs]
 
 
-def _slot_bytes(layers: Sequence[StoredLayer]) -> int:
-    return sum(_aligned(x.numel() * x.element_size()) for layer in layers for x in layer.tensors)
+def _slot_bytes(pairs: Sequence[KeysAndValues]) -> int:
+    return sum(_aligned(x.numel() * x.element_size()) for pair in pairs for x in pair)
 
 
 def _aligned(offset: int) -> int:

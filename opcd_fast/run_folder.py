@@ -14,7 +14,9 @@ from typing import Any
 from opcd_fast import checkpoint
 from opcd_fast.batch import Sample
 from opcd_fast.errors import InputError
+from opcd_fast.gone import without_gone
 from opcd_fast.run_identity import completed
+from opcd_fast.training_curve import run_settings
 
 BEST = "best.json"
 ANSWERS = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
@@ -94,10 +96,13 @@ class RunFolder:
         """Step and contents of the newest checkpoint, and the records up to it.
 
         Records of steps after the checkpoint are dropped from the file: these steps will be made again.
-        Raises InputError for a damaged checkpoint, or one of a run with another identity.
+        Raises InputError for a damaged checkpoint, one of a run with another identity, or settings that are gone.
         """
         saved, state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(self._checkpoints)[-1])
-        kept_identity = completed(state["identity"])
+        where = f"resume: the run in {str(self.path)!r}"
+        kept_identity = completed(without_gone(state["identity"], where, "start a new one in another output_dir"))
+        if (self.path / "config.json").exists():
+            run_settings(self.path)
         for name, value in identity.items():
             before = kept_identity.get(name)
             if before != value:

@@ -12,7 +12,7 @@ from opcd_fast.config import OPCDConfig
 # Settings that may change between a run and its continuation without changing the steps already made.
 FREE_ON_RESUME = (
     "output_dir", "steps", "eval_every", "save_every", "keep_checkpoints", "resume", "device", "dtype",
-    "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend", "prefix_store",
+    "micro_batch_tokens", "workspace_bytes", "gradient_checkpointing", "loss_backend",
     "max_prefix_bytes", "prefix_device", "teacher_batch_bytes", "share_prompts", "teacher_device", "teacher_offload",
     "rollout_url", "rollout_timeout", "rollout_tries", "rollout_concurrency", "rollout_gpu_share", "save_best",
     "early_stop_patience", "early_stop_delta", "trackers", "plots",

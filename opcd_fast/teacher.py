@@ -12,7 +12,6 @@ runs context and sequence together: the oracle, and the last resort.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -29,9 +28,7 @@ from opcd_fast.packed_row import on_device
 from opcd_fast.path_choice import PathChoice
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_memory import PrefixMemory
-from opcd_fast.prefix_store import PrefixStore
 from opcd_fast.quantized import keep_plain_layout
-from opcd_fast.stored_layer import storage_type
 from opcd_fast.teacher_budget import default_batch_bytes
 from opcd_fast.teacher_inputs import (
     as_contexts,
@@ -44,7 +41,7 @@ from opcd_fast.teacher_inputs import (
 )
 from opcd_fast.teacher_parts import run_in_parts, split
 from opcd_fast.teacher_paths import concat_forward, merge_forward, pad_forward
-from opcd_fast.weight_versions import changed, count_optimizer_steps, versions_of
+from opcd_fast.weight_versions import count_optimizer_steps, versions_of
 
 if TYPE_CHECKING:
     from opcd_fast.heads import LMHead
@@ -61,8 +58,6 @@ class ContextTeacher:
         warning), "merge", "pad" or "concat". A path asked for by name goes through the same check, and is an error if
         it fails.
     adapter: "disabled" runs a PEFT model without its adapters, "active" as they are.
-    store: a folder where contexts' caches are kept for later runs, see `PrefixStore`; made if need be. Left alone as
-        soon as the teacher's weights are seen to change, while they are being trained, and on path "concat".
     max_prefix_bytes: bound for the keys and values of contexts in memory; those used longest ago are dropped and
         rebuilt when needed. A call keeps the contexts it reads until it returns, or one part of it does.
     autocast: makes a context manager under which the model runs, for a model whose weights are fp32 masters.
@@ -72,10 +67,6 @@ class ContextTeacher:
     prefix_device: where keys and values of contexts are kept, None for where the model is. From "cpu" to a CUDA device
         they come layer by layer during the forward, the next one while a layer is at work; two layers at a time are on
         the device. States of recurrent layers stay with the model.
-    prefix_dtype: "float8_e4m3fn" keeps keys and values in eight bits, with scales (`StoredLayer`): half of bf16's
-        bytes, and an error. Each number is off by up to 2^-4 of itself, 2.6 % in the root mean square. On random
-        weights the KL to full precision grew to 1.2 times bf16's own for Llama and Qwen3, 2.2 times for Gemma3.
-        None: the model's type.
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
     A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
@@ -84,9 +75,8 @@ class ContextTeacher:
     `.data`, say, or by code that is no torch optimizer) need `invalidate()`. A change of dtype, device or attention
     implementation also has the path checked anew.
 
-    Raises ValueError for malformed arguments, for a path that cannot be exact for this model, for prefix_device and
-    prefix_dtype with path="concat", which keeps no keys, and for a model whose attention, as it is set, leaves out a
-    part of it.
+    Raises ValueError for malformed arguments, for a path that cannot be exact for this model, for prefix_device with
+    path="concat", which keeps no keys, and for a model whose attention, as it is set, leaves out a part of it.
     """
 
     def __init__(
@@ -96,11 +86,9 @@ class ContextTeacher:
         *,
         path: str = "auto",
         adapter: str = "disabled",
-        store: str | os.PathLike[str] | None = None,
         max_prefix_bytes: int | None = None,
         max_batch_bytes: int | None = None,
         prefix_device: str | torch.device | None = None,
-        prefix_dtype: str | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if adapter not in ("disabled", "active"):
@@ -118,26 +106,16 @@ class ContextTeacher:
         check_bytes("max_batch_bytes", max_batch_bytes)
         self._max_batch_bytes = max_batch_bytes or default_batch_bytes(self._body)
         self._told_of_bound = False
-        self._kept_as = kept_as = storage_type(prefix_dtype)
-        self._kept_on = kept_on = as_device(prefix_device)
-        self._prefixes = PrefixMemory(
-            model,
-            self._contexts,
-            adapter,
-            None if store is None else PrefixStore(store),
-            max_prefix_bytes,
-            device=kept_on,
-            dtype=kept_as,
-        )
+        self._kept_on = as_device(prefix_device)
+        self._prefixes = PrefixMemory(model, self._contexts, max_prefix_bytes, device=self._kept_on)
         self._built_with: tuple[Any, ...] = ()
 
         count_optimizer_steps()
         self._asked = path
         self._checked: tuple[PathChoice, tuple[Any, ...]] | None = None
         _ = self._choice
-        self._storage = [name for name, x in (("prefix_device", kept_on), ("prefix_dtype", kept_as)) if x is not None]
-        if path == "concat" and self._storage:
-            raise ValueError(f"{self._storage[0]}: path='concat' keeps no keys; leave it None, or take another path")
+        if path == "concat" and self._kept_on is not None:
+            raise ValueError("prefix_device: path='concat' keeps no keys; leave it None, or take another path")
         check_contexts_fit(self._contexts, seam.longest_input(self._body))
 
     @property
@@ -201,20 +179,18 @@ class ContextTeacher:
             first,
             f"contexts: {len(self._contexts)} of {sizes} tokens; adapter: {self._adapter}",
         ]
-        if self.path == "concat":
-            unused = "path 'concat' keeps no keys"
-            lines.extend(self._prefixes.explain_store(unused=unused))
-            lines.extend(f"{name}: not used, because {unused}" for name in self._storage)
-        else:
+        if self.path != "concat":
             lines.extend(self._prefixes.explain())
+        elif self._kept_on is not None:
+            lines.append("prefix_device: not used, because path 'concat' keeps no keys")
         if self.path == "merge":
             lines.append(kernels_of(self._body))
         lines.extend(more)
         return "\n".join(lines)
 
     def invalidate(self) -> None:
-        """Forget what was computed from the weights; the next use reads the contexts again, and no store."""
-        self._prefixes.forget(weights_moved=True)
+        """Forget what was computed from the weights; the next use reads the contexts again."""
+        self._prefixes.forget()
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, context_index: Any = None
@@ -308,12 +284,8 @@ class ContextTeacher:
 
     def _fetched(self) -> float:
         """What is made of one layer of the prefixes to read it, as a multiple of it in the model's type."""
-        model = next(self._body.parameters())
-        size, made = 1.0, 0.0
-        if self._kept_as is not None:
-            size, made = self._kept_as.itemsize / model.element_size(), 1.5  # both, while one of them is scaled
         # Two slots on the device, where layers come from elsewhere.
-        return made + (0.0 if self._kept_on in (None, model.device) else 2 * size)
+        return 0.0 if self._kept_on in (None, next(self._body.parameters()).device) else 2.0
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -328,23 +300,17 @@ class ContextTeacher:
 
     def _prefixes_of(self, wanted: Iterable[int]) -> dict[int, SharedPrefix]:
         """Prefixes by context, of those `wanted`; built by the present weights."""
-        watched = self._watched()
-        state = self._state(watched)
+        state = self._state()
         if state != self._built_with:
-            moved = bool(self._built_with) and state[1:3] == self._built_with[1:3]  # or it is a cast
-            self._prefixes.forget(weights_moved=moved and changed(self._built_with[0], state[0]))
+            self._prefixes.forget()
             self._built_with = state
-        if self.model.training and any(p.requires_grad for p in watched):
-            self._prefixes.leave_store("the teacher's weights are being trained")
         # Only what this call reads: one sequence among a thousand contexts must not wait for a thousand forwards.
         return self._prefixes.get(wanted, extendable=self.path == "merge", keep_kv=self.path != "concat")
 
-    def _watched(self) -> list[Tensor]:
-        """What the prefixes depend on. Looked up anew: adapters come and go, and loading may put in other tensors."""
-        return seam.base_parameters(self.model) if self._adapter == "disabled" else list(self.model.parameters())
-
-    def _state(self, watched: Sequence[Tensor]) -> tuple[Any, ...]:
+    def _state(self) -> tuple[Any, ...]:
         """What the prefixes were computed from; changes with every in-place update that torch counts."""
+        # Looked up anew: adapters come and go, and loading may put in other tensors.
+        watched = seam.base_parameters(self.model) if self._adapter == "disabled" else self.model.parameters()
         first = next(self._body.parameters())
         adapters = seam.adapter_state(self.model) if self._adapter == "active" else ()
         return versions_of(watched), first.dtype, first.device, adapters

@@ -27,7 +27,7 @@ class Teachers:
     in every mode, because a distance to a teacher that moves with the student says nothing about the context. It is
     None when the run kept no first weights. In mode "frozen" both are one object.
 
-    Raises InputError: contexts that the model cannot read, or a store that nothing would use.
+    Raises InputError: contexts that the model cannot read.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Teachers:
         self._offload: Offload | None = None  # with it there is one teacher, and it is frozen
         contexts = [torch.tensor(prefix, dtype=torch.int64) for prefix in prefixes]
 
-        def reader(model: Any, adapter: str, store: str | None, masters: bool = False) -> Reader:
+        def reader(model: Any, adapter: str, masters: bool = False) -> Reader:
             if config.teacher_offload:
                 self._offload = Offload(model, device)
             try:
@@ -52,11 +52,9 @@ class Teachers:
                         contexts,
                         path=config.teacher_path,
                         adapter=adapter,
-                        store=store,
                         max_prefix_bytes=config.max_prefix_bytes,
                         max_batch_bytes=config.teacher_batch_bytes,
                         prefix_device=config.prefix_device,
-                        prefix_dtype=config.prefix_dtype,
                         autocast=autocast if masters else nullcontext,
                     )
                     _ = made.path  # a path that fails its check is an error now, not in the first step
@@ -69,19 +67,14 @@ class Teachers:
         self._moves = config.teacher_mode != "frozen"
         self.reference: Reader | None = None
         if not self._moves or pair.reference is not None:
-            self.reference = reader(pair.reference, pair.reference_adapter, config.prefix_store)
-        elif config.prefix_store is not None:
-            raise InputError(
-                f"prefix_store: a teacher in mode {config.teacher_mode!r} reads the context anew whenever it moves, "
-                "and without held-out evaluation nothing else reads it; drop prefix_store"
-            )
+            self.reference = reader(pair.reference, pair.reference_adapter)
         if not self._moves:
             assert self.reference is not None
             self.teacher = self.reference
         else:
             # Trained weights are fp32 masters, here as in the student; a rounded copy of them runs as it is.
             masters = any(p.dtype == torch.float32 for p in pair.teacher.parameters())
-            self.teacher = reader(pair.teacher, pair.teacher_adapter, None, masters)
+            self.teacher = reader(pair.teacher, pair.teacher_adapter, masters)
 
     def at_work(self) -> AbstractContextManager[None]:
         """The models are on their devices while the block is open, also one that is offloaded between its calls."""

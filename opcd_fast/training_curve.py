@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.gone import without_gone
 
 
 def run_settings(run: Path) -> dict[str, Any]:
-    """config.json of a run. Raises InputError where there is none."""
+    """config.json of a run. Raises InputError where there is none, or where it has a setting that is gone."""
     path = run / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -19,7 +20,7 @@ def run_settings(run: Path) -> dict[str, Any]:
         raise InputError(f"{str(run)!r} is not a run: its config.json cannot be read ({error})") from error
     if not isinstance(settings, dict) or "output_dir" not in settings:
         raise InputError(f"{str(run)!r} is not a run of `opcd train`: its config.json holds other things")
-    return settings
+    return without_gone(settings, repr(str(path)), "take it out of that file to go on with what runs do now")
 
 
 def curve(run: Path) -> dict[str, Any]:

@@ -34,11 +34,6 @@ def _version_of(p: Tensor) -> tuple[Any, int]:
     return _memory(p), 0 if p.is_inference() else p._version
 
 
-def changed(before: Versions, now: Versions) -> bool:
-    """Whether a parameter that is in both holds other numbers now."""
-    return any(before[key] != value for key, value in now.items() if key in before)
-
-
 def _memory(p: Tensor) -> Any:
     try:
         # Weak, or old weights would stay; and not an address, which comes again once they are gone.

@@ -234,6 +234,25 @@ def test_results_of_other_settings_are_not_mixed_in(done, tokenizer, change, wor
         run_all(comparison(tokenizer, done[0], **change), lambda text: None)
 
 
+@pytest.mark.parametrize("value", [None, "float8_e4m3fn"])
+def test_results_of_an_earlier_version_count_where_a_setting_that_is_gone_had_its_default(
+    done, tokenizer, tmp_path, monkeypatch, value
+):
+    folder, found, _ = done
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for path in copy.glob("*/*/measured.json"):
+        kept = json.loads(path.read_text())
+        kept["of"]["settings"]["prefix_dtype"] = value
+        path.write_text(json.dumps(kept))
+    monkeypatch.setattr(runs_module, "OPCDTrainer", None)  # would fail
+    if value is None:
+        assert run_all(comparison(tokenizer, copy), lambda text: None) == found
+        return
+    with pytest.raises(InputError, match="output_dir.*prefix_dtype='float8_e4m3fn'"):
+        run_all(comparison(tokenizer, copy), lambda text: None)
+
+
 def test_kept_answers_are_counted_as_drawn_once(tokenizer, tmp_path):
     found = run_all(comparison(tokenizer, tmp_path, "sft", 1, steps=4, eval_every=4), lambda text: None)
     (run,) = found["runs"]["sft"]

@@ -241,18 +241,6 @@ def test_first_weights_are_kept_only_for_evaluation(tokenizer, tmp_path):
     assert lora.teachers.reference.model is lora.teacher.model is lora.model
 
 
-def test_the_store_is_for_the_reference(tokenizer, tmp_path):
-    store = tmp_path / "prefixes"
-    for name, counts in (("a", (1, 0)), ("b", (0, 1))):
-        trainer = make(tokenizer, tmp_path / name, prefix_store=str(store), **fast(4), **MODES["ema"])
-        trainer.train()
-        memory = trainer.teachers.reference._prefixes
-        assert (memory.built, memory.loaded) == counts
-        assert len(list(store.iterdir())) == 1
-    with pytest.raises(InputError, match="prefix_store: a teacher in mode 'live'"):
-        make(tokenizer, tmp_path / "c", prefix_store=str(store), eval_prompts=None, lora_rank=0, **MODES["live"])
-
-
 def test_the_saved_adapter_is_the_students(tokenizer, tmp_path):
     from peft import PeftModel
 

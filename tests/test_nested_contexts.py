@@ -113,15 +113,6 @@ def test_only_what_a_call_needs_is_read(least_10):
     assert "6 of 6 contexts built)" in teacher.explain()
 
 
-def test_the_store_keeps_contexts_and_not_their_beginnings(least_10, tmp_path):
-    ContextTeacher(tiny_model(), family(), path="merge", store=tmp_path).prefixes  # noqa: B018
-    assert len(list(tmp_path.iterdir())) == 5  # six contexts, two of them the same
-    model = tiny_model()
-    counts = tokens_run(model)
-    teacher = ContextTeacher(model, family()[:3], path="merge", store=tmp_path)
-    assert [len(prefix) for prefix in teacher.prefixes] == [42, 20, 54] and not counts
-
-
 def test_a_context_that_others_begin_with_is_read_once(least_10):
     model = tiny_model()
     (history,) = random_ids(60)

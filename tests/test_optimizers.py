@@ -109,7 +109,7 @@ def test_steps_are_counted(optimizer):
     before = weight_versions.versions_of([parameter])
     parameter.grad = torch.ones_like(parameter)
     stepper.step()
-    assert weight_versions.changed(before, weight_versions.versions_of([parameter]))
+    assert before != weight_versions.versions_of([parameter])
 
 
 @pytest.mark.parametrize("lora_rank", [0, 48])

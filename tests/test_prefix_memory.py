@@ -94,17 +94,6 @@ def test_a_context_larger_than_the_bound_is_used_and_not_kept():
     assert held(teacher) == [1]
 
 
-def test_evicted_contexts_come_back_from_the_store(tmp_path):
-    model, contexts = tiny_model(), random_ids(10, 10, 10)
-    teacher = bounded(model, contexts, 10, store=tmp_path)
-    for index in range(3):
-        ask(teacher, index)
-    counts = tokens_run(model)
-    for index in (0, 2, 1):
-        ask(teacher, index)
-    assert counts == [3, 3, 3] and "from the store: 3" in teacher.explain()
-
-
 def test_shared_beginnings_count_and_leave(monkeypatch):
     monkeypatch.setattr(nested_contexts, "LEAST_TOKENS", 10)
     system, a, b, c = random_ids(20, 10, 10, 10)

@@ -16,7 +16,6 @@ from tiny_models import pack, plain_after_context, random_ids, tiny_model
 from opcd_fast import chunked_prefill, prefix, prefix_stream
 from opcd_fast.prefix import SharedPrefix
 from opcd_fast.prefix_stream import BlockingTransfer, PrefixStream, open_transfer
-from opcd_fast.stored_layer import StoredLayer
 from opcd_fast.teacher import ContextTeacher
 
 GARBAGE = 1e4
@@ -76,7 +75,7 @@ def stored(count, prefixes=2, empty=()):
 
     def one(layer):
         shape = (1, 0, 0, 0) if layer in empty else (1, 2, 5, 4)
-        return StoredLayer(torch.randn(shape, generator=g), torch.randn(shape, generator=g))
+        return torch.randn(shape, generator=g), torch.randn(shape, generator=g)
 
     return [[one(layer) for _ in range(prefixes)] for layer in range(count)]
 
@@ -90,10 +89,8 @@ def test_the_next_layer_is_on_its_way_before_this_one_is_used(transfers, empty):
         with stream.layer(index, like) as (keys, values):
             log = transfers[0].log
             log.append(("used", index))
-            for got, layer in zip(keys, layers[index], strict=True):
-                assert torch.equal(got, layer.keys)
-            for got, layer in zip(values, layers[index], strict=True):
-                assert torch.equal(got, layer.values)
+            for *got, pair in zip(keys, values, layers[index], strict=True):
+                assert all(map(torch.equal, got, pair))
             del keys, values, got
     want = [("start", 0)]
     for place, index in enumerate(full):
@@ -102,7 +99,7 @@ def test_the_next_layer_is_on_its_way_before_this_one_is_used(transfers, empty):
             want.append(("start", 1 - slot))
         want += [("wait", slot), ("used", index), ("release", slot)]
     assert transfers[0].log == want and len(transfers) == 1
-    assert transfers[0].slot_bytes >= max(x.numel() * 4 for layer in layers[0] for x in layer.tensors) * 4
+    assert transfers[0].slot_bytes >= max(x.numel() * 4 for pair in layers[0] for x in pair) * 4
     assert transfers[0].most == 2 and transfers[0].alive == 0
 
 
@@ -111,7 +108,7 @@ def test_any_order_is_right(transfers):
     stream = PrefixStream(layers)
     for index in (2, 0, 0, 3, 1, 2):
         with stream.layer(index, torch.zeros(1)) as (keys, values):
-            assert torch.equal(keys[1], layers[index][1].keys) and torch.equal(values[0], layers[index][0].values)
+            assert torch.equal(keys[1], layers[index][1][0]) and torch.equal(values[0], layers[index][0][1])
             del keys, values
     assert transfers[0].most <= 2
 
@@ -120,7 +117,7 @@ def test_what_is_there_is_not_copied():
     layers = stored(2)
     stream = PrefixStream(layers)
     with stream.layer(0, torch.zeros(1)) as (keys, values):
-        assert keys[0] is layers[0][0].keys and values[1] is layers[0][1].values
+        assert keys[0] is layers[0][0][0] and values[1] is layers[0][1][1]
     cpu = torch.device("cpu")
     assert open_transfer(cpu, cpu, 1) is None
     assert isinstance(open_transfer(cpu, torch.device("meta"), 1), BlockingTransfer)
@@ -139,18 +136,17 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("name", MODELS)
-def test_same_numbers_as_on_the_device(name, dtype, monkeypatch):
+def test_same_numbers_as_on_the_device(name, monkeypatch):
     model = MODELS[name]()
     contexts, sequences, index = random_ids(20, 6, 0), random_ids(5, 1, 7, 4, 9, seed=2), [1, 0, 2, 0, 1]
     ids, bounds = pack(sequences)
-    resident = ContextTeacher(model, contexts, prefix_dtype=dtype)
+    resident = ContextTeacher(model, contexts)
     want = resident.hidden_states_packed(ids, bounds, context_index=index)
 
     opened = []
     monkeypatch.setattr(prefix_stream, "open_transfer", lambda *_: opened.append(Recorder([])) or opened[-1])
-    teacher = ContextTeacher(model, contexts, prefix_device="cpu", prefix_dtype=dtype)
+    teacher = ContextTeacher(model, contexts, prefix_device="cpu")
     assert teacher.path == resident.path and opened  # the check goes that way, too
     opened.clear()
     got = teacher.hidden_states_packed(ids, bounds, context_index=index)
@@ -164,9 +160,8 @@ def test_same_numbers_as_on_the_device(name, dtype, monkeypatch):
         for place in range(full - 1):  # the next one is started before this one is waited for
             waits = [at for at, event in enumerate(events) if event == "wait"]
             assert events[: waits[place]].count("start") == place + 2
-    if dtype is None:
-        exact = torch.cat([plain_after_context(model, contexts[i], s) for i, s in zip(index, sequences, strict=True)])
-        torch.testing.assert_close(got, exact, atol=1e-4, rtol=0)
+    exact = torch.cat([plain_after_context(model, contexts[i], s) for i, s in zip(index, sequences, strict=True)])
+    torch.testing.assert_close(got, exact, atol=1e-4, rtol=0)
     assert "kept on cpu" in teacher.explain() and "MiB on cpu" in teacher.explain()
 
 
@@ -199,20 +194,25 @@ def test_a_context_grows_where_it_is_kept(name, monkeypatch):
         assert x.untyped_storage().nbytes() == x.numel() * 4
 
 
-def test_every_key_is_put_where_it_was_asked(monkeypatch, tmp_path):
+def test_every_key_is_put_where_it_was_asked(monkeypatch):
     """Where the model is and where keys are kept is one device here; that they are put there shows in who does it."""
     put = []
     honest = prefix._placed
     monkeypatch.setattr(prefix, "_placed", lambda x, device: put.append(device) or honest(x, device))
     model, contexts = tiny_model(), random_ids(20, 6)
-    ContextTeacher(model, contexts, path="merge", store=tmp_path).prefixes  # noqa: B018
+    ContextTeacher(model, contexts, path="merge").prefixes  # noqa: B018
     assert not put
-    for store in (None, tmp_path):  # read by the model, and from the folder
-        put.clear()
-        teacher = ContextTeacher(model, contexts, path="merge", store=store, prefix_device="cpu")
-        assert teacher.path == "merge" and set(put) == {torch.device("cpu")}  # its check goes that way, too
-        put.clear()
-        assert len(teacher.prefixes) == 2 and put == [torch.device("cpu")] * 2 * 2 * 3
+    teacher = ContextTeacher(model, contexts, path="merge", prefix_device="cpu")
+    assert teacher.path == "merge" and set(put) == {torch.device("cpu")}  # its check goes that way, too
+    put.clear()
+    assert len(teacher.prefixes) == 2 and put == [torch.device("cpu")] * 2 * 2 * 3
+
+
+def test_concat_keeps_nothing_to_put():
+    with pytest.raises(ValueError, match="prefix_device: path='concat' keeps no keys"):
+        ContextTeacher(tiny_model(), [1, 2], path="concat", prefix_device="cpu")
+    teacher = ContextTeacher(tiny_model("llama-dynamic-rope"), [1, 2], prefix_device="cpu")
+    assert teacher.path == "concat" and "prefix_device: not used" in teacher.explain()
 
 
 def test_bad_places():

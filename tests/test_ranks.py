@@ -226,8 +226,7 @@ def test_shipped_configurations_are_what_accelerate_reads(tmp_path):
     ("settings", "said"),
     [
         ({"teacher_mode": "ema"}, "teacher_mode='ema' does not go with sharded weights"),
-        ({"prefix_store": "somewhere"}, "prefix_store does not go with sharded weights.*drop it"),
-        ({"teacher_batch_bytes": 1000}, "teacher_batch_bytes does not go with"),
+        ({"teacher_batch_bytes": 1000}, "teacher_batch_bytes does not go with sharded weights.*drop it"),
         ({"merge_for_rollout": True}, "merge_for_rollout=True does not go with"),
         ({"teacher_path": "concat"}, "teacher_path='concat' does not go with"),
     ],

@@ -290,6 +290,16 @@ def test_settings_hashes_and_the_context_are_compared(tmp_path, made, capsys):
         assert line in out
 
 
+@pytest.mark.parametrize(("value", "status"), [(None, 0), ("float8_e4m3fn", 1)])
+def test_a_setting_that_is_gone_differs_where_an_older_run_used_it(tmp_path, made, capsys, value, status):
+    def change(card, record):
+        card["settings"]["prefix_dtype"] = value
+
+    a, b = two(tmp_path, made, change)
+    assert main(["diff", str(a), str(b)]) == status
+    assert ("prefix_dtype: None -> 'float8_e4m3fn'" in capsys.readouterr().out) == bool(status)
+
+
 def test_only_differences_beyond_noise_count(tmp_path, made, capsys):
     def change(card, record):
         card["kl"]["own"]["after"].update(estimate(card["kl"]["own"]["after"]["value"] + 0.01, 5.0))

@@ -100,8 +100,8 @@ def plant(error, monkeypatch):
             given = cache.layers[0]
             cache.layers[0] = type(given)(given.stream, given.index, given.length)
             cache.layers[0].update = lambda key, value, *_, **__: (
-                torch.cat([given.stream.layers[0][0].keys.expand(len(key), -1, -1, -1), key], -2),
-                torch.cat([given.stream.layers[0][0].values.expand(len(key), -1, -1, -1), value], -2),
+                torch.cat([given.stream.layers[0][0][0].expand(len(key), -1, -1, -1), key], -2),
+                torch.cat([given.stream.layers[0][0][1].expand(len(key), -1, -1, -1), value], -2),
             )
             return cache
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 
 from opcd_fast import architectures, expanded_cache, student, teacher_paths, tiny_twin, verification
 from opcd_fast import transformers_seam as seam
-from opcd_fast.prefix import SharedPrefix
 from opcd_fast.student import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 
@@ -392,19 +391,6 @@ def test_a_recurrent_layer_that_gets_no_state_is_an_error(name, tokens, monkeypa
     monkeypatch.setattr(layer, "forward", lambda *args, **kw: honest(*args, **{**kw, seam.takes_cache(model): None}))
     with pytest.raises(RuntimeError, match=r"layers \[0\] did not read the context"):
         teacher.hidden_states(one, context_index=[0])
-
-
-@pytest.mark.parametrize("name", ["qwen3-next", "falcon-h1", "gemma4-shared-kv"])
-def test_prefixes_of_every_kind_come_back_from_disk(name, tmp_path):
-    model = build(name)
-    prefix = ContextTeacher(model, contexts(), path="pad").prefixes[0]
-    prefix.save(tmp_path / "prefix.safetensors")
-    again = SharedPrefix.load(tmp_path / "prefix.safetensors", model=model)
-    assert again.nbytes == prefix.nbytes and len(again.states) == len(prefix.states)
-    for a, b in zip((*prefix.keys, *prefix.values), (*again.keys, *again.values), strict=True):
-        assert torch.equal(a, b)
-    for one, other in zip(prefix.states, again.states, strict=True):
-        assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 # --- the check at first use, at real sizes ------------------------------------------------------------------

@@ -423,37 +423,12 @@ def test_resume_refuses_other_weights_and_fewer_steps(tokenizer, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("lora_rank", [4, 0])
-def test_the_second_run_takes_contexts_from_the_store(tokenizer, tmp_path, lora_rank):
-    def train(folder, **settings):
-        trainer = make(tokenizer, tmp_path / folder, steps=2, lora_rank=lora_rank, **settings)
-        result = trainer.train()
-        memory = trainer.teacher._prefixes
-        return losses(result), (memory.built, memory.loaded), trainer
-
-    store = tmp_path / "prefixes"
-    without, _, _ = train("a")
-    first, counts, trainer = train("b", prefix_store=str(store))
-    assert counts == (1, 0) and len(list(store.iterdir())) == 1
-    second, counts, trainer = train("c", prefix_store=str(store))
-    assert counts == (0, 1) and len(list(store.iterdir())) == 1
-    assert without == first == second
-    text = trainer.teacher.explain()
-    assert f"store: {store}" in text and "not used" not in text
-    other, counts, _ = train("d", prefix_store=str(store), model=tiny_model(seed=1))
-    assert counts == (1, 0) and other != first
-
-
-def test_bound_and_store_are_free_on_resume(tokenizer, tmp_path):
+def test_bound_of_prefixes_is_free_on_resume(tokenizer, tmp_path):
     make(tokenizer, tmp_path / "run", steps=2).train()
-    trainer = make(
-        tokenizer, tmp_path / "run", steps=4, resume=True, max_prefix_bytes=1, prefix_store=str(tmp_path / "prefixes")
-    )
+    trainer = make(tokenizer, tmp_path / "run", steps=4, resume=True, max_prefix_bytes=1)
     trainer.train()
     memory = trainer.teacher._prefixes
-    assert memory.evicted and memory.loaded and memory.built == 1  # not kept between calls, and not read again
-    with pytest.raises(InputError, match="is not a folder"):
-        make(tokenizer, tmp_path / "new", prefix_store=str(tmp_path / "run" / "metrics.jsonl"))
+    assert memory.evicted and memory.built > 1  # not kept between calls
 
 
 def test_settings_of_storage_and_parts_reach_the_teacher(tokenizer, tmp_path, monkeypatch):
@@ -469,11 +444,6 @@ def test_settings_of_storage_and_parts_reach_the_teacher(tokenizer, tmp_path, mo
     trainer.train()
     assert set(passes) == {1} and len(passes) >= 4  # free on resume, and in effect: every sequence runs alone
     assert "kept on cpu" in trainer.teacher.explain()
-    with pytest.raises(InputError, match="prefix_dtype"):  # it changes the numbers
-        make(tokenizer, tmp_path / "run", steps=3, resume=True, prefix_dtype="float8_e4m3fn").train()
-    trainer = make(tokenizer, tmp_path / "new", steps=1, prefix_dtype="float8_e4m3fn")
-    trainer.train()
-    assert trainer.teacher.prefixes[0].quantised
     with pytest.raises(InputError, match="prefix_device"):
         make(tokenizer, tmp_path / "third", prefix_device="nowhere")
 

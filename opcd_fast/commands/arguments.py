@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.gone import refuse_gone
 
 
 def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
     """Arguments to a command's dataclass. Raises InputError with tyro's complaint in one line."""
     import tyro
 
+    refuse_gone({word[2:].partition("=")[0].replace("-", "_"): None for word in arguments if word[:2] == "--"})
     flat: Any = Annotated[kind, tyro.conf.OmitArgPrefixes]
     complaint = io.StringIO()
     try:

@@ -16,6 +16,7 @@ from opcd_fast.compare.measure import Yardstick, base_reader, fixed_answers, mea
 from opcd_fast.compare.systems import System
 from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.gone import without_gone
 from opcd_fast.messages import Context
 from opcd_fast.models import pick_device, pick_dtype
 from opcd_fast.prompts import read_context
@@ -169,6 +170,7 @@ def _kept(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
     before = kept["of"]
+    before["settings"] = without_gone(before["settings"], f"output_dir: {str(path)!r}", "use another one")
     for name in wanted:
         if name != "settings" and before.get(name) != wanted[name]:
             raise InputError(_differs(folder, name, before.get(name), wanted[name]))

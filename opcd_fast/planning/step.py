@@ -100,7 +100,7 @@ class Step:
         masters = any(p.dtype == torch.float32 for p in model.parameters()) and model is self.pair.student
         reader = ContextTeacher(
             model, contexts, path=self.path, adapter=adapter, max_prefix_bytes=self.config.max_prefix_bytes,
-            max_batch_bytes=self.config.teacher_batch_bytes, prefix_dtype=self.config.prefix_dtype,
+            max_batch_bytes=self.config.teacher_batch_bytes,
             autocast=self.autocast if masters and self.config.teacher_mode != "frozen" else nullcontext,
         )  # fmt: skip
         reader._choice._chosen = self.path, "rehearsed"  # checking it would need numbers
@@ -179,7 +179,7 @@ class Step:
         meter = self.meter
         with meter.phase("context"), self._at_work():
             self.prefixes = self.teacher.reader.prefixes
-        layers = [prefix.layer(i).tensors for prefix in self.prefixes for i in range(len(prefix.keys))]
+        layers = [prefix.layer(i) for prefix in self.prefixes for i in range(len(prefix.keys))]
         if self.config.prefix_device != "cpu" or self.device == "cpu":
             for x in (x for tensors in layers for x in tensors):
                 meter.see(x, "context KV")

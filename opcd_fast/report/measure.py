@@ -40,7 +40,7 @@ from opcd_fast.virtual_tokens import virtual_tokens
 
 SCHEMA = 1
 # Settings that are folders, files, addresses or commands.
-OF_THIS_MACHINE = ("output_dir", "prefix_store", "rollout_file", "rollout_url", "rollout_command")
+OF_THIS_MACHINE = ("output_dir", "rollout_file", "rollout_url", "rollout_command")
 WARNING = (
     "A context that was moved into weights can be drawn out of them again, by anybody who can use or read the weights. "
     "Do not move secrets in, and do not publish weights whose context is not public."

@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON file and the plot")
     out: Path = parser.parse_args(arguments).out
 
-    from opcd_fast import demo
+    from opcd_fast.evaluation import demo
     from opcd_fast.models import load_model, load_tokenizer
 
     model, tokenizer = load_model("smollm2", dtype="float32", device="cpu"), load_tokenizer("smollm2")

@@ -1,10 +1,10 @@
 """A model of the loss's time: what each kernel has to compute and to move, at speeds that an H100 or H200 reaches.
 
 Nothing here was measured but the H200's two ceilings. Logit bytes are counted from the code: ours
-(`opcd_fast/chunks.py`, `kernels/reverse_kl_rows.py`), TRL 1.16's `trl/kernels/chunked_divergence.py`, and Liger-Kernel
-0.8.5's `liger_kernel/ops/fused_linear_jsd.py`, with bf16 inputs. Our rows are those that the planner gives
-(`opcd_fast/workspace.py`). Left out: launches, what a cache saves, the hidden states' own traffic, several reads per
-softmax; for the peers also what becomes of dW after its sum.
+(`opcd_fast/loss/chunks/loop.py`, `kernels/triton/reverse_kl.py`), TRL 1.16's `trl/kernels/chunked_divergence.py`, and
+Liger-Kernel 0.8.5's `liger_kernel/ops/fused_linear_jsd.py`, with bf16 inputs. Our rows are those that the planner gives
+(`opcd_fast/loss/chunks/workspace.py`). Left out: launches, what a cache saves, the hidden states' own traffic, several
+reads per softmax; for the peers also what becomes of dW after its sum.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ from dataclasses import dataclass
 
 import torch
 
-from opcd_fast.planning.loss_scratch import Seen
-from opcd_fast.spec import Spec, Wanted
-from opcd_fast.workspace import MULTIPROCESSORS, TILE_COLUMNS, TILE_ROWS, Plan, Side, make_plan, output_tiles
+from opcd_fast.loss.chunks.spec import Spec, Wanted
+from opcd_fast.loss.chunks.workspace import (
+    MULTIPROCESSORS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    Plan,
+    Side,
+    make_plan,
+    output_tiles,
+)
+from opcd_fast.planning.rehearsal.loss_scratch import Seen
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def make_job(case: Case, device: torch.device) -> Job:
     """The same for every trainer. Raises `InputError` when SmolLM2 is wanted and not installed."""
     dtype = getattr(torch, case.dtype)
     if case.model == "SmolLM2-135M":
-        from opcd_fast.demo import DATA
+        from opcd_fast.evaluation.demo import DATA
         from opcd_fast.models import load_model, load_tokenizer
 
         lines = (DATA / "train_prompts.jsonl").read_text(encoding="utf-8").splitlines()

@@ -77,7 +77,7 @@ def opcd_trainer(
 ) -> Any:
     """Ours; `note` gets the record of each step, `settings` go before those of the case."""
     from opcd_fast import OPCDConfig
-    from opcd_fast.trainer import OPCDTrainer
+    from opcd_fast.training.trainer import OPCDTrainer
 
     config = OPCDConfig(**opcd_settings(case, folder, steps, job.model.device.type, **settings))
     return OPCDTrainer(job.model, job.tokenizer, job.context, job.questions, config, callbacks=[note], quiet=True)

@@ -19,7 +19,7 @@ from benchmarks.schema import BOUND
 from benchmarks.teacher_cases import Case, Setting
 from benchmarks.teacher_model import concat_flops, shared_flops
 from opcd_fast import ContextTeacher
-from opcd_fast import transformers_seam as seam
+from opcd_fast.models import seam
 
 OURS_BUILT, OURS_REBUILT = "opcd_fast-merge", "opcd_fast-merge-rebuilt"
 CONCAT = "concat"

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from opcd_fast.checkpoint import write_text
 from opcd_fast.commands.compare import CompareCommand, compare
 from opcd_fast.commands.train import TrainOptions
+from opcd_fast.runtime.checkpoints import write_text
 
 HERE = Path(__file__).parent
 SYSTEMS = {
@@ -28,7 +28,7 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A context, prompts, and what a good answer is: a pattern, or "module:function" (see `opcd_fast.scorer.Scorer`).
+    """A context, prompts, and what a good answer is: a pattern, or "module:function" (see `opcd_fast.training.Scorer`).
 
     temperature: of all answers, and of the loss. general: unrelated prompts on which forgetting is measured, if not the
     hundred that come along.

@@ -14,11 +14,11 @@ import torch
 
 from experiments import few_shot_form, made_up_money, persona
 from experiments.experiment import HERE, Experiment
-from opcd_fast.checkpoint import write_text
-from opcd_fast.info import where_it_ran
+from opcd_fast.data.prompts import read_context, read_prompts
+from opcd_fast.data.rendering import render, whole_prompt
+from opcd_fast.evaluation.info import where_it_ran
 from opcd_fast.models import load_model, load_tokenizer
-from opcd_fast.prompts import read_context, read_prompts
-from opcd_fast.rendering import render, whole_prompt
+from opcd_fast.runtime.checkpoints import write_text
 
 
 @torch.no_grad()

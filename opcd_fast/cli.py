@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from opcd_fast.commands import COMMANDS
 from opcd_fast.errors import InputError
-from opcd_fast.launch import launched_rank
+from opcd_fast.runtime import launched_rank
 
 INTRODUCTION = "opcd: move a context (system prompt, few-shot turns, notes) into the weights of a language model."
 FIRST_RUN = """\

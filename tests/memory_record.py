@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from opcd_fast import timing
+from opcd_fast.runtime import timing
 
 MB = 1 << 20
 

@@ -17,12 +17,12 @@ from accelerate.tracking import GeneralTracker
 from rank_runs import PROMPTS
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.acceleration import shards
-from opcd_fast.config import OPCDConfig
-from opcd_fast.interruption import Interrupted
 from opcd_fast.rollout import Completion
-from opcd_fast.rollout_weights import AdapterFolder
-from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.rollout.weights import AdapterFolder
+from opcd_fast.training.engines.acceleration import shards
+from opcd_fast.training.interruption import Interrupted
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 faulthandler.dump_traceback_later(480, exit=True)  # a rank that waits for ever says where
 torch.set_num_threads(1)

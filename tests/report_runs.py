@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.config import OPCDConfig
 from opcd_fast.models import load_model, load_tokenizer
-from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 CONTEXT = "always answer with zzz"
 TRAIN = [f"question {i}" for i in range(6)]

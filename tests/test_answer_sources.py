@@ -12,15 +12,15 @@ from test_objective import CONTEXTS, SAMPLES, TEMPERATURE, student_model, teache
 from test_trainer import CONTEXT, PROMPTS, losses, make
 from tiny import logprobs_by_hand, tiny_model, tiny_tokenizer
 
-from opcd_fast import answer_sources
-from opcd_fast.batch import Sample, pack
-from opcd_fast.config import OPCDConfig
+from opcd_fast.data.batch import Sample, pack
 from opcd_fast.errors import InputError
-from opcd_fast.interruption import Interrupted
-from opcd_fast.likelihood import answer_nll
-from opcd_fast.objective import context_kl
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.training_curve import curve
+from opcd_fast.training.answers import sources as answer_sources
+from opcd_fast.training.interruption import Interrupted
+from opcd_fast.training.run.curves import curve
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.step.likelihood import answer_nll
+from opcd_fast.training.step.objective import context_kl
 
 SYSTEMS = {
     "off-policy": {"answers": "teacher", "divergence": "forward_kl"},

@@ -3,8 +3,8 @@
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import asking
-from opcd_fast.asking import EXAMPLES, USERS, ask, listed, request
+from opcd_fast.contexts import asking
+from opcd_fast.contexts.asking import EXAMPLES, USERS, ask, listed, request
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Completion, TransformersRollout
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opcd_fast import attention, attention_kernels
-from opcd_fast import attention_backends as backends
-from opcd_fast.attention import PackedRow, PrefixGroup, merge_by_logsumexp, packed_row, row_attention
+from opcd_fast.attention import backends
+from opcd_fast.attention import dispatch as attention
+from opcd_fast.attention import kernels as attention_kernels
+from opcd_fast.attention.dispatch import PackedRow, PrefixGroup, merge_by_logsumexp, packed_row, row_attention
 
 
 def dense(query, key, value, row, counts, scale, window=None, softcap=None, sink=None):

@@ -12,11 +12,10 @@ import pytest
 import torch
 from test_attention import dense, make_qkv, make_row
 
-from opcd_fast import attention_backends as backends
-from opcd_fast import attention_kernels as kernels
-from opcd_fast.attention import row_attention
-from opcd_fast.attention_backends import FA2, FA4, Need
-from opcd_fast.attention_kernels import Bounds
+from opcd_fast.attention import backends, kernels
+from opcd_fast.attention.backends import FA2, FA4, Need
+from opcd_fast.attention.dispatch import row_attention
+from opcd_fast.attention.kernels import Bounds
 
 NONE, BOTH = frozenset(), frozenset({FA2, FA4})
 BF16, FP32 = torch.bfloat16, torch.float32

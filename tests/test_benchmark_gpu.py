@@ -18,7 +18,7 @@ from benchmarks.gpu import counters, kernel_times, launches, runner, session  # 
 from benchmarks.gpu.phases import RUNS, Phase  # noqa: E402
 from benchmarks.gpu.session import BROKEN, Session  # noqa: E402
 from benchmarks.phase_rows import Value, read, value  # noqa: E402
-from opcd_fast.kernels import launch_shapes  # noqa: E402
+from opcd_fast.kernels.triton import launch_shapes  # noqa: E402
 
 CUDA = torch.device("cuda")
 
@@ -124,7 +124,7 @@ def test_the_settings_of_the_steps_are_ones_a_run_takes(tmp_path):
     from benchmarks.gpu.consumer import JOB, TINY, case_settings
     from benchmarks.step_cases import cases
     from benchmarks.step_worker import opcd_settings
-    from opcd_fast.config import OPCDConfig
+    from opcd_fast.training.settings.config import OPCDConfig
 
     assert OPCDConfig(**case_settings(JOB, tmp_path)).rollout_batch == JOB.prompts
     assert OPCDConfig(**case_settings(TINY, tmp_path)).rollout_batch == TINY.prompts
@@ -147,8 +147,8 @@ def test_a_launch_that_is_wrong_is_seen(name):
 def test_what_smoke_compares_with_is_right(tmp_path, monkeypatch):
     """Stand-ins for what only a device has: every row passes with them, and fails with a wrong one."""
     from benchmarks.gpu import smoke
-    from opcd_fast import attention_kernels
-    from opcd_fast.blocked_attention import blocked_attention
+    from opcd_fast.attention import kernels as attention_kernels
+    from opcd_fast.attention.blocked import blocked_attention
 
     mm, addmm = torch.mm, torch.addmm
 
@@ -278,7 +278,7 @@ def test_a_devices_profile_counts_what_ran_there():
 def test_cudnn_is_kept_out_again_after_it_was_let_in():
     from benchmarks.gpu.decoding import _unrestricted
 
-    sdpa = pytest.importorskip("opcd_fast.sdpa")
+    sdpa = pytest.importorskip("opcd_fast.attention.sdpa")
     kept = sdpa.sdpa_without_cudnn
     with _unrestricted():
         assert sdpa.sdpa_without_cudnn is not kept
@@ -292,7 +292,8 @@ def test_the_trainer_needs_none_of_the_packages_that_a_gpu_machine_may_lack():
     missing = ("tyro", "docstring_parser", "typeguard", "trl", "liger_kernel", "datasets", "dill", "multiprocess",
                "bitsandbytes", "deepspeed")  # fmt: skip
     script = (
-        f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import opcd_fast.trainer, benchmarks.step_worker"
+        f"import sys; sys.modules.update(dict.fromkeys({missing!r})); "
+        "from opcd_fast import OPCDTrainer; import benchmarks.step_worker"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]

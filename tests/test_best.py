@@ -2,7 +2,7 @@
 
 import pytest
 
-from opcd_fast.best import best_step, evaluations_without_gain, stops_early
+from opcd_fast.training.run.best import best_step, evaluations_without_gain, stops_early
 
 
 def evaluations(*values, name="own_kl", error=0.1):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opcd_fast import blocked_attention as module
-from opcd_fast.blocked_attention import blocked_attention
+from opcd_fast.attention import blocked as module
+from opcd_fast.attention.blocked import blocked_attention
 
 CASES = [  # queries, keys, causal, window
     (7, 19, False, None),

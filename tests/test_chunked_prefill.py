@@ -7,10 +7,10 @@ import torch
 from test_loss_memory import peak_bytes
 from tiny_models import CONFIGS, UNPACKABLE, random_ids, tiny_model
 
-from opcd_fast import chunked_prefill
-from opcd_fast import transformers_seam as seam
-from opcd_fast.prefix import SharedPrefix
+from opcd_fast.models import seam
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher.prefix import chunked_prefill
+from opcd_fast.teacher.prefix.shared import SharedPrefix
 
 TOLERANCE = 1e-5  # relative to the largest value
 

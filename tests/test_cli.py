@@ -47,8 +47,8 @@ def test_help_is_there_without_torch():
 
 
 def test_every_option_of_the_config_is_an_option_of_train(capsys):
-    from opcd_fast.config import OPCDConfig
-    from opcd_fast.options import option_names
+    from opcd_fast.training.settings.config import OPCDConfig
+    from opcd_fast.training.settings.options import option_names
 
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
@@ -203,7 +203,7 @@ def test_teachers_from_the_command_line(model_folder, files, options):
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_a_teacher_packed_from_the_command_line(model_folder, files, monkeypatch):
-    from opcd_fast import model_pair
+    from opcd_fast.training.engines import model_pair
 
     seen = []
     pack = model_pair.quantize_4bit

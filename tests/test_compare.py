@@ -8,22 +8,22 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import model_pair
-from opcd_fast.checkpoint import list_checkpoints
 from opcd_fast.cli import main
-from opcd_fast.compare import runs as runs_module
-from opcd_fast.compare.measure import Yardstick, base_reader, scores_of
-from opcd_fast.compare.runs import Comparison, run_all
-from opcd_fast.compare.seeds import over_seeds, t_quantile
-from opcd_fast.compare.systems import SYSTEMS, check_common, parse_systems
-from opcd_fast.compare.table import as_markdown, interval, summarize
-from opcd_fast.config import OPCDConfig
+from opcd_fast.data.prompts import read_prompts
 from opcd_fast.errors import InputError
-from opcd_fast.intervals import wilson
-from opcd_fast.prompts import read_prompts
+from opcd_fast.evaluation.compare import runs as runs_module
+from opcd_fast.evaluation.compare.measurement import Yardstick, base_reader, scores_of
+from opcd_fast.evaluation.compare.runs import Comparison, run_all
+from opcd_fast.evaluation.compare.seeds import over_seeds, t_quantile
+from opcd_fast.evaluation.compare.systems import SYSTEMS, check_common, parse_systems
+from opcd_fast.evaluation.compare.table import as_markdown, interval, summarize
 from opcd_fast.rollout import Completion, TransformersRollout
-from opcd_fast.scorer import HeldOutScore
-from opcd_fast.seeds import stream_seed
+from opcd_fast.runtime.checkpoints import list_checkpoints
+from opcd_fast.runtime.intervals import wilson
+from opcd_fast.runtime.seeds import stream_seed
+from opcd_fast.training.engines import model_pair
+from opcd_fast.training.scorer import HeldOutScore
+from opcd_fast.training.settings.config import OPCDConfig
 
 CONTEXT = "always answer with zzz"
 HELD_OUT = [f"another {i}" for i in range(5)]

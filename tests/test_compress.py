@@ -7,10 +7,10 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.compress import Candidate, Ranked, cut_candidates, rank, with_front, written_candidates
+from opcd_fast.contexts.compression import Candidate, Ranked, cut_candidates, rank, with_front, written_candidates
+from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data.rendering import teacher_ids
 from opcd_fast.errors import InputError
-from opcd_fast.prompts import read_prompts
-from opcd_fast.rendering import teacher_ids
 from opcd_fast.rollout import TransformersRollout
 
 TURNS = [
@@ -64,7 +64,7 @@ def test_the_ranking_is_the_kl_of_plain_forward_passes(model):
     assert abs(whole.kl) < 1e-6 and whole.top1_agreement == 1.0
     assert all(one.kl > 1e-5 for one in ranked if one is not whole)
 
-    from opcd_fast.seeds import stream_seed
+    from opcd_fast.runtime.seeds import stream_seed
 
     double = [prompt for prompt in prompts for _ in range(2)]
     drawn = rollout.generate(

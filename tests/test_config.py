@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.options import check_names, option_names, read_yaml
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.settings.options import check_names, option_names, read_yaml
 
 
 def test_the_papers_defaults():

@@ -7,13 +7,13 @@ import torch
 from report_runs import CONTEXT, HELD_OUT, TRAIN, make_run, save_base, write_lines
 
 from opcd_fast.cli import main
+from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data.rendering import teacher_ids
+from opcd_fast.evaluation.report.distances import Reader, distances
+from opcd_fast.evaluation.report.measurement import ReportOptions, measure
+from opcd_fast.evaluation.report.models import load_run
 from opcd_fast.models import load_model
-from opcd_fast.prompts import read_prompts
-from opcd_fast.rendering import teacher_ids
-from opcd_fast.report.distances import Reader, distances
-from opcd_fast.report.measure import ReportOptions, measure
-from opcd_fast.report.models import load_run
-from opcd_fast.training_curve import run_settings
+from opcd_fast.training.run.curves import run_settings
 
 NEW = "always answer with yyy and nothing more"
 

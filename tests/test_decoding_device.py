@@ -8,8 +8,9 @@ from tiny import lora_model, tiny_model
 from torch.backends import cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opcd_fast import decoding, rollout_generate
-from opcd_fast.decoding import decode, tokens_between_looks
+from opcd_fast.rollout import decoding
+from opcd_fast.rollout import generate as rollout_generate
+from opcd_fast.rollout.decoding import decode, tokens_between_looks
 
 PROMPTS = [[*range(20, 33)], [*range(20, 31), 7], [5, 6, 7], [*range(40, 90)]] * 3
 STOPS = list(range(0, 261, 9))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from loss_oracle import logits64, relative_error, states
 
-from opcd_fast import native, row_operations
+from opcd_fast.kernels.csrc import native
 from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_reverse_kl
+from opcd_fast.loss.chunks import row_operations
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 INF = float("inf")

@@ -9,10 +9,10 @@ import torch
 from test_trainer import PROMPTS, make
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import health
-from opcd_fast.batch import Sample
-from opcd_fast.evaluate import divergence
+from opcd_fast.data.batch import Sample
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training.monitoring import health
+from opcd_fast.training.step.evaluate import divergence
 
 TEMPERATURE = 0.7
 

@@ -6,9 +6,8 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.errors import InputError
-from opcd_fast.experience import ExperienceFolder, Player, accumulate, extract, select
-from opcd_fast.lessons import (
+from opcd_fast.contexts.experience import ExperienceFolder, Player, accumulate, extract, select
+from opcd_fast.contexts.lessons import (
     HEAD,
     as_notes,
     ask_for_lessons,
@@ -17,9 +16,10 @@ from opcd_fast.lessons import (
     within_budget,
     without_similar,
 )
-from opcd_fast.tasks import load_task
-from opcd_fast.tasks.episode import SPLITS, Questions
-from opcd_fast.tasks.play import Played, Turn, play
+from opcd_fast.data.tasks import load_task
+from opcd_fast.data.tasks.episode import SPLITS, Questions
+from opcd_fast.data.tasks.player import Played, Turn, play
+from opcd_fast.errors import InputError
 
 
 class Words:
@@ -263,7 +263,7 @@ def model_folder(tmp_path_factory):
 
 
 def test_commands_from_attempts_to_the_best_notes(tmp_path, model_folder, monkeypatch, capsys):
-    monkeypatch.setattr("opcd_fast.experience.lessons_in", lambda text, most=None: [f"note {text[:5]!r}"])
+    monkeypatch.setattr("opcd_fast.contexts.experience.lessons_in", lambda text, most=None: [f"note {text[:5]!r}"])
     shared = ["--model", model_folder, "--output-dir", str(tmp_path), "--device", "cpu"]
     playing = [*shared, "--task", "instructions", "--problems", "3", "--max-new-tokens", "4"]
     assert main(["select", *playing]) == 2

@@ -8,14 +8,15 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import export as export_module
 from opcd_fast.cli import main
 from opcd_fast.errors import InputError
-from opcd_fast.export import ExportOptions, export
-from opcd_fast.export_check import Comparison, compare, probe, require_equal
-from opcd_fast.export_source import find_source
+from opcd_fast.export import folder as export_module
+from opcd_fast.export.check import Comparison, compare, probe, require_equal
+from opcd_fast.export.folder import ExportOptions, export
+from opcd_fast.export.source import find_source
 from opcd_fast.models import load_model, load_tokenizer
-from opcd_fast.rollout import TransformersRollout, stop_token_ids
+from opcd_fast.rollout import TransformersRollout
+from opcd_fast.rollout.transformers import stop_token_ids
 
 SETTINGS = {"quantization": "none", "dtype": "float32", "stop_tokens": ["<|user|>"]}
 IDS = torch.tensor([[40, 41, 42, 99, 130, 7, 250]])
@@ -301,7 +302,7 @@ def test_an_adapter_trained_in_4_bits_is_not_merged_into_other_weights(base, tmp
 def test_merging_into_the_unpacked_4_bits(tmp_path, stored):
     """The sum is with the weights that the adapter was trained on. stored: the base lies there in 4 bits."""
     bnb = pytest.importorskip("bitsandbytes")
-    from opcd_fast.quantized import quantize_4bit
+    from opcd_fast.models.quantized import quantize_4bit
 
     base = save_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
     packed = quantize_4bit(load_model(base, dtype="float32"), torch.device("cpu"), torch.float32, "test")

@@ -9,10 +9,10 @@ import pytest
 from hub_server import Hub
 from test_export import make_run, refused, save_base
 
-from opcd_fast import export_hub
 from opcd_fast.cli import main
-from opcd_fast.export import ExportOptions, export
-from opcd_fast.export_hub import check_can_push, is_hub_id, push
+from opcd_fast.export import hub as export_hub
+from opcd_fast.export.folder import ExportOptions, export
+from opcd_fast.export.hub import check_can_push, is_hub_id, push
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_push_without_a_folder_leaves_none(hub, run, tmp_path, monkeypatch):
     ],
 )
 def test_refusals_come_before_the_work(hub, run, tmp_path, capsys, monkeypatch, more, words):
-    monkeypatch.setattr("opcd_fast.export.export", lambda *a, **k: pytest.fail("exported"))
+    monkeypatch.setattr("opcd_fast.export.folder.export", lambda *a, **k: pytest.fail("exported"))
     arguments = ["export", str(run), "--output-dir", str(tmp_path / "out"), "--push-to-hub", "me/x", *more]
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_refusals_come_before_the_work(hub, run, tmp_path, capsys, monkeypatch, 
 
 def test_no_token_costs_no_work(hub, run, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("opcd_fast.export.export", lambda *a, **k: pytest.fail("exported"))
+    monkeypatch.setattr("opcd_fast.export.folder.export", lambda *a, **k: pytest.fail("exported"))
     assert main(["export", str(run), "--push-to-hub", "me/x", "--merged", "--without-card"]) == 2
     assert "HF_TOKEN" in capsys.readouterr().err
 
@@ -182,7 +182,7 @@ def test_a_failed_push_leaves_the_export_whole(hub, run, tmp_path, capsys):
 def test_the_endpoint_is_that_of_the_environment(hub, folders):
     """A process of its own: huggingface_hub reads HF_ENDPOINT when it is imported."""
     folder = f"__import__('pathlib').Path({str(folders / 'adapter')!r})"
-    code = f"from opcd_fast.export_hub import push; push({folder}, 'me/y', True)"
+    code = f"from opcd_fast.export.hub import push; push({folder}, 'me/y', True)"
     settings = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "good", "HF_HUB_DISABLE_XET": "1"}
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         settings.pop(name, None)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.config import OPCDConfig
-from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 CURVE = Path(__file__).parent / "golden" / "tiny_lora.json"
 

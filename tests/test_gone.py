@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from report_runs import CONTEXT, make_run, save_base
 
-from opcd_fast.checkpoint import list_checkpoints
 from opcd_fast.cli import main
-from opcd_fast.compare.systems import parse_systems
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.gone import SETTINGS, VALUES
-from opcd_fast.training_curve import run_settings
+from opcd_fast.evaluation.compare.systems import parse_systems
+from opcd_fast.runtime.checkpoints import list_checkpoints
+from opcd_fast.training.run.curves import run_settings
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.settings.gone import SETTINGS, VALUES
 
 # config.json of a run with all defaults, as an earlier version wrote it.
 OLDER = json.loads((Path(__file__).parent / "older_run_config.json").read_text())

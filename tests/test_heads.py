@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opcd_fast.heads import LMHead
+from opcd_fast.loss.heads import LMHead
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,8 +11,8 @@ from tiny import tiny_model, tiny_tokenizer
 from opcd_fast.cli import main
 from opcd_fast.commands.init import EXAMPLE, EXAMPLE_FILES, GROUPS, config_text, explanations
 from opcd_fast.commands.train import TrainCommand, train_command
-from opcd_fast.config import OPCDConfig
-from opcd_fast.options import option_names
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.settings.options import option_names
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from opcd_fast.interruption import Interrupted, Interruption
+from opcd_fast.training.interruption import Interrupted, Interruption
 
 
 def send(number):

@@ -1,6 +1,6 @@
 import pytest
 
-from opcd_fast.intervals import wilson
+from opcd_fast.runtime.intervals import wilson
 
 
 def test_wilson_against_known_values():

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from opcd_fast.intervals import bootstrap, difference, wilson
+from opcd_fast.runtime.intervals import bootstrap, difference, wilson
 
 
 def test_newcombes_example():

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import checkpoint
+from opcd_fast.runtime import checkpoints as checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,7 +73,7 @@ class Fork:
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "accelerate", "peft", "transformers.models.llama.modeling_llama", "tyro", "opcd_fast.trainer"]
+    ["torch", "accelerate", "peft", "transformers.models.llama.modeling_llama", "tyro", "opcd_fast.training.trainer"]
 )
 
 

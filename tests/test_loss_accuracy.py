@@ -4,9 +4,10 @@ import pytest
 import torch
 from loss_oracle import logits64, relative_error, states, token_kl64
 
-from opcd_fast import native, row_operations
-from opcd_fast.kernels import reference
+from opcd_fast.kernels.csrc import native
+from opcd_fast.kernels.reference import reverse_kl as reference
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl, reverse_kl
+from opcd_fast.loss.chunks import row_operations
 
 # Lanes beyond the vocabulary compute inf - inf on the way to being masked; numpy says so, a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from loss_oracle import logits64, relative_error, states, token_kl64
 
-from opcd_fast import native, products, row_operations, workspace
+from opcd_fast.kernels.csrc import native
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl
+from opcd_fast.loss.chunks import products, row_operations, workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from memory_record import MB, peak_bytes
 
-from opcd_fast import native
+from opcd_fast.kernels.csrc import native
 from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_reverse_kl
 
 VOCABULARY, ROWS, WIDTH = 151_936, 4096, 16

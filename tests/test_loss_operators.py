@@ -5,16 +5,10 @@ import torch
 from loss_oracle import relative_error, states
 from torch.utils.checkpoint import checkpoint
 
-from opcd_fast import rows
-from opcd_fast.loss import (
-    LMHead,
-    fused_linear_divergence,
-    fused_linear_logprobs,
-    fused_linear_reverse_kl,
-    reverse_kl,
-)
-from opcd_fast.loss_operators import linear_divergence_op
-from opcd_fast.spec import Spec
+from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_logprobs, fused_linear_reverse_kl, reverse_kl
+from opcd_fast.loss.chunks import rows
+from opcd_fast.loss.chunks.spec import Spec
+from opcd_fast.loss.operators import linear_divergence_op
 
 
 def problem(count=7, dtype=torch.float32):

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opcd_fast import chunks
 from opcd_fast.loss import fused_linear_reverse_kl
-from opcd_fast.planning.loss_scratch import Seen
-from opcd_fast.spec import Spec, Wanted
-from opcd_fast.workspace import (
+from opcd_fast.loss.chunks import loop as chunks
+from opcd_fast.loss.chunks.spec import Spec, Wanted
+from opcd_fast.loss.chunks.workspace import (
     DEFAULT_DEVICE_WORKSPACE,
     DEFAULT_WORKSPACE,
     MULTIPROCESSORS,
@@ -22,6 +21,7 @@ from opcd_fast.workspace import (
     pitch_of,
     wave_fill,
 )
+from opcd_fast.planning.rehearsal.loss_scratch import Seen
 
 FROZEN, TRAINED, NOTHING = Wanted(True, False, False), Wanted(True, True, False), Wanted(False, False, False)
 

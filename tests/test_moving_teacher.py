@@ -9,10 +9,10 @@ from test_trainer import CONTEXT, losses, make
 from tiny import lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.evaluate import divergence
-from opcd_fast.moving_teacher import MovingWeights, copy_of_trained
+from opcd_fast.models.weight_versions import count_optimizer_steps
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.weight_versions import count_optimizer_steps
+from opcd_fast.teacher.moving import MovingWeights, copy_of_trained
+from opcd_fast.training.step.evaluate import divergence
 
 MODES = {
     "live": {"teacher_mode": "live"},

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from opcd_fast import info, native
+from opcd_fast.evaluation import info
+from opcd_fast.kernels.csrc import native
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"the CPU library is {native.status()}")
 LEVELS = native.supported_levels() if native.available() else ()
@@ -70,7 +71,7 @@ def test_the_level_is_the_best_or_the_one_asked_for(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="torch without libgomp")
 def test_the_threads_are_those_of_torch():
     assert native._openmp_of_torch()
-    code = "import sys, opcd_fast.native as n; n.status(); assert 'torch' not in sys.modules"
+    code = "import sys, opcd_fast.kernels.csrc.native as n; n.status(); assert 'torch' not in sys.modules"
     code += "; look = n._openmp_of_torch; found = []; n._openmp_of_torch = lambda: found.append(look()) or found[-1]"
     code += "; n.available(); assert found[0]"
     code += "; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp.so' in line or 'omp-' in line})"

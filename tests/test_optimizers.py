@@ -9,12 +9,13 @@ from resumption import check_resume
 from tiny import tiny_model
 from tiny import tiny_tokenizer as make_tokenizer
 
-from opcd_fast import optimizers, weight_versions
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.planning.job import Job
-from opcd_fast.planning.rehearsal import rehearse
-from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.models import weight_versions
+from opcd_fast.planning.rehearsal.job import Job
+from opcd_fast.planning.rehearsal.phases import rehearse
+from opcd_fast.training.engines import optimizers
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 HERE = ["adamw_torch", "adafactor", "adamw_8bit"]
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # matrices of 4,096 numbers and more: smaller ones keep 32 bits
@@ -144,7 +145,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, optimizer, monke
 
 
 def test_without_bitsandbytes_the_package_is_named(tmp_path, monkeypatch):
-    from opcd_fast import quantized
+    from opcd_fast.models import quantized
 
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     for optimizer in ("adamw_8bit", "paged_adamw_8bit"):

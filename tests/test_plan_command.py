@@ -10,12 +10,12 @@ from tiny import tiny_model, tiny_tokenizer
 from opcd_fast.cli import main
 from opcd_fast.commands.plan import gpu_bytes, plan_command
 from opcd_fast.commands.train import train_command
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.planning.meter import Peak
-from opcd_fast.planning.rehearsal import Rehearsal
+from opcd_fast.planning.rehearsal.meter import Peak
+from opcd_fast.planning.rehearsal.phases import Rehearsal
 from opcd_fast.planning.report import changes
 from opcd_fast.planning.search import find
+from opcd_fast.training.settings.config import OPCDConfig
 
 SETTINGS = ["--context-tokens", "100", "--prompt-tokens", "20", "--batch-size", "4", "--max-new-tokens", "16"]
 

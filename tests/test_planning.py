@@ -8,15 +8,15 @@ import torch
 from memory_record import recorded_peaks
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import merged
-from opcd_fast.config import OPCDConfig
-from opcd_fast.loss_inputs import resolve_backend
+from opcd_fast.data.tasks.episode import as_user
+from opcd_fast.loss.inputs import resolve_backend
+from opcd_fast.models import merged
 from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
-from opcd_fast.planning.job import Job, job_of
-from opcd_fast.planning.rehearsal import rehearse
-from opcd_fast.tasks.episode import as_user
-from opcd_fast.trainer import OPCDTrainer
-from opcd_fast.training_prompts import read_training_prompts
+from opcd_fast.planning.rehearsal.job import Job, job_of
+from opcd_fast.planning.rehearsal.phases import rehearse
+from opcd_fast.training.answers.prompts import read_training_prompts
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 CONTEXT = "always answer with zzz, whatever the question may be, and never say why you do it. " * 3
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 1024}
@@ -120,8 +120,11 @@ def planned(config, job=SMALL, **options):
 def test_a_rehearsal_makes_nothing_real_and_leaves_the_process_as_it_was():
     from transformers import AttentionInterface
 
-    from opcd_fast import attention, attention_backends, model_pair, tree_attention
-    from opcd_fast import transformers_seam as seam
+    from opcd_fast.attention import backends as attention_backends
+    from opcd_fast.attention import dispatch as attention
+    from opcd_fast.attention import tree as tree_attention
+    from opcd_fast.models import seam
+    from opcd_fast.training.engines import model_pair
 
     def seen():
         return (

@@ -7,8 +7,8 @@ import torch
 from test_chunked_prefill import tokens_run
 from tiny_models import pack, plain_after_context, random_ids, tiny_model
 
-from opcd_fast import nested_contexts
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher.prefix import nested as nested_contexts
 
 PER_TOKEN = 2 * 3 * 2 * 8 * 4  # keys and values, layers, H_kv, d, fp32
 

@@ -13,10 +13,12 @@ from architectures import build
 from test_chunked_prefill import assert_same_prefix
 from tiny_models import pack, plain_after_context, random_ids, tiny_model
 
-from opcd_fast import chunked_prefill, prefix, prefix_stream
-from opcd_fast.prefix import SharedPrefix
-from opcd_fast.prefix_stream import BlockingTransfer, PrefixStream, open_transfer
+from opcd_fast.models.caches import stream as prefix_stream
+from opcd_fast.models.caches.stream import BlockingTransfer, PrefixStream, open_transfer
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher.prefix import chunked_prefill
+from opcd_fast.teacher.prefix import shared as prefix
+from opcd_fast.teacher.prefix.shared import SharedPrefix
 
 GARBAGE = 1e4
 

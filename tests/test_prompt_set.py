@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from opcd_fast.duplicates import similarity
+from opcd_fast.data.duplicates import similarity
+from opcd_fast.data.messages import Prompt
+from opcd_fast.data.prompt_set import Selection, check_folder, select, summary, write
+from opcd_fast.data.prompt_sources import Candidate, general_prompts
+from opcd_fast.data.prompts import read_prompts
 from opcd_fast.errors import InputError
-from opcd_fast.messages import Prompt
-from opcd_fast.prompt_set import Selection, check_folder, select, summary, write
-from opcd_fast.prompt_sources import Candidate, general_prompts
-from opcd_fast.prompts import read_prompts
 
 
 def candidate(text, conversation=None, source="s"):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from opcd_fast.data.prompt_sources import from_data, from_logs, general_prompts
 from opcd_fast.errors import InputError
-from opcd_fast.prompt_sources import from_data, from_logs, general_prompts
 
 CHAT = [
     {"role": "system", "content": "the context itself"},

@@ -5,9 +5,9 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
+from opcd_fast.data.prompts import read_context, read_prompts
+from opcd_fast.data.rendering import adapt_to_tokenizer, render, student_ids, teacher_ids
 from opcd_fast.errors import InputError
-from opcd_fast.prompts import read_context, read_prompts
-from opcd_fast.rendering import adapt_to_tokenizer, render, student_ids, teacher_ids
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4!"}]
 

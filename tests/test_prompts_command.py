@@ -6,9 +6,9 @@ import random
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import asking
 from opcd_fast.cli import main
-from opcd_fast.prompts import read_prompts
+from opcd_fast.contexts import asking
+from opcd_fast.data.prompts import read_prompts
 
 
 @pytest.fixture(scope="module")

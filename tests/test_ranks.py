@@ -22,13 +22,13 @@ from rank_runs import (
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.acceleration import join, make_accelerator
-from opcd_fast.batch import Sample
-from opcd_fast.config import OPCDConfig
+from opcd_fast.data.batch import Sample
 from opcd_fast.errors import InputError
-from opcd_fast.model_pair import student_and_teacher
-from opcd_fast.parallel import refuse_sharded
-from opcd_fast.ranks import Ranks
+from opcd_fast.training.engines.acceleration import join, make_accelerator
+from opcd_fast.training.engines.model_pair import student_and_teacher
+from opcd_fast.training.engines.parallel import refuse_sharded
+from opcd_fast.training.engines.ranks import Ranks
+from opcd_fast.training.settings.config import OPCDConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from tiny import tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opcd_fast.commands.train import loading
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.remote_teacher import RemoteTeacher
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher.remote import RemoteTeacher
+from opcd_fast.training.settings.config import OPCDConfig
 
 META = torch.device("meta")
 
@@ -83,7 +83,7 @@ def test_a_run_through_the_wrapper_is_the_same_run(tokenizer, tmp_path, monkeypa
     if "teacher_mode" not in settings:
         settings.update(teacher_model=tiny_model(seed=7, hidden_size=48, num_hidden_layers=3))
     plain = make(tokenizer, tmp_path / "plain", **settings).train()
-    from opcd_fast import teachers
+    from opcd_fast.training.step import teachers
 
     monkeypatch.setattr(teachers, "same_device", lambda *places: False)
     trainer = make(tokenizer, tmp_path / "wrapped", **settings)
@@ -94,7 +94,7 @@ def test_a_run_through_the_wrapper_is_the_same_run(tokenizer, tmp_path, monkeypa
 
 
 def test_a_teacher_that_shares_the_students_weights_cannot_be_elsewhere(tokenizer, tmp_path, monkeypatch):
-    from opcd_fast import model_pair
+    from opcd_fast.training.engines import model_pair
 
     monkeypatch.setattr(model_pair, "pick_device", lambda *a, **o: META)
     for settings in ({}, {"teacher_mode": "ema"}, {"teacher_mode": "live", "lora_rank": 0}):

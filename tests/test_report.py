@@ -11,19 +11,19 @@ import yaml
 from report_runs import CONTEXT, HELD_OUT, make_run, save_base, write_lines
 
 from opcd_fast.cli import main
+from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data.rendering import student_ids, teacher_ids
 from opcd_fast.errors import InputError
+from opcd_fast.evaluation.report.arms import ARMS, BASE, BOTH, SHOWN, STUDENT, first_difference, identical_greedy, share
+from opcd_fast.evaluation.report.distances import Reader, distances
+from opcd_fast.evaluation.report.files import write_report
+from opcd_fast.evaluation.report.hub_card import readme
+from opcd_fast.evaluation.report.measurement import GENERAL, ReportOptions, measure
+from opcd_fast.evaluation.report.models import load_run
+from opcd_fast.evaluation.report.scorers import by_function, by_pattern
 from opcd_fast.models import load_model, load_tokenizer
-from opcd_fast.prompts import read_prompts
-from opcd_fast.rendering import student_ids, teacher_ids
-from opcd_fast.report.arms import ARMS, BASE, BOTH, SHOWN, STUDENT, first_difference, identical_greedy, share
-from opcd_fast.report.distances import Reader, distances
-from opcd_fast.report.files import write_report
-from opcd_fast.report.measure import GENERAL, ReportOptions, measure
-from opcd_fast.report.models import load_run
-from opcd_fast.report.readme import readme
-from opcd_fast.report.scorers import by_function, by_pattern
-from opcd_fast.run_record import read_record
-from opcd_fast.training_curve import run_settings
+from opcd_fast.training.run.curves import run_settings
+from opcd_fast.training.run.record import read_record
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,7 @@ def test_scores_and_regressions_are_those_of_the_answers(lora_run):
 
 
 def test_the_arms_are_base_and_student_with_and_without_the_context(lora_run, monkeypatch):
-    from opcd_fast.report import models as module
+    from opcd_fast.evaluation.report import models as module
 
     asked = []
 
@@ -245,8 +245,8 @@ def test_a_run_that_kept_nothing_needs_context_and_prompts(lora_run, base, tmp_p
 def test_a_teacher_in_memory_is_not_taken_for_the_base(base, tmp_path):
     from tiny import tiny_model
 
-    from opcd_fast.config import OPCDConfig
-    from opcd_fast.trainer import OPCDTrainer
+    from opcd_fast.training.settings.config import OPCDConfig
+    from opcd_fast.training.trainer import OPCDTrainer
 
     config = OPCDConfig(output_dir=str(tmp_path / "r"), steps=1, batch_size=2, max_new_tokens=3, lora_rank=2,
                         device="cpu", dtype="float32", eval_every=0)  # fmt: skip
@@ -270,8 +270,8 @@ def test_a_scorer_of_training_sees_the_same_rows_in_the_report(base, tmp_path):
 
 
 def train_with_teacher(base, other, folder):
-    from opcd_fast.config import OPCDConfig
-    from opcd_fast.trainer import OPCDTrainer
+    from opcd_fast.training.settings.config import OPCDConfig
+    from opcd_fast.training.trainer import OPCDTrainer
 
     config = OPCDConfig(output_dir=str(folder), steps=1, batch_size=2, max_new_tokens=6, lora_rank=2,
                         device="cpu", dtype="float32", eval_every=0)  # fmt: skip
@@ -395,7 +395,7 @@ def test_a_trained_prefix_is_reported_and_not_counted_as_prompt(base, tmp_path):
 @pytest.mark.parametrize("argument", [["--max-prompts", "1"], ["--samples", "0"], ["--temperature", "0"],
                                       ["--task", "nothing"], ["--regex", "("], ["--scorer", "x"]])  # fmt: skip
 def test_bad_arguments_are_one_line_before_anything_is_loaded(lora_run, argument, capsys, monkeypatch):
-    monkeypatch.setattr("opcd_fast.report.measure.load_run", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("opcd_fast.evaluation.report.measurement.load_run", lambda *a: pytest.fail("loaded"))
     assert main(["report", str(lora_run), *argument]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 

@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from opcd_fast.compare.table import as_markdown
-from opcd_fast.report.arms import ARMS, SHOWN, STUDENT
-from opcd_fast.report.page import page
-from opcd_fast.report.readme import readme
+from opcd_fast.evaluation.compare.table import as_markdown
+from opcd_fast.evaluation.report.arms import ARMS, SHOWN, STUDENT
+from opcd_fast.evaluation.report.hub_card import readme
+from opcd_fast.evaluation.report.page import page
 
 EVIL = "<script>document.title='owned'</script><img src=http://example.invalid/x onerror=alert(1)>&\"'</div></table>"
 

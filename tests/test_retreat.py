@@ -7,10 +7,10 @@ import torch
 from test_trainer import make
 from tiny import tiny_tokenizer
 
-from opcd_fast import evaluate, likelihood, objective
-from opcd_fast.batch import Sample, count_tokens, micro_batches
+from opcd_fast.data.batch import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
-from opcd_fast.retreat import TokenBudget, is_out_of_memory
+from opcd_fast.training.engines.retreat import TokenBudget, is_out_of_memory
+from opcd_fast.training.step import evaluate, likelihood, objective
 
 
 def out_of_memory():

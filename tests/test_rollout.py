@@ -5,12 +5,12 @@ import tiny_models
 import torch
 from tiny import logprobs_by_hand, lora_model, tiny_model
 
-from opcd_fast import decoding, rollout_memory
-from opcd_fast import rollout as rollout_module
-from opcd_fast import transformers_seam as seam
 from opcd_fast.errors import InputError
-from opcd_fast.merged import MergedCopy
-from opcd_fast.rollout import TransformersRollout
+from opcd_fast.models import seam
+from opcd_fast.models.merged import MergedCopy
+from opcd_fast.rollout import TransformersRollout, decoding
+from opcd_fast.rollout import memory as rollout_memory
+from opcd_fast.rollout import transformers as rollout_module
 
 SHARED = [7, 9, 11, 13, 17, 19, 23, 29, 31, 37]
 PROMPTS = [[*SHARED, 41], [*SHARED, 43, 47, 53], [*SHARED, 59, 61]]

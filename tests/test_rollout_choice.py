@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import lora_model, tiny_model
 
-from opcd_fast import rollout as rollout_module
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import TransformersRollout
-from opcd_fast.rollout_choice import Choice
+from opcd_fast.rollout import transformers as rollout_module
+from opcd_fast.rollout.choice import Choice
 
 PROMPTS = [[*range(20, 40), 41], [*range(20, 40), 43, 44]]
 

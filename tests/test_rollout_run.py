@@ -8,11 +8,11 @@ import torch
 from test_rollout_server import Process
 from tiny import logprobs_by_hand, tiny_model, tiny_tokenizer
 
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.rollout_replay import ReplayRollout, write_replay
-from opcd_fast.rollout_server import ServerRollout
-from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.rollout.replay import ReplayRollout, write_replay
+from opcd_fast.rollout.server import ServerRollout
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 PROMPTS = [f"question {n}?" for n in range(6)]
 

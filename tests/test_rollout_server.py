@@ -13,9 +13,9 @@ import torch
 from tiny import logprobs_by_hand, lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.rollout_http import JsonServer, Refused, ServerGone
-from opcd_fast.rollout_server import FixedWeights, ServerRollout
-from opcd_fast.rollout_weights import CommandWeights, LoRAWeights
+from opcd_fast.rollout.http import JsonServer, Refused, ServerGone
+from opcd_fast.rollout.server import FixedWeights, ServerRollout
+from opcd_fast.rollout.weights import CommandWeights, LoRAWeights
 
 PROMPTS = [[7, 9, 11], [13, 17, 19, 23], [29], [31, 37], [41, 43, 47], [53, 59]]
 

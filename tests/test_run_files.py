@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from opcd_fast import checkpoint
 from opcd_fast.errors import InputError
-from opcd_fast.plots import plot_run
-from opcd_fast.progress import Progress, seconds_by_part
-from opcd_fast.run_folder import RunFolder
+from opcd_fast.runtime import checkpoints as checkpoint
+from opcd_fast.training.monitoring.plots import plot_run
+from opcd_fast.training.monitoring.progress import Progress, seconds_by_part
+from opcd_fast.training.run.folder import RunFolder
 
 
 def test_a_failed_write_leaves_the_old_folder_whole(tmp_path):
@@ -68,7 +68,7 @@ def record_of(loss, step=1, speed=100.0):
 
 def test_progress_outside_a_terminal_is_plain_lines(capsys, monkeypatch):
     clock = iter([0.0, 100.0, 110.0, 130.0])
-    monkeypatch.setattr("opcd_fast.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("opcd_fast.training.monitoring.progress.time.perf_counter", lambda: next(clock))
     progress = Progress(total=6, done=1)
     progress.step(record_of(0.5))
     progress.evaluation("held-out", {"step": 2, "own_kl": 1.0})

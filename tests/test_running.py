@@ -12,11 +12,11 @@ from accelerate.tracking import GeneralTracker
 from test_trainer import losses, make
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import checkpoint
 from opcd_fast.errors import InputError
-from opcd_fast.interruption import Interrupted
 from opcd_fast.rollout import TransformersRollout
-from opcd_fast.tracking import numbers_of
+from opcd_fast.runtime import checkpoints as checkpoint
+from opcd_fast.training.interruption import Interrupted
+from opcd_fast.training.monitoring.tracking import numbers_of
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_a_signal_saves_and_the_rest_is_the_same(tokenizer, tmp_path, number, mo
         "rollout": (trainer.rollout, "generate", 5, 2),  # evaluation, 1, 2, evaluation, 3
         "loss": (trainer, "_objective", 3, 2),
         "optimizer": (trainer.engine, "step", 3, 3),
-        "evaluation": (sys.modules["opcd_fast.trainer"], "held_out_record", 2, 2),
+        "evaluation": (sys.modules["opcd_fast.training.trainer"], "held_out_record", 2, 2),
         "fixed": (trainer.teacher_rollout, "generate", 1, 0),
         "saving": (trainer.snapshots, "save", 1, 2),
     }[moment]
@@ -328,7 +328,7 @@ def test_plots_are_drawn_and_a_failing_one_ends_nothing(tokenizer, tmp_path, mon
         if len(drawn) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("opcd_fast.journal.plot_run", full)
+    monkeypatch.setattr("opcd_fast.training.monitoring.journal.plot_run", full)
     with caplog.at_level("WARNING", "opcd_fast"):
         make(tokenizer, tmp_path / "run", plots=True, steps=6).train()
     assert drawn == [(0, 1), (2, 2), (4, 3)] and caplog.text.count("plots cannot be written") == 1

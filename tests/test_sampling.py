@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opcd_fast.sampling import draw, nucleus
+from opcd_fast.rollout.sampling import draw, nucleus
 
 
 def test_the_token_is_where_the_cumulative_mass_passes_u():

@@ -11,12 +11,13 @@ import tiny_models
 import torch
 from tiny_models import with_lora
 
-from opcd_fast import attention_pairs, shared_prompts, student
-from opcd_fast import transformers_seam as seam
-from opcd_fast.batch import Sample, micro_batches, pack
-from opcd_fast.objective import context_kl
-from opcd_fast.shared_prompts import shared_prompt_hidden_states
-from opcd_fast.student import packed_hidden_states
+from opcd_fast.attention import pairs as attention_pairs
+from opcd_fast.data.batch import Sample, micro_batches, pack
+from opcd_fast.models import packed as student
+from opcd_fast.models import seam, shared_prompts
+from opcd_fast.models.packed import packed_hidden_states
+from opcd_fast.models.shared_prompts import shared_prompt_hidden_states
+from opcd_fast.training.step.objective import context_kl
 
 PROMPTS = [6, 3, 13, 2]  # the second has one answer, the third one that is longer than the window of all models
 ANSWERS = [(4, 1, 2), (5,), (2, 12, 1, 7), (1, 1)]

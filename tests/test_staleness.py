@@ -11,15 +11,15 @@ import time
 import pytest
 from report_runs import CONTEXT, make_run, save_base
 
-from opcd_fast import provenance
 from opcd_fast.cli import main
-from opcd_fast.comparison import compare
 from opcd_fast.errors import InputError
-from opcd_fast.provenance import FileHashes, template_hash, template_in
-from opcd_fast.report.files import write_report
-from opcd_fast.report.measure import ReportOptions, measure
-from opcd_fast.run_record import read_record
-from opcd_fast.staleness import check
+from opcd_fast.evaluation.diff import compare_runs as compare
+from opcd_fast.evaluation.report.files import write_report
+from opcd_fast.evaluation.report.measurement import ReportOptions, measure
+from opcd_fast.evaluation.staleness import check
+from opcd_fast.training.run import provenance
+from opcd_fast.training.run.provenance import FileHashes, template_hash, template_in
+from opcd_fast.training.run.record import read_record
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_large_files_of_the_hub_are_named_by_their_hash(tmp_path, monkeypatch):
 
 def test_a_snapshot_of_the_hub_is_its_commit(place, tmp_path, monkeypatch):
     """A run on a hub id; then the hub's `main` has moved on this machine."""
-    from opcd_fast.model_names import place_of
+    from opcd_fast.models.names import place_of
 
     cache = tmp_path / "hub" / "models--org--model"
     for commit in ("c1", "c2"):

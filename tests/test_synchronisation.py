@@ -9,11 +9,17 @@ import torch
 from architectures import build
 from tiny_models import pack, random_ids
 
-from opcd_fast import packed_row as rows
-from opcd_fast import shared_prompts, student, teacher, teacher_parts, teacher_paths, tree_attention, windowed_attention
-from opcd_fast.shared_prompts import shared_prompt_hidden_states
-from opcd_fast.student import packed_hidden_states
+from opcd_fast.attention import rows
+from opcd_fast.attention import tree as tree_attention
+from opcd_fast.attention import windows as windowed_attention
+from opcd_fast.models import packed as student
+from opcd_fast.models import shared_prompts
+from opcd_fast.models.packed import packed_hidden_states
+from opcd_fast.models.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher import context_teacher as teacher
+from opcd_fast.teacher import parts as teacher_parts
+from opcd_fast.teacher.paths import forward as teacher_paths
 
 ASKING = {
     "tolist", "item", "numpy", "cpu", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose",

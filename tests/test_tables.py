@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from opcd_fast.data.prompts import read_context, read_prompts
+from opcd_fast.data.tables import read_rows
 from opcd_fast.errors import InputError
-from opcd_fast.prompts import read_context, read_prompts
-from opcd_fast.tables import read_rows
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4!"}]
 ROWS = [

@@ -9,14 +9,14 @@ from test_trainer import losses
 from test_virtual_tokens import prefixed
 from tiny import TEMPLATE, tiny_model, tiny_tokenizer
 
-from opcd_fast import task_answers
 from opcd_fast.cli import main
-from opcd_fast.config import OPCDConfig
+from opcd_fast.data.tasks.episode import check_split
 from opcd_fast.errors import InputError
-from opcd_fast.intervals import wilson
-from opcd_fast.task_answers import PROBES, TaskPrompts
-from opcd_fast.tasks.episode import check_split
-from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.runtime.intervals import wilson
+from opcd_fast.training.answers import tasks as task_answers
+from opcd_fast.training.answers.tasks import PROBES, TaskPrompts
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 CONTEXT = "always answer with zzz"
 

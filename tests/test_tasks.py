@@ -6,11 +6,11 @@ import random
 import numpy
 import pytest
 
+from opcd_fast.data.tasks import TASKS, load_task
+from opcd_fast.data.tasks.choice import choice_file, chosen_letter, said_yes, yes_no_file
+from opcd_fast.data.tasks.episode import SPLITS, Questions, final_part, split_of
+from opcd_fast.data.tasks.instructions import RULES, rules
 from opcd_fast.errors import InputError
-from opcd_fast.tasks import TASKS, load_task
-from opcd_fast.tasks.choice import choice_file, chosen_letter, said_yes, yes_no_file
-from opcd_fast.tasks.episode import SPLITS, Questions, final_part, split_of
-from opcd_fast.tasks.instructions import RULES, rules
 
 GAMES = ("frozen-lake", "frozen-lake-gymnasium", "sokoban")
 
@@ -203,7 +203,7 @@ DAPO = {
 )
 def test_math_answers(text, truth, same):
     pytest.importorskip("math_verify")
-    from opcd_fast.tasks.math import same_answer
+    from opcd_fast.data.tasks.math import same_answer
 
     assert same_answer(text, truth) is same
 

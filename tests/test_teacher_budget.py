@@ -10,10 +10,10 @@ from test_loss_memory import peak_bytes
 from tiny_models import pack, plain_after_context, random_ids, tiny_model, told
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from opcd_fast import teacher_budget
-from opcd_fast import transformers_seam as seam
+from opcd_fast.models import seam
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.teacher_parts import split
+from opcd_fast.teacher import budget as teacher_budget
+from opcd_fast.teacher.parts import split
 
 FACTOR = 1.25  # what is allocated may be this much more than what is counted
 KB = 1024

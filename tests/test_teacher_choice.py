@@ -16,10 +16,12 @@ from tiny_models import (
     told,
 )
 
-from opcd_fast import attention, teacher_paths, verification
-from opcd_fast import transformers_seam as seam
-from opcd_fast.expanded_cache import ExpandedLayer
+from opcd_fast.attention import dispatch as attention
+from opcd_fast.models import seam
+from opcd_fast.models.expansion import ExpandedLayer
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher.paths import forward as teacher_paths
+from opcd_fast.teacher.paths import verification
 
 # --- choice of path -----------------------------------------------------------------------------------------
 
@@ -231,7 +233,8 @@ def test_under_autocast():
 def test_verification_runs_once(monkeypatch):
     calls = []
     honest = verification.verify
-    monkeypatch.setattr("opcd_fast.path_choice.verify", lambda body, path, *_: calls.append(path) or honest(body, path))
+    module = "opcd_fast.teacher.paths.choice"
+    monkeypatch.setattr(f"{module}.verify", lambda body, path, *_: calls.append(path) or honest(body, path))
     teacher = ContextTeacher(tiny_model(), random_ids(20)[0])
     ids, bounds = pack(random_ids(5, 3))
     assert not calls

@@ -15,8 +15,8 @@ from tiny_models import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opcd_fast.prefix import SharedPrefix
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher.prefix.shared import SharedPrefix
 
 
 class LargestTensor(TorchDispatchMode):

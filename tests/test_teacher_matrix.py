@@ -11,10 +11,14 @@ from architectures import ARCHITECTURES, WINDOW, build
 from tiny_models import pack, plain_after_context, plain_hidden, random_ids, told
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from opcd_fast import architectures, expanded_cache, student, teacher_paths, tiny_twin, verification
-from opcd_fast import transformers_seam as seam
-from opcd_fast.student import packed_hidden_states
+from opcd_fast.models import architectures, seam
+from opcd_fast.models import expansion as expanded_cache
+from opcd_fast.models import packed as student
+from opcd_fast.models.packed import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher.paths import forward as teacher_paths
+from opcd_fast.teacher.paths import twin as tiny_twin
+from opcd_fast.teacher.paths import verification
 
 TOLERANCE = 1e-4
 
@@ -269,7 +273,7 @@ def test_longrope_that_crosses_its_switch(path, caplog):
 @pytest.mark.parametrize(("context", "lengths"), [(10, (5, 14)), (30, (1, 9)), (0, (24, 3)), (0, (25, 40))])
 def test_longrope_on_one_side_of_its_switch_needs_no_concat(path, context, lengths, monkeypatch):
     model, contexts_, sequences = build("phi3-longrope"), random_ids(context), random_ids(*lengths, seed=2)
-    monkeypatch.setattr("opcd_fast.teacher.concat_forward", None)
+    monkeypatch.setattr("opcd_fast.teacher.context_teacher.concat_forward", None)
     got = ContextTeacher(model, contexts_, path=path).hidden_states_packed(*pack(sequences))
     assert (got - plain(model, sequences, [0, 0], contexts_)).abs().max() <= TOLERANCE
 
@@ -277,7 +281,7 @@ def test_longrope_on_one_side_of_its_switch_needs_no_concat(path, context, lengt
 @pytest.mark.parametrize("path", ["merge", "pad"])
 def test_longrope_without_the_guard_is_wrong(path, monkeypatch):
     model, context, sequences = crossing()
-    monkeypatch.setattr("opcd_fast.path_choice.PathChoice.for_call", lambda self, *_: self.path)
+    monkeypatch.setattr("opcd_fast.teacher.paths.choice.PathChoice.for_call", lambda self, *_: self.path)
     got = ContextTeacher(model, context, path=path).hidden_states_packed(*pack(sequences))
     assert (got - plain(model, sequences, [0, 0], context)).abs().max() > 0.1
 
@@ -285,7 +289,7 @@ def test_longrope_without_the_guard_is_wrong(path, monkeypatch):
 def test_longrope_in_one_batch_is_wrong(monkeypatch):
     # A sequence that crosses moves the positions of the others in its batch.
     model, context, sequences = crossing()
-    monkeypatch.setattr("opcd_fast.teacher_paths.moving_rope", lambda body: [])
+    monkeypatch.setattr("opcd_fast.teacher.paths.forward.moving_rope", lambda body: [])
     got = ContextTeacher(model, context, path="concat").hidden_states_packed(*pack(sequences))
     assert (got - plain(model, sequences, [0, 0], context)).abs().max() > 0.1
 
@@ -326,7 +330,7 @@ def test_explain_names_the_kernels():
 @pytest.mark.parametrize(("name", "path"), [("llama4", "merge"), ("llama4", "auto"), ("bloom", "auto")])
 def test_what_packing_gets_wrong_is_refused(name, path, monkeypatch):
     # Chunks and scales by position (Llama-4), attention outside of the interface (Bloom).
-    monkeypatch.setattr("opcd_fast.path_choice.refuses_merge", lambda body: None)
+    monkeypatch.setattr("opcd_fast.teacher.paths.choice.refuses_merge", lambda body: None)
     if path == "merge":
         with pytest.raises(ValueError, match="path='merge': it failed its check"):
             largest_error(build(name), path)
@@ -354,7 +358,7 @@ def test_pad_passes_positions(name, monkeypatch):
 
 def test_a_scan_that_starts_anew_is_refused(monkeypatch):
     name = "jamba"
-    monkeypatch.setattr("opcd_fast.path_choice.refuses_pad", lambda body: None)
+    monkeypatch.setattr("opcd_fast.teacher.paths.choice.refuses_pad", lambda body: None)
     with pytest.raises(ValueError, match="path='pad': it failed its check"):
         largest_error(build(name), "pad")
     teacher, error = largest_error(build(name))

@@ -6,9 +6,9 @@ import pytest
 from template_families import FAMILIES, GOLDEN, SPECIAL, WITHOUT_SYSTEM_ROLE, family_tokenizer
 from tiny import tiny_tokenizer
 
+from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data.rendering import adapt_to_tokenizer, render, student_ids, teacher_ids
 from opcd_fast.errors import InputError
-from opcd_fast.prompts import read_prompts
-from opcd_fast.rendering import adapt_to_tokenizer, render, student_ids, teacher_ids
 
 TOOLS = [
     {

@@ -6,8 +6,8 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
+from opcd_fast.contexts.traces import as_trace, traces_within_budget
 from opcd_fast.errors import InputError
-from opcd_fast.traces import as_trace, traces_within_budget
 
 
 def record(number, turns=1, feedback=""):

@@ -9,9 +9,9 @@ import torch
 from resumption import cut_and_resumed
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 CONTEXT = "always answer with zzz"
 PROMPTS = [f"question {i}" for i in range(6)]
@@ -449,7 +449,7 @@ def test_settings_of_storage_and_parts_reach_the_teacher(tokenizer, tmp_path, mo
 
 
 def test_a_path_that_fails_its_check_is_an_error_before_anything_is_written(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("opcd_fast.path_choice.verify", lambda *_: ("max difference 1.0e+00 in fp32", False))
+    monkeypatch.setattr("opcd_fast.teacher.paths.choice.verify", lambda *_: ("max difference 1.0e+00 in fp32", False))
     with pytest.raises(InputError, match="path='merge': it failed its check"):
         make(tokenizer, tmp_path / "run", teacher_path="merge")
     assert not (tmp_path / "run").exists()
@@ -457,7 +457,7 @@ def test_a_path_that_fails_its_check_is_an_error_before_anything_is_written(toke
 
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 0, "learning_rate": 3e-3, "micro_batch_tokens": 700}])
 def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeypatch, settings):
-    from opcd_fast import shared_prompts
+    from opcd_fast.models import shared_prompts
 
     calls = []
     inner = shared_prompts.shared_prompt_hidden_states
@@ -466,7 +466,7 @@ def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeyp
         calls.append(0)
         return inner(*args, **options)
 
-    monkeypatch.setattr("opcd_fast.objective.shared_prompt_hidden_states", counted)
+    monkeypatch.setattr("opcd_fast.training.step.objective.shared_prompt_hidden_states", counted)
 
     def history(name, share):
         calls.clear()

@@ -8,8 +8,8 @@ import torch
 from architectures import build
 from tiny_models import pack, random_ids
 
-from opcd_fast import transformers_seam as seam
-from opcd_fast.decoding import decode
+from opcd_fast.models import seam
+from opcd_fast.rollout.decoding import decode
 from opcd_fast.teacher import ContextTeacher
 
 

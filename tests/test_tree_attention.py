@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from opcd_fast import attention_pairs, tree_attention
-from opcd_fast.tree_attention import TreeCall, tree_row
+from opcd_fast.attention import pairs as attention_pairs
+from opcd_fast.attention import tree as tree_attention
+from opcd_fast.attention.tree import TreeCall, tree_row
 
 CPU = torch.device("cpu")
 # Prompts with three children, with none, with two (one of a single token); a sequence between a prompt and its child;

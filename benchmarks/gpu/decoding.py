@@ -20,8 +20,8 @@ from benchmarks.gpu.session import Session, Skip, Values
 from benchmarks.measure import wait
 from benchmarks.phase_rows import value
 from benchmarks.step_cases import RANK, SHAPES, random_model
-from opcd_fast.decoding import decode
-from opcd_fast.sdpa import sdpa_without_cudnn
+from opcd_fast.attention.sdpa import sdpa_without_cudnn
+from opcd_fast.rollout.decoding import decode
 
 PROMPT = 64
 SETTINGS = {"dtype": "bfloat16", "sampling": "temperature 1"}
@@ -98,7 +98,7 @@ def _with_cudnn(call: Callable[[int], None], tokens: int) -> None:
 def _unrestricted() -> Iterator[None]:
     """Our own modules do not keep cuDNN out: what is measured is what they avoid."""
     name = "sdpa_without_cudnn"
-    found = [m for n, m in list(sys.modules.items()) if n.startswith("opcd_fast") and hasattr(m, name)]
+    found = [m for n, m in list(sys.modules.items()) if n.startswith("opcd_fast") and name in vars(m)]
     kept = [getattr(module, name) for module in found]
     for module in found:
         setattr(module, name, contextlib.nullcontext)

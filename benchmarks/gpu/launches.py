@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import wait
-from opcd_fast.kernels import divergence_rows as divergence_twin
-from opcd_fast.kernels import logprob_rows as logprob_twin
-from opcd_fast.kernels import merge_attention as merge_twin
-from opcd_fast.kernels import reference
-from opcd_fast.workspace import pitch_of
+from opcd_fast.kernels.reference import attention as merge_twin
+from opcd_fast.kernels.reference import divergences as divergence_twin
+from opcd_fast.kernels.reference import logprobs as logprob_twin
+from opcd_fast.kernels.reference import reverse_kl as reference
+from opcd_fast.loss.chunks.workspace import pitch_of
 
 GRADIENT_ERROR = 2**-7  # of a bf16 number that was cut off, as the interpreter does; a device rounds to the nearest
 VALUE_ERROR = 1e-3
@@ -29,7 +29,7 @@ VALUE_ERROR = 1e-3
 
 @dataclass
 class Launch:
-    kernel: str  # of opcd_fast.kernels.launch_shapes.KERNELS
+    kernel: str  # of opcd_fast.kernels.triton.launch_shapes.KERNELS
     call: Callable[[], Any]
     error: Callable[[], tuple[float, float]]  # relative, of what is rounded to two bytes and of what is not
     nbytes: int  # read and written at least
@@ -38,7 +38,7 @@ class Launch:
 
 def reverse_kl(device: torch.device, rows: int, columns: int, softcap: float | None = None) -> Launch:
     """As the trainer asks for it: all statistics, a bf16 gradient; with a softcap a bias too."""
-    from opcd_fast.kernels.reverse_kl_rows import reverse_kl_rows
+    from opcd_fast.kernels.triton.reverse_kl import reverse_kl_rows
 
     z_s, z_t, bias, weights, statistics, gradient = _row_inputs(device, rows, columns, softcap is not None)
     options = _transforms(softcap)
@@ -55,7 +55,7 @@ def reverse_kl(device: torch.device, rows: int, columns: int, softcap: float | N
 
 def divergence(device: torch.device, rows: int, columns: int, name: str = "forward_kl") -> Launch:
     """The reverse KL too when there are few rows, each split over programs."""
-    from opcd_fast.kernels.triton_divergence_rows import divergence_rows
+    from opcd_fast.kernels.triton.divergences import divergence_rows
 
     z_s, z_t, _, weights, statistics, gradient = _row_inputs(device, rows, columns, False)
     options = {"divergence": name, "parameter": 0.3 if name in ("jsd", "skew_reverse_kl", "skew_forward_kl") else 0.0,
@@ -68,7 +68,7 @@ def divergence(device: torch.device, rows: int, columns: int, name: str = "forwa
 
 
 def logprob(device: torch.device, rows: int, columns: int) -> Launch:
-    from opcd_fast.kernels.triton_logprob_rows import logprob_rows
+    from opcd_fast.kernels.triton.logprobs import logprob_rows
 
     z, _, _, weights, _, gradient = _row_inputs(device, rows, columns, False)
     ids = torch.randint(columns, (rows,), device=device, generator=_generator(device))
@@ -80,7 +80,7 @@ def logprob(device: torch.device, rows: int, columns: int) -> Launch:
 
 
 def merge(device: torch.device, tokens: int, heads: int, width: int) -> Launch:
-    from opcd_fast.kernels.triton_merge_attention import merge_attention
+    from opcd_fast.kernels.triton.attention import merge_attention
 
     g = _generator(device)
     outs = [torch.randn(tokens, heads, width, generator=g, device=device).bfloat16() for _ in range(2)]
@@ -109,7 +109,7 @@ def large(device: torch.device, dry: bool) -> dict[str, Callable[[], Launch]]:
 
 
 def _row_inputs(device: torch.device, rows: int, columns: int, biased: bool) -> tuple[Any, ...]:
-    """Peaked logits of two models that are near each other, in buffers as chunks.py cuts them."""
+    """Peaked logits of two models that are near each other, in buffers as loss/chunks/loop.py cuts them."""
     g, pitch = _generator(device), pitch_of(columns)
     z_s = torch.randn(rows, pitch, generator=g, device=device).mul_(2.0)
     z_s[:, :: max(1, columns // 7)] += 9.0

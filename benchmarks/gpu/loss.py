@@ -16,8 +16,8 @@ from benchmarks.loss_implementations import Implementation, implementations
 from benchmarks.measure import SLOW, release, timed, with_peak
 from benchmarks.phase_rows import times, value
 from benchmarks.schema import BOUND, OURS
-from opcd_fast import chunks
-from opcd_fast.workspace import pitch_of
+from opcd_fast.loss.chunks import loop as chunks
+from opcd_fast.loss.chunks.workspace import pitch_of
 
 ORDER = (BOUND, *OURS, "trl", "liger-fused")  # the bound first: every other row says its share of it
 LOGIT_ROWS = (256, 512, 640, 768, 1024, 1280, 1536, 2048)
@@ -118,7 +118,7 @@ def _random(session: Session, *shape: int) -> torch.Tensor:
 
 
 def _float32(session: Session, function: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
-    """As chunks.py calls it; a CPU has no product with another output type."""
+    """As loss/chunks/loop.py calls it; a CPU has no product with another output type."""
     if session.device.type == "cuda":
         return function(*tensors, out_dtype=torch.float32, **options)
     return function(*(x.float() for x in tensors), **options)

@@ -14,7 +14,7 @@ from benchmarks.loss_implementations import implementations
 from benchmarks.measure import release
 from benchmarks.phase_rows import value
 from benchmarks.schema import BOUND, OURS
-from opcd_fast.kernels import launch_shapes
+from opcd_fast.kernels.triton import launch_shapes
 
 
 def run(session: Session) -> None:

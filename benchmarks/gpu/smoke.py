@@ -15,9 +15,9 @@ from benchmarks.gpu import launches
 from benchmarks.gpu.launches import GRADIENT_ERROR, VALUE_ERROR, Launch, relative
 from benchmarks.gpu.session import Session, Skip, Values, Wrong, error_row
 from benchmarks.phase_rows import value
-from opcd_fast.products import scale_into
-from opcd_fast.sdpa import sdpa_without_cudnn
-from opcd_fast.workspace import pitch_of
+from opcd_fast.attention.sdpa import sdpa_without_cudnn
+from opcd_fast.loss.chunks.products import scale_into
+from opcd_fast.loss.chunks.workspace import pitch_of
 
 OTHERS = ("forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
 ATTENTION_ERROR = 6e-3  # bf16 rounds twice
@@ -133,8 +133,8 @@ def _qkv(session: Session, n: int, m: int, d: int) -> list[Tensor]:
 
 
 def _phase_1(session: Session, name: str, softcap: float | None = None) -> Values:
-    from opcd_fast import attention_kernels
-    from opcd_fast.blocked_attention import blocked_attention
+    from opcd_fast.attention import kernels as attention_kernels
+    from opcd_fast.attention.blocked import blocked_attention
 
     session.on_device(name)
     kernel = getattr(attention_kernels, name)
@@ -148,8 +148,8 @@ def _phase_1(session: Session, name: str, softcap: float | None = None) -> Value
 
 
 def _varlen(session: Session, window: int | None) -> Values:
-    from opcd_fast import attention_kernels
-    from opcd_fast.blocked_attention import blocked_attention
+    from opcd_fast.attention import kernels as attention_kernels
+    from opcd_fast.attention.blocked import blocked_attention
 
     session.on_device("varlen_attn")
     if not attention_kernels.varlen_ready():
@@ -171,8 +171,8 @@ def _varlen(session: Session, window: int | None) -> Values:
 
 def _grid(session: Session) -> Values:
     """Sequences padded to a grid, as where there is no varlen kernel."""
-    from opcd_fast import attention_kernels
-    from opcd_fast.packed_row import packed_row
+    from opcd_fast.attention import kernels as attention_kernels
+    from opcd_fast.attention.rows import packed_row
 
     row = packed_row(torch.tensor([0, 5, 5, 69, 102]), 102, session.device)
     q, k, v = _qkv(session, 102, 102, 64)
@@ -202,8 +202,8 @@ def _decoding(session: Session, masked: bool) -> Values:
 def _loop(session: Session) -> Values:
     """The decoding loop, its masked prefill with shared heads included, against plain forward passes."""
     from benchmarks.step_cases import SHAPES, random_model
-    from opcd_fast.decoding import decode
-    from opcd_fast.rollout_check import check_decoding
+    from opcd_fast.rollout.check import check_decoding
+    from opcd_fast.rollout.decoding import decode
 
     model = random_model(SHAPES["tiny Llama"], torch.bfloat16, session.device)
     draw = torch.Generator().manual_seed(0)

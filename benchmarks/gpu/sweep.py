@@ -18,7 +18,7 @@ from benchmarks.gpu.launches import GRADIENT_ERROR, Launch, relative
 from benchmarks.gpu.session import Session, Values, Wrong
 from benchmarks.measure import release, timed
 from benchmarks.phase_rows import value
-from opcd_fast.kernels import launch_shapes
+from opcd_fast.kernels.triton import launch_shapes
 
 TABLE = "launch_shapes.json"
 KEPT = ROOT / ".cache" / "gpu" / TABLE

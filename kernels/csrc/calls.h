@@ -5,10 +5,10 @@
 
 namespace opcd {
 
-// The order of DIVERGENCES in kernels/divergence_rows.py.
+// The order of DIVERGENCES in kernels/reference/divergences.py.
 enum { REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, SKEW_REVERSE_KL, SKEW_FORWARD_KL, DIVERGENCES };
 
-// A divergence of n rows of logits. Mirrored field by field by `RowsCall` in opcd_fast/native.py.
+// A divergence of n rows of logits. Mirrored field by field by `RowsCall` in kernels/csrc/native.py.
 struct RowsCall {
   const void* z_s;  // (n, columns) float32 or bf16, unit column stride
   const void* z_t;
@@ -29,7 +29,7 @@ struct RowsCall {
   int32_t all_statistics;
 };
 
-// out = h @ weight.T with float32 accumulation. Mirrored by `ProductCall` in opcd_fast/native.py.
+// out = h @ weight.T with float32 accumulation. Mirrored by `ProductCall` in kernels/csrc/native.py.
 struct ProductCall {
   const uint16_t* h;       // (rows, width) bf16, unit column stride
   const uint16_t* weight;  // (columns, width) bf16, unit column stride

@@ -1,4 +1,4 @@
-// The divergences, element by element. kernels/divergence_rows.py has the table of formulas and their sources.
+// The divergences, element by element. kernels/reference/divergences.py has the table of formulas and their sources.
 //
 // With l = log p - log q: value(p, q, l) are terms >= 0 whose sum is D, and p_phi(p, q, l) = p phi, from which
 // dD/dz_s = p phi - p E_p[phi]. Where a probability underflows to 0, the terms are the limits.

@@ -62,7 +62,7 @@ struct Choice {
 #define OPCD_LEVEL_OF(ROWS, PRODUCT) \
   Level { &opcd::ROWS::divergence_rows, &opcd::PRODUCT::product, opcd::PRODUCT::PANEL }
 
-// The numbers are those of LEVELS in opcd_fast/native.py, in rising order: each includes what is before it.
+// The numbers are those of LEVELS in kernels/csrc/native.py, in rising order: each includes what is before it.
 Choice choose(int level) {
   switch (level) {
     case 0:

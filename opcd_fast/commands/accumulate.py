@@ -50,8 +50,7 @@ def run(arguments: list[str]) -> int:
     check_seed(command.seed)
     from functools import partial
 
-    from opcd_fast.experience import ExperienceFolder, Player, accumulate
-    from opcd_fast.lessons import without_similar
+    from opcd_fast.contexts import ExperienceFolder, Player, accumulate, without_similar
     from opcd_fast.models import load_model, load_tokenizer
 
     quiet_libraries()
@@ -83,9 +82,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _write_raw(folder: Any, tokenizer: Any, command: AccumulateCommand) -> int:
-    from opcd_fast.checkpoint import write_text
-    from opcd_fast.lessons import token_counter
-    from opcd_fast.traces import traces_within_budget
+    from opcd_fast.contexts import token_counter, traces_within_budget
+    from opcd_fast.runtime import write_text
 
     if command.merge:
         raise InputError("raw and merge: raw attempts are not rewritten; drop one of them")

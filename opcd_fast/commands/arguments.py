@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.gone import refuse_gone
+from opcd_fast.training.settings import refuse_gone
 
 
 def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:

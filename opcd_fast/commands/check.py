@@ -29,8 +29,8 @@ class CheckCommand:
 
 def run(arguments: list[str]) -> int:
     command = parse(CheckCommand, "check", arguments)
-    from opcd_fast.prompts import read_context
-    from opcd_fast.staleness import check
+    from opcd_fast.data import read_context
+    from opcd_fast.evaluation import check
 
     findings = check(Path(command.run), read_context(Path(command.context)), command.model, command.rehash)
     width = max(len(finding.part) for finding in findings)

@@ -9,9 +9,9 @@ from typing import Any
 
 from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
 from opcd_fast.commands.train import TrainOptions, load_teacher, loading, prompts_or_task
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.launch import launched
+from opcd_fast.runtime import launched
+from opcd_fast.training.settings import OPCDConfig
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,20 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     for name in ("seeds", "answers_per_prompt", "task_problems"):
         if getattr(command, name) < 1:
             raise InputError(f"{name}={getattr(command, name)} must be at least 1")
-    from opcd_fast.checkpoint import write_text
-    from opcd_fast.compare.picture import plot_comparison
-    from opcd_fast.compare.runs import Comparison, run_all
-    from opcd_fast.compare.systems import check_common, parse_systems
-    from opcd_fast.compare.table import as_markdown, summarize
-    from opcd_fast.info import where_it_ran
+    from opcd_fast.data import read_context
+    from opcd_fast.evaluation import where_it_ran
+    from opcd_fast.evaluation.compare import (
+        Comparison,
+        as_markdown,
+        check_common,
+        parse_systems,
+        plot_comparison,
+        run_all,
+        summarize,
+    )
     from opcd_fast.models import load_model, load_tokenizer, pick_device, pick_dtype
-    from opcd_fast.prompts import read_context
-    from opcd_fast.training_prompts import check_goes_with_task
+    from opcd_fast.runtime import write_text
+    from opcd_fast.training.answers import check_goes_with_task
 
     quiet_libraries()
     check_common(config)
@@ -125,11 +130,10 @@ def compare(command: CompareCommand) -> dict[str, Any]:
 
 def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> tuple[Any, Any]:
     """The held-out prompts (None for a task, which has its own) and what is measured on them."""
-    from opcd_fast.compare.measure import Yardstick
-    from opcd_fast.prompt_sources import GENERAL
-    from opcd_fast.prompts import read_prompts
-    from opcd_fast.report.scorers import by_pattern
-    from opcd_fast.scorer import HeldOutScore
+    from opcd_fast.data import GENERAL, read_prompts
+    from opcd_fast.evaluation.compare import Yardstick
+    from opcd_fast.evaluation.report import by_pattern
+    from opcd_fast.training import HeldOutScore
 
     if command.regex is not None and config.scorer is not None:
         raise InputError("regex and scorer both say what a good answer is; drop one of them")

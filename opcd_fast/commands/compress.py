@@ -65,11 +65,9 @@ def run(arguments: list[str]) -> int:
     if not 0 < command.temperature < 100 or not 0 <= command.max_kl < float("inf"):
         raise InputError("temperature must be above 0 and below 100, max_kl 0 or more")
     check_seed(command.seed)
-    from opcd_fast.compress import Candidate, cut_candidates, rank, written_candidates
-    from opcd_fast.experience import Player
+    from opcd_fast.contexts import Candidate, Player, cut_candidates, rank, written_candidates
+    from opcd_fast.data import adapt_to_tokenizer, read_context, read_prompts
     from opcd_fast.models import load_model, load_tokenizer
-    from opcd_fast.prompts import read_context, read_prompts
-    from opcd_fast.rendering import adapt_to_tokenizer
 
     quiet_libraries()
     full = read_context(Path(command.context))
@@ -104,8 +102,8 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opcd_fast.checkpoint import write_text
-    from opcd_fast.plots import plot_compression
+    from opcd_fast.runtime import write_text
+    from opcd_fast.training.monitoring import plot_compression
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{**vars(one), "candidate": vars(one.candidate)} for one in ranked]

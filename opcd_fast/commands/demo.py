@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
     check_seed(command.seed)
     import matplotlib  # noqa: F401  the plot comes last: minutes too late to learn that it cannot be drawn
 
-    from opcd_fast.demo import run_demo
+    from opcd_fast.evaluation import run_demo
 
     quiet_libraries()
     return 0 if run_demo(**dataclasses.asdict(command)) else 1

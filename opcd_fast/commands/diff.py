@@ -25,9 +25,9 @@ class DiffCommand:
 
 def run(arguments: list[str]) -> int:
     command = parse(DiffCommand, "diff", arguments)
-    from opcd_fast.comparison import compare
+    from opcd_fast.evaluation import compare_runs
 
-    found = compare(Path(command.a), Path(command.b))
+    found = compare_runs(Path(command.a), Path(command.b))
     for name, (a, b) in found.settings.items():
         print(f"setting  {name}: {a!r} -> {b!r}")
     for name, change in found.hashes.items():

@@ -53,14 +53,14 @@ def check(options: PlayOptions) -> None:
 
 def task_of(options: PlayOptions) -> Any:
     """The task. Raises InputError for a name, file or option that it does not know."""
-    from opcd_fast.tasks import load_task, options_of
+    from opcd_fast.data.tasks import load_task, options_of
 
     return load_task(options.task, **options_of(options.task_options))
 
 
 def player_of(options: PlayOptions) -> Any:
     """The model, ready to answer."""
-    from opcd_fast.experience import Player
+    from opcd_fast.contexts import Player
     from opcd_fast.models import load_model, load_tokenizer
 
     quiet_libraries()

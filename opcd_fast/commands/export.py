@@ -54,10 +54,7 @@ def run(arguments: list[str]) -> int:
     for name in ("private", "without_card"):
         if getattr(command, name) and command.push_to_hub is None:
             raise InputError(f"{name} is for --push-to-hub REPO; add that, or drop it")
-    from opcd_fast.export import ExportOptions, export, refuse
-    from opcd_fast.export_card import card_of
-    from opcd_fast.export_hub import check_can_push, is_hub_id, push
-    from opcd_fast.export_source import find_source
+    from opcd_fast.export import ExportOptions, card_of, check_can_push, export, find_source, is_hub_id, push, refuse
 
     options = ExportOptions(
         merged=command.merged,

@@ -31,9 +31,8 @@ def run(arguments: list[str]) -> int:
     for name in ("repeats", "lessons"):
         if getattr(command, name) < 1:
             raise InputError(f"{name}={getattr(command, name)} must be at least 1")
-    from opcd_fast.experience import ExperienceFolder, extract
-    from opcd_fast.lessons import lessons_of_notes
-    from opcd_fast.tables import read_text
+    from opcd_fast.contexts import ExperienceFolder, extract, lessons_of_notes
+    from opcd_fast.data import read_text
 
     known = [] if command.known is None else lessons_of_notes(read_text(Path(command.known), "known"))
     task = task_of(command)

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries, sampler
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.training.settings import OPCDConfig
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,9 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"top_p={command.top_p} must be a number above 0 up to 1")
     check_seed(command.seed)
     variables = OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables()
-    from opcd_fast import transformers_seam as seam
-    from opcd_fast.models import load_model, load_tokenizer
-    from opcd_fast.preflight import check_prompt_length
-    from opcd_fast.prompts import read_context, read_prompts
-    from opcd_fast.rendering import adapt_to_tokenizer, teacher_ids
+    from opcd_fast.data import adapt_to_tokenizer, read_context, read_prompts, teacher_ids
+    from opcd_fast.models import load_model, load_tokenizer, seam
+    from opcd_fast.training.step import check_prompt_length
 
     quiet_libraries()
     file = as_file(command.context)

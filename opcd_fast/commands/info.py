@@ -12,7 +12,7 @@ def run(arguments: list[str]) -> int:
         return 0
     if arguments:
         raise InputError(f"info: unknown option {arguments[0]!r}; info takes none")
-    from opcd_fast.info import describe
+    from opcd_fast.evaluation import describe
 
     print(describe(), end="")
     return 0

@@ -13,8 +13,8 @@ from typing import Any
 
 from opcd_fast.commands.arguments import parse
 from opcd_fast.commands.train import TrainCommand
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.training.settings import OPCDConfig
 
 # Where a group begins; a setting belongs to the group that it stands in among the fields of OPCDConfig.
 GROUPS = {
@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> int:
     if not command.model.strip():
         raise InputError("model is empty; give a folder, a hub id or 'smollm2'")
     import opcd_fast
-    from opcd_fast.checkpoint import write_text
+    from opcd_fast.runtime import write_text
 
     folder = Path(command.folder)
     examples = Path(opcd_fast.__file__).parent / "demo_data"

@@ -11,8 +11,8 @@ from typing import Any
 
 from opcd_fast.commands.arguments import parse, quiet_libraries
 from opcd_fast.commands.train import TrainOptions, prompts_or_task, read_defaults
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.training.settings import OPCDConfig
 
 RESERVED = 768 << 20  # bytes of a GPU that no tensor gets: driver, kernels, libraries' workspaces. Not measured.
 USABLE = 0.94  # of the rest; the allocator's pieces do not fill it. Not measured.
@@ -71,15 +71,12 @@ def run(arguments: list[str]) -> int:
 
     import torch
 
-    from opcd_fast import rollout_memory
-    from opcd_fast import transformers_seam as seam
-    from opcd_fast.models import pick_dtype
-    from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
+    from opcd_fast.models import pick_dtype, seam
+    from opcd_fast.planning import Found, as_json, can_extrapolate, extrapolated, find, show
     from opcd_fast.planning.rehearsal import Rehearsal, rehearse
-    from opcd_fast.planning.report import as_json, show
-    from opcd_fast.planning.search import Found, find
-    from opcd_fast.preflight import Windows, check_length
-    from opcd_fast.teacher_budget import default_batch_bytes
+    from opcd_fast.rollout import memory as rollout_memory
+    from opcd_fast.teacher import default_batch_bytes
+    from opcd_fast.training.step import Windows, check_length
 
     on_cpu = config.device == "cpu"
     limit = int(gpu if on_cpu else (gpu - RESERVED) * USABLE)
@@ -175,14 +172,14 @@ def _body_of(source: Any, dtype: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from opcd_fast import transformers_seam as seam
+    from opcd_fast.models import seam
 
     with torch.device("meta"):
         return seam.body_of(AutoModelForCausalLM.from_config(source, dtype=dtype))
 
 
 def _job(command: PlanCommand, config: OPCDConfig) -> Any:
-    from opcd_fast.planning.job import Job, job_of
+    from opcd_fast.planning.rehearsal import Job, job_of
 
     rendered = (command.prompts, command.eval_prompts, command.task, command.task_options)
     if command.context_tokens is not None and not any(rendered):
@@ -192,9 +189,9 @@ def _job(command: PlanCommand, config: OPCDConfig) -> Any:
         raise InputError(
             "plan: prompts and tasks are rendered with their context; give context, the file, in place of its tokens"
         )
+    from opcd_fast.data import read_context
     from opcd_fast.models import load_tokenizer
-    from opcd_fast.prompts import read_context
-    from opcd_fast.training_prompts import read_training_prompts
+    from opcd_fast.training.answers import read_training_prompts
 
     without = not (command.prompts or command.task or command.task_options)
     prompts = ["word " * command.prompt_tokens] if without else prompts_or_task(command, config)
@@ -208,6 +205,6 @@ def _backend(config: OPCDConfig, device: str) -> str:
         return "triton" if config.loss_backend == "auto" else config.loss_backend
     import torch
 
-    from opcd_fast.loss_inputs import resolve_backend
+    from opcd_fast.loss import resolve_backend
 
     return resolve_backend(config.loss_backend, torch.device("cpu"), torch.float32)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries, sampler
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
+from opcd_fast.training.settings import OPCDConfig
 
 BUILT_IN = "builtin"
 GENERAL_SHARE = 0.2
@@ -77,9 +77,18 @@ class PromptsCommand:
 def run(arguments: list[str]) -> int:
     command = parse(PromptsCommand, "prompts", arguments)
     _check(command)
-    from opcd_fast.prompt_set import Selection, check_folder, select, summary, write
-    from opcd_fast.prompt_sources import Candidate, from_data, from_logs, general_prompts
-    from opcd_fast.prompts import read_context
+    from opcd_fast.data import (
+        Candidate,
+        Selection,
+        check_folder,
+        from_data,
+        from_logs,
+        general_prompts,
+        read_context,
+        select,
+        summary,
+        write,
+    )
 
     names = ("held_out", "similarity", "min_characters", "max_characters", "max_tokens", "max_prompts", "seed")
     share = GENERAL_SHARE if command.general_share is None else command.general_share
@@ -148,12 +157,10 @@ def _check(command: PromptsCommand) -> None:
 
 
 def _asked(command: PromptsCommand, context: Any, tokenizer: Any, variables: dict[str, Any]) -> list[Any]:
-    from opcd_fast import transformers_seam as seam
-    from opcd_fast.asking import ANSWER_TOKENS, ask, request
-    from opcd_fast.messages import Prompt
-    from opcd_fast.models import load_model
-    from opcd_fast.preflight import check_prompt_length
-    from opcd_fast.rendering import student_ids
+    from opcd_fast.contexts import ANSWER_TOKENS, ask, request
+    from opcd_fast.data import Prompt, student_ids
+    from opcd_fast.models import load_model, seam
+    from opcd_fast.training.step import check_prompt_length
 
     model = load_model(command.model or "", dtype=command.dtype, device=command.device)
     length = len(student_ids(tokenizer, Prompt(tuple(request(context, ""))), variables)) + 32  # who the users are
@@ -179,7 +186,7 @@ def _asked(command: PromptsCommand, context: Any, tokenizer: Any, variables: dic
 
 
 def _token_counter(tokenizer: Any, variables: dict[str, Any]) -> Callable[[Any], int]:
-    from opcd_fast.rendering import adapt_to_tokenizer, student_ids
+    from opcd_fast.data import adapt_to_tokenizer, student_ids
 
     def count(candidate: Any) -> int:
         (prompt,) = adapt_to_tokenizer(tokenizer, [candidate.prompt])

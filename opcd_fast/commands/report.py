@@ -60,13 +60,10 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"temperature={command.temperature} must be above 0 and below 100")
     check_seed(command.seed)
     folder = Path(command.run)
-    from opcd_fast.prompts import read_context, read_prompts
-    from opcd_fast.report.files import write_report
-    from opcd_fast.report.measure import ReportOptions, measure
-    from opcd_fast.report.scorers import by_function, by_pattern
-    from opcd_fast.run_record import read_record
-    from opcd_fast.tasks import load_task
-    from opcd_fast.training_curve import run_settings
+    from opcd_fast.data import read_context, read_prompts
+    from opcd_fast.data.tasks import load_task
+    from opcd_fast.evaluation.report import ReportOptions, by_function, by_pattern, measure, write_report
+    from opcd_fast.training.run import read_record, run_settings
 
     settings, record = run_settings(folder), read_record(folder)
     columns = {
@@ -102,7 +99,7 @@ def _show(card: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opcd_fast.report.words import mean, missing_arms, rate, tokens
+    from opcd_fast.evaluation.report import mean, missing_arms, rate, tokens
 
     console = Console()
     table = Table(title="KL to the teacher with the context, nats per token (95 % interval)")

@@ -20,7 +20,7 @@ class SelectCommand(PlayOptions):
 def run(arguments: list[str]) -> int:
     command = parse(SelectCommand, "select", arguments)
     check(command)
-    from opcd_fast.experience import ExperienceFolder, select
+    from opcd_fast.contexts import ExperienceFolder, select
 
     task = task_of(command)
     folder = ExperienceFolder(command.output_dir)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
-from opcd_fast.config import OPCDConfig
 from opcd_fast.errors import InputError
-from opcd_fast.launch import launched_rank
-from opcd_fast.options import check_names, option_names, read_yaml, typed_values
+from opcd_fast.runtime import launched_rank
+from opcd_fast.training.settings import OPCDConfig, check_names, option_names, read_yaml, typed_values
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,11 @@ class TrainCommand:
 
 def run(arguments: list[str]) -> int:
     command, config = train_command(arguments)
-    from opcd_fast.acceleration import join
-    from opcd_fast.continual import start_from
+    from opcd_fast.data import read_context, read_prompts
     from opcd_fast.models import load_model, load_tokenizer
-    from opcd_fast.prompts import read_context, read_prompts
-    from opcd_fast.trainer import OPCDTrainer
+    from opcd_fast.training import OPCDTrainer
+    from opcd_fast.training.engines import join
+    from opcd_fast.training.run import start_from
 
     quiet_libraries()
     join(config.device)
@@ -116,8 +115,8 @@ def run(arguments: list[str]) -> int:
 
 def prompts_or_task(command: Any, config: OPCDConfig) -> Any:
     """What `prompts` names, or the task. Raises InputError for both, or neither."""
-    from opcd_fast.prompts import read_prompts
-    from opcd_fast.tasks import load_task, options_of
+    from opcd_fast.data import read_prompts
+    from opcd_fast.data.tasks import load_task, options_of
 
     if (command.prompts is None) == (command.task is None):
         raise InputError("give --prompts FILE, or --task NAME in its place")
@@ -140,8 +139,8 @@ def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, wait
     """Type and place to load a model with. One that is to be packed, sharded, to run elsewhere, or to wait for its turn
     is loaded on the CPU: it might not fit whole on the device, and loading it elsewhere would make that the current
     one."""
-    from opcd_fast.acceleration import shards
     from opcd_fast.models import pick_device, pick_dtype
+    from opcd_fast.training.engines import shards
 
     if quantization == "none" and not elsewhere and not waits and not shards():
         return {"dtype": config.dtype, "device": config.device}

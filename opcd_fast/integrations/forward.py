@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from opcd_fast import transformers_seam as seam
-from opcd_fast.heads import LMHead
-from opcd_fast.loss import fused_linear_divergence
+from opcd_fast.loss import LMHead, fused_linear_divergence
+from opcd_fast.models import seam
 
 Result = TypeVar("Result")
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from opcd_fast import transformers_seam as seam
-from opcd_fast.heads import LMHead
 from opcd_fast.integrations.forward import Heads, divergence, hidden_states, inside_forward
+from opcd_fast.loss import LMHead
+from opcd_fast.models import seam
 from opcd_fast.teacher import ContextTeacher
 
 __all__ = ["FusedDistillationTrainer"]

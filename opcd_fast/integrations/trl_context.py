@@ -10,16 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd_fast.batch import Sample, pack
+from opcd_fast.data import (
+    Message,
+    Prompt,
+    RenderedPrompts,
+    Sample,
+    pack,
+    read_context,
+    read_prompts,
+    render,
+    student_ids,
+    teacher_ids,
+)
 from opcd_fast.errors import InputError
 from opcd_fast.integrations.forward import Heads, divergence, inside_forward
 from opcd_fast.integrations.trl_version import check_trl
-from opcd_fast.messages import Message, Prompt
-from opcd_fast.preflight import Windows, check_lengths
-from opcd_fast.prompts import read_context, read_prompts
-from opcd_fast.rendering import RenderedPrompts, render, student_ids, teacher_ids
-from opcd_fast.student import packed_hidden_states
+from opcd_fast.models import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training.step import Windows, check_lengths
 
 check_trl()
 
@@ -143,7 +151,7 @@ class ContextDistillationTrainer(DistillationTrainer):
         suffixes, index = [], []
         for prompt, ids, mask in zip(prompts, output["prompt_ids"], output["prompt_mask"], strict=True):
             if ids[mask.bool()].tolist() != student_ids(template, prompt):
-                raise RuntimeError("TRL rendered a prompt into other tokens than opcd_fast.prompts, which is a bug")
+                raise RuntimeError("TRL rendered a prompt into other tokens than opcd_fast.data, which is a bug")
             own = self._context if prompt.privileged_context is None else prompt.privileged_context
             which, prefix = self._prefixes[json.dumps(own)]
             assert own is not None  # render refused it

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd_fast.heads import LMHead
 from opcd_fast.integrations.forward import Heads, divergence, hidden_states, inside_forward
-from opcd_fast.loss import fused_linear_logprobs, sequence_mean_weights
+from opcd_fast.loss import LMHead, fused_linear_logprobs, sequence_mean_weights
 
 
 @dataclass(frozen=True, eq=False)

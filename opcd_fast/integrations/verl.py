@@ -21,15 +21,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from opcd_fast import transformers_seam as seam
-from opcd_fast.heads import LMHead
+from opcd_fast.data import Message, Prompt, common_prefix_length, read_context, student_ids, teacher_ids
 from opcd_fast.integrations.forward import divergence
-from opcd_fast.messages import Message, Prompt
-from opcd_fast.models import load_tokenizer
-from opcd_fast.prompts import read_context
-from opcd_fast.rendering import student_ids, teacher_ids
+from opcd_fast.loss import LMHead
+from opcd_fast.models import load_tokenizer, seam
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.token_prefix import common_prefix_length
 
 LOSS = "opcd_reverse_kl"
 """verl's `distillation.distillation_loss.loss_mode` for it."""

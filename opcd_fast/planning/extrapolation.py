@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from opcd_fast.planning.meter import Peak
-from opcd_fast.planning.rehearsal import Rehearsal
+from opcd_fast.planning.rehearsal import Peak, Rehearsal
 
 FEW, MORE = 2, 5  # layers
 _WORTH = 12  # layers; below, a rehearsal of the whole takes no longer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from opcd_fast.config import OPCDConfig
 from opcd_fast.planning.search import Found
+from opcd_fast.training.settings import OPCDConfig
 
 NAMES = {
     "teacher weights": "teacher's weights",

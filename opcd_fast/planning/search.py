@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opcd_fast.config import OPCDConfig
-from opcd_fast.config_checks import OFFLOAD_NEEDS
 from opcd_fast.planning.rehearsal import Rehearsal
+from opcd_fast.training.settings import OFFLOAD_NEEDS, OPCDConfig
 
 FEWEST_TOKENS = 4096
 FEWEST_ANSWERS = 16

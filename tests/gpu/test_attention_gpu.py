@@ -7,12 +7,11 @@ import itertools
 import pytest
 import torch
 
-from opcd_fast import attention_backends as backends
-from opcd_fast import attention_kernels as kernels
-from opcd_fast.attention_kernels import Bounds
-from opcd_fast.blocked_attention import blocked_attention
-from opcd_fast.kernels import merge_attention as specification
-from opcd_fast.packed_row import packed_row
+from opcd_fast.attention import backends, kernels
+from opcd_fast.attention.blocked import blocked_attention
+from opcd_fast.attention.kernels import Bounds
+from opcd_fast.attention.rows import packed_row
+from opcd_fast.kernels.reference import attention as specification
 
 pytestmark = pytest.mark.gpu
 
@@ -83,7 +82,7 @@ def test_rows_on_a_grid(run, softcap):
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("width", [64, 80, 128, 256])
 def test_merge(width, sinks):
-    from opcd_fast.kernels.triton_merge_attention import merge_attention
+    from opcd_fast.kernels.triton.attention import merge_attention
 
     g = torch.Generator(device="cuda").manual_seed(0)
     outs = [torch.randn(1000, 12, width, generator=g, device="cuda").bfloat16() for _ in range(2)]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast import timing
-from opcd_fast.config import OPCDConfig
-from opcd_fast.planning.job import job_of
-from opcd_fast.planning.rehearsal import rehearse
-from opcd_fast.trainer import OPCDTrainer
-from opcd_fast.training_prompts import read_training_prompts
+from opcd_fast.planning.rehearsal.job import job_of
+from opcd_fast.planning.rehearsal.phases import rehearse
+from opcd_fast.runtime import timing
+from opcd_fast.training.answers.prompts import read_training_prompts
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

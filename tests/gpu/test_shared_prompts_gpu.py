@@ -8,9 +8,9 @@ from test_shared_prompts import both, make_samples, run
 from test_tree_attention import HEADS, LENGTHS, PARENT, dense, in_given_order, make_qkv
 from tiny_models import CONFIGS, tiny_model
 
-from opcd_fast.attention_pairs import DensePair, VarlenPair, pair_for
-from opcd_fast.batch import pack
-from opcd_fast.tree_attention import tree_row
+from opcd_fast.attention.pairs import DensePair, VarlenPair, pair_for
+from opcd_fast.attention.tree import tree_row
+from opcd_fast.data.batch import pack
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import CONFIGS, pack, plain_after_context, plain_hidden, random_ids, tiny_model
 
-from opcd_fast import attention
-from opcd_fast.prefix_stream import CudaTransfer
-from opcd_fast.student import packed_hidden_states
+from opcd_fast.attention import dispatch as attention
+from opcd_fast.models.caches.stream import CudaTransfer
+from opcd_fast.models.packed import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 
 pytestmark = pytest.mark.gpu

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import logprobs_by_hand, lora_model, tiny_model, tiny_tokenizer
 
-from opcd_fast.config import OPCDConfig
 from opcd_fast.rollout import TransformersRollout
-from opcd_fast.trainer import OPCDTrainer
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

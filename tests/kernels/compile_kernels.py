@@ -18,10 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opcd_fast.kernels import reverse_kl_rows, triton_divergence_rows, triton_logprob_rows
-from opcd_fast.kernels.divergence_merge import NORMALISERS, TERMS
-from opcd_fast.kernels.divergence_rows import DIVERGENCES
-from opcd_fast.kernels.launch_shapes import current_table
+from opcd_fast.kernels.reference.divergence_merge import NORMALISERS, TERMS
+from opcd_fast.kernels.reference.divergences import DIVERGENCES
+from opcd_fast.kernels.triton import divergences as triton_divergence_rows
+from opcd_fast.kernels.triton import logprobs as triton_logprob_rows
+from opcd_fast.kernels.triton import reverse_kl as reverse_kl_rows
+from opcd_fast.kernels.triton.launch_shapes import current_table
 
 POINTERS = {"g_ptr": "*bf16", "token_ptr": "*i64"}  # the others are float32
 FLOATS = ("inner", "outer", "derivative", "parameter")

@@ -15,7 +15,7 @@ from compile_kernels import tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opcd_fast.kernels import triton_merge_attention as merge
+from opcd_fast.kernels.triton import attention as merge
 
 PLAIN = {"HAS_B": True, "HAS_SINK": False, "HAS_FLAG_A": False, "HAS_FLAG_B": False, "WRITE_LSE": False}
 VARIANTS = {

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from opcd_fast.kernels import divergence_rows as specification
+from opcd_fast.kernels.reference import divergences as specification
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ def torch_rows(*arguments, splits=None, **options):
 
 def triton_rows(splits):
     def rows(*arguments, **options):
-        from opcd_fast.kernels import triton_divergence_rows
+        from opcd_fast.kernels.triton import divergences as triton_divergence_rows
 
         triton_divergence_rows.divergence_rows(*arguments, splits=splits, **options)
 
@@ -381,7 +381,7 @@ def _unlocked(gather, lock):
 
 def test_few_rows_are_split_and_many_are_not():
     pytest.importorskip("triton")
-    from opcd_fast.kernels.triton_divergence_rows import PROGRAMS, split_blocks
+    from opcd_fast.kernels.triton.divergences import PROGRAMS, split_blocks
 
     for rows, columns in itertools.product((1, 5, 100, 255, 256, 10_000), (1, 2048, 5000, 151_936)):
         splits, blocks = split_blocks(rows, columns, 2048)
@@ -405,7 +405,7 @@ def test_a_divergence_added_to_the_table_alone_is_not_another_one(rows, monkeypa
     more = (*specification.DIVERGENCES, "hellinger")
     monkeypatch.setattr(specification, "DIVERGENCES", more)
     if rows is not torch_rows:
-        from opcd_fast.kernels import triton_divergence_rows
+        from opcd_fast.kernels.triton import divergences as triton_divergence_rows
 
         monkeypatch.setattr(triton_divergence_rows, "DIVERGENCES", more)
     z_s, z_t, *_ = inputs(2, 8)

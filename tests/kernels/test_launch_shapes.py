@@ -5,8 +5,15 @@ import json
 import pytest
 import torch
 
-from opcd_fast.kernels import launch_shapes
-from opcd_fast.kernels.launch_shapes import KERNELS, PACKAGED, current_table, forced_shape, launch_shape, read_table
+from opcd_fast.kernels.triton import launch_shapes
+from opcd_fast.kernels.triton.launch_shapes import (
+    KERNELS,
+    PACKAGED,
+    current_table,
+    forced_shape,
+    launch_shape,
+    read_table,
+)
 
 
 def table(tmp_path, **changes):
@@ -66,7 +73,7 @@ def test_files_that_are_no_tables(tmp_path):
 
 def test_kernels_start_with_a_forced_shape():
     pytest.importorskip("triton")
-    from opcd_fast.kernels import reverse_kl_rows as kernel
+    from opcd_fast.kernels.triton import reverse_kl as kernel
 
     g = torch.Generator().manual_seed(0)
     z_s, z_t = torch.randn(3, 700, generator=g), torch.randn(3, 700, generator=g)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opcd_fast.kernels import logprob_rows as specification
+from opcd_fast.kernels.reference import logprobs as specification
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +17,7 @@ def rows(request):
     if request.param == "torch":
         return specification.logprob_rows
     pytest.importorskip("triton")
-    from opcd_fast.kernels.triton_logprob_rows import logprob_rows
+    from opcd_fast.kernels.triton.logprobs import logprob_rows
 
     return logprob_rows
 

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from opcd_fast import native
-from opcd_fast.kernels import divergence_rows, reference
+from opcd_fast.kernels.csrc import native
+from opcd_fast.kernels.reference import divergences as divergence_rows
+from opcd_fast.kernels.reference import reverse_kl as reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"the CPU library is {native.status()}")
 LEVELS = native.supported_levels() if native.available() else ()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from opcd_fast.kernels import reference, reverse_kl_rows  # noqa: E402
+from opcd_fast.kernels.reference import reverse_kl as reference
+from opcd_fast.kernels.triton import reverse_kl as reverse_kl_rows  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,372 @@
+"""Statistics and gradient of every divergence from two rows of float32 logits, a row split over programs (Triton).
+
+The twin of `reference.divergences.divergence_rows`, where the formulas are. Two kernels over (rows, splits):
+
+- `_normaliser_kernel`: maximum and sum of exponentials of each side and, for the reverse KL, the sum of differences
+  that gives its gradient; and the largest logit of a token that the other side forbids, so that infinite rows are
+  known before any gradient is written.
+- `_terms_kernel`: the terms of value and entropy, the gradient, or both.
+
+In between, a few floats per row and split are merged by reference/divergence_merge.py. The reverse and the forward KL
+take these two passes, 18 bytes per logit with a bf16 gradient. The others know c = E_p[phi] only after their terms, so
+they read the logits a third time: 26 bytes.
+
+As in reverse_kl.py, accumulators are per lane, loops have no barrier, and the columns beyond the last whole
+block are peeled off to keep all other loads 128 bits wide.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opcd_fast.kernels.reference import (
+    DIVERGENCES,
+    NORMALISERS,
+    TERMS,
+    Gather,
+    Rows,
+    check_divergence,
+    merge_normalisers,
+    merge_terms,
+    normalise,
+    write_statistics,
+)
+from opcd_fast.kernels.triton.launch_shapes import launch_shape
+from opcd_fast.kernels.triton.logits import (
+    NO_COLUMN,
+    SMALLEST,
+    UNSEEN,
+    accumulate,
+    check_logits,
+    difference_of,
+    expm1,
+    inner_and_outer,
+    load_logits,
+    psi_terms,
+)
+
+# Programs that keep a large device busy: two on each of 128 multiprocessors.
+PROGRAMS = 256
+
+_REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+_FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
+_JSD = tl.constexpr(DIVERGENCES.index("jsd"))
+_SKEW_REVERSE_KL = tl.constexpr(DIVERGENCES.index("skew_reverse_kl"))
+_SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES.index("skew_forward_kl"))
+# exp(87.8) and its inverse are normal numbers; a probability whose ratio to the other is beyond has underflown
+_LIMIT = tl.constexpr(87.8)
+
+
+@triton.jit
+def _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden, DIVERGENCE):
+    if DIVERGENCE == _REVERSE_KL:
+        shrink = tl.exp(-tl.abs(z_s - m_s))
+        difference = difference_of(z_s, z_t)
+        a = tl.where(z_s > m_s, a * shrink + difference, a + shrink * difference)
+        forbidden = tl.maximum(forbidden, tl.where(z_t == float("-inf"), z_s, float("-inf")))
+    if DIVERGENCE == _FORWARD_KL:
+        forbidden = tl.maximum(forbidden, tl.where(z_s == float("-inf"), z_t, float("-inf")))
+    m_s, d_s = accumulate(z_s, m_s, d_s)
+    m_t, d_t = accumulate(z_t, m_t, d_t)
+    return m_s, d_s, m_t, d_t, a, forbidden
+
+
+@triton.jit
+def _normaliser_kernel(
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, pieces_ptr,
+    stride_s, stride_t, n_rows, n_columns, blocks, inner_s, inner_t, outer_s, outer_t,
+    HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # rows * stride passes 2^31
+    split = tl.program_id(1)
+    z_s_ptr += row * stride_s
+    z_t_ptr += row * stride_t
+    lanes = tl.arange(0, BLOCK)
+    whole = n_columns // BLOCK
+    first = split * blocks
+    last = tl.minimum(first + blocks, whole)
+
+    m_s = tl.full([BLOCK], UNSEEN, tl.float32)
+    m_t = tl.full([BLOCK], UNSEEN, tl.float32)
+    d_s = tl.zeros([BLOCK], tl.float32)
+    d_t = tl.zeros([BLOCK], tl.float32)
+    a = tl.zeros([BLOCK], tl.float32)
+    forbidden = tl.full([BLOCK], float("-inf"), tl.float32)
+    for block in range(first, last):
+        columns = block * BLOCK + lanes
+        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        m_s, d_s, m_t, d_t, a, forbidden = _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden, DIVERGENCE)
+    if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
+        columns = whole * BLOCK + lanes
+        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        m_s, d_s, m_t, d_t, a, forbidden = _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden, DIVERGENCE)
+
+    pieces_ptr += split.to(tl.int64) * PLANES * n_rows + row
+    top = tl.max(m_s, 0)
+    scaled = tl.exp(m_s - top)
+    tl.store(pieces_ptr, top)
+    tl.store(pieces_ptr + n_rows, tl.sum(d_s * scaled, 0))
+    if DIVERGENCE == _REVERSE_KL:
+        tl.store(pieces_ptr + 4 * n_rows, tl.sum(a * scaled, 0))
+    top = tl.max(m_t, 0)
+    tl.store(pieces_ptr + 2 * n_rows, top)
+    tl.store(pieces_ptr + 3 * n_rows, tl.sum(d_t * tl.exp(m_t - top), 0))
+    if DIVERGENCE == _REVERSE_KL or DIVERGENCE == _FORWARD_KL:  # noqa: SIM109 (Triton knows no membership)
+        tl.store(pieces_ptr + 5 * n_rows, tl.max(forbidden, 0))
+
+
+@triton.jit
+def _log_ratio_to_mixture(l, w, rest):
+    """x = log(p / m), m / p - 1 and m / p, for m = rest p + w q, rest = 1 - w and l = log(p / q)."""
+    excess = w * expm1(-l)
+    ratio = rest + w * tl.exp(-l)
+    # log1p(e) = 2 atanh(s)
+    s = excess / (2.0 + excess)
+    square = s * s
+    series = 2.0 * s * (1.0 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square * (1.0 / 9)))))
+    return -tl.where(tl.abs(excess) < 0.25, series, tl.log(ratio)), excess, ratio
+
+
+@triton.jit
+def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE):
+    """Terms of the value, and p times (phi - shift)."""
+    if DIVERGENCE == _REVERSE_KL:
+        # E_p[z_s - z_t] is the shift, so the two logsumexps cancel in l - KL.
+        difference = difference_of(z_s, z_t)
+        terms = tl.where(p < SMALLEST, q, psi_terms(p, q, difference - log_ratio))
+        p_phi = p * (difference - shift)
+    elif DIVERGENCE == _FORWARD_KL:
+        # Where one side is -inf, l is wrong: if it is the student's, the row is infinite, and else q underflows.
+        l = difference_of(z_s, z_t) - log_ratio
+        terms = tl.where(q < SMALLEST, p, psi_terms(q, p, -l))
+        p_phi = tl.where((tl.abs(l) < 0.25) & (q >= SMALLEST), -p * expm1(-l), p - q)
+    else:
+        # Finite also where one is forbidden, or both (where the difference is not a number, and p = q = 0).
+        l = z_s - z_t - log_ratio
+        l = tl.where(l < _LIMIT, l, _LIMIT)
+        l = tl.where(l > -_LIMIT, l, -_LIMIT)
+        rest = 1.0 - parameter
+        if DIVERGENCE == _JSD:
+            x, _, _ = _log_ratio_to_mixture(l, parameter, rest)
+            m = rest * p + parameter * q
+            terms = rest * psi_terms(p, m, x) + parameter * psi_terms(q, m, x - l)
+            p_phi = p * (rest * x - shift)
+        elif DIVERGENCE == _SKEW_REVERSE_KL:
+            x, excess, ratio = _log_ratio_to_mixture(l, rest, parameter)
+            terms = psi_terms(p, parameter * p + rest * q, x)
+            p_phi = p * (x + parameter * (excess / ratio) - shift)
+        else:
+            tl.static_assert(DIVERGENCE == _SKEW_FORWARD_KL, "unknown divergence")
+            y, excess, ratio = _log_ratio_to_mixture(-l, rest, parameter)
+            terms = psi_terms(q, parameter * q + rest * p, y)
+            p_phi = p * (rest * (excess / ratio) - shift)
+    return terms, p_phi
+
+
+@triton.jit
+def _second_pass(
+    z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
+    m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, parameter, inverse_outer,
+    SOFTCAP, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, MASKED,
+):  # fmt: skip
+    p = tl.exp(z_s - lse_s)
+    q = tl.exp(z_t - lse_t)
+    terms, p_phi = _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE)
+    if WRITE_TERMS:
+        value += terms
+        if WRITE_MOMENT:
+            moment += p_phi
+        if ALL_STATISTICS:
+            negative_entropy += tl.where(p < SMALLEST, 0.0, p * (z_s - lse_s))
+            top_s = tl.minimum(top_s, tl.where(z_s >= m_s, columns, NO_COLUMN))
+            top_t = tl.minimum(top_t, tl.where(z_t >= m_t, columns, NO_COLUMN))
+    if WRITE_GRADIENT:
+        g = p_phi * row_factor
+        if SOFTCAP:
+            tanh = z_s * inverse_outer
+            g *= 1.0 - tanh * tanh
+        g = g.to(g_ptr.dtype.element_ty)
+        if MASKED:
+            # Padding lanes hold z = -inf, whose square is not a number; they are not stored.
+            tl.store(g_ptr + columns, g, mask=columns < n_columns)
+        else:
+            tl.store(g_ptr + columns, g)
+    return value, negative_entropy, top_s, top_t, moment
+
+
+@triton.jit
+def _terms_kernel(
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, rows_ptr, pieces_ptr, g_ptr,
+    stride_s, stride_t, stride_g, n_rows, n_columns, blocks,
+    inner_s, inner_t, outer_s, outer_t, parameter,
+    HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, PLANES: tl.constexpr, WRITE_TERMS: tl.constexpr, WRITE_MOMENT: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    z_s_ptr += row * stride_s
+    z_t_ptr += row * stride_t
+    g_ptr += row * stride_g
+    lanes = tl.arange(0, BLOCK)
+    whole = n_columns // BLOCK
+    first = split * blocks
+    last = tl.minimum(first + blocks, whole)
+
+    rows_ptr += row
+    m_s = tl.load(rows_ptr)
+    m_t = tl.load(rows_ptr + n_rows)
+    lse_s = tl.load(rows_ptr + 2 * n_rows)
+    lse_t = tl.load(rows_ptr + 3 * n_rows)
+    log_ratio = tl.load(rows_ptr + 4 * n_rows)
+    shift = tl.load(rows_ptr + 5 * n_rows)
+    row_factor = tl.load(rows_ptr + 6 * n_rows)
+    inverse_outer = 0.0
+    if SOFTCAP_S:
+        inverse_outer = 1.0 / outer_s
+
+    value = tl.zeros([BLOCK], tl.float32)
+    negative_entropy = tl.zeros([BLOCK], tl.float32)
+    moment = tl.zeros([BLOCK], tl.float32)
+    top_s = tl.full([BLOCK], NO_COLUMN, tl.int32)
+    top_t = tl.full([BLOCK], NO_COLUMN, tl.int32)
+    # Backwards: the end of the row is what the cache may still hold.
+    if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
+        columns = whole * BLOCK + lanes
+        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        value, negative_entropy, top_s, top_t, moment = _second_pass(
+            z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
+            m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, parameter, inverse_outer,
+            SOFTCAP_S, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, True,
+        )  # fmt: skip
+    for block in range(first, last):
+        columns = (first + last - 1 - block) * BLOCK + lanes
+        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        value, negative_entropy, top_s, top_t, moment = _second_pass(
+            z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
+            m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, parameter, inverse_outer,
+            SOFTCAP_S, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, False,
+        )  # fmt: skip
+
+    if WRITE_TERMS:
+        pieces_ptr += split.to(tl.int64) * PLANES * n_rows + row
+        tl.store(pieces_ptr, tl.sum(value, 0))
+        if WRITE_MOMENT:
+            tl.store(pieces_ptr + 4 * n_rows, tl.sum(moment, 0))
+        if ALL_STATISTICS:
+            tl.store(pieces_ptr + n_rows, tl.sum(negative_entropy, 0))
+            column = tl.min(top_s, 0)
+            tl.store(pieces_ptr + 2 * n_rows, tl.where(column == NO_COLUMN, float("inf"), column.to(tl.float32)))
+            column = tl.min(top_t, 0)
+            tl.store(pieces_ptr + 3 * n_rows, tl.where(column == NO_COLUMN, float("inf"), column.to(tl.float32)))
+
+
+def split_blocks(rows: int, columns: int, block: int, splits: int | None = None) -> tuple[int, int]:
+    """(splits of a row, whole blocks in each): a function of the shape alone, so results repeat bit for bit.
+
+    splits: for tests; as many, or as many as the row has whole blocks.
+    """
+    whole = columns // block
+    if splits is None:
+        splits = -(-PROGRAMS // rows)
+    blocks = max(1, -(-whole // splits))
+    return max(1, -(-whole // blocks)), blocks
+
+
+def divergence_rows(
+    z_s: Tensor,  # (n, V) float32 raw products, unit column stride
+    z_t: Tensor,  # (n, V)
+    bias_s: Tensor | None,  # (V,) float32
+    bias_t: Tensor | None,
+    row_weights: Tensor,  # (n,) float32
+    statistics: Tensor,  # (5, n) float32
+    gradient: Tensor | None,  # (n, V) float32 or bf16; may be z_s itself, but no other view of the logits' memory
+    *,
+    divergence: str,
+    parameter: float,
+    scale_s: float,
+    scale_t: float,
+    softcap_s: float | None,
+    softcap_t: float | None,
+    temperature: float,
+    all_statistics: bool,
+    scratch: Tensor | None = None,  # the torch version's; unused
+    gather: Gather = None,
+    first_column: int = 0,
+    splits: int | None = None,
+) -> None:
+    """Arguments as in `reference.divergences.divergence_rows`; splits as in `split_blocks`. The logits survive unless
+    the gradient is z_s. Two gathers; scratch is 11 floats per row and split."""
+    check_divergence(divergence, parameter)
+    check_logits("z_s", z_s)
+    check_logits("z_t", z_t)
+    n, columns = z_s.shape
+    if n == 0:
+        return
+    inner_s, outer_s = inner_and_outer(scale_s, softcap_s, temperature)
+    inner_t, outer_t = inner_and_outer(scale_t, softcap_t, temperature)
+    block, warps = launch_shape("divergence_rows", columns)
+    splits, blocks = split_blocks(n, columns, block, splits)
+    two_passes = divergence in ("reverse_kl", "forward_kl")
+    logits = (z_s, z_t, z_s if bias_s is None else bias_s, z_t if bias_t is None else bias_t)
+    transforms = (inner_s, inner_t, outer_s, outer_t)
+    options = {
+        "HAS_BIAS_S": bias_s is not None, "HAS_BIAS_T": bias_t is not None,
+        "SOFTCAP_S": softcap_s is not None, "SOFTCAP_T": softcap_t is not None,
+        "DIVERGENCE": DIVERGENCES.index(divergence), "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+    planes = len(NORMALISERS) if two_passes else 4
+    pieces = z_s.new_zeros(splits, planes, n)
+    _normaliser_kernel[(n, splits)](
+        *logits, pieces, z_s.stride(0), z_t.stride(0), n, columns, blocks, *transforms, PLANES=planes, **options
+    )
+    merged = merge_normalisers(pieces)
+    if gather is not None:
+        merged = merge_normalisers(gather(merged))
+    rows = normalise(merged)
+    infinite = _infinite(rows, divergence)
+
+    def launch(shift: Tensor, written: Tensor | None, with_terms: bool) -> Tensor:
+        factor = row_weights * (scale_s / temperature)
+        if infinite is not None:
+            factor = factor.masked_fill(infinite, 0.0)
+        known = torch.stack([rows.max_s, rows.max_t, rows.lse_s, rows.lse_t, rows.log_ratio, shift, factor])
+        pieces = z_s.new_zeros(splits, len(TERMS), n)
+        _terms_kernel[(n, splits)](
+            *logits, known, pieces, z_s if written is None else written,
+            z_s.stride(0), z_t.stride(0), 0 if written is None else written.stride(0), n, columns, blocks,
+            *transforms, parameter, PLANES=len(TERMS), WRITE_TERMS=with_terms,
+            WRITE_MOMENT=with_terms and gradient is not None and not two_passes,
+            WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms, **options,
+        )  # fmt: skip
+        return pieces
+
+    nothing = torch.zeros_like(rows.lse_s)
+    shift = rows.difference if divergence == "reverse_kl" and rows.difference is not None else nothing
+    terms = merge_terms(launch(shift, gradient if two_passes else None, True))
+    terms[2:4] += first_column
+    if gather is not None:
+        terms = merge_terms(gather(terms))
+    if infinite is not None:
+        terms[0].masked_fill_(infinite, float("inf"))
+    write_statistics(statistics, rows, terms, all_statistics)
+    if gradient is not None and not two_passes:
+        # A teacher's NaN reaches every term, but phi only through here.
+        launch(torch.where(terms[0].isnan(), terms[0], terms[4]), gradient, False)
+
+
+def _infinite(rows: Rows, divergence: str) -> Tensor | None:
+    """Rows in which one side forbids what the other may say."""
+    if rows.forbidden is None:
+        return None
+    lse = rows.lse_s if divergence == "reverse_kl" else rows.lse_t
+    return torch.exp(rows.forbidden - lse) >= torch.finfo(lse.dtype).tiny

@@ -1,0 +1,26 @@
+"""Attention over a packed row and over a shared prefix, forward and backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opcd_fast.runtime.doors import door
+
+__getattr__, __dir__, __all__ = door(
+    __name__,
+    {
+        "dispatch": ("PackedCall", "PackedRow", "PrefixGroup", "attention_on_row", "packed_row", "running"),
+        "kernels": ("repeat_heads",),
+        "rows": ("on_device",),
+        "sdpa": ("sdpa_without_cudnn",),
+        "tree": ("TreeCall", "TreeRow", "tree_row"),
+    },
+    modules=("backends", "dispatch", "tree"),
+)
+
+if TYPE_CHECKING:
+    from opcd_fast.attention.dispatch import PackedCall, PackedRow, PrefixGroup, attention_on_row, packed_row, running
+    from opcd_fast.attention.kernels import repeat_heads
+    from opcd_fast.attention.rows import on_device
+    from opcd_fast.attention.sdpa import sdpa_without_cudnn
+    from opcd_fast.attention.tree import TreeCall, TreeRow, tree_row

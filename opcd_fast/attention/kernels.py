@@ -1,0 +1,283 @@
+"""The kernels that attention on a packed row is made of, each behind the same few arguments.
+
+Which of them may run where is said in `attention.backends`. Those for CUDA were written against their sources and
+documentation; no time of theirs is quoted anywhere. Queries, keys and values are (1, H, N, d); results (N, H_q, d) and
+the logsumexp (N, H_q) float32, natural logarithm, of the scores after scale and softcap.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opcd_fast.attention.blocked import blocked_attention
+from opcd_fast.attention.rows import PackedRow, from_grid, to_grid
+
+aten = torch.ops.aten
+
+# --- phase 1: all queries against the prefix, not causal ----------------------------------------------------
+# (query, key, value, scale, softcap) -> out, logsumexp
+
+
+def prefix_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
+    return out[0].transpose(0, 1), lse[0, :, : query.shape[2]].transpose(0, 1)
+
+
+def prefix_cpu_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def prefix_efficient(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
+    # It wants as many key heads as query heads: fold the heads that share keys into the tokens rather than repeat
+    # the prefix.
+    heads, tokens = query.shape[1], query.shape[2]
+    folded = query.reshape(1, key.shape[1], -1, query.shape[-1])
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(folded, key, value, None, True, scale=scale)
+    out = out.reshape(1, heads, tokens, -1)
+    lse = lse[:, :, : folded.shape[2]].reshape(1, heads, tokens)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def prefix_fa4(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse, *_ = flash_attn_func(
+        q=q, k=k, v=v, softmax_scale=scale, causal=False, softcap=softcap or 0.0, return_lse=True
+    )
+    return out[0], lse[0].transpose(0, 1)
+
+
+def prefix_fa2(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse, *_ = flash_attn_func(
+        q=q, k=k, v=v, softmax_scale=scale, causal=False, softcap=softcap or 0.0, return_attn_probs=True
+    )
+    return out[0], lse[0, :, : query.shape[2]].transpose(0, 1)
+
+
+def prefix_flex(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
+    out, lse = _flex(query, key, value, scale, softcap, None)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def prefix_blocked(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
+    return blocked_attention(query, key, value, scale, softcap=softcap)
+
+
+# --- phase 2: causal inside each sequence of a row ----------------------------------------------------------
+# (query, key, value, row, scale, softcap, dropout, with_lse) -> out, logsumexp or None
+
+
+class Bounds(NamedTuple):
+    """Where sequences begin and end among queries and among keys; the ends of both are aligned."""
+
+    cu_q: Tensor  # (B + 1,) int32
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+Varlen = Callable[..., "tuple[Tensor, Tensor | None]"]
+
+
+def row_varlen(varlen: Varlen) -> Callable[..., Any]:
+    """Phase 2 by a kernel for sequences of any lengths."""
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float, softcap: float | None,
+        dropout: float, with_lse: bool,
+    ) -> Any:  # fmt: skip
+        bounds = Bounds(row.cu_seqlens, row.cu_seqlens, row.longest, row.longest)
+        return varlen(query, key, value, bounds, scale, softcap, None, with_lse)
+
+    return run
+
+
+def row_on_grid(
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float, softcap: float | None,
+    dropout: float, with_lse: bool,
+) -> Any:  # fmt: skip
+    """Sequences padded on the right, torch's kernels for batches. Differentiable without the logsumexp."""
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        # On CPUs without bf16 units the half-precision backward is 3-4 times slower than casting (measured),
+        # and nothing is lost in accuracy. These are the suffixes only, never the prefix.
+        query, key, value = query.float(), key.float(), value.float()
+    q, k, v = (to_grid(x, row) for x in (query, key, value))  # (B, H, T, d)
+    if q.is_cuda:
+        k, v = repeat_heads(k, q), repeat_heads(v, q)
+    if not with_lse:
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        return from_grid(out, row).to(dtype), None
+    if q.is_cuda:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    lse = lse[:, :, : row.longest].unsqueeze(-1)
+    return from_grid(out, row).to(dtype), from_grid(lse, row).squeeze(-1)
+
+
+def row_flex(
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float, softcap: float | None,
+    dropout: float, with_lse: bool,
+) -> Any:  # fmt: skip
+    q, k, v = (to_grid(x, row) for x in (query, key, value))
+    out, lse = _flex(q, k, v, scale, softcap, _causal_block_mask(row.longest, q.device))
+    return from_grid(out, row), from_grid(lse.unsqueeze(-1), row).squeeze(-1)
+
+
+def row_blocked(
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float, softcap: float | None,
+    dropout: float, with_lse: bool,
+) -> Any:  # fmt: skip
+    """One sequence at a time; differentiable, the logsumexp too."""
+    pieces = [
+        blocked_attention(q, k, v, scale, softcap=softcap, causal=True)
+        for q, k, v in zip(*(x.split(list(row.lengths), 2) for x in (query, key, value)), strict=True)
+        if q.shape[2]
+    ]
+    return torch.cat([out for out, _ in pieces]), torch.cat([lse for _, lse in pieces])
+
+
+def repeat_heads(x: Tensor, like: Tensor) -> Tensor:
+    return x.repeat_interleave(like.shape[1] // x.shape[1], dim=1)
+
+
+# --- sequences of any lengths, causal, with a window --------------------------------------------------------
+# (query, key, value, bounds, scale, softcap, window, with_lse) -> out, logsumexp or None
+
+
+def varlen_torch(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float, softcap: float | None,
+    window: int | None, with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """torch's varlen kernel; queries end where keys end."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, d)
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _varlen_parameters():  # without the switch, as in torch 2.11, heads are shared as they come
+        options["enable_gqa"] = k.shape[1] != q.shape[1]
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        *bounds,
+        return_aux=AuxRequest(lse=True) if with_lse else None,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **options,
+    )
+    if not with_lse:
+        return out, None  # type: ignore[return-value]
+    out, lse = out
+    # Documented as (N, H), returned as (H, N) by the releases seen so far.
+    if lse.shape[0] == q.shape[1] and (lse.shape[0] != lse.shape[1] or _lse_has_heads_first(q.device, q.dtype)):
+        lse = lse.transpose(0, 1)
+    return out, lse
+
+
+def varlen_fa4(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float, softcap: float | None,
+    window: int | None, with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    from flash_attn.cute import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out, lse, *_ = flash_attn_varlen_func(
+        q=q, k=k, v=v, cu_seqlens_q=bounds.cu_q, cu_seqlens_k=bounds.cu_k, max_seqlen_q=bounds.longest_q,
+        max_seqlen_k=bounds.longest_k, softmax_scale=scale, causal=True, softcap=softcap or 0.0, return_lse=True,
+        window_size=(None, None) if window is None else (window - 1, 0),
+    )  # fmt: skip
+    return out, lse.transpose(0, 1) if with_lse else None
+
+
+def varlen_fa2(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float, softcap: float | None,
+    window: int | None, with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out, lse, *_ = flash_attn_varlen_func(
+        q=q, k=k, v=v, cu_seqlens_q=bounds.cu_q, cu_seqlens_k=bounds.cu_k, max_seqlen_q=bounds.longest_q,
+        max_seqlen_k=bounds.longest_k, softmax_scale=scale, causal=True, softcap=softcap or 0.0,
+        return_attn_probs=True, window_size=(-1, -1) if window is None else (window - 1, 0),
+    )  # fmt: skip
+    return out, lse.transpose(0, 1) if with_lse else None
+
+
+def varlen_ready() -> bool:
+    """Whether this torch's varlen_attn takes windows and a scale (2.10 did not)."""
+    return {"window_size", "scale"} <= _varlen_parameters()
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@functools.cache
+def _lse_has_heads_first(device: torch.device, dtype: torch.dtype) -> bool:
+    """How varlen_attn lays out its logsumexp, asked with shapes that cannot be confused (for N = H)."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    x = torch.zeros(3, 2, 16, device=device, dtype=dtype)
+    bounds = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    _, lse = varlen_attn(x, x, x, bounds, bounds, 3, 3, return_aux=AuxRequest(lse=True), window_size=(-1, 0))
+    return lse.shape[0] == 2
+
+
+# --- flex attention -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=8)  # one function for each bound: another one would be compiled anew
+def _cap(softcap: float) -> Callable[..., Tensor]:
+    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, mask: Any) -> Any:
+    """torch's flex_attention on (B, H, n, d): out (B, H, n, d), logsumexp (B, H, n). Compiled only on CUDA, where the
+    eager version would hold all scores."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    function: Any = _compiled_flex() if query.is_cuda else flex_attention
+    out, aux = function(
+        query, key, value, score_mod=None if softcap is None else _cap(softcap), block_mask=mask, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return out, aux.lse
+
+
+@functools.lru_cache(maxsize=8)
+def _causal_block_mask(tokens: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device=device)

@@ -1,0 +1,53 @@
+"""Messages, tables, prompts, chat templates, packing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opcd_fast.runtime.doors import door
+
+__getattr__, __dir__, __all__ = door(
+    __name__,
+    {
+        "batch": ("Batch", "Sample", "count_tokens", "micro_batches", "pack", "prompt_runs"),
+        "duplicates": ("repeats",),
+        "messages": ("Context", "Message", "Prompt", "checked_messages"),
+        "prompt_order": ("prompts_of_step",),
+        "prompt_set": ("Selection", "check_folder", "select", "summary", "write"),
+        "prompt_sources": ("GENERAL", "Candidate", "from_data", "from_logs", "general_prompts"),
+        "prompts": ("read_context", "read_prompts"),
+        "rendering": (
+            "RenderedPrompt",
+            "RenderedPrompts",
+            "adapt_to_tokenizer",
+            "render",
+            "student_ids",
+            "teacher_ids",
+            "whole_prompt",
+        ),
+        "tables": ("read_rows", "read_text"),
+        "tasks": ("load_task",),
+        "token_prefix": ("common_prefix_length",),
+    },
+)
+
+if TYPE_CHECKING:
+    from opcd_fast.data.batch import Batch, Sample, count_tokens, micro_batches, pack, prompt_runs
+    from opcd_fast.data.duplicates import repeats
+    from opcd_fast.data.messages import Context, Message, Prompt, checked_messages
+    from opcd_fast.data.prompt_order import prompts_of_step
+    from opcd_fast.data.prompt_set import Selection, check_folder, select, summary, write
+    from opcd_fast.data.prompt_sources import GENERAL, Candidate, from_data, from_logs, general_prompts
+    from opcd_fast.data.prompts import read_context, read_prompts
+    from opcd_fast.data.rendering import (
+        RenderedPrompt,
+        RenderedPrompts,
+        adapt_to_tokenizer,
+        render,
+        student_ids,
+        teacher_ids,
+        whole_prompt,
+    )
+    from opcd_fast.data.tables import read_rows, read_text
+    from opcd_fast.data.tasks import load_task
+    from opcd_fast.data.token_prefix import common_prefix_length

@@ -1,0 +1,144 @@
+"""Runs to one table: means over seeds with intervals, and differences between systems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opcd_fast.evaluation.compare.seeds import over_seeds
+from opcd_fast.evaluation.report import rounding
+from opcd_fast.runtime import wilson
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column. `share`: shown in per cent."""
+
+    name: str
+    title: str
+    share: bool = False
+
+
+MEASURES = (
+    Measure("own_gap_closed", "KL gap closed, own answers", share=True),
+    Measure("fixed_gap_closed", "KL gap closed, fixed answers", share=True),
+    Measure("score", "behaviour", share=True),
+    Measure("task_score", "task score", share=True),
+    Measure("general_kl", "KL to the base, unrelated prompts"),
+)
+COUNTS = ("drawn_answers", "drawn_tokens", "trained_tokens", "seconds")
+COMPARED = ("own_gap_closed", "fixed_gap_closed", "score", "task_score", "general_kl")
+
+
+def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run_all` gives, with per-seed shares of the gap closed, intervals and differences from the first system."""
+    runs = {
+        label: [_with_shares(run, results["baselines"][run["context"]]["base"]) for run in found]
+        for label, found in results["runs"].items()
+    }
+    systems = {label: {"runs": found, "summary": _summary(found)} for label, found in runs.items()}
+    first = next(iter(runs))
+    return {
+        "baselines": results["baselines"],
+        "systems": systems,
+        "differences": {label: _differences(found, runs[first]) for label, found in runs.items() if label != first},
+        "compared_with": first,
+    }
+
+
+def _with_shares(run: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    shares = {
+        f"{name}_gap_closed": 1 - run[f"{name}_kl"] / base[f"{name}_kl"] if base[f"{name}_kl"] > 0 else None
+        for name in ("own", "fixed")
+    }
+    return {**run, **shares}
+
+
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in (*(measure.name for measure in MEASURES), *COUNTS, "own_kl", "fixed_kl", "own_top1", "length"):
+        values = [run.get(name) for run in runs]
+        if all(value is not None for value in values):
+            found[name] = over_seeds([float(value) for value in values])  # type: ignore[arg-type]
+    for name in ("score", "task_score"):  # from 0 to 1, which Student's t does not know
+        if name in found and found[name]["low"] is not None:
+            found[name] |= {"low": max(found[name]["low"], 0.0), "high": min(found[name]["high"], 1.0)}
+    if "score" in found:
+        found["score"] |= _over_answers([score for run in runs for score in run["scores"]])
+    return found
+
+
+def _over_answers(scores: Sequence[float]) -> dict[str, Any]:
+    """The interval that answers as such give, where a score is right or wrong: Wilson's, over all seeds together."""
+    if not set(scores) <= {0.0, 1.0}:
+        return {"answers": len(scores)}
+    low, high = wilson(round(sum(scores)), len(scores))
+    return {"answers": len(scores), "answers_low": low, "answers_high": high}
+
+
+def _differences(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Per seed: this system minus the first one. Runs of one seed have the same prompts in the same order."""
+    found = {}
+    for name in COMPARED:
+        pairs = [(run.get(name), other.get(name)) for run, other in zip(runs, first, strict=True)]
+        if all(a is not None and b is not None for a, b in pairs):
+            found[name] = over_seeds([a - b for a, b in pairs])  # type: ignore[operator]
+    return found
+
+
+def interval(found: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The wider of the intervals over seeds and over answers, end by end; None for one seed without the latter."""
+    ends = [(found["low"], found["high"]), (found.get("answers_low"), found.get("answers_high"))]
+    known = [(low, high) for low, high in ends if low is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
+def as_markdown(summary: Mapping[str, Any], title: str) -> str:
+    """The page compare.md."""
+    shown = [m for m in MEASURES if any(m.name in s["summary"] for s in summary["systems"].values())]
+    head = ["system", "seeds", *(m.title for m in shown), "answers drawn", "tokens drawn", "seconds"]
+    lines = [f"# {title}", "", _row(head), _row(["---"] * len(head))]
+    for label, found in summary["systems"].items():
+        numbers, seeds = found["summary"], len(found["runs"])
+        cells = [_cell(numbers.get(m.name), m.share) for m in shown]
+        counts = [f"{numbers[name]['mean']:.0f}" for name in ("drawn_answers", "drawn_tokens", "seconds")]
+        lines.append(_row([label, str(seeds), *cells, *counts]))
+    lines += ["", "Mean over seeds [95 % interval]: Student's t over seeds; for the behaviour the wider of that and "
+              "Wilson's over answers. The gap is the KL of the base model without the context to the teacher with it.",
+              "", *_baseline_lines(summary["baselines"])]  # fmt: skip
+    rounded = rounding(summary.get("ran", {}))
+    lines += ["", rounded] if rounded else []
+    if summary["differences"]:
+        lines += ["", f"Differences from {summary['compared_with']}, seed by seed:", "",
+                  _row(["system", *(m.title for m in shown)]), _row(["---"] * (len(shown) + 1))]  # fmt: skip
+        for label, found in summary["differences"].items():
+            lines.append(_row([label, *(_cell(found.get(m.name), m.share, sign=True) for m in shown)]))
+    return "\n".join(lines) + "\n"
+
+
+def _baseline_lines(baselines: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key, found in baselines.items():
+        base, shown = found["base"], found["base + context"]
+        which = "" if len(baselines) == 1 else f" (context {key})"
+        text = f"Before training{which}: KL {base['own_kl']:.4f} (own answers), {base['fixed_kl']:.4f} (fixed answers)"
+        for name in ("score", "task_score"):
+            if base.get(name) is not None:
+                text += f"; {name.replace('_', ' ')} {base[name]:.1%} without the context, {shown[name]:.1%} with it"
+        lines.append(text + ".")
+    return lines
+
+
+def _cell(found: Mapping[str, Any] | None, share: bool, sign: bool = False) -> str:
+    if found is None:
+        return "not measured"
+    plus = "+" if sign else ""
+    form = f"{{:{plus}.1%}}" if share else f"{{:{plus}.4f}}"
+    ends = interval(found)
+    mean = form.format(found["mean"])
+    return mean if ends is None else f"{mean} [{form.format(ends[0])}, {form.format(ends[1])}]"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

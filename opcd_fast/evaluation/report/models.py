@@ -1,0 +1,121 @@
+"""Base, student and teacher of a finished run, each loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opcd_fast.errors import InputError
+from opcd_fast.models import Place, base_of_adapter, load_model, load_tokenizer, place_of, seam
+from opcd_fast.rollout import Completion, TransformersRollout, stop_token_ids
+from opcd_fast.training.engines import fingerprint, shared_vocabulary
+from opcd_fast.training.run import FileHashes, differing, weight_files
+
+
+@dataclass
+class Side:
+    """A model as it answers and scores: all of it, or without its adapters."""
+
+    model: Any
+    off: bool  # adapters off
+    rollout: TransformersRollout
+
+    def acting(self) -> AbstractContextManager[None]:
+        return seam.without_adapters(self.model) if self.off else nullcontext()
+
+    def answers(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
+        with self.acting():
+            return self.rollout.generate(prompts, **sampling)
+
+    @property
+    def adapter(self) -> str:
+        """As `ContextTeacher` calls it."""
+        return "disabled" if self.off else "active"
+
+
+@dataclass
+class RunModels:
+    """teacher is base unless the run had another model as its teacher."""
+
+    base: Side
+    student: Side
+    teacher: Side
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    base_name: str
+    is_adapter: bool
+
+
+def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any], model: str | None) -> RunModels:
+    """The models of `run`. model: where the base is now; None: where the run found it.
+
+    Raises InputError: no final weights, a base that is not here or not the one the run started from.
+    """
+    final = run / "final"
+    if not final.is_dir():
+        raise InputError(f"{str(run)!r} has no final/ (the trained weights); finish the run, with --resume")
+    for name in ("quantization", "teacher_quantization"):
+        if settings.get(name, "none") != "none":
+            raise InputError(f"the run has {name}={settings[name]!r}; reports on packed weights are not available yet")
+    adapter_of = base_of_adapter(final)
+    base_name = model or (record["base"]["name"] if record else None) or adapter_of
+    if base_name is None:
+        raise InputError("the run does not say what it started from; name the base model with --model")
+    if record and record["base"]["files"]:
+        changed = differing(record["base"]["files"], weight_files(place_of(base_name), FileHashes()))
+        if changed:
+            raise InputError(f"base {base_name!r} is not what the run started from: {changed[0]}; give it with --model")
+    place = {"dtype": settings.get("dtype", "auto"), "device": settings.get("device", "auto")}
+    base = load_model(base_name, **place)
+    if record and not record["base"]["files"] and record["base"]["fingerprint"] not in (None, fingerprint(base)):
+        raise InputError(f"base {base_name!r} has other weights than the model in memory that the run started from")
+    tokenizer = load_tokenizer(final)
+    if adapter_of is not None:
+        from peft import PeftModel
+
+        # On a CPU memory is there for a second copy, and a base without PEFT's layers in it is faster.
+        own = base if base.device.type == "cuda" else load_model(base_name, **place)
+        student = PeftModel.from_pretrained(own, str(final)).eval()
+    else:
+        student = load_model(final, **place)
+    teacher, other = base, (record or {}).get("teacher")
+    if other is not None:
+        if other["name"] is None:
+            raise InputError("the run's teacher was a model in memory, which cannot be loaded again")
+        teacher = load_model(other["name"], **place)
+
+    size = shared_vocabulary(student, teacher, tokenizer, tokenizer)
+    stop = stop_token_ids(tokenizer, base, settings.get("stop_tokens") or ())
+    batch = settings.get("rollout_batch", 64)
+
+    def side(one: Any, off: bool) -> Side:
+        merge = None if not off else False
+        return Side(
+            one,
+            off,
+            TransformersRollout(one, stop_token_ids=stop, max_batch=batch, merge_adapter=merge, vocab_size=size),
+        )
+
+    shared = adapter_of is not None and base.device.type == "cuda"
+    base_side = side(student if shared else base, shared)
+    return RunModels(
+        base=base_side,
+        student=side(student, False),
+        teacher=base_side if teacher is base else side(teacher, False),
+        tokenizer=tokenizer,
+        device=next(student.parameters()).device,
+        dtype=base.dtype,
+        base_name=base_name,
+        is_adapter=adapter_of is not None,
+    )
+
+
+def final_files(run: Path) -> dict[str, Any]:
+    """Hashes of the trained weights."""
+    return weight_files(Place(run / "final"), FileHashes())

@@ -1,0 +1,29 @@
+"""Hidden states and heads in, loss and gradients out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opcd_fast.runtime.doors import door
+
+__getattr__, __dir__, __all__ = door(
+    __name__,
+    {
+        "api": ("LossStats", "fused_linear_divergence", "fused_linear_reverse_kl", "reverse_kl"),
+        "divergences": ("ALPHA", "BETA", "K", "TAIL", "check_divergence", "unused_parameter"),
+        "heads": ("LMHead",),
+        "importance": ("Drift", "importance_weights", "trainer_logprobs"),
+        "inputs": ("resolve_backend",),
+        "logprobs": ("fused_linear_logprobs",),
+        "sequence_weights": ("sequence_mean_weights",),
+    },
+)
+
+if TYPE_CHECKING:
+    from opcd_fast.loss.api import LossStats, fused_linear_divergence, fused_linear_reverse_kl, reverse_kl
+    from opcd_fast.loss.divergences import ALPHA, BETA, TAIL, K, check_divergence, unused_parameter
+    from opcd_fast.loss.heads import LMHead
+    from opcd_fast.loss.importance import Drift, importance_weights, trainer_logprobs
+    from opcd_fast.loss.inputs import resolve_backend
+    from opcd_fast.loss.logprobs import fused_linear_logprobs
+    from opcd_fast.loss.sequence_weights import sequence_mean_weights

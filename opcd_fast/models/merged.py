@@ -1,0 +1,115 @@
+"""A plain copy of a LoRA or DoRA model with the adapter folded into the weights, for generation.
+
+Decoding multiplies thin matrices, where unmerged adapters and row-major weights cost as much as the model itself:
+on a CPU the folded copy stores its weights input-major, which the matrix library reads about twice as fast for 8
+to 32 sequences. On a CPU that emulates bf16 products the copy of a bf16 model is in float32: more bytes, less time.
+Folding into the training model instead would leave rounding in the base weights with every step.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast.models.loading import cpu_has_bf16
+
+
+class MergedCopy:
+    """Shares everything with `peft_model` but the weights of the adapted linear layers.
+
+    Of a model that it holds in another type (`type_of`) it shares nothing.
+
+    Args:
+        peft_model: a PeftModel whose adapters are LoRA or DoRA on nn.Linear layers (see `supports`).
+        device: what the copy is made for, "cuda" or "cpu". None: where the model is.
+    """
+
+    def __init__(self, peft_model: Any, device: str | None = None) -> None:
+        on_cpu = (device or next(peft_model.parameters()).device.type) == "cpu"
+        dtype = self.type_of(peft_model) if on_cpu else None
+        self._pairs: list[tuple[Any, nn.Parameter]] = []
+        adapted = {name: layer for name, layer in peft_model.named_modules() if _is_lora(layer)}
+        own = {id(layer.base_layer.weight) for layer in adapted.values()}
+        shared = {id(p): p for p in peft_model.parameters() if id(p) not in own} if dtype is None else {}
+        self.model = copy.deepcopy(peft_model, shared).unload().eval()
+        if dtype is not None:
+            self.model.to(dtype)
+        prefix = "base_model.model."
+        for name, layer in adapted.items():
+            plain = self.model.get_submodule(name.removeprefix(prefix))
+            folded = plain.weight.detach()
+            folded = folded.t().contiguous().t() if on_cpu else folded.clone()
+            plain.weight = nn.Parameter(folded, requires_grad=False)
+            self._pairs.append((layer, plain.weight))
+        head = self.model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and on_cpu:  # not adapted, but read at every token
+            head.weight = nn.Parameter(head.weight.detach().t().contiguous().t(), requires_grad=False)
+
+    @staticmethod
+    def type_of(model: Any) -> torch.dtype | None:
+        """The type the copy is held in where that is not the model's own: float32 where bf16 would be emulated."""
+        weight = next(model.parameters())
+        emulated = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not cpu_has_bf16()
+        return torch.float32 if emulated else None
+
+    @staticmethod
+    def bytes_needed(model: Any) -> int:
+        """Bytes of the weights that the copy does not share with `model`."""
+        if MergedCopy.type_of(model) is not None:
+            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+            tied = head is not None and head.weight is embedding.weight  # the copy's are two, see __init__
+            extra = head.weight.numel() if tied else 0
+            return 4 * (sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) + extra)
+        adapted = [layer.base_layer.weight for layer in model.modules() if _is_lora(layer)]
+        head = model.get_output_embeddings()
+        if head is not None and next(model.parameters()).device.type == "cpu":
+            adapted.append(head.weight)
+        return sum(weight.numel() * weight.element_size() for weight in adapted)
+
+    @staticmethod
+    def supports(model: Any) -> bool:
+        """True for a PEFT model whose only adapters are LoRA or DoRA, no other variant, on nn.Linear layers."""
+        if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+            return False
+        configs = list(model.peft_config.values())
+        if any(str(getattr(c.peft_type, "value", c.peft_type)) != "LORA" for c in configs) or len(configs) != 1:
+            return False
+        # Variants whose effect is more than W + scale * B A, and the norms of its rows.
+        names = ("lora_bias", "modules_to_save", "target_parameters", "alora_invocation_tokens")
+        if configs[0].bias != "none" or any(getattr(configs[0], name, None) for name in names):
+            return False
+        layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+        return bool(layers) and all(_is_lora(layer) for layer in layers)
+
+    @torch.no_grad()
+    def refresh(self) -> Any:
+        """Fold the adapter's present weights in; returns the plain model."""
+        for layer, weight in self._pairs:
+            (adapter,) = layer.lora_A
+            up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+            if adapter in layer.lora_magnitude_vector:
+                weight.t().copy_(_dora_weight(layer, adapter).t())
+                continue
+            weight.t().copy_(layer.base_layer.weight.t())
+            weight.t().addmm_(down.t().to(weight.dtype), up.t().to(weight.dtype), alpha=layer.scaling[adapter])
+        return self.model
+
+
+def _dora_weight(layer: Any, adapter: str) -> Tensor:
+    """m / |W + scale B A| (W + scale B A), row by row (DoRA, arXiv 2402.09353, Eq. 5); (out, in) float32.
+
+    As the unmerged layer does: adapters are float32, and so are the sum and its norms. Rounded once, by the caller.
+    """
+    up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    whole = torch.addmm(layer.base_layer.weight.to(up.dtype), up, down, alpha=layer.scaling[adapter])
+    norms = torch.linalg.vector_norm(whole, dim=1, keepdim=True)
+    return whole.mul_(layer.lora_magnitude_vector[adapter].weight.unsqueeze(1) / norms)
+
+
+def _is_lora(layer: Any) -> bool:
+    base = getattr(layer, "base_layer", None)
+    # A layer of packed weights is an nn.Linear too, by inheritance.
+    return hasattr(layer, "lora_A") and isinstance(base, nn.Linear) and base.weight.is_floating_point()

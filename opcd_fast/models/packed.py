@@ -1,0 +1,155 @@
+"""The student's body on a packed row: hidden states with gradients, no padding and no vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, on_device, packed_row, running
+from opcd_fast.models import seam
+from opcd_fast.models.architectures import refuses_packing, rope_switch
+from opcd_fast.models.prefix_tuning import Prefix, after_prefix, refuses_prefix
+
+logger = logging.getLogger("opcd_fast")
+
+_told: set[str] = set()  # what was logged, so that each fallback of an architecture is said once per process
+
+
+def say_once(key: str, message: str) -> None:
+    if key not in _told:
+        _told.add(key)
+        logger.warning(message)
+
+
+def packed_hidden_states(
+    model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, *, select: Tensor | None = None
+) -> Tensor:
+    """Last hidden states of sequences that lie back to back, each on its own from position 0.
+
+    With a trained prefix (PEFT prefix tuning) every sequence continues that, from position p on.
+
+    input_ids: (N,) integers; cu_seqlens: (B + 1,), rising from 0 to N; select: (M,) positions in the row, to
+    return only those. Returns (N, D) or (M, D) in the model's dtype, differentiable. Adapters, dropout and
+    gradient checkpointing act as `model` has them. The lm-head is not run; neither are the hooks of a
+    data-parallel wrapper, whose gradients the caller reduces.
+
+    Architectures that do not run exactly on a packed row go through one right-padded batch, said once in the log;
+    through two, where sequences lie on both sides of the length at which longrope moves positions. Raises ValueError
+    for malformed rows, for a sequence longer than the model's `max_position_embeddings`, for a trained prefix in front
+    of such an architecture, and for virtual tokens of another kind.
+    """
+    body = seam.body_of(model)
+    prefix = seam.trained_prefix(model)
+    row = checked_row(body, input_ids, cu_seqlens)
+    reason = refuses_packing(body)
+    if prefix is not None:
+        hidden = _after_prefix(model, body, input_ids, row, prefix)
+    elif reason is None:
+        hidden = _packed(body, input_ids, row)
+    else:
+        say_once(type(body).__name__, f"student: padded batch with stock attention, because {reason}")
+        hidden = _padded(body, input_ids, row)
+    return hidden if select is None else hidden.index_select(0, on_device(select, hidden.device))
+
+
+def checked_row(body: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> PackedRow:
+    """The row, or ValueError when the arguments are malformed or a sequence does not fit the model."""
+    if input_ids.ndim != 1 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
+    row = packed_row(cu_seqlens, input_ids.numel(), input_ids.device)
+    check_fits(body, row.longest)
+    return row
+
+
+def check_fits(body: nn.Module, longest: int) -> None:
+    """ValueError when a sequence of `longest` tokens is more than the model takes."""
+    limit = seam.longest_input(body)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"input_ids: the longest sequence has {longest} tokens, {longest - limit} more than the "
+            f"model's max_position_embeddings of {limit}"
+        )
+
+
+def _packed(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
+    call = PackedCall(row)
+    return forward_on_row(
+        body, input_ids, row.offset_of_token, partial(_packed_attention, body, call), call.layers_done
+    )
+
+
+def _after_prefix(model: nn.Module, body: nn.Module, input_ids: Tensor, row: PackedRow, prefix: Prefix) -> Tensor:
+    reason = refuses_prefix(model)
+    if reason is not None:
+        raise ValueError(f"model: its trained prefix cannot be run on a packed row, because {reason}; use LoRA")
+    count = prefix[0][0].shape[2]
+    check_fits(body, row.longest + count)
+    call, attention = after_prefix(body, row, prefix)
+    return forward_on_row(body, input_ids, row.offset_of_token + count, attention, call.layers_done)
+
+
+@contextmanager
+def _packed_attention(body: nn.Module, call: PackedCall) -> Iterator[None]:
+    with running(call), seam.using_attention(body, attention_on_row):
+        yield
+
+
+def forward_on_row(
+    body: nn.Module,
+    input_ids: Tensor,
+    positions: Tensor,
+    attention: Callable[[], AbstractContextManager[None]],
+    layers_done: Set[int],
+) -> Tensor:
+    """Ids (N,) at positions (N,) as one row -> (N, D), every layer's attention inside of `attention()`.
+
+    RuntimeError when a layer is missing in `layers_done` afterwards, which the attention fills.
+    """
+    # A checkpointed layer recomputes in the backward pass and needs the row again there.
+    with attention(), seam.recomputing_under(body, attention):
+        hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0))
+    missed = sorted(set(range(seam.num_layers(body))) - layers_done)
+    if missed:
+        raise RuntimeError(f"layers {missed} did not run packed attention: tokens may see other sequences")
+    return hidden.squeeze(0)
+
+
+def _padded(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
+    """`padded_forward`, where no sequence decides on another one's positions."""
+    switch = rope_switch(body)
+    long = [switch is not None and length > switch for length in row.lengths]
+    if len(set(long)) == 1:
+        return padded_forward(body, input_ids, row)
+    is_long = torch.tensor(long)[row.sequence_on_host]
+    hidden: Tensor | None = None
+    for side in (False, True):
+        place = torch.nonzero(is_long == side).squeeze(1)
+        if not place.numel():  # empty sequences alone
+            continue
+        place = on_device(place, input_ids.device)
+        ends = torch.tensor([0, *(n for n, which in zip(row.lengths, long, strict=True) if which == side)]).cumsum(0)
+        part = padded_forward(body, input_ids[place], packed_row(ends, place.numel(), input_ids.device))
+        start = part.new_zeros(len(input_ids), part.shape[-1]) if hidden is None else hidden
+        hidden = start.index_copy(0, place, part)
+    assert hidden is not None, "no tokens"
+    return hidden
+
+
+def padded_forward(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
+    """Packed ids (N,) -> (N, D) in one right-padded batch with the model's own attention; differentiable."""
+    batch, longest = len(row.lengths), row.longest
+    grid = input_ids.new_zeros(batch * longest)
+    grid[row.slot_of_token] = input_ids
+    mask = None
+    if row.ragged:
+        mask = torch.zeros(batch * longest, dtype=torch.int64, device=input_ids.device)
+        mask[row.slot_of_token] = 1
+        mask = mask.view(batch, longest)
+        mask[:, 0] = 1  # a row of no tokens must have one key, or it turns into NaN and poisons gradients
+    hidden = seam.run_body(body, grid.view(batch, longest), attention_mask=mask)
+    return hidden.reshape(batch * longest, -1).index_select(0, row.slot_of_token)

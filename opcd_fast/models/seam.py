@@ -1,0 +1,444 @@
+"""The one place that knows transformers' (and peft's) version-dependent parts; checked on 5.17, 5.23 and 5.24.
+
+Everything here takes a model and hides how this version of transformers spells a thing: where the body under
+the lm-head is, how the attention function is chosen, what a cache layer must implement, how gradient
+checkpointing is switched. Nothing here knows what is computed with it.
+
+The context managers set private attributes of the model and put back exactly what they found, also after an
+exception. They are not safe for two threads that run the same model at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import Cache
+
+from opcd_fast.attention import sdpa_without_cudnn
+from opcd_fast.models.caches import FrozenLayer, frozen_cache
+
+__all__ = ["FrozenLayer", "frozen_cache"]  # the part of this seam that has a file of its own
+
+PACKED_ATTENTION = "opcd_packed"
+"""Name under which `using_attention` registers its function. transformers builds no mask for a name that its
+mask registry lacks, which is what a packed row needs."""
+
+_CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+
+
+# --- finding the parts of a model ---------------------------------------------------------------------------
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside data-parallel and PEFT wrappers (adapters stay in its layers)."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            return inner
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The part of a causal LM that ends in `last_hidden_state`, without the lm-head.
+
+    Of a model that also takes images or sound, the language model alone: given token ids only, the rest does nothing.
+    Raises TypeError when `model` is not a transformers model.
+    """
+    lm = causal_lm(model)
+    body: Any = getattr(lm, "base_model", None)
+    if body is lm and hasattr(lm, "lm_head"):
+        body = getattr(lm, "model", None)  # base_model_prefix of Llama-4 names an attribute that it does not have
+    if not isinstance(body, nn.Module) or not hasattr(body, "config"):
+        raise TypeError(f"model: expected a transformers causal LM (or PEFT around one), got {type(model).__name__}")
+    return _language_model(body)
+
+
+def _language_model(body: Any) -> nn.Module:
+    text = body.config.get_text_config()
+    decoder: Any = body.get_decoder() if text is not body.config and hasattr(body, "get_decoder") else None
+    return decoder if getattr(decoder, "config", None) is text else body
+
+
+def head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the lm-head as they are now."""
+    layer: Any = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    return layer.weight, getattr(layer, "bias", None)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that the architecture says must stay whole: its decoder layers."""
+    names = set(getattr(causal_lm(model), "_no_split_modules", None) or ())
+    # Ancestors too: FSDP2 puts a class of its own in front of a layer's.
+    return [module for module in model.modules() if not names.isdisjoint(c.__name__ for c in type(module).__mro__)]
+
+
+def run_body(
+    body: nn.Module,
+    input_ids: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Last hidden state (B, T, D) of `input_ids` (B, T); after the final norm, what the lm-head reads.
+
+    Without cuDNN's attention, also where checkpointed layers are recomputed.
+    """
+    kwargs: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None, "return_dict": True}
+    # Passed only when given and known: some architectures take neither argument, and count positions themselves.
+    if position_ids is not None and "position_ids" in inspect.signature(body.forward).parameters:
+        kwargs["position_ids"] = position_ids
+    if attention_mask is not None:
+        kwargs["attention_mask"] = attention_mask
+    if cache is not None:
+        kwargs.update(cache_argument(body, cache))
+    with sdpa_without_cudnn():
+        if not torch.is_grad_enabled():
+            return body(**kwargs).last_hidden_state
+        with recomputing_under(body, sdpa_without_cudnn):
+            return body(**kwargs).last_hidden_state
+
+
+def takes_cache(model: nn.Module) -> str | None:
+    """The name under which `forward` of `model` (in its wrappers, or a body) takes a cache; None when it takes none."""
+    inner: Any = causal_lm(model)
+    # The class's own as well: what replaces a method of one object may say (*args, **kwargs) and nothing else.
+    for forward in (inner.forward, type(inner).forward):
+        names = inspect.signature(forward).parameters
+        found = next((name for name in _CACHE_NAMES if name in names), None)
+        if found is not None:
+            return found
+    return None
+
+
+def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """The keyword argument of `forward` of `model` that hands over `cache`. Raises TypeError when it takes none."""
+    name = takes_cache(model)
+    if name is None:
+        raise TypeError(f"model: {type(causal_lm(model)).__name__} takes no cache of keys and values")
+    return {name: cache}
+
+
+def config_of(body: nn.Module) -> Any:
+    """transformers' configuration object of `body`."""
+    return body.config
+
+
+def setting(config: Any, name: str) -> Any:
+    """`config.name`, None where there is none, and a list of every layer's where layers differ (Gemma-4)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
+def num_layers(body: nn.Module) -> int:
+    return int(config_of(body).num_hidden_layers)
+
+
+def embedding_rows(body: nn.Module) -> int | None:
+    """How many token ids the input embedding knows; None when it cannot tell."""
+    weight = getattr(body.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    return None if weight is None else int(weight.shape[0])
+
+
+def longest_input(body: nn.Module) -> int | None:
+    """`max_position_embeddings` of the model in tokens, or None where the architecture has no such limit."""
+    return longest_input_of(config_of(body))
+
+
+def longest_input_of(config: Any) -> int | None:
+    """The same, of a text model's configuration."""
+    limit = setting(config, "max_position_embeddings")
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+# --- attention function -------------------------------------------------------------------------------------
+
+
+def attention_of(body: nn.Module) -> str | None:
+    """Name of the attention implementation that `body` is set to."""
+    return config_of(body)._attn_implementation
+
+
+def _configs(body: nn.Module) -> list[Any]:
+    """Every distinct config object a submodule consults when it picks its attention function."""
+    found = {id(body.config): body.config}
+    for module in body.modules():
+        config = vars(module).get("config")  # a failing getattr on a module costs 10 times as much
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+@contextmanager
+def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Run every attention layer of `body` through `function` while the block is open."""
+    # transformers keeps what was registered last, and with it whatever that holds: a cache of gigabytes, for one.
+    outer: Any = AttentionInterface._global_mapping.get(PACKED_ATTENTION, _no_call)
+    AttentionInterface.register(PACKED_ATTENTION, function)
+    saved = [(config, config._attn_implementation_internal) for config in _configs(body)]
+    try:
+        for config, _ in saved:
+            config._attn_implementation_internal = PACKED_ATTENTION
+        yield
+    finally:
+        for config, name in saved:
+            config._attn_implementation_internal = name
+        AttentionInterface.register(PACKED_ATTENTION, outer)
+
+
+def _no_call(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    raise RuntimeError("packed attention was called outside of a packed forward pass")
+
+
+# --- training state -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout and gradient checkpointing off; every module's own flags back afterwards.
+
+    A layer that checkpoints replaces its cache by None, so a teacher that shares a model in training would
+    run without its context. Flags are set directly: `model.eval()` may run overridden code, and `train()`
+    afterwards would not know which modules had been in eval mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    checkpointing = [m for m in model.modules() if vars(m).get("gradient_checkpointing", False)]
+    try:
+        for module in training:
+            module.training = False
+        for module in checkpointing:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module in checkpointing:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def recomputing_under(body: nn.Module, reopen: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Layers that are checkpointed while the block is open recompute inside `reopen()`.
+
+    Recomputation happens in the backward pass, long after the forward's own context managers were closed
+    (and, on CUDA, in another thread, which sees no context variables of this one).
+    """
+    layers = [module for module in body.modules() if "_gradient_checkpointing_func" in vars(module)]
+    saved = [(module, module._gradient_checkpointing_func) for module in layers]
+
+    def wrap(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpoint_in_context(function: Callable[..., Any], *args: Any) -> Any:
+            def inside(*inner: Any) -> Any:
+                with reopen():
+                    return function(*inner)
+
+            return checkpoint(inside, *args)
+
+        return checkpoint_in_context
+
+    try:
+        for module, checkpoint in saved:
+            module._gradient_checkpointing_func = wrap(checkpoint)  # type: ignore[arg-type, assignment]
+        yield
+    finally:
+        for module, checkpoint in saved:
+            module._gradient_checkpointing_func = checkpoint
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+
+def prompt_learner(model: nn.Module) -> Any:
+    """The PEFT model whose adapter puts virtual tokens in front of the input, outside of the body; None without one."""
+    inner: Any = model
+    if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner = inner.module
+    config: Any = getattr(inner, "active_peft_config", None) if hasattr(inner, "peft_config") else None
+    return inner if getattr(config, "is_prompt_learning", False) else None
+
+
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Raise ValueError for PEFT methods that put tokens in front of the input, outside of the body."""
+    learner = prompt_learner(model)
+    if learner is not None:
+        raise ValueError(
+            f"model: {type(learner.active_peft_config).__name__} adds virtual tokens, which the body alone leaves out; "
+            "use LoRA or another method that acts inside the layers"
+        )
+
+
+def trained_prefix(model: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
+    """Each layer's keys and values (1, H_kv, p, d) of a model with PEFT prefix tuning, as PEFT makes them.
+
+    Differentiable, in the base model's dtype. None for a model without virtual tokens, or while they are disabled.
+    Raises ValueError for virtual tokens of another kind.
+    """
+    learner = prompt_learner(model)
+    if learner is None or getattr(learner, "_adapters_disabled", False):
+        return None
+    config = learner.active_peft_config
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "PREFIX_TUNING":
+        refuse_virtual_tokens(model)
+    cache = learner.get_prompt(batch_size=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def generation_inputs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Any, dict[str, Any], Cache | None]:
+    """What to call `generate` on, its inputs, and the cache among them, for prompts (B, T) padded on the left.
+
+    Of a model with a trained prefix of p tokens: the base model, a cache that holds the prefix, and p ids of no meaning
+    in front, (B, p + T), where `generate` looks for what the cache holds. PEFT's own `generate` puts the prefix under
+    a cache's old name beside transformers' new one, and from transformers 5.24 on that is dropped (peft 0.21).
+    Whether `generate` took the cache shows in its length, which grows.
+    """
+    if trained_prefix(model) is None:
+        return model, {"input_ids": input_ids, "attention_mask": attention_mask}, None
+    cache = prompt_learner(model).get_prompt(batch_size=len(input_ids))
+    before = input_ids.new_zeros(len(input_ids), cache.get_seq_length())
+    lm: Any = causal_lm(model)
+    inputs = {
+        "input_ids": torch.cat([before, input_ids], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(before), attention_mask], dim=1),
+        **cache_argument(lm, cache),
+    }
+    return lm, inputs, cache
+
+
+def adapter_modules(model: nn.Module) -> list[nn.Module]:
+    """PEFT's layers inside `model`: adapters around a base layer, and trained copies of whole modules."""
+    if importlib.util.find_spec("peft") is None:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    # The cheap test first: thousands of modules, looked through on every call of a teacher.
+    return [m for m in model.modules() if hasattr(type(m), "enable_adapters") and isinstance(m, kinds)]
+
+
+@contextmanager
+def _disabled(modules: list[nn.Module]) -> Iterator[None]:
+    saved = [(module, module._disable_adapters) for module in modules]
+    try:
+        for module in modules:
+            module._disable_adapters = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module, flag in saved:
+            module._disable_adapters = flag
+
+
+def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
+    """The base model alone while the block is open.
+
+    Sets the layers' flags instead of calling peft's `disable_adapter()`, which enables afterwards what was
+    disabled before and rewrites `requires_grad` of the adapter. Raises RuntimeError when an adapter is merged
+    into the base weights: then the base model does not exist at the moment.
+    """
+    learner = prompt_learner(model)
+    if learner is not None:
+        return learner.disable_adapter()
+    modules = adapter_modules(model)
+    if any(getattr(module, "merged", False) for module in modules):
+        raise RuntimeError(
+            "the adapter is merged into the base weights, so the model without it cannot be run; "
+            "call model.unmerge_adapter() first, or pass adapter='active'"
+        )
+    return _disabled(modules) if modules else nullcontext()
+
+
+def base_parameters(model: nn.Module) -> list[Tensor]:
+    """Parameters that a forward pass without adapters reads."""
+    learner = prompt_learner(model)
+    added = set() if learner is None else {id(p) for p in learner.prompt_encoder.parameters()}
+    for module in adapter_modules(model):
+        kept = ("base_layer.", "original_module.")
+        # Adapters may nest (an embedding in `modules_to_save` holding a LoRA layer): any kept part keeps it.
+        added.update(id(p) for name, p in module.named_parameters() if not any(part in name for part in kept))
+    return [p for p in model.parameters() if id(p) not in added]
+
+
+def adapter_state(model: nn.Module) -> tuple[Any, ...]:
+    """Which adapters act on the forward pass now, and how strongly; compares unequal after a change."""
+    modules: list[Any] = list(adapter_modules(model))
+    return tuple(
+        (
+            tuple(module.active_adapters),
+            bool(module._disable_adapters),
+            bool(getattr(module, "merged", False)),
+            str(getattr(module, "scaling", None)),
+        )
+        for module in modules
+    )
+
+
+def mark_4bit(model: Any) -> None:
+    """Set what transformers sets on a model that it loads packed by bitsandbytes.
+
+    It then refuses casts of the model, and peft picks its layers for 4 bits.
+    """
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+
+
+def unmark_4bit(model: Any) -> None:
+    """Take back what marks a model as packed, after its weights were unpacked."""
+    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(model):
+            delattr(model, name)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    # How the packed files were read; saving turns around every conversion that is noted here, and this has no inverse.
+    noted = getattr(model, "_weight_conversions", None)
+    if noted:
+        model._weight_conversions = [
+            one
+            for one in noted
+            if not any(type(step).__module__.endswith("bitsandbytes") for step in getattr(one, "operations", ()))
+        ]
+
+
+# --- caches -------------------------------------------------------------------------------------------------
+
+
+def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Any], Tensor]:
+    """Run `input_ids` (1, P), P >= 1, with stock attention: each layer's (keys, values), cache layers, hidden states.
+
+    Keys and values are (1, H_kv, kept, d) in storage of their own; kept is P, or min(P, W - 1) for a layer
+    with a sliding window of W tokens; (1, 0, 0, 0) for a layer without any. The hidden states are (1, P, D).
+    """
+    cache = DynamicCache(config=config_of(body))
+    hidden = run_body(body, input_ids, cache=cache)
+    layers = []
+    layer: Any
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is None:
+            layers.append((hidden.new_zeros(1, 0, 0, 0), hidden.new_zeros(1, 0, 0, 0)))
+            continue
+        window = getattr(layer, "sliding_window", None)
+        kept = input_ids.shape[1] if window is None else min(input_ids.shape[1], window - 1)
+        start = layer.keys.shape[-2] - kept
+        # A slice would keep the storage of the whole context alive.
+        layers.append(
+            (
+                layer.keys[..., start:, :].contiguous().clone(),
+                layer.values[..., start:, :].contiguous().clone(),
+            )
+        )
+    return layers, list(cache.layers), hidden

@@ -1,0 +1,67 @@
+"""What optimizers hold: torch's and transformers' rehearsed, bitsandbytes' by stand-ins, which need no bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd_fast.planning.rehearsal.meter import Meter
+from opcd_fast.training.engines import make_optimizer
+from opcd_fast.training.settings import OPCDConfig
+
+_BLOCK, _SMALL, _UNPAGED = 256, 4096, 10**5  # of bitsandbytes: numbers with one scale, in 32 bits, never paged
+
+
+def rehearsed_optimizer(meter: Meter, config: OPCDConfig, parameters: Sequence[Tensor], device: str) -> Any:
+    """The optimizer of a run on `device` ("cuda" or "cpu"), for fake parameters; its first step makes its state."""
+    if config.optimizer.endswith("_8bit"):
+        return _EightBit(meter, parameters, device, paged=config.optimizer.startswith("paged_"))
+    return make_optimizer(config, parameters, torch.device("cpu"), adapter=True)
+
+
+def works_in_place(config: OPCDConfig, device: str) -> bool:
+    """Whether a step is one kernel that takes nothing beside the state."""
+    return device == "cuda" and config.optimizer != "adafactor"
+
+
+class _EightBit:
+    """AdamW in 8 bits: the state's bytes, and on a CPU what its arithmetic takes, tensor by tensor."""
+
+    def __init__(self, meter: Meter, parameters: Sequence[Tensor], device: str, paged: bool) -> None:
+        self._meter, self._parameters, self._device, self._paged = meter, parameters, device, paged
+        self._state: dict[int, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self._parameters:
+            if id(p) not in self._state:
+                self._state[id(p)] = self._new(p)
+            if self._device == "cpu":
+                self._update(p)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+    def _new(self, p: Tensor) -> list[Tensor]:
+        count = p.numel()
+        if count < _SMALL:
+            return [torch.zeros_like(p, dtype=torch.float32) for _ in range(2)]
+        # Made fake: only what comes from weights is.
+        made = [torch.zeros_like(p, dtype=torch.uint8) for _ in range(2)]
+        scales = [p.new_zeros(-(-count // _BLOCK), dtype=torch.float32) for _ in range(2)]
+        if self._paged and count >= _UNPAGED:
+            for state in made:
+                self._meter.elsewhere(state)
+        return [*made, *scales]
+
+    def _update(self, p: Tensor) -> None:
+        first, second = (torch.empty_like(p, dtype=torch.float32) for _ in range(2))
+        grad = p.new_empty(p.shape)
+        denominator = second.sqrt() / 1.0
+        del denominator, grad
+        rounded = torch.empty_like(first, dtype=torch.uint8)
+        del first, second, rounded

@@ -1,0 +1,101 @@
+"""transformers' own way to generate, with the settings and random numbers of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd_fast.attention import sdpa_without_cudnn
+from opcd_fast.models import seam
+from opcd_fast.rollout.protocol import cut_at_stop
+from opcd_fast.rollout.sampling import draw
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    uniform: Tensor,
+    *,
+    stop_token_ids: Sequence[int],
+    temperature: float,
+    top_p: float,
+    vocab_size: int | None = None,
+) -> list[tuple[list[int], list[float]]]:
+    """`model.generate` on a left-padded batch; arguments and result as of `opcd_fast.rollout.decoding.decode`.
+
+    The tokens are drawn in a logits processor, from the same random numbers as in `decode`.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    ids, mask = _left_padded(prompts, stop_token_ids[0])
+    sampler = _Sampler(uniform.to(device), temperature, top_p, vocab_size)
+    generator, inputs, prefix = seam.generation_inputs(model, ids.to(device), mask.to(device))
+    width = inputs["input_ids"].shape[1]
+    with _own_generation_settings(model), sdpa_without_cudnn():
+        output = generator.generate(
+            **inputs,
+            logits_processor=[sampler],
+            synced_gpus=False,  # weights are whole here, and ranks need not take the same number of steps
+            generation_config=GenerationConfig(
+                do_sample=False,  # of the drawn token alone, see _Sampler
+                max_new_tokens=uniform.shape[1],
+                eos_token_id=list(stop_token_ids),
+                pad_token_id=stop_token_ids[0],
+                bos_token_id=None,
+                use_cache=True,
+            ),
+        )
+    if prefix is not None and prefix.get_seq_length() < width:
+        raise RuntimeError("model: transformers' generate did not read the trained prefix; use engine='decode'")
+    tokens = output[:, width:].tolist()
+    logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+    answers = []
+    for row, values in zip(tokens, logprobs):
+        kept, _ = cut_at_stop(row, stop_token_ids)
+        answers.append((list(kept), values[: len(kept)]))
+    return answers
+
+
+class _Sampler:
+    """Logits processor that draws: the drawn token keeps a score, so that `generate` must take it."""
+
+    def __init__(self, uniform: Tensor, temperature: float, top_p: float, vocab_size: int | None) -> None:
+        self._uniform, self._options = uniform, (temperature, top_p, vocab_size)
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        tokens, logprobs = draw(scores, self._uniform[:, len(self.logprobs)], *self._options)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+@contextmanager
+def _own_generation_settings(model: Any) -> Iterator[None]:
+    """Keep the model's generation_config out: transformers would fill in every setting that a call leaves open, and
+    chat models ship temperatures, penalties and beams. The answers must come from the distribution that is scored."""
+    from transformers import GenerationConfig
+
+    owner: Any = seam.causal_lm(model)
+    kept = owner.generation_config
+    owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = kept
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and mask."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask

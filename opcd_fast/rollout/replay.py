@@ -1,0 +1,171 @@
+"""Answers from a file instead of a sampler: training off-policy, on what somebody else wrote.
+
+One JSON object a line, in either form:
+
+    {"prompt_ids": [1, 2], "response_ids": [3, 4], "logprobs": [-0.1, -0.2]}      logprobs are optional
+    {"prompt": "..." or [messages], "response": "..."}                            needs the tokenizer
+
+A prompt may have several answers. `write_replay` writes the first form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opcd_fast.errors import InputError
+from opcd_fast.rollout.protocol import Completion, check_request, cut_at_stop
+from opcd_fast.runtime import stream_seed, write_text
+
+
+class ReplayRollout:
+    """The answers that a file holds for the prompts that are asked for. See Rollout.
+
+    Temperature and top_p cannot change answers that are written already; the file must fit them.
+
+    Args:
+        file: JSONL, see above.
+        stop_token_ids: an answer ends after the first of these. To text, the first one is added at the end.
+        tokenizer: for rows of text; prompts are rendered with its chat template, as the trainer does.
+        template_kwargs: variables of that template.
+        vocab_size: an id from here on is an error.
+    Raises:
+        InputError: the file is missing or a line is wrong (it says which).
+    """
+
+    uses_model = "no"
+
+    def __init__(
+        self,
+        file: str | Path,
+        *,
+        stop_token_ids: Sequence[int],
+        tokenizer: Any = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        if not stop_token_ids:
+            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        self.file = Path(file)
+        self.stop_token_ids = tuple(stop_token_ids)
+        self._tokenizer, self._template_kwargs, self._vocab_size = tokenizer, template_kwargs, vocab_size
+        self._answers: dict[tuple[int, ...], list[Completion]] = {}
+        try:
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"rollout_file={str(file)!r} cannot be read as UTF-8 text: {error}") from error
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                prompt, answer = self._read(f"{self.file}:{number}", line)
+                self._answers.setdefault(prompt, []).append(answer)
+        if not self._answers:
+            raise InputError(f"rollout_file={str(file)!r} holds no answers")
+
+    def sync(self, model: Any) -> None:
+        """Nothing to do: the answers are not the model's."""
+
+    def explain(self) -> str:
+        count = sum(map(len, self._answers.values()))
+        return f"engine: replay ({count} answers to {len(self._answers)} prompts from {self.file}; off-policy)"
+
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises InputError when the file has no answer to one of these prompts."""
+        missing = [i for i, prompt in enumerate(prompts) if tuple(prompt) not in self._answers]
+        if missing:
+            shown = list(prompts[missing[0]])[:12]
+            raise InputError(
+                f"{self.file}: no answer to {len(missing)} of {len(prompts)} prompts, the first is number "
+                f"{missing[0]} ({shown} ...); prompts are compared as token ids, template included"
+            )
+
+    def check_logprobs(self) -> None:
+        """Raises InputError when an answer has none."""
+        bare = sum(answer.logprobs is None for answers in self._answers.values() for answer in answers)
+        if bare:
+            raise InputError(
+                f"importance_correction needs log-probabilities, and {bare} answers of rollout_file="
+                f"{str(self.file)!r} have none; add logprobs to them, or set importance_correction='none'"
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        logprobs: bool = True,
+    ) -> list[Completion]:
+        """The seed decides where to begin among a prompt's answers; a prompt asked for again gets the next one."""
+        rows = check_request(prompts, max_new_tokens, temperature, top_p)
+        self.check(rows)
+        turns: dict[tuple[int, ...], int] = {}
+        given = []
+        for row in rows:
+            held = self._answers[row]
+            turn = turns.setdefault(row, stream_seed(seed, "replay", len(row)))
+            turns[row] = turn + 1
+            answer = held[turn % len(held)]
+            tokens = answer.token_ids[:max_new_tokens]
+            values = answer.logprobs[:max_new_tokens] if logprobs and answer.logprobs is not None else None
+            given.append(Completion(tokens, values, answer.finished and len(tokens) == len(answer.token_ids)))
+        return given
+
+    def _read(self, where: str, line: str) -> tuple[tuple[int, ...], Completion]:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: must be an object with prompt_ids and response_ids, or prompt and response")
+        if "prompt_ids" in row or "response_ids" in row:
+            prompt, tokens = (self._ids(where, row, name) for name in ("prompt_ids", "response_ids"))
+        else:
+            prompt, tokens = self._from_text(where, row)
+        kept, finished = cut_at_stop(tokens, self.stop_token_ids)
+        values = row.get("logprobs")
+        if values is not None and (
+            not isinstance(values, list) or len(values) != len(tokens) or not all(_is_number(v) for v in values)
+        ):
+            raise InputError(f"{where}: logprobs must be a number for each of the {len(tokens)} response_ids")
+        logprobs = None if values is None else tuple(map(float, values[: len(kept)]))
+        return prompt, Completion(kept, logprobs, finished)
+
+    def _ids(self, where: str, row: dict[str, Any], name: str) -> tuple[int, ...]:
+        ids = row.get(name)
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise InputError(f"{where}: {name} must be a list of token ids, and not empty")
+        if name == "response_ids" and self._vocab_size is not None and max(ids) >= self._vocab_size:
+            raise InputError(f"{where}: token {max(ids)} is not in the vocabulary of {self._vocab_size}")
+        return tuple(ids)
+
+    def _from_text(self, where: str, row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        from opcd_fast.data import adapt_to_tokenizer, read_prompts, student_ids
+
+        if not isinstance(row.get("response"), str) or "prompt" not in row:
+            raise InputError(f"{where}: must have prompt_ids and response_ids, or prompt and response (text)")
+        if self._tokenizer is None:
+            raise InputError(f"{where}: the answer is text; give tokenizer=, or write response_ids")
+        (prompt,) = adapt_to_tokenizer(self._tokenizer, read_prompts([{"prompt": row["prompt"]}], where))
+        written = self._tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        return tuple(student_ids(self._tokenizer, prompt, self._template_kwargs)), (*written, self.stop_token_ids[0])
+
+
+def write_replay(file: str | Path, prompts: Sequence[Sequence[int]], answers: Sequence[Completion]) -> None:
+    """Write prompts and their answers as a file for `ReplayRollout`; whole or not at all."""
+    if len(prompts) != len(answers):
+        raise InputError(f"{len(prompts)} prompts, but {len(answers)} answers")
+    lines = []
+    for prompt, answer in zip(prompts, answers):
+        row: dict[str, Any] = {"prompt_ids": list(prompt), "response_ids": list(answer.token_ids)}
+        if answer.logprobs is not None:
+            row["logprobs"] = list(answer.logprobs)
+        lines.append(json.dumps(row) + "\n")
+    write_text(Path(file), "".join(lines))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,232 @@
+"""Answers drawn from a transformers model in this process.
+
+Engines that give the same answers for the same seed, up to rounding:
+
+- "decode": `opcd_fast.rollout.decoding`, for architectures it knows; checked on first use (`rollout.check`);
+- "generate": transformers' `generate`, for everything else.
+
+The protocol, and other engines: `rollout.protocol`, `rollout.server`, `rollout.vllm`, `rollout.replay`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd_fast.errors import InputError
+from opcd_fast.models import MergedCopy, seam
+from opcd_fast.rollout import generate as rollout_generate
+from opcd_fast.rollout import memory as rollout_memory
+from opcd_fast.rollout.check import Answers, check_decoding
+from opcd_fast.rollout.choice import Choice
+from opcd_fast.rollout.decoding import decode, refuses_decoding
+from opcd_fast.rollout.protocol import Completion, Rollout, check_request, stop_token_ids, weights_version
+
+__all__ = ["Completion", "Rollout", "TransformersRollout", "stop_token_ids"]
+
+ENGINES = ("auto", "decode", "generate")
+TRIAL_TOKENS = 4
+TRIAL_PROMPTS = 4
+
+_log = logging.getLogger(__name__)
+
+
+class TransformersRollout:
+    """A sampler over a transformers model, PEFT-wrapped or not; left in the train/eval mode it had.
+
+    Args:
+        model: the causal LM.
+        stop_token_ids: ids that end an answer.
+        max_batch: sequences generated at once. None: as many as the memory that is free at the first call holds,
+            at most 256.
+        merge_adapter: generate with a copy that has the LoRA adapter folded in (a second copy of the adapted
+            weights). None: on a CPU where half of the free memory holds it, and not on a GPU.
+        vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
+        engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the
+            model's forward pass.
+        choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        stop_token_ids: Sequence[int],
+        max_batch: int | None = 64,
+        merge_adapter: bool | None = None,
+        vocab_size: int | None = None,
+        engine: str = "auto",
+        choice: Choice | None = None,
+    ) -> None:
+        if not stop_token_ids:
+            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        if engine not in ENGINES:
+            raise InputError(f"engine={engine!r} is not available; use {' or '.join(map(repr, ENGINES))}")
+        if max_batch is not None and max_batch < 1:
+            raise InputError(f"max_batch={max_batch} must be at least 1, or None for as many as fit")
+        self.model = model
+        self.stop_token_ids = tuple(stop_token_ids)
+        self.max_batch = max_batch
+        self.vocab_size = vocab_size
+        self.device = next(model.parameters()).device
+        self._can_merge = MergedCopy.supports(model)
+        if merge_adapter and not self._can_merge:
+            raise InputError("merge_adapter=True needs LoRA or DoRA on linear layers; use None or False")
+        refusal = refuses_decoding(model)
+        if engine == "decode" and refusal is not None:
+            raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
+        self._merged: MergedCopy | None = None
+        self._folded: Any = None  # version of the weights that the copy holds
+        self._kept = choice or Choice()
+        kept = self._kept.values
+        self._engine = self._kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
+        if self._engine not in (None, *ENGINES[1:]):
+            raise InputError(
+                f"choice: it kept the engine {self._engine!r}, which is not available any more; delete rollout.json in "
+                "the run's folder to decide anew, or give engine="
+            )
+        if self._engine is None and refusal is not None:
+            self._engine = self._kept.set("engine", "generate", f"decode cannot run this model: {refusal}")
+        merge = self._kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
+        if merge is None and not self._can_merge:
+            merge = self._kept.set("merge", False, "no LoRA adapter to fold in")
+        if merge is None:
+            # By rule and not by the clock, so that a run which is repeated rounds as it did.
+            merge = self._kept.set("merge", *self._worth_merging())
+        if merge:
+            self._merged = MergedCopy(model)
+        if max_batch is None:
+            self.max_batch = kept.get("batch")
+
+    def sync(self, model: Any = None) -> None:
+        """Weights may have moved: fold the adapter in again before the next answer."""
+        if model is not None and model is not self.model:
+            raise InputError("sync: this rollout runs the model it was made with; make another for another model")
+        self._folded = None
+
+    def explain(self) -> str:
+        """What was chosen and why, a line each; what is not decided yet is decided at the first call."""
+        return self._kept.explain()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        logprobs: bool = True,
+        only: range | None = None,
+    ) -> list[Completion]:
+        """See Rollout. temperature 0 takes the most probable token (its log-probability is then at temperature 1).
+
+        only: answer these of the prompts alone, as they would be answered among all; the others go to other ranks.
+        """
+        rows = check_request(prompts, max_new_tokens, temperature, top_p)
+        if not rows:
+            return []
+        with seam.scoring_mode(self.model):
+            self._decide(rows, max_new_tokens)
+            options = {"temperature": temperature, "top_p": top_p}
+            generator = torch.Generator().manual_seed(seed)
+            uniform = torch.rand(len(rows), max_new_tokens, dtype=torch.float64, generator=generator)
+            drawn: list[Any] = [None] * len(rows)
+            # Neighbours in length share a batch, so that little of it is padding; equal prompts run once.
+            wanted = range(len(rows)) if only is None else only
+            order = sorted(wanted, key=lambda i: (len(rows[i]), rows[i]))
+            model, start = self._answering_model(), 0
+            while start < len(order):
+                part = order[start : start + (self.max_batch or 1)]
+                try:
+                    answers = self._run(
+                        self._engine, model, [rows[i] for i in part], uniform[part], **options
+                    )
+                except torch.cuda.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise
+                    answers = None
+                if answers is None:  # outside of the handler, whose traceback keeps the tensors alive
+                    torch.cuda.empty_cache()
+                    self.max_batch = len(part) // 2
+                    _log.warning("rollout: out of GPU memory with %d sequences, going on with %d at once",
+                                 len(part), self.max_batch)  # fmt: skip
+                    continue
+                for i, answer in zip(part, answers):
+                    drawn[i] = answer
+                start += len(part)
+        return [self._completion(tokens, values if logprobs else None) for tokens, values in (drawn[i] for i in wanted)]
+
+    def _run(
+        self, engine: str | None, model: Any, prompts: list[tuple[int, ...]], uniform: Tensor, *,
+        temperature: float, top_p: float,
+    ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+        options: dict[str, Any] = {
+            "temperature": temperature, "top_p": top_p, "vocab_size": self.vocab_size,
+            "stop_token_ids": self.stop_token_ids,
+        }  # fmt: skip
+        if engine == "decode":
+            return decode(model, prompts, uniform, **options)
+        return rollout_generate.generate(model, prompts, uniform, **options)
+
+    def _completion(self, tokens: list[int], logprobs: list[float] | None) -> Completion:
+        return Completion(
+            tuple(tokens), None if logprobs is None else tuple(logprobs), tokens[-1] in self.stop_token_ids
+        )
+
+    def _answering_model(self) -> Any:
+        if self._merged is None:
+            return self.model
+        version = weights_version(self.model)
+        if version != self._folded:
+            self._merged.refresh()
+            self._folded = version
+        return self._merged.model
+
+    # --------------------------------------------------------------------------------------- decided once
+
+    def _worth_merging(self) -> tuple[bool, str]:
+        if self.device.type != "cpu":
+            return False, "on a GPU, where the copy takes memory that training needs; not measured there yet"
+        if MergedCopy.bytes_needed(self.model) > rollout_memory.free_bytes(self.device) // 2:
+            return False, "the copy would take over half of what is free"
+        return True, "on a CPU, where adapters' small products cost more than their share of the arithmetic"
+
+    def _decide(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> None:
+        if self._engine is None:
+            self._engine, reason = self._verified(rows, max_new_tokens)
+            self._kept.set("engine", self._engine, reason)
+        if self.max_batch is None:
+            longest = max(map(len, rows))
+            answering = self.model if self._merged is None else self._merged.model  # whose type the cache has
+            self.max_batch = rollout_memory.batch_that_fits(answering, longest, max_new_tokens)
+            self._kept.set("batch", self.max_batch, f"free memory, {longest} + {max_new_tokens} tokens a sequence")
+        self._kept.write()
+
+    def _verified(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> tuple[str, str]:
+        """The loop on a few of the prompts, shortest and longest among them."""
+        ordered = sorted(set(rows), key=len)
+        trial = [*ordered[: TRIAL_PROMPTS // 2], *ordered[TRIAL_PROMPTS // 2 :][-TRIAL_PROMPTS // 2 :]]
+        uniform = torch.zeros(len(trial), min(TRIAL_TOKENS, max_new_tokens), dtype=torch.float64)
+
+        def loop() -> Answers:
+            return self._run("decode", self.model, trial, uniform, temperature=0.0, top_p=1.0)
+
+        try:
+            good, figures = check_decoding(self.model, loop, trial, self.vocab_size)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return self._stepped_down(f"decode failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        if good:
+            return "decode", f"agrees with the model's forward pass: log-probabilities differ by {figures}"
+        return self._stepped_down(f"decode disagrees with the model's forward pass: log-probabilities by {figures}")
+
+    def _stepped_down(self, reason: str) -> tuple[str, str]:
+        _log.warning("rollout: %s; using transformers' generate", reason)
+        return "generate", reason

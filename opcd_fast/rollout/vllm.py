@@ -1,0 +1,151 @@
+"""Answers from vLLM in this process, on the GPU that also trains.
+
+Written against vLLM's documented Python interface (LLM, SamplingParams, TokensPrompt, LoRARequest, sleep mode) and
+tested with a stand-in that checks the calls; not run on hardware.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opcd_fast.errors import InputError
+from opcd_fast.rollout.protocol import Completion, check_request
+from opcd_fast.rollout.weights import AdapterFolder
+from opcd_fast.runtime import stream_seed
+
+
+class VLLMRollout:
+    """A sampler over a vLLM engine that holds the base model; the LoRA adapter follows the training. See Rollout.
+
+    Between two calls the engine sleeps (level 1: its weights go to the host's memory, its cache is dropped), so that
+    the training step has the GPU to itself.
+
+    Args:
+        model_name: folder or hub id of the base model.
+        stop_token_ids: ids that end an answer.
+        folder: where adapters are written for vLLM to read.
+        max_lora_rank: the adapter's rank.
+        gpu_memory_utilization: share of the GPU that vLLM may take while it is awake.
+        sleep: False keeps it awake (two models and the training must then fit).
+        options: any other argument of vllm.LLM.
+    """
+
+    uses_model = "saves"
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        stop_token_ids: Sequence[int],
+        folder: str | Path,
+        max_lora_rank: int,
+        gpu_memory_utilization: float = 0.5,
+        sleep: bool = True,
+        vocab_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        if not stop_token_ids:
+            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        if importlib.util.find_spec("vllm") is None:
+            raise InputError("rollout='vllm' needs vLLM: pip install vllm, or use rollout='transformers' or 'server'")
+        from vllm import LLM
+
+        self.stop_token_ids = tuple(stop_token_ids)
+        self.vocab_size = vocab_size
+        self._sleeps, self._asleep = sleep, False
+        self._name = model_name
+        self._adapter = AdapterFolder(folder)
+        self._request: Any = None
+        self._count = 0
+        self._llm = LLM(
+            model=model_name,
+            enable_lora=True,
+            max_lora_rank=max_lora_rank,
+            enable_sleep_mode=sleep,
+            gpu_memory_utilization=gpu_memory_utilization,
+            generation_config="vllm",  # not the model's own, with its penalties
+            logprobs_mode="processed_logprobs",  # after temperature and top_p: of the sampling distribution
+            **options,
+        )
+        self._rest()
+
+    def sync(self, model: Any) -> None:
+        from vllm.lora.request import LoRARequest
+
+        path = self._adapter.write(model)
+        if self._request is None or path.name != self._request.lora_name:
+            self._count += 1  # vLLM tells adapters apart by this number, and never reads one twice
+            self._request = LoRARequest(lora_name=path.name, lora_int_id=self._count, lora_path=str(path))
+            self._adapter.keep_only(path)
+
+    def explain(self) -> str:
+        return f"engine: vllm in this process ({self._name}, sleeps between calls: {self._sleeps})"
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        logprobs: bool = True,
+    ) -> list[Completion]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        rows = check_request(prompts, max_new_tokens, temperature, top_p)
+        if self._request is None:
+            raise InputError("the engine has no adapter yet; call sync(model) before generate()")
+        settings = [
+            SamplingParams(
+                n=1, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0,
+                repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+                seed=stream_seed(seed, "answer", index) % 2**31, stop_token_ids=list(self.stop_token_ids),
+                logprobs=0 if logprobs and temperature > 0 else None, detokenize=False,
+            )
+            for index in range(len(rows))
+        ]  # fmt: skip
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+        try:
+            outputs = self._llm.generate(
+                [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
+                sampling_params=settings,
+                lora_request=self._request,
+                use_tqdm=False,
+            )
+        finally:
+            self._rest()
+        if len(outputs) != len(rows):
+            raise RuntimeError(f"vLLM answered {len(outputs)} of {len(rows)} prompts")
+        return [self._read(output, row, max_new_tokens) for output, row in zip(outputs, rows)]
+
+    def _read(self, output: Any, row: tuple[int, ...], limit: int) -> Completion:
+        (answer,) = output.outputs
+        tokens = tuple(answer.token_ids)
+        if tuple(output.prompt_token_ids) != row:
+            raise RuntimeError("vLLM gave back answers in another order, or changed a prompt")
+        finished = answer.finish_reason == "stop"
+        if not tokens or answer.finish_reason not in ("stop", "length") or (not finished and len(tokens) != limit):
+            raise InputError(
+                f"vLLM ended an answer after {len(tokens)} of {limit} tokens ({answer.finish_reason}); raise "
+                "max_model_len or lower max_new_tokens"
+            )
+        if finished and tokens[-1] not in self.stop_token_ids:
+            raise InputError(f"vLLM ended an answer at token {tokens[-1]}, which is no stop token; give stop_tokens")
+        if self.vocab_size is not None and max(tokens) >= self.vocab_size:
+            raise InputError(f"vLLM drew token {max(tokens)}, which the teacher's vocabulary does not have")
+        values = None
+        if answer.logprobs is not None:
+            values = tuple(float(step[token].logprob) for step, token in zip(answer.logprobs, tokens, strict=True))
+        return Completion(tokens, values, tokens[-1] in self.stop_token_ids)
+
+    def _rest(self) -> None:
+        if self._sleeps:
+            self._llm.sleep(level=1)
+            self._asleep = True

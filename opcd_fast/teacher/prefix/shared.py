@@ -1,0 +1,166 @@
+"""A context, read once: its keys and values at batch size 1, and the hidden state that ends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opcd_fast.models import seam, states_of
+from opcd_fast.models.caches import KeysAndValues
+from opcd_fast.teacher.prefix import chunked_prefill
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefix:
+    """The KV cache of one context of P tokens: read by every sequence of a batch, never copied per row.
+
+    Keys and values may lie elsewhere than the model (`kept_on`).
+    """
+
+    token_ids: Tensor  # (P,) int64, on the CPU
+    keys: tuple[Tensor, ...]  # one (1, H_kv, kept, d) per layer; kept = P, or min(P, W - 1) with a window of W
+    values: tuple[Tensor, ...]
+    last_hidden_state: Tensor | None  # (D,): what predicts the first token after the context; None when P = 0
+    metadata: dict[str, str] = field(default_factory=dict)  # what it was built with, see `describe`
+    # What recurrent layers carry on, one for each layer, each (1, ...); () for models without such layers.
+    states: tuple[dict[str, Tensor], ...] = ()
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        token_ids: Tensor,
+        *,
+        keep_kv: bool = True,
+        chunk_tokens: int | None = None,
+        after: SharedPrefix | None = None,
+        device: torch.device | str | None = None,
+    ) -> SharedPrefix:
+        """Run `token_ids` (P,) through the body of `model` once, without gradients, in the mode it is in.
+
+        keep_kv=False keeps only the last hidden state (for architectures whose cache is not used). P = 0
+        gives a prefix without keys. The caller turns dropout, checkpointing and adapters off
+        (`ContextTeacher` does).
+
+        chunk_tokens: tokens that go through the model at once, None for `chunked_prefill.chunk_tokens`; 0 for all of
+        them with the model's own attention. A model that `chunked_prefill.refuses_chunks` reads all at once, whatever
+        is asked for. after: the same model's prefix of the first tokens of `token_ids`, which are then not
+        run again; its keys and values are copied. Raises ValueError when it is not that.
+
+        device: where keys and values are kept, None for the model's. Read in chunks, they grow there, and the model's
+        device holds one layer of them at a time; read at once, they are all on the model's device first.
+        """
+        if chunk_tokens is not None and chunk_tokens < 0:
+            raise ValueError(f"chunk_tokens: expected a number of tokens, 0 or None, got {chunk_tokens}")
+        body = seam.body_of(model)
+        ids = token_ids.detach().to("cpu", torch.int64)
+        metadata = describe(body)
+        if after is not None:
+            _check_start(after, ids, keep_kv and chunk_tokens != 0, metadata, chunked_prefill.refuses_chunks(body))
+            if len(after) == ids.numel():
+                return after
+        if ids.numel() == 0:
+            return cls(ids, (), (), None, metadata)
+        row = ids.unsqueeze(0).to(next(body.parameters()).device)
+        with torch.no_grad():
+            if not keep_kv:
+                return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), metadata)
+            states: tuple[dict[str, Tensor], ...] = ()
+            if chunk_tokens != 0 and chunked_prefill.refuses_chunks(body) is None:
+                chunk = chunk_tokens or chunked_prefill.chunk_tokens(body)
+                start = [] if after is None else list(zip(after.keys, after.values, strict=True))
+                past = 0 if after is None else len(after)
+                layers, last = chunked_prefill.grow(body, ids, chunk, start, past, device)
+            else:
+                layers, filled, hidden = seam.fill_cache(body, row)
+                states, last = tuple(states_of(layer) for layer in filled), hidden[0, -1].clone()
+        keys, values = tuple(k for k, _ in layers), tuple(v for _, v in layers)
+        prefix = cls(ids, keys, values, last, metadata, states if any(states) else ())
+        return prefix if device is None else prefix.kept_on(device)
+
+    def kept_on(self, device: torch.device | str) -> SharedPrefix:
+        """With keys and values on `device`; on the CPU of a machine with CUDA they are pinned.
+
+        States of recurrent layers and the last hidden state stay where they are.
+        """
+        place = torch.device(device)
+        keys, values = (tuple(_placed(x, place) for x in pair) for pair in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def layer(self, index: int) -> KeysAndValues:
+        """Keys and values of layer `index`, where they are kept."""
+        return self.keys[index], self.values[index]
+
+    def __len__(self) -> int:
+        """P, tokens of the context."""
+        return self.token_ids.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys, values and states, wherever they lie. They do not depend on any batch."""
+        return sum(self.nbytes_by_device.values())
+
+    @property
+    def nbytes_by_device(self) -> dict[str, int]:
+        """`nbytes`, apart for each device."""
+        states = (x for layer in self.states for x in layer.values())
+        found: dict[str, int] = {}
+        for x in (*self.keys, *self.values, *states):
+            found[str(x.device)] = found.get(str(x.device), 0) + x.numel() * x.element_size()
+        return found
+
+
+def _check_start(
+    after: SharedPrefix, ids: Tensor, extendable: bool, metadata: dict[str, str], refused: str | None
+) -> None:
+    if not extendable or refused is not None:
+        raise ValueError(f"after: a prefix cannot be extended here, because {refused or 'all keys are made anew'}")
+    if len(after) > ids.numel() or not torch.equal(after.token_ids, ids[: len(after)]):
+        raise ValueError(f"after: its {len(after)} tokens are not the first of token_ids ({ids.numel()})")
+    wrong = [name for name in metadata if after.metadata.get(name) != metadata[name]]
+    if wrong or bool(len(after)) != bool(after.keys):
+        raise ValueError(f"after: has no keys of this model (differs in {wrong or 'having keys at all'})")
+
+
+def _placed(x: Tensor, device: torch.device) -> Tensor:
+    """On `device`; pinned where that lets a CUDA device fetch it while it computes."""
+    x = x.to(device)
+    pin = x.device.type == "cpu" and x.numel() and torch.cuda.is_available() and not x.is_pinned()
+    return x.pin_memory() if pin else x
+
+
+def describe(body: nn.Module) -> dict[str, str]:
+    """What a KV cache of `body` depends on besides its weights, as strings."""
+    config = body.config
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    heads = [seam.setting(config, name) for name in (*names, "sliding_window")]
+    rope = seam.setting(config, "rope_parameters")
+    return {
+        "model": type(body).__name__,
+        "shape": json.dumps(heads),
+        "rope": json.dumps(rope, sort_keys=True, default=str),
+        "dtype": str(next(body.parameters()).dtype),
+    }
+
+
+def cache_of(prefixes: Sequence[SharedPrefix]) -> tuple[Any, list[list[int] | None] | None]:
+    """The read-only cache that puts `prefixes` in front of a packed row, in this order.
+
+    Also how many keys it holds of each prefix in each layer, [layer][prefix]: 0 for an empty prefix, None for a layer
+    that reads another's keys. (None, None) when all prefixes are empty.
+    """
+    full = [prefix for prefix in prefixes if len(prefix)]
+    if not full:
+        return None, None
+    layers = []
+    counts: list[list[int] | None] = []
+    for i, key in enumerate(full[0].keys):
+        layers.append([p.layer(i) for p in full])
+        counts.append([p.keys[i].shape[-2] if len(p) else 0 for p in prefixes] if key.numel() else None)
+    return seam.frozen_cache(layers), counts

@@ -1,0 +1,68 @@
+"""A teacher whose body runs on another device than the student; only what the loss reads comes over.
+
+Per call that is the hidden states at response positions, (N, D_t), and the token ids on their way there. The lm-head is
+copied once, and again when its weight changes. Keys, values, activations and logits stay where they are.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd_fast.loss import LMHead
+from opcd_fast.teacher.context_teacher import ContextTeacher
+
+
+class RemoteTeacher:
+    """`teacher`, which lives on a device of its own, as seen from `device`.
+
+    `hidden_states_packed` and `head` answer on `device`; everything else is the teacher's.
+    """
+
+    def __init__(self, teacher: ContextTeacher, device: torch.device) -> None:
+        self.local = teacher
+        self.device = device
+        self._copied_from: tuple[Any, ...] = ()
+        self._head: LMHead | None = None
+
+    def hidden_states_packed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, *, context_index: Any = None, select: Tensor | None = None
+    ) -> Tensor:
+        """See `ContextTeacher.hidden_states_packed`; (N, D_t) on `device`."""
+        with _current(self.local.head.weight.device):
+            hidden = self.local.hidden_states_packed(input_ids, cu_seqlens, context_index=context_index, select=select)
+        return hidden.to(self.device)
+
+    @property
+    def head(self) -> LMHead:
+        """The teacher's lm-head on `device`: the same copy until the weight or bias is another, or was changed."""
+        head = self.local.head
+        parts = [head.weight] if head.bias is None else [head.weight, head.bias]
+        # The tensors themselves, not their ids: an id may come again once a tensor is gone.
+        now = tuple((part, part._version) for part in parts)
+        same = len(now) == len(self._copied_from) and all(
+            a is b and v == w for (a, v), (b, w) in zip(now, self._copied_from)
+        )
+        if self._head is None or not same:
+            self._head = None  # before the new copy is made, so that there are never two
+            weight = head.weight.detach().to(self.device)
+            bias = None if head.bias is None else head.bias.detach().to(self.device)
+            self._head, self._copied_from = replace(head, weight=weight, bias=bias), now
+        return self._head
+
+    def invalidate(self) -> None:
+        """See `ContextTeacher.invalidate`; the head is copied anew as well."""
+        self._copied_from = ()
+        self.local.invalidate()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.local, name)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, whatever device its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,110 @@
+"""The engine of a run, as accelerate was launched: one process, plain data parallelism or FSDP2.
+
+What all of them have in common is in `opcd_fast.training.engines.engine`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from opcd_fast.errors import InputError
+from opcd_fast.models import is_quantized, virtual_tokens
+from opcd_fast.training.engines.acceleration import shards
+from opcd_fast.training.engines.engine import Engine
+from opcd_fast.training.engines.fsdp2 import FSDP2Engine
+from opcd_fast.training.engines.model_pair import ModelPair, is_peft
+from opcd_fast.training.engines.optimizers import make_optimizer
+from opcd_fast.training.engines.ranks import Ranks
+from opcd_fast.training.settings import OPCDConfig
+
+
+def make_engine(accelerator: Any, ranks: Ranks, pair: ModelPair, config: OPCDConfig, device: torch.device) -> Engine:
+    """`pair`'s models on the engine of `accelerator`, with the optimizer of what is trained.
+
+    device: where the models will run. Collective, as all methods of what it returns.
+
+    Raises InputError for settings that the engine does not go with.
+    """
+    sharded = shards()
+    if sharded:
+        refuse_sharded(pair, config)
+    student = pair.student
+    trained = [p for p in student.parameters() if p.requires_grad]
+    prefix = virtual_tokens(student) > 0
+    optimizer = make_optimizer(config, trained, device, adapter=is_peft(student), prefix=prefix)
+    return (FSDP2Engine if sharded else Engine)(accelerator, ranks, pair, optimizer)
+
+
+def shared_sampler(sampler: Any, engine: Engine) -> Any:
+    """`sampler` as all ranks use it together."""
+    return SharedSampler(sampler, engine) if engine.sharded or engine.ranks.world > 1 else sampler
+
+
+class SharedSampler:
+    """A sampler whose prompts are shared out among the ranks, and whose answers all ranks get.
+
+    One whose `generate` takes `only` (a range of the prompts) answers each rank's part there, with the random numbers
+    that it would have used for all; any other runs on rank 0 alone. One whose `uses_model` is "saves" knows the model
+    by what that writes in `sync`, one with "no" not at all, and neither needs whole weights on the ranks.
+    """
+
+    def __init__(self, sampler: Any, engine: Engine) -> None:
+        self._sampler, self._engine, self._ranks = sampler, engine, engine.ranks
+        self._takes_part = "only" in inspect.signature(sampler.generate).parameters
+        self._uses_model = getattr(sampler, "uses_model", "runs")
+
+    def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Any]:
+        part = self._ranks.part(len(prompts))
+
+        def answers() -> list[Any]:
+            if self._takes_part:
+                return self._sampler.generate(prompts, only=part, **sampling)
+            return self._sampler.generate(prompts, **sampling) if self._ranks.main else []
+
+        with self._engine.whole() if self._uses_model == "runs" else nullcontext():
+            return self._ranks.gather_lists(self._ranks.together(answers))
+
+    def sync(self, model: Any = None) -> None:
+        if self._takes_part:
+            self._sampler.sync(model)
+            return
+        around: dict[str, Callable[[], AbstractContextManager[None]]] = {
+            "runs": self._engine.whole, "saves": self._engine.saving, "no": nullcontext,
+        }  # fmt: skip
+        with around[self._uses_model]():
+            self._ranks.on_main(lambda: self._sampler.sync(model))
+
+
+def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
+    """Raise InputError for what would hang, or be wrong, where ranks meet in every layer of every forward pass."""
+
+    def wrong(setting: str, reason: str, remedy: str = "use plain data parallelism (DDP)") -> InputError:
+        return InputError(f"{setting} does not go with sharded weights: {reason}; {remedy}")
+
+    if pair.moving is not None:
+        raise wrong(f"teacher_mode={config.teacher_mode!r}", "the teacher is a second copy that must follow")
+    models = (pair.student, pair.teacher, pair.reference)
+    if any(m is not None and is_quantized(m) for m in models):
+        raise wrong("4-bit weights", "their blocks cannot be cut")
+    if config.teacher_device != "auto" or config.teacher_offload:
+        setting = "teacher_offload" if config.teacher_offload else "teacher_device"
+        raise wrong(setting, "the teacher is sharded with the student", "drop it")
+    if config.num_virtual_tokens or virtual_tokens(pair.student):
+        raise wrong("num_virtual_tokens", "the prefix is made outside of the modules that gather weights")
+    if config.optimizer != "adamw_torch":
+        raise wrong(f"optimizer={config.optimizer!r}", "it does not know them", "use 'adamw_torch'")
+    for name in ("max_prefix_bytes", "teacher_batch_bytes"):
+        if getattr(config, name) is not None:
+            raise wrong(name, "ranks would run the teacher at different times", "drop it")
+    if config.merge_for_rollout:
+        raise wrong("merge_for_rollout=True", "the merged copy would be a whole model on every rank", "drop it")
+    if config.teacher_path not in ("auto", "merge"):
+        raise wrong(
+            f"teacher_path={config.teacher_path!r}", "it runs the model once per context or sequence, which differ "
+            "between ranks", "use 'auto', or plain data parallelism (DDP)",
+        )  # fmt: skip

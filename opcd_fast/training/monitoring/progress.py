@@ -1,0 +1,119 @@
+"""What a person sees while a run goes on: a live table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FIRST_STEPS = 2  # after so many a step's time is known: the first one also compiles and warms up
+
+
+class Progress:
+    """Shows step, loss, KL, tokens per second, seconds by part, time left and held-out KL.
+
+    Args:
+        total: steps of the run.
+        done: steps already behind it (a resumed run).
+        quiet: show nothing.
+    """
+
+    def __init__(self, total: int, done: int = 0, quiet: bool = False) -> None:
+        self._total, self._done, self._quiet = total, done, quiet
+        self._times: list[float] = [time.perf_counter()]
+        self._held_out = ""
+        self._live: Any = None
+        if not quiet and sys.stdout.isatty():
+            from rich.live import Live
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=30),
+                TextColumn("{task.fields[left]}"),
+                auto_refresh=False,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done, left="")
+            self._live = Live(self._bar, refresh_per_second=4)
+            self._live.start()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """record: of one step, see `opcd_fast.training.step.records.step_record`."""
+        self._done += 1
+        self._times.append(time.perf_counter())
+        left = self.seconds_left()
+        waiting = "" if left is None else f"{_clock(left)} left"
+        if self._live is not None:
+            from rich.console import Group
+
+            self._bar.update(self._task, completed=self._done, left=waiting)
+            self._live.update(Group(self._bar, self._table(record)))
+        elif not self._quiet:
+            words = [
+                f"step {self._done}/{self._total}",
+                f"loss {record['loss']:.4f}",
+                "{} {:.4f}".format(*per_token(record)),
+                f"{record['tokens_per_second']:.0f} tokens/s",
+                waiting,
+            ]
+            print("  ".join(word for word in words if word), flush=True)
+
+    def seconds_left(self) -> float | None:
+        """Estimate from the steps after the first (evaluations included), once there are two; None before."""
+        made = len(self._times) - 1
+        if made < FIRST_STEPS:
+            return None
+        return (self._times[-1] - self._times[1]) / (made - 1) * (self._total - self._done)
+
+    def evaluation(self, text: str, record: Mapping[str, Any]) -> None:
+        """text: in one line. record: of one held-out evaluation."""
+        self._held_out = f"{record['own_kl']:.4f} after step {record['step']}"
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        elif not self._quiet:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _table(self, record: Mapping[str, Any]) -> Any:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(style="dim")
+        table.add_column()
+        table.add_row("loss", f"{record['loss']:.4f}")
+        name, value = per_token(record)
+        table.add_row(f"{name} per token", f"{value:.4f} nats")
+        if self._held_out:
+            table.add_row("held-out KL", self._held_out)
+        table.add_row("speed", f"{record['tokens_per_second']:.0f} tokens/s")
+        table.add_row("seconds", "  ".join(f"{part} {value:.2f}" for part, value in record["seconds"].items()))
+        return table
+
+
+def per_token(record: Mapping[str, Any]) -> tuple[str, float]:
+    """A step's measure per token, by name: the KL, or the NLL where no teacher scored the answers."""
+    return ("KL", record["kl_per_token"]) if "kl_per_token" in record else ("NLL", record["nll_per_token"])
+
+
+def seconds_by_part(history: Sequence[Mapping[str, Any]]) -> str:
+    """Mean seconds of a step and of its parts, with shares: one line."""
+    parts = {part: sum(r["seconds"].get(part, 0.0) for r in history) for part in history[-1]["seconds"]}
+    total = sum(parts.values()) or 1.0
+    words = (f"{part} {spent / len(history):.2f} ({spent / total:.0%})" for part, spent in parts.items())
+    return f"seconds a step: {total / len(history):.2f} = {' + '.join(words)}"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,54 @@
+"""A run's folder: checkpoints, records, where it came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opcd_fast.runtime.doors import door
+
+__getattr__, __dir__, __all__ = door(
+    __name__,
+    {
+        "continual": ("start_from",),
+        "curves": ("curve", "run_settings"),
+        "folder": ("ANSWERS", "RunFolder"),
+        "provenance": (
+            "FileHashes",
+            "Files",
+            "differing",
+            "hash_of",
+            "of_code",
+            "of_model",
+            "of_tokenizer",
+            "template_hash",
+            "template_in",
+            "tokenizer_files",
+            "weight_files",
+        ),
+        "record": ("PROMPTS", "RECORD", "Origins", "kept_held_out", "read_record", "row_of", "write_record"),
+        "resumption": ("FREE_ON_RESUME", "identity"),
+        "snapshots": ("Snapshots",),
+    },
+    modules=("best",),
+)
+
+if TYPE_CHECKING:
+    from opcd_fast.training.run.continual import start_from
+    from opcd_fast.training.run.curves import curve, run_settings
+    from opcd_fast.training.run.folder import ANSWERS, RunFolder
+    from opcd_fast.training.run.provenance import (
+        FileHashes,
+        Files,
+        differing,
+        hash_of,
+        of_code,
+        of_model,
+        of_tokenizer,
+        template_hash,
+        template_in,
+        tokenizer_files,
+        weight_files,
+    )
+    from opcd_fast.training.run.record import PROMPTS, RECORD, Origins, kept_held_out, read_record, row_of, write_record
+    from opcd_fast.training.run.resumption import FREE_ON_RESUME, identity
+    from opcd_fast.training.run.snapshots import Snapshots

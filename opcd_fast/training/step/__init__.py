@@ -1,0 +1,41 @@
+"""One step: teachers, objective, likelihoods, evaluation, its numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opcd_fast.runtime.doors import door
+
+__getattr__, __dir__, __all__ = door(
+    __name__,
+    {
+        "evaluate": ("divergence", "samples_of"),
+        "likelihood": ("answer_nll",),
+        "objective": ("Teacher", "context_kl"),
+        "preflight": (
+            "Windows",
+            "check_context_matters",
+            "check_length",
+            "check_lengths",
+            "check_prompt_length",
+            "warn_of_known_prompts",
+        ),
+        "records": ("step_record", "total_weight"),
+        "teachers": ("Teachers",),
+    },
+)
+
+if TYPE_CHECKING:
+    from opcd_fast.training.step.evaluate import divergence, samples_of
+    from opcd_fast.training.step.likelihood import answer_nll
+    from opcd_fast.training.step.objective import Teacher, context_kl
+    from opcd_fast.training.step.preflight import (
+        Windows,
+        check_context_matters,
+        check_length,
+        check_lengths,
+        check_prompt_length,
+        warn_of_known_prompts,
+    )
+    from opcd_fast.training.step.records import step_record, total_weight
+    from opcd_fast.training.step.teachers import Teachers

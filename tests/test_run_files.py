@@ -47,7 +47,7 @@ def test_a_half_written_checkpoint_is_not_a_checkpoint(tmp_path):
 
 def test_a_killed_run_may_leave_half_a_line(tmp_path):
     folder = RunFolder(tmp_path / "run", resume=False)
-    folder.start({})
+    folder.start({"output_dir": "run"})
     for step in (1, 2, 3):
         folder.log({"kind": "step", "step": step})
     folder.save(2, checkpoint.Saved({"w": torch.zeros(1)}, {}), {"seed": 0}, keep=1)

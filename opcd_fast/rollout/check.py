@@ -1,9 +1,8 @@
 """Whether the decoding loop computes what the model computes, by log-probabilities of plain forward passes.
 
-Rounding hides faults: in bfloat16 two correct ways of running SmolLM2-135M differ by 0.04 nats a token in the root mean
-square and by 0.3 at times, as much as a key that is missing in some layers. So the loop first runs in float32 over the
-same weights, where the bound is a hundred times smaller, and then in the model's own type, where it may be off by a
-small multiple of what a plain forward pass is off.
+Rounding hides faults: in bfloat16 two right ways of running a model differ by as much as a key that is missing in some
+layers makes. So the loop first runs in float32 over the same weights, where the bound is a hundred times smaller, and
+then in the model's own type, where it may be off by a small multiple of what a plain forward pass is off.
 """
 
 from __future__ import annotations

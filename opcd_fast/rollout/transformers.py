@@ -46,8 +46,8 @@ class TransformersRollout:
         merge_adapter: generate with a copy that has the LoRA adapter folded in (a second copy of the adapted
             weights). None: on a CPU where half of the free memory holds it, and not on a GPU.
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
-        engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the
-            model's forward pass.
+        engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the model's
+            forward pass.
         choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
     """
 

@@ -9,12 +9,12 @@ PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadsco
 
 # What touches other people's code: transformers' models (teacher, student, heads), its caches (decoding), accelerate and
 # PEFT (trainer), TRL, and Triton (interpreter and compiler).
-SEAMS := tests/test_teacher_matrix.py tests/test_student.py tests/test_heads_families.py tests/test_rollout.py \
-	tests/test_trainer.py tests/test_integrations_trl.py tests/test_integrations_trl_context.py \
+SEAMS := tests/teacher/test_teacher_matrix.py tests/models/test_student.py tests/loss/test_heads_families.py tests/rollout/test_rollout.py \
+	tests/training/test_trainer.py tests/integrations/test_integrations_trl.py tests/integrations/test_integrations_trl_context.py \
 	tests/kernels/test_reverse_kl_rows.py tests/kernels/test_compile.py
 # Whose numbers depend on the instructions that torch, oneDNN and the CPU library choose.
-ARITHMETIC := tests/test_loss_accuracy.py tests/kernels/test_native_rows.py tests/test_native.py tests/test_retreat.py \
-	tests/test_quantized.py tests/test_sharded_heads.py tests/test_report.py tests/test_golden.py tests/test_rollout.py
+ARITHMETIC := tests/loss/test_loss_accuracy.py tests/kernels/test_native_rows.py tests/kernels/test_native.py tests/training/test_retreat.py \
+	tests/models/test_quantized.py tests/loss/test_sharded_heads.py tests/evaluation/test_report.py tests/training/test_golden.py tests/rollout/test_rollout.py
 
 .PHONY: demo test newest-check cpu-check install lint types wheel-check bench slow-test experiment-a experiment-b experiment-c clean
 .DELETE_ON_ERROR:

@@ -15,7 +15,7 @@ from benchmarks.phase_rows import value
 SECONDS = 20  # of one test
 FILES = (
     "gpu/test_loss_gpu", "gpu/test_teacher_gpu", "gpu/test_trainer_gpu", "gpu/test_memory_gpu",
-    "gpu/test_shared_prompts_gpu", "gpu/test_attention_gpu", "test_offload",
+    "gpu/test_shared_prompts_gpu", "gpu/test_attention_gpu", "teacher/test_offload",
 )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from opcd_fast.attention import backends
 from opcd_fast.models import seam
 from opcd_fast.models.expansion import is_recurrent, unknown_state
 
-# Models with recurrent layers that go on from a cached state, in tests/test_teacher_matrix.py. Known not to: Jamba,
-# MiniMax and RecurrentGemma, whose scans start anew or whose state no cache sees.
+# Models with recurrent layers that go on from a cached state, in tests/teacher/test_teacher_matrix.py. Known not to:
+# Jamba, MiniMax and RecurrentGemma, whose scans start anew or whose state no cache sees.
 # fmt: off
 _GOES_ON = frozenset({
     "bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text",
@@ -30,7 +30,8 @@ _GOES_ON = frozenset({
 _HIDDEN_STATE = frozenset({"recurrent_gemma"})  # does not show in the cache of every version
 
 # Every attention call of these goes through the attention interface, with all keyword arguments, at the
-# positions given by `position_ids`. Each is in tests/test_teacher_matrix.py; others need a test before they are added.
+# positions given by `position_ids`. Each is in tests/teacher/test_teacher_matrix.py; others need a test before they are
+# added.
 # fmt: off
 _PACKABLE = frozenset({
     "llama", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "olmo3", "smollm3", "phi", "phi3", "mixtral",

@@ -3,7 +3,7 @@
 What is counted is what a forward pass holds at its worst moment besides weights and stored prefixes: a few tensors of
 the residual stream, and the larger of one layer's attention and one layer's MLP. Written for decoders whose layers have
 attention and an MLP; of recurrent layers only the widths of their projections are known, not what their scan holds.
-tests/test_teacher_budget.py compares it with what is allocated: that is at most 1.25 times what is counted.
+tests/teacher/test_teacher_budget.py compares it with what is allocated: that is at most 1.25 times what is counted.
 """
 
 from __future__ import annotations

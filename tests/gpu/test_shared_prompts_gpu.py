@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_shared_prompts import both, make_samples, run
-from test_tree_attention import HEADS, LENGTHS, PARENT, dense, in_given_order, make_qkv
+from shared_prompt_runs import both, make_samples, run
 from tiny_models import CONFIGS, tiny_model
+from tree_oracle import HEADS, LENGTHS, PARENT, dense, in_given_order, make_qkv
 
 from opcd_fast.attention.pairs import DensePair, VarlenPair, pair_for
 from opcd_fast.attention.tree import tree_row

@@ -1,0 +1,405 @@
+"""The card against plain forward passes in float64, its files, and what must not pass without a word."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from report_runs import CONTEXT, HELD_OUT, make_run, save_base, write_lines
+
+from opcd_fast.cli import main
+from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data.rendering import student_ids, teacher_ids
+from opcd_fast.errors import InputError
+from opcd_fast.evaluation.report.arms import ARMS, BASE, BOTH, SHOWN, STUDENT, first_difference, identical_greedy, share
+from opcd_fast.evaluation.report.distances import Reader, distances
+from opcd_fast.evaluation.report.files import write_report
+from opcd_fast.evaluation.report.hub_card import readme
+from opcd_fast.evaluation.report.measurement import GENERAL, ReportOptions, measure
+from opcd_fast.evaluation.report.models import load_run
+from opcd_fast.evaluation.report.scorers import by_function, by_pattern
+from opcd_fast.models import load_model, load_tokenizer
+from opcd_fast.training.run.curves import run_settings
+from opcd_fast.training.run.record import read_record
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+KINDS = {
+    "lora": {"lora_rank": 4, "learning_rate": 1e-2},
+    "full": {"lora_rank": 0, "learning_rate": 3e-3},
+    "prefix": {"lora_rank": 0, "num_virtual_tokens": 6, "learning_rate": 1e-2},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request, base, tmp_path_factory):
+    return make_run(base, tmp_path_factory.mktemp("runs") / "r", **KINDS[request.param])
+
+
+@pytest.fixture(scope="module")
+def lora_run(base, tmp_path_factory):
+    return make_run(base, tmp_path_factory.mktemp("runs") / "l")
+
+
+def long_answers(messages, answer, row):
+    return min(1.0, len(answer) / 6)
+
+
+@pytest.fixture(scope="module")
+def card(lora_run):
+    scorers = [by_pattern("[a-z]"), by_function("test_report:long_answers")]
+    return measure(lora_run, ReportOptions(scorers=scorers, tasks=["instructions"], max_prompts=4))
+
+
+def logits_of(model, prompt, answer):
+    with torch.no_grad():
+        return model.double()(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_token_kl_is_that_of_plain_forwards_in_float64(run, base, temperature):
+    models = load_run(run, read_record(run), run_settings(run), None)
+    tokenizer = load_tokenizer(base)
+    prompts = read_prompts(HELD_OUT)
+    without = [student_ids(tokenizer, prompt) for prompt in prompts]
+    within = [teacher_ids(tokenizer, prompt, CONTEXT) for prompt in prompts]
+    responses = [[70, 71], [256], [100, 90, 80, 70, 256], [3, 4, 5]]
+    readers = {name: Reader(getattr(models, name), without, {}) for name in ("base", "student")}
+    teacher = Reader(models.teacher, within, {})
+    plain = {
+        name: load_model(folder, dtype="float32", device="cpu")
+        for name, folder in {"base": base, "student": run / "final"}.items()
+    }
+    wrong = 0.0
+    for name, reader in readers.items():
+        found = distances(reader, teacher, responses, temperature)
+        for one, p, q, answer in zip(found, without, within, responses):
+            log_p = (logits_of(plain[name], p, answer) / temperature).log_softmax(-1)
+            log_q = (logits_of(plain["base"], q, answer) / temperature).log_softmax(-1)
+            by_hand = (log_p.exp() * (log_p - log_q)).sum(-1)
+            torch.testing.assert_close(torch.tensor(one.token_kl, dtype=torch.float64), by_hand, atol=2e-5, rtol=2e-4)
+            assert one.same_first == (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
+            wrong += float(by_hand.sum())
+    assert wrong > 1e-2  # else everything would pass
+
+
+def test_most_probable_tokens_say_where_greedy_answers_part(run):
+    models = load_run(run, read_record(run), run_settings(run), None)
+    prompts = [student_ids(models.tokenizer, prompt) for prompt in read_prompts(HELD_OUT)]
+    greedy = {"max_new_tokens": 6, "temperature": 0.0}
+    wanted = [one.token_ids for one in models.base.answers(prompts, **greedy)]
+    written = [one.token_ids for one in models.student.answers(prompts, **greedy)]
+    best = Reader(models.student, prompts, {}).most_probable(wanted)
+    assert [first_difference(a, b) for a, b in zip(best, wanted)] == [
+        first_difference(a, b) for a, b in zip(written, wanted)
+    ]
+    assert identical_greedy(Reader(models.base, prompts, {}).most_probable(wanted), wanted)["identical"]["value"] == 1
+
+
+def test_the_card_is_measured(card, lora_run):
+    assert card["schema"] == 1
+    for key in ("own", "fixed"):
+        kl = card["kl"][key]
+        assert kl["after"]["value"] < kl["before"]["value"]
+        assert kl["gap_closed"]["value"] == pytest.approx(1 - kl["after"]["value"] / kl["before"]["value"])
+        assert kl["before"]["low"] <= kl["before"]["value"] <= kl["before"]["high"]
+        assert kl["before"]["p50"] <= kl["before"]["p90"] <= kl["before"]["p99"]
+    assert card["forgetting"]["kl"]["value"] > 0
+    assert {score["name"] for score in card["scores"]} == {"[a-z]", "test_report:long_answers", "instructions"}
+    for score in card["scores"]:
+        assert set(score["arms"]) == set(ARMS)
+    context = len(teacher_ids(load_tokenizer(lora_run / "final"), read_prompts(["x"])[0], CONTEXT))
+    alone = len(student_ids(load_tokenizer(lora_run / "final"), read_prompts(["x"])[0]))
+    assert card["saved"]["tokens"] == context - alone > 0
+    assert len(card["training"]["steps"]) == 12 and len(card["training"]["evaluations"]) == 3
+    assert json.loads(json.dumps(card)) == card
+
+
+def test_the_docs_name_every_key_of_the_card(card):
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    missing = [key for key in card if f"`{key}`" not in text]
+    missing += [key for name in ("kl", "arms", "forgetting", "saved", "hashes") for key in card[name]
+                if f"`{key}`" not in text]  # fmt: skip
+    assert not missing
+
+
+def test_scores_and_regressions_are_those_of_the_answers(lora_run):
+    """The scorer is told what was asked, and the arms differ by what the scorer sees alone."""
+    seen = []
+
+    def scorer(messages, answer, row):
+        assert row == {}  # the run was given bare strings
+        seen.append((answer, messages[-1]["content"]))
+        return len(answer) % 2
+
+    options = ReportOptions(scorers=[by_pattern("q")], samples=2)
+    object.__setattr__(options.scorers[0], "function", scorer)
+    card = measure(lora_run, options)
+    (score,) = card["scores"]
+    per_arm = len(HELD_OUT) * 2
+    assert [asked for _, asked in seen[:per_arm]] == [text for text in HELD_OUT for _ in range(2)]
+    for index, arm in enumerate(ARMS):
+        answers = [answer for answer, _ in seen[index * per_arm : (index + 1) * per_arm]]
+        assert score["arms"][arm]["value"] == pytest.approx(sum(len(a) % 2 for a in answers) / per_arm)
+    shown, student = (seen[ARMS.index(arm) * per_arm :][:per_arm] for arm in (SHOWN, STUDENT))
+    worse = [(a, b) for (a, _), (b, _) in zip(shown, student) if len(b) % 2 < len(a) % 2]
+    found = score["regressions"]
+    assert found["count"] == len(worse) and found["of"] == per_arm
+    assert [(e["answers"][SHOWN], e["answers"][STUDENT]) for e in found["examples"]] == worse
+
+
+def test_the_arms_are_base_and_student_with_and_without_the_context(lora_run, monkeypatch):
+    from opcd_fast.evaluation.report import models as module
+
+    asked = []
+
+    def answers(self, prompts, **sampling):
+        asked.append((self, [tuple(prompt) for prompt in prompts], sampling.get("seed")))
+        return original(self, prompts, **sampling)
+
+    original = module.Side.answers
+    monkeypatch.setattr(module.Side, "answers", answers)
+    measure(lora_run, ReportOptions())
+    tokenizer = load_tokenizer(lora_run / "final")
+    without = [tuple(student_ids(tokenizer, prompt)) for prompt in read_prompts(HELD_OUT)]
+    within = [tuple(teacher_ids(tokenizer, prompt, CONTEXT)) for prompt in read_prompts(HELD_OUT)]
+    calls = dict(zip(ARMS, asked))
+    assert [calls[arm][1] for arm in ARMS] == [without, within, without, within]
+    assert calls[BASE][0] is calls[SHOWN][0] and calls[STUDENT][0] is calls[BOTH][0]
+    assert calls[BASE][0] is not calls[STUDENT][0]
+    assert len({seed for _, _, seed in asked[:4]}) == 4
+
+
+def test_a_rate_of_all_or_nothing_still_has_an_interval():
+    for per_prompt in (1, 3):
+        found = share([1.0] * 12, per_prompt)
+        assert found["interval"] == "wilson" and found["low"] < 0.8
+    assert share([1 / 3, 1.0, 0.0, 1.0], 3)["interval"] == "bootstrap"
+    assert share([0.2, 0.9])["interval"] == "bootstrap"  # scores between 0 and 1 are no successes
+
+
+def test_general_prompts_that_were_trained_on_do_not_show_forgetting(base, tmp_path):
+    general = read_prompts(GENERAL)
+    trained_on = [{"messages": list(prompt.messages), "privileged_context": ""} for prompt in general[:10]]
+    run = make_run(base, tmp_path / "r", train=["q1", "q2", *trained_on], steps=1, eval_every=0)
+    card = measure(run, ReportOptions(max_prompts=500))
+    assert card["forgetting"]["left_out_as_trained_on"] == 10
+    assert card["forgetting"]["prompts"] == len(general) - 10
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"context": "another context"}, "another text"),
+        ({"prompts": read_prompts(["question 1", "new"])}, "1 of 2 were trained on"),
+        ({"general": read_prompts(["question 1", "new"])}, "at least 2"),
+        ({"max_new_tokens": 600}, "max_position_embeddings|max_new_tokens"),
+        ({"model": "nowhere/at-all/x"}, "does not exist"),
+    ],
+)
+def test_what_would_measure_something_else_is_refused(lora_run, options, words):
+    with pytest.raises(InputError, match=words):
+        measure(lora_run, ReportOptions(**options))
+
+
+def test_a_packed_base_is_not_measured_unpacked(lora_run):
+    settings = {**run_settings(lora_run), "quantization": "nf4"}
+    with pytest.raises(InputError, match="quantization='nf4'"):
+        load_run(lora_run, read_record(lora_run), settings, None)
+
+
+def test_another_base_than_the_runs_is_refused(lora_run, tmp_path):
+    other = save_base(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match=r"model.safetensors has other content"):
+        measure(lora_run, ReportOptions(model=str(other)))
+
+
+def test_a_run_that_kept_nothing_needs_context_and_prompts(lora_run, base, tmp_path):
+    import shutil
+
+    old = tmp_path / "old"
+    shutil.copytree(lora_run, old)
+    for name in ("run.json", "prompts.jsonl", "held_out.jsonl"):
+        (old / name).unlink()
+    with pytest.raises(InputError, match="--context"):
+        measure(old, ReportOptions(prompts=read_prompts(HELD_OUT)))
+    with pytest.raises(InputError, match="--prompts"):
+        measure(old, ReportOptions(context=CONTEXT))
+    card = measure(old, ReportOptions(context=CONTEXT, prompts=read_prompts(HELD_OUT)))
+    assert card["kl"]["own"]["after"]["value"] < card["kl"]["own"]["before"]["value"]
+    assert card["hashes"]["recorded"] == "when the card was written"
+
+
+def test_a_teacher_in_memory_is_not_taken_for_the_base(base, tmp_path):
+    from tiny import tiny_model
+
+    from opcd_fast.training.settings.config import OPCDConfig
+    from opcd_fast.training.trainer import OPCDTrainer
+
+    config = OPCDConfig(output_dir=str(tmp_path / "r"), steps=1, batch_size=2, max_new_tokens=3, lora_rank=2,
+                        device="cpu", dtype="float32", eval_every=0)  # fmt: skip
+    model = load_model(base, dtype="float32", device="cpu")
+    OPCDTrainer(model, load_tokenizer(base), CONTEXT, ["a", "b"], config, teacher_model=tiny_model(3),
+                eval_prompts=HELD_OUT, quiet=True).train()  # fmt: skip
+    with pytest.raises(InputError, match="teacher was a model in memory"):
+        measure(tmp_path / "r", ReportOptions())
+
+
+def test_a_scorer_of_training_sees_the_same_rows_in_the_report(base, tmp_path):
+    import numpy as np
+
+    given = [{"prompt": text, "tone": index, "array": np.zeros(2)} for index, text in enumerate(HELD_OUT)]
+    run, seen = make_run(base, tmp_path / "r", held_out=given), []
+    options = ReportOptions(scorers=[by_pattern("q")])
+    object.__setattr__(options.scorers[0], "function", lambda messages, answer, row: seen.append(row) or 0)
+    measure(run, options)
+    # What JSON cannot hold is not kept.
+    assert seen == [{"prompt": text, "tone": index} for index, text in enumerate(HELD_OUT)] * len(ARMS)
+
+
+def train_with_teacher(base, other, folder):
+    from opcd_fast.training.settings.config import OPCDConfig
+    from opcd_fast.training.trainer import OPCDTrainer
+
+    config = OPCDConfig(output_dir=str(folder), steps=1, batch_size=2, max_new_tokens=6, lora_rank=2,
+                        device="cpu", dtype="float32", eval_every=0)  # fmt: skip
+    teacher = load_model(other, dtype="float32", device="cpu")
+    OPCDTrainer(load_model(base, dtype="float32", device="cpu"), load_tokenizer(base), CONTEXT, ["a", "b"], config,
+                teacher_model=teacher, teacher_tokenizer=load_tokenizer(other), eval_prompts=HELD_OUT,
+                quiet=True).train()  # fmt: skip
+
+
+def test_a_larger_teacher_is_loaded_again_and_scores(base, tmp_path):
+    train_with_teacher(base, save_base(tmp_path / "other", seed=7), tmp_path / "r")
+    card = measure(tmp_path / "r", ReportOptions())
+    assert card["teacher_model"] == "other" and list(card["arms"]) == list(ARMS)
+    assert card["kl"]["own"]["before"]["value"] > 1  # two random models are far apart, a context less
+
+
+def test_an_arm_that_the_students_window_is_too_short_for_is_left_out(tmp_path):
+    base, other = (save_base(tmp_path / name, seed=seed) for seed, name in enumerate(("short", "other")))
+    tokenizer, asked = load_tokenizer(base), [{"role": "user", "content": max(HELD_OUT, key=len)}]
+    shown = [{"role": "system", "content": CONTEXT}, *asked]
+    template = {"add_generation_prompt": True, "return_dict": False}
+    without, within = (len(tokenizer.apply_chat_template(said, **template)) for said in (asked, shown))
+    assert within > without
+    settings = Path(base) / "config.json"
+    window = {"max_position_embeddings": without + 6}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | window))
+    train_with_teacher(base, other, tmp_path / "r")
+    options = ReportOptions(scorers=(by_pattern("[a-z]"),), general=tuple(read_prompts(["hi", "you"])))
+    card = measure(tmp_path / "r", options)
+    assert list(card["arms"]) == list(card["scores"][0]["arms"]) == [BASE, SHOWN, STUDENT]
+    pages = [file.read_text() for file in write_report(tmp_path / "r", card, CONTEXT) if file.suffix != ".json"]
+    assert len(pages) == 2
+    assert all("Without student + context: the context does not fit the student" in page for page in pages)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nothing", "module:function"), ("json:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
+     ("posixpath:basename", "must take the messages, the answer and the row")],
+)  # fmt: skip
+def test_scorers_that_cannot_work_are_refused(name, words):
+    with pytest.raises(InputError, match=words):
+        by_function(name)
+
+
+def test_scorers_are_held_to_their_range():
+    with pytest.raises(InputError, match="regular expression"):
+        by_pattern("(")
+    scorer = by_pattern("x")
+    object.__setattr__(scorer, "function", lambda messages, answer, row: 2)
+    with pytest.raises(InputError, match="from 0 to 1"):
+        scorer([], "a", {})
+    object.__setattr__(scorer, "function", lambda messages, answer, row: 1 / 0)
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        scorer([], "a", {})
+    assert by_pattern("^a")([], "abc", {}) == 1 and by_pattern("^a")([], "cba", {}) == 0
+
+
+def test_the_readme_is_what_the_hub_reads(card):
+    for base_model, adapter, wanted in (
+        ("some/model", True, {"base_model": "some/model", "base_model_relation": "adapter", "library_name": "peft"}),
+        ("some/model", False, {"base_model": "some/model", "base_model_relation": "finetune"}),
+        ("smollm2", True, {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}),
+    ):
+        text = readme({**card, "base_model": base_model, "adapter": adapter})
+        front = yaml.safe_load(text.split("---\n")[1])
+        assert {key: front[key] for key in wanted} == wanted
+    front = yaml.safe_load(readme({**card, "base_model": "folder"}).split("---\n")[1])
+    assert "base_model" not in front and "opcd" in front["tags"]
+    assert card["warning"] in text
+    rows = [line for line in text.splitlines() if line.startswith("| instructions")]
+    assert len(rows) == 1 and rows[0].count("|") == len(ARMS) + 2
+
+
+def test_what_gets_published_holds_no_context_and_no_answers(card, tmp_path):
+    card = copy.deepcopy(card)
+    for score in card["scores"]:
+        score["regressions"]["examples"] = [
+            {"prompt": "pqr", "scores": {SHOWN: 1, STUDENT: 0}, "answers": {SHOWN: "stu", STUDENT: "vwx"}}
+        ]
+    (tmp_path / "final").mkdir()
+    write_report(tmp_path, card, CONTEXT)
+    for path in (tmp_path / "final").iterdir():
+        text = path.read_text()
+        for word in (CONTEXT, "pqr", "vwx", HELD_OUT[0], str(tmp_path.parent)):
+            assert word not in text, (path.name, word)
+    assert CONTEXT in (tmp_path / "report.html").read_text()
+
+
+def test_folders_of_this_machine_are_not_in_the_card(card, base):
+    found = json.dumps(card)
+    assert str(base.parent) not in found and base.name in found
+
+
+def test_the_command_writes_all_files_and_says_so(lora_run, tmp_path, capsys):
+    general = write_lines(tmp_path / "general.jsonl", [{"prompt": f"general {i}"} for i in range(3)])
+    status = main(["report", str(lora_run), "--general", str(general), "--regex", "[a-z]", "^z", "--max-prompts", "3"])
+    out = capsys.readouterr().out
+    assert status == 0
+    for name in ("opcd_card.json", "README.md", "report.html", "final/README.md", "final/opcd_card.json"):
+        assert (lora_run / name).is_file()
+    assert "gap closed" in out
+    card = json.loads((lora_run / "opcd_card.json").read_text())
+    assert [score["name"] for score in card["scores"]] == ["[a-z]", "^z"]
+    assert card["forgetting"]["prompts"] == 3
+    assert card["measured_with"]["held_out_prompts"] == 3 and card["measured_with"]["of"] == len(HELD_OUT)
+    assert card["measured_with"]["max_new_tokens"] == 6
+    assert card["saved"]["virtual_tokens"] == 0 and "virtual" not in (lora_run / "README.md").read_text()
+
+
+def test_a_trained_prefix_is_reported_and_not_counted_as_prompt(base, tmp_path):
+    run = make_run(base, tmp_path / "r", **{**KINDS["prefix"], "steps": 3, "eval_every": 0})
+    card = measure(run, ReportOptions())
+    write_report(run, card, CONTEXT)
+    assert card["adapter"] and card["saved"]["virtual_tokens"] == 6
+    assert card["kl"]["own"]["before"]["value"] != card["kl"]["own"]["after"]["value"]
+    for name in ("README.md", "report.html"):
+        assert "trained prefix of 6 virtual tokens" in (run / name).read_text()
+
+
+@pytest.mark.parametrize("argument", [["--max-prompts", "1"], ["--samples", "0"], ["--temperature", "0"],
+                                      ["--task", "nothing"], ["--regex", "("], ["--scorer", "x"]])  # fmt: skip
+def test_bad_arguments_are_one_line_before_anything_is_loaded(lora_run, argument, capsys, monkeypatch):
+    monkeypatch.setattr("opcd_fast.evaluation.report.measurement.load_run", lambda *a: pytest.fail("loaded"))
+    assert main(["report", str(lora_run), *argument]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert re.search("is not a run", capsys.readouterr().err)

@@ -1,0 +1,156 @@
+"""How the loss cuts its workspace on a device that is not here: whole waves, bounded bytes, sizes without N."""
+
+import itertools
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from opcd_fast.loss import fused_linear_reverse_kl
+from opcd_fast.loss.chunks import loop as chunks
+from opcd_fast.loss.chunks.spec import Spec, Wanted
+from opcd_fast.loss.chunks.workspace import (
+    DEFAULT_DEVICE_WORKSPACE,
+    DEFAULT_WORKSPACE,
+    MULTIPROCESSORS,
+    Side,
+    make_plan,
+    output_tiles,
+    pitch_of,
+    wave_fill,
+)
+from opcd_fast.planning.rehearsal.loss_scratch import Seen
+
+FROZEN, TRAINED, NOTHING = Wanted(True, False, False), Wanted(True, True, False), Wanted(False, False, False)
+
+
+def plan_of(rows, v, width, wanted, *, multiprocessors=132, bytes_=None, backend="triton", dtype=torch.bfloat16):
+    side = Side(Seen((rows, width), dtype, True, 1), Seen((v, width), dtype, True, 2))
+    spec = Spec(1.0, 1.0, None, None, 1.0, v, bytes_, backend, True)
+    return make_plan(rows, [side, side], v, spec, wanted, 0, multiprocessors)
+
+
+def held(plan, v, width, wanted, size):
+    """Bytes of the buffers, of the hidden states that are copied, and of dH before and after its rounding."""
+    logits = plan.logit_rows * (2 * pitch_of(v) * 4 + width * size)
+    gradient = plan.gradient_rows * (pitch_of(v) * size + width * (size + 4 + size))
+    return logits + (gradient if any(wanted) else plan.gradient_rows * width * size)
+
+
+def fill(plan, width, multiprocessors):
+    return wave_fill(output_tiles(plan.gradient_rows, width), multiprocessors)
+
+
+def test_fill_by_hand():
+    assert output_tiles(129, 257) == 4 and output_tiles(640, 1024) == 20
+    assert wave_fill(20, 132) == pytest.approx(20 / 132)
+    assert wave_fill(132, 132) == 1.0 and wave_fill(133, 132) == pytest.approx(133 / 264)
+
+
+@pytest.mark.parametrize("wanted", [FROZEN, TRAINED])
+@pytest.mark.parametrize("width", [1024, 1536, 2048, 2304, 2560, 3072, 3584, 4096])
+@pytest.mark.parametrize("v", [32_000, 151_936, 256_000])
+def test_the_default_fills_the_multiprocessors(v, width, wanted):
+    for multiprocessors in (MULTIPROCESSORS[capability] for capability in ((8, 0), (8, 9), (9, 0), (10, 0))):
+        plan = plan_of(16_384, v, width, wanted, multiprocessors=multiprocessors)
+        assert fill(plan, width, multiprocessors) >= 0.9, plan
+        assert plan.logit_rows >= 256 and plan.logit_rows % 128 == plan.gradient_rows % 128 == 0
+        assert held(plan, v, width, wanted, 2) <= DEFAULT_DEVICE_WORKSPACE
+    # Without a gradient nothing has to be collected.
+    assert held(plan_of(16_384, v, width, NOTHING), v, width, NOTHING, 2) <= DEFAULT_WORKSPACE
+
+
+def test_one_tile_short_of_a_wave_is_not_taken_for_two():
+    """33 tiles of rows are one wave of dH at D = 1,024; 34 would be two, half of the second empty."""
+    assert plan_of(16_384, 151_936, 1024, FROZEN).gradient_rows == 33 * 128
+    assert plan_of(16_384, 151_936, 1024, FROZEN, multiprocessors=148).gradient_rows == 37 * 128
+
+
+def test_dw_is_summed_over_many_rows():
+    assert plan_of(16_384, 151_936, 4096, FROZEN).gradient_rows < 2048
+    assert plan_of(16_384, 151_936, 4096, TRAINED).gradient_rows >= 4096
+
+
+def test_the_buffers_stay_in_the_workspace_whatever_the_shapes():
+    numbers = random.Random(0)
+    for _ in range(3000):
+        v, width = numbers.randrange(1, 300_000), numbers.randrange(1, 9000)
+        rows, multiprocessors = numbers.randrange(1, 70_000), numbers.randrange(1, 300)
+        wanted = Wanted(*(numbers.random() < 0.5 for _ in range(3)))
+        dtype = numbers.choice((torch.bfloat16, torch.float32))
+        size = dtype.itemsize
+        row = 2 * pitch_of(v) * 4 + pitch_of(v) * size + 16 * width
+        bytes_ = row * int(10 ** numbers.uniform(0, 4))
+        plan = plan_of(rows, v, width, wanted, multiprocessors=multiprocessors, bytes_=bytes_, dtype=dtype)
+        assert held(plan, v, width, wanted, size) <= bytes_, (plan, v, width, wanted, bytes_)
+        assert 1 <= plan.logit_rows <= plan.gradient_rows
+
+
+def test_what_is_too_small_for_one_row_is_refused():
+    with pytest.raises(ValueError, match="workspace_bytes is 1000000, too small.*at least"):
+        plan_of(16, 151_936, 64, FROZEN, bytes_=1_000_000)
+
+
+@pytest.mark.parametrize("wanted", [FROZEN, TRAINED, NOTHING])
+@pytest.mark.parametrize("bytes_", [None, 1 << 29, 1 << 26])
+def test_two_numbers_of_rows_make_the_same_buffers(bytes_, wanted):
+    sizes = {plan_of(rows, 151_936, 2048, wanted, bytes_=bytes_)[:2] for rows in (8192, 9001, 65_536)}
+    assert len(sizes) == 1
+
+
+def test_fewer_rows_than_a_chunk_take_one_of_few_sizes():
+    plans = [plan_of(rows, 151_936, 1024, FROZEN) for rows in range(1, 5000, 7)]
+    assert len({plan[:2] for plan in plans}) <= 7
+    assert all(plan.gradient_rows >= min(rows, 4224) for plan, rows in zip(plans, range(1, 5000, 7), strict=True))
+    assert plan_of(1, 151_936, 1024, FROZEN).gradient_rows == 128
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_allocator_is_asked_for_the_same_blocks(backend, monkeypatch):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(chunks.torch, "empty", asked := Watch(torch.empty))
+    found = []
+    for rows in (20, 27):
+        h = torch.randn(rows, 8).requires_grad_()
+        w = torch.randn(701, 8)
+        asked.sizes.clear()
+        fused_linear_reverse_kl(h, w, torch.randn(rows, 8), w, backend=backend, workspace_bytes=64_000).backward()
+        found.append([size for size in asked.sizes if size[-1] >= 701])
+    assert found[0] == found[1] and len(found[0]) >= 2
+
+
+class Watch:
+    def __init__(self, function):
+        self.function, self.sizes = function, []
+
+    def __call__(self, *sizes, **options):
+        result = self.function(*sizes, **options)
+        self.sizes.append(tuple(result.shape))
+        return result
+
+
+def test_a_cpu_allocates_for_the_rows_there_are():
+    g = torch.Generator().manual_seed(0)
+    for rows, backend in itertools.product((1, 3), ("torch", "native")):
+        h, w = torch.randn(rows, 8, generator=g), torch.randn(701, 8, generator=g)
+        side = Side(h, w)
+        spec = Spec(1.0, 1.0, None, None, 1.0, 701, None, backend, True)
+        plan = make_plan(rows, [side, side], 701, spec, TRAINED, 3, 132)
+        assert plan.logit_rows == plan.gradient_rows == plan.block_rows == rows
+
+
+def test_the_page_says_what_is_cut():
+    """The table of docs/loss.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "loss.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| (\D+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 5
+    for *sizes, heads, logit_rows, gradient_rows, gib in rows:
+        v, width = (int(size.replace(",", "")) for size in sizes)
+        for head in heads.split(" or "):
+            wanted = {"frozen": FROZEN, "trained": TRAINED}[head]
+            plan = plan_of(16_384, v, width, wanted)
+            assert [f"{plan.logit_rows:,}", f"{plan.gradient_rows:,}"] == [logit_rows, gradient_rows]
+            assert f"{held(plan, v, width, wanted, 2) / 2**30:.1f}" == gib

@@ -1,0 +1,288 @@
+"""A trained prefix: its forward and gradients are PEFT's, it begins as the context's own keys and values, it answers,
+trains, goes on and loads as a PEFT adapter."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from resumption import check_resume
+from tiny import tiny_model, tiny_tokenizer
+from tiny_models import prefixed
+
+from opcd_fast.errors import InputError
+from opcd_fast.export.folder import ExportOptions, export
+from opcd_fast.models import load_model, seam
+from opcd_fast.models.packed import packed_hidden_states
+from opcd_fast.models.prefix_tuning import virtual_tokens, with_prefix
+from opcd_fast.models.shared_prompts import shared_prompt_hidden_states
+from opcd_fast.rollout import TransformersRollout
+from opcd_fast.rollout import generate as rollout_generate
+from opcd_fast.rollout.decoding import decode
+from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training.engines.parallel import refuse_sharded
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.trainer import OPCDTrainer
+
+SEQUENCES = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [20], [30, 31, 32, 33]]
+IDS = torch.tensor(sum(SEQUENCES, []))
+BOUNDS = torch.tensor([0, 3, 10, 11, 15], dtype=torch.int32)
+
+
+def models():
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {
+        "vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "eos_token_id": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 256,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return {
+        "llama": tiny_model(),
+        "one key head each": tiny_model(num_key_value_heads=4),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**sizes)).eval(),  # biases
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=24)).eval(),  # heads wider than hidden_size / heads
+    }
+
+
+
+
+def by_peft(model):
+    """(N, V) logits by PEFT's own forward, a sequence at a time."""
+    return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in SEQUENCES])
+
+
+def by_row(model, ids=IDS, bounds=BOUNDS, **options):
+    hidden = packed_hidden_states(model, ids, bounds, **options)
+    return seam.causal_lm(model).lm_head(hidden)
+
+
+@pytest.mark.parametrize("name", ["llama", "one key head each", "qwen2", "qwen3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_forward_and_gradients_are_pefts(name, checkpointing):
+    model = prefixed(models()[name])
+    weight = model.prompt_encoder["default"].embedding.weight
+    wanted = by_peft(model)
+    chosen = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(5))
+    (wanted * chosen).sum().backward()
+    gradient, weight.grad = weight.grad, None
+    assert gradient.abs().min() > 0
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    found = by_row(model)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    (found * chosen).sum().backward()
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_disabled_it_is_the_base():
+    model = prefixed()
+    base = by_row(tiny_model())
+    with model.disable_adapter():
+        assert torch.equal(by_row(model), base) and virtual_tokens(model) == 0
+    with seam.without_adapters(model):
+        assert torch.equal(by_row(model), base)
+        answers = decode(model, SEQUENCES, torch.zeros(4, 5), stop_token_ids=[256], temperature=0.0, top_p=1.0)
+    assert virtual_tokens(model) == 5
+    assert (by_row(model) - base).abs().max() > 0.1
+    plain = decode(tiny_model(), SEQUENCES, torch.zeros(4, 5), stop_token_ids=[256], temperature=0.0, top_p=1.0)
+    assert [ids for ids, _ in answers] == [ids for ids, _ in plain]
+
+
+def test_shared_prompts_run_unshared():
+    model = prefixed()
+    ids, bounds = torch.tensor([3, 4, 5, 7, 8, 9]), torch.tensor([0, 3, 5, 6])
+    found = shared_prompt_hidden_states(model, ids, bounds, torch.tensor([-1, 0, 0]))
+    both = packed_hidden_states(model, torch.tensor([3, 4, 5, 7, 8, 3, 4, 5, 9]), torch.tensor([0, 5, 9]))
+    torch.testing.assert_close(found, both[[0, 1, 2, 3, 4, 8]])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("shared", [0, 12])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_answers_are_drawn_behind_it(name, shared, ragged):
+    """Our loop, PEFT's generate, and PEFT's forward; prompts of several lengths in a batch, or of one."""
+    model = prefixed(models()[name])
+    tails = SEQUENCES if ragged else [[3, 4, 5], [3, 9, 5], [7, 8, 1], [7, 8, 2]]
+    prompts = [[*range(50, 50 + shared), *ids] for ids in tails]
+    options = {"stop_token_ids": [256], "temperature": 0.7, "top_p": 1.0}
+    uniform = torch.rand(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = decode(model, prompts, uniform, **options)
+    theirs = rollout_generate.generate(model, prompts, uniform, **options)
+    for prompt, (ids, logprobs), (other, values) in zip(prompts, ours, theirs, strict=True):
+        assert ids == other
+        assert logprobs == pytest.approx(values, abs=1e-4)
+        whole = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].detach() / 0.7
+        exact = whole.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert logprobs == pytest.approx(exact.tolist(), abs=1e-4)
+
+
+def test_an_engine_that_loses_it_is_an_error(monkeypatch):
+    from transformers import DynamicCache
+
+    model = prefixed()
+    base = seam.causal_lm(model)
+    honest = base.generate
+    name = seam.takes_cache(base)
+    monkeypatch.setattr(base, "generate", lambda **options: honest(**{**options, name: DynamicCache()}))
+    options = {"stop_token_ids": [256], "temperature": 0.0, "top_p": 1.0}
+    with pytest.raises(RuntimeError, match="did not read the trained prefix"):
+        rollout_generate.generate(model, SEQUENCES, torch.zeros(4, 3), **options)
+
+
+@pytest.mark.parametrize(("asked", "engine"), [("auto", "decode"), ("generate", "generate")])
+def test_the_check_of_an_engine_takes_the_prefix_into_account(asked, engine):
+    """The sampler's own comparison finds no difference, and answers are those behind explicit keys and values."""
+    model = prefixed()
+    sampler = TransformersRollout(model, stop_token_ids=[256], engine=asked)
+    answers = sampler.generate(SEQUENCES, max_new_tokens=6, temperature=0.0)
+    assert sampler._kept.values["engine"] == engine
+    for prompt, answer in zip(SEQUENCES, answers, strict=True):
+        whole = [*prompt, *answer.token_ids]
+        logits = by_row(model, torch.tensor(whole), torch.tensor([0, len(whole)]))
+        exact = logits[len(prompt) - 1 : -1].log_softmax(-1).amax(-1)
+        assert list(answer.logprobs) == pytest.approx(exact.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_it_begins_as_the_first_tokens_of_the_context(name):
+    """Before training, a prefix as long as the context is the context."""
+    context = [60, 61, 62, 63, 64, 65, 66]
+    base = models()[name]
+    wanted = torch.cat([base(torch.tensor([[*context, *ids]])).logits[0, len(context) :] for ids in SEQUENCES])
+    model = with_prefix(base, len(context), [[1, 2], context])
+    torch.testing.assert_close(by_row(model), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_peft(model), wanted, rtol=1e-4, atol=1e-4)
+    part = with_prefix(models()[name], 4, [context])
+    wanted = base(torch.tensor([[*context[:4], *SEQUENCES[1]]])).logits[0, 4:]
+    torch.testing.assert_close(by_row(part)[3:10], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_does_not_see_it_and_keeps_its_contexts():
+    model = prefixed()
+    teacher, base = ContextTeacher(model, [60, 61, 62]), ContextTeacher(tiny_model(), [60, 61, 62])
+    assert torch.equal(teacher.hidden_states_packed(IDS, BOUNDS), base.hidden_states_packed(IDS, BOUNDS))
+    kept = teacher.prefixes[0]
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.mul_(2)  # as an optimizer step does
+    assert teacher.prefixes[0] is kept
+    with pytest.raises(ValueError, match="virtual tokens"):
+        ContextTeacher(model, [1], adapter="active")
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+def make(folder, model=None, **settings):
+    config = OPCDConfig(
+        **{
+            "output_dir": str(folder), "steps": 4, "batch_size": 4, "max_new_tokens": 6, "num_virtual_tokens": 6,
+            "learning_rate": 1e-2, "eval_every": 2, "save_every": 2, "device": "cpu", "dtype": "float32",
+            "plots": False, **settings,
+        }
+    )  # fmt: skip
+    prompts = [f"question {i}" for i in range(6)]
+    return OPCDTrainer(
+        model or tiny_model(), tiny_tokenizer(), "always answer with zzz", prompts, config,
+        eval_prompts=["other one", "other two"], quiet=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_trains_the_prefix_alone(tmp_path, dtype):
+    trainer = make(tmp_path / "run", steps=30, batch_size=6, eval_every=30, learning_rate=1e-1, dtype=dtype,
+                   num_virtual_tokens=20)  # fmt: skip
+    assert list(trainer.parameters) == ["prompt_encoder.default.embedding.weight"]
+    assert trainer.parameters["prompt_encoder.default.embedding.weight"].dtype == torch.float32
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    result = trainer.train()
+    assert result.evaluations[-1]["fixed_kl"] < 0.7 * result.evaluations[0]["fixed_kl"]
+    assert trainer.rollout._kept.values["engine"] == "decode"
+    assert max(record["sampler_kl"] for record in result.history) < (1e-6 if dtype == "float32" else 1e-2)
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trainer.parameters), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "rollouts_per_prompt": 2}])
+def test_resume_is_bit_identical(tmp_path, settings):
+    check_resume(partial(make, **settings), tmp_path)
+
+
+def test_peft_loads_it_and_answers_alike(tmp_path):
+    from peft import PeftModel
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = make(tmp_path / "run", load_model(tmp_path / "base", dtype="float32"), steps=6, eval_every=0)
+    trainer.train()
+    settings = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["num_virtual_tokens"]) == ("PREFIX_TUNING", 6)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "run" / "final").eval()
+    torch.testing.assert_close(by_peft(loaded), by_row(trainer.model), rtol=1e-4, atol=1e-4)
+    # By PEFT's forward, token by token: its `generate` loses the prefix on transformers 5.24.
+    whole = list(SEQUENCES[1])
+    while len(whole) < len(SEQUENCES[1]) + 6 and whole[-1] != 256:
+        whole.append(int(loaded(input_ids=torch.tensor([whole])).logits[0, -1].argmax()))
+    stock = whole[len(SEQUENCES[1]) :]
+    options = {"max_new_tokens": 6, "temperature": 0.0}
+    assert list(trainer.rollout.generate([SEQUENCES[1]], **options)[0].token_ids) == stock
+    done = export(tmp_path / "run", tmp_path / "out")
+    assert done.kind == "adapter" and done.comparison.relative < 1e-5 < done.comparison.adapter
+    torch.testing.assert_close(by_row(load_model(tmp_path / "out", dtype="float32")), by_row(loaded))
+    with pytest.raises(InputError, match="a trained prefix, which no weight can take in"):
+        export(tmp_path / "run", tmp_path / "merged", ExportOptions(merged=True))
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "run" / "final")
+    more = make(tmp_path / "more", again, num_virtual_tokens=0, steps=2)  # a PEFT model goes on
+    assert list(more.parameters) == ["prompt_encoder.default.embedding.weight"]
+    more.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora_rank": 4}, "two adapters"),
+        ({"teacher_mode": "live"}, "teacher_mode='frozen'"),
+        ({"share_prompts": True}, "drop share_prompts"),
+        ({"rollout": "vllm"}, "cannot run a trained prefix"),
+        ({"merge_for_rollout": True}, "merge_for_rollout"),
+        ({"num_virtual_tokens": -1}, "num_virtual_tokens"),
+    ],
+)
+def test_settings_that_do_not_go_with_it(settings, words):
+    with pytest.raises(InputError, match=words):
+        OPCDConfig(**{"num_virtual_tokens": 6, **settings})
+
+
+@pytest.mark.parametrize("settings", [{"rollout": "vllm"}, {"rollout": "server"}])
+def test_samplers_that_would_answer_without_a_given_prefix_are_refused(tmp_path, settings):
+    settings = {**settings, **({"rollout_url": "http://127.0.0.1:9"} if settings["rollout"] == "server" else {})}
+    with pytest.raises(InputError, match="cannot run the model's trained prefix"):
+        make(tmp_path / "run", prefixed(), num_virtual_tokens=0, **settings)
+
+
+def test_a_given_prefix_has_the_rate_of_a_prefix_and_is_not_sharded(tmp_path):
+    trainer = make(tmp_path / "run", prefixed(), num_virtual_tokens=0, learning_rate=None)
+    assert trainer.optimizer.param_groups[0]["lr"] == 2e-2
+    with pytest.raises(InputError, match="num_virtual_tokens does not go with sharded weights"):
+        refuse_sharded(trainer.teachers.pair, trainer.config)
+
+
+def test_what_cannot_have_one_is_refused_before_anything_is_written(tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match=r"num_virtual_tokens=100: .* first tokens of the context, which has \d+"):
+        make(folder, num_virtual_tokens=100)
+    with pytest.raises(InputError, match="plus max_new_tokens=6 exceeds the model's window"):
+        make(folder, tiny_model(max_position_embeddings=64), num_virtual_tokens=50)
+    with pytest.raises(InputError, match="attention_dropout"):
+        make(folder, tiny_model(attention_dropout=0.1))
+    with pytest.raises(InputError, match="already carries an adapter; set num_virtual_tokens=0"):
+        make(folder, prefixed())
+    with pytest.raises(InputError, match="plus max_new_tokens=6 exceeds the model's window"):
+        make(folder, prefixed(tiny_model(max_position_embeddings=80), 70), num_virtual_tokens=0)
+    prompts = get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match="PromptTuningConfig adds virtual tokens"):
+        make(folder, prompts, num_virtual_tokens=0)
+    assert not folder.exists()

@@ -1,0 +1,89 @@
+"""The arithmetic of docs/scaling.md against torch's own counts, and against measured times."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.scaling_model import FULL_70B, LORA_70B, QWEN_8B, Job, markdown
+from benchmarks.teacher_model import Shape
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny_job(model, **changes):
+    shape = Shape.of(model.config)
+    return Job(shape, model.config.vocab_size, **{"ranks": 1, "answers": 3, "response": 12, "prompt": 5, **changes})
+
+
+def test_parameters_are_those_of_a_model():
+    model = tiny_model()
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    job = tiny_job(model)
+    assert job.parameters + norms == sum(p.numel() for p in model.parameters())
+    from peft import LoraConfig, get_peft_model
+
+    with_adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert replace(job, lora_rank=4).trained == sum(p.numel() for p in with_adapter.parameters() if p.requires_grad)
+
+
+def test_flops_are_those_that_torch_counts():
+    model = tiny_model(attn_implementation="eager")
+    job = tiny_job(model, context=0)
+    length = job.prompt + job.response
+    ids = torch.randint(0, job.vocabulary, (job.answers, length))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model(input_ids=ids)
+    # Eager attention computes all T x T scores, the model counts the T (T + 1) / 2 that the mask leaves.
+    masked = job.answers * (length * (length - 1) // 2) * job.shape.flops_per_pair
+    # Rotary angles are a product with one inner element.
+    angles = 2 * length * (job.shape.head_dim // 2)
+    assert counter.get_total_flops() in (job.flops()["student"] + masked, job.flops()["student"] + masked + angles)
+    with FlopCounterMode(display=False) as counter:
+        hidden = torch.randn(job.answers * job.response, job.shape.hidden, requires_grad=True)
+        (hidden @ model.lm_head.weight.t()).sum().backward()  # logits, dH, dW; the teacher's logits are a fourth
+    assert job.flops()["loss"] == pytest.approx(counter.get_total_flops() * 4 / 3)
+    assert replace(job, lora_rank=4).flops()["loss"] == pytest.approx(counter.get_total_flops())
+
+
+def test_the_context_shows_in_the_teacher_alone():
+    long = replace(QWEN_8B, context=2 * QWEN_8B.context)
+    grown = {part for part, flops in long.flops().items() if flops != QWEN_8B.flops()[part]}
+    assert grown == {"teacher"}
+    assert long.held_bytes()["context"] == 2 * QWEN_8B.held_bytes()["context"]
+    assert replace(QWEN_8B, answers=256).held_bytes()["context"] == QWEN_8B.held_bytes()["context"]
+
+
+def test_more_ranks_hold_and_compute_less_and_send_more():
+    one, two = replace(FULL_70B, ranks=1), replace(FULL_70B, ranks=2)
+    for part in ("student's weights", "teacher's weights", "gradients", "optimizer", "activations"):
+        assert two.held_bytes()[part] == pytest.approx(one.held_bytes()[part] / 2)
+    assert one.sent_bytes()["all"] == 0 < two.sent_bytes()["all"] < FULL_70B.sent_bytes()["all"]
+    assert sum(FULL_70B.held_bytes().values()) < sum(replace(FULL_70B, sharded=False).held_bytes().values()) / 10
+    assert LORA_70B.sent_bytes()["gradients"] < FULL_70B.sent_bytes()["gradients"] / 100
+    # 16 bytes of state for each parameter over all ranks (arXiv 1910.02054), and the frozen copy's 2
+    shards = ("student's weights", "teacher's weights", "gradients", "optimizer")
+    assert sum(FULL_70B.held_bytes()[part] for part in shards) == pytest.approx(18 * FULL_70B.parameters / 64)
+
+
+def test_measured_losses_are_mostly_their_products():
+    """The model has the products alone; measured beside each other on one CPU, they are most of the loss's time."""
+    rows = json.loads((ROOT / "benchmarks/results/loss_cpu_2026-11-21.json").read_text())["rows"]
+    shares = [
+        row["bound_fraction"]
+        for row in rows
+        if row["implementation"] == "opcd_fast-native" and row["dtype"] == "float32" and row["time_ms"]
+        and row["group"] in ("main", "N", "V", "D")
+    ]  # fmt: skip
+    assert len(shares) >= 7 and min(shares) > 0.6
+    said = f"{min(shares):.0%} to {max(shares):.0%} of the time"
+    assert said in " ".join((ROOT / "docs" / "scaling.md").read_text().split())
+
+
+def test_the_page_shows_these_tables():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert "\n".join(markdown()) in page

@@ -1,0 +1,307 @@
+"""Who writes the answers and what is minimised on them: each against plain forwards, and stopped runs go on."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from test_objective import CONTEXTS, SAMPLES, TEMPERATURE, student_model, teacher_model
+from tiny import logprobs_by_hand, tiny_model, tiny_tokenizer
+from training_runs import CONTEXT, PROMPTS, losses, make
+
+from opcd_fast.data.batch import Sample, pack
+from opcd_fast.errors import InputError
+from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training.answers import sources as answer_sources
+from opcd_fast.training.interruption import Interrupted
+from opcd_fast.training.run.curves import curve
+from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.step.likelihood import answer_nll
+from opcd_fast.training.step.objective import context_kl
+
+SYSTEMS = {
+    "off-policy": {"answers": "teacher", "divergence": "forward_kl"},
+    "sequences": {"answers": "teacher", "objective": "nll"},
+    "kept": {"answers": "teacher", "objective": "nll", "kept_answers": 2, "batch_size": 5, "rollouts_per_prompt": 3},
+    "live": {"answers": "teacher", "teacher_mode": "live"},
+    "ema": {"answers": "teacher", "teacher_mode": "ema", "teacher_ema_decay": 0.5},
+}
+EVERY_SYSTEM = pytest.mark.parametrize("system", SYSTEMS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+# --- the likelihood ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+def test_nll_and_its_gradient_are_plain_cross_entropy(normalize):
+    exact = student_model(torch.float64)
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    for sample in SAMPLES:
+        ids = torch.tensor([[*sample.student_prompt, *sample.response]])
+        logits = exact(ids).logits[0, len(sample.student_prompt) - 1 : -1] / TEMPERATURE
+        weight = 1 / len(sample.response) if normalize == "sequence" else 1.0
+        total = total + weight * torch.nn.functional.cross_entropy(
+            logits, torch.tensor(sample.response), reduction="sum"
+        )
+        weights += weight * len(sample.response)
+    wanted = total / weights
+    wanted.backward()
+
+    student, batch = student_model(), pack(SAMPLES, normalize=normalize)
+    loss, stats = answer_nll(
+        batch, student, temperature=TEMPERATURE, denominator=weights, compute_dtype=torch.float32
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5) and wanted.item() > 1
+    assert float((stats.token_nll * batch.token_weights).sum() / weights) == pytest.approx(loss.item(), rel=1e-6)
+    for (name, p), q in zip(student.named_parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_on_average_over_the_teachers_answers_nll_has_the_gradient_of_the_forward_kl():
+    """All 261 one-token answers, each weighed by the teacher's probability of it."""
+    student, teacher = student_model(), teacher_model()
+    one = Sample([3, 5, 7], [2, 5, 7, 9], 0, [11])
+    options = {"temperature": TEMPERATURE, "denominator": 1.0, "compute_dtype": torch.float32}
+    context_kl(
+        pack([one]), student, ContextTeacher(teacher, CONTEXTS, adapter="active"),
+        divergence={"divergence": "forward_kl"}, **options,
+    )[0].backward()  # fmt: skip
+    wanted = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    with torch.no_grad():
+        logits = teacher(torch.tensor([[*CONTEXTS[0], *one.teacher_prompt]])).logits[0, -1]
+    batch = pack([dataclasses.replace(one, response=[token]) for token in range(logits.numel())])
+    batch = dataclasses.replace(batch, token_weights=(logits / TEMPERATURE).softmax(-1))
+    answer_nll(batch, student, **options)[0].backward()
+    for got, expected in zip((p.grad for p in student.parameters()), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
+# --- the first step by hand ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "nll"])
+def test_the_first_off_policy_loss_is_the_formula_on_the_teachers_answers(tokenizer, tmp_path, objective):
+    settings = {"objective": "nll"} if objective == "nll" else {"divergence": "forward_kl"}
+    trainer = make(tokenizer, tmp_path / "run", steps=1, temperature=0.8, answers="teacher", **settings)
+    result = trainer.train()
+    fresh = make(tokenizer, tmp_path / "fresh", temperature=0.8, answers="teacher", **settings)
+    drawn, rows = fresh.source.draw(0), fresh._prompts_of(0)
+    model, values = tiny_model(dtype=torch.float64), []
+    for row, sample, answer in zip(rows, drawn.samples, drawn.answers, strict=True):
+        assert (sample.student_prompt, sample.teacher_prompt) == (row.student_ids, row.teacher_ids)
+        assert tuple(sample.response) == answer.token_ids and sample.logprobs is None
+        shown, response = (*fresh.prefixes[0], *row.teacher_ids), list(answer.token_ids)
+        by_hand = logprobs_by_hand(model, shown, response, 0.8)  # the one who wrote had the context in front
+        torch.testing.assert_close(torch.tensor(answer.logprobs).double(), by_hand, rtol=1e-4, atol=1e-4)
+        p, q = (
+            (model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].detach() / 0.8).log_softmax(-1)
+            for prompt in (row.student_ids, shown)
+        )
+        picked = p.gather(1, torch.tensor(response)[:, None])[:, 0]
+        values.append(float(-picked.mean() if objective == "nll" else (q.exp() * (q - p)).sum(-1).mean()))
+    record = result.history[0]
+    assert record["loss"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+    assert (record["objective"], record["answers_of"], record["answers"]) == (objective, "teacher", 4)
+    assert ("nll_per_token" in record) == (objective == "nll") == ("kl_per_token" not in record)
+    assert ("teacher" in record["seconds"]) == (objective != "nll")
+
+
+def test_evaluation_is_the_same_for_every_system(tokenizer, tmp_path):
+    def first(name, **settings):
+        return make(tokenizer, tmp_path / name, steps=1, eval_every=1, **settings).train().evaluations[0]
+
+    wanted = first("opcd")
+    for name in ("off-policy", "sequences"):
+        assert first(name, **SYSTEMS[name]) == wanted
+
+
+# --- who writes ----------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_that_sees_what_the_student_sees_writes_what_the_student_writes(tokenizer, tmp_path):
+    prompts = [{"prompt": text, "privileged_context": ""} for text in PROMPTS[:-1]] + [PROMPTS[-1]]
+    trainer = make(tokenizer, tmp_path / "run", prompts=prompts, merge_for_rollout=False, answers="teacher")
+    alike = [row for row in trainer.train_rows if not row.has_context]
+    sampling = trainer._sampling("rollout", 0)
+    mine, teachers = trainer.student_writes(alike, sampling), trainer.teacher_writes(alike, sampling)
+    assert len(alike) == 5 and [a.token_ids for a in mine] == [a.token_ids for a in teachers]
+    rows = trainer.train_rows
+    shown = [a.token_ids for a in trainer.teacher_writes(rows[-1:] * 8, sampling)]
+    assert shown != [a.token_ids for a in trainer.student_writes(rows[-1:] * 8, sampling)]
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+@pytest.mark.parametrize("mode", ["frozen", "live", "ema", "periodic"])
+def test_the_teacher_writes_with_the_weights_that_its_mode_says(tokenizer, tmp_path, mode, lora_rank):
+    more = {"teacher_ema_decay": 0.5} if mode == "ema" else {"teacher_sync_every": 2} if mode == "periodic" else {}
+    trainer = make(
+        tokenizer, tmp_path / "run", teacher_mode=mode, lora_rank=lora_rank, answers="teacher", steps=3,
+        learning_rate=1e-2 if lora_rank else 3e-3, eval_prompts=["one"], **more,
+    )  # fmt: skip
+    trainer.train()
+    rows = trainer.train_rows
+    prompts = [(*trainer.prefixes[0], *row.teacher_ids) for row in rows]
+    (answer, *_) = answers = trainer.teacher_writes(rows, trainer._sampling("x", 0))
+    got = torch.cat([torch.tensor(a.logprobs).double() for a in answers])
+
+    def by_hand(model):
+        return torch.cat([logprobs_by_hand(model, p, a.token_ids, 1.0) for p, a in zip(prompts, answers)])
+
+    candidates = {"frozen": tiny_model(), "live": trainer.model}
+    if mode in ("ema", "periodic"):
+        candidates[mode] = trainer.teachers.pair.teacher
+    torch.testing.assert_close(got, by_hand(candidates.pop(mode)), rtol=1e-4, atol=1e-4)
+    for other, model in candidates.items():
+        assert (got - by_hand(model)).abs().max() > 1e-2, f"cannot tell {mode} from {other}"
+
+
+@EVERY_SYSTEM
+def test_a_stopped_run_goes_on_bit_for_bit(tokenizer, tmp_path, system):
+    settings = {**SYSTEMS[system], "steps": 4, "save_every": 1, "keep_checkpoints": 9}
+    whole = make(tokenizer, tmp_path / "run", **settings).train()
+    assert len(set(losses(whole))) == 4
+    shutil.rmtree(tmp_path / "run" / "final")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
+    again = make(tokenizer, tmp_path / "run", **settings, resume=True).train()
+    assert losses(again) == losses(whole) and again.evaluations[-1] == whole.evaluations[-1]
+
+
+# --- kept answers --------------------------------------------------------------------------------------------
+
+
+def test_kept_answers_are_drawn_once_and_used_in_turn(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run", **{**SYSTEMS["kept"], "batch_size": 6, "eval_every": 0})
+    calls, inner = [], trainer.teacher_rollout.generate
+    trainer.teacher_rollout.generate = lambda prompts, **kw: calls.append(len(prompts)) or inner(prompts, **kw)
+    trainer.train()
+    assert calls == [12]  # two answers to each of six prompts
+    lines = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    held = {}
+    for line in lines:
+        held.setdefault(tuple(line["prompt_ids"]), []).append(line["response_ids"])
+    assert [len(answers) for answers in held.values()] == [2] * 6
+    counts = json.loads((tmp_path / "run" / "answers.json").read_text())
+    assert counts["answers"] == 12 and counts["response_tokens"] == sum(len(line["response_ids"]) for line in lines)
+    seen = set()
+    for step in range(6):
+        drawn = trainer.source.draw(step)
+        for start in range(0, 18, 3):  # three answers to each prompt: one of the two comes twice
+            group = drawn.samples[start : start + 3]
+            answers = held[tuple(group[0].student_prompt)]
+            order = [answers.index(list(sample.response)) for sample in group]
+            assert order in ([0, 1, 0], [1, 0, 1])
+            seen.add(tuple(order))
+    assert len(seen) == 2
+
+
+def test_a_run_stopped_while_answers_are_drawn_draws_them_when_it_goes_on(tokenizer, tmp_path):
+    whole = make(tokenizer, tmp_path / "whole", **SYSTEMS["kept"]).train()
+    stopped = make(tokenizer, tmp_path / "run", **SYSTEMS["kept"])
+
+    def interrupted(prompts, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("a signal ends this at once")
+
+    stopped.teacher_rollout.generate = interrupted
+    with pytest.raises(Interrupted, match="step 0 is saved"):
+        stopped.train()
+    assert not (tmp_path / "run" / answer_sources.FILE).exists()
+    again = make(tokenizer, tmp_path / "run", **SYSTEMS["kept"], resume=True).train()
+    assert losses(again) == losses(whole)
+    name = answer_sources.FILE
+    assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_a_run_begun_anew_has_answers_of_its_own(tokenizer, tmp_path):
+    """One that was killed before its first checkpoint leaves a file, which the next run does not take over."""
+    (tmp_path / "run").mkdir()
+    for name in (answer_sources.FILE, answer_sources.KEPT_COUNTS):
+        (tmp_path / "run" / name).write_text("left behind")
+    make(tokenizer, tmp_path / "run", **SYSTEMS["kept"], steps=1).train()
+    assert json.loads((tmp_path / "run" / answer_sources.KEPT_COUNTS).read_text())["answers"] == 12
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / answer_sources.FILE).write_text("left behind")
+    make(tokenizer, tmp_path / "other", steps=1).train()
+    assert not (tmp_path / "other" / answer_sources.FILE).exists()
+
+
+@pytest.mark.parametrize("system", ["off-policy", "sequences"])
+def test_records_warnings_and_pictures_of_answers_that_are_not_the_students(tokenizer, tmp_path, caplog, system):
+    """Six steps: enough to be judged. Nobody else's answers collapse, and a likelihood has no entropy or KL."""
+    settings = {"steps": 6, "eval_every": 6, "plots": True, **SYSTEMS[system]}
+    with caplog.at_level("WARNING", "opcd_fast"):
+        result = make(tokenizer, tmp_path / "run", **settings).train()
+    assert {w["name"] for w in result.warnings} <= {"cut_answers"}
+    assert all(r["answers_of"] == "teacher" and "sampler_kl" not in r for r in result.history)
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"kl.png", "seconds.png", "answers.png"}
+    drawn = curve(tmp_path / "run")  # by a report, as KL to the teacher
+    assert len(drawn["steps"]) == (6 if system == "off-policy" else 0) and len(drawn["evaluations"]) == 2
+    alone = make(tokenizer, tmp_path / "alone", **{**settings, "eval_every": 0}).train()
+    assert (tmp_path / "alone" / "kl.png").exists() == (system == "off-policy") and len(alone.history) == 6
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(lambda f: f.unlink(), "cannot be read"), (lambda f: f.write_text("{}\n"), "cannot be read"),
+     (lambda f: f.write_text("\n".join(f.read_text().splitlines()[::-1])), "other prompts")],
+)  # fmt: skip
+def test_kept_answers_that_are_lost_are_not_drawn_anew(tokenizer, tmp_path, damage, words):
+    make(tokenizer, tmp_path / "run", **SYSTEMS["kept"]).train()
+    damage(tmp_path / "run" / answer_sources.FILE)
+    with pytest.raises(InputError, match=words):
+        make(tokenizer, tmp_path / "run", **SYSTEMS["kept"], resume=True, steps=6).train()
+
+
+def test_contexts_of_rows_keep_their_own_answers(tokenizer, tmp_path):
+    rows = [{"prompt": "q", "privileged_context": c} for c in (CONTEXT, "never say anything at all, at all")]
+    trainer = make(
+        tokenizer, tmp_path / "run", prompts=rows, answers="teacher", kept_answers=1, batch_size=2, eval_prompts=None
+    )
+    trainer.source.prepare(0)
+    drawn = trainer.source.draw(0)
+    model = tiny_model()
+    for sample, answer in zip(drawn.samples, drawn.answers):
+        shown = (*trainer.prefixes[sample.context_index], *sample.teacher_prompt)
+        by_hand = logprobs_by_hand(model, shown, answer.token_ids, 1.0)
+        torch.testing.assert_close(torch.tensor(answer.logprobs).double(), by_hand, rtol=1e-4, atol=1e-4)
+
+
+# --- settings that contradict each other ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"answers": "everyone"}, "answers='everyone'"),
+        ({"objective": "ppo"}, "objective='ppo'"),
+        ({"objective": "nll"}, "its gradient is zero"),
+        ({"objective": "nll", "answers": "teacher", "divergence": "jsd"}, "divergence='jsd'"),
+        ({"kept_answers": 1}, "kept_answers"),
+        ({"kept_answers": -1}, "kept_answers=-1"),
+        ({"kept_answers": 1, "answers": "teacher", "teacher_mode": "live"}, "kept_answers"),
+        ({"importance_correction": "token", "objective": "nll", "answers": "teacher"}, "objective='nll' has none"),
+        ({"importance_correction": "token", "objective": "nll", "rollout": "replay", "rollout_file": "f"}, "has none"),
+        ({"importance_correction": "sequence", "answers": "teacher"}, "answers='teacher' has none"),
+        ({"rollout": "server", "rollout_url": "http://x", "answers": "teacher"}, "samples the student"),
+    ],
+)
+def test_contradictions_are_named(settings, words):
+    with pytest.raises(InputError, match=words):
+        OPCDConfig(**settings)
+
+
+def test_task_episodes_without_a_task_are_refused(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="task_episodes"):
+        make(tokenizer, tmp_path / "run", task_episodes=3)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,472 @@
+"""The loop on a tiny model: it learns, it counts right, it resumes bit for bit, and it refuses what cannot work."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from resumption import cut_and_resumed
+from tiny import tiny_model, tiny_tokenizer
+from training_runs import losses, make
+
+from opcd_fast.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+
+
+
+
+def test_lora_training_moves_the_student_towards_the_teacher(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run", steps=30, batch_size=6, eval_every=30)
+    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora" not in n}
+    result = trainer.train()
+    first, last = result.evaluations[0], result.evaluations[-1]
+    assert last["fixed_kl"] < 0.7 * first["fixed_kl"]
+    assert last["own_kl"] < 0.7 * first["own_kl"]
+    for name, parameter in trainer.model.named_parameters():
+        if "lora" not in name:
+            assert torch.equal(parameter, base[name]), f"{name} moved, so the teacher moved"
+
+
+def test_full_fine_tuning_keeps_a_frozen_teacher(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run", lora_rank=0, learning_rate=3e-3, steps=12, eval_every=12)
+    teacher = trainer.teacher_rollout.model
+    before = {n: p.detach().clone() for n, p in teacher.named_parameters()}
+    result = trainer.train()
+    assert result.evaluations[-1]["fixed_kl"] < 0.8 * result.evaluations[0]["fixed_kl"]
+    assert all(torch.equal(p, before[n]) for n, p in teacher.named_parameters())
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_bf16_training_keeps_fp32_trained_weights(tokenizer, tmp_path, lora_rank):
+    trainer = make(
+        tokenizer, tmp_path / "run", lora_rank=lora_rank, dtype="bfloat16", steps=24, batch_size=6, eval_every=24,
+        learning_rate=1e-2 if lora_rank else 3e-3,
+    )  # fmt: skip
+    result = trainer.train()
+    assert result.evaluations[-1]["fixed_kl"] < 0.8 * result.evaluations[0]["fixed_kl"]
+    assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in trainer.teacher_rollout.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_the_first_loss_is_the_papers_equation(tokenizer, tmp_path):
+    """Eq. 1 by hand: plain forward passes, one sequence at a time, float64."""
+    trainer = make(tokenizer, tmp_path / "run", steps=1, temperature=0.8)
+    rows = trainer._prompts_of(0)
+    seen = {}
+    inner = trainer.rollout.generate
+
+    def spy(prompts, **options):
+        answers = inner(prompts, **options)
+        if [tuple(p) for p in prompts] == [row.student_ids for row in rows]:
+            seen["answers"] = answers
+        return answers
+
+    trainer.rollout.generate = spy
+    result = trainer.train()
+    model = tiny_model(dtype=torch.float64)
+    per_sequence = []
+    for row, answer in zip(rows, seen["answers"]):
+        response = list(answer.token_ids)
+        sides = []
+        for prompt in (row.student_ids, (*trainer.prefixes[0], *row.teacher_ids)):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+            sides.append((logits / 0.8).log_softmax(-1))
+        p, q = sides
+        per_sequence.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert losses(result)[0] == pytest.approx(sum(per_sequence) / len(per_sequence), rel=1e-4)
+
+
+def test_the_divergence_that_is_asked_for_is_minimised(tokenizer, tmp_path):
+    def first_loss(**settings):
+        trainer = make(tokenizer, tmp_path / "run", steps=1, eval_every=1, **settings)
+        result = trainer.train()
+        shutil.rmtree(tmp_path / "run")
+        return losses(result)[0], result.evaluations[0]["own_kl"]
+
+    plain, own_kl = first_loss()
+    assert first_loss(divergence="jsd", beta=1.0) == (plain, own_kl)
+    assert first_loss(divergence="skew_reverse_kl", alpha=0.0) == (plain, own_kl)
+    assert first_loss(divergence="topk_reverse_kl", k=10_000)[0] == pytest.approx(plain, rel=1e-4)
+    others = [
+        {"divergence": "forward_kl"}, {"divergence": "jsd"}, {"divergence": "jsd", "beta": 0.1},
+        {"divergence": "skew_reverse_kl"}, {"divergence": "skew_forward_kl", "alpha": 0.4},
+        {"divergence": "topk_reverse_kl", "k": 3}, {"divergence": "topk_reverse_kl", "k": 3, "tail": "bucket"},
+    ]  # fmt: skip
+    found = [first_loss(**settings) for settings in others]
+    assert len({round(loss, 5) for loss, _ in found} | {round(plain, 5)}) == len(others) + 1
+    assert {kl for _, kl in found} == {own_kl}  # evaluations always report the reverse KL
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+def test_micro_batches_do_not_change_the_step(tokenizer, tmp_path, normalize):
+    whole = make(tokenizer, tmp_path / "a", normalize=normalize, steps=3).train()
+    parts = make(tokenizer, tmp_path / "b", normalize=normalize, steps=3, micro_batch_tokens=60).train()
+    assert losses(whole) == pytest.approx(losses(parts), rel=1e-4)
+    assert [r["grad_norm"] for r in whole.history] == pytest.approx([r["grad_norm"] for r in parts.history], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(tokenizer, tmp_path):
+    plain = make(tokenizer, tmp_path / "a", steps=2).train()
+    saved = make(tokenizer, tmp_path / "b", steps=2, gradient_checkpointing=True).train()
+    assert losses(plain) == pytest.approx(losses(saved), rel=1e-5)
+
+
+@pytest.mark.parametrize(("lora_rank", "moment"), [(4, ("step", 5)), (0, ("step", 5)), (4, ("evaluation", 4))])
+def test_resume_is_bit_identical(tokenizer, tmp_path, lora_rank, moment):
+    settings = {"lora_rank": lora_rank, "steps": 6, "learning_rate": 5e-3}
+    whole = make(tokenizer, tmp_path / "whole", **settings).train()
+    resumed = cut_and_resumed(partial(make, tokenizer, **settings), tmp_path / "cut", moment)
+    assert losses(resumed) == losses(whole)
+    assert [e["step"] for e in resumed.evaluations] == [0, 2, 4, 6]
+    assert [e["fixed_kl"] for e in resumed.evaluations] == [e["fixed_kl"] for e in whole.evaluations]
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["resume"] is True
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_refuses_another_job(tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "run").train()
+    with pytest.raises(InputError, match="already holds a run"):
+        make(tokenizer, tmp_path / "run")
+    with pytest.raises(InputError, match="temperature differs"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=6, temperature=0.5).train()
+    with pytest.raises(InputError, match="prompts and context differs"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=6, context="another").train()
+    with pytest.raises(InputError, match="no checkpoint"):
+        make(tokenizer, tmp_path / "empty", resume=True)
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "run").train()
+    state = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "state.json"
+    kept = json.loads(state.read_text())
+    for name in ("answers", "objective", "optimizer", "use_dora", "num_virtual_tokens"):
+        del kept["identity"][name]
+    state.write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="optimizer differs from the run.*'adamw_torch' there, 'adafactor' now"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=6, optimizer="adafactor").train()
+    assert make(tokenizer, tmp_path / "run", resume=True, steps=6).train().steps == 6
+
+
+def test_a_damaged_checkpoint_is_named(tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "run").train()
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    (newest / "optimizer.pt").write_bytes(b"garbage")
+    with pytest.raises(InputError, match="damaged"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=6).train()
+
+
+def test_records_checkpoints_and_weights_on_disk(tokenizer, tmp_path):
+    result = make(tokenizer, tmp_path / "run", steps=6, keep_checkpoints=2).train()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000004", "step-000006"]
+    assert [e["step"] for e in result.evaluations] == [0, 2, 4, 6]
+    for record in result.history:
+        assert record["loss"] > 0 and record["grad_norm"] > 0 and 0 <= record["top1_agreement"] <= 1
+        assert set(record["seconds"]) == {"rollout", "teacher", "student", "loss", "backward", "optimizer"}
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "run" / "final")
+    trained = make(tokenizer, tmp_path / "again", steps=6).train  # the same run again gives the same adapter
+    trained()
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "again" / "final")
+    a, b = dict(loaded.named_parameters()), dict(again.named_parameters())
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert any("lora_B" in n and a[n].abs().sum() > 0 for n in a)
+
+
+def test_a_separate_teacher_is_the_one_that_is_followed(tokenizer, tmp_path):
+    teacher = tiny_model(seed=7, hidden_size=48, num_hidden_layers=3)
+    trainer = make(
+        tokenizer, tmp_path / "run", teacher_model=teacher, lora_rank=0, learning_rate=3e-3, steps=8, eval_every=8
+    )
+    result = trainer.train()
+    assert trainer.teacher_rollout.model is teacher
+    assert result.evaluations[-1]["fixed_kl"] < result.evaluations[0]["fixed_kl"]
+
+
+def test_a_teacher_with_a_padded_head_works_when_the_tokenizer_is_the_same(tokenizer, tmp_path):
+    padded = tiny_model(seed=7, vocab_size=272)
+    padded.lm_head.weight.data[261:] = 5 * padded.lm_head.weight.data[:11]  # padding that would be drawn
+    with pytest.raises(InputError, match="give teacher_tokenizer="):
+        make(tokenizer, tmp_path / "run", teacher_model=padded)
+    settings = {"teacher_tokenizer": tiny_tokenizer(), "lora_rank": 0, "learning_rate": 3e-3, "eval_every": 8}
+    trainer = make(tokenizer, tmp_path / "run", teacher_model=padded, steps=8, **settings)
+    result = trainer.train()
+    assert result.evaluations[-1]["fixed_kl"] < result.evaluations[0]["fixed_kl"]
+    written = json.loads((tmp_path / "run" / "eval_fixed.json").read_text())
+    assert max(max(sample["response"]) for sample in written) < 261
+    with pytest.raises(InputError, match="head only 200"):
+        make(tokenizer, tmp_path / "other", tiny_model(vocab_size=200, eos_token_id=1, pad_token_id=1))
+
+
+def test_every_epoch_visits_every_prompt(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run", batch_size=4, rollouts_per_prompt=2)
+    drawn = [row for step in range(3) for row in trainer._prompts_of(step)]
+    assert len(drawn) == 24
+    ids = [row.student_ids for row in drawn[::2]]
+    assert [row.student_ids for row in drawn[1::2]] == ids
+    assert sorted(ids[:6]) == sorted(ids[6:]) == sorted(row.student_ids for row in trainer.train_rows)
+    assert ids[:6] != ids[6:]
+
+
+def test_too_long_is_refused_with_the_counts(tokenizer, tmp_path):
+    with pytest.raises(InputError, match=r"exceed the teacher's window of 512 by \d+"):
+        make(tokenizer, tmp_path / "run", context="x" * 600)
+    with pytest.raises(InputError, match=r"exceeds the model's window of 512 by \d+"):
+        make(tokenizer, tmp_path / "run", max_new_tokens=505)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_mistakes_are_refused_before_anything_is_written(tokenizer, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match="different tokenizers"):
+        other = tiny_tokenizer()
+        other.add_tokens(["hello"])
+        make(tokenizer, folder, teacher_tokenizer=other)
+    with pytest.raises(InputError, match="lora_targets"):
+        make(tokenizer, folder, lora_targets="no_such_layer")
+    with pytest.raises(InputError, match="stop_tokens"):
+        make(tokenizer, folder, stop_tokens=("nope",))
+    with pytest.raises(InputError, match="prompts is empty"):
+        make(tokenizer, folder, prompts=[])
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_context_without_effect_stops_the_run_before_anything_is_written(tokenizer, tmp_path, dtype, lora_rank):
+    """Tokens differ but the model cannot see them: with all attention outputs zero, only the last token counts."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    trainer = make(tokenizer, tmp_path / "run", model, dtype=dtype, lora_rank=lora_rank)
+    with pytest.raises(InputError, match="context changes nothing"):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_weights_are_found_before_anything_is_written(tokenizer, tmp_path):
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        make(tokenizer, tmp_path / "run", model).train()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_the_weights_are_touched(tokenizer, tmp_path, where, monkeypatch):
+    trainer = make(tokenizer, tmp_path / "run", eval_prompts=None, steps=4)
+    step = []
+    inner = trainer._objective
+
+    def poisoned(*arguments, **options):
+        loss, stats = inner(*arguments, **options)
+        if torch.is_grad_enabled():
+            step.append(1)
+        if len(step) == 3:
+            loss = loss * float("nan") if where == "loss" else _NanGradient.apply(loss)
+        return loss, stats
+
+    monkeypatch.setattr(trainer, "_objective", poisoned)
+    with pytest.raises(InputError, match="step 3"):
+        trainer.train()
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002"]
+    assert all(bool(p.isfinite().all()) for p in trainer.parameters.values())
+
+
+class _NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def test_first_losses_by_hand_for_both_normalisations(tokenizer, tmp_path):
+    """Token and sequence means of the same answers, from the per-token KL of plain fp64 forward passes."""
+    losses_of = {}
+    for normalize in ("sequence", "token"):
+        trainer = make(
+            tokenizer, tmp_path / normalize, steps=1, normalize=normalize, stop_tokens=tuple("abcdefghijklmnopqrst")
+        )
+        result = trainer.train()
+        losses_of[normalize] = losses(result)[0]
+        rows = trainer._prompts_of(0)
+    fresh = make(tokenizer, tmp_path / "fresh", stop_tokens=tuple("abcdefghijklmnopqrst"))
+    answers = fresh.rollout.generate([row.student_ids for row in rows], **fresh._sampling("rollout", 0))
+    assert len({len(answer.token_ids) for answer in answers}) > 1, "the two means would be the same"
+    model = tiny_model(dtype=torch.float64)
+    kls = []
+    for row, answer in zip(rows, answers):
+        response = list(answer.token_ids)
+        p, q = (
+            model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].detach().log_softmax(-1)
+            for prompt in (row.student_ids, (*fresh.prefixes[0], *row.teacher_ids))
+        )
+        kls.append((p.exp() * (p - q)).sum(-1))
+    assert losses_of["token"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
+    assert losses_of["sequence"] == pytest.approx(float(sum(kl.mean() for kl in kls)) / len(kls), rel=1e-4)
+
+
+def test_settings_reach_what_they_set(tokenizer, tmp_path, monkeypatch):
+    """Every option here once was, or could be, accepted and ignored."""
+    trainer = make(
+        tokenizer, tmp_path / "run", temperature=0.7, top_p=0.8, stop_tokens=("z",), weight_decay=0.25, lora_rank=3,
+        lora_alpha=12, lora_targets="q_proj", teacher_path="concat", learning_rate=None, rollout_batch=2, steps=1,
+        max_grad_norm=1e-3, gradient_checkpointing=True, merge_for_rollout=False, eval_prompts=None,
+    )  # fmt: skip
+    assert trainer.teacher.path == "concat"
+    assert trainer.rollout.stop_token_ids == (256, tokenizer.get_vocab()["z"])
+    assert trainer.rollout.max_batch == 2 and trainer.rollout._merged is None
+    group = trainer.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.25)
+    lora = trainer.model.peft_config["default"]
+    assert (lora.r, lora.lora_alpha, set(lora.target_modules)) == (3, 12, {"q_proj"})
+    asked, layers = [], []
+    inner = trainer.rollout.generate
+    monkeypatch.setattr(trainer.rollout, "generate", lambda p, **o: asked.append(o) or inner(p, **o))
+    layer = trainer.model.get_base_model().model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda module, _: layers.append(module.training))
+    trainer.train()
+    assert (asked[0]["temperature"], asked[0]["top_p"], asked[0]["max_new_tokens"]) == (0.7, 0.8, 6)
+    assert layers.count(True) == 2, "a checkpointed layer runs twice in training: forward and recomputation"
+    gradients = [p.grad for p in trainer.parameters.values() if p.grad is not None]
+    assert float(torch.stack([g.norm() for g in gradients]).norm()) <= 1.001e-3
+
+
+def test_dropout_is_part_of_the_seeded_step(tokenizer, tmp_path):
+    dropped = [make(tokenizer, tmp_path / f"{i}", tiny_model(attention_dropout=0.3), steps=2).train() for i in range(2)]
+    plain = make(tokenizer, tmp_path / "plain", steps=2).train()
+    assert losses(dropped[0]) == losses(dropped[1])
+    assert losses(dropped[0]) != losses(plain)
+
+
+def test_a_peft_model_goes_on_training_its_adapter_against_its_base(tokenizer, tmp_path):
+    from peft import PeftModel
+
+    make(tokenizer, tmp_path / "first", steps=4).train()
+    model = PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), tmp_path / "first" / "final")
+    trainer = make(tokenizer, tmp_path / "second", model, lora_rank=0, learning_rate=None, dtype="bfloat16", steps=4)
+    assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+    assert all("lora_" in name for name in trainer.parameters) and trainer.parameters
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+    before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    trainer.train()
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.parameters.items())
+    with pytest.raises(InputError, match="already carries an adapter"):
+        make(tokenizer, tmp_path / "third", model, lora_rank=2)
+
+
+def test_models_that_cannot_be_trained_are_refused(tokenizer, tmp_path):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = tiny_model()
+    with pytest.raises(InputError, match="teacher_model is the model"):
+        make(tokenizer, tmp_path / "run", model, teacher_model=model)
+    with pytest.raises(InputError, match="float16"):
+        make(tokenizer, tmp_path / "run", tiny_model(dtype=torch.float16), dtype="auto")
+    # What transformers' add_adapter does; that of 5.24 asks for a PEFT which is not out yet.
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
+    with pytest.raises(InputError, match="add_adapter"):
+        make(tokenizer, tmp_path / "run", model)
+    with pytest.raises(InputError, match="lm_head"):
+        make(tokenizer, tmp_path / "run", lora_targets="lm_head")
+    with pytest.raises(InputError, match="workspace_bytes"):
+        make(tokenizer, tmp_path / "run", workspace_bytes=1).train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_other_weights_and_fewer_steps(tokenizer, tmp_path):
+    trainer = make(tokenizer, tmp_path / "run")
+    trainer.train()
+    with pytest.raises(InputError, match="first weights differs"):
+        make(tokenizer, tmp_path / "run", tiny_model(seed=9), resume=True, steps=6).train()
+    with pytest.raises(InputError, match="4 steps already"):
+        make(tokenizer, tmp_path / "run", resume=True, steps=3).train()
+    with pytest.raises(InputError, match="make a new trainer"):
+        trainer.train()
+
+
+def test_bound_of_prefixes_is_free_on_resume(tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "run", steps=2).train()
+    trainer = make(tokenizer, tmp_path / "run", steps=4, resume=True, max_prefix_bytes=1)
+    trainer.train()
+    memory = trainer.teacher._prefixes
+    assert memory.evicted and memory.built > 1  # not kept between calls
+
+
+def test_settings_of_storage_and_parts_reach_the_teacher(tokenizer, tmp_path, monkeypatch):
+    make(tokenizer, tmp_path / "run", steps=1).train()
+    trainer = make(tokenizer, tmp_path / "run", steps=2, resume=True, prefix_device="cpu", teacher_batch_bytes=1)
+    passes, honest = [], trainer.teacher._run
+
+    def counting(path, ids, row, index):
+        passes.append(len(row.lengths))
+        return honest(path, ids, row, index)
+
+    monkeypatch.setattr(trainer.teacher, "_run", counting)
+    trainer.train()
+    assert set(passes) == {1} and len(passes) >= 4  # free on resume, and in effect: every sequence runs alone
+    assert "kept on cpu" in trainer.teacher.explain()
+    with pytest.raises(InputError, match="prefix_device"):
+        make(tokenizer, tmp_path / "third", prefix_device="nowhere")
+
+
+def test_a_path_that_fails_its_check_is_an_error_before_anything_is_written(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("opcd_fast.teacher.paths.choice.verify", lambda *_: ("max difference 1.0e+00 in fp32", False))
+    with pytest.raises(InputError, match="path='merge': it failed its check"):
+        make(tokenizer, tmp_path / "run", teacher_path="merge")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 0, "learning_rate": 3e-3, "micro_batch_tokens": 700}])
+def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeypatch, settings):
+    from opcd_fast.models import shared_prompts
+
+    calls = []
+    inner = shared_prompts.shared_prompt_hidden_states
+
+    def counted(*args, **options):
+        calls.append(0)
+        return inner(*args, **options)
+
+    monkeypatch.setattr("opcd_fast.training.step.objective.shared_prompt_hidden_states", counted)
+
+    def history(name, share):
+        calls.clear()
+        trainer = make(tokenizer, tmp_path / name, rollouts_per_prompt=4, batch_size=2, share_prompts=share, **settings)
+        return trainer.train().history
+
+    alone = history("alone", False)
+    assert not calls
+    for name, share in (("asked", True), ("default", None)):
+        shared = history(name, share)
+        assert len(calls) >= len(shared) == 4
+        for record, reference in zip(shared, alone, strict=True):
+            assert record["response_tokens"] == reference["response_tokens"]
+            for field in ("loss", "kl_per_token", "student_entropy", "grad_norm"):
+                assert record[field] == pytest.approx(reference[field], rel=1e-4), field
+
+
+def test_prompts_are_shared_by_default_where_the_model_can(tokenizer, tmp_path, caplog):
+    assert make(tokenizer, tmp_path / "a", rollouts_per_prompt=2).share_prompts is True
+    assert make(tokenizer, tmp_path / "b").share_prompts is True
+    assert make(tokenizer, tmp_path / "e", share_prompts=False).share_prompts is False
+    dropping = lambda: {"model": tiny_model(attention_dropout=0.1), "rollouts_per_prompt": 2}  # noqa: E731
+    with caplog.at_level("WARNING", "opcd_fast"):
+        assert make(tokenizer, tmp_path / "c", **dropping()).share_prompts is False
+    assert "attention_dropout=0.1" in caplog.text
+    with pytest.raises(InputError, match="share_prompts=True: .*attention_dropout=0.1"):
+        make(tokenizer, tmp_path / "d", share_prompts=True, **dropping())

@@ -25,13 +25,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opcd_fast.attention.dispatch import PackedRow, PrefixGroup, packed_row, row_attention
+from opcd_fast.attention.dispatch import alike, check_keys, row_attention
 from opcd_fast.attention.pairs import Spans, pair_for
-from opcd_fast.attention.rows import on_device
+from opcd_fast.attention.rows import PackedRow, PrefixGroup, on_device, packed_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +54,10 @@ class TreeRow:
         """Tokens of each prompt that has children."""
         return tuple(group.length for group in self.children.groups)
 
-    @functools.cached_property
-    def longest_child(self) -> int:
-        """Tokens of the longest child, its prompt included."""
-        return max((p + t for p, t in zip(self.children.prefix_lengths, self.children.lengths, strict=True)), default=0)
-
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, its prompt included."""
-        return max(self.roots.longest, self.longest_child)
+        return max(self.roots.longest, self.children.reach)
 
     @functools.cached_property
     def positions(self) -> Tensor:
@@ -182,19 +176,13 @@ class TreeCall:
             refused.append("dropout")
         if refused:
             raise NotImplementedError(f"attention with shared prompts has no {refused[0]}; use packed_hidden_states")
-        tokens = self.row.order.numel()
-        if key.shape[2] != tokens or query.shape[2] != tokens:
-            raise RuntimeError(
-                f"attention got {query.shape[2]} queries and {key.shape[2]} keys for a row of {tokens} tokens"
-            )
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        check_keys(layer, query, key, self.row.order.numel())
+        dtype, width = value.dtype, value.shape[-1]
+        key, value = alike(key, value, dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # Under autocast RoPE leaves queries and keys in fp32 while values are in the shorter type.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        width = value.shape[-1]
-        if width < query.shape[-1]:  # kernels want one head size; the added zeros come out as zeros
-            value = F.pad(value, (0, query.shape[-1] - width))
-        out = tree_attention(query, key, value, self.row, scale, sliding_window)
-        self.layers_done.add(module.layer_idx)  # type: ignore[arg-type]
+        out = tree_attention(query.to(dtype), key, value, self.row, scale, sliding_window)
+        self.layers_done.add(layer)
         return out[..., :width].unsqueeze(0), None
 
 
@@ -212,9 +200,9 @@ def tree_attention(
         return out
     query, key, value = query[:, :, roots:], key[:, :, roots:], value[:, :, roots:]
     prompt_key, prompt_value = root_key[:, :, :prompts], root_value[:, :, :prompts]
-    if window is not None and row.longest_child > window:
-        key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        of_children = row_attention(query, key, value, row.children, row.prompt_lengths, scale, window)
+    if window is not None and row.children.reach > window:
+        prefixes = list(zip(*(x.split(list(row.prompt_lengths), 2) for x in (prompt_key, prompt_value)), strict=True))
+        of_children = row_attention(query, key, value, row.children, prefixes, scale, window)
     else:
         of_children = _AttentionAfterPrompts.apply(query, key, value, prompt_key, prompt_value, row, scale)
     return torch.cat([out, of_children])

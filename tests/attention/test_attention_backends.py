@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from test_attention import dense, make_qkv, make_row
+from attention_oracle import dense, explicit, make_prefixes, make_qkv, make_row
 
 from opcd_fast.attention import backends, kernels
 from opcd_fast.attention.backends import FA2, FA4, Need
@@ -117,20 +117,10 @@ def test_packages_that_are_not_there_or_do_not_import(monkeypatch):
 # --- what the kernels are given -----------------------------------------------------------------------------
 
 
-def explicit(q, k, v, scale, softcap, causal, window):
-    """(n, H, d), (m, H_kv, d) -> (n, H, d), (n, H)."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(len(q)).unsqueeze(1) + len(k) - len(q) - torch.arange(len(k))
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if causal:
-        hidden |= distance < 0
-    if window is not None:
-        hidden |= distance > window
-    scores = scores.masked_fill(hidden, -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1).t()
+def by_token(q, k, v, scale, softcap, causal, window=None):
+    """(n, H, d), (m, H_kv, d) -> (n, H, d), (n, H), as FlashAttention lays them out. window: keys to the left."""
+    parts = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return explicit(*parts, scale, softcap or None, causal=causal, window=None if window is None else window + 1)
 
 
 def package(no_window, flag, tail):
@@ -139,7 +129,7 @@ def package(no_window, flag, tail):
 
     def flash_attn_func(*, q, k, v, softmax_scale, causal, softcap, **options):
         assert options == {flag: True} and not causal and q.shape[0] == 1
-        out, lse = explicit(q[0], k[0], v[0], softmax_scale, softcap, False, None)
+        out, lse = by_token(q[0], k[0], v[0], softmax_scale, softcap, False)
         return (out[None], lse.t()[None], *tail)
 
     def flash_attn_varlen_func(
@@ -153,7 +143,7 @@ def package(no_window, flag, tail):
             assert q1 - q0 <= max_seqlen_q and k1 - k0 <= max_seqlen_k
             window = None if window_size == no_window else window_size[0]
             assert window is None or (window >= 0 and window_size[1] == 0)
-            out, lse = explicit(q[q0:q1], k[k0:k1], v[k0:k1], softmax_scale, softcap, True, window)
+            out, lse = by_token(q[q0:q1], k[k0:k1], v[k0:k1], softmax_scale, softcap, True, window)
             outs.append(out)
             lses.append(lse)
         return (torch.cat(outs), torch.cat(lses).t(), *tail)
@@ -179,9 +169,9 @@ def test_installed_packages_are_found(packages):
 
 
 def check_prefix(kernel, softcap):
-    q, k, v = make_qkv(7, 20, dtype=torch.float64)
+    q, k, v = make_qkv(7, 27, dtype=torch.float64)
     out, lse = kernel(q, k, v, 0.25, softcap)
-    expected, expected_lse = explicit(*(x[0].transpose(0, 1) for x in (q, k, v)), 0.25, softcap, False, None)
+    expected, expected_lse = explicit(q, k, v, 0.25, softcap, causal=False)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
 
@@ -195,7 +185,7 @@ def test_phase_1(name, softcap, packages):
 @pytest.mark.parametrize("name", ["flash", "efficient"])
 def test_phase_1_of_torch(name, monkeypatch):
     def attention(query, key, value, scale):
-        out, lse = explicit(*(x[0].transpose(0, 1) for x in (query, key, value)), scale, None, False, None)
+        out, lse = explicit(query, key, value, scale, causal=False)
         return out.transpose(0, 1)[None], lse.t()[None]
 
     def flash(query, key, value, dropout_p, is_causal, return_debug_mask, *, scale):
@@ -224,21 +214,20 @@ def test_phase_2(name, lengths, softcap, packages):
     q, k, v = make_qkv(sum(lengths), dtype=torch.float64)
     run = kernels.row_varlen(getattr(kernels, f"varlen_{name}")) if name.startswith("fa") else getattr(kernels, name)
     out, lse = run(q, k, v, row, 0.25, softcap, 0.0, True)
-    torch.testing.assert_close(out, dense(q, k, v, row, [], 0.25, None, softcap))
+    torch.testing.assert_close(out, dense(q, k, v, row, [], 0.25, softcap=softcap))
     # The logsumexp by what it means: a sink of that height halves everything.
-    halved = dense(q[:, :1], k[:, :1], v[:, :1], row, [], 0.25, None, softcap, lse[:1, 0])
+    halved = dense(q[:, :1], k[:, :1], v[:, :1], row, [], 0.25, softcap=softcap, sink=lse[:1, 0])
     torch.testing.assert_close(halved[0], out[0, :1] / 2, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("name", ["fa4", "fa2"])
 def test_windows(name, softcap, packages):
-    q, k, v = make_qkv(7, 20, dtype=torch.float64)
+    q, k, v = make_qkv(7, 27, dtype=torch.float64)
     bounds = Bounds(torch.tensor([0, 3, 7]), torch.tensor([0, 12, 27]), 4, 15)
     out, lse = getattr(kernels, f"varlen_{name}")(q, k, v, bounds, 0.25, softcap, 5, True)
-    flat = [x[0].transpose(0, 1) for x in (q, k, v)]
     for tokens, keys in ((slice(0, 3), slice(0, 12)), (slice(3, 7), slice(12, 27))):
-        expected, expected_lse = explicit(flat[0][tokens], flat[1][keys], flat[2][keys], 0.25, softcap, True, 4)
+        expected, expected_lse = explicit(q[:, :, tokens], k[:, :, keys], v[:, :, keys], 0.25, softcap, window=5)
         torch.testing.assert_close(out[tokens], expected)
         torch.testing.assert_close(lse[tokens], expected_lse)
 
@@ -249,15 +238,10 @@ def test_windowed_layers_by_one_call_for_the_row(lengths, window, packages, monk
     """Which keys each sequence reads of its prefix and of its own; worked out once for all layers alike."""
     run = backends.Kernel(FA4, kernels.varlen_fa4)
     monkeypatch.setattr(backends, "windowed", lambda need, with_lse=False: run)
-    sizes = [14, 0]
-    kept = [min(s, window - 1) for s in sizes]
-    row = make_row(lengths, sizes, [2, 2])
-    for _ in range(2):
-        q, k, v = make_qkv(sum(lengths), sum(kept), dtype=torch.float64)
-        out = row_attention(q, k, v, row, kept, 0.25, window)
-        torch.testing.assert_close(out, dense(q, k, v, row, kept, 0.25, window))
-    other = make_row(lengths, [20, 5], [2, 2])  # same lengths and counts where the window is small, other prefixes
-    kept = [min(s, window - 1) for s in [20, 5]]
-    q, k, v = make_qkv(sum(lengths), sum(kept), dtype=torch.float64)
-    out = row_attention(q, k, v, other, kept, 0.25, window)
-    torch.testing.assert_close(out, dense(q, k, v, other, kept, 0.25, window))
+    first = make_row(lengths, [14, 0], [2, 2])
+    # The last row has the same lengths, and where the window is small the same counts, after other prefixes.
+    for row in (first, first, make_row(lengths, [20, 5], [2, 2])):
+        q, k, v = make_qkv(sum(lengths), dtype=torch.float64)
+        prefixes = make_prefixes(row, window, dtype=torch.float64)
+        out = row_attention(q, k, v, row, prefixes, 0.25, window)
+        torch.testing.assert_close(out, dense(q, k, v, row, prefixes, 0.25, window))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opcd_fast.models import seam, states_of
-from opcd_fast.models.caches import KeysAndValues
+from opcd_fast.attention import KeysAndValues
+from opcd_fast.models import seam
+from opcd_fast.models.caches import states_of
 from opcd_fast.teacher.prefix import chunked_prefill
 
 
@@ -147,20 +146,3 @@ def describe(body: nn.Module) -> dict[str, str]:
         "rope": json.dumps(rope, sort_keys=True, default=str),
         "dtype": str(next(body.parameters()).dtype),
     }
-
-
-def cache_of(prefixes: Sequence[SharedPrefix]) -> tuple[Any, list[list[int] | None] | None]:
-    """The read-only cache that puts `prefixes` in front of a packed row, in this order.
-
-    Also how many keys it holds of each prefix in each layer, [layer][prefix]: 0 for an empty prefix, None for a layer
-    that reads another's keys. (None, None) when all prefixes are empty.
-    """
-    full = [prefix for prefix in prefixes if len(prefix)]
-    if not full:
-        return None, None
-    layers = []
-    counts: list[list[int] | None] = []
-    for i, key in enumerate(full[0].keys):
-        layers.append([p.layer(i) for p in full])
-        counts.append([p.keys[i].shape[-2] if len(p) else 0 for p in prefixes] if key.numel() else None)
-    return seam.frozen_cache(layers), counts

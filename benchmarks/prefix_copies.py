@@ -59,7 +59,8 @@ def main(trees: dict[str, str], rounds: int, out: str) -> None:
                 seconds[int(context), name] += times
                 peaks[int(context), name] = peak
     notes = ["Times are of the processor, one thread. Shape of SmolLM2-135M with 6 of its 30 layers, random weights."]
-    report = start_report("prefix", f"python benchmarks/prefix_copies.py before=… after=… rounds={rounds} out=…", torch.device("cpu"), notes)
+    command = f"python benchmarks/prefix_copies.py before=… after=… rounds={rounds} out=…"
+    report = start_report("prefix", command, torch.device("cpu"), notes)
     for (context, name), times in seconds.items():
         ms = Time(*(1e3 * f(times) for f in (statistics.median, min, max)), len(times))
         case = f"{context}x{RESPONSE}x{BATCH}", name, "SmolLM2-135M", LAYERS, context, RESPONSE, BATCH, "float32"

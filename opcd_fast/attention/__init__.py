@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = door(
     {
         "dispatch": ("PackedCall",),
         "kernels": ("repeat_heads",),
-        "rows": ("KeysAndValues", "PackedRow", "PrefixGroup", "on_device", "packed_row"),
+        "rows": ("KeysAndValues", "PackedRow", "PrefixGroup", "on_device", "packed_row", "row_of"),
         "sdpa": ("sdpa_without_cudnn",),
         "tree": ("TreeCall", "TreeRow", "tree_row"),
     },
@@ -21,6 +21,6 @@ __getattr__, __dir__, __all__ = door(
 if TYPE_CHECKING:
     from opcd_fast.attention.dispatch import PackedCall
     from opcd_fast.attention.kernels import repeat_heads
-    from opcd_fast.attention.rows import KeysAndValues, PackedRow, PrefixGroup, on_device, packed_row
+    from opcd_fast.attention.rows import KeysAndValues, PackedRow, PrefixGroup, on_device, packed_row, row_of
     from opcd_fast.attention.sdpa import sdpa_without_cudnn
     from opcd_fast.attention.tree import TreeCall, TreeRow, tree_row

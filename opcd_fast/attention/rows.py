@@ -6,8 +6,9 @@ N tokens in the row, B sequences, T the longest of them, H heads, d head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -109,6 +110,13 @@ class PackedRow:
         return max((p + t for p, t in zip(self.prefix_lengths, self.lengths, strict=True)), default=0)
 
 
+def row_of(lengths: Iterable[int], device: torch.device, groups: Iterable[PrefixGroup] = ()) -> PackedRow:
+    """The row of sequences of `lengths` tokens."""
+    lengths = tuple(lengths)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedRow(lengths, on_device(cu_seqlens, device), tuple(groups))
+
+
 def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedRow:
     """The row of `tokens` tokens that `cu_seqlens` (B + 1,) of any integer type divides.
 
@@ -120,12 +128,12 @@ def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedR
     if tokens == 0:
         raise ValueError("input_ids: no tokens at all")
     bounds = cu_seqlens.tolist()
-    lengths = tuple(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+    lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
         raise ValueError(
             f"cu_seqlens: must rise from 0 to the {tokens} tokens of input_ids, got {bounds[:4]}…{bounds[-1]}"
         )
-    return PackedRow(lengths, on_device(cu_seqlens.to(torch.int32), device))
+    return row_of(lengths, device)
 
 
 def to_grid(x: Tensor, row: PackedRow) -> Tensor:

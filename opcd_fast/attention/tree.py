@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from opcd_fast.attention.dispatch import alike, check_keys, row_attention
 from opcd_fast.attention.pairs import Spans, pair_for
-from opcd_fast.attention.rows import PackedRow, PrefixGroup, on_device, packed_row
+from opcd_fast.attention.rows import PackedRow, PrefixGroup, on_device, packed_row, row_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,20 +66,13 @@ class TreeRow:
     @functools.cached_property
     def own_spans(self) -> Spans:
         """Every child against itself."""
-        bounds = self.children.cu_seqlens
-        return Spans(self.children.lengths, self.children.lengths, bounds, bounds, causal=True)
+        return Spans(self.children, self.children, causal=True)
 
     @functools.cached_property
     def prompt_spans(self) -> Spans:
         """All children of a prompt against the prompt."""
-        device = self.order.device
-        queries = tuple(group.end_token - group.first_token for group in self.children.groups)
-        return Spans(queries, self.prompt_lengths, bounds(queries, device), bounds(self.prompt_lengths, device))
-
-
-def bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(B + 1,) int32: where stretches of `lengths` tokens begin and end."""
-    return on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
+        of_prompts = [group.end_token - group.first_token for group in self.children.groups]
+        return Spans(*(row_of(lengths, self.order.device) for lengths in (of_prompts, self.prompt_lengths)))
 
 
 def tree_row(cu_seqlens: Tensor, parent: Tensor, tokens: int, device: torch.device) -> TreeRow:
@@ -108,15 +100,13 @@ def tree_row(cu_seqlens: Tensor, parent: Tensor, tokens: int, device: torch.devi
         groups.append(PrefixGroup(sequence, end_sequence, token, end_token, lengths[prompt]))
         sequence, token = end_sequence, end_token
 
-    starts = [0, *accumulate(lengths)]
+    starts = whole.bounds
     arranged = [*prompts, *alone, *children]
     order = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in arranged])
     back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
-    of_roots = tuple(lengths[i] for i in (*prompts, *alone))
-    of_children = tuple(lengths[i] for i in children)
     return TreeRow(
-        PackedRow(of_roots, bounds(of_roots, device)),
-        PackedRow(of_children, bounds(of_children, device), tuple(groups)),
+        row_of((lengths[i] for i in (*prompts, *alone)), device),
+        row_of((lengths[i] for i in children), device, groups),
         on_device(order, device),
         on_device(back, device),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, TreeCall, on_device, packed_row
+from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, TreeCall, on_device, packed_row, row_of
 from opcd_fast.models import seam
 from opcd_fast.models.architectures import refuses_packing, rope_switch
 from opcd_fast.models.prefix_tuning import Prefix, refuses_prefix
@@ -121,8 +121,8 @@ def _padded(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
         if not place.numel():  # empty sequences alone
             continue
         place = on_device(place, input_ids.device)
-        ends = torch.tensor([0, *(n for n, which in zip(row.lengths, long, strict=True) if which == side)]).cumsum(0)
-        part = padded_forward(body, input_ids[place], packed_row(ends, place.numel(), input_ids.device))
+        lengths = [n for n, which in zip(row.lengths, long, strict=True) if which == side]
+        part = padded_forward(body, input_ids[place], row_of(lengths, input_ids.device))
         start = part.new_zeros(len(input_ids), part.shape[-1]) if hidden is None else hidden
         hidden = start.index_copy(0, place, part)
     assert hidden is not None, "no tokens"

@@ -193,8 +193,8 @@ def test_phase_1_of_torch(name, monkeypatch):
         out, lse = attention(query, key, value, scale)
         return out, torch.nn.functional.pad(lse, (0, 5), value=torch.nan), *[None] * 7
 
-    def efficient(query, key, value, bias, compute_log_sumexp, *, scale):
-        assert bias is None and compute_log_sumexp and query.shape[1] == key.shape[1]
+    def efficient(query, key, value, bias, compute_log_sumexp, dropout, causal, *, scale):
+        assert bias is None and compute_log_sumexp and query.shape[1] == key.shape[1] and not dropout and not causal
         out, lse = attention(query, key, value, scale)
         return out, torch.nn.functional.pad(lse, (0, 5), value=torch.nan), None, None
 

@@ -164,6 +164,8 @@ def test_chunk_size_is_a_function_of_the_shapes():
     assert chunked_prefill.chunk_tokens(body(torch.float32, **{**qwen, "intermediate_size": 10**6})) == 256
 
     class OfLayers(type(body(torch.float32).config)):
+        per_layer_config = ()
+
         def __getattribute__(self, name):
             if name == "head_dim":
                 raise RuntimeError("head_dim is an attribute of layers")

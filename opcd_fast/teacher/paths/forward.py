@@ -8,7 +8,7 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor, nn
 
-from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, on_device, packed_row
+from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, on_device, row_of
 from opcd_fast.models import forward_on_row, moving_rope, padded_forward, seam
 from opcd_fast.models.caches import expanded_cache, prefix_cache, unread_layers
 from opcd_fast.teacher.prefix import SharedPrefix
@@ -39,7 +39,7 @@ def _grouped(
     row: PackedRow, order: list[int], index: list[int], prefixes: Mapping[int, SharedPrefix]
 ) -> tuple[PackedRow, list[SharedPrefix]]:
     """The row with its sequences in `order` and a group for those of equal `index`; and each group's prefix."""
-    lengths = tuple(row.lengths[s] for s in order)
+    lengths = [row.lengths[s] for s in order]
     bounds = [0, *accumulate(lengths)]
     groups, used, first = [], [], 0
     for which, members in groupby(index):
@@ -48,8 +48,7 @@ def _grouped(
             groups.append(PrefixGroup(first, end, bounds[first], bounds[end], len(prefixes[which])))
             used.append(prefixes[which])
         first = end
-    cu_seqlens = on_device(torch.tensor(bounds, dtype=torch.int32), row.cu_seqlens.device)
-    return PackedRow(lengths, cu_seqlens, tuple(groups)), used
+    return row_of(lengths, row.cu_seqlens.device, groups), used
 
 
 def pad_forward(
@@ -107,16 +106,14 @@ def concat_forward(
     """
     if (alone or moving_rope(body)) and len(index) > 1:
         singles = [
-            concat_forward(body, contexts, ids, packed_row(torch.tensor([0, len(ids)]), len(ids), ids.device), [which])
+            concat_forward(body, contexts, ids, row_of([len(ids)], ids.device), [which])
             for ids, which in zip(input_ids.split(list(row.lengths)), index, strict=True)
             if len(ids)
         ]
         return torch.cat(singles)
     placed = [on_device(contexts[i], input_ids.device) for i in index]
     pieces = [part for pair in zip(placed, input_ids.split(list(row.lengths)), strict=True) for part in pair]
-    ends = torch.tensor([0] + [c.numel() + t for c, t in zip(placed, row.lengths, strict=True)]).cumsum(0)
-    ids = torch.cat(pieces)
-    whole = packed_row(ends, ids.numel(), input_ids.device)
-    context_lengths = torch.tensor([c.numel() for c in placed])
-    suffix = (whole.offset_on_host >= context_lengths[whole.sequence_on_host]).nonzero().squeeze(1)
-    return padded_forward(body, ids, whole).index_select(0, on_device(suffix, input_ids.device))
+    context_lengths = [c.numel() for c in placed]
+    whole = row_of([c + t for c, t in zip(context_lengths, row.lengths, strict=True)], input_ids.device)
+    suffix = (whole.offset_on_host >= torch.tensor(context_lengths)[whole.sequence_on_host]).nonzero().squeeze(1)
+    return padded_forward(body, torch.cat(pieces), whole).index_select(0, on_device(suffix, input_ids.device))

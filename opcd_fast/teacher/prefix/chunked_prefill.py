@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from opcd_fast.attention import KeysAndValues, PackedCall, PackedRow, PrefixGroup
+from opcd_fast.attention import KeysAndValues, PackedCall, PrefixGroup, row_of
 from opcd_fast.models import forward_on_row, moving_rope, refuses_packing, seam
 from opcd_fast.models.caches import GrowingLayer, PrefixCache
 
@@ -45,23 +45,19 @@ def chunk_tokens(body: nn.Module) -> int:
     queries, keys and values, and the residual stream four times, once of these in float32. A Qwen3-8B in bf16 gets
     1,792 tokens, a SmolLM2-135M in fp32 7,680.
     """
-    hidden = int(_setting(body, "hidden_size") or 0)
-    experts, expert = int(_setting(body, "num_experts_per_tok") or 1), int(_setting(body, "moe_intermediate_size") or 0)
-    inner = max(int(_setting(body, "intermediate_size") or 4 * hidden), experts * expert)
-    heads = int(_setting(body, "num_attention_heads") or 1)
-    head_dim = int(_setting(body, "head_dim") or hidden // heads)
+
+    def setting(name: str) -> int:
+        """0 where there is none, or one for each layer."""
+        found = seam.setting(seam.config_of(body), name)
+        return found if isinstance(found, int) else 0
+
+    hidden, heads = setting("hidden_size"), setting("num_attention_heads") or 1
+    experts = (setting("num_experts_per_tok") or 1) * setting("moe_intermediate_size")
+    inner = max(setting("intermediate_size") or 4 * hidden, experts)
+    head_dim = setting("head_dim") or hidden // heads
     size = next(body.parameters()).element_size()
     per_token = (3 * inner + 3 * heads * head_dim + 3 * hidden) * size + 4 * hidden
     return max(_LEAST_TOKENS, _ACTIVATION_BYTES // per_token // _LEAST_TOKENS * _LEAST_TOKENS)
-
-
-def _setting(body: nn.Module, name: str) -> int | None:
-    """One number of the configuration; None where it has none, or one for each layer."""
-    try:
-        value = getattr(seam.config_of(body), name, None)
-    except Exception:  # newer versions of transformers refuse to name one of several, with an error of their own
-        return None
-    return value if isinstance(value, int) else None
 
 
 def grow(
@@ -92,10 +88,8 @@ def grow(
     cache, ids = PrefixCache(layers=[*layers]), token_ids.to(next(body.parameters()).device)
     for first in range(start_length, length, chunk):
         piece = ids[first : first + chunk]
-        count = piece.numel()
-        bounds = torch.tensor([0, count], dtype=torch.int32, device=ids.device)
-        groups = (PrefixGroup(0, 1, 0, count, first),) if first else ()
-        row = PackedRow((count,), bounds, groups)
+        count = len(piece)
+        row = row_of([count], ids.device, [PrefixGroup(0, 1, 0, count, first)] if first else [])
         hidden = forward_on_row(body, piece, row.position_of_token, PackedCall(row, cache.prefixes), cache)
     grown = []
     for layer in layers:

@@ -203,7 +203,6 @@ def causal_attention(
 
     with_lse: also the logsumexp (N, H_q), float32. Differentiable, through both results.
     """
-    need = backends.need_of(query, key, value, softcap=softcap, dropout=dropout)
-    kernel = backends.phase_2(backends.for_gradients(need, through_lse=with_lse))
+    kernel = backends.phase_2(backends.need_of(query, key, value, softcap=softcap, dropout=dropout, with_lse=with_lse))
     out, lse = kernel.run(query, key, value, row, scale, softcap, dropout, with_lse)
     return out, lse if with_lse else None

@@ -37,15 +37,17 @@ def windowed_attention(
     Differentiable, the logsumexp too.
     """
     tails = [_tail(group, prefix, window) for group, prefix in zip(row.groups, prefixes, strict=True)]
-    need = backends.need_of(query, key, value, softcap=softcap, dropout=dropout)
-    need = backends.for_gradients(need, through_lse=with_lse)
+    inputs = (query, key, value, *(x for tail in tails for x in tail))
+    need = backends.need_of(*inputs, softcap=softcap, dropout=dropout, with_lse=with_lse)
     kernel = backends.windowed(need, with_lse=with_lse)
     if kernel.name not in ("dense", "blocked"):
         plan = window, query.device  # all that it depends on besides the row
         if plan not in row.kept:
             row.kept[plan] = _gathered(row, [keys.shape[2] for keys, _ in tails], query.device)
         index, bounds = row.kept[plan]
-        key, value = (torch.cat(parts, 2).index_select(2, index) for parts in zip(*tails, (key, value), strict=True))
+        if tails:
+            both = zip(*tails, (key, value), strict=True)
+            key, value = (torch.cat(parts, 2).index_select(2, index) for parts in both)
         return kernel.run(query, key, value, bounds, scale, softcap, window, with_lse)
 
     pieces, levels = [], []

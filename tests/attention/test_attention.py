@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_oracle import dense, double, explicit, make_prefixes, make_qkv, make_row
+from attention_oracle import by_stretch, dense, double, make_prefixes, make_qkv, make_row
 
 from opcd_fast.attention import PackedCall, backends, dispatch, kernels, packed_row
 from opcd_fast.attention.dispatch import merge_by_logsumexp, row_attention
@@ -201,28 +201,23 @@ def test_what_the_varlen_kernel_is_given(lengths, window, switch, monkeypatch):
     """The CUDA branch, with a stand-in that follows varlen_attn's documentation (logsumexp as (H, N)). In torch 2.11 it
     has no switch for shared heads, and shares them."""
 
-    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux, window_size, scale=None, **more):
+    def stand_in(q, k, v, *bounds, return_aux, window_size, scale=None, **more):
         assert set(more) <= ({"enable_gqa"} if switch else set()) and window_size[1] == 0
         assert not switch or more.get("enable_gqa", False) == (q.shape[1] != k.shape[1])
-        outs, lses = [], []
-        for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
-            assert q1 - q0 <= max_q and k1 - k0 <= max_k
-            parts = (x.transpose(0, 1).unsqueeze(0) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
-            reach = None if window_size[0] < 0 else window_size[0] + 1
-            out, lse = explicit(*parts, scale or 1.0, window=reach)
-            outs.append(out)
-            lses.append(lse.t())
-        return (torch.cat(outs), torch.cat(lses, 1)) if return_aux is not None else torch.cat(outs)
+        reach = None if window_size[0] < 0 else window_size[0] + 1
+        out, lse = by_stretch(q, k, v, *bounds, scale or 1.0, window=reach)
+        return (out, lse.t()) if return_aux is not None else out
 
     parameters = {"window_size", "scale", *(["enable_gqa"] if switch else [])}
     monkeypatch.setattr(kernels, "_varlen_parameters", lambda: parameters)
     assert kernels.varlen_ready()
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
-    monkeypatch.setattr(backends, "_varlen", lambda *_: backends.Kernel("varlen", kernels.varlen_torch))
+    monkeypatch.setattr(backends, "_varlen", lambda *_, **__: backends.Kernel("varlen", kernels.varlen_torch))
     kernels._lse_has_heads_first.cache_clear()
     for sizes in ([7, 0, 20], [0, 0, 0]):
         row = make_row(lengths, sizes, [1, 1, 2])
-        for heads in ((6, 2), (sum(lengths), sum(lengths))):  # N = H is where the layout is ambiguous
+        # N = H is where the layout is ambiguous. The row keeps which keys a window needs, for all layers alike.
+        for heads in ((6, 2), (6, 2), (sum(lengths), sum(lengths))):
             q, k, v = make_qkv(sum(lengths), heads=heads)
             prefixes = make_prefixes(row, window, heads[1])
             got = row_attention(q, k, v, row, prefixes, 0.25, window)

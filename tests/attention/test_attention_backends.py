@@ -10,11 +10,10 @@ import types
 
 import pytest
 import torch
-from attention_oracle import dense, explicit, make_prefixes, make_qkv, make_row
+from attention_oracle import by_stretch, dense, explicit, make_qkv, make_row
 
 from opcd_fast.attention import backends, kernels
 from opcd_fast.attention.backends import FA2, FA4, Need
-from opcd_fast.attention.dispatch import row_attention
 from opcd_fast.attention.kernels import Bounds
 
 NONE, BOTH = frozenset(), frozenset({FA2, FA4})
@@ -71,14 +70,6 @@ def test_table(call, packages, first, second, windowed, merge):
     assert backends.merge(call) == merge
 
 
-@pytest.mark.parametrize("d", [64, 128, 192, 256])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
-def test_no_plan_is_built_for_the_lengths_of_a_call(d, capability, dtype):
-    """Phase 1 sees another sum of lengths at every step, and keys with other strides: flash takes them as they come."""
-    assert backends.phase_1(need(capability, dtype, d), NONE) == ("flash", kernels.prefix_flash)
-
-
 def test_what_torch_lacks(monkeypatch):
     monkeypatch.setattr(backends, "_triton_ready", lambda: False)
     monkeypatch.setattr(kernels, "varlen_ready", lambda: False)
@@ -117,19 +108,13 @@ def test_packages_that_are_not_there_or_do_not_import(monkeypatch):
 # --- what the kernels are given -----------------------------------------------------------------------------
 
 
-def by_token(q, k, v, scale, softcap, causal, window=None):
-    """(n, H, d), (m, H_kv, d) -> (n, H, d), (n, H), as FlashAttention lays them out. window: keys to the left."""
-    parts = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return explicit(*parts, scale, softcap or None, causal=causal, window=None if window is None else window + 1)
-
-
 def package(no_window, flag, tail):
     """A FlashAttention package: logsumexps are (B, H, N) and, of sequences of any lengths, (H, N)."""
     module = types.ModuleType("flash_attn")
 
     def flash_attn_func(*, q, k, v, softmax_scale, causal, softcap, **options):
         assert options == {flag: True} and not causal and q.shape[0] == 1
-        out, lse = by_token(q[0], k[0], v[0], softmax_scale, softcap, False)
+        out, lse = explicit(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale, softcap or None, causal=False)
         return (out[None], lse.t()[None], *tail)
 
     def flash_attn_varlen_func(
@@ -137,16 +122,11 @@ def package(no_window, flag, tail):
         **options,
     ):  # fmt: skip
         assert options == {flag: True} and causal
-        outs, lses = [], []
-        bounds = zip(cu_seqlens_q.unfold(0, 2, 1).tolist(), cu_seqlens_k.unfold(0, 2, 1).tolist(), strict=True)
-        for (q0, q1), (k0, k1) in bounds:
-            assert q1 - q0 <= max_seqlen_q and k1 - k0 <= max_seqlen_k
-            window = None if window_size == no_window else window_size[0]
-            assert window is None or (window >= 0 and window_size[1] == 0)
-            out, lse = by_token(q[q0:q1], k[k0:k1], v[k0:k1], softmax_scale, softcap, True, window)
-            outs.append(out)
-            lses.append(lse)
-        return (torch.cat(outs), torch.cat(lses).t(), *tail)
+        assert window_size == no_window or (window_size[0] >= 0 and window_size[1] == 0)
+        window = None if window_size == no_window else window_size[0] + 1
+        bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = by_stretch(q, k, v, *bounds, softmax_scale, softcap or None, window=window)
+        return (out, lse.t(), *tail)
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     return module
@@ -230,18 +210,3 @@ def test_windows(name, softcap, packages):
         expected, expected_lse = explicit(q[:, :, tokens], k[:, :, keys], v[:, :, keys], 0.25, softcap, window=5)
         torch.testing.assert_close(out[tokens], expected)
         torch.testing.assert_close(lse[tokens], expected_lse)
-
-
-@pytest.mark.parametrize("window", [4, 9, 22])
-@pytest.mark.parametrize("lengths", [[3, 1, 9, 2], [2, 0, 3, 8]])
-def test_windowed_layers_by_one_call_for_the_row(lengths, window, packages, monkeypatch):
-    """Which keys each sequence reads of its prefix and of its own; worked out once for all layers alike."""
-    run = backends.Kernel(FA4, kernels.varlen_fa4)
-    monkeypatch.setattr(backends, "windowed", lambda need, with_lse=False: run)
-    first = make_row(lengths, [14, 0], [2, 2])
-    # The last row has the same lengths, and where the window is small the same counts, after other prefixes.
-    for row in (first, first, make_row(lengths, [20, 5], [2, 2])):
-        q, k, v = make_qkv(sum(lengths), dtype=torch.float64)
-        prefixes = make_prefixes(row, window, dtype=torch.float64)
-        out = row_attention(q, k, v, row, prefixes, 0.25, window)
-        torch.testing.assert_close(out, dense(q, k, v, row, prefixes, 0.25, window))

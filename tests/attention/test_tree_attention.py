@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_oracle import explicit
+from attention_oracle import by_stretch
 from torch.autograd import gradcheck
 from tree_oracle import HEADS, LENGTHS, PARENT, dense, in_given_order, make_qkv
 
+from opcd_fast.attention import kernels as attention_kernels
 from opcd_fast.attention import pairs as attention_pairs
 from opcd_fast.attention import tree as tree_attention
 from opcd_fast.attention.tree import TreeCall, tree_row
@@ -83,14 +84,8 @@ def test_positions_go_on_where_the_prompt_ends():
 def stand_in_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
     """What `aten._flash_attention_forward` is for stretches: (n, H, d) in, logsumexp (H_q, n) out."""
     assert dropout == 0.0 and not debug
-    outs, lses = [], []
-    for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
-        assert q1 - q0 <= max_q and k1 - k0 <= max_k
-        parts = (x.transpose(0, 1).unsqueeze(0) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        out, lse = explicit(*parts, scale, causal=causal)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses).t(), None, None, None
+    out, lse = by_stretch(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal=causal)
+    return out, lse.t(), None, None, None
 
 
 def stand_in_backward(
@@ -148,7 +143,8 @@ def test_what_the_memory_efficient_kernels_are_given(monkeypatch):
                 grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
             ), None
 
-    monkeypatch.setattr(attention_pairs, "aten", Aten)
+    for module in (attention_pairs, attention_kernels):
+        monkeypatch.setattr(module, "aten", Aten)
     monkeypatch.setattr(tree_attention, "pair_for", lambda query: attention_pairs._EFFICIENT)
     assert gradcheck(of_children(make_row()), make_qkv(sum(LENGTHS), d=4), fast_mode=True)
 
@@ -162,9 +158,8 @@ class Layer(torch.nn.Module):
     [({"softcap": 30.0}, "softcap"), ({"s_aux": torch.zeros(4)}, "s_aux"), ({"dropout": 0.1}, "dropout")],
 )
 def test_scores_it_does_not_compute_are_refused(changes, name):
-    row = make_row([3, 2, 2], [-1, 0, 0])
     with pytest.raises(NotImplementedError, match=name):
-        TreeCall(row).attend(Layer(), *make_qkv(7), None, **changes)
+        TreeCall(make_row([3, 2, 2], [-1, 0, 0])).attend(Layer(), *make_qkv(7), None, **changes)
 
 
 def test_the_layer_is_counted_and_keys_must_be_the_rows_own():

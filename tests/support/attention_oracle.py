@@ -28,6 +28,18 @@ def explicit(query, key, value, scale, softcap=None, *, causal=True, window=None
     return (scores.softmax(-1)[..., :m] @ value).transpose(0, 1), lse.transpose(0, 1)
 
 
+def by_stretch(q, k, v, cu_q, cu_k, longest_q, longest_k, *scale, **options):
+    """What a varlen kernel computes: (n, H_q, d), (m, H_kv, d) -> (n, H_q, d), (n, H_q), each stretch by itself."""
+    outs, lses = [], []
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        assert q1 - q0 <= longest_q and k1 - k0 <= longest_k
+        parts = (x.transpose(0, 1).unsqueeze(0) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        out, lse = explicit(*parts, *scale, **options)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
 def make_row(lengths, sizes=(), per_group=()):
     """Sequences of `lengths`, the first per_group[0] of which continue a prefix of sizes[0] tokens, and so on."""
     bounds = torch.tensor([0, *lengths]).cumsum(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import build
 from memory_record import peak_bytes
 from tiny_models import CONFIGS, UNPACKABLE, random_ids, tiny_model
 
@@ -17,7 +18,7 @@ TOLERANCE = 1e-5  # relative to the largest value
 
 
 def assert_same_prefix(a, b):
-    assert torch.equal(a.token_ids, b.token_ids) and a.metadata == b.metadata and a.nbytes == b.nbytes
+    assert torch.equal(a.token_ids, b.token_ids) and a.nbytes == b.nbytes
     pairs = [*zip(a.keys, b.keys, strict=True), *zip(a.values, b.values, strict=True)]
     for x, y in [*pairs, (a.last_hidden_state, b.last_hidden_state)]:
         assert x.shape == y.shape and x.dtype == y.dtype
@@ -94,43 +95,34 @@ def test_a_negative_chunk_is_refused():
 
 def test_what_cannot_be_extended_is_refused():
     model, (context,) = tiny_model(), random_ids(20)
-    start = SharedPrefix.build(model, context[:6])
-    other = context.clone()
+    start, other = SharedPrefix.build(model, context[:6]), context.clone()
     other[2] += 1
-    with pytest.raises(ValueError, match="after: its 6 tokens are not the first of token_ids"):
-        SharedPrefix.build(model, other, after=start)
-    with pytest.raises(ValueError, match="after"):
-        SharedPrefix.build(model, context[:4], after=start)
-    with pytest.raises(ValueError, match="after: has no keys of this model"):
-        SharedPrefix.build(tiny_model("qwen3"), context, after=start)
-    with pytest.raises(ValueError, match="after: has no keys"):
-        SharedPrefix.build(model, context, after=SharedPrefix.build(model, context[:6], keep_kv=False))
-    for option in ({"keep_kv": False}, {"chunk_tokens": 0}):
-        with pytest.raises(ValueError, match="after: a prefix cannot be extended here, because all keys"):
-            SharedPrefix.build(model, context, after=start, **option)
     unpackable = tiny_model("falcon")
-    with pytest.raises(ValueError, match="after: a prefix cannot be extended here, because arch"):
-        SharedPrefix.build(unpackable, context, after=SharedPrefix.build(unpackable, context[:6]))
+    for of, tokens, after, options, reason in (
+        (model, other, start, {}, "its 6 tokens are not the first of token_ids"),
+        (model, context[:4], start, {}, "its 6 tokens are not the first"),
+        (tiny_model("qwen3"), context, start, {}, "has no keys of this model"),
+        (model, context, SharedPrefix.build(model, context[:6], keep_kv=False), {}, "has no keys"),
+        (model, context, start, {"keep_kv": False}, "cannot be extended here, because all keys"),
+        (model, context, start, {"chunk_tokens": 0}, "cannot be extended here, because all keys"),
+        (unpackable, context, SharedPrefix.build(unpackable, context[:6]), {}, "cannot be extended here, because arch"),
+    ):
+        with pytest.raises(ValueError, match=f"after: .*{reason}"):
+            SharedPrefix.build(of, tokens, after=after, **options)
 
 
-def changed(**settings):
-    """A Llama that says it is something else; only what it says is looked at."""
+def with_longrope():
+    """A Llama that says it has such RoPE; only what it says is looked at."""
     model = tiny_model()
-    for setting, value in settings.items():
-        setattr(model.config, setting, value)
+    model.config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
     return model
 
 
 REFUSED = {
     **{name: lambda name=name: tiny_model(name) for name in UNPACKABLE},
-    "longrope": lambda: changed(rope_parameters={"full_attention": {"rope_type": "longrope"}}),
+    "longrope": with_longrope,
+    "layers that share keys": lambda: build("gemma3n"),
 }
-
-
-def test_layers_that_share_keys_refuse_chunks():
-    assert chunked_prefill.refuses_chunks(seam.body_of(changed(num_kv_shared_layers=0))) is None
-    reason = chunked_prefill.refuses_chunks(seam.body_of(changed(num_kv_shared_layers=1)))
-    assert reason == "some of its layers read the keys of others"
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -72,7 +72,7 @@ class TreeRow:
     def prompt_spans(self) -> Spans:
         """All children of a prompt against the prompt."""
         of_prompts = [group.end_token - group.first_token for group in self.children.groups]
-        return Spans(*(row_of(lengths, self.order.device) for lengths in (of_prompts, self.prompt_lengths)))
+        return Spans(row_of(of_prompts, self.order.device), row_of(self.prompt_lengths, self.order.device))
 
 
 def tree_row(cu_seqlens: Tensor, parent: Tensor, tokens: int, device: torch.device) -> TreeRow:

@@ -83,7 +83,7 @@ def _after_prefix(model: nn.Module, body: nn.Module, input_ids: Tensor, row: Pac
         raise ValueError(f"model: its trained prefix cannot be run on a packed row, because {reason}; use LoRA")
     row = replace(row, groups=(PrefixGroup(0, len(row.lengths), 0, row.bounds[-1], prefix[0][0].shape[2]),))
     check_fits(body, row.reach)
-    call = PackedCall(row, lambda layer, _: [prefix[layer.layer_idx]])  # type: ignore[index]
+    call = PackedCall(row, lambda layer, _: [prefix[layer.layer_idx]])  # type: ignore[call-overload]
     return forward_on_row(body, input_ids, row.position_of_token, call)
 
 

@@ -17,14 +17,6 @@ def on_gpu(name, dtype):
     return tiny_model(name).to("cuda", dtype)
 
 
-@pytest.fixture(autouse=True)
-def _exact_fp32():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_merge_matches_concat_in_fp32(name):
     model = on_gpu(name, torch.float32)

@@ -21,14 +21,6 @@ SHARED = [7, 9, 11, 13, 17, 19, 23, 29, 31, 37]  # long enough to be run once fo
 PROMPTS = [[*SHARED, 41], [*SHARED, 43, 47, 53], [*SHARED, 59, 61]]
 
 
-@pytest.fixture(autouse=True)
-def _exact_fp32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()

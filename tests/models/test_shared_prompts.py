@@ -50,11 +50,6 @@ def test_equals_separate_copies(name, samples):
     check_equal(tiny_models.tiny_model(name), samples=SAMPLES[samples]())
 
 
-def test_what_all_prompts_begin_with_is_one_parent():
-    samples = with_common_beginning()
-    assert pack(samples, share_prompts=True).student_parent.tolist() == [-1, *[0] * len(samples)]
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Prefixes are read where they lie, and may lie elsewhere than the model.
 
-There is one device here, so a stream is put in that copies inside of it, later than it is asked.
+There is one device here, so copies are put in that take place inside of it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import build
+from late_copies import LateCopies
 from memory_record import peak_bytes
 from tiny_models import pack, plain_after_context, random_ids, tiny_model
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -18,35 +19,13 @@ from opcd_fast.models.caches.stream import PrefixStream
 from opcd_fast.teacher import ContextTeacher, SharedPrefix
 
 
-class Late:
-    """A side stream: copies are done when they are waited for."""
-
-    opened: list = []
-
-    def __init__(self, device):
-        self.opened.append(self)
-        self.pending, self.copies = [], 0
-
-    def buffer(self, nbytes):
-        return torch.zeros(nbytes, dtype=torch.uint8)
-
-    def copy(self, places, sources):
-        self.copies += 1
-        self.pending += zip(places, sources, strict=True)
-
-    def join(self):
-        for place, source in self.pending:
-            place.copy_(source)
-        self.pending = []
-
-
 @pytest.fixture
 def from_the_host(monkeypatch):
     """Every stream that was opened; all prefixes count as lying on the host."""
-    monkeypatch.setattr(Late, "opened", [])
-    monkeypatch.setattr(stream, "SideStream", Late)
+    monkeypatch.setattr(LateCopies, "opened", [])
+    monkeypatch.setattr(stream, "SideStream", LateCopies)
     monkeypatch.setattr(PrefixStream, "layer", PrefixStream._streamed)
-    return Late.opened
+    return LateCopies.opened
 
 
 MODELS = {
@@ -76,14 +55,14 @@ def test_same_numbers_as_on_the_device(name, request):
     assert torch.equal(got, want)
     full = sum(x.numel() > 0 for x in teacher.prefixes[0].keys)
     # pad runs context by context; one is empty
-    assert [one.copies for one in opened] == [full] * (1 if teacher.path == "merge" else 2)
+    assert [one.log.count("copy") for one in opened] == [full] * (1 if teacher.path == "merge" else 2)
     exact = torch.cat([plain_after_context(model, contexts[i], s) for i, s in zip(index, sequences, strict=True)])
     torch.testing.assert_close(got, exact, atol=1e-4, rtol=0)
     assert "kept on cpu" in teacher.explain() and "MiB on cpu" in teacher.explain()
 
 
 def test_a_copy_that_is_not_waited_for_is_caught_by_the_check(from_the_host, monkeypatch):
-    monkeypatch.setattr(Late, "join", lambda self: None)
+    monkeypatch.setattr(LateCopies, "join", lambda self: None)
     with pytest.raises(ValueError, match="path='merge': it failed its check.*use path='auto'"):
         _ = ContextTeacher(tiny_model(), [1, 2], path="merge", prefix_device="cpu").path
     assert ContextTeacher(tiny_model(), [1, 2], prefix_device="cpu").path == "concat"

@@ -143,10 +143,14 @@ def unread_layers(cache: Cache) -> list[int]:
 def unknown_state(body: nn.Module) -> str | None:
     """Name of the first kind of cache layer of `body` that `expanded_cache` does not know; None without."""
     # Exact types: what derives from these adds a state of its own.
-    kinds = [type(layer) for layer in DynamicCache(config=body.config).layers]
-    return next((kind.__name__ for kind in kinds if kind not in _KEYS_ALONE + _RECURRENT), None)
+    return next((kind.__name__ for kind in _kinds(body) if kind not in _KEYS_ALONE + _RECURRENT), None)
 
 
 def is_recurrent(body: nn.Module) -> bool:
     """Whether a layer of `body` carries a state from token to token."""
-    return any(type(layer) in _RECURRENT for layer in DynamicCache(config=body.config).layers)
+    return any(kind in _RECURRENT for kind in _kinds(body))
+
+
+def _kinds(body: Any) -> list[type]:
+    """Of the cache's layer for each layer of `body`."""
+    return [type(layer) for layer in DynamicCache(config=body.config).layers]

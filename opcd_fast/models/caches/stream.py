@@ -54,12 +54,9 @@ class PrefixStream:
 
     def layer(self, index: int, device: torch.device) -> Sequence[KeysAndValues]:
         """Keys and values of layer `index`, each prefix's, on `device`."""
-        held = self.layers[index]
-        if all(keys.device == device for keys, _ in held):
-            return held
-        if device.type != "cuda":
-            return [(keys.to(device), values.to(device)) for keys, values in held]
-        return self._streamed(index, device)
+        if device.type == "cuda" and self.layers[index][0][0].device.type == "cpu":
+            return self._streamed(index, device)
+        return [(keys.to(device), values.to(device)) for keys, values in self.layers[index]]
 
     def _streamed(self, index: int, device: torch.device) -> Sequence[KeysAndValues]:
         if self._side is None:

@@ -9,9 +9,9 @@ from opcd_fast.runtime.doors import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
-        "dispatch": ("PackedCall", "PackedRow", "PrefixGroup", "attention_on_row", "packed_row", "running"),
+        "dispatch": ("PackedCall",),
         "kernels": ("repeat_heads",),
-        "rows": ("on_device",),
+        "rows": ("KeysAndValues", "PackedRow", "PrefixGroup", "on_device", "packed_row", "row_of"),
         "sdpa": ("sdpa_without_cudnn",),
         "tree": ("TreeCall", "TreeRow", "tree_row"),
     },
@@ -19,8 +19,8 @@ __getattr__, __dir__, __all__ = door(
 )
 
 if TYPE_CHECKING:
-    from opcd_fast.attention.dispatch import PackedCall, PackedRow, PrefixGroup, attention_on_row, packed_row, running
+    from opcd_fast.attention.dispatch import PackedCall
     from opcd_fast.attention.kernels import repeat_heads
-    from opcd_fast.attention.rows import on_device
+    from opcd_fast.attention.rows import KeysAndValues, PackedRow, PrefixGroup, on_device, packed_row, row_of
     from opcd_fast.attention.sdpa import sdpa_without_cudnn
     from opcd_fast.attention.tree import TreeCall, TreeRow, tree_row

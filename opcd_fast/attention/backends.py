@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +46,13 @@ class Need:
         return self.device == "cuda" and self.capability >= (8, 0) and self.dtype in _HALF and self.head_size % 8 == 0
 
 
-def need_of(query: Tensor, *others: Tensor, softcap: float | None = None, dropout: float = 0.0) -> Need:
-    """The facts of a call with `query` (1, H, N, d); `others` may want gradients as well."""
+def need_of(
+    query: Tensor, *others: Tensor, softcap: float | None = None, dropout: float = 0.0, with_lse: bool = False
+) -> Need:
+    """The facts of a call with `query` (1, H, N, d); `others` may want gradients as well.
+
+    with_lse: the caller goes on to differentiate through the logsumexp.
+    """
     device = query.device
     capability = torch.cuda.get_device_capability(device) if query.is_cuda else (0, 0)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *others))
@@ -58,6 +63,7 @@ def need_of(query: Tensor, *others: Tensor, softcap: float | None = None, dropou
         head_size=query.shape[-1],
         softcap=softcap is not None,
         gradient=gradient,
+        lse_gradient=gradient and with_lse,
         dropout=dropout > 0.0,
     )
 
@@ -113,9 +119,7 @@ def phase_2(need: Need, packages: frozenset[str] | None = None) -> Kernel:
 
     Raises NotImplementedError for dropout together with a softcap.
     """
-    if need.dropout and (need.softcap or need.lse_gradient):
-        raise NotImplementedError("packed attention has no dropout together with capped scores or sinks")
-    varlen = _varlen(need, packages)
+    varlen = _varlen(need, packages, sinks=need.lse_gradient)
     if varlen is not None:
         return Kernel(varlen.name, kernels.row_varlen(varlen.run))
     if need.lse_gradient:
@@ -130,9 +134,7 @@ def phase_2(need: Need, packages: frozenset[str] | None = None) -> Kernel:
 def windowed(need: Need, packages: frozenset[str] | None = None, *, with_lse: bool = False) -> Kernel:
     """The kernel for layers whose window cuts keys off: one call for the row, or ("dense", "blocked") one for each
     sequence. Its `run` is a varlen kernel, or for the other two not called. On CUDA: unmeasured."""
-    if need.dropout and (need.softcap or with_lse):
-        raise NotImplementedError("packed attention has no dropout together with capped scores or sinks")
-    varlen = _varlen(need, packages)
+    varlen = _varlen(need, packages, sinks=with_lse)
     if varlen is not None:
         return varlen
     blocked = need.softcap or with_lse or need.lse_gradient
@@ -145,7 +147,9 @@ def merge(need: Need) -> str:
     return "Triton" if need.device == "cuda" and plain and _triton_ready() else "torch"
 
 
-def _varlen(need: Need, packages: frozenset[str] | None) -> Kernel | None:
+def _varlen(need: Need, packages: frozenset[str] | None, *, sinks: bool) -> Kernel | None:
+    if need.dropout and (need.softcap or sinks):
+        raise NotImplementedError("packed attention has no dropout together with capped scores or sinks")
     packages = installed() if packages is None else packages
     if need.dropout or need.lse_gradient or not need.half_on_cuda:
         return None
@@ -191,8 +195,3 @@ def describe(need: Need, *, windows: bool, sinks: bool, packages: frozenset[str]
         name = windowed(need, packages, with_lse=sinks).name
         text += f"; windowed layers: {name + ' per sequence' if name in ('dense', 'blocked') else name}"
     return text
-
-
-def for_gradients(need: Need, *, through_lse: bool) -> Need:
-    """`need` where the caller goes on to differentiate through the logsumexp."""
-    return replace(need, lse_gradient=need.gradient and through_lse)

@@ -3,7 +3,8 @@
 Two phases. Phase 1 is all queries of a group against its prefix, without a mask. Phase 2 is causal attention
 inside each sequence. Softmax over the union of both key sets is their average weighted by exp(logsumexp); an
 attention sink is a third set whose attention is 0 (`kernels.merge_attention`). Scores may be capped,
-softcap * tanh(score / softcap), which changes nothing in this.
+softcap * tanh(score / softcap), which changes nothing in this. So a prefix's keys and values are read where they lie,
+and never put together with the row's.
 
 Layers whose sliding window cuts keys off do not merge: see `attention.windows`. Which kernels run is decided in
 `attention.backends`.
@@ -14,9 +15,8 @@ keys. Queries, keys and values come as (1, H, N, d), as transformers has them; r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,105 +25,86 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opcd_fast.attention import backends
-from opcd_fast.attention.rows import PackedRow, PrefixGroup, packed_row
+from opcd_fast.attention.rows import KeysAndValues, PackedRow
 from opcd_fast.attention.windows import windowed_attention
 from opcd_fast.kernels.reference import attention as reference
 
-__all__ = [
-    "PackedCall",
-    "PackedRow",
-    "PrefixGroup",
-    "attention_on_row",
-    "causal_attention",
-    "merge_by_logsumexp",
-    "packed_row",
-    "prefix_attention",
-    "row_attention",
-    "running",
-    "windowed_attention",
-]
+Prefixes = Callable[[torch.nn.Module, Tensor], Sequence[KeysAndValues]]
+"""Of an attention layer, and its keys of the row: keys and values of each group's prefix, where they lie."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedCall:
-    """One forward pass over a row.
-
-    `prefix_keys[layer][group]` counts the keys the cache holds there; None for a layer that reads another's keys.
-    """
+    """One forward pass over a row. prefixes: None for a row without groups."""
 
     row: PackedRow
-    prefix_keys: Sequence[Sequence[int] | None] | None = None
+    prefixes: Prefixes | None = None
     layers_done: set[int] = field(default_factory=set)
 
-    def counts(self, layer: int, past: int) -> Sequence[int]:
-        """Prefix keys of each group in a layer that got `past` of them. RuntimeError when it should have others."""
-        if self.prefix_keys is None:
-            own: Sequence[int] | None = []
-        else:
-            own = self.prefix_keys[layer] if layer < len(self.prefix_keys) else None
-        if own is None:
-            # Which layer lent its keys shows in their number: it differs between full layers and windowed ones
-            # unless the window holds all contexts, and then the counts are the same.
-            lenders = [counts for counts in self.prefix_keys or () if counts is not None]
-            own = next((counts for counts in lenders if sum(counts) == past), lenders[-1])
-        if past != sum(own):
-            raise RuntimeError(
-                f"attention layer {layer} did not get its context: {past} prefix keys, expected {sum(own)}; "
-                "the cache was dropped on the way"
-            )
-        return own
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' attention interface: (1, H, N, d) queries, and the row's own keys and values.
+
+        softcap: bound of the scores; s_aux: (H_q,) sinks. Values may be narrower than keys (DeepSeek-V3). Returns
+        ((1, N, H_q, d_v), None). Raises RuntimeError for keys that are not one for each token or whose prefix is not
+        there, and NotImplementedError for scores with a bias.
+        """
+        if kwargs.get("position_bias") is not None:
+            raise NotImplementedError("packed attention has no position_bias; use path='concat'")
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        check_keys(layer, query, key, self.row.bounds[-1])
+        dtype, width = value.dtype, value.shape[-1]
+        prefixes = [] if self.prefixes is None else [alike(*x, dtype) for x in self.prefixes(module, key)]
+        _check_context(layer, self.row, prefixes, sliding_window)
+        key, value = alike(key, value, dtype)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = row_attention(
+            query.to(dtype), key, value, self.row, prefixes, scale, sliding_window, dropout, softcap=softcap, sink=s_aux
+        )
+        self.layers_done.add(layer)
+        return out[..., :width].unsqueeze(0), None
 
 
-_CALL: ContextVar[PackedCall | None] = ContextVar("opcd_fast_packed_call", default=None)
+def check_keys(layer: int, query: Tensor, key: Tensor, tokens: int) -> None:
+    """RuntimeError unless queries and keys are those of a row's `tokens` tokens."""
+    if not query.shape[2] == key.shape[2] == tokens:
+        raise RuntimeError(
+            f"attention layer {layer} got {query.shape[2]} queries and {key.shape[2]} keys for a row of {tokens} tokens"
+        )
 
 
-@contextmanager
-def running(call: PackedCall) -> Iterator[None]:
-    """Make `call` the one that `attention_on_row` works on. A context variable: layers may drop keywords."""
-    token = _CALL.set(call)
-    try:
-        yield
-    finally:
-        _CALL.reset(token)
+def _check_context(layer: int, row: PackedRow, prefixes: Sequence[KeysAndValues], window: int | None) -> None:
+    """RuntimeError unless a layer got each group's whole prefix, or what a window that cuts keys off sees of it."""
+    needed = [group.length for group in row.groups]
+    got = [keys.shape[2] for keys, _ in prefixes]
+    if window is not None and row.reach > window:
+        needed = [min(length, window - 1) for length in needed]
+        got = [min(kept, window - 1) for kept in got]
+    if got != needed:
+        raise RuntimeError(f"attention layer {layer} did not get its context: {got} prefix keys, expected {needed}")
 
 
-def attention_on_row(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: (1, H, N, d) queries, prefix keys in front of the row's own keys.
+def alike(key: Tensor, value: Tensor, dtype: torch.dtype) -> KeysAndValues:
+    """Both in one type and of one size, as kernels want them; what is so already is not copied.
 
-    softcap: bound of the scores; s_aux: (H_q,) sinks. Values may be narrower than keys (DeepSeek-V3). Returns
-    ((1, N, H_q, d_v), None). Raises RuntimeError when the layer's keys do not begin with its prefixes, and
-    NotImplementedError for scores with a bias.
+    Under autocast RoPE leaves keys in fp32 while values are in the shorter type. Zeros added to narrower values come
+    out as zeros.
     """
-    call = _CALL.get()
-    if call is None:
-        raise RuntimeError("packed attention was called outside of a packed forward pass")
-    if kwargs.get("position_bias") is not None:
-        raise NotImplementedError("packed attention has no position_bias; use path='concat'")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    counts = call.counts(layer, key.shape[2] - query.shape[2])
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Under autocast RoPE leaves queries and keys in fp32 while values are in the shorter type.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    width = value.shape[-1]
-    if width < query.shape[-1]:  # kernels want one head size; the added zeros come out as zeros
-        value = F.pad(value, (0, query.shape[-1] - width))
-    out = row_attention(
-        query, key, value, call.row, counts, scale, sliding_window, dropout, softcap=softcap, sink=s_aux
-    )
-    call.layers_done.add(layer)
-    return out[..., :width].unsqueeze(0), None
+    key, value = key.to(dtype), value.to(dtype)
+    narrower = key.shape[-1] - value.shape[-1]
+    return key, F.pad(value, (0, narrower)) if narrower > 0 else value
 
 
 def row_attention(
@@ -131,7 +112,7 @@ def row_attention(
     key: Tensor,
     value: Tensor,
     row: PackedRow,
-    prefix_counts: Sequence[int],
+    prefixes: Sequence[KeysAndValues],
     scale: float,
     window: int | None = None,
     dropout: float = 0.0,
@@ -141,45 +122,35 @@ def row_attention(
 ) -> Tensor:
     """Each token attends its group's prefix and, causally, its own sequence. (1, H, N, d) -> (N, H_q, d).
 
-    key, value: (1, H_kv, sum(prefix_counts) + N, d), one stretch of keys for each of `row.groups`. window:
-    keys a token may see, itself included. softcap: bound of the scores. sink: (H_q,) scores that take probability
-    and give nothing. Differentiable, in the sink too.
+    key, value: (1, H_kv, N, d). prefixes: (1, H_kv, P, d) each, one for each of `row.groups`; a window that cuts keys
+    off needs their last window - 1 tokens. window: keys a token may see, itself included. softcap: bound of the scores.
+    sink: (H_q,) scores that take probability and give nothing. Differentiable, in the prefixes and the sink too.
     """
-    past = sum(prefix_counts)
-    reach = max((p + t for p, t in zip(row.prefix_lengths, row.lengths, strict=True)), default=0)
-    merging = past > 0 or sink is not None
-    if window is not None and reach > window:
+    if window is not None and row.reach > window:
         out, lse = windowed_attention(
-            query, key, value, row, prefix_counts, scale, window, dropout, softcap=softcap, with_lse=sink is not None
+            query, key, value, row, prefixes, scale, window, dropout, softcap=softcap, with_lse=sink is not None
         )
-        if lse is None:
-            return out
-        return merge_by_logsumexp(out, lse, sink=sink)
-    own_key, own_value = key[:, :, past:], value[:, :, past:]
-    out, lse = causal_attention(query, own_key, own_value, row, scale, dropout, softcap=softcap, with_lse=merging)
+        return out if lse is None else merge_by_logsumexp(out, lse, sink=sink)
+    merging = bool(prefixes) or sink is not None
+    out, lse = causal_attention(query, key, value, row, scale, dropout, softcap=softcap, with_lse=merging)
     if lse is None:
         return out
 
-    in_place = not any(x.requires_grad for x in (out, lse, *(() if sink is None else (sink,))))
-    pieces, start, done = [], 0, 0
-    for group, count in zip(row.groups if past else (), prefix_counts if past else (), strict=True):
-        tokens, keys = slice(group.first_token, group.end_token), slice(start, start + count)
-        start, done = start + count, group.end_token
-        second: tuple[Tensor, Tensor] | tuple[()] = ()
-        # A group without a prefix is told by its length: kernels disagree on the logsumexp of no keys.
-        if count and group.end_token > group.first_token:
-            second = prefix_attention(query[:, :, tokens], key[:, :, keys], value[:, :, keys], scale, softcap)
-        pieces.append(_merged(out[tokens], lse[tokens], second, sink, in_place))
-    pieces.append(_merged(out[done:], lse[done:], (), sink, in_place))  # all of it in a row without prefixes
+    inputs = (out, lse, *(x for prefix in prefixes for x in prefix), *(() if sink is None else (sink,)))
+    in_place = not any(x.requires_grad for x in inputs)
+
+    def merged(first: int, end: int, prefix: KeysAndValues | None = None) -> Tensor:
+        if first == end or (prefix is None and sink is None):
+            return out[first:end]
+        over = () if prefix is None else prefix_attention(query[:, :, first:end], *prefix, scale, softcap)
+        return merge_by_logsumexp(out[first:end], lse[first:end], *over, sink=sink, in_place=in_place)
+
+    pieces, done = [], 0
+    for group, prefix in zip(row.groups, prefixes, strict=True):
+        pieces += [merged(done, group.first_token), merged(group.first_token, group.end_token, prefix)]
+        done = group.end_token
+    pieces.append(merged(done, row.bounds[-1]))
     return out if in_place else torch.cat(pieces)
-
-
-def _merged(
-    out: Tensor, lse: Tensor, second: tuple[Tensor, Tensor] | tuple[()], sink: Tensor | None, in_place: bool
-) -> Tensor:
-    if not out.shape[0] or (not second and sink is None):
-        return out
-    return merge_by_logsumexp(out, lse, *second, sink=sink, in_place=in_place)
 
 
 def merge_by_logsumexp(
@@ -232,7 +203,6 @@ def causal_attention(
 
     with_lse: also the logsumexp (N, H_q), float32. Differentiable, through both results.
     """
-    need = backends.need_of(query, key, value, softcap=softcap, dropout=dropout)
-    kernel = backends.phase_2(backends.for_gradients(need, through_lse=with_lse))
+    kernel = backends.phase_2(backends.need_of(query, key, value, softcap=softcap, dropout=dropout, with_lse=with_lse))
     out, lse = kernel.run(query, key, value, row, scale, softcap, dropout, with_lse)
     return out, lse if with_lse else None

@@ -17,9 +17,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opcd_fast.attention.blocked import blocked_attention
-from opcd_fast.attention.rows import PackedRow, from_grid, to_grid
+from opcd_fast.attention.rows import PackedRow, from_grid, to_grid, tokens_first
 
 aten = torch.ops.aten
+
+# --- torch's operators, for any of the parts ----------------------------------------------------------------
+# (B, H, n, d) -> out (B, H, n, d), logsumexp (B, H, n)
+
+
+def cpu_flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+
+def efficient(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """On CUDA; wants as many key heads as query heads."""
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, causal, scale=scale)
+    return out, lse[:, :, : query.shape[2]]  # it comes padded to a multiple of 32
+
+
+def repeat_heads(x: Tensor, like: Tensor) -> Tensor:
+    return x.repeat_interleave(like.shape[1] // x.shape[1], dim=1)
+
+
+def fold_heads(x: Tensor, like: Tensor) -> Tensor:
+    """The heads that share keys as more queries, where no mask tells queries apart: (1, H_kv, n H_q / H_kv, d)."""
+    return x.reshape(1, like.shape[1], -1, x.shape[-1])
+
+
+def computed_in(x: Tensor) -> Tensor:
+    """x in the type that the row's own attention computes in.
+
+    On CPUs without bf16 units the half-precision backward is 3-4 times slower than casting (measured), and nothing is
+    lost in accuracy. A prefix is never cast.
+    """
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x
+
 
 # --- phase 1: all queries against the prefix, not causal ----------------------------------------------------
 # (query, key, value, scale, softcap) -> out, logsumexp
@@ -27,48 +59,44 @@ aten = torch.ops.aten
 
 def prefix_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
     out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
-    return out[0].transpose(0, 1), lse[0, :, : query.shape[2]].transpose(0, 1)
+    return tokens_first(out), tokens_first(lse[:, :, : query.shape[2]])
 
 
 def prefix_cpu_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    out, lse = cpu_flash(query, key, value, False, scale)
+    return tokens_first(out), tokens_first(lse)
 
 
 def prefix_efficient(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
-    # It wants as many key heads as query heads: fold the heads that share keys into the tokens rather than repeat
-    # the prefix.
-    heads, tokens = query.shape[1], query.shape[2]
-    folded = query.reshape(1, key.shape[1], -1, query.shape[-1])
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(folded, key, value, None, True, scale=scale)
-    out = out.reshape(1, heads, tokens, -1)
-    lse = lse[:, :, : folded.shape[2]].reshape(1, heads, tokens)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    # Folded rather than the prefix repeated.
+    out, lse = efficient(fold_heads(query, key), key, value, False, scale)
+    return tokens_first(out.reshape(query.shape)), tokens_first(lse.reshape(query.shape[:3]))
 
 
 def prefix_fa4(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
     from flash_attn.cute import flash_attn_func
 
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out, lse, *_ = flash_attn_func(
-        q=q, k=k, v=v, softmax_scale=scale, causal=False, softcap=softcap or 0.0, return_lse=True
-    )
-    return out[0], lse[0].transpose(0, 1)
+    return _prefix_of(flash_attn_func, query, key, value, scale, softcap, return_lse=True)
 
 
 def prefix_fa2(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
     from flash_attn import flash_attn_func
 
+    return _prefix_of(flash_attn_func, query, key, value, scale, softcap, return_attn_probs=True)
+
+
+def _prefix_of(
+    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
+    **with_lse: bool,
+) -> Any:  # fmt: skip
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out, lse, *_ = flash_attn_func(
-        q=q, k=k, v=v, softmax_scale=scale, causal=False, softcap=softcap or 0.0, return_attn_probs=True
-    )
-    return out[0], lse[0, :, : query.shape[2]].transpose(0, 1)
+    out, lse, *_ = function(q=q, k=k, v=v, softmax_scale=scale, causal=False, softcap=softcap or 0.0, **with_lse)
+    return out[0], tokens_first(lse[:, :, : query.shape[2]])
 
 
 def prefix_flex(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
     out, lse = _flex(query, key, value, scale, softcap, None)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    return tokens_first(out), tokens_first(lse)
 
 
 def prefix_blocked(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
@@ -110,11 +138,7 @@ def row_on_grid(
 ) -> Any:  # fmt: skip
     """Sequences padded on the right, torch's kernels for batches. Differentiable without the logsumexp."""
     dtype = query.dtype
-    if query.device.type == "cpu":
-        # On CPUs without bf16 units the half-precision backward is 3-4 times slower than casting (measured),
-        # and nothing is lost in accuracy. These are the suffixes only, never the prefix.
-        query, key, value = query.float(), key.float(), value.float()
-    q, k, v = (to_grid(x, row) for x in (query, key, value))  # (B, H, T, d)
+    q, k, v = (to_grid(computed_in(x), row) for x in (query, key, value))  # (B, H, T, d)
     if q.is_cuda:
         k, v = repeat_heads(k, q), repeat_heads(v, q)
     if not with_lse:
@@ -122,12 +146,8 @@ def row_on_grid(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
         )
         return from_grid(out, row).to(dtype), None
-    if q.is_cuda:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
-    else:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-    lse = lse[:, :, : row.longest].unsqueeze(-1)
-    return from_grid(out, row).to(dtype), from_grid(lse, row).squeeze(-1)
+    out, lse = (efficient if q.is_cuda else cpu_flash)(q, k, v, True, scale)
+    return from_grid(out, row).to(dtype), from_grid(lse.unsqueeze(-1), row).squeeze(-1)
 
 
 def row_flex(
@@ -152,10 +172,6 @@ def row_blocked(
     return torch.cat([out for out, _ in pieces]), torch.cat([lse for _, lse in pieces])
 
 
-def repeat_heads(x: Tensor, like: Tensor) -> Tensor:
-    return x.repeat_interleave(like.shape[1] // x.shape[1], dim=1)
-
-
 # --- sequences of any lengths, causal, with a window --------------------------------------------------------
 # (query, key, value, bounds, scale, softcap, window, with_lse) -> out, logsumexp or None
 
@@ -167,7 +183,7 @@ def varlen_torch(
     """torch's varlen kernel; queries end where keys end."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, d)
+    q, k, v = map(tokens_first, (query, key, value))
     options: dict[str, Any] = {}
     if "enable_gqa" in _varlen_parameters():  # without the switch, as in torch 2.11, heads are shared as they come
         options["enable_gqa"] = k.shape[1] != q.shape[1]
@@ -190,32 +206,28 @@ def varlen_torch(
     return out, lse
 
 
-def varlen_fa4(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float, softcap: float | None,
-    window: int | None, with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def varlen_fa4(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, *more: Any) -> tuple[Tensor, Tensor | None]:
     from flash_attn.cute import flash_attn_varlen_func
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out, lse, *_ = flash_attn_varlen_func(
-        q=q, k=k, v=v, cu_seqlens_q=bounds.cu_q, cu_seqlens_k=bounds.cu_k, max_seqlen_q=bounds.longest_q,
-        max_seqlen_k=bounds.longest_k, softmax_scale=scale, causal=True, softcap=softcap or 0.0, return_lse=True,
-        window_size=(None, None) if window is None else (window - 1, 0),
-    )  # fmt: skip
-    return out, lse.transpose(0, 1) if with_lse else None
+    return _varlen_of(flash_attn_varlen_func, query, key, value, bounds, *more, whole=None, return_lse=True)
 
 
-def varlen_fa2(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float, softcap: float | None,
-    window: int | None, with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def varlen_fa2(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, *more: Any) -> tuple[Tensor, Tensor | None]:
     from flash_attn import flash_attn_varlen_func
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out, lse, *_ = flash_attn_varlen_func(
+    return _varlen_of(flash_attn_varlen_func, query, key, value, bounds, *more, whole=-1, return_attn_probs=True)
+
+
+def _varlen_of(
+    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float,
+    softcap: float | None, window: int | None, with_lse: bool, *, whole: int | None, **ask_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """whole: how the package says that there is no window."""
+    q, k, v = map(tokens_first, (query, key, value))
+    out, lse, *_ = function(
         q=q, k=k, v=v, cu_seqlens_q=bounds.cu_q, cu_seqlens_k=bounds.cu_k, max_seqlen_q=bounds.longest_q,
         max_seqlen_k=bounds.longest_k, softmax_scale=scale, causal=True, softcap=softcap or 0.0,
-        return_attn_probs=True, window_size=(-1, -1) if window is None else (window - 1, 0),
+        window_size=(whole, whole) if window is None else (window - 1, 0), **ask_lse,
     )  # fmt: skip
     return out, lse.transpose(0, 1) if with_lse else None
 

@@ -11,17 +11,16 @@ pairs may return them in float32.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opcd_fast.attention.kernels import repeat_heads
-from opcd_fast.attention.rows import PackedRow, from_grid, to_grid
+from opcd_fast.attention.kernels import computed_in, cpu_flash, efficient, fold_heads, repeat_heads
+from opcd_fast.attention.rows import PackedRow, from_grid, heads_first, to_grid, tokens_first
 
 aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]  # of query, key, value
@@ -31,43 +30,16 @@ Gradients = tuple[Tensor, Tensor, Tensor]  # of query, key, value
 class Spans:
     """Stretches of queries, each against its own stretch of keys; none is empty."""
 
-    queries: tuple[int, ...]  # tokens in each
-    keys: tuple[int, ...]
-    cu_queries: Tensor  # (B + 1,) int32
-    cu_keys: Tensor  # (B + 1,) int32
-    causal: bool = False  # then queries and keys are the same tokens
-
-    @functools.cached_property
-    def row(self) -> PackedRow:
-        """The queries as a row of their own."""
-        return PackedRow(self.queries, self.cu_queries)
+    queries: PackedRow
+    keys: PackedRow
+    causal: bool = False  # then both are the same row
 
     def slices(self) -> Iterator[tuple[slice, slice]]:
-        q = k = 0
-        for queries, keys in zip(self.queries, self.keys, strict=True):
-            yield slice(q, q + queries), slice(k, k + keys)
-            q, k = q + queries, k + keys
+        for q, k in zip(pairwise(self.queries.bounds), pairwise(self.keys.bounds), strict=True):
+            yield slice(*q), slice(*k)
 
 
-class Pair(Protocol):
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
-        """(output, logsumexp)."""
-
-    def backward(
-        self,
-        grad_out: Tensor,  # (n, H_q, d)
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        spans: Spans,
-        scale: float,
-    ) -> Gradients:
-        """Given output and logsumexp over more keys than these: this stretch's part of the gradients."""
-
-
-def pair_for(query: Tensor) -> Pair:
+def pair_for(query: Tensor) -> VarlenPair | DensePair:
     """The kernels for tensors like `query`."""
     if not query.is_cuda:
         return _CPU
@@ -85,13 +57,14 @@ class VarlenPair:
     """The built-in flash kernels: one launch for all stretches, heads that share keys included."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (n, H, d)
+        """(output, logsumexp)."""
+        q, k, v = map(tokens_first, (query, key, value))
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *self._shape(spans), False, scale=scale)
         return out, lse.transpose(0, 1)  # it comes as (H_q, n)
 
     def backward(
         self,
-        grad_out: Tensor,
+        grad_out: Tensor,  # (n, H_q, d)
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -100,7 +73,8 @@ class VarlenPair:
         spans: Spans,
         scale: float,
     ) -> Gradients:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        """Given output and logsumexp over more keys than these: this stretch's part of the gradients."""
+        q, k, v = map(tokens_first, (query, key, value))
         lse = lse.transpose(0, 1).contiguous()
         # State of a random generator that only dropout would read.
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -108,12 +82,13 @@ class VarlenPair:
         grads = aten._flash_attention_backward(
             grad_out.contiguous(), q, k, v, out, lse, *self._shape(spans), rng_state, unused, scale=scale
         )
-        of_query, of_key, of_value = (x.transpose(0, 1).unsqueeze(0) for x in grads)
+        of_query, of_key, of_value = map(heads_first, grads)
         return of_query, of_key, of_value
 
     @staticmethod
     def _shape(spans: Spans) -> tuple[Tensor, Tensor, int, int, float, bool]:
-        return spans.cu_queries, spans.cu_keys, max(spans.queries), max(spans.keys), 0.0, spans.causal
+        queries, keys = spans.queries, spans.keys
+        return queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest, 0.0, spans.causal
 
 
 # --- dense calls --------------------------------------------------------------------------------------------
@@ -121,7 +96,7 @@ class VarlenPair:
 
 @dataclass(frozen=True)
 class DensePair:
-    """Kernels for (B, H, T, d) with as many key heads as query heads.
+    """Kernels for (B, H, T, d) with as many key heads as query heads; forward and backward as `VarlenPair`'s.
 
     Causal stretches, which have the same queries and keys, run as one right-padded batch; others one at a time, with
     the heads that share keys folded into the queries, since without a mask it does not matter where a query stands.
@@ -131,17 +106,17 @@ class DensePair:
     backward_kernel: Callable[..., Gradients]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
-        query, key, value = map(_computed_in, (query, key, value))
+        query, key, value = map(computed_in, (query, key, value))
         if spans.causal:
             repeated = (query, repeat_heads(key, query), repeat_heads(value, query))
-            out, lse = self.kernel(*(to_grid(x, spans.row) for x in repeated), True, scale)
-            return from_grid(out, spans.row), from_grid(lse.unsqueeze(-1), spans.row).squeeze(-1)
+            out, lse = self.kernel(*(to_grid(x, spans.queries) for x in repeated), True, scale)
+            return from_grid(out, spans.queries), from_grid(lse.unsqueeze(-1), spans.queries).squeeze(-1)
         outs, lses = [], []
         for at, keys in spans.slices():
             part = query[:, :, at]
-            out, lse = self.kernel(_fold_heads(part, key), key[:, :, keys], value[:, :, keys], False, scale)
-            outs.append(_packed(out.reshape(part.shape)))
-            lses.append(_packed(lse.reshape(part.shape[:3]).unsqueeze(-1)).squeeze(-1))
+            out, lse = self.kernel(fold_heads(part, key), key[:, :, keys], value[:, :, keys], False, scale)
+            outs.append(tokens_first(out.reshape(part.shape)))
+            lses.append(tokens_first(lse.reshape(part.shape[:3])))
         return torch.cat(outs), torch.cat(lses)
 
     def backward(
@@ -155,18 +130,18 @@ class DensePair:
         spans: Spans,
         scale: float,
     ) -> Gradients:
-        lse = _unpacked(lse.unsqueeze(-1))  # (1, H_q, n, 1); the others (1, H, ·, d)
-        grad_out, out = _computed_in(_unpacked(grad_out)), _computed_in(_unpacked(out))
-        query, key, value = map(_computed_in, (query, key, value))
+        lse = heads_first(lse.unsqueeze(-1))  # (1, H_q, n, 1); the others (1, H, ·, d)
+        grad_out, out = computed_in(heads_first(grad_out)), computed_in(heads_first(out))
+        query, key, value = map(computed_in, (query, key, value))
         if spans.causal:
             tensors = (grad_out, query, repeat_heads(key, query), repeat_heads(value, query), out, lse)
-            *grids, lse_grid = (to_grid(x, spans.row) for x in tensors)
+            *grids, lse_grid = (to_grid(x, spans.queries) for x in tensors)
             grads = self.backward_kernel(*grids, lse_grid.squeeze(-1), True, scale)
-            of_query, of_key, of_value = (_unpacked(from_grid(x, spans.row)) for x in grads)
+            of_query, of_key, of_value = (heads_first(from_grid(x, spans.queries)) for x in grads)
             return of_query, _sum_heads(of_key, key), _sum_heads(of_value, value)
         of_queries, of_keys, of_values = [], [], []
         for at, keys in spans.slices():
-            folded = [_fold_heads(x[:, :, at], key) for x in (grad_out, query, out, lse)]
+            folded = [fold_heads(x[:, :, at], key) for x in (grad_out, query, out, lse)]
             grads = self.backward_kernel(
                 folded[0], folded[1], key[:, :, keys], value[:, :, keys], folded[2], folded[3].squeeze(-1), False, scale
             )
@@ -174,10 +149,6 @@ class DensePair:
             of_keys.append(grads[1])
             of_values.append(grads[2])
         return torch.cat(of_queries, 2), torch.cat(of_keys, 2), torch.cat(of_values, 2)
-
-
-def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
 def _cpu_backward(
@@ -188,15 +159,10 @@ def _cpu_backward(
     )
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return out, lse[:, :, : q.shape[2]]  # it comes padded to a multiple of 32
-
-
 def _efficient_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> Gradients:
-    lse = F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as the forward leaves it
+    lse = F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as the kernel leaves it in forward
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # state of the generator that dropout would read
     of_query, of_key, of_value, _ = aten._scaled_dot_product_efficient_attention_backward(
         grad_out, q, k, v, None, out, lse, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
@@ -204,34 +170,11 @@ def _efficient_backward(
     return of_query, of_key, of_value
 
 
-_CPU = DensePair(_cpu, _cpu_backward)
-_EFFICIENT = DensePair(_efficient, _efficient_backward)
-_FLASH = VarlenPair()
-
-
-# --- shapes -------------------------------------------------------------------------------------------------
-
-
-def _computed_in(x: Tensor) -> Tensor:
-    """x in the type the dense kernels compute in: on CPUs without half-precision units their backward is slow."""
-    return x.float() if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _packed(x: Tensor) -> Tensor:
-    """(1, H, n, d) -> (n, H, d)."""
-    return x[0].transpose(0, 1)
-
-
-def _unpacked(x: Tensor) -> Tensor:
-    """(n, H, d) -> (1, H, n, d)."""
-    return x.transpose(0, 1).unsqueeze(0)
-
-
-def _fold_heads(x: Tensor, like: Tensor) -> Tensor:
-    """(1, H_q, n, d) -> (1, H_kv, n H_q / H_kv, d)."""
-    return x.reshape(1, like.shape[1], -1, x.shape[-1])
-
-
 def _sum_heads(x: Tensor, like: Tensor) -> Tensor:
     """What `repeat_heads` does, backwards: (1, H_q, n, d) -> (1, H_kv, n, d)."""
     return x.unflatten(1, (like.shape[1], -1)).sum(2)
+
+
+_CPU = DensePair(cpu_flash, _cpu_backward)
+_EFFICIENT = DensePair(efficient, _efficient_backward)
+_FLASH = VarlenPair()

@@ -6,12 +6,16 @@ N tokens in the row, B sequences, T the longest of them, H heads, d head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+KeysAndValues = tuple[Tensor, Tensor]
+"""(1, H_kv, n, d_k) and (1, H_kv, n, d_v) of n tokens in one layer."""
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
@@ -23,7 +27,7 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """A run of sequences in the row that continue the same prefix of `length` tokens."""
+    """A run of sequences in the row that continue the same prefix of `length` >= 1 tokens."""
 
     first_sequence: int
     end_sequence: int
@@ -86,15 +90,31 @@ class PackedRow:
         before = torch.tensor(self.prefix_lengths, dtype=torch.int64)[self.sequence_on_host]
         return on_device(self.offset_on_host + before, self.cu_seqlens.device)
 
-    @property
+    @functools.cached_property
+    def group_of_sequence(self) -> list[int | None]:
+        """Index of each sequence's group; None for one without a prefix."""
+        found: list[int | None] = [None] * len(self.lengths)
+        for index, group in enumerate(self.groups):
+            for sequence in range(group.first_sequence, group.end_sequence):
+                found[sequence] = index
+        return found
+
+    @functools.cached_property
     def prefix_lengths(self) -> list[int]:
         """Context tokens in front of each sequence."""
-        lengths = [0] * len(self.lengths)
-        for group in self.groups:
-            lengths[group.first_sequence : group.end_sequence] = [group.length] * (
-                group.end_sequence - group.first_sequence
-            )
-        return lengths
+        return [0 if group is None else self.groups[group].length for group in self.group_of_sequence]
+
+    @functools.cached_property
+    def reach(self) -> int:
+        """Tokens of the longest sequence, its prefix included."""
+        return max((p + t for p, t in zip(self.prefix_lengths, self.lengths, strict=True)), default=0)
+
+
+def row_of(lengths: Iterable[int], device: torch.device, groups: Iterable[PrefixGroup] = ()) -> PackedRow:
+    """The row of sequences of `lengths` tokens."""
+    lengths = tuple(lengths)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedRow(lengths, on_device(cu_seqlens, device), tuple(groups))
 
 
 def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedRow:
@@ -108,12 +128,12 @@ def packed_row(cu_seqlens: Tensor, tokens: int, device: torch.device) -> PackedR
     if tokens == 0:
         raise ValueError("input_ids: no tokens at all")
     bounds = cu_seqlens.tolist()
-    lengths = tuple(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+    lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
         raise ValueError(
             f"cu_seqlens: must rise from 0 to the {tokens} tokens of input_ids, got {bounds[:4]}…{bounds[-1]}"
         )
-    return PackedRow(lengths, on_device(cu_seqlens.to(torch.int32), device))
+    return row_of(lengths, device)
 
 
 def to_grid(x: Tensor, row: PackedRow) -> Tensor:
@@ -130,3 +150,13 @@ def from_grid(x: Tensor, row: PackedRow) -> Tensor:
     """(B, H, T, d) -> (N, H, d)."""
     flat = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
     return flat.index_select(0, row.slot_of_token) if row.ragged else flat
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """(1, H, n, ...) -> (n, H, ...)."""
+    return x[0].transpose(0, 1)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """(n, H, ...) -> (1, H, n, ...)."""
+    return x.transpose(0, 1).unsqueeze(0)

@@ -21,17 +21,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opcd_fast.attention.dispatch import PackedRow, PrefixGroup, packed_row, row_attention
+from opcd_fast.attention.dispatch import alike, check_keys, row_attention
 from opcd_fast.attention.pairs import Spans, pair_for
-from opcd_fast.attention.rows import on_device
+from opcd_fast.attention.rows import PackedRow, PrefixGroup, on_device, packed_row, row_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +53,10 @@ class TreeRow:
         """Tokens of each prompt that has children."""
         return tuple(group.length for group in self.children.groups)
 
-    @functools.cached_property
-    def longest_child(self) -> int:
-        """Tokens of the longest child, its prompt included."""
-        return max((p + t for p, t in zip(self.children.prefix_lengths, self.children.lengths, strict=True)), default=0)
-
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, its prompt included."""
-        return max(self.roots.longest, self.longest_child)
+        return max(self.roots.longest, self.children.reach)
 
     @functools.cached_property
     def positions(self) -> Tensor:
@@ -73,20 +66,13 @@ class TreeRow:
     @functools.cached_property
     def own_spans(self) -> Spans:
         """Every child against itself."""
-        bounds = self.children.cu_seqlens
-        return Spans(self.children.lengths, self.children.lengths, bounds, bounds, causal=True)
+        return Spans(self.children, self.children, causal=True)
 
     @functools.cached_property
     def prompt_spans(self) -> Spans:
         """All children of a prompt against the prompt."""
-        device = self.order.device
-        queries = tuple(group.end_token - group.first_token for group in self.children.groups)
-        return Spans(queries, self.prompt_lengths, bounds(queries, device), bounds(self.prompt_lengths, device))
-
-
-def bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(B + 1,) int32: where stretches of `lengths` tokens begin and end."""
-    return on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
+        of_prompts = [group.end_token - group.first_token for group in self.children.groups]
+        return Spans(row_of(of_prompts, self.order.device), row_of(self.prompt_lengths, self.order.device))
 
 
 def tree_row(cu_seqlens: Tensor, parent: Tensor, tokens: int, device: torch.device) -> TreeRow:
@@ -114,15 +100,13 @@ def tree_row(cu_seqlens: Tensor, parent: Tensor, tokens: int, device: torch.devi
         groups.append(PrefixGroup(sequence, end_sequence, token, end_token, lengths[prompt]))
         sequence, token = end_sequence, end_token
 
-    starts = [0, *accumulate(lengths)]
+    starts = whole.bounds
     arranged = [*prompts, *alone, *children]
     order = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in arranged])
     back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
-    of_roots = tuple(lengths[i] for i in (*prompts, *alone))
-    of_children = tuple(lengths[i] for i in children)
     return TreeRow(
-        PackedRow(of_roots, bounds(of_roots, device)),
-        PackedRow(of_children, bounds(of_children, device), tuple(groups)),
+        row_of((lengths[i] for i in (*prompts, *alone)), device),
+        row_of((lengths[i] for i in children), device, groups),
         on_device(order, device),
         on_device(back, device),
     )
@@ -182,19 +166,13 @@ class TreeCall:
             refused.append("dropout")
         if refused:
             raise NotImplementedError(f"attention with shared prompts has no {refused[0]}; use packed_hidden_states")
-        tokens = self.row.order.numel()
-        if key.shape[2] != tokens or query.shape[2] != tokens:
-            raise RuntimeError(
-                f"attention got {query.shape[2]} queries and {key.shape[2]} keys for a row of {tokens} tokens"
-            )
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        check_keys(layer, query, key, self.row.order.numel())
+        dtype, width = value.dtype, value.shape[-1]
+        key, value = alike(key, value, dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # Under autocast RoPE leaves queries and keys in fp32 while values are in the shorter type.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        width = value.shape[-1]
-        if width < query.shape[-1]:  # kernels want one head size; the added zeros come out as zeros
-            value = F.pad(value, (0, query.shape[-1] - width))
-        out = tree_attention(query, key, value, self.row, scale, sliding_window)
-        self.layers_done.add(module.layer_idx)  # type: ignore[arg-type]
+        out = tree_attention(query.to(dtype), key, value, self.row, scale, sliding_window)
+        self.layers_done.add(layer)
         return out[..., :width].unsqueeze(0), None
 
 
@@ -212,9 +190,9 @@ def tree_attention(
         return out
     query, key, value = query[:, :, roots:], key[:, :, roots:], value[:, :, roots:]
     prompt_key, prompt_value = root_key[:, :, :prompts], root_value[:, :, :prompts]
-    if window is not None and row.longest_child > window:
-        key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-        of_children = row_attention(query, key, value, row.children, row.prompt_lengths, scale, window)
+    if window is not None and row.children.reach > window:
+        prefixes = list(zip(*(x.split(list(row.prompt_lengths), 2) for x in (prompt_key, prompt_value)), strict=True))
+        of_children = row_attention(query, key, value, row.children, prefixes, scale, window)
     else:
         of_children = _AttentionAfterPrompts.apply(query, key, value, prompt_key, prompt_value, row, scale)
     return torch.cat([out, of_children])

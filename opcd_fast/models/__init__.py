@@ -21,7 +21,6 @@ __getattr__, __dir__, __all__ = door(
             "refuses_stock_attention",
             "rope_switch",
         ),
-        "expansion": ("expanded_cache", "states_of", "unread_layers"),
         "loading": (
             "cpu_has_bf16",
             "first_line",
@@ -36,7 +35,7 @@ __getattr__, __dir__, __all__ = door(
         ),
         "merged": ("MergedCopy",),
         "names": ("SMOLLM2", "SMOLLM2_ON_THE_HUB", "Place", "base_of_adapter", "cache_dir", "is_path", "place_of"),
-        "packed": ("packed_hidden_states", "padded_forward"),
+        "packed": ("forward_on_row", "packed_hidden_states", "padded_forward"),
         "prefix_tuning": ("virtual_tokens", "with_prefix"),
         "quantized": ("is_quantized", "keep_plain_layout", "quantize_4bit", "require_bitsandbytes"),
         "shared_prompts": ("shared_prompt_hidden_states", "shares_prompts"),
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
         refuses_stock_attention,
         rope_switch,
     )
-    from opcd_fast.models.expansion import expanded_cache, states_of, unread_layers
     from opcd_fast.models.loading import (
         cpu_has_bf16,
         first_line,
@@ -72,7 +70,7 @@ if TYPE_CHECKING:
     )
     from opcd_fast.models.merged import MergedCopy
     from opcd_fast.models.names import SMOLLM2, SMOLLM2_ON_THE_HUB, Place, base_of_adapter, cache_dir, is_path, place_of
-    from opcd_fast.models.packed import packed_hidden_states, padded_forward
+    from opcd_fast.models.packed import forward_on_row, packed_hidden_states, padded_forward
     from opcd_fast.models.prefix_tuning import virtual_tokens, with_prefix
     from opcd_fast.models.quantized import is_quantized, keep_plain_layout, quantize_4bit, require_bitsandbytes
     from opcd_fast.models.shared_prompts import shared_prompt_hidden_states, shares_prompts

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from opcd_fast.attention import backends
 from opcd_fast.models import seam
-from opcd_fast.models.expansion import is_recurrent, unknown_state
+from opcd_fast.models.caches import is_recurrent, unknown_state
 
 # Models with recurrent layers that go on from a cached state, in tests/teacher/test_teacher_matrix.py. Known not to:
 # Jamba, MiniMax and RecurrentGemma, whose scans start anew or whose state no cache sees.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Set
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from opcd_fast.attention import PackedCall, PackedRow, attention_on_row, on_device, packed_row, running
+from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, TreeCall, on_device, packed_row, row_of
 from opcd_fast.models import seam
 from opcd_fast.models.architectures import refuses_packing, rope_switch
-from opcd_fast.models.prefix_tuning import Prefix, after_prefix, refuses_prefix
+from opcd_fast.models.prefix_tuning import Prefix, refuses_prefix
 
 logger = logging.getLogger("opcd_fast")
 
@@ -50,7 +51,7 @@ def packed_hidden_states(
     if prefix is not None:
         hidden = _after_prefix(model, body, input_ids, row, prefix)
     elif reason is None:
-        hidden = _packed(body, input_ids, row)
+        hidden = forward_on_row(body, input_ids, row.offset_of_token, PackedCall(row))
     else:
         say_once(type(body).__name__, f"student: padded batch with stock attention, because {reason}")
         hidden = _padded(body, input_ids, row)
@@ -76,46 +77,34 @@ def check_fits(body: nn.Module, longest: int) -> None:
         )
 
 
-def _packed(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
-    call = PackedCall(row)
-    return forward_on_row(
-        body, input_ids, row.offset_of_token, partial(_packed_attention, body, call), call.layers_done
-    )
-
-
 def _after_prefix(model: nn.Module, body: nn.Module, input_ids: Tensor, row: PackedRow, prefix: Prefix) -> Tensor:
     reason = refuses_prefix(model)
     if reason is not None:
         raise ValueError(f"model: its trained prefix cannot be run on a packed row, because {reason}; use LoRA")
-    count = prefix[0][0].shape[2]
-    check_fits(body, row.longest + count)
-    call, attention = after_prefix(body, row, prefix)
-    return forward_on_row(body, input_ids, row.offset_of_token + count, attention, call.layers_done)
-
-
-@contextmanager
-def _packed_attention(body: nn.Module, call: PackedCall) -> Iterator[None]:
-    with running(call), seam.using_attention(body, attention_on_row):
-        yield
+    row = replace(row, groups=(PrefixGroup(0, len(row.lengths), 0, row.bounds[-1], prefix[0][0].shape[2]),))
+    check_fits(body, row.reach)
+    call = PackedCall(row, lambda layer, _: [prefix[layer.layer_idx]])  # type: ignore[call-overload]
+    return forward_on_row(body, input_ids, row.position_of_token, call)
 
 
 def forward_on_row(
-    body: nn.Module,
-    input_ids: Tensor,
-    positions: Tensor,
-    attention: Callable[[], AbstractContextManager[None]],
-    layers_done: Set[int],
+    body: nn.Module, input_ids: Tensor, positions: Tensor, call: PackedCall | TreeCall, cache: Cache | None = None
 ) -> Tensor:
-    """Ids (N,) at positions (N,) as one row -> (N, D), every layer's attention inside of `attention()`.
+    """Ids (N,) at positions (N,) as one row -> (N, D), every layer's attention by `call`.
 
-    RuntimeError when a layer is missing in `layers_done` afterwards, which the attention fills.
+    RuntimeError when a layer's attention went another way.
     """
+    attention = partial(seam.using_attention, body, call.attend)
     # A checkpointed layer recomputes in the backward pass and needs the row again there.
-    with attention(), seam.recomputing_under(body, attention):
-        hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0))
-    missed = sorted(set(range(seam.num_layers(body))) - layers_done)
+    recomputing = seam.recomputing_under(body, attention) if torch.is_grad_enabled() else nullcontext()
+    with attention(), recomputing:
+        hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), cache=cache)
+    missed = sorted(set(range(seam.num_layers(body))) - call.layers_done)
     if missed:
-        raise RuntimeError(f"layers {missed} did not run packed attention: tokens may see other sequences")
+        raise RuntimeError(
+            f"layers {missed} did not read the context, or saw other sequences: they did not run packed attention, "
+            "which a teacher does without on path='concat'"
+        )
     return hidden.squeeze(0)
 
 
@@ -132,8 +121,8 @@ def _padded(body: nn.Module, input_ids: Tensor, row: PackedRow) -> Tensor:
         if not place.numel():  # empty sequences alone
             continue
         place = on_device(place, input_ids.device)
-        ends = torch.tensor([0, *(n for n, which in zip(row.lengths, long, strict=True) if which == side)]).cumsum(0)
-        part = padded_forward(body, input_ids[place], packed_row(ends, place.numel(), input_ids.device))
+        lengths = [n for n, which in zip(row.lengths, long, strict=True) if which == side]
+        part = padded_forward(body, input_ids[place], row_of(lengths, input_ids.device))
         start = part.new_zeros(len(input_ids), part.shape[-1]) if hidden is None else hidden
         hidden = start.index_copy(0, place, part)
     assert hidden is not None, "no tokens"

@@ -9,21 +9,18 @@ with gradients. Positions go on after the prefix, as in PEFT's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, attention_on_row, running
+from opcd_fast.attention import KeysAndValues
 from opcd_fast.errors import InputError
 from opcd_fast.models import seam
 from opcd_fast.models.architectures import refuses_plain_cache
 
-Prefix = Sequence[tuple[Tensor, Tensor]]
+Prefix = Sequence[KeysAndValues]
 """Each layer's keys and values, (1, H_kv, p, d)."""
 
 
@@ -77,33 +74,3 @@ def refuses_prefix(model: nn.Module) -> str | None:
     if seam.setting(seam.config_of(body), "kv_lora_rank"):
         return "its keys and values are compressed"
     return refuses_plain_cache(body, training=True)
-
-
-def row_after(row: PackedRow, tokens: int) -> PackedRow:
-    """`row` with every sequence after one prefix of `tokens` tokens."""
-    return replace(row, groups=(PrefixGroup(0, len(row.lengths), 0, sum(row.lengths), tokens),))
-
-
-def after_prefix(
-    body: nn.Module, row: PackedRow, prefix: Prefix
-) -> tuple[PackedCall, Callable[[], AbstractContextManager[None]]]:
-    """The call and the attention of a forward pass over `row` in which every sequence continues `prefix`."""
-    count = prefix[0][0].shape[2]
-    call = PackedCall(row_after(row, count), [[count]] * len(prefix))
-    return call, partial(_attention, body, call, partial(_attend, prefix))
-
-
-@contextmanager
-def _attention(body: nn.Module, call: PackedCall, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    with running(call), seam.using_attention(body, function):
-        yield
-
-
-def _attend(
-    prefix: Prefix, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """transformers' attention interface, the layer's trained keys and values put in front of the row's own."""
-    before_key, before_value = prefix[module.layer_idx]
-    key = torch.cat([before_key.to(key.dtype), key], dim=2)
-    value = torch.cat([before_value.to(value.dtype), value], dim=2)
-    return attention_on_row(module, query, key, value, *args, **kwargs)

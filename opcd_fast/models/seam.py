@@ -22,9 +22,6 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache
 
 from opcd_fast.attention import sdpa_without_cudnn
-from opcd_fast.models.caches import FrozenLayer, frozen_cache
-
-__all__ = ["FrozenLayer", "frozen_cache"]  # the part of this seam that has a file of its own
 
 PACKED_ATTENTION = "opcd_packed"
 """Name under which `using_attention` registers its function. transformers builds no mask for a name that its

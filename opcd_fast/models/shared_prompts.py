@@ -12,9 +12,6 @@ system prompt that a chat template puts in front of each (`opcd_fast.data.batch`
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -73,9 +70,7 @@ def shared_prompt_hidden_states(
         index, bounds, place = unshared(row)
         place = place if select is None else place.index_select(0, on_device(select, place.device))
         return packed_hidden_states(model, input_ids.index_select(0, index), bounds, select=place)
-    call = TreeCall(row)
-    attention = partial(_attention, body, call)
-    hidden = forward_on_row(body, input_ids.index_select(0, row.order), row.positions, attention, call.layers_done)
+    hidden = forward_on_row(body, input_ids.index_select(0, row.order), row.positions, TreeCall(row))
     places = row.back if select is None else row.back.index_select(0, on_device(select, row.back.device))
     return hidden.index_select(0, places)
 
@@ -84,12 +79,6 @@ def _refuses(model: nn.Module, training: bool) -> str | None:
     if seam.prompt_learner(model) is not None:
         return "its adapter is a trained prefix"
     return refuses_sharing(seam.body_of(model), training=training)
-
-
-@contextmanager
-def _attention(body: nn.Module, call: TreeCall) -> Iterator[None]:
-    with seam.using_attention(body, call.attend):
-        yield
 
 
 def unshared(row: TreeRow) -> tuple[Tensor, Tensor, Tensor]:

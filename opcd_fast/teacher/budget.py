@@ -129,9 +129,10 @@ def part_bytes(sizes: Sizes, path: str, part: Part, fetched: float = 0.0) -> int
         rows, grid = part.tokens, part.sequences * part.longest
         past = part.past
         prefix = int(past * sizes.keys * s * fetched)
-        # Joined keys; queries; outputs of both phases and of the merge in float32; what a padded grid takes, which
-        # devices without a varlen kernel use inside sequences.
-        attention = (past + 2 * rows) * sizes.keys * s + rows * sizes.query * (2 * s + 3 * 4)
+        # The row's keys; queries; outputs of both phases and of the merge in float32; what a padded grid takes, which
+        # devices without a varlen kernel use inside sequences. Of a prefix only what a window sees is copied.
+        joined = 0 if sizes.window is None else past
+        attention = (joined + 2 * rows) * sizes.keys * s + rows * sizes.query * (2 * s + 3 * 4)
         attention += grid * (2 * sizes.query + sizes.keys) * sizes.single + prefix
     else:
         whole = part.longest_whole if path == "concat" else part.longest

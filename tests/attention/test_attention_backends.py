@@ -10,11 +10,10 @@ import types
 
 import pytest
 import torch
-from test_attention import dense, make_qkv, make_row
+from attention_oracle import by_stretch, dense, explicit, make_qkv, make_row
 
 from opcd_fast.attention import backends, kernels
 from opcd_fast.attention.backends import FA2, FA4, Need
-from opcd_fast.attention.dispatch import row_attention
 from opcd_fast.attention.kernels import Bounds
 
 NONE, BOTH = frozenset(), frozenset({FA2, FA4})
@@ -71,14 +70,6 @@ def test_table(call, packages, first, second, windowed, merge):
     assert backends.merge(call) == merge
 
 
-@pytest.mark.parametrize("d", [64, 128, 192, 256])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
-def test_no_plan_is_built_for_the_lengths_of_a_call(d, capability, dtype):
-    """Phase 1 sees another sum of lengths at every step, and keys with other strides: flash takes them as they come."""
-    assert backends.phase_1(need(capability, dtype, d), NONE) == ("flash", kernels.prefix_flash)
-
-
 def test_what_torch_lacks(monkeypatch):
     monkeypatch.setattr(backends, "_triton_ready", lambda: False)
     monkeypatch.setattr(kernels, "varlen_ready", lambda: False)
@@ -117,29 +108,13 @@ def test_packages_that_are_not_there_or_do_not_import(monkeypatch):
 # --- what the kernels are given -----------------------------------------------------------------------------
 
 
-def explicit(q, k, v, scale, softcap, causal, window):
-    """(n, H, d), (m, H_kv, d) -> (n, H, d), (n, H)."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(len(q)).unsqueeze(1) + len(k) - len(q) - torch.arange(len(k))
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if causal:
-        hidden |= distance < 0
-    if window is not None:
-        hidden |= distance > window
-    scores = scores.masked_fill(hidden, -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1).t()
-
-
 def package(no_window, flag, tail):
     """A FlashAttention package: logsumexps are (B, H, N) and, of sequences of any lengths, (H, N)."""
     module = types.ModuleType("flash_attn")
 
     def flash_attn_func(*, q, k, v, softmax_scale, causal, softcap, **options):
         assert options == {flag: True} and not causal and q.shape[0] == 1
-        out, lse = explicit(q[0], k[0], v[0], softmax_scale, softcap, False, None)
+        out, lse = explicit(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale, softcap or None, causal=False)
         return (out[None], lse.t()[None], *tail)
 
     def flash_attn_varlen_func(
@@ -147,16 +122,11 @@ def package(no_window, flag, tail):
         **options,
     ):  # fmt: skip
         assert options == {flag: True} and causal
-        outs, lses = [], []
-        bounds = zip(cu_seqlens_q.unfold(0, 2, 1).tolist(), cu_seqlens_k.unfold(0, 2, 1).tolist(), strict=True)
-        for (q0, q1), (k0, k1) in bounds:
-            assert q1 - q0 <= max_seqlen_q and k1 - k0 <= max_seqlen_k
-            window = None if window_size == no_window else window_size[0]
-            assert window is None or (window >= 0 and window_size[1] == 0)
-            out, lse = explicit(q[q0:q1], k[k0:k1], v[k0:k1], softmax_scale, softcap, True, window)
-            outs.append(out)
-            lses.append(lse)
-        return (torch.cat(outs), torch.cat(lses).t(), *tail)
+        assert window_size == no_window or (window_size[0] >= 0 and window_size[1] == 0)
+        window = None if window_size == no_window else window_size[0] + 1
+        bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = by_stretch(q, k, v, *bounds, softmax_scale, softcap or None, window=window)
+        return (out, lse.t(), *tail)
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     return module
@@ -179,9 +149,9 @@ def test_installed_packages_are_found(packages):
 
 
 def check_prefix(kernel, softcap):
-    q, k, v = make_qkv(7, 20, dtype=torch.float64)
+    q, k, v = make_qkv(7, 27, dtype=torch.float64)
     out, lse = kernel(q, k, v, 0.25, softcap)
-    expected, expected_lse = explicit(*(x[0].transpose(0, 1) for x in (q, k, v)), 0.25, softcap, False, None)
+    expected, expected_lse = explicit(q, k, v, 0.25, softcap, causal=False)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
 
@@ -195,7 +165,7 @@ def test_phase_1(name, softcap, packages):
 @pytest.mark.parametrize("name", ["flash", "efficient"])
 def test_phase_1_of_torch(name, monkeypatch):
     def attention(query, key, value, scale):
-        out, lse = explicit(*(x[0].transpose(0, 1) for x in (query, key, value)), scale, None, False, None)
+        out, lse = explicit(query, key, value, scale, causal=False)
         return out.transpose(0, 1)[None], lse.t()[None]
 
     def flash(query, key, value, dropout_p, is_causal, return_debug_mask, *, scale):
@@ -203,8 +173,8 @@ def test_phase_1_of_torch(name, monkeypatch):
         out, lse = attention(query, key, value, scale)
         return out, torch.nn.functional.pad(lse, (0, 5), value=torch.nan), *[None] * 7
 
-    def efficient(query, key, value, bias, compute_log_sumexp, *, scale):
-        assert bias is None and compute_log_sumexp and query.shape[1] == key.shape[1]
+    def efficient(query, key, value, bias, compute_log_sumexp, dropout, causal, *, scale):
+        assert bias is None and compute_log_sumexp and query.shape[1] == key.shape[1] and not dropout and not causal
         out, lse = attention(query, key, value, scale)
         return out, torch.nn.functional.pad(lse, (0, 5), value=torch.nan), None, None
 
@@ -224,40 +194,19 @@ def test_phase_2(name, lengths, softcap, packages):
     q, k, v = make_qkv(sum(lengths), dtype=torch.float64)
     run = kernels.row_varlen(getattr(kernels, f"varlen_{name}")) if name.startswith("fa") else getattr(kernels, name)
     out, lse = run(q, k, v, row, 0.25, softcap, 0.0, True)
-    torch.testing.assert_close(out, dense(q, k, v, row, [], 0.25, None, softcap))
+    torch.testing.assert_close(out, dense(q, k, v, row, [], 0.25, softcap=softcap))
     # The logsumexp by what it means: a sink of that height halves everything.
-    halved = dense(q[:, :1], k[:, :1], v[:, :1], row, [], 0.25, None, softcap, lse[:1, 0])
+    halved = dense(q[:, :1], k[:, :1], v[:, :1], row, [], 0.25, softcap=softcap, sink=lse[:1, 0])
     torch.testing.assert_close(halved[0], out[0, :1] / 2, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("name", ["fa4", "fa2"])
 def test_windows(name, softcap, packages):
-    q, k, v = make_qkv(7, 20, dtype=torch.float64)
+    q, k, v = make_qkv(7, 27, dtype=torch.float64)
     bounds = Bounds(torch.tensor([0, 3, 7]), torch.tensor([0, 12, 27]), 4, 15)
     out, lse = getattr(kernels, f"varlen_{name}")(q, k, v, bounds, 0.25, softcap, 5, True)
-    flat = [x[0].transpose(0, 1) for x in (q, k, v)]
     for tokens, keys in ((slice(0, 3), slice(0, 12)), (slice(3, 7), slice(12, 27))):
-        expected, expected_lse = explicit(flat[0][tokens], flat[1][keys], flat[2][keys], 0.25, softcap, True, 4)
+        expected, expected_lse = explicit(q[:, :, tokens], k[:, :, keys], v[:, :, keys], 0.25, softcap, window=5)
         torch.testing.assert_close(out[tokens], expected)
         torch.testing.assert_close(lse[tokens], expected_lse)
-
-
-@pytest.mark.parametrize("window", [4, 9, 22])
-@pytest.mark.parametrize("lengths", [[3, 1, 9, 2], [2, 0, 3, 8]])
-def test_windowed_layers_by_one_call_for_the_row(lengths, window, packages, monkeypatch):
-    """Which keys each sequence reads of its prefix and of its own; worked out once for all layers alike."""
-    run = backends.Kernel(FA4, kernels.varlen_fa4)
-    monkeypatch.setattr(backends, "windowed", lambda need, with_lse=False: run)
-    sizes = [14, 0]
-    kept = [min(s, window - 1) for s in sizes]
-    row = make_row(lengths, sizes, [2, 2])
-    for _ in range(2):
-        q, k, v = make_qkv(sum(lengths), sum(kept), dtype=torch.float64)
-        out = row_attention(q, k, v, row, kept, 0.25, window)
-        torch.testing.assert_close(out, dense(q, k, v, row, kept, 0.25, window))
-    other = make_row(lengths, [20, 5], [2, 2])  # same lengths and counts where the window is small, other prefixes
-    kept = [min(s, window - 1) for s in [20, 5]]
-    q, k, v = make_qkv(sum(lengths), sum(kept), dtype=torch.float64)
-    out = row_attention(q, k, v, other, kept, 0.25, window)
-    torch.testing.assert_close(out, dense(q, k, v, other, kept, 0.25, window))

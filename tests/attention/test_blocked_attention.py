@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_oracle import double, explicit
 
 from opcd_fast.attention import blocked as module
 from opcd_fast.attention.blocked import blocked_attention
@@ -31,27 +32,13 @@ def tensors(n, m, dtype=torch.float64, heads=(6, 2), d=8, e=5):
     return [(2 * torch.randn(s, generator=g, dtype=torch.float64)).to(dtype) for s in shapes]
 
 
-def explicit(query, key, value, scale, softcap, causal, window):
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (x.double().repeat_interleave(repeats, 1)[0] for x in (key, value))
-    scores = query.double()[0] @ key.transpose(1, 2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    n, m = scores.shape[1:]
-    if causal:
-        distance = torch.arange(n).unsqueeze(1) + m - n - torch.arange(m)
-        seen = (distance >= 0) & (distance < (window or m + 1))
-        scores = scores.masked_fill(~seen, -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(0, 1), scores.logsumexp(-1).transpose(0, 1)
-
-
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize(("n", "m", "causal", "window"), CASES)
 def test_numbers(n, m, causal, window, softcap):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
         inputs = tensors(n, m, dtype)
         out, lse = blocked_attention(*inputs, 0.3, softcap=softcap, causal=causal, window=window)
-        expected, expected_lse = explicit(*inputs, 0.3, softcap, causal, window)
+        expected, expected_lse = explicit(*double(*inputs), 0.3, softcap, causal=causal, window=window)
         assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(lse.double(), expected_lse, atol=min(tolerance, 1e-5), rtol=1e-6)

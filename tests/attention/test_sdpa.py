@@ -37,7 +37,7 @@ def without(outside):
     return left if any(left.values()) else {**left, "math": True}
 
 
-@pytest.fixture(params=[SWITCHES, ("cudnn",), ("cudnn", "math"), ("flash", "math")], ids="+".join)
+@pytest.fixture(params=[SWITCHES, ("cudnn",), ("flash", "math")], ids="+".join)
 def outside(request):
     """What the caller allows, which must be so again afterwards."""
     before = switches()

@@ -7,8 +7,11 @@ import torch
 from torch.autograd import gradcheck
 from tree_oracle import HEADS, LENGTHS, PARENT, dense, in_given_order, make_qkv
 
+from opcd_fast.attention import kernels as attention_kernels
 from opcd_fast.attention import pairs as attention_pairs
 from opcd_fast.attention import tree as tree_attention
+from opcd_fast.attention.pairs import Spans
+from opcd_fast.attention.rows import packed_row
 from opcd_fast.attention.tree import TreeCall, tree_row
 
 CPU = torch.device("cpu")
@@ -17,12 +20,6 @@ CPU = torch.device("cpu")
 def make_row(lengths=LENGTHS, parent=PARENT):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     return tree_row(bounds, torch.tensor(parent), int(bounds[-1]), CPU)
-
-
-
-
-
-
 
 
 def of_children(row):
@@ -42,19 +39,6 @@ def of_children(row):
 def test_gradients_are_those_of_finite_differences(heads):
     row = make_row()
     assert gradcheck(of_children(row), make_qkv(sum(LENGTHS), heads, d=2))
-
-
-def test_finite_differences_see_a_phase_with_its_own_logsumexp(monkeypatch):
-    honest = attention_pairs.DensePair.backward
-
-    def own_lse(self, grad_out, query, key, value, out, lse, spans, scale):
-        if not spans.causal:
-            out, lse = self.forward(query, key, value, spans, scale)
-        return honest(self, grad_out, query, key, value, out, lse, spans, scale)
-
-    monkeypatch.setattr(attention_pairs.DensePair, "backward", own_lse)
-    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        gradcheck(of_children(make_row()), make_qkv(sum(LENGTHS), d=2))
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 100])
@@ -98,40 +82,28 @@ def test_positions_go_on_where_the_prompt_ends():
     ]  # fmt: skip
 
 
+def on_the_cpu(tensors, cu_q, cu_k, max_q, max_k, dropout, causal):
+    """What a kernel for stretches is given, (n, H, d) and bounds, as the CPU's pair takes it."""
+    rows = [packed_row(bounds, int(bounds[-1]), CPU) for bounds in (cu_q, cu_k)]
+    assert dropout == 0.0 and (max_q, max_k) == tuple(row.longest for row in rows)
+    return [x.transpose(0, 1).unsqueeze(0) for x in tensors], Spans(rows[0], rows[0] if causal else rows[1], causal)
+
+
 def stand_in_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
-    """What `aten._flash_attention_forward` is for stretches: (n, H, d) in, logsumexp (H_q, n) out."""
-    assert dropout == 0.0 and not debug
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    outs, lses = [], []
-    for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
-        assert q1 - q0 <= max_q and k1 - k0 <= max_k
-        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1]) * scale
-        if causal:
-            scores = scores.masked_fill(~torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(), -torch.inf)
-        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[k0:k1]))
-        lses.append(scores.logsumexp(-1))
-    return torch.cat(outs), torch.cat(lses, 1), None, None, None
+    """What `aten._flash_attention_forward` is for stretches: logsumexp (H_q, n) out."""
+    assert not debug
+    inputs, spans = on_the_cpu((q, k, v), cu_q, cu_k, max_q, max_k, dropout, causal)
+    out, lse = attention_pairs._CPU.forward(*inputs, spans, scale)
+    return out, lse.t(), None, None, None
 
 
 def stand_in_backward(
     grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng_state, unused, *, scale
 ):
-    assert dropout == 0.0 and lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous()
-    repeats = q.shape[1] // k.shape[1]
-    grads = [torch.zeros_like(x) for x in (q, k, v)]
-    for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
-        keys, values = (x[k0:k1].repeat_interleave(repeats, 1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) * scale
-        p = (scores - lse[:, q0:q1, None]).exp()
-        if causal:
-            p = p * torch.ones(q1 - q0, k1 - k0).tril()
-        inner = torch.einsum("qhd,khd->hqk", grad_out[q0:q1], values)
-        s = p * (inner - (grad_out * out)[q0:q1].sum(-1).t().unsqueeze(-1)) * scale
-        grads[0][q0:q1] = torch.einsum("hqk,khd->qhd", s, keys)
-        for grad, full in ((grads[1], torch.einsum("hqk,qhd->khd", s, q[q0:q1])),
-                           (grads[2], torch.einsum("hqk,qhd->khd", p, grad_out[q0:q1]))):  # fmt: skip
-            grad[k0:k1] = full.unflatten(1, (-1, repeats)).sum(2)
-    return grads
+    assert lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous() and grad_out.is_contiguous()
+    inputs, spans = on_the_cpu((q, k, v), cu_q, cu_k, max_q, max_k, dropout, causal)
+    grads = attention_pairs._CPU.backward(grad_out, *inputs, out, lse.t(), spans, scale)
+    return [x[0].transpose(0, 1) for x in grads]
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -141,6 +113,9 @@ def test_what_the_flash_kernels_are_given(heads, monkeypatch):
     class Aten:
         _flash_attention_forward = staticmethod(stand_in_forward)
         _flash_attention_backward = staticmethod(stand_in_backward)
+        _scaled_dot_product_flash_attention_for_cpu_backward = staticmethod(
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        )
 
     monkeypatch.setattr(attention_pairs, "aten", Aten)
     monkeypatch.setattr(tree_attention, "pair_for", lambda query: attention_pairs.VarlenPair())
@@ -168,7 +143,8 @@ def test_what_the_memory_efficient_kernels_are_given(monkeypatch):
                 grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
             ), None
 
-    monkeypatch.setattr(attention_pairs, "aten", Aten)
+    for module in (attention_pairs, attention_kernels):
+        monkeypatch.setattr(module, "aten", Aten)
     monkeypatch.setattr(tree_attention, "pair_for", lambda query: attention_pairs._EFFICIENT)
     assert gradcheck(of_children(make_row()), make_qkv(sum(LENGTHS), d=4), fast_mode=True)
 
@@ -182,9 +158,8 @@ class Layer(torch.nn.Module):
     [({"softcap": 30.0}, "softcap"), ({"s_aux": torch.zeros(4)}, "s_aux"), ({"dropout": 0.1}, "dropout")],
 )
 def test_scores_it_does_not_compute_are_refused(changes, name):
-    row = make_row([3, 2, 2], [-1, 0, 0])
     with pytest.raises(NotImplementedError, match=name):
-        TreeCall(row).attend(Layer(), *make_qkv(7), None, **changes)
+        TreeCall(make_row([3, 2, 2], [-1, 0, 0])).attend(Layer(), *make_qkv(7), None, **changes)
 
 
 def test_the_layer_is_counted_and_keys_must_be_the_rows_own():

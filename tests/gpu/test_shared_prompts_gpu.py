@@ -15,14 +15,6 @@ from opcd_fast.data.batch import pack
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def _exact_fp32():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @pytest.mark.parametrize("window", [None, 3, 100])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import logprobs_by_hand, lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.rollout import TransformersRollout
@@ -20,14 +19,6 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 SHARED = [7, 9, 11, 13, 17, 19, 23, 29, 31, 37]  # long enough to be run once for the batch
 PROMPTS = [[*SHARED, 41], [*SHARED, 43, 47, 53], [*SHARED, 59, 61]]
-
-
-@pytest.fixture(autouse=True)
-def _exact_fp32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +107,6 @@ def test_resume_goes_on_from_the_checkpoint(tokenizer, tmp_path, lora_rank, dtyp
     for state in resumed.optimizer.state.values():
         assert int(state["step"]) == 4
         assert {state[name].device.type for name in ("exp_avg", "exp_avg_sq")} == {torch.device(DEVICE).type}
-
-
-def test_resume_at_the_end_gives_the_same_weights_back(tokenizer, tmp_path):
-    first = make(tokenizer, tmp_path / "run")
-    first.train()
-    again = make(tokenizer, tmp_path / "run", resume=True)
-    again.train()  # no step is left to be made
-    assert all(torch.equal(again.parameters[name], p) for name, p in first.parameters.items())
-    saved = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
-    assert any("lora_B" in name and bool(value.any()) for name, value in saved.items())
 
 
 # --- the sampler --------------------------------------------------------------------------------------------

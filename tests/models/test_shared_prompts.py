@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import nullcontext
 
 import architectures
 import pytest
@@ -12,10 +13,9 @@ import torch
 from shared_prompt_runs import ANSWERS, PROMPTS, both, make_samples, run
 from tiny_models import with_lora
 
-from opcd_fast.attention import pairs as attention_pairs
 from opcd_fast.data.batch import Sample, micro_batches, pack
 from opcd_fast.models import packed as student
-from opcd_fast.models import seam, shared_prompts
+from opcd_fast.models import seam
 from opcd_fast.models.shared_prompts import shared_prompt_hidden_states
 from opcd_fast.training.step.objective import context_kl
 
@@ -26,11 +26,6 @@ def check_equal(model, tolerance=4e-6, samples=None):
     assert grads.keys() == wanted.keys() and grads
     for name in wanted:
         assert (grads[name] - wanted[name]).norm() <= tolerance * wanted[name].norm() + 1e-7, name
-
-
-@pytest.mark.parametrize("name", [*tiny_models.CONFIGS, *tiny_models.UNPACKABLE])
-def test_equals_separate_copies(name):
-    check_equal(tiny_models.tiny_model(name))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4-shared-kv", "qwen3-moe", "cohere2", "gpt-neox"])
@@ -46,67 +41,29 @@ def with_common_beginning(length=9):
     return [Sample([*beginning, *s.student_prompt], s.teacher_prompt, 0, s.response) for s in samples]
 
 
+SAMPLES = {"own prompts": make_samples, "a common beginning": with_common_beginning}
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
 @pytest.mark.parametrize("name", [*tiny_models.CONFIGS, *tiny_models.UNPACKABLE])
-def test_a_beginning_that_all_prompts_have_equals_separate_copies(name):
-    samples = with_common_beginning()
-    assert pack(samples, share_prompts=True).student_parent.tolist() == [-1, *[0] * len(samples)]
-    check_equal(tiny_models.tiny_model(name), samples=samples)
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_common_beginning_with_checkpointing(lora):
-    model = tiny_models.tiny_model()
-    model = with_lora(model) if lora else model
-    model.gradient_checkpointing_enable()
-    model.enable_input_require_grads()
-    model.train()
-    check_equal(model, samples=with_common_beginning())
+def test_equals_separate_copies(name, samples):
+    check_equal(tiny_models.tiny_model(name), samples=SAMPLES[samples]())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("name", ["llama", "mistral-window-below-context"])
-def test_with_checkpointing(name, lora, reentrant):
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [("llama", "own prompts"), ("mistral-window-below-context", "own prompts"), ("llama", "a common beginning")],
+)
+def test_with_checkpointing(name, samples, lora, reentrant):
+    """Recomputed layers get the row again."""
     model = tiny_models.tiny_model(name)
     model = with_lora(model) if lora else model
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     model.train()
-    check_equal(model)
-
-
-def test_checkpointing_recomputes_with_the_same_row(monkeypatch):
-    from contextlib import nullcontext
-
-    monkeypatch.setattr(student.seam, "recomputing_under", lambda *_: nullcontext())
-    model = tiny_models.tiny_model()
-    model.gradient_checkpointing_enable()
-    model.train()
-    with pytest.raises(Exception):  # noqa: B017 - which error depends on how the recomputation goes wrong
-        check_equal(model)
-
-
-@pytest.mark.parametrize("mutation", ["own logsumexp", "no gradient to the prompt", "one child's gradient"])
-def test_a_wrong_backward_shows(mutation, monkeypatch):
-    honest = attention_pairs.DensePair.backward
-
-    def wrong(self, grad_out, query, key, value, out, lse, spans, scale):
-        if spans.causal:
-            return honest(self, grad_out, query, key, value, out, lse, spans, scale)
-        if mutation == "own logsumexp":
-            out, lse = self.forward(query, key, value, spans, scale)
-        grads = honest(self, grad_out, query, key, value, out, lse, spans, scale)
-        if mutation == "no gradient to the prompt":
-            return grads[0], torch.zeros_like(grads[1]), grads[2]
-        if mutation == "one child's gradient":
-            grad_out = grad_out.clone()
-            grad_out[6:] = 0
-            return grads[0], *honest(self, grad_out, query, key, value, out, lse, spans, scale)[1:]
-        return grads
-
-    monkeypatch.setattr(attention_pairs.DensePair, "backward", wrong)
-    with pytest.raises(AssertionError):
-        check_equal(tiny_models.tiny_model())
+    check_equal(model, samples=SAMPLES[samples]())
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window-below-context"])
@@ -199,20 +156,16 @@ def test_what_cannot_share_runs_unshared_and_says_so_once(name, changes, reason,
 
 
 def test_settings_come_back_also_after_an_error():
-    model = tiny_models.tiny_model()
-    before = model.config._attn_implementation
-    batch = pack(make_samples(), share_prompts=True)
-    row = (batch.student_cu_seqlens, batch.student_parent)
+    model, batch = tiny_models.tiny_model(), pack(make_samples(), share_prompts=True)
+    before, row = seam.attention_of(model), (batch.student_cu_seqlens, batch.student_parent)
     shared_prompt_hidden_states(model, batch.student_ids, *row)
     with pytest.raises(IndexError):
         shared_prompt_hidden_states(model, batch.student_ids + 10_000, *row)
-    assert model.config._attn_implementation == before
+    assert seam.attention_of(model) == before
 
 
 def test_a_layer_that_skips_the_attention_is_an_error(monkeypatch):
-    from contextlib import nullcontext
-
-    monkeypatch.setattr(shared_prompts.seam, "using_attention", lambda *_: nullcontext())
+    monkeypatch.setattr(seam, "using_attention", lambda *_: nullcontext())
     with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\]"):
         run(tiny_models.tiny_model(), pack(make_samples(), share_prompts=True))
 
@@ -222,14 +175,15 @@ def test_too_long_and_malformed():
     (ids,) = tiny_models.random_ids(180)
     parent = torch.tensor([-1, 0, 0])
     shared_prompt_hidden_states(model, ids, torch.tensor([0, 76, 128, 180]), parent)
-    with pytest.raises(ValueError, match="129 tokens, 1 more than"):
-        shared_prompt_hidden_states(model, ids, torch.tensor([0, 76, 129, 180]), parent)
-    with pytest.raises(ValueError, match="input_ids"):
-        shared_prompt_hidden_states(model, ids.view(2, 90), torch.tensor([0, 76, 128, 180]), parent)
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        shared_prompt_hidden_states(model, ids, torch.tensor([0, 76, 128, 179]), parent)
-    with pytest.raises(ValueError, match="parent"):
-        shared_prompt_hidden_states(model, ids, torch.tensor([0, 76, 128, 180]), torch.tensor([-1, 0]))
+    for change, message in (
+        ({"cu_seqlens": torch.tensor([0, 76, 129, 180])}, "129 tokens, 1 more than"),
+        ({"input_ids": ids.view(2, 90)}, "input_ids"),
+        ({"cu_seqlens": torch.tensor([0, 76, 128, 179])}, "cu_seqlens"),
+        ({"parent": torch.tensor([-1, 0])}, "parent"),
+    ):
+        row = {"input_ids": ids, "cu_seqlens": torch.tensor([0, 76, 128, 180]), "parent": parent}
+        with pytest.raises(ValueError, match=message):
+            shared_prompt_hidden_states(model, **{**row, **change})
 
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])

@@ -18,7 +18,8 @@ from tiny_models import (
 
 from opcd_fast.attention import dispatch as attention
 from opcd_fast.models import seam
-from opcd_fast.models.expansion import ExpandedLayer
+from opcd_fast.models.caches.expanded import ExpandedLayer
+from opcd_fast.models.caches.prefix import FrozenLayer
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.teacher.paths import forward as teacher_paths
 from opcd_fast.teacher.paths import verification
@@ -86,7 +87,7 @@ def plant(error, monkeypatch):
 
         monkeypatch.setattr(attention, "merge_by_logsumexp", off_by_a_hundredth)
     elif error.endswith("a layer without its prefix"):
-        layer = seam.FrozenLayer if error.startswith("merge") else ExpandedLayer
+        layer = FrozenLayer if error.startswith("merge") else ExpandedLayer
         honest, calls = layer.update, []
 
         def forgetful(self, key, value, *args, **kwargs):
@@ -250,15 +251,15 @@ def test_layer_that_loses_its_prefix_is_an_error(monkeypatch):
     teacher = ContextTeacher(tiny_model(), random_ids(20)[0])
     ids, bounds = pack(random_ids(5, 3))
     teacher.hidden_states_packed(ids, bounds)
-    honest = seam.FrozenLayer.update
+    honest = FrozenLayer.update
     calls = []
 
     def forgetful(self, key, value, *args, **kwargs):
         calls.append(1)
         return (key, value) if len(calls) == 2 else honest(self, key, value)
 
-    monkeypatch.setattr(seam.FrozenLayer, "update", forgetful)
-    with pytest.raises(RuntimeError, match="layer 1 did not get its context: 0 prefix keys"):
+    monkeypatch.setattr(FrozenLayer, "update", forgetful)
+    with pytest.raises(RuntimeError, match="layer 1 did not get its context"):
         teacher.hidden_states_packed(ids, bounds)
 
 

@@ -11,12 +11,12 @@ from architectures import ARCHITECTURES, WINDOW, build
 from tiny_models import pack, plain_after_context, plain_hidden, random_ids, told
 from transformers import AutoModelForCausalLM, Gemma3Config
 
+from opcd_fast.attention import PackedCall
 from opcd_fast.models import architectures, seam
-from opcd_fast.models import expansion as expanded_cache
 from opcd_fast.models import packed as student
+from opcd_fast.models.caches import expanded as expanded_cache
 from opcd_fast.models.packed import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.teacher.paths import forward as teacher_paths
 from opcd_fast.teacher.paths import twin as tiny_twin
 from opcd_fast.teacher.paths import verification
 
@@ -305,13 +305,13 @@ def test_sdpa_that_drops_a_part_of_the_model_is_refused(name, setting):
 
 @pytest.mark.parametrize(("name", "dropped"), [("gemma2", "softcap"), ("gpt-oss", "s_aux")])
 def test_caps_and_sinks_reach_packed_attention(name, dropped, monkeypatch):
-    honest = teacher_paths.attention_on_row
+    honest = PackedCall.attend
 
     def without(*args, **kwargs):
         assert kwargs[dropped] is not None
         return honest(*args, **{**kwargs, dropped: None})
 
-    monkeypatch.setattr(teacher_paths, "attention_on_row", without)
+    monkeypatch.setattr(PackedCall, "attend", without)
     with pytest.raises(ValueError, match="path='merge': it failed its check"):
         largest_error(build(name), "merge")
     teacher, error = largest_error(build(name))

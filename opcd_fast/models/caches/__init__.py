@@ -10,12 +10,18 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "buffered": ("buffered_cache",),
-        "frozen": ("FrozenLayer", "frozen_cache"),
-        "stream": ("KeysAndValues", "PrefixStream"),
+        "expanded": ("expanded_cache", "is_recurrent", "states_of", "unknown_state", "unread_layers"),
+        "prefix": ("GrowingLayer", "PrefixCache", "prefix_cache"),
     },
 )
 
 if TYPE_CHECKING:
     from opcd_fast.models.caches.buffered import buffered_cache
-    from opcd_fast.models.caches.frozen import FrozenLayer, frozen_cache
-    from opcd_fast.models.caches.stream import KeysAndValues, PrefixStream
+    from opcd_fast.models.caches.expanded import (
+        expanded_cache,
+        is_recurrent,
+        states_of,
+        unknown_state,
+        unread_layers,
+    )
+    from opcd_fast.models.caches.prefix import GrowingLayer, PrefixCache, prefix_cache

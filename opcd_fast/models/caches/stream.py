@@ -1,154 +1,91 @@
 """Keys and values of prefixes for one forward pass, layer by layer, on the device that runs the layer.
 
-A prefix that lies there is handed out as it is. One that lies elsewhere, in the host's memory, comes over while the
-layer before is at work: a layer is asked for, the copy of the next one is started, and then the layer is used. Two
-slots on the device take turns, so that never more than two layers are there, however far the host runs ahead of the
-device.
+What lies there is handed out as it is. From the host's memory to a CUDA device a layer comes over while the one before
+is at work, into one of two slots, so that never more than two layers are on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-KeysAndValues = tuple[Tensor, Tensor]
-"""Of one layer of one prefix: (1, H_kv, kept, d_k) and (1, H_kv, kept, d_v); (1, 0, 0, 0) where it has none."""
+from opcd_fast.attention import KeysAndValues
 
 _ALIGNMENT = 256  # of each tensor in a slot: what a fresh allocation has
 
 
-class Transfer(Protocol):
-    """Copies tensors to a device. Slots are numbered; a slot holds what was copied into it last."""
-
-    def start(self, slot: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Begin to copy `tensors` into `slot`, and return where they will be. They may not be read yet."""
-
-    def wait(self, slot: int) -> None:
-        """From here on the slot may be read."""
-
-    def release(self, slot: int) -> None:
-        """From here on the slot is not read any more."""
-
-
-class BlockingTransfer:
-    """Plain copies, for devices other than CUDA's."""
+class SideStream:
+    """Copies from pinned memory on a stream of their own. The host waits for neither stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.stream = device, torch.cuda.Stream(device)
 
-    def start(self, slot: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [x.to(self.device) for x in tensors]
+    def buffer(self, nbytes: int) -> Tensor:
+        found = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        found.record_stream(self.stream)  # should a pass end early, a copy may be under way when it is freed
+        return found
 
-    def wait(self, slot: int) -> None:
-        pass
-
-    def release(self, slot: int) -> None:
-        pass
-
-
-class CudaTransfer:
-    """Copies on a stream of their own, from pinned memory, into two buffers of `slot_bytes`.
-
-    The two streams meet in events alone: the copying one waits until a slot was read, the computing one until it was
-    filled. The host waits for neither.
-    """
-
-    def __init__(self, device: torch.device, slot_bytes: int) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.buffers = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.filled = [torch.cuda.Event() for _ in self.buffers]
-        self.read = [torch.cuda.Event() for _ in self.buffers]
-        for slot, buffer in enumerate(self.buffers):
-            # Should a pass end early, a copy may still be under way when the buffer is freed.
-            buffer.record_stream(self.stream)
-            self.release(slot)  # whoever had this memory before may still be at it, on the computing stream
-
-    def start(self, slot: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-        places, offset = [], 0
+    def copy(self, places: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Begin behind all that the computing stream was given so far, which may still read the places."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(self.read[slot])
-            for x in tensors:
-                end = offset + x.numel() * x.element_size()
-                place = self.buffers[slot][offset:end].view(x.dtype).view(x.shape)
-                place.copy_(x, non_blocking=True)
-                places.append(place)
-                offset = _aligned(end)
-            self.filled[slot].record(self.stream)
-        return places
+            for place, source in zip(places, sources, strict=True):
+                place.copy_(source, non_blocking=True)
 
-    def wait(self, slot: int) -> None:
-        torch.cuda.current_stream(self.buffers[slot].device).wait_event(self.filled[slot])
-
-    def release(self, slot: int) -> None:
-        self.read[slot].record(torch.cuda.current_stream(self.buffers[slot].device))
-
-
-def open_transfer(source: torch.device, device: torch.device, slot_bytes: int) -> Transfer | None:
-    """What brings tensors from `source` to `device`; None when they are there already."""
-    if source == device:
-        return None
-    return CudaTransfer(device, slot_bytes) if device.type == "cuda" else BlockingTransfer(device)
+    def join(self) -> None:
+        """What the computing stream is given from now on comes after all copies that were begun."""
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 class PrefixStream:
-    """layers[layer][prefix], all prefixes in one place; layers without keys are never asked for.
+    """layers[layer][prefix]; layers without keys are never asked for.
 
-    One forward pass uses it, from the first layer to the last. Another order works too, but then copies come late.
+    What was handed out for a layer is good until another layer is asked for. From the first layer to the last, each
+    copy is hidden behind a layer's work; another order is right too.
     """
 
     def __init__(self, layers: Sequence[Sequence[KeysAndValues]]) -> None:
         self.layers = layers
-        self._transfer: Transfer | None = None
-        self._opened = False
-        self._placed: dict[int, tuple[int, list[KeysAndValues]]] = {}  # layer: its slot, and where it is or will be
+        self._side: SideStream | None = None
+        self._slots: list[Tensor] = []
+        self._slot_of: dict[int, int] = {}  # layers that are on the device or on their way
 
-    @contextmanager
-    def layer(self, index: int, like: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Keys and values of layer `index`, each prefix's, on the device and in the type of `like`.
+    def layer(self, index: int, device: torch.device) -> Sequence[KeysAndValues]:
+        """Keys and values of layer `index`, each prefix's, on `device`."""
+        if device.type == "cuda" and self.layers[index][0][0].device.type == "cpu":
+            return self._streamed(index, device)
+        return [(keys.to(device), values.to(device)) for keys, values in self.layers[index]]
 
-        They are good inside the block only.
-        """
-        if not self._opened:
-            source = self.layers[index][0][0].device
-            self._transfer = open_transfer(source, like.device, max(map(_slot_bytes, self.layers)))
-            self._opened = True
-        if self._transfer is None:
-            yield _cast(self.layers[index], like.dtype)
-            return
-        self._start(index)
-        slot, placed = self._placed.pop(index)
-        following = self._next(index)
-        if following is not None:
+    def _streamed(self, index: int, device: torch.device) -> Sequence[KeysAndValues]:
+        if self._side is None:
+            self._side = SideStream(device)
+            nbytes = max(sum(_aligned(x.nbytes) for pair in layer for x in pair) for layer in self.layers)
+            self._slots = [self._side.buffer(nbytes) for _ in range(2)]
+        if index not in self._slot_of:
+            self._start(index, 0)
+        self._side.join()
+        slot = self._slot_of[index]
+        following = next((i for i in range(index + 1, len(self.layers)) if self.layers[i][0][0].numel()), index)
+        if following not in self._slot_of:
             self._start(following, 1 - slot)
-        self._transfer.wait(slot)
-        yield _cast(placed, like.dtype)
-        self._transfer.release(slot)
+        places = self._places(index, slot)
+        return list(zip(places[::2], places[1::2], strict=True))
 
-    def _start(self, index: int, slot: int = 0) -> None:
-        if index in self._placed:
-            return
-        assert self._transfer is not None
-        self._placed.clear()  # a copy that was started for a layer which did not come next
-        places = self._transfer.start(slot, [x for pair in self.layers[index] for x in pair])
-        self._placed[index] = slot, list(zip(places[::2], places[1::2], strict=True))
+    def _start(self, index: int, slot: int) -> None:
+        assert self._side is not None
+        self._slot_of = {layer: its for layer, its in self._slot_of.items() if its != slot} | {index: slot}
+        self._side.copy(self._places(index, slot), [x for pair in self.layers[index] for x in pair])
 
-    def _next(self, index: int) -> int | None:
-        """The next layer that has keys."""
-        later = range(index + 1, len(self.layers))
-        return next((i for i in later if self.layers[i][0][0].numel()), None)
-
-
-def _cast(pairs: Sequence[KeysAndValues], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    return [keys.to(dtype) for keys, _ in pairs], [values.to(dtype) for _, values in pairs]
+    def _places(self, index: int, slot: int) -> list[Tensor]:
+        """Where the keys and values of a layer lie in a slot."""
+        places, offset = [], 0
+        for x in (x for pair in self.layers[index] for x in pair):
+            places.append(self._slots[slot][offset : offset + x.nbytes].view(x.dtype).view(x.shape))
+            offset += _aligned(x.nbytes)
+        return places
 
 
-def _slot_bytes(pairs: Sequence[KeysAndValues]) -> int:
-    return sum(_aligned(x.numel() * x.element_size()) for pair in pairs for x in pair)
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -72,7 +72,7 @@ def _phase_2(need: Any, packages: Any = None) -> Any:
 
 
 def _merged(out_a: Tensor, *others: Any, in_place: bool = False, **options: Any) -> Tensor:
-    if out_a.requires_grad:  # then it is not a kernel there either
+    if any(x.requires_grad for x in (out_a, *others)):  # then it is not a kernel there either
         return merge_attention(out_a, *others, **options)
     return out_a if in_place else torch.empty_like(out_a)
 

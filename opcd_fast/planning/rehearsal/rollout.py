@@ -53,7 +53,7 @@ def rehearse_rollout(
                 tokens = _draw(logits, config)
                 layer: Any
                 for layer in run.cache.layers:
-                    layer.end += config.max_new_tokens - 2  # on to the last token
+                    layer.length += config.max_new_tokens - 2  # on to the last token
                 logits = run.next(tokens)
                 _draw(logits, config)
         else:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
 
-from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, attention_on_row, on_device, packed_row, running
-from opcd_fast.models import expanded_cache, moving_rope, padded_forward, seam, unread_layers
-from opcd_fast.teacher.prefix import SharedPrefix, cache_of
+from opcd_fast.attention import PackedCall, PackedRow, PrefixGroup, on_device, row_of
+from opcd_fast.models import forward_on_row, moving_rope, padded_forward, seam
+from opcd_fast.models.caches import expanded_cache, prefix_cache, unread_layers
+from opcd_fast.teacher.prefix import SharedPrefix
 
 
 def merge_forward(
@@ -27,35 +29,26 @@ def merge_forward(
         input_ids = input_ids.index_select(0, on_device(moved, input_ids.device))
         back = on_device(torch.empty_like(moved).scatter_(0, moved, torch.arange(moved.numel())), input_ids.device)
     row, used = _grouped(row, order, [index[s] for s in order], prefixes)
-    cache, counts = cache_of(used)
-    positions = row.position_of_token
-    call = PackedCall(row, counts)
-    with running(call), seam.using_attention(body, attention_on_row):
-        hidden = seam.run_body(body, input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), cache=cache)[0]
-    missed = sorted(set(range(seam.num_layers(body))) - call.layers_done)
-    if missed:
-        raise RuntimeError(f"attention layers {missed} did not read the context; use path='concat'")
+    cache = prefix_cache([[prefix.layer(i) for prefix in used] for i in range(len(used[0].keys))]) if used else None
+    call = PackedCall(row, None if cache is None else cache.prefixes)
+    hidden = forward_on_row(body, input_ids, row.position_of_token, call, cache)
     return hidden if back is None else hidden.index_select(0, back)
 
 
 def _grouped(
     row: PackedRow, order: list[int], index: list[int], prefixes: Mapping[int, SharedPrefix]
 ) -> tuple[PackedRow, list[SharedPrefix]]:
-    """The row with its sequences in `order` and its groups of equal `index`; and each group's prefix."""
-    lengths = tuple(row.lengths[s] for s in order)
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
-    groups, used = [], []
-    first = 0
-    for end in range(1, len(index) + 1):
-        if end == len(index) or index[end] != index[first]:
-            prefix = prefixes[index[first]]
-            groups.append(PrefixGroup(first, end, bounds[first], bounds[end], len(prefix)))
-            used.append(prefix)
-            first = end
-    cu_seqlens = on_device(torch.tensor(bounds, dtype=torch.int32), row.cu_seqlens.device)
-    return PackedRow(lengths, cu_seqlens, tuple(groups)), used
+    """The row with its sequences in `order` and a group for those of equal `index`; and each group's prefix."""
+    lengths = [row.lengths[s] for s in order]
+    bounds = [0, *accumulate(lengths)]
+    groups, used, first = [], [], 0
+    for which, members in groupby(index):
+        end = first + len(list(members))
+        if len(prefixes[which]):  # an empty context is none
+            groups.append(PrefixGroup(first, end, bounds[first], bounds[end], len(prefixes[which])))
+            used.append(prefixes[which])
+        first = end
+    return row_of(lengths, row.cu_seqlens.device, groups), used
 
 
 def pad_forward(
@@ -113,16 +106,14 @@ def concat_forward(
     """
     if (alone or moving_rope(body)) and len(index) > 1:
         singles = [
-            concat_forward(body, contexts, ids, packed_row(torch.tensor([0, len(ids)]), len(ids), ids.device), [which])
+            concat_forward(body, contexts, ids, row_of([len(ids)], ids.device), [which])
             for ids, which in zip(input_ids.split(list(row.lengths)), index, strict=True)
             if len(ids)
         ]
         return torch.cat(singles)
     placed = [on_device(contexts[i], input_ids.device) for i in index]
     pieces = [part for pair in zip(placed, input_ids.split(list(row.lengths)), strict=True) for part in pair]
-    ends = torch.tensor([0] + [c.numel() + t for c, t in zip(placed, row.lengths, strict=True)]).cumsum(0)
-    ids = torch.cat(pieces)
-    whole = packed_row(ends, ids.numel(), input_ids.device)
-    context_lengths = torch.tensor([c.numel() for c in placed])
-    suffix = (whole.offset_on_host >= context_lengths[whole.sequence_on_host]).nonzero().squeeze(1)
-    return padded_forward(body, ids, whole).index_select(0, on_device(suffix, input_ids.device))
+    context_lengths = [c.numel() for c in placed]
+    whole = row_of([c + t for c, t in zip(context_lengths, row.lengths, strict=True)], input_ids.device)
+    suffix = (whole.offset_on_host >= torch.tensor(context_lengths)[whole.sequence_on_host]).nonzero().squeeze(1)
+    return padded_forward(body, torch.cat(pieces), whole).index_select(0, on_device(suffix, input_ids.device))

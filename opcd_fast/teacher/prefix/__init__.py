@@ -10,10 +10,10 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "memory": ("PrefixMemory",),
-        "shared": ("SharedPrefix", "cache_of"),
+        "shared": ("SharedPrefix",),
     },
 )
 
 if TYPE_CHECKING:
     from opcd_fast.teacher.prefix.memory import PrefixMemory
-    from opcd_fast.teacher.prefix.shared import SharedPrefix, cache_of
+    from opcd_fast.teacher.prefix.shared import SharedPrefix

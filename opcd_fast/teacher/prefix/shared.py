@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from opcd_fast.models import seam, states_of
-from opcd_fast.models.caches import KeysAndValues
+from opcd_fast.attention import KeysAndValues
+from opcd_fast.models import seam
+from opcd_fast.models.caches import states_of
 from opcd_fast.teacher.prefix import chunked_prefill
 
 
@@ -27,7 +26,7 @@ class SharedPrefix:
     keys: tuple[Tensor, ...]  # one (1, H_kv, kept, d) per layer; kept = P, or min(P, W - 1) with a window of W
     values: tuple[Tensor, ...]
     last_hidden_state: Tensor | None  # (D,): what predicts the first token after the context; None when P = 0
-    metadata: dict[str, str] = field(default_factory=dict)  # what it was built with, see `describe`
+    body: weakref.ref[nn.Module]  # that read it, under its weights of then
     # What recurrent layers carry on, one for each layer, each (1, ...); () for models without such layers.
     states: tuple[dict[str, Tensor], ...] = ()
 
@@ -60,17 +59,17 @@ class SharedPrefix:
             raise ValueError(f"chunk_tokens: expected a number of tokens, 0 or None, got {chunk_tokens}")
         body = seam.body_of(model)
         ids = token_ids.detach().to("cpu", torch.int64)
-        metadata = describe(body)
+        read_by = weakref.ref(body)
         if after is not None:
-            _check_start(after, ids, keep_kv and chunk_tokens != 0, metadata, chunked_prefill.refuses_chunks(body))
+            _check_start(after, ids, keep_kv and chunk_tokens != 0, body, chunked_prefill.refuses_chunks(body))
             if len(after) == ids.numel():
                 return after
         if ids.numel() == 0:
-            return cls(ids, (), (), None, metadata)
+            return cls(ids, (), (), None, read_by)
         row = ids.unsqueeze(0).to(next(body.parameters()).device)
         with torch.no_grad():
             if not keep_kv:
-                return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), metadata)
+                return cls(ids, (), (), seam.run_body(body, row)[0, -1].clone(), read_by)
             states: tuple[dict[str, Tensor], ...] = ()
             if chunk_tokens != 0 and chunked_prefill.refuses_chunks(body) is None:
                 chunk = chunk_tokens or chunked_prefill.chunk_tokens(body)
@@ -81,7 +80,7 @@ class SharedPrefix:
                 layers, filled, hidden = seam.fill_cache(body, row)
                 states, last = tuple(states_of(layer) for layer in filled), hidden[0, -1].clone()
         keys, values = tuple(k for k, _ in layers), tuple(v for _, v in layers)
-        prefix = cls(ids, keys, values, last, metadata, states if any(states) else ())
+        prefix = cls(ids, keys, values, last, read_by, states if any(states) else ())
         return prefix if device is None else prefix.kept_on(device)
 
     def kept_on(self, device: torch.device | str) -> SharedPrefix:
@@ -116,16 +115,13 @@ class SharedPrefix:
         return found
 
 
-def _check_start(
-    after: SharedPrefix, ids: Tensor, extendable: bool, metadata: dict[str, str], refused: str | None
-) -> None:
+def _check_start(after: SharedPrefix, ids: Tensor, extendable: bool, body: nn.Module, refused: str | None) -> None:
     if not extendable or refused is not None:
         raise ValueError(f"after: a prefix cannot be extended here, because {refused or 'all keys are made anew'}")
     if len(after) > ids.numel() or not torch.equal(after.token_ids, ids[: len(after)]):
         raise ValueError(f"after: its {len(after)} tokens are not the first of token_ids ({ids.numel()})")
-    wrong = [name for name in metadata if after.metadata.get(name) != metadata[name]]
-    if wrong or bool(len(after)) != bool(after.keys):
-        raise ValueError(f"after: has no keys of this model (differs in {wrong or 'having keys at all'})")
+    if after.body() is not body or bool(len(after)) != bool(after.keys):
+        raise ValueError("after: has no keys of this model")
 
 
 def _placed(x: Tensor, device: torch.device) -> Tensor:
@@ -133,34 +129,3 @@ def _placed(x: Tensor, device: torch.device) -> Tensor:
     x = x.to(device)
     pin = x.device.type == "cpu" and x.numel() and torch.cuda.is_available() and not x.is_pinned()
     return x.pin_memory() if pin else x
-
-
-def describe(body: nn.Module) -> dict[str, str]:
-    """What a KV cache of `body` depends on besides its weights, as strings."""
-    config = body.config
-    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
-    heads = [seam.setting(config, name) for name in (*names, "sliding_window")]
-    rope = seam.setting(config, "rope_parameters")
-    return {
-        "model": type(body).__name__,
-        "shape": json.dumps(heads),
-        "rope": json.dumps(rope, sort_keys=True, default=str),
-        "dtype": str(next(body.parameters()).dtype),
-    }
-
-
-def cache_of(prefixes: Sequence[SharedPrefix]) -> tuple[Any, list[list[int] | None] | None]:
-    """The read-only cache that puts `prefixes` in front of a packed row, in this order.
-
-    Also how many keys it holds of each prefix in each layer, [layer][prefix]: 0 for an empty prefix, None for a layer
-    that reads another's keys. (None, None) when all prefixes are empty.
-    """
-    full = [prefix for prefix in prefixes if len(prefix)]
-    if not full:
-        return None, None
-    layers = []
-    counts: list[list[int] | None] = []
-    for i, key in enumerate(full[0].keys):
-        layers.append([p.layer(i) for p in full])
-        counts.append([p.keys[i].shape[-2] if len(p) else 0 for p in prefixes] if key.numel() else None)
-    return seam.frozen_cache(layers), counts

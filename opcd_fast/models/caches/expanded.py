@@ -1,6 +1,6 @@
 """A prefix as a transformers cache for a padded batch: keys expanded one layer at a time, states copied per row.
 
-Works on transformers' cache classes, as `opcd_fast.models.seam` does; checked on 5.17, 5.23 and 5.24.
+Part of the seam to transformers; checked on 5.17, 5.23 and 5.24.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
 
-from opcd_fast.models.caches import KeysAndValues, PrefixStream
-from opcd_fast.models.seam import config_of
+from opcd_fast.attention import KeysAndValues
+from opcd_fast.models.caches.layers import CacheLayer
+from opcd_fast.models.caches.stream import PrefixStream
 
 # What stands in a cache for a layer that holds nothing: one that reads another's keys, or is no attention at all.
 _EmptyLayer: Any = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)  # the second on 5.17
@@ -29,7 +29,7 @@ _KEYS_ALONE = (DynamicLayer, DynamicSlidingWindowLayer, _EmptyLayer)
 _RECURRENT = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 
 
-class ExpandedLayer(CacheLayerMixin):
+class ExpandedLayer(CacheLayer):
     """One layer's prefix for a padded batch, read-only: `update` puts it in front of every row's new keys.
 
     stream: gives keys and values (1, H_kv, kept, d) of layer `index` of a prefix of `length` tokens, whose last `kept`
@@ -37,39 +37,21 @@ class ExpandedLayer(CacheLayerMixin):
     """
 
     def __init__(self, stream: PrefixStream, index: int, length: int) -> None:
-        super().__init__()
-        self._hold(stream, index, length)
+        kept = stream.layers[index][0][0].shape[-2]
+        super().__init__(length, kept)
+        self.stream, self.index = stream, index
+        self.is_sliding = kept < length
         self.unread = {"keys"}
-
-    def _hold(self, stream: PrefixStream, index: int, length: int) -> None:
-        self.stream, self.index, self.length = stream, index, length
-        self.kept = stream.layers[index][0][0].shape[-2]
-        self.is_sliding = self.kept < length
-        self.is_initialized = True
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.unread.discard("keys")
-        batch = key_states.shape[0]
-        with self.stream.layer(self.index, key_states) as ((keys,), (values,)):
-            whole_keys = torch.cat([keys.expand(batch, -1, -1, -1), key_states], dim=-2)
+        (prefix,) = self.stream.layer(self.index, key_states.device)
+        keys, values = (
             # Under autocast RoPE leaves keys in fp32 while values are in the shorter type.
-            values = values.to(value_states.dtype).expand(batch, -1, -1, -1)
-            return whole_keys, torch.cat([values, value_states], dim=-2)
-
-    def get_seq_length(self, *args: Any) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that the mask covers, and the position of the first of them."""
-        return self.kept + query_length, self.length - self.kept
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before 5.18
+            torch.cat([held.to(new.dtype).expand(len(new), -1, -1, -1), new], dim=-2)
+            for held, new in zip(prefix, (key_states, value_states), strict=True)
+        )
+        return keys, values
 
 
 class _Read(dict[int, Tensor | None]):
@@ -111,13 +93,11 @@ class StateAndExpandedLayer(StateLayer, ExpandedLayer):  # type: ignore[override
     """A layer that has both, side by side (Falcon-H1) or one after the other (Zamba-2)."""
 
     def __init__(self, stream: PrefixStream, index: int, length: int, states: Mapping[str, Tensor], batch: int) -> None:
+        ExpandedLayer.__init__(self, stream, index, length)
         StateLayer.__init__(self, states, batch)
-        self._hold(stream, index, length)
-        self.keys = self.values = None
         self.unread.add("keys")
 
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    lazy_initialization = CacheLayer.lazy_initialization
 
 
 def states_of(layer: Any) -> dict[str, Tensor]:
@@ -163,10 +143,14 @@ def unread_layers(cache: Cache) -> list[int]:
 def unknown_state(body: nn.Module) -> str | None:
     """Name of the first kind of cache layer of `body` that `expanded_cache` does not know; None without."""
     # Exact types: what derives from these adds a state of its own.
-    kinds = [type(layer) for layer in DynamicCache(config=config_of(body)).layers]
-    return next((kind.__name__ for kind in kinds if kind not in _KEYS_ALONE + _RECURRENT), None)
+    return next((kind.__name__ for kind in _kinds(body) if kind not in _KEYS_ALONE + _RECURRENT), None)
 
 
 def is_recurrent(body: nn.Module) -> bool:
     """Whether a layer of `body` carries a state from token to token."""
-    return any(type(layer) in _RECURRENT for layer in DynamicCache(config=config_of(body)).layers)
+    return any(kind in _RECURRENT for kind in _kinds(body))
+
+
+def _kinds(body: Any) -> list[type]:
+    """Of the cache's layer for each layer of `body`."""
+    return [type(layer) for layer in DynamicCache(config=body.config).layers]

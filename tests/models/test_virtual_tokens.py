@@ -7,8 +7,7 @@ from functools import partial
 import pytest
 import torch
 from resumption import check_resume
-from tiny import tiny_model, tiny_tokenizer
-from tiny_models import prefixed
+from tiny import prefixed, tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
 from opcd_fast.export.folder import ExportOptions, export

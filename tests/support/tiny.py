@@ -73,3 +73,12 @@ def logprobs_by_hand(model, prompt, answer, temperature, top_p=1.0):
         cut = torch.zeros_like(before, dtype=torch.bool).scatter(1, order.indices, before >= top_p)
         logits = logits.masked_fill(cut, -torch.inf)
     return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def prefixed(model=None, count=5, dtype=torch.float32):
+    """With random keys and values, so that nothing depends on how they begin."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = (model or tiny_model()).to(dtype)
+    torch.manual_seed(3)
+    return get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count)).eval()

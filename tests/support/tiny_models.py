@@ -123,12 +123,3 @@ def reference(model, contexts, sequences, index):
 def told(caplog):
     """What the library logged: others log too, some when they are first imported."""
     return [record for record in caplog.records if record.name == "opcd_fast"]
-
-
-def prefixed(model=None, count=5, dtype=torch.float32):
-    """With random keys and values, so that nothing depends on how they begin."""
-    from peft import PrefixTuningConfig, get_peft_model
-
-    model = (model or tiny_model()).to(dtype)
-    torch.manual_seed(3)
-    return get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count)).eval()

@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import TEMPLATE, tiny_model, tiny_tokenizer
-from tiny_models import prefixed
+from tiny import TEMPLATE, prefixed, tiny_model, tiny_tokenizer
 from training_runs import losses
 
 from opcd_fast.cli import main

@@ -68,7 +68,7 @@ def test_text_is_rendered_as_the_trainer_renders_it(tmp_path):
     first, second = engine.generate(prompts, max_new_tokens=20)
     assert tokenizer.decode(first.token_ids) == "Yes.<|end|>" and first.finished
     assert tokenizer.decode(second.token_ids) == "No.<|end|>"
-    with pytest.raises(InputError, match="answers.jsonl:1: the answer is text; give tokenizer="):
+    with pytest.raises(InputError, match="line 1: the answer is text; give tokenizer="):
         replay(written(tmp_path, *rows))
 
 
@@ -81,15 +81,15 @@ def test_a_missing_prompt_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", ":1: not JSON"),
-        ("[]", ":1: must be an object"),
-        ({"prompt_ids": [], "response_ids": [1]}, ":1: prompt_ids must be a list of token ids, and not empty"),
-        ({"prompt_ids": [1]}, ":1: response_ids must be"),
-        ({"prompt_ids": [1], "response_ids": [1.5]}, ":1: response_ids must be"),
-        ({"prompt_ids": [1], "response_ids": [True]}, ":1: response_ids must be"),
-        ({"prompt_ids": [1], "response_ids": [300]}, ":1: token 300 is not in the vocabulary of 261"),
-        ({"prompt_ids": [1], "response_ids": [2], "logprobs": []}, ":1: logprobs must be a number for each of the 1"),
-        ({"prompt": "x"}, ":1: must have prompt_ids"),
+        ("{", "line 1 is not valid JSON"),
+        ("[]", "line 1: must be an object"),
+        ({"prompt_ids": [], "response_ids": [1]}, "line 1: prompt_ids must be a list of token ids, and not empty"),
+        ({"prompt_ids": [1]}, "line 1: response_ids must be"),
+        ({"prompt_ids": [1], "response_ids": [1.5]}, "line 1: response_ids must be"),
+        ({"prompt_ids": [1], "response_ids": [True]}, "line 1: response_ids must be"),
+        ({"prompt_ids": [1], "response_ids": [300]}, "line 1: token 300 is not in the vocabulary of 261"),
+        ({"prompt_ids": [1], "response_ids": [2], "logprobs": []}, "line 1: logprobs must be a number"),
+        ({"prompt": "x"}, "line 1: must have prompt_ids"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, row, message):
@@ -113,7 +113,7 @@ def test_a_correction_needs_every_answers_logprobs(tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match="rollout_file=.*cannot be read"):
+    with pytest.raises(InputError, match="rollout_file file .* does not exist"):
         replay(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="holds no answers"):
         replay(written(tmp_path))

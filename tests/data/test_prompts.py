@@ -51,21 +51,21 @@ def test_shared_prefix_is_the_longest_common_one_and_leaves_a_token(tokenizer):
     (first, second), prefixes = render(tokenizer, [train, held_out], "ctx")
     assert text_of(tokenizer, prefixes[0]) == "<|system|>ctx<|end|><|user|>ab"
     for group, prompts in ((first, train), (second, held_out)):
-        for row, prompt in zip(group.rows, prompts):
+        for row, prompt in zip(group, prompts):
             assert [*prefixes[0], *row.teacher_ids] == teacher_ids(tokenizer, prompt, "ctx")
             assert len(row.teacher_ids) >= 1
 
 
 def test_identical_prompts_still_leave_one_token_each(tokenizer):
     (rendered,), prefixes = render(tokenizer, [read_prompts(["same", "same"])], "ctx")
-    assert all(len(row.teacher_ids) == 1 for row in rendered.rows)
+    assert all(len(row.teacher_ids) == 1 for row in rendered)
     assert len(prefixes[0]) == len(teacher_ids(tokenizer, read_prompts(["same"])[0], "ctx")) - 1
 
 
 def test_rows_with_their_own_context_get_prefixes_of_their_own(tokenizer):
     rows = [{"prompt": "a", "privileged_context": "one"}, {"prompt": "b"}, {"prompt": "c", "privileged_context": "one"}]
     (rendered,), prefixes = render(tokenizer, [read_prompts(rows)], "two")
-    assert [row.context_index for row in rendered.rows] == [0, 1, 0]
+    assert [row.context_index for row in rendered] == [0, 1, 0]
     assert "one" in text_of(tokenizer, prefixes[0]) and "two" in text_of(tokenizer, prefixes[1])
 
 

@@ -116,7 +116,7 @@ def test_both_prompts_are_those_of_apply_chat_template(family):
             students.append(ids_of(tokenizer, chat))
             teachers.append(ids_of(tokenizer, shown_to_teacher(own_system, rest, context, has_system_role)))
         (rendered,), prefixes = render(tokenizer, [read_prompts(rows)], context)
-        for row, student, teacher in zip(rendered.rows, students, teachers):
+        for row, student, teacher in zip(rendered, students, teachers):
             assert list(row.student_ids) == student
             assert [*prefixes[row.context_index], *row.teacher_ids] == teacher
             assert row.teacher_ids and student != teacher
@@ -126,9 +126,9 @@ def test_both_prompts_are_those_of_apply_chat_template(family):
 def test_an_empty_context_shows_the_teacher_what_the_student_sees(family):
     rows = [{"prompt": "a"}, {"prompt": "b", "privileged_context": ""}, {"prompt": "bb", "privileged_context": ""}]
     (rendered,), prefixes = render(family_tokenizer(family), [read_prompts(rows)], "be brief")
-    assert [row.has_context for row in rendered.rows] == [True, False, False]
-    assert [row.context_index for row in rendered.rows] == [0, 1, 1]
-    for row in rendered.rows[1:]:
+    assert [row.has_context for row in rendered] == [True, False, False]
+    assert [row.context_index for row in rendered] == [0, 1, 1]
+    for row in rendered[1:]:
         assert (*prefixes[1], *row.teacher_ids) == row.student_ids
 
 
@@ -161,7 +161,7 @@ def test_variables_of_the_template_reach_both_prompts_and_a_rows_own_win():
     tokenizer = family_tokenizer("chatml_thinking")
     rows = [{"prompt": "a"}, {"prompt": "a", "chat_template_kwargs": {"enable_thinking": True}}]
     (rendered,), prefixes = render(tokenizer, [read_prompts(rows)], "be brief", {"enable_thinking": False})
-    quiet, loud = rendered.rows
+    quiet, loud = rendered
     chat = [{"role": "user", "content": "a"}]
     assert list(quiet.student_ids) == ids_of(tokenizer, chat, enable_thinking=False)
     assert list(loud.student_ids) == ids_of(tokenizer, chat) != list(quiet.student_ids)

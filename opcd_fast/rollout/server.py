@@ -8,7 +8,7 @@ because servers fill in what is left open from the model's generation_config.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, Protocol
@@ -33,26 +33,13 @@ class Weights(Protocol):
         """The server does not know `name` any more, as after a restart: give it what it had once more."""
 
 
-class FixedWeights:
-    """The server's own weights, which never change: for answers of an untrained or another model only."""
-
-    def __init__(self, model_name: str) -> None:
-        self.model_name = model_name
-
-    def push(self, server: JsonServer, model: Any) -> str:
-        return self.model_name
-
-    def lost(self, server: JsonServer, name: str) -> str:
-        raise InputError(f"rollout_model={name!r} is not served by {server.url}; GET /v1/models lists what is")
-
-
 class ServerRollout(Sampler):
     """A sampler on a server. See Rollout.
 
     Args:
         url: "http://host:port", what stands in front of /v1.
         stop_token_ids: ids that end an answer.
-        weights: how the trained weights get there: `LoRAWeights`, `CommandWeights` or `FixedWeights`.
+        weights: how the trained weights get there: `LoRAWeights`, `CommandWeights`, or your own.
         timeout: seconds for one answer. tries: how often each is asked for, see JsonServer.
         concurrency: answers asked for at the same time.
         logprobs_are: what the server's log-probabilities are of. "raw": the model's, before temperature and top-p
@@ -91,16 +78,11 @@ class ServerRollout(Sampler):
 
     def sync(self, model: Any) -> None:
         """Send the weights; every answer from now on is of these. Raises InputError or ServerGone."""
-        try:
-            self._model_name = self.weights.push(self.server, model)
-        except Refused as error:
-            raise InputError(f"rollout server {self.server.url} refused the weights: {error}") from error
+        self._give(lambda: self.weights.push(self.server, model))
 
     def explain(self) -> str:
-        if self.logprobs_are == "processed":
-            known = "those of the sampling distribution"
-        else:
-            known = "the model's own: passed on at temperature 1 and top_p 1 only"
+        raw = "the model's own: passed on at temperature 1 and top_p 1 only"
+        known = raw if self.logprobs_are == "raw" else "those of the sampling distribution"
         name = self._model_name or "no model yet"
         return (
             f"engine: server ({self.server.url}, {name}, {type(self.weights).__name__}, "
@@ -176,10 +158,13 @@ class ServerRollout(Sampler):
         """Once for all the requests that found out at the same time."""
         with self._lock:
             if self._model_name == name:
-                try:
-                    self._model_name = self.weights.lost(self.server, name)
-                except Refused as error:
-                    raise InputError(f"rollout server {self.server.url} refused the weights: {error}") from error
+                self._give(lambda: self.weights.lost(self.server, name))
+
+    def _give(self, weights: Callable[[], str]) -> None:
+        try:
+            self._model_name = weights()
+        except Refused as error:
+            raise InputError(f"rollout server {self.server.url} refused the weights: {error}") from error
 
     def _read(self, reply: Any, prompt: tuple[int, ...], request: Request, where: str) -> Completion:
         try:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from opcd_fast.data.duplicates import normalised, repeats, similarity
+from opcd_fast.data.duplicates import _grams, _normalised, repeats
 
 
 def by_all_pairs(texts, threshold, groups=None):

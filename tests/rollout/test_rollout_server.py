@@ -15,10 +15,23 @@ from tiny import logprobs_by_hand, lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
 from opcd_fast.rollout.http import JsonServer, Refused, ServerGone
-from opcd_fast.rollout.server import FixedWeights, ServerRollout
+from opcd_fast.rollout.server import ServerRollout
 from opcd_fast.rollout.weights import CommandWeights, LoRAWeights
 
 PROMPTS = [[7, 9, 11], [13, 17, 19, 23], [29], [31, 37], [41, 43, 47], [53, 59]]
+
+
+class FixedWeights:
+    """The server's own, which never change."""
+
+    def __init__(self, model_name):
+        self.model_name = model_name
+
+    def push(self, server, model):
+        return self.model_name
+
+    def lost(self, server, name):
+        raise InputError(f"{name} is not served")
 
 
 class Process:
@@ -206,7 +219,7 @@ def test_an_error_ends_the_batch_without_waiting_for_the_rest(server):
 
 
 def test_an_unknown_model_is_named(server):
-    with pytest.raises(InputError, match="rollout_model='nobody' is not served"):
+    with pytest.raises(InputError, match="nobody is not served"):
         engine = rollout(server, FixedWeights("nobody"))
         engine.sync(None)
         engine.generate(PROMPTS[:1], max_new_tokens=1)

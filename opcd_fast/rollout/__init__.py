@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = door(
     {
         "choice": ("Choice",),
         "decoding": ("BatchRun", "refuses_decoding"),
+        "http": ("ServerGone",),
         "protocol": ("Completion", "Rollout", "stop_token_ids"),
         "replay": ("ReplayRollout", "write_replay"),
         "sampling": ("draw",),
@@ -25,6 +26,7 @@ __getattr__, __dir__, __all__ = door(
 if TYPE_CHECKING:
     from opcd_fast.rollout.choice import Choice
     from opcd_fast.rollout.decoding import BatchRun, refuses_decoding
+    from opcd_fast.rollout.http import ServerGone
     from opcd_fast.rollout.protocol import Completion, Rollout, stop_token_ids
     from opcd_fast.rollout.replay import ReplayRollout, write_replay
     from opcd_fast.rollout.sampling import draw

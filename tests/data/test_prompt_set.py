@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from opcd_fast.data.duplicates import similarity
+from opcd_fast.data.duplicates import _grams, _normalised
 from opcd_fast.data.messages import Prompt
 from opcd_fast.data.prompt_set import Selection, check_folder, select, summary, write
 from opcd_fast.data.prompt_sources import Candidate, general_prompts

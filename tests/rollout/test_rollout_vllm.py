@@ -11,7 +11,7 @@ import torch
 from tiny import lora_model, tiny_model
 
 from opcd_fast.errors import InputError
-from opcd_fast.rollout.vllm import VLLMRollout
+from opcd_fast.rollout import VLLMRollout
 
 
 @dataclass

@@ -31,13 +31,14 @@ def assert_alike(answers, others, tolerance=1e-4):
         torch.testing.assert_close(a.logprobs, b.logprobs, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("engine", ["decode", "generate"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.9, 0.6)])
-def test_logprobs_are_those_of_the_sampling_distribution(temperature, top_p):
+def test_logprobs_are_those_of_the_sampling_distribution(temperature, top_p, engine):
     model = tiny_model()
     options = {"max_new_tokens": 9, "temperature": temperature, "top_p": top_p, "seed": 3}
-    answers = sampler(model).generate(PROMPTS, **options)
+    answers = sampler(model, engine=engine).generate(PROMPTS, **options)
     assert_drawn_by(model, PROMPTS, answers, temperature, top_p)
-    bare = sampler(model).generate(PROMPTS, **options, logprobs=False)
+    bare = sampler(model, engine=engine).generate(PROMPTS, **options, logprobs=False)
     assert [a.token_ids for a in bare] == [a.token_ids for a in answers] and {a.logprobs for a in bare} == {None}
 
 

@@ -31,8 +31,8 @@ def first_tokens(model: Any, tokenizer: Any, experiment: Experiment) -> dict[str
         logits = model(torch.tensor([ids], device=model.device), logits_to_keep=1).logits[0, -1]
         return (logits.float() / experiment.temperature).softmax(-1)
 
-    within = [probabilities(whole_prompt(row, prefixes)) for row in rendered.rows]
-    without = [probabilities(list(row.student_ids)) for row in rendered.rows]
+    within = [probabilities(whole_prompt(row, prefixes)) for row in rendered]
+    without = [probabilities(list(row.student_ids)) for row in rendered]
     wanted = [int(row.argmax()) for row in within]
     return {
         "prompts": len(wanted),

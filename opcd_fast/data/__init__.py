@@ -18,8 +18,8 @@ __getattr__, __dir__, __all__ = door(
         "prompts": ("read_context", "read_prompts"),
         "rendering": (
             "RenderedPrompt",
-            "RenderedPrompts",
             "adapt_to_tokenizer",
+            "common_prefix_length",
             "render",
             "student_ids",
             "teacher_ids",
@@ -27,7 +27,6 @@ __getattr__, __dir__, __all__ = door(
         ),
         "tables": ("read_rows", "read_text"),
         "tasks": ("load_task",),
-        "token_prefix": ("common_prefix_length",),
     },
 )
 
@@ -41,8 +40,8 @@ if TYPE_CHECKING:
     from opcd_fast.data.prompts import read_context, read_prompts
     from opcd_fast.data.rendering import (
         RenderedPrompt,
-        RenderedPrompts,
         adapt_to_tokenizer,
+        common_prefix_length,
         render,
         student_ids,
         teacher_ids,
@@ -50,4 +49,3 @@ if TYPE_CHECKING:
     )
     from opcd_fast.data.tables import read_rows, read_text
     from opcd_fast.data.tasks import load_task
-    from opcd_fast.data.token_prefix import common_prefix_length

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd_fast.data.token_prefix import common_prefix_length
+from opcd_fast.data.rendering import common_prefix_length
 
 # A beginning that all prompts have is read once from this many tokens on, and where it saves this share of the row:
 # below, the second phase of attention costs more than it saves.

@@ -10,31 +10,26 @@ from collections.abc import Hashable, Sequence
 GRAM = 4  # characters; short enough for one-line questions, long enough to tell words apart
 
 
-def normalised(text: str) -> str:
+def _normalised(text: str) -> str:
     """Case, width of characters, punctuation and spaces aside. A text of punctuation alone keeps it."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     letters = "".join(c if unicodedata.category(c)[0] not in "PZCS" else " " for c in folded)
     return " ".join(letters.split()) or " ".join(folded.split())
 
 
-def similarity(a: str, b: str) -> float:
-    """Jaccard similarity of the two texts' sets of character 4-grams: 0 (nothing shared) to 1 (the same set)."""
-    x, y = _grams(normalised(a)), _grams(normalised(b))
-    return len(x & y) / len(x | y)
-
-
 def repeats(texts: Sequence[str], threshold: float, groups: Sequence[Hashable] | None = None) -> list[int | None]:
     """For each text the index of an earlier kept one that it repeats, or None: then it is itself kept.
 
-    Two texts repeat each other when they are equal after normalisation, or when `similarity` is at least `threshold`
-    and they are not of the same group (two turns of one conversation share what went before). No pair of kept texts
-    of different groups is that similar. Exact, not sampled: candidates come from the prefix filter (a pair that is
-    similar enough shares one of the |x| - ceil(t |x|) + 1 rarest n-grams of each; Chaudhuri et al., ICDE 2006).
+    Two texts repeat each other when they are equal after normalisation, or when the Jaccard similarity of their sets
+    of character 4-grams is at least `threshold` and they are not of the same group (two turns of one conversation share
+    what went before). No pair of kept texts of different groups is that similar. Exact, not sampled: candidates come
+    from the prefix filter (a pair that is similar enough shares one of the |x| - ceil(t |x|) + 1 rarest n-grams of
+    each; Chaudhuri et al., ICDE 2006).
 
     Args:
         threshold: above 0 up to 1; 1 means the same n-grams.
     """
-    plain = [normalised(text) for text in texts]
+    plain = [_normalised(text) for text in texts]
     grams = [_grams(text) for text in plain]
     counts = Counter(gram for own in grams for gram in own)
     result: list[int | None] = []

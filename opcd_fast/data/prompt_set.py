@@ -79,24 +79,18 @@ def select(
     Raises:
         InputError: too little is left for both sides.
     """
-    dropped: Counter[str] = Counter()
     draw = random.Random(selection.seed)
 
-    def too_many_tokens(candidate: Candidate) -> bool:
-        limit = selection.max_tokens
-        return limit is not None and count_tokens is not None and count_tokens(candidate) > limit
-
-    def fits(candidate: Candidate) -> bool:
-        length = len(candidate.text.strip())
-        reason = None
+    def flaw(candidate: Candidate) -> str | None:
+        length, limit = len(candidate.text.strip()), selection.max_tokens
         if length < selection.min_characters:
-            reason = "too short"
-        elif length > selection.max_characters or too_many_tokens(candidate):
-            reason = "too long"
-        dropped.update([reason] if reason else [])
-        return reason is None
+            return "too short"
+        too_many = limit is not None and count_tokens is not None and count_tokens(candidate) > limit
+        return "too long" if length > selection.max_characters or too_many else None
 
-    everything = [candidate for candidate in (*candidates, *general) if fits(candidate)]
+    flaws = [(candidate, flaw(candidate)) for candidate in (*candidates, *general)]
+    dropped = Counter(why for _, why in flaws if why)
+    everything = [candidate for candidate, why in flaws if not why]
     texts = [*shown, *(candidate.text for candidate in everything)]
     groups = [*(("shown", n) for n in range(len(shown))), *(candidate.conversation for candidate in everything)]
     copies = repeats(texts, selection.similarity, groups)[len(shown) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,18 @@ def from_logs(path: str | Path, turns: str = "last", keep_system: bool = False) 
 
 def from_data(path: str | Path, column: str | None = None) -> list[Candidate]:
     """The rows of a data set as prompts (forms: `prompts.read_prompts`); answers at their end are left out."""
-    prompts = read_prompts(path, "data", prompt_column=column, drop_last_answer=True)
-    name = Path(path).name
-    return [Candidate(p, f"data {name}, row {n}", f"data {n}") for n, p in enumerate(prompts, 1)]
+    return _numbered("data", Path(path), read_prompts(path, "data", prompt_column=column, drop_last_answer=True))
 
 
 def general_prompts(path: str | Path | None = None) -> list[Candidate]:
     """Prompts about anything, each with an empty `privileged_context`; None: the hundred that come along."""
     file = GENERAL if path is None else Path(path)
     prompts = read_prompts(file, "general", drop_last_answer=True)
-    bare = [replace(prompt, privileged_context="") for prompt in prompts]
-    return [Candidate(p, f"general {file.name}, row {n}", f"general {n}") for n, p in enumerate(bare, 1)]
+    return _numbered("general", file, [replace(prompt, privileged_context="") for prompt in prompts])
+
+
+def _numbered(kind: str, file: Path, prompts: Sequence[Prompt]) -> list[Candidate]:
+    return [Candidate(p, f"{kind} {file.name}, row {n}", f"{kind} {n}") for n, p in enumerate(prompts, 1)]
 
 
 def _chat(row: Any, where: str) -> list[Message]:

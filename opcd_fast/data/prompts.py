@@ -3,13 +3,12 @@ ids."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opcd_fast.data.messages import Context, Message, Prompt, check_text, checked_messages
-from opcd_fast.data.tables import jsonl_rows, read_rows, read_text
+from opcd_fast.data.tables import read_rows, read_text
 from opcd_fast.errors import InputError
 
 COLUMNS = ("prompt", "messages", "tools", "privileged_context", "chat_template_kwargs")
@@ -72,10 +71,17 @@ def _prompt_from_row(row: Any, where: str, prompt_column: str | None, drop_last_
         raw = row.get("privileged_context")
         if raw is not None:
             more["privileged_context"] = _own_context(raw, f"{where} privileged_context")
-        if row.get("tools") is not None:
-            more["tools"] = _checked_tools(row["tools"], where)
-        if row.get("chat_template_kwargs") is not None:
-            more["chat_template_kwargs"] = _checked_variables(row["chat_template_kwargs"], where)
+        tools, variables = row.get("tools"), row.get("chat_template_kwargs")
+        if tools is not None:
+            if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+                raise InputError(f"{where}: tools must be a list of JSON schemas, got {tools!r:.80}")
+            more["tools"] = tuple(map(dict, tools))
+        if variables is not None:
+            if not isinstance(variables, Mapping) or not all(isinstance(key, str) for key in variables):
+                raise InputError(
+                    f"{where}: chat_template_kwargs must be like {{'enable_thinking': false}}, got {variables!r:.80}"
+                )
+            more["chat_template_kwargs"] = dict(variables)
         row = _prompt_of(row, where, prompt_column)
     if isinstance(row, str):
         if not row.strip():
@@ -117,18 +123,6 @@ def _own_context(raw: Any, where: str) -> Context:
     return raw
 
 
-def _checked_tools(tools: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise InputError(f"{where}: tools must be a list of JSON schemas, got {tools!r:.80}")
-    return tuple(dict(tool) for tool in tools)
-
-
-def _checked_variables(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise InputError(f"{where}: chat_template_kwargs must be like {{'enable_thinking': false}}, got {value!r:.80}")
-    return dict(value)
-
-
 def _looks_like_file(text: str) -> bool:
     if "\n" in text or len(text) > 255:  # longer than a file system's names
         return False
@@ -140,18 +134,9 @@ def _context_from_file(path: Path) -> Context:
     text, where = read_text(path, "context"), f"context file {str(path)!r}"
     if not text.strip():
         raise InputError(f"{where} is empty")
-    if path.suffix == ".jsonl":
-        return checked_messages([row for _, row in jsonl_rows(text, where)], where)
-    if path.suffix == ".json":
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not valid JSON: {error}") from error
-        messages = value.get("messages") if isinstance(value, dict) else value
-        if not isinstance(messages, list):
-            raise InputError(
-                f"{where} must hold a list of messages or {{'messages': [...]}}, "
-                f"not a {type(value).__name__}; plain text belongs in a .txt file"
-            )
-        return checked_messages(messages, where)
-    return text.replace("\r\n", "\n")
+    if path.suffix not in (".json", ".jsonl"):
+        return text.replace("\r\n", "\n")
+    rows = [row for _, row in read_rows(path, "context")]
+    if len(rows) == 1 and isinstance(rows[0], dict) and "messages" in rows[0]:
+        rows = rows[0]["messages"]
+    return checked_messages(rows, where)

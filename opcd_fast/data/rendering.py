@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opcd_fast.data.messages import SYSTEM_ROLES, Context, Message, Prompt
-from opcd_fast.data.token_prefix import common_prefix_length
 from opcd_fast.errors import InputError
 
 PROBE = "opcd probe of the system role"
@@ -37,17 +36,20 @@ class RenderedPrompt:
     """False: the teacher sees what the student sees, and holds it to the base model."""
 
 
-@dataclass(frozen=True)
-class RenderedPrompts:
-    """All prompts of a run. `prefixes[i]` are the token ids shared by every teacher prompt of context i."""
-
-    rows: tuple[RenderedPrompt, ...]
-    prefixes: tuple[tuple[int, ...], ...]
-
-
 def whole_prompt(row: RenderedPrompt, prefixes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The whole prompt as the teacher sees it. prefixes: of all contexts."""
     return (*prefixes[row.context_index], *row.teacher_ids)
+
+
+def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows share at their beginning, always leaving every row at least one token of its own.
+
+    The smallest and the largest row in dictionary order share what all rows share.
+    """
+    ordered = [tuple(row) for row in rows]
+    low, high = min(ordered), max(ordered)
+    limit = min(map(len, ordered)) - 1
+    return next((place for place in range(limit) if low[place] != high[place]), max(limit, 0))
 
 
 def render(
@@ -55,7 +57,7 @@ def render(
     groups: Sequence[Sequence[Prompt]],
     context: Context | None,
     template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[list[RenderedPrompts], tuple[tuple[int, ...], ...]]:
+) -> tuple[list[tuple[RenderedPrompt, ...]], tuple[tuple[int, ...], ...]]:
     """Token ids of several lists of prompts (say training and held-out) over one set of shared prefixes.
 
     Args:
@@ -64,45 +66,39 @@ def render(
         context: what the teacher sees in front; rows with a `privileged_context` use their own instead.
         template_kwargs: variables of the chat template for every prompt; a prompt's own win.
     Returns:
-        one RenderedPrompts per group, and the prefixes (token ids, one per distinct context).
+        the prompts of each group, and the prefixes (token ids, one per distinct context).
     Raises:
         InputError: a prompt without any context, or a context that leaves every rendered prompt unchanged.
     """
-    index_of: dict[str, int] = {}  # distinct contexts, as JSON, in order of appearance
-    rendered: list[list[tuple[list[int], list[int], int, bool]]] = []
-    for group in groups:
-        rows = []
-        for prompt in group:
-            own = prompt.privileged_context if prompt.privileged_context is not None else context
-            if own is None:
-                raise InputError("context is missing: give context= or a `privileged_context` in every prompt row")
-            index = index_of.setdefault(json.dumps(own), len(index_of))
-            student = student_ids(tokenizer, prompt, template_kwargs)
-            rows.append((student, teacher_ids(tokenizer, prompt, own, template_kwargs), index, own != ""))
-        rendered.append(rows)
+    contexts: dict[str, int] = {}  # distinct ones, as JSON, in order of appearance
+
+    def whole(prompt: Prompt) -> RenderedPrompt:
+        own = prompt.privileged_context if prompt.privileged_context is not None else context
+        if own is None:
+            raise InputError("context is missing: give context= or a `privileged_context` in every prompt row")
+        student = student_ids(tokenizer, prompt, template_kwargs)
+        teacher = teacher_ids(tokenizer, prompt, own, template_kwargs)
+        index = contexts.setdefault(json.dumps(own), len(contexts))
+        return RenderedPrompt(tuple(student), tuple(teacher), index, own != "")
+
+    rendered = [[whole(prompt) for prompt in group] for group in groups]
     everything = [row for rows in rendered for row in rows]
-    if not any(has_context for *_, has_context in everything):
+    if not any(row.has_context for row in everything):
         raise InputError("context is missing: every prompt has an empty `privileged_context`")
-    if all(student == teacher for student, teacher, *_ in everything):
+    if all(row.student_ids == row.teacher_ids for row in everything):
         raise InputError(
             "context changes nothing: with and without it the rendered prompts are the same tokens; "
             "check the context and the tokenizer's chat template"
         )
-    rows_of: list[list[list[int]]] = [[] for _ in index_of]
-    for _, teacher, index, _ in everything:
-        rows_of[index].append(teacher)
-    prefixes = tuple(tuple(own_rows[0][: common_prefix_length(own_rows)]) for own_rows in rows_of)
-    result = [
-        RenderedPrompts(
-            tuple(
-                RenderedPrompt(tuple(student), tuple(teacher[len(prefixes[index]) :]), index, has_context)
-                for student, teacher, index, has_context in rows
-            ),
-            prefixes,
-        )
-        for rows in rendered
-    ]
-    return result, prefixes
+    prefixes = []
+    for index in range(len(contexts)):
+        own_rows = [row.teacher_ids for row in everything if row.context_index == index]
+        prefixes.append(own_rows[0][: common_prefix_length(own_rows)])
+
+    def suffix(row: RenderedPrompt) -> RenderedPrompt:
+        return replace(row, teacher_ids=row.teacher_ids[len(prefixes[row.context_index]) :])
+
+    return [tuple(map(suffix, rows)) for rows in rendered], tuple(prefixes)
 
 
 def student_ids(tokenizer: Any, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:

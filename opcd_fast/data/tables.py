@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -63,45 +64,43 @@ def read_text(path: Path, name: str) -> str:
         raise InputError(f"{name} file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
 
 
-def jsonl_rows(text: str, where: str) -> list[Row]:
-    """One JSON value a line; empty lines are skipped. Raises InputError."""
-    rows = []
-    # Not splitlines(): JSON text may hold U+2028 and others that Python takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"{where} line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            remedy = "" if line.lstrip()[:1] in '{["' else '; a line is {"prompt": "..."}'
-            raise InputError(f"{where} line {number} is not valid JSON: {error}{remedy}") from error
-    return rows
-
-
 def _file_rows(path: Path, name: str) -> list[Row]:
     kind, where = ENDINGS.get(path.suffix.lower(), "jsonl"), f"{name} file {str(path)!r}"
     if kind == "parquet":
-        return _parquet_rows(path, name)
-    text = read_text(path, name)
-    if kind == "json":
-        return _json_rows(text, where)
-    return _csv_rows(text, where) if kind == "csv" else jsonl_rows(text, where)
+        return _parquet_rows(path, where)
+    return {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}[kind](read_text(path, name), where)
+
+
+def _jsonl_rows(text: str, where: str) -> list[Row]:
+    """One JSON value a line; empty lines are skipped."""
+    rows = []
+    # Not splitlines(): JSON text may hold U+2028 and others that Python takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((f"{where} line {number}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                remedy = "" if line.lstrip()[:1] in '{["' else '; a line is {"prompt": "..."}'
+                raise InputError(f"{where} line {number} is not valid JSON: {error}{remedy}") from error
+    return rows
 
 
 def _json_rows(text: str, where: str) -> list[Row]:
+    """A list of rows, under a key or not; one row; or a value a line, as many a .json has it."""
     if not text.strip():
         return []
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # many a .json holds a value a line
-            return jsonl_rows(text, where)
+        if error.msg == "Extra data":
+            return _jsonl_rows(text, where)
         raise InputError(f"{where} is not valid JSON: {error}") from error
-    if isinstance(value, Mapping) and "prompt" not in value and "messages" not in value:
-        lists = [item for item in value.values() if isinstance(item, list)]
-        value = lists[0] if len(value) == len(lists) == 1 else value
-    elif isinstance(value, Mapping):  # a file of one row, which could as well be a line of JSONL
-        value = [value]
+    if isinstance(value, dict):
+        inner = list(value.values())
+        if value.keys() & {"prompt", "messages"}:
+            value = [value]
+        elif len(inner) == 1 and isinstance(inner[0], list):
+            value = inner[0]
     if not isinstance(value, list):
         raise InputError(f"{where} must hold a list of rows, not a {type(value).__name__}")
     return [(f"{where} row {number}", row) for number, row in enumerate(value, 1)]
@@ -111,39 +110,37 @@ def _csv_rows(text: str, where: str) -> list[Row]:
     header = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t", key=header.count)  # the comma when there is none: a single column
     csv.field_size_limit(1 << 30)
-    # Only a newline ends a line here: str.splitlines knows eight other characters that do.
-    reader = csv.reader((line + "\n" for line in text.split("\n")), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter)
     names: list[str] = []
     rows: list[Row] = []
     start = 1
     try:
         for cells in reader:
-            line, start = start, reader.line_num + 1
+            place, start = f"{where} line {start}", reader.line_num + 1
             if not any(cell.strip() for cell in cells):
                 continue
             if not names:
                 names = [cell.strip() for cell in cells]
                 if len(set(names)) < len(names):
-                    raise InputError(f"{where} line {line} names a column twice: {', '.join(names)}")
+                    raise InputError(f"{place} names a column twice: {', '.join(names)}")
                 continue
             if len(cells) > len(names):
                 raise InputError(
-                    f"{where} line {line} has {len(cells)} cells, but the header names {len(names)}; put text that "
+                    f"{place} has {len(cells)} cells, but the header names {len(names)}; put text that "
                     f"holds {delimiter!r} into double quotes"
                 )
             # An empty cell is a missing one: CSV cannot tell the two apart.
             row = {column: cell for column, cell in zip(names, cells) if cell != ""}
-            rows.append((f"{where} line {line}", _parsed_cells(row, f"{where} line {line}")))
+            rows.append((place, _parsed_cells(row, place)))
     except csv.Error as error:
         raise InputError(f"{where} line {reader.line_num} is not valid CSV: {error}") from error
     return rows
 
 
-def _parquet_rows(path: Path, name: str) -> list[Row]:
+def _parquet_rows(path: Path, where: str) -> list[Row]:
     if not path.is_file():
-        raise InputError(f"{name} file {str(path)!r} does not exist")
+        raise InputError(f"{where} does not exist")
     parquet = _package("pyarrow.parquet", "parquet files")
-    where = f"{name} file {str(path)!r}"
     try:
         rows = parquet.ParquetFile(path).read().to_pylist()
     except Exception as error:  # pyarrow's own, and OSError
@@ -152,43 +149,37 @@ def _parquet_rows(path: Path, name: str) -> list[Row]:
 
 
 def _folder_rows(path: Path, name: str, columns: Sequence[str] | None) -> list[Row]:
+    where = f"{name} folder {str(path)!r}"
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         datasets = _package("datasets", "folders of Hugging Face datasets")
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{name} folder {str(path)!r} cannot be read as a data set: {reason}") from error
+            raise InputError(f"{where} cannot be read as a data set: {' '.join(str(error).split())}") from error
         if isinstance(loaded, Mapping):
             choices = ", ".join(repr(str(path / split)) for split in loaded)
-            raise InputError(f"{name} folder {str(path)!r} holds several splits; give one of them: {choices}")
-        return _dataset_rows(loaded, f"{name} folder {str(path)!r}", columns)
+            raise InputError(f"{where} holds several splits; give one of them: {choices}")
+        return _dataset_rows(loaded, where, columns)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
     kinds = {file.suffix.lower() for file in files}
     if len(kinds) != 1:
         found = f"files of several kinds ({', '.join(sorted(kinds))})" if kinds else "no data"
         raise InputError(
-            f"{name} folder {str(path)!r} holds {found}; give a file, or a folder with one kind of "
+            f"{where} holds {found}; give a file, or a folder with one kind of "
             f"{', '.join(ENDINGS)} or one written by Dataset.save_to_disk"
         )
     return [row for file in files for row in _file_rows(file, name)]
 
 
 def _dataset_rows(data: Any, name: str, columns: Sequence[str] | None) -> list[Row]:
-    found = getattr(data, "column_names", None)
-    wanted = [column for column in found or () if columns is None or column in columns]
-    if found and wanted and len(wanted) < len(found):
-        data = data.select_columns(wanted)
-    return _table_rows(list(data.with_format(None) if hasattr(data, "with_format") else data), name)
+    wanted = [column for column in data.column_names or () if columns is None or column in columns]
+    return _table_rows((data.select_columns(wanted) if wanted else data).with_format(None), name)
 
 
 def _table_rows(rows: Iterable[Mapping[str, Any]], where: str) -> list[Row]:
     """Rows of a typed table: a null is a missing value there, at any depth."""
-    done = []
-    for number, row in enumerate(rows, 1):
-        place = f"{where} row {number}"
-        done.append((place, _parsed_cells(_without_nulls(row), place)))
-    return done
+    placed = ((f"{where} row {number}", row) for number, row in enumerate(rows, 1))
+    return [(place, _parsed_cells(_without_nulls(row), place)) for place, row in placed]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from opcd_fast.data import (
     Message,
     Prompt,
-    RenderedPrompts,
+    RenderedPrompt,
     Sample,
     pack,
     read_context,
@@ -102,7 +102,7 @@ class ContextDistillationTrainer(DistillationTrainer):
         groups = self._read_all(train_dataset, eval_dataset)
         rendered, prefixes = render(self._template(), groups, self._context)
         for group, rows in zip(groups, rendered, strict=True):
-            for prompt, row in zip(group, rows.rows, strict=True):
+            for prompt, row in zip(group, rows, strict=True):
                 index = row.context_index
                 own = self._context if prompt.privileged_context is None else prompt.privileged_context
                 self._prefixes[json.dumps(own)] = index, prefixes[index]
@@ -135,12 +135,12 @@ class ContextDistillationTrainer(DistillationTrainer):
             groups.append([_prompt(row, f"{name}[{i}]") for i, row in enumerate(rows.select_columns(columns))])
         return groups
 
-    def _check_lengths(self, rendered: list[RenderedPrompts], prefixes: Any) -> None:
+    def _check_lengths(self, rendered: list[tuple[RenderedPrompt, ...]], prefixes: Any) -> None:
         models: list[Any] = [self.model, self.model if self.teacher_model is None else self.teacher_model]
         windows = Windows.of(*map(self.accelerator.unwrap_model, models))
         for rows in rendered:
             # Without a limit an answer ends at the window; then a prompt must leave room for one token.
-            check_lengths(rows.rows, prefixes, self.max_completion_length or 1, windows)
+            check_lengths(rows, prefixes, self.max_completion_length or 1, windows)
 
     # ---------------------------------------------------------------------------------------------- one batch
 

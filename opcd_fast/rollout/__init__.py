@@ -11,11 +11,12 @@ __getattr__, __dir__, __all__ = door(
     {
         "choice": ("Choice",),
         "decoding": ("BatchRun", "refuses_decoding"),
-        "protocol": ("Completion", "Rollout"),
+        "http": ("ServerGone",),
+        "protocol": ("Completion", "Rollout", "stop_token_ids"),
         "replay": ("ReplayRollout", "write_replay"),
         "sampling": ("draw",),
         "server": ("ServerRollout", "Weights"),
-        "transformers": ("TransformersRollout", "stop_token_ids"),
+        "transformers": ("TransformersRollout",),
         "vllm": ("VLLMRollout",),
         "weights": ("CommandWeights", "LoRAWeights"),
     },
@@ -25,10 +26,11 @@ __getattr__, __dir__, __all__ = door(
 if TYPE_CHECKING:
     from opcd_fast.rollout.choice import Choice
     from opcd_fast.rollout.decoding import BatchRun, refuses_decoding
-    from opcd_fast.rollout.protocol import Completion, Rollout
+    from opcd_fast.rollout.http import ServerGone
+    from opcd_fast.rollout.protocol import Completion, Rollout, stop_token_ids
     from opcd_fast.rollout.replay import ReplayRollout, write_replay
     from opcd_fast.rollout.sampling import draw
     from opcd_fast.rollout.server import ServerRollout, Weights
-    from opcd_fast.rollout.transformers import TransformersRollout, stop_token_ids
+    from opcd_fast.rollout.transformers import TransformersRollout
     from opcd_fast.rollout.vllm import VLLMRollout
     from opcd_fast.rollout.weights import CommandWeights, LoRAWeights

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from opcd_fast.attention import sdpa_without_cudnn
 from opcd_fast.models import seam
@@ -33,7 +35,9 @@ def generate(
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
-    ids, mask = _left_padded(prompts, stop_token_ids[0])
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = padded([torch.tensor(prompt) for prompt in prompts], padding_value=stop_token_ids[0])  # (B, T)
+    mask = padded([torch.ones(len(prompt), dtype=torch.int64) for prompt in prompts])
     sampler = _Sampler(uniform.to(device), temperature, top_p, vocab_size)
     generator, inputs, prefix = seam.generation_inputs(model, ids.to(device), mask.to(device))
     width = inputs["input_ids"].shape[1]
@@ -88,14 +92,3 @@ def _own_generation_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         owner.generation_config = kept
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """(B, T) ids and mask."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask

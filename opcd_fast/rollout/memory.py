@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ def cache_bytes_per_token(model: Any) -> int:
     config = seam.config_of(seam.body_of(model))
     heads = seam.setting(config, "num_attention_heads")
     key_heads = seam.setting(config, "num_key_value_heads") or heads
-    width = seam.setting(config, "head_dim") or _per_head(seam.setting(config, "hidden_size"), heads)
+    width = seam.setting(config, "head_dim") or _largest(seam.setting(config, "hidden_size")) // _largest(heads)
     per_layer = _largest(key_heads) * _largest(width)
     return 2 * seam.num_layers(seam.body_of(model)) * per_layer * next(model.parameters()).dtype.itemsize
 
@@ -47,19 +46,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (ValueError, OSError, AttributeError):  # Windows
-        return 4 << 30
+    import psutil  # which accelerate and PEFT bring
 
-
-def _per_head(hidden: Any, heads: Any) -> int:
-    return _largest(hidden) // _largest(heads)
+    return psutil.virtual_memory().available
 
 
 def _largest(value: Any) -> int:

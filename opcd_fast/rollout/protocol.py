@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import stream_seed
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Completion:
 
     @property
     def finish_reason(self) -> str:
-        """"stop" or "length", as servers call it."""
+        """ "stop" or "length", as servers call it."""
         return "stop" if self.finished else "length"
 
 
@@ -53,16 +55,85 @@ class Rollout(Protocol):
     def explain(self) -> str: ...
 
 
-def check_request(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
-) -> list[tuple[int, ...]]:
+@dataclass(frozen=True)
+class Request:
+    """How answers are drawn: what `Rollout.generate` takes as keywords."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    logprobs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):  # refuses NaN too
+            raise InputError(f"temperature={self.temperature} must be a number, 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} must be a number above 0 up to 1")
+
+    def seed_of(self, index: int) -> int:
+        """Of one answer, for engines that draw each from a seed of its own; below 2**31."""
+        return stream_seed(self.seed, "answer", index) % 2**31
+
+
+class Sampler(ABC):
+    """A Rollout of ours: what is asked of it and what it answers are checked in one place.
+
+    Args:
+        stop_token_ids: ids that end an answer.
+        vocab_size: an id from here on is none that the teacher knows: never drawn, or an error.
+    """
+
+    def __init__(self, stop_token_ids: Sequence[int], vocab_size: int | None = None) -> None:
+        if not stop_token_ids:
+            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        self.stop_token_ids = tuple(stop_token_ids)
+        self.vocab_size = vocab_size
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        logprobs: bool = True,
+    ) -> list[Completion]:
+        """See Rollout. Raises InputError for what no engine can run, and for answers that cannot be trained on."""
+        request = Request(max_new_tokens, temperature, top_p, seed, logprobs)
+        return self._answers(checked_prompts(prompts), request)
+
+    @abstractmethod
+    def _answers(self, rows: list[tuple[int, ...]], request: Request) -> list[Completion]: ...
+
+    def _completion(self, where: str, tokens: Sequence[int], finish_reason: Any, limit: int) -> Completion:
+        """Another engine's answer, without log-probabilities. Raises InputError for one that is not whole."""
+        if finish_reason not in ("stop", "length"):
+            raise InputError(f"{where}: finish_reason is {finish_reason!r}; only 'stop' and 'length' are whole answers")
+        if not tokens:
+            raise InputError(f"{where}: the answer is empty")
+        kept, finished = cut_at_stop(tokens, self.stop_token_ids)
+        if finish_reason == "stop" and not finished:
+            raise InputError(
+                f"{where}: the answer ends at token {tokens[-1]}, which is no stop token here; give it as stop_tokens"
+            )
+        if len(kept) < len(tokens):
+            raise InputError(f"{where}: the answer goes on after the stop token {kept[-1]}; it must end there")
+        if finish_reason == "length" and len(tokens) != limit:
+            raise InputError(
+                f"{where}: cut after {len(tokens)} tokens, {limit} were asked for; lower max_new_tokens, or give the "
+                "engine a longer context (vLLM: max_model_len)"
+            )
+        if self.vocab_size is not None and max(tokens) >= self.vocab_size:
+            raise InputError(f"{where}: drew token {max(tokens)}, which the teacher's vocabulary does not have")
+        return Completion(kept, None, finished)
+
+
+def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """The prompts as tuples of Python integers. Raises InputError for what no engine can run."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if not 0 <= temperature < float("inf"):  # refuses NaN too
-        raise InputError(f"temperature={temperature} must be a number, 0 or more")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p} must be a number above 0 up to 1")
     checked = []
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):

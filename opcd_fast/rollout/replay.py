@@ -15,18 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opcd_fast.data import adapt_to_tokenizer, read_prompts, read_rows, student_ids
 from opcd_fast.errors import InputError
-from opcd_fast.rollout.protocol import Completion, check_request, cut_at_stop
+from opcd_fast.rollout.protocol import Completion, Request, Sampler, cut_at_stop
 from opcd_fast.runtime import stream_seed, write_text
 
 
-class ReplayRollout:
+class ReplayRollout(Sampler):
     """The answers that a file holds for the prompts that are asked for. See Rollout.
 
     Temperature and top_p cannot change answers that are written already; the file must fit them.
 
     Args:
-        file: JSONL, see above.
+        file: JSONL, see above, or another table that `opcd_fast.data.read_rows` reads.
         stop_token_ids: an answer ends after the first of these. To text, the first one is added at the end.
         tokenizer: for rows of text; prompts are rendered with its chat template, as the trainer does.
         template_kwargs: variables of that template.
@@ -46,33 +47,26 @@ class ReplayRollout:
         template_kwargs: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        if not stop_token_ids:
-            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        super().__init__(stop_token_ids, vocab_size)
         self.file = Path(file)
-        self.stop_token_ids = tuple(stop_token_ids)
-        self._tokenizer, self._template_kwargs, self._vocab_size = tokenizer, template_kwargs, vocab_size
-        self._answers: dict[tuple[int, ...], list[Completion]] = {}
-        try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"rollout_file={str(file)!r} cannot be read as UTF-8 text: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                prompt, answer = self._read(f"{self.file}:{number}", line)
-                self._answers.setdefault(prompt, []).append(answer)
-        if not self._answers:
+        self._tokenizer, self._template_kwargs = tokenizer, template_kwargs
+        self._held: dict[tuple[int, ...], list[Completion]] = {}
+        for where, row in read_rows(self.file, "rollout_file"):
+            prompt, answer = self._read(where, row)
+            self._held.setdefault(prompt, []).append(answer)
+        if not self._held:
             raise InputError(f"rollout_file={str(file)!r} holds no answers")
 
     def sync(self, model: Any) -> None:
         """Nothing to do: the answers are not the model's."""
 
     def explain(self) -> str:
-        count = sum(map(len, self._answers.values()))
-        return f"engine: replay ({count} answers to {len(self._answers)} prompts from {self.file}; off-policy)"
+        count = sum(map(len, self._held.values()))
+        return f"engine: replay ({count} answers to {len(self._held)} prompts from {self.file}; off-policy)"
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises InputError when the file has no answer to one of these prompts."""
-        missing = [i for i, prompt in enumerate(prompts) if tuple(prompt) not in self._answers]
+        missing = [i for i, prompt in enumerate(prompts) if tuple(prompt) not in self._held]
         if missing:
             shown = list(prompts[missing[0]])[:12]
             raise InputError(
@@ -82,43 +76,30 @@ class ReplayRollout:
 
     def check_logprobs(self) -> None:
         """Raises InputError when an answer has none."""
-        bare = sum(answer.logprobs is None for answers in self._answers.values() for answer in answers)
+        bare = sum(answer.logprobs is None for answers in self._held.values() for answer in answers)
         if bare:
             raise InputError(
                 f"importance_correction needs log-probabilities, and {bare} answers of rollout_file="
                 f"{str(self.file)!r} have none; add logprobs to them, or set importance_correction='none'"
             )
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        logprobs: bool = True,
-    ) -> list[Completion]:
+    def _answers(self, rows: list[tuple[int, ...]], request: Request) -> list[Completion]:
         """The seed decides where to begin among a prompt's answers; a prompt asked for again gets the next one."""
-        rows = check_request(prompts, max_new_tokens, temperature, top_p)
         self.check(rows)
         turns: dict[tuple[int, ...], int] = {}
         given = []
         for row in rows:
-            held = self._answers[row]
-            turn = turns.setdefault(row, stream_seed(seed, "replay", len(row)))
+            held = self._held[row]
+            turn = turns.setdefault(row, stream_seed(request.seed, "replay", len(row)))
             turns[row] = turn + 1
             answer = held[turn % len(held)]
-            tokens = answer.token_ids[:max_new_tokens]
-            values = answer.logprobs[:max_new_tokens] if logprobs and answer.logprobs is not None else None
+            tokens = answer.token_ids[: request.max_new_tokens]
+            known = answer.logprobs if request.logprobs else None
+            values = None if known is None else known[: len(tokens)]
             given.append(Completion(tokens, values, answer.finished and len(tokens) == len(answer.token_ids)))
         return given
 
-    def _read(self, where: str, line: str) -> tuple[tuple[int, ...], Completion]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON ({error})") from error
+    def _read(self, where: str, row: Any) -> tuple[tuple[int, ...], Completion]:
         if not isinstance(row, dict):
             raise InputError(f"{where}: must be an object with prompt_ids and response_ids, or prompt and response")
         if "prompt_ids" in row or "response_ids" in row:
@@ -127,24 +108,21 @@ class ReplayRollout:
             prompt, tokens = self._from_text(where, row)
         kept, finished = cut_at_stop(tokens, self.stop_token_ids)
         values = row.get("logprobs")
-        if values is not None and (
-            not isinstance(values, list) or len(values) != len(tokens) or not all(_is_number(v) for v in values)
-        ):
+        if values is None:
+            return prompt, Completion(kept, None, finished)
+        if not isinstance(values, list) or [type(value) in (int, float) for value in values] != [True] * len(tokens):
             raise InputError(f"{where}: logprobs must be a number for each of the {len(tokens)} response_ids")
-        logprobs = None if values is None else tuple(map(float, values[: len(kept)]))
-        return prompt, Completion(kept, logprobs, finished)
+        return prompt, Completion(kept, tuple(map(float, values[: len(kept)])), finished)
 
     def _ids(self, where: str, row: dict[str, Any], name: str) -> tuple[int, ...]:
         ids = row.get(name)
         if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
             raise InputError(f"{where}: {name} must be a list of token ids, and not empty")
-        if name == "response_ids" and self._vocab_size is not None and max(ids) >= self._vocab_size:
-            raise InputError(f"{where}: token {max(ids)} is not in the vocabulary of {self._vocab_size}")
+        if name == "response_ids" and self.vocab_size is not None and max(ids) >= self.vocab_size:
+            raise InputError(f"{where}: token {max(ids)} is not in the vocabulary of {self.vocab_size}")
         return tuple(ids)
 
     def _from_text(self, where: str, row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        from opcd_fast.data import adapt_to_tokenizer, read_prompts, student_ids
-
         if not isinstance(row.get("response"), str) or "prompt" not in row:
             raise InputError(f"{where}: must have prompt_ids and response_ids, or prompt and response (text)")
         if self._tokenizer is None:
@@ -165,7 +143,3 @@ def write_replay(file: str | Path, prompts: Sequence[Sequence[int]], answers: Se
             row["logprobs"] = list(answer.logprobs)
         lines.append(json.dumps(row) + "\n")
     write_text(Path(file), "".join(lines))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,14 +8,14 @@ because servers fill in what is left open from the model's generation_config.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any, Protocol
 
 from opcd_fast.errors import InputError
 from opcd_fast.rollout.http import JsonServer, Refused
-from opcd_fast.rollout.protocol import Completion, check_request
-from opcd_fast.runtime import stream_seed
+from opcd_fast.rollout.protocol import Completion, Request, Sampler
 
 NEEDS = (
     "a rollout server must take a prompt of token ids and return token ids (vLLM: return_token_ids); text that is "
@@ -33,26 +33,13 @@ class Weights(Protocol):
         """The server does not know `name` any more, as after a restart: give it what it had once more."""
 
 
-class FixedWeights:
-    """The server's own weights, which never change: for answers of an untrained or another model only."""
-
-    def __init__(self, model_name: str) -> None:
-        self.model_name = model_name
-
-    def push(self, server: JsonServer, model: Any) -> str:
-        return self.model_name
-
-    def lost(self, server: JsonServer, name: str) -> str:
-        raise InputError(f"rollout_model={name!r} is not served by {server.url}; GET /v1/models lists what is")
-
-
-class ServerRollout:
+class ServerRollout(Sampler):
     """A sampler on a server. See Rollout.
 
     Args:
         url: "http://host:port", what stands in front of /v1.
         stop_token_ids: ids that end an answer.
-        weights: how the trained weights get there: `LoRAWeights`, `CommandWeights` or `FixedWeights`.
+        weights: how the trained weights get there: `LoRAWeights`, `CommandWeights`, or your own.
         timeout: seconds for one answer. tries: how often each is asked for, see JsonServer.
         concurrency: answers asked for at the same time.
         logprobs_are: what the server's log-probabilities are of. "raw": the model's, before temperature and top-p
@@ -77,86 +64,51 @@ class ServerRollout:
         vocab_size: int | None = None,
         api_key: str | None = None,
     ) -> None:
-        if not stop_token_ids:
-            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        super().__init__(stop_token_ids, vocab_size)
         if concurrency < 1:
             raise InputError(f"concurrency={concurrency} must be at least 1")
         if logprobs_are not in ("raw", "processed"):
             raise InputError(f"logprobs_are={logprobs_are!r} is not available; use 'raw' or 'processed'")
         self.server = JsonServer(url.rstrip("/").removesuffix("/v1"), timeout, tries, first_pause, api_key)
-        self.stop_token_ids = tuple(stop_token_ids)
         self.weights = weights
         self.concurrency = concurrency
         self.logprobs_are = logprobs_are
-        self.vocab_size = vocab_size
         self._model_name: str | None = None
         self._lock = threading.Lock()
 
     def sync(self, model: Any) -> None:
         """Send the weights; every answer from now on is of these. Raises InputError or ServerGone."""
-        try:
-            self._model_name = self.weights.push(self.server, model)
-        except Refused as error:
-            raise InputError(f"rollout server {self.server.url} refused the weights: {error}") from error
+        self._give(lambda: self.weights.push(self.server, model))
 
     def explain(self) -> str:
-        if self.logprobs_are == "processed":
-            known = "those of the sampling distribution"
-        else:
-            known = "the model's own: passed on at temperature 1 and top_p 1 only"
+        raw = "the model's own: passed on at temperature 1 and top_p 1 only"
+        known = raw if self.logprobs_are == "raw" else "those of the sampling distribution"
         name = self._model_name or "no model yet"
         return (
             f"engine: server ({self.server.url}, {name}, {type(self.weights).__name__}, "
             f"{self.concurrency} at a time)\nlogprobs: {self.logprobs_are} ({known})"
         )
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        logprobs: bool = True,
-    ) -> list[Completion]:
-        """See Rollout. The same seed gives the same answers as far as the server keeps that promise.
+    def _answers(self, rows: list[tuple[int, ...]], request: Request) -> list[Completion]:
+        """The same seed gives the same answers as far as the server keeps that promise.
 
         Raises:
             InputError: the server cannot do what is asked (no token ids, unknown model, prompt too long, ...).
             ServerGone: it did not answer. Nothing was changed; the same call can be made again.
         """
-        rows = check_request(prompts, max_new_tokens, temperature, top_p)
         if self._model_name is None:
             raise InputError("the server has no weights yet; call sync(model) before generate()")
-        with_logprobs = logprobs and (
-            self.logprobs_are == "processed" and temperature > 0 or (temperature in (0.0, 1.0) and top_p == 1.0)
-        )
         stop = threading.Event()
 
         def answer(index: int) -> Completion:
-            body = {
-                "prompt": list(rows[index]),
-                "max_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "top_k": 0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-                "n": 1,
-                "seed": stream_seed(seed, "answer", index) % 2**31,
-                "stop_token_ids": list(self.stop_token_ids),
-                "skip_special_tokens": False,
-                "add_special_tokens": False,
-                "stream": False,
-                "return_token_ids": True,
-                "return_tokens_as_token_ids": True,  # how servers older than return_token_ids give them
-                "logprobs": 1,
-            }
-            reply = self._completion(body, stop)
-            return self._read(reply, rows[index], max_new_tokens, with_logprobs, index)
+            try:
+                reply = self._ask(rows[index], request, request.seed_of(index), stop)
+            except Refused as error:
+                hint = f"; {NEEDS}" if "prompt must be" in str(error) or "token_ids" in str(error) else ""
+                raise InputError(
+                    f"rollout server {self.server.url} refused a prompt (HTTP {error.status}): {error}{hint}"
+                ) from error
+            return self._read(reply, rows[index], request, f"rollout server {self.server.url}, prompt {index}")
 
         pool = ThreadPoolExecutor(max_workers=min(self.concurrency, max(len(rows), 1)), thread_name_prefix="rollout")
         try:
@@ -172,33 +124,49 @@ class ServerRollout:
 
     # ------------------------------------------------------------------------------------------- one answer
 
-    def _completion(self, body: dict[str, Any], stop: threading.Event) -> Any:
-        for last in (False, True):
-            name = self._model_name
-            try:
-                return self.server.post("/v1/completions", {"model": name, **body}, stop)
-            except Refused as error:
-                if error.status == 404 and not last:
-                    self._give_again(str(name))
-                    continue
-                raise InputError(self._refusal(error)) from error
-        raise AssertionError("unreachable")
+    def _ask(self, prompt: tuple[int, ...], request: Request, seed: int, stop: threading.Event) -> Any:
+        body = {
+            "prompt": list(prompt),
+            "max_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "n": 1,
+            "seed": seed,
+            "stop_token_ids": list(self.stop_token_ids),
+            "skip_special_tokens": False,
+            "add_special_tokens": False,
+            "stream": False,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # how servers older than return_token_ids give them
+            "logprobs": 1,
+        }
+        name = str(self._model_name)
+        try:
+            return self.server.post("/v1/completions", {"model": name, **body}, stop)
+        except Refused as error:
+            if error.status != 404:
+                raise
+        self._give_again(name)
+        return self.server.post("/v1/completions", {"model": self._model_name, **body}, stop)
 
     def _give_again(self, name: str) -> None:
         """Once for all the requests that found out at the same time."""
         with self._lock:
             if self._model_name == name:
-                try:
-                    self._model_name = self.weights.lost(self.server, name)
-                except Refused as error:
-                    raise InputError(f"rollout server {self.server.url} refused the weights: {error}") from error
+                self._give(lambda: self.weights.lost(self.server, name))
 
-    def _refusal(self, error: Refused) -> str:
-        hint = f"; {NEEDS}" if "prompt must be" in str(error) or "token_ids" in str(error) else ""
-        return f"rollout server {self.server.url} refused a prompt (HTTP {error.status}): {error}{hint}"
+    def _give(self, weights: Callable[[], str]) -> None:
+        try:
+            self._model_name = weights()
+        except Refused as error:
+            raise InputError(f"rollout server {self.server.url} refused the weights: {error}") from error
 
-    def _read(self, reply: Any, prompt: tuple[int, ...], limit: int, with_logprobs: bool, index: int) -> Completion:
-        where = f"rollout server {self.server.url}, prompt {index}"
+    def _read(self, reply: Any, prompt: tuple[int, ...], request: Request, where: str) -> Completion:
         try:
             (choice,) = reply["choices"]
             listed = choice.get("logprobs") or {}
@@ -210,7 +178,7 @@ class ServerRollout:
             raise InputError(f"{where}: not a completion: {str(reply)[:120]!r}; {NEEDS}") from error
         if tokens is None:
             raise InputError(f"{where}: the answer holds no token ids; {NEEDS}")
-        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in tokens):
+        if not all(type(token) is int and token >= 0 for token in tokens):
             raise InputError(f"{where}: token ids {str(tokens)[:80]} are not whole numbers")
         seen = choice.get("prompt_token_ids", reply.get("prompt_token_ids"))
         if seen is not None and tuple(seen) != prompt:
@@ -218,32 +186,21 @@ class ServerRollout:
                 f"{where}: the server read {len(seen)} prompt tokens, {len(prompt)} were sent, or others: it must "
                 "neither add a start token nor truncate"
             )
-        if reason not in ("stop", "length"):
-            raise InputError(f"{where}: finish_reason is {reason!r}; only 'stop' and 'length' are whole answers")
-        tokens, values = list(tokens), listed.get("token_logprobs")
         cut = choice.get("stop_reason")
         if reason == "stop" and isinstance(cut, int) and (not tokens or tokens[-1] != cut):
             raise InputError(f"{where}: the stop token {cut} is missing at the end of the answer; the loss needs it")
-        if not tokens:
-            raise InputError(f"{where}: the answer is empty")
-        if reason == "stop" and tokens[-1] not in self.stop_token_ids:
-            raise InputError(
-                f"{where}: the answer ends at token {tokens[-1]}, which is no stop token here; give it as stop_tokens"
-            )
-        early = next((place for place, token in enumerate(tokens[:-1]) if token in self.stop_token_ids), None)
-        if early is not None:
-            raise InputError(f"{where}: the answer goes on after the stop token {tokens[early]}; it must end there")
-        if reason == "length" and len(tokens) != limit:
-            raise InputError(
-                f"{where}: cut after {len(tokens)} tokens, {limit} were asked for; the server's context is too short "
-                "(vLLM: --max-model-len), lower max_new_tokens or raise it"
-            )
-        if self.vocab_size is not None and max(tokens) >= self.vocab_size:
-            raise InputError(f"{where}: drew token {max(tokens)}, which the teacher's vocabulary does not have")
-        if with_logprobs and (values is None or len(values) != len(tokens) or None in values):
+        answer = self._completion(where, tokens, reason, request.max_new_tokens)
+        if not self._knows_logprobs(request):
+            return answer
+        values = listed.get("token_logprobs")
+        if values is None or len(values) != len(tokens) or None in values:
             raise InputError(f"{where}: no log-probability for every token; the server must support logprobs=1")
-        kept = tuple(map(float, values)) if with_logprobs and values is not None else None
-        return Completion(tuple(tokens), kept, tokens[-1] in self.stop_token_ids)
+        return replace(answer, logprobs=tuple(map(float, values)))
+
+    def _knows_logprobs(self, request: Request) -> bool:
+        """Whether the server's log-probabilities are wanted, and are those of the sampling distribution."""
+        raw = request.temperature in (0.0, 1.0) and request.top_p == 1.0
+        return request.logprobs and (raw or (self.logprobs_are == "processed" and request.temperature > 0))
 
 
 def _ids_in_text(tokens: Any) -> list[int] | None:
@@ -251,5 +208,3 @@ def _ids_in_text(tokens: Any) -> list[int] | None:
     if not isinstance(tokens, list) or not all(str(token).startswith("token_id:") for token in tokens):
         return None
     return [int(token.removeprefix("token_id:")) for token in tokens]
-
-

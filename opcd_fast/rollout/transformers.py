@@ -4,8 +4,6 @@ Engines that give the same answers for the same seed, up to rounding:
 
 - "decode": `opcd_fast.rollout.decoding`, for architectures it knows; checked on first use (`rollout.check`);
 - "generate": transformers' `generate`, for everything else.
-
-The protocol, and other engines: `rollout.protocol`, `rollout.server`, `rollout.vllm`, `rollout.replay`.
 """
 
 from __future__ import annotations
@@ -24,9 +22,7 @@ from opcd_fast.rollout import memory as rollout_memory
 from opcd_fast.rollout.check import Answers, check_decoding
 from opcd_fast.rollout.choice import Choice
 from opcd_fast.rollout.decoding import decode, refuses_decoding
-from opcd_fast.rollout.protocol import Completion, Rollout, check_request, stop_token_ids, weights_version
-
-__all__ = ["Completion", "Rollout", "TransformersRollout", "stop_token_ids"]
+from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_prompts, weights_version
 
 ENGINES = ("auto", "decode", "generate")
 TRIAL_TOKENS = 4
@@ -35,7 +31,7 @@ TRIAL_PROMPTS = 4
 _log = logging.getLogger(__name__)
 
 
-class TransformersRollout:
+class TransformersRollout(Sampler):
     """A sampler over a transformers model, PEFT-wrapped or not; left in the train/eval mode it had.
 
     Args:
@@ -62,45 +58,34 @@ class TransformersRollout:
         engine: str = "auto",
         choice: Choice | None = None,
     ) -> None:
-        if not stop_token_ids:
-            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        super().__init__(stop_token_ids, vocab_size)
         if engine not in ENGINES:
             raise InputError(f"engine={engine!r} is not available; use {' or '.join(map(repr, ENGINES))}")
         if max_batch is not None and max_batch < 1:
             raise InputError(f"max_batch={max_batch} must be at least 1, or None for as many as fit")
-        self.model = model
-        self.stop_token_ids = tuple(stop_token_ids)
-        self.max_batch = max_batch
-        self.vocab_size = vocab_size
-        self.device = next(model.parameters()).device
-        self._can_merge = MergedCopy.supports(model)
-        if merge_adapter and not self._can_merge:
+        can_merge = MergedCopy.supports(model)
+        if merge_adapter and not can_merge:
             raise InputError("merge_adapter=True needs LoRA or DoRA on linear layers; use None or False")
         refusal = refuses_decoding(model)
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
-        self._merged: MergedCopy | None = None
-        self._folded: Any = None  # version of the weights that the copy holds
-        self._kept = choice or Choice()
-        kept = self._kept.values
-        self._engine = self._kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
+        self.model, self.device = model, next(model.parameters()).device
+        self._kept = kept = choice or Choice()
+        self._engine = kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
         if self._engine not in (None, *ENGINES[1:]):
             raise InputError(
                 f"choice: it kept the engine {self._engine!r}, which is not available any more; delete rollout.json in "
                 "the run's folder to decide anew, or give engine="
             )
         if self._engine is None and refusal is not None:
-            self._engine = self._kept.set("engine", "generate", f"decode cannot run this model: {refusal}")
-        merge = self._kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
-        if merge is None and not self._can_merge:
-            merge = self._kept.set("merge", False, "no LoRA adapter to fold in")
+            self._engine = kept.set("engine", "generate", f"decode cannot run this model: {refusal}")
+        merge = kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
         if merge is None:
             # By rule and not by the clock, so that a run which is repeated rounds as it did.
-            merge = self._kept.set("merge", *self._worth_merging())
-        if merge:
-            self._merged = MergedCopy(model)
-        if max_batch is None:
-            self.max_batch = kept.get("batch")
+            merge = kept.set("merge", *(self._worth_merging() if can_merge else (False, "no LoRA adapter to fold in")))
+        self._merged = MergedCopy(model) if merge else None
+        self._folded: Any = None  # version of the weights that the copy holds
+        self.max_batch = kept.values.get("batch") if max_batch is None else max_batch
 
     def sync(self, model: Any = None) -> None:
         """Weights may have moved: fold the adapter in again before the next answer."""
@@ -112,7 +97,6 @@ class TransformersRollout:
         """What was chosen and why, a line each; what is not decided yet is decided at the first call."""
         return self._kept.explain()
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -128,56 +112,52 @@ class TransformersRollout:
 
         only: answer these of the prompts alone, as they would be answered among all; the others go to other ranks.
         """
-        rows = check_request(prompts, max_new_tokens, temperature, top_p)
+        request = Request(max_new_tokens, temperature, top_p, seed, logprobs)
+        return self._answers(checked_prompts(prompts), request, only)
+
+    @torch.no_grad()
+    def _answers(self, rows: list[tuple[int, ...]], request: Request, only: range | None = None) -> list[Completion]:
         if not rows:
             return []
+        wanted = range(len(rows)) if only is None else only
         with seam.scoring_mode(self.model):
-            self._decide(rows, max_new_tokens)
-            options = {"temperature": temperature, "top_p": top_p}
-            generator = torch.Generator().manual_seed(seed)
-            uniform = torch.rand(len(rows), max_new_tokens, dtype=torch.float64, generator=generator)
-            drawn: list[Any] = [None] * len(rows)
+            self._decide(rows, request.max_new_tokens)
+            generator = torch.Generator().manual_seed(request.seed)
+            uniform = torch.rand(len(rows), request.max_new_tokens, dtype=torch.float64, generator=generator)
+            drawn: dict[int, tuple[list[int], list[float]]] = {}
             # Neighbours in length share a batch, so that little of it is padding; equal prompts run once.
-            wanted = range(len(rows)) if only is None else only
             order = sorted(wanted, key=lambda i: (len(rows[i]), rows[i]))
-            model, start = self._answering_model(), 0
-            while start < len(order):
-                part = order[start : start + (self.max_batch or 1)]
+            model = self._answering_model()
+            while len(drawn) < len(order):
+                part = order[len(drawn) :][: self.max_batch]
                 try:
                     answers = self._run(
-                        self._engine, model, [rows[i] for i in part], uniform[part], **options
+                        self._engine, model, [rows[i] for i in part], uniform[part], request.temperature, request.top_p
                     )
                 except torch.cuda.OutOfMemoryError:
                     if len(part) == 1:
                         raise
-                    answers = None
-                if answers is None:  # outside of the handler, whose traceback keeps the tensors alive
+                    answers = []
+                if not answers:  # outside of the handler, whose traceback keeps the tensors alive
                     torch.cuda.empty_cache()
                     self.max_batch = len(part) // 2
                     _log.warning("rollout: out of GPU memory with %d sequences, going on with %d at once",
                                  len(part), self.max_batch)  # fmt: skip
-                    continue
-                for i, answer in zip(part, answers):
-                    drawn[i] = answer
-                start += len(part)
-        return [self._completion(tokens, values if logprobs else None) for tokens, values in (drawn[i] for i in wanted)]
+                drawn.update(zip(part, answers))
+        return [
+            Completion(tuple(ids), tuple(values) if request.logprobs else None, ids[-1] in self.stop_token_ids)
+            for ids, values in (drawn[i] for i in wanted)
+        ]
 
     def _run(
-        self, engine: str | None, model: Any, prompts: list[tuple[int, ...]], uniform: Tensor, *,
-        temperature: float, top_p: float,
+        self, engine: str | None, model: Any, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float,
+        top_p: float,
     ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
-        options: dict[str, Any] = {
-            "temperature": temperature, "top_p": top_p, "vocab_size": self.vocab_size,
-            "stop_token_ids": self.stop_token_ids,
-        }  # fmt: skip
-        if engine == "decode":
-            return decode(model, prompts, uniform, **options)
-        return rollout_generate.generate(model, prompts, uniform, **options)
-
-    def _completion(self, tokens: list[int], logprobs: list[float] | None) -> Completion:
-        return Completion(
-            tuple(tokens), None if logprobs is None else tuple(logprobs), tokens[-1] in self.stop_token_ids
-        )
+        run = decode if engine == "decode" else rollout_generate.generate
+        return run(
+            model, prompts, uniform, stop_token_ids=self.stop_token_ids, temperature=temperature, top_p=top_p,
+            vocab_size=self.vocab_size,
+        )  # fmt: skip
 
     def _answering_model(self) -> Any:
         if self._merged is None:
@@ -215,7 +195,7 @@ class TransformersRollout:
         uniform = torch.zeros(len(trial), min(TRIAL_TOKENS, max_new_tokens), dtype=torch.float64)
 
         def loop() -> Answers:
-            return self._run("decode", self.model, trial, uniform, temperature=0.0, top_p=1.0)
+            return self._run("decode", self.model, trial, uniform, 0.0, 1.0)
 
         try:
             good, figures = check_decoding(self.model, loop, trial, self.vocab_size)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.rollout.protocol import Completion, check_request
+from opcd_fast.rollout.protocol import Completion, Request, Sampler
 from opcd_fast.rollout.weights import AdapterFolder
-from opcd_fast.runtime import stream_seed
 
 
-class VLLMRollout:
+class VLLMRollout(Sampler):
     """A sampler over a vLLM engine that holds the base model; the LoRA adapter follows the training. See Rollout.
 
     Between two calls the engine sleeps (level 1: its weights go to the host's memory, its cache is dropped), so that
@@ -47,16 +47,12 @@ class VLLMRollout:
         vocab_size: int | None = None,
         **options: Any,
     ) -> None:
-        if not stop_token_ids:
-            raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
+        super().__init__(stop_token_ids, vocab_size)
         if importlib.util.find_spec("vllm") is None:
             raise InputError("rollout='vllm' needs vLLM: pip install vllm, or use rollout='transformers' or 'server'")
         from vllm import LLM
 
-        self.stop_token_ids = tuple(stop_token_ids)
-        self.vocab_size = vocab_size
-        self._sleeps, self._asleep = sleep, False
-        self._name = model_name
+        self._sleeps, self._name = sleep, model_name
         self._adapter = AdapterFolder(folder)
         self._request: Any = None
         self._count = 0
@@ -84,34 +80,23 @@ class VLLMRollout:
     def explain(self) -> str:
         return f"engine: vllm in this process ({self._name}, sleeps between calls: {self._sleeps})"
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        logprobs: bool = True,
-    ) -> list[Completion]:
+    def _answers(self, rows: list[tuple[int, ...]], request: Request) -> list[Completion]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        rows = check_request(prompts, max_new_tokens, temperature, top_p)
         if self._request is None:
             raise InputError("the engine has no adapter yet; call sync(model) before generate()")
         settings = [
             SamplingParams(
-                n=1, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0,
-                repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-                seed=stream_seed(seed, "answer", index) % 2**31, stop_token_ids=list(self.stop_token_ids),
-                logprobs=0 if logprobs and temperature > 0 else None, detokenize=False,
+                n=1, max_tokens=request.max_new_tokens, temperature=request.temperature, top_p=request.top_p,
+                top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+                seed=request.seed_of(index), stop_token_ids=list(self.stop_token_ids),
+                logprobs=0 if request.logprobs and request.temperature > 0 else None, detokenize=False,
             )
             for index in range(len(rows))
         ]  # fmt: skip
-        if self._asleep:
+        if self._sleeps:
             self._llm.wake_up()
-            self._asleep = False
         try:
             outputs = self._llm.generate(
                 [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
@@ -123,29 +108,19 @@ class VLLMRollout:
             self._rest()
         if len(outputs) != len(rows):
             raise RuntimeError(f"vLLM answered {len(outputs)} of {len(rows)} prompts")
-        return [self._read(output, row, max_new_tokens) for output, row in zip(outputs, rows)]
+        return [self._read(output, row, request.max_new_tokens) for output, row in zip(outputs, rows)]
 
     def _read(self, output: Any, row: tuple[int, ...], limit: int) -> Completion:
         (answer,) = output.outputs
-        tokens = tuple(answer.token_ids)
         if tuple(output.prompt_token_ids) != row:
             raise RuntimeError("vLLM gave back answers in another order, or changed a prompt")
-        finished = answer.finish_reason == "stop"
-        if not tokens or answer.finish_reason not in ("stop", "length") or (not finished and len(tokens) != limit):
-            raise InputError(
-                f"vLLM ended an answer after {len(tokens)} of {limit} tokens ({answer.finish_reason}); raise "
-                "max_model_len or lower max_new_tokens"
-            )
-        if finished and tokens[-1] not in self.stop_token_ids:
-            raise InputError(f"vLLM ended an answer at token {tokens[-1]}, which is no stop token; give stop_tokens")
-        if self.vocab_size is not None and max(tokens) >= self.vocab_size:
-            raise InputError(f"vLLM drew token {max(tokens)}, which the teacher's vocabulary does not have")
-        values = None
-        if answer.logprobs is not None:
-            values = tuple(float(step[token].logprob) for step, token in zip(answer.logprobs, tokens, strict=True))
-        return Completion(tokens, values, tokens[-1] in self.stop_token_ids)
+        tokens = list(answer.token_ids)
+        whole = self._completion("vLLM", tokens, answer.finish_reason, limit)
+        if answer.logprobs is None:
+            return whole
+        steps = zip(answer.logprobs, tokens, strict=True)
+        return replace(whole, logprobs=tuple(float(step[token].logprob) for step, token in steps))
 
     def _rest(self) -> None:
         if self._sleeps:
             self._llm.sleep(level=1)
-            self._asleep = True

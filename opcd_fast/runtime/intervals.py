@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -52,8 +53,5 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, floa
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error; the error of a single value is 0."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, 0.0
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), deviation / math.sqrt(len(values))

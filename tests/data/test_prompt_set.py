@@ -5,11 +5,18 @@ import random
 
 import pytest
 
-from opcd_fast.data.duplicates import similarity
-from opcd_fast.data.messages import Prompt
-from opcd_fast.data.prompt_set import Selection, check_folder, select, summary, write
-from opcd_fast.data.prompt_sources import Candidate, general_prompts
-from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data import (
+    Candidate,
+    Prompt,
+    Selection,
+    check_folder,
+    general_prompts,
+    read_prompts,
+    repeats,
+    select,
+    summary,
+    write,
+)  # fmt: skip
 from opcd_fast.errors import InputError
 
 
@@ -38,7 +45,8 @@ def test_no_near_duplicate_and_no_conversation_straddles_the_split():
         assert abs(len(chosen.held_out) - 36) <= 3 and len(chosen.train) + len(chosen.held_out) == 120
         for mine in chosen.train:
             for other in chosen.held_out:
-                assert similarity(mine.text, other.text) < 0.7 and mine.conversation != other.conversation
+                assert repeats([mine.text, other.text], 0.7) == [None, None]
+                assert mine.conversation != other.conversation
     assert texts(select(found, [], Selection(seed=3)).train) == texts(select(found, [], Selection(seed=3)).train)
     assert texts(select(found, [], Selection(seed=3)).train) != texts(select(found, [], Selection(seed=4)).train)
 
@@ -82,12 +90,14 @@ def test_general_prompts_have_their_share_of_training_and_none_of_the_evaluation
 
 
 def test_too_little_for_both_sides_is_refused():
-    with pytest.raises(InputError, match="no prompt is left"):
-        select([candidate("x")], [], Selection())
-    with pytest.raises(InputError, match="one side is empty"):
-        select([candidate("abc")], [], Selection())
-    with pytest.raises(InputError, match="2 prompts of 1 conversations cannot be split"):
-        select([candidate("abcdef", "a"), candidate("xyzuvw", "a")], [], Selection())
+    pair = [candidate("abcdef", "a"), candidate("xyzuvw", "a")]
+    for found, words in (
+        ([candidate("x")], "no prompt is left"),
+        ([candidate("abc")], "one side is empty"),
+        (pair, "2 prompts of 1 conversations"),
+    ):
+        with pytest.raises(InputError, match=words):
+            select(found, [], Selection())
     assert len(select([candidate("abcdef"), candidate("xyzuvw")], [], Selection()).held_out) == 1
 
 
@@ -106,11 +116,7 @@ def test_a_bad_selection_is_named(settings):
 
 def test_files_are_read_back_as_they_were_and_name_every_source(tmp_path):
     tools = ({"type": "function", "function": {"name": "f"}},)
-    chat = (
-        {"role": "user", "content": "ü\u2028"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    )
+    chat = tuple({"role": role, "content": x} for role, x in zip(("user", "assistant", "user"), ("ü\u2028", "b", "c")))
     rich = Candidate(Prompt(chat, None, "own", tools, {"enable_thinking": False}), "logs x line 3, message 2", "g")
     bare = general_prompts()[0]
     chosen = select([rich, *(candidate(text) for text in words(4, 9))], [bare], Selection(held_out=0.5))
@@ -120,11 +126,8 @@ def test_files_are_read_back_as_they_were_and_name_every_source(tmp_path):
         rows = [json.loads(line) for line in (tmp_path / "out" / name).read_text().split("\n")[:-1]]
         assert [row["source"] for row in rows] == [c.source for c in wanted]
     (back,) = [p for n in ("train", "held_out") for p in read_prompts(tmp_path / "out" / f"{n}.jsonl") if not p.text]
-    assert (back.privileged_context, back.tools, dict(back.chat_template_kwargs)) == (
-        "own",
-        tools,
-        {"enable_thinking": False},
-    )
+    assert (back.privileged_context, back.tools) == ("own", tools)
+    assert back.chat_template_kwargs == {"enable_thinking": False}
     report = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert report["train"] + report["held_out"] == 10 and report["sources"]["logs x"] == 1
 
@@ -133,11 +136,10 @@ def test_nothing_is_replaced_unasked_and_nothing_foreign_ever(tmp_path):
     check_folder(tmp_path / "none", False)
     check_folder(tmp_path, False)
     (tmp_path / "train.jsonl").write_text("old")
+    check_folder(tmp_path, True)
     with pytest.raises(InputError, match="--overwrite"):
         check_folder(tmp_path, False)
-    check_folder(tmp_path, True)
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(InputError, match="thesis.tex"):
-        check_folder(tmp_path, True)
-    with pytest.raises(InputError, match="is a file"):
-        check_folder(tmp_path / "thesis.tex", True)
+    for folder, words in ((tmp_path, "thesis.tex"), (tmp_path / "thesis.tex", "is a file")):
+        with pytest.raises(InputError, match=words):
+            check_folder(folder, True)

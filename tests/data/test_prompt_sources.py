@@ -4,16 +4,12 @@ import json
 
 import pytest
 
-from opcd_fast.data.prompt_sources import from_data, from_logs, general_prompts
+from opcd_fast.data import from_data, from_logs, general_prompts
 from opcd_fast.errors import InputError
 
-CHAT = [
-    {"role": "system", "content": "the context itself"},
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "answer one"},
-    {"role": "user", "content": "two"},
-    {"role": "assistant", "content": "answer two"},
-]
+ROLES = ("system", "user", "assistant", "user", "assistant")
+SAID = ("the context itself", "one", "answer one", "two", "answer two")
+CHAT = [{"role": role, "content": text} for role, text in zip(ROLES, SAID)]
 
 
 @pytest.fixture
@@ -28,14 +24,16 @@ def contents(candidates):
     return [[message["content"] for message in c.prompt.messages] for c in candidates]
 
 
-def test_turns_of_a_chat(logs):
-    first, empty = from_logs(logs, "first")
-    assert contents(first) == [["one"], ["three"], ["four"]] and empty == 1
-    assert contents(from_logs(logs, "last")[0]) == [["one", "answer one", "two"], ["three"], ["four"]]
-    every = from_logs(logs, "every")[0]
-    assert contents(every) == [["one"], ["one", "answer one", "two"], ["three"], ["four"]]
-    assert every[0].conversation == every[1].conversation != every[2].conversation
-    assert "line 1, message 3" in every[1].source
+@pytest.mark.parametrize(
+    ("turns", "ends"),
+    [("first", [["one"]]), ("last", [["one", "answer one", "two"]]),
+     ("every", [["one"], ["one", "answer one", "two"]])],
+)  # fmt: skip
+def test_turns_of_a_chat(logs, turns, ends):
+    found, empty = from_logs(logs, turns)
+    assert contents(found) == [*ends, ["three"], ["four"]] and empty == 1
+    assert len({c.conversation for c in found}) == 3
+    assert turns == "first" or any("line 1, message 3" in c.source for c in found)
 
 
 def test_the_logged_context_is_left_out_unless_asked_for(logs):
@@ -62,11 +60,8 @@ def test_arguments_of_logged_calls_become_objects(tmp_path):
     ]
     (tmp_path / "logs.json").write_text(json.dumps([chat]))
     (found,) = from_logs(tmp_path / "logs.json")[0]
-    assert [c["function"]["arguments"] for c in found.prompt.messages[1]["tool_calls"]] == [
-        {"a": 1},
-        "no json",
-        {"b": 2},
-    ]
+    calls = found.prompt.messages[1]["tool_calls"]
+    assert [c["function"]["arguments"] for c in calls] == [{"a": 1}, "no json", {"b": 2}]
     assert found.text == "x\n\n1\ny"
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
-from opcd_fast.data.prompts import read_context, read_prompts
-from opcd_fast.data.rendering import adapt_to_tokenizer, render, student_ids, teacher_ids
+from opcd_fast.data import adapt_to_tokenizer, read_context, read_prompts, render, student_ids, teacher_ids
 from opcd_fast.errors import InputError
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4!"}]
@@ -17,56 +16,46 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def text_of(tokenizer, ids):
-    return tokenizer.decode(ids)
+HI = {"role": "user", "content": "hi"}
 
 
-def test_text_context_becomes_the_system_message(tokenizer):
-    (prompt,) = read_prompts(["hi"])
-    assert text_of(tokenizer, student_ids(tokenizer, prompt)) == "<|user|>hi<|end|><|assistant|>"
-    assert (
-        text_of(tokenizer, teacher_ids(tokenizer, prompt, "be brief"))
-        == "<|system|>be brief<|end|><|user|>hi<|end|><|assistant|>"
-    )
-
-
-def test_turns_go_between_the_prompts_system_message_and_the_rest(tokenizer):
-    (prompt,) = read_prompts([[{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}]])
-    assert (
-        text_of(tokenizer, teacher_ids(tokenizer, prompt, TURNS))
-        == "<|system|>S<|end|><|user|>2+2?<|end|><|assistant|>4!<|end|><|user|>hi<|end|><|assistant|>"
-    )
-    assert text_of(tokenizer, teacher_ids(tokenizer, prompt, "C")).startswith("<|system|>C\n\nS<|end|><|user|>hi")
-
-
-def test_student_prompt_equals_the_template_without_context(tokenizer):
-    messages = [*TURNS, {"role": "user", "content": "ü 3+3?"}]
-    (prompt,) = read_prompts([{"prompt": messages}])
-    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert student_ids(tokenizer, prompt) == wanted
+@pytest.mark.parametrize(
+    ("prompt", "context", "shown"),
+    [
+        ("hi", "", "<|user|>hi"),
+        ("hi", "be brief", "<|system|>be brief<|end|><|user|>hi"),
+        ([{"role": "system", "content": "S"}, HI], TURNS,
+         "<|system|>S<|end|><|user|>2+2?<|end|><|assistant|>4!<|end|><|user|>hi"),
+        ([{"role": "system", "content": "S"}, HI], "C", "<|system|>C\n\nS<|end|><|user|>hi"),
+    ],
+)  # fmt: skip
+def test_where_a_context_goes(tokenizer, prompt, context, shown):
+    (read,) = read_prompts([prompt])
+    assert tokenizer.decode(teacher_ids(tokenizer, read, context)) == f"{shown}<|end|><|assistant|>"
+    assert tokenizer.decode(student_ids(tokenizer, read)).endswith("<|user|>hi<|end|><|assistant|>")
 
 
 def test_shared_prefix_is_the_longest_common_one_and_leaves_a_token(tokenizer):
     train, held_out = read_prompts(["abc", "abd"]), read_prompts(["abx"])
     (first, second), prefixes = render(tokenizer, [train, held_out], "ctx")
-    assert text_of(tokenizer, prefixes[0]) == "<|system|>ctx<|end|><|user|>ab"
+    assert tokenizer.decode(prefixes[0]) == "<|system|>ctx<|end|><|user|>ab"
     for group, prompts in ((first, train), (second, held_out)):
-        for row, prompt in zip(group.rows, prompts):
+        for row, prompt in zip(group, prompts):
             assert [*prefixes[0], *row.teacher_ids] == teacher_ids(tokenizer, prompt, "ctx")
             assert len(row.teacher_ids) >= 1
 
 
 def test_identical_prompts_still_leave_one_token_each(tokenizer):
     (rendered,), prefixes = render(tokenizer, [read_prompts(["same", "same"])], "ctx")
-    assert all(len(row.teacher_ids) == 1 for row in rendered.rows)
+    assert all(len(row.teacher_ids) == 1 for row in rendered)
     assert len(prefixes[0]) == len(teacher_ids(tokenizer, read_prompts(["same"])[0], "ctx")) - 1
 
 
 def test_rows_with_their_own_context_get_prefixes_of_their_own(tokenizer):
     rows = [{"prompt": "a", "privileged_context": "one"}, {"prompt": "b"}, {"prompt": "c", "privileged_context": "one"}]
     (rendered,), prefixes = render(tokenizer, [read_prompts(rows)], "two")
-    assert [row.context_index for row in rendered.rows] == [0, 1, 0]
-    assert "one" in text_of(tokenizer, prefixes[0]) and "two" in text_of(tokenizer, prefixes[1])
+    assert [row.context_index for row in rendered] == [0, 1, 0]
+    assert "one" in tokenizer.decode(prefixes[0]) and "two" in tokenizer.decode(prefixes[1])
 
 
 def test_files_of_every_form(tmp_path):
@@ -76,12 +65,8 @@ def test_files_of_every_form(tmp_path):
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, TURNS)))
     (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n\n{"prompt": [{"role": "user", "content": "y"}]}\n')
     assert read_context(str(tmp_path / "c.txt")) == "some notes"
-    assert (
-        read_context(tmp_path / "c.json")
-        == TURNS
-        == read_context(tmp_path / "m.json")
-        == read_context(tmp_path / "c.jsonl")
-    )
+    for name in ("c.json", "m.json", "c.jsonl"):
+        assert read_context(tmp_path / name) == TURNS
     assert read_context("plain words") == "plain words"
     assert [p.messages[0]["content"] for p in read_prompts(tmp_path / "p.jsonl")] == ["x", "y"]
 
@@ -122,8 +107,8 @@ def test_tokenizer_without_template_takes_plain_text_only():
         (lambda d: read_prompts(d / "bad.jsonl"), "line 2"),
         (lambda d: read_context(5), "context is a int"),
         (lambda d: read_context({"role": "user", "content": "x"}), "context is a dict"),
-        (lambda d: read_context(d / "string.json"), "must hold a list of messages.*not a str"),
-        (lambda d: read_context(d / "object.json"), "must hold a list of messages.*not a dict"),
+        (lambda d: read_context(d / "string.json"), "must hold a list.*not a str"),
+        (lambda d: read_context(d / "object.json"), "must hold a list.*not a dict"),
         (lambda d: read_prompts(5), "prompts is a int"),
         (lambda d: read_prompts({"prompt": "x"}), "prompts is a dict"),
         (lambda d: read_prompts([{"prompt": "x", "privileged_context": " "}]), "empty privileged_context"),

@@ -1,12 +1,12 @@
 """Rows out of every kind of file and object, and errors that say where."""
 
+import csv
 import json
 import sys
 
 import pytest
 
-from opcd_fast.data.prompts import read_context, read_prompts
-from opcd_fast.data.tables import read_rows
+from opcd_fast.data import read_context, read_prompts, read_rows
 from opcd_fast.errors import InputError
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4!"}]
@@ -25,8 +25,6 @@ WANTED = [(row["prompt"], row["privileged_context"]) for row in ROWS]
 
 
 def write_csv(path, delimiter=",", newline="\r\n", encoding="utf-8-sig"):
-    import csv
-
     with open(path, "w", newline="", encoding=encoding) as file:
         writer = csv.writer(file, delimiter=delimiter, lineterminator=newline)
         writer.writerow(["id", "prompt", "privileged_context"])

@@ -6,20 +6,17 @@ import pytest
 from template_families import FAMILIES, GOLDEN, SPECIAL, WITHOUT_SYSTEM_ROLE, family_tokenizer
 from tiny import tiny_tokenizer
 
-from opcd_fast.data.prompts import read_prompts
-from opcd_fast.data.rendering import adapt_to_tokenizer, render, student_ids, teacher_ids
+from opcd_fast.data import adapt_to_tokenizer, read_prompts, render, student_ids, teacher_ids
 from opcd_fast.errors import InputError
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "Weather of a city",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-        },
-    }
-]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = {"name": "weather", "description": "Weather of a city", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": WEATHER}]
+
+
+def chat_of(*texts):
+    """Turns of user and assistant."""
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
 def ids_of(tokenizer, messages, **options):
@@ -33,25 +30,8 @@ def ids_of(tokenizer, messages, **options):
 
 
 def random_text(draw):
-    pieces = [
-        "a",
-        "Zeta",
-        "ü",
-        "日本",
-        "🙂",
-        " ",
-        "\n",
-        "\t",
-        "\u2028",
-        "  \n",
-        "[x]",
-        "{{y}}",
-        "<",
-        "|",
-        "'",
-        "\\n",
-        "The ",
-    ]
+    pieces = ["a", "Zeta", "ü", "日本", "🙂", " ", "\n", "\t", "\u2028", "  \n"]
+    pieces += ["[x]", "{{y}}", "<", "|", "'", "\\n", "The "]
     body = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 12)))
     return draw.choice(["", " ", "\n\n"]) + f"w{draw.randint(0, 999)}" + body + draw.choice(["", " ", "\n"])
 
@@ -81,11 +61,7 @@ def shown_to_teacher(own_system, rest, context, has_system_role):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_templates_write_the_documented_tokens(family):
-    chat = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "yo"},
-        {"role": "user", "content": "ü?"},
-    ]
+    chat = chat_of("hi", "yo", "ü?")
     if family not in WITHOUT_SYSTEM_ROLE:
         chat.insert(0, {"role": "system", "content": "S"})
     tokenizer = family_tokenizer(family)
@@ -101,13 +77,8 @@ def test_both_prompts_are_those_of_apply_chat_template(family):
     has_system_role = family not in WITHOUT_SYSTEM_ROLE
     for _ in range(25):
         own_system = random_text(draw) if has_system_role and draw.random() < 0.4 else None
-        context = draw.choice(
-            [
-                random_text(draw),
-                random_rounds(draw, draw.randint(1, 3)),
-                [{"role": "system", "content": random_text(draw)}, *random_rounds(draw, 1)],
-            ]
-        )
+        with_system = [{"role": "system", "content": random_text(draw)}, *random_rounds(draw, 1)]
+        context = draw.choice([random_text(draw), random_rounds(draw, draw.randint(1, 3)), with_system])
         rows, students, teachers = [], [], []
         for _ in range(draw.randint(1, 4)):
             rest = [*random_rounds(draw, draw.randint(0, 2)), {"role": "user", "content": random_text(draw)}]
@@ -116,7 +87,7 @@ def test_both_prompts_are_those_of_apply_chat_template(family):
             students.append(ids_of(tokenizer, chat))
             teachers.append(ids_of(tokenizer, shown_to_teacher(own_system, rest, context, has_system_role)))
         (rendered,), prefixes = render(tokenizer, [read_prompts(rows)], context)
-        for row, student, teacher in zip(rendered.rows, students, teachers):
+        for row, student, teacher in zip(rendered, students, teachers):
             assert list(row.student_ids) == student
             assert [*prefixes[row.context_index], *row.teacher_ids] == teacher
             assert row.teacher_ids and student != teacher
@@ -126,20 +97,16 @@ def test_both_prompts_are_those_of_apply_chat_template(family):
 def test_an_empty_context_shows_the_teacher_what_the_student_sees(family):
     rows = [{"prompt": "a"}, {"prompt": "b", "privileged_context": ""}, {"prompt": "bb", "privileged_context": ""}]
     (rendered,), prefixes = render(family_tokenizer(family), [read_prompts(rows)], "be brief")
-    assert [row.has_context for row in rendered.rows] == [True, False, False]
-    assert [row.context_index for row in rendered.rows] == [0, 1, 1]
-    for row in rendered.rows[1:]:
+    assert [row.has_context for row in rendered] == [True, False, False]
+    assert [row.context_index for row in rendered] == [0, 1, 1]
+    for row in rendered[1:]:
         assert (*prefixes[1], *row.teacher_ids) == row.student_ids
 
 
 @pytest.mark.parametrize("family", WITHOUT_SYSTEM_ROLE)
 def test_without_a_system_role_the_text_precedes_the_first_question(family):
     tokenizer = family_tokenizer(family)
-    chat = [
-        {"role": "user", "content": "q1"},
-        {"role": "assistant", "content": "a1"},
-        {"role": "user", "content": "q2"},
-    ]
+    chat = chat_of("q1", "a1", "q2")
     (prompt,) = read_prompts([chat])
     text = tokenizer.decode(teacher_ids(tokenizer, prompt, "be brief"))
     assert text.count("be brief\n\nq1") == 1 and text.count("be brief") == 1
@@ -161,8 +128,8 @@ def test_variables_of_the_template_reach_both_prompts_and_a_rows_own_win():
     tokenizer = family_tokenizer("chatml_thinking")
     rows = [{"prompt": "a"}, {"prompt": "a", "chat_template_kwargs": {"enable_thinking": True}}]
     (rendered,), prefixes = render(tokenizer, [read_prompts(rows)], "be brief", {"enable_thinking": False})
-    quiet, loud = rendered.rows
-    chat = [{"role": "user", "content": "a"}]
+    quiet, loud = rendered
+    chat = chat_of("a")
     assert list(quiet.student_ids) == ids_of(tokenizer, chat, enable_thinking=False)
     assert list(loud.student_ids) == ids_of(tokenizer, chat) != list(quiet.student_ids)
     for row, ends in ((quiet, True), (loud, False)):
@@ -186,7 +153,7 @@ def test_thoughts_of_earlier_answers_are_cut_as_the_template_cuts_them():
 def test_tools_reach_both_prompts_and_an_empty_list_is_none():
     for family in ("chatml", "llama3"):
         tokenizer = family_tokenizer(family)
-        chat = [{"role": "user", "content": "a"}]
+        chat = chat_of("a")
         (tooled, empty) = read_prompts([{"prompt": chat, "tools": TOOLS}, {"prompt": chat, "tools": []}])
         system = {"role": "system", "content": "be brief"}
         assert student_ids(tokenizer, tooled) == ids_of(tokenizer, chat, tools=TOOLS)

@@ -15,8 +15,7 @@ from opcd_fast.export.check import Comparison, compare, probe, require_equal
 from opcd_fast.export.folder import ExportOptions, export
 from opcd_fast.export.source import find_source
 from opcd_fast.models import load_model, load_tokenizer
-from opcd_fast.rollout import TransformersRollout
-from opcd_fast.rollout.transformers import stop_token_ids
+from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
 SETTINGS = {"quantization": "none", "dtype": "float32", "stop_tokens": ["<|user|>"]}
 IDS = torch.tensor([[40, 41, 42, 99, 130, 7, 250]])

@@ -25,6 +25,15 @@ FIELDS = {
 }  # fmt: skip
 
 
+REFUSALS = {  # fault: what is said, and headers
+    "500": ({"error": {"message": "engine died\nof something", "code": 500}}, {}),
+    "429": ({"error": {"message": "busy"}}, {"Retry_After": "0"}),
+    "400": ({"error": {"message": "maximum context length is 8 tokens"}}, {}),
+    "422": ({"detail": "prompt must be a string."}, {}),
+    "302": ("", {"Location": "http://elsewhere/"}),
+}
+
+
 class State:
     def __init__(self, folder):
         import torch
@@ -86,11 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self.say(status, {"error": {"message": message, "type": "x", "code": status}})
 
     def do_GET(self):
-        if self.path == "/test/log":
-            return self.say(200, self.state.log)
-        if self.path == "/health":
-            return self.say(200, "")
-        return self.fail(404, "Not Found")
+        self.say(200, self.state.log)  # /test/log
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -126,16 +131,9 @@ class Handler(BaseHTTPRequestHandler):
             state.log.append(["completion", body, fault])
         if body["model"] not in state.models:
             return self.fail(404, f"The model `{body['model']}` does not exist.")
-        if fault == "500":
-            return self.fail(500, "engine died\nof something")
-        if fault == "429":
-            return self.say(429, {"error": {"message": "busy"}}, Retry_After="0")
-        if fault == "400":
-            return self.fail(400, "maximum context length is 8 tokens")
-        if fault == "422":
-            return self.say(422, {"detail": "prompt must be a string."})
-        if fault == "302":
-            return self.say(302, "", Location="http://elsewhere/")
+        if fault in REFUSALS:
+            value, headers = REFUSALS[fault]
+            return self.say(int(fault), value, **headers)
         if fault == "slow":
             time.sleep(30)
         if fault == "die":
@@ -179,32 +177,29 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
 
+WRONG_CHOICES = {  # fault: what it changes of a choice
+    "text": {"token_ids": None, "logprobs": None},
+    "no logprobs": {"logprobs": None},
+    "abort": {"finish_reason": "abort"},
+    "no stop token": {"finish_reason": "stop", "stop_reason": 256, "token_ids": [5, 6]},
+    "other stop": {"finish_reason": "stop", "stop_reason": None, "token_ids": [5, 6]},
+    "short": {"finish_reason": "length", "token_ids": [5]},
+    "empty": {"token_ids": []},
+    "text ids": {"token_ids": ["5", "6"]},
+}
+
+
 def change_answer(fault, choice, reply):
+    choice.update(WRONG_CHOICES.get(fault, {}))
     if fault == "old":  # before return_token_ids
         del choice["token_ids"], choice["prompt_token_ids"]
-    elif fault == "text":
-        choice.update(token_ids=None, logprobs=None)
     elif fault == "text tokens":
         choice["token_ids"] = None
         choice["logprobs"]["tokens"] = ["Hel", "lo"]
-    elif fault == "no logprobs":
-        choice["logprobs"] = None
     elif fault == "bos":
         choice["prompt_token_ids"] = [1, *choice["prompt_token_ids"]]
-    elif fault == "abort":
-        choice["finish_reason"] = "abort"
-    elif fault == "no stop token":
-        choice.update(finish_reason="stop", stop_reason=256, token_ids=[5, 6])
-    elif fault == "other stop":
-        choice.update(finish_reason="stop", stop_reason=None, token_ids=[5, 6])
     elif fault == "past stop":
         choice.update(finish_reason="length", token_ids=[256, *choice["token_ids"][1:]])
-    elif fault == "short":
-        choice.update(finish_reason="length", token_ids=[5])
-    elif fault == "empty":
-        choice.update(token_ids=[])
-    elif fault == "text ids":
-        choice.update(token_ids=["5", "6"])
     elif fault == "foreign":
         choice.update(finish_reason="length", token_ids=[100000] * len(choice["token_ids"]))
     elif fault == "no choices":

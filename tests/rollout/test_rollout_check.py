@@ -9,8 +9,9 @@ from tiny import lora_model, tiny_model
 
 from opcd_fast.models import seam
 from opcd_fast.models.prefix_tuning import with_prefix
+from opcd_fast.rollout import BatchRun
 from opcd_fast.rollout.check import check_decoding, in_float32, scored
-from opcd_fast.rollout.decoding import BatchRun, decode
+from opcd_fast.rollout.decoding import decode
 
 PROMPTS = [[*range(20, 33)], [*range(20, 31), 7], [5, 6, 7], [*range(40, 90)]]
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -7,9 +7,8 @@ import torch
 from tiny import lora_model, tiny_model
 
 from opcd_fast.errors import InputError
-from opcd_fast.rollout import TransformersRollout
-from opcd_fast.rollout import transformers as rollout_module
-from opcd_fast.rollout.choice import Choice
+from opcd_fast.rollout import Choice, TransformersRollout
+from opcd_fast.rollout import memory as rollout_memory
 
 PROMPTS = [[*range(20, 40), 41], [*range(20, 40), 43, 44]]
 
@@ -56,7 +55,7 @@ def test_of_several_processes_the_first_one_writes(tmp_path, monkeypatch):
 def test_merged_on_a_cpu_that_holds_the_copy_and_not_on_a_gpu(monkeypatch):
     engine = sampler()
     assert engine._merged is not None and "merge: True (on a CPU" in engine.explain()
-    monkeypatch.setattr(rollout_module.rollout_memory, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(rollout_memory, "free_bytes", lambda device: 1000)
     engine = sampler()
     assert engine._merged is None and "merge: False (the copy would take over half of what is free)" in engine.explain()
     monkeypatch.undo()

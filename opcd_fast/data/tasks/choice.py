@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from opcd_fast.data import read_rows
@@ -48,7 +47,7 @@ def choice_file(path: str, first: int | None = None) -> Questions:
         listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=True))
         prompt = f"{row['question']}\n\n{listed}\n\n{ASK_LETTER}"
         right = LETTERS[label - first]
-        questions.append((as_user(prompt), partial(_chose, right=right)))
+        questions.append((as_user(prompt), lambda text, right=right: chosen_letter(text) == right))
     return Questions("choice", questions)
 
 
@@ -74,22 +73,13 @@ def chosen_letter(text: str) -> str | None:
     return None
 
 
-def _chose(text: str, right: str) -> bool:
-    return chosen_letter(text) == right
-
-
 def yes_no_file(path: str, prompt_column: str = "prompt", label_column: str = "label") -> Questions:
     """Rows of a text and a label that is yes or no (also true/false, 1/0, safe/unsafe)."""
     questions = []
     for where, row in read_rows(path, "yes/no file"):
         text, right = _labelled(row, where, prompt_column, label_column)
-        prompt = f"{text}\n\n{ASK_YES}"
-        questions.append((as_user(prompt), partial(_said, right=right)))
+        questions.append((as_user(f"{text}\n\n{ASK_YES}"), lambda answer, right=right: said_yes(answer) is right))
     return Questions("yes-no", questions)
-
-
-def _said(text: str, right: bool) -> bool:
-    return said_yes(text) is right
 
 
 def _labelled(row: Any, where: str, prompt_column: str, label_column: str) -> tuple[str, bool]:

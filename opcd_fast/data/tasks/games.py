@@ -7,8 +7,10 @@ those of the caller are left as they were.
 
 from __future__ import annotations
 
+import importlib
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,11 @@ from opcd_fast.data import Message
 from opcd_fast.data.tasks.episode import as_user, check_split, final_part, identity, split_of
 from opcd_fast.errors import InputError
 
+RULES = """\
+You cross a frozen lake. P is where you stand, G the goal, H a hole in the ice and . safe ice.
+Each turn you move one field: [up], [down], [left] or [right]. A hole ends the game, so does the goal.
+
+"""
 ASK_MOVE = "\n\nThink about the board, then choose one action. Write it in brackets, like [up]."
 PATIENCE = 200  # boards drawn in vain, one after another, before boards repeat
 SHARES = (0.25, 0.25, 0.25, 0.25)  # small boards are few: no split may be left with one or two
@@ -24,59 +31,93 @@ DIRECTIONS = {"left": 0, "down": 1, "right": 2, "up": 3}  # gymnasium's numbers
 _MOVE = re.compile(r"\[\s*(up|down|left|right)\s*\]", re.IGNORECASE)
 
 
-class FrozenLake:
-    """textarena's FrozenLake, `size` x `size` with 1 to 3 holes. A board belongs to one split alone."""
+def frozen_lake(size: int = 3, max_turns: int = 5) -> Games:
+    """textarena's FrozenLake, `size` x `size` with 1 to 3 holes."""
+    _at_least("size", size, 3)
+    _textarena("FrozenLake-v0")  # now, not after an hour of sampling
 
-    name = "frozen-lake"
+    def game(seed: int, index: int) -> Game:
+        return TextarenaGame("FrozenLake-v0", seed, max_turns, size=size, num_holes=1 + index % 3)
 
-    def __init__(self, size: int = 3, max_turns: int = 5) -> None:
-        _textarena("FrozenLake-v0")  # now, not after an hour of sampling
-        if size < 3:
-            raise InputError(f"size={size} must be at least 3")
-        self.size, self.max_turns = size, max_turns
-
-    def episodes(self, split: str, count: int, seed: int = 0) -> list[Any]:
-        return _of_split(lambda index: self._game(seed, index), split, count)
-
-    def _game(self, seed: int, index: int) -> TextarenaEpisode:
-        holes = 1 + index % 3
-        return TextarenaEpisode("FrozenLake-v0", _seed(seed, index), self.max_turns, size=self.size, num_holes=holes)
+    return Games("frozen-lake", max_turns, game)
 
 
-class Sokoban:
-    """textarena's Sokoban, 6 x 6 with `boxes` boxes; boards split like FrozenLake's."""
+def sokoban(boxes: int = 1, max_turns: int = 15) -> Games:
+    """textarena's Sokoban, 6 x 6 with `boxes` boxes."""
+    _at_least("boxes", boxes, 1)
+    _textarena("Sokoban-v0")
 
-    name = "sokoban"
+    def game(seed: int, index: int) -> Game:
+        return TextarenaGame("Sokoban-v0", seed, max_turns, num_boxes=boxes)
 
-    def __init__(self, boxes: int = 1, max_turns: int = 15) -> None:
-        _textarena("Sokoban-v0")
-        if boxes < 1:
-            raise InputError(f"boxes={boxes} must be at least 1")
-        self.boxes, self.max_turns = boxes, max_turns
-
-    def episodes(self, split: str, count: int, seed: int = 0) -> list[Any]:
-        return _of_split(lambda index: self._game(seed, index), split, count)
-
-    def _game(self, seed: int, index: int) -> TextarenaEpisode:
-        return TextarenaEpisode("Sokoban-v0", _seed(seed, index), self.max_turns, num_boxes=self.boxes)
+    return Games("sokoban", max_turns, game)
 
 
-class GymnasiumFrozenLake:
-    """gymnasium's FrozenLake-v1 without slipping, drawn as text; boards of `size` x `size`, split like FrozenLake's."""
+def gymnasium_frozen_lake(size: int = 3, max_turns: int = 5) -> Games:
+    """gymnasium's FrozenLake-v1 without slipping, drawn as text; boards of `size` x `size`."""
+    _at_least("size", size, 3)
+    _package("gymnasium")
+    return Games("frozen-lake-gymnasium", max_turns, lambda seed, index: GymnasiumLake(size, seed, max_turns))
 
-    name = "frozen-lake-gymnasium"
 
-    def __init__(self, size: int = 3, max_turns: int = 5) -> None:
-        _package("gymnasium", "gymnasium's Frozen Lake")
-        if size < 3:
-            raise InputError(f"size={size} must be at least 3")
-        self.size, self.max_turns = size, max_turns
+class Games:
+    """A task of games. A board belongs to one split alone."""
+
+    def __init__(self, name: str, max_turns: int, game: Callable[[int, int], Game]) -> None:
+        """game: from a seed of the environment and the game's number."""
+        self.name, self.max_turns, self._game = name, max_turns, game
 
     def episodes(self, split: str, count: int, seed: int = 0) -> list[Any]:
-        return _of_split(lambda index: GymnasiumEpisode(self.size, _seed(seed, index), self.max_turns), split, count)
+        """Different boards while there are any, then the same ones again."""
+        check_split(split)
+        games: list[Game] = []
+        seen: set[str] = set()
+        index = in_vain = 0
+        while len(games) < count:
+            # Below 2**31, which all environments take.
+            drawn = self._game(int(identity(f"game {seed} {index}"), 16) % (2**31 - 64), index)
+            index, in_vain = index + 1, in_vain + 1
+            if split_of(drawn.id, SHARES) == split and (drawn.id not in seen or (seen and in_vain > PATIENCE)):
+                seen.add(drawn.id)
+                games.append(drawn)
+                in_vain = in_vain if in_vain > PATIENCE else 0
+            elif not seen and in_vain > 50 * PATIENCE:
+                raise InputError(f"split={split!r}: no board of this size belongs to it; use a larger size")
+        return games
 
 
-class TextarenaEpisode:
+class Game(ABC):
+    """One game as an episode. What the environment shows and does is a subclass's."""
+
+    def __init__(self, board: str, max_turns: int) -> None:
+        self.board, self.id = board, identity(board)
+        self.score: float | None = None
+        self.feedback = ""
+        self._turns, self._max_turns = 0, max_turns
+
+    @abstractmethod
+    def messages(self) -> list[Message]: ...
+
+    @abstractmethod
+    def _step(self, move: str | None, text: str) -> tuple[bool, str] | None:
+        """Whether the game was won and why, when it is over. move: up, down, left, right or, where none is named, None;
+        text: the whole answer."""
+
+    def answer(self, text: str) -> None:
+        """Take a move: the last one named, for models weigh several before they choose."""
+        text = final_part(text)
+        moves = _MOVE.findall(text)
+        self._turns += 1
+        outcome = self._step(moves[-1].lower() if moves else None, text)
+        if outcome is None and self._turns >= self._max_turns:
+            outcome = False, f"The limit of {self._max_turns} moves was reached."
+        if outcome is not None:
+            won, reason = outcome
+            self.score = float(won)
+            self.feedback = f"{'You won.' if won else 'You lost.'} {reason}".strip()
+
+
+class TextarenaGame(Game):
     """A single-player game of textarena."""
 
     def __init__(self, game: str, seed: int, max_turns: int, **options: Any) -> None:
@@ -84,73 +125,45 @@ class TextarenaEpisode:
         with _own_random_streams():
             self._game.reset(num_players=1, seed=seed)
         self._seen = self._game.get_observation()[1].strip()
-        self.board = self._seen
-        self.id = identity(self.board)
-        self.turns, self._max_turns = 0, max_turns
-        self.score: float | None = None
-        self.feedback = ""
+        super().__init__(self._seen, max_turns)
 
     def messages(self) -> list[Message]:
         return as_user(self._seen + ASK_MOVE)
 
-    def answer(self, text: str) -> None:
-        """Take a move. Text around it is cut off: the board of the next turn shows what was done, not why."""
-        text = final_part(text)
-        moves = _MOVE.findall(text)
-        self.turns += 1
-        # The last one named: models weigh several moves before they choose.
-        over, _ = self._game.step(f"[{moves[-1].lower()}]" if moves else text[-80:] or "nothing")
+    def _step(self, move: str | None, text: str) -> tuple[bool, str] | None:
+        # Text around a move is cut off: the board of the next turn shows what was done, not why.
+        over, _ = self._game.step(f"[{move}]" if move else text[-80:] or "nothing")
         if over:
             rewards, infos = self._game.close()
-            self.score = float(rewards[0] == 1)
-            self.feedback = _outcome(self.score, str(infos[0].get("reason", "") if infos else ""))
-            return
+            return rewards[0] == 1, str(infos[0].get("reason", "") if infos else "")
         self._seen = self._game.get_observation()[1].strip()
-        if self.turns >= self._max_turns:
-            self.score, self.feedback = 0.0, _outcome(0.0, f"The limit of {self._max_turns} moves was reached.")
+        return None
 
 
-RULES = """\
-You cross a frozen lake. P is where you stand, G the goal, H a hole in the ice and . safe ice.
-Each turn you move one field: [up], [down], [left] or [right]. A hole ends the game, so does the goal.
-
-"""
-
-
-class GymnasiumEpisode:
+class GymnasiumLake(Game):
     """A game of gymnasium's FrozenLake-v1."""
 
     def __init__(self, size: int, seed: int, max_turns: int) -> None:
-        gymnasium = _package("gymnasium", "gymnasium's Frozen Lake")
+        gymnasium = _package("gymnasium")
         from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 
         with _own_random_streams():
             self._map = generate_random_map(size=size, p=0.7, seed=seed)
             self._game = gymnasium.make("FrozenLake-v1", desc=self._map, is_slippery=False)
             self._place, _ = self._game.reset(seed=seed)
-        self.board = self._drawn()
-        self.id = identity(self.board)
         self._told = ""
-        self.turns, self._max_turns = 0, max_turns
-        self.score: float | None = None
-        self.feedback = ""
+        super().__init__(self._drawn(), max_turns)
 
     def messages(self) -> list[Message]:
         return as_user(f"{RULES}{self._told}Current board:\n{self._drawn()}{ASK_MOVE}")
 
-    def answer(self, text: str) -> None:
-        self.turns += 1
-        moves = _MOVE.findall(final_part(text))
-        if not moves:
+    def _step(self, move: str | None, text: str) -> tuple[bool, str] | None:
+        if move is None:
             self._told = "Your last answer named no move in brackets.\n"
-        else:
-            self._place, reward, fell_or_won, _, _ = self._game.step(DIRECTIONS[moves[-1].lower()])
-            self._told = f"Your last move was [{moves[-1].lower()}].\n"
-            if fell_or_won:
-                self.score = float(reward == 1)
-                self.feedback = _outcome(self.score, "" if reward == 1 else "You fell into a hole.")
-        if self.score is None and self.turns >= self._max_turns:
-            self.score, self.feedback = 0.0, _outcome(0.0, f"The limit of {self._max_turns} moves was reached.")
+            return None
+        self._place, reward, over, _, _ = self._game.step(DIRECTIONS[move])
+        self._told = f"Your last move was [{move}].\n"
+        return (reward == 1, "" if reward == 1 else "You fell into a hole.") if over else None
 
     def _drawn(self) -> str:
         rows = [list(row.replace("F", ".").replace("S", ".")) for row in self._map]
@@ -158,45 +171,20 @@ class GymnasiumEpisode:
         return "\n".join(" ".join(row) for row in rows)
 
 
-def _outcome(score: float, reason: str) -> str:
-    return f"{'You won.' if score == 1 else 'You lost.'} {reason}".strip()
-
-
-def _of_split(game: Callable[[int], Any], split: str, count: int) -> list[Any]:
-    """Games whose board belongs to `split`: different boards while there are any, then the same ones again."""
-    check_split(split)
-    games: list[Any] = []
-    seen: set[str] = set()
-    index = in_vain = 0
-    while len(games) < count:
-        drawn = game(index)
-        index, in_vain = index + 1, in_vain + 1
-        if split_of(drawn.id, SHARES) == split and (drawn.id not in seen or (seen and in_vain > PATIENCE)):
-            seen.add(drawn.id)
-            games.append(drawn)
-            in_vain = in_vain if in_vain > PATIENCE else 0
-        elif not seen and in_vain > 50 * PATIENCE:
-            raise InputError(f"split={split!r}: no board of this size belongs to it; use a larger size")
-    return games
-
-
-def _seed(seed: int, index: int) -> int:
-    """A seed below 2**31, which all environments take, that no other pair is likely to have."""
-    return int(identity(f"game {seed} {index}"), 16) % (2**31 - 64)
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{name}={value} must be at least {least}")
 
 
 def _textarena(game: str, **options: Any) -> Any:
-    textarena = _package("textarena", "textarena's games")
-    return textarena.make(game, **options)
+    return _package("textarena").make(game, **options)
 
 
-def _package(name: str, what: str) -> Any:
-    import importlib
-
+def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise InputError(f"{what} need the package {error.name}: pip install 'opcd-fast[tasks]'") from error
+        raise InputError(f"{name}'s games need the package {error.name}: pip install 'opcd-fast[tasks]'") from error
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from typing import Any
 
 from opcd_fast.data.tasks.episode import Questions, as_user
 
@@ -60,15 +59,8 @@ def _in_quotes(text: str) -> bool:
     return len(text) > 2 and text[0] == '"' and text[-1] == '"' and '"' not in text[1:-1]
 
 
-class Instructions(Questions):
+def instructions() -> Questions:
     """Every rule with every subject."""
-
-    def __init__(self) -> None:
-        pairs = itertools.product(SUBJECTS, RULES)
-        texts = [(f"Write something short about {subject}. {asked}", holds) for subject, (asked, holds) in pairs]
-        super().__init__("instructions", [(as_user(text), holds) for text, holds in texts])
-
-
-def rules() -> dict[str, Any]:
-    """The rules by their words, for tests and for those who want to see what is checked."""
-    return dict(RULES)
+    pairs = itertools.product(SUBJECTS, RULES)
+    texts = [(f"Write something short about {subject}. {asked}", holds) for subject, (asked, holds) in pairs]
+    return Questions("instructions", [(as_user(text), holds) for text, holds in texts])

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
 from opcd_fast.data.tasks.episode import Task
 from opcd_fast.errors import InputError
 
-TASKS = {
-    "frozen-lake": "textarena's game on a 3 x 3 board, several turns",
-    "frozen-lake-gymnasium": "the same on gymnasium's FrozenLake, fewer packages",
-    "sokoban": "textarena's game on a 6 x 6 board, several turns",
-    "math": "math:FILE, rows as DAPO-Math-17K has them",
-    "choice": "choice:FILE, rows as MedMCQA has them",
-    "yes-no": "yes-no:FILE, rows of prompt and label",
-    "reasoning": "reasoning:NAME, a generator of the package reasoning-gym",
-    "instructions": "short instructions whose following can be checked by a program",
+KINDS = {  # name: (what it is, its module, its maker there)
+    "frozen-lake": ("textarena's game on a 3 x 3 board, several turns", "games", "frozen_lake"),
+    "frozen-lake-gymnasium": ("the same on gymnasium's FrozenLake, fewer packages", "games", "gymnasium_frozen_lake"),
+    "sokoban": ("textarena's game on a 6 x 6 board, several turns", "games", "sokoban"),
+    "math": ("math:FILE, rows as DAPO-Math-17K has them", "math", "math_file"),
+    "choice": ("choice:FILE, rows as MedMCQA has them", "choice", "choice_file"),
+    "yes-no": ("yes-no:FILE, rows of prompt and label", "choice", "yes_no_file"),
+    "reasoning": ("reasoning:NAME, a generator of the package reasoning-gym", "reasoning", "Reasoning"),
+    "instructions": ("short instructions whose following a program can check", "instructions", "instructions"),
 }
+TASKS = {name: what for name, (what, _, _) in KINDS.items()}
 
 
 def load_task(name: str, **options: Any) -> Task:
@@ -28,11 +30,12 @@ def load_task(name: str, **options: Any) -> Task:
     kind, colon, what = name.partition(":")
     needs = TASKS.get(kind, "").startswith(f"{kind}:")
     if kind not in TASKS or needs != bool(what) or (colon and not what):
-        listed = "; ".join(f"{text if text.startswith(key + ':') else key}" for key, text in TASKS.items())
+        listed = "; ".join(text if text.startswith(f"{key}:") else key for key, text in TASKS.items())
         raise InputError(f"task {name!r} is unknown or incomplete; use one of: {listed}")
-    arguments = (what,) if needs else ()
+    _, module, maker = KINDS[kind]
+    make = getattr(importlib.import_module(f"opcd_fast.data.tasks.{module}"), maker)
     try:
-        return _maker(kind)(*arguments, **options)
+        return make(*((what,) if needs else ()), **options)
     except TypeError as error:
         if options and "argument" in str(error):
             raise InputError(f"task {name!r}: {str(error).partition('() ')[2] or error}") from error
@@ -48,29 +51,3 @@ def options_of(text: str | None) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise InputError(f'task_options={text!r} must be a JSON object, such as {{"size": 4}}')
     return options
-
-
-def _maker(kind: str) -> Any:
-    if kind == "math":
-        from opcd_fast.data.tasks.math import math_file
-
-        return math_file
-    if kind in ("choice", "yes-no"):
-        from opcd_fast.data.tasks.choice import choice_file, yes_no_file
-
-        return choice_file if kind == "choice" else yes_no_file
-    if kind == "reasoning":
-        from opcd_fast.data.tasks.reasoning import Reasoning
-
-        return Reasoning
-    if kind == "instructions":
-        from opcd_fast.data.tasks.instructions import Instructions
-
-        return Instructions
-    if kind == "sokoban":
-        from opcd_fast.data.tasks.games import Sokoban
-
-        return Sokoban
-    from opcd_fast.data.tasks.games import FrozenLake, GymnasiumFrozenLake
-
-    return FrozenLake if kind == "frozen-lake" else GymnasiumFrozenLake

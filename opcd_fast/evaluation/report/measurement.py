@@ -86,8 +86,8 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     variables = run_variables(settings)
     prompts = adapt_to_tokenizer(models.tokenizer, prompts)
     (rendered,), prefixes = render(models.tokenizer, [prompts], context, variables)
-    kept = [index for index, row in enumerate(rendered.rows) if row.has_context]
-    prompts, rows = [prompts[i] for i in kept], [rendered.rows[i] for i in kept]
+    kept = [index for index, row in enumerate(rendered) if row.has_context]
+    prompts, rows = [prompts[i] for i in kept], [rendered[i] for i in kept]
     if len(rows) < 2:
         raise InputError(f"{len(rows)} held-out prompts have a context; at least 2 are needed, see --prompts")
     new_tokens = options.max_new_tokens or settings.get("max_new_tokens", 512)

@@ -43,8 +43,8 @@ def read_training_prompts(
     groups = [adapt_to_tokenizer(tokenizer, group) for group in read]
     rendered, prefixes = render(tokenizer, groups, context, config.template_variables())
     if eval_prompts is None:
-        return TrainingPrompts(read[0], (), (), rendered[0].rows, (), prefixes)
-    return TrainingPrompts(read[0], read[1], groups[1], rendered[0].rows, rendered[1].rows, prefixes)
+        return TrainingPrompts(read[0], (), (), rendered[0], (), prefixes)
+    return TrainingPrompts(read[0], read[1], groups[1], rendered[0], rendered[1], prefixes)
 
 
 def _of_task(
@@ -58,7 +58,7 @@ def _of_task(
     held_out = config.eval_batch if config.eval_every else 0
     made = TaskPrompts(task, tokenizer, context, config.batch_size, held_out, config.template_variables())
     return TrainingPrompts(
-        made.first_turns, made.held_out_turns, made.held_out_turns, made.first.rows, made.held_out.rows,
+        made.first_turns, made.held_out_turns, made.held_out_turns, made.first, made.held_out,
         made.prefixes, made,
     )  # fmt: skip
 

@@ -14,7 +14,6 @@ from opcd_fast.data import (
     Message,
     Prompt,
     RenderedPrompt,
-    RenderedPrompts,
     adapt_to_tokenizer,
     render,
     student_ids,
@@ -67,8 +66,7 @@ class TaskPrompts:
         self.first_turns, self.held_out_turns, probing = (self._prompts(part) for part in (turns, later, probes))
         groups = [self.first_turns, self.held_out_turns, probing]
         rendered, self.prefixes = render(tokenizer, groups, context, template_variables)
-        self.first: RenderedPrompts = rendered[0]
-        self.held_out: RenderedPrompts = rendered[1]
+        self.first, self.held_out, _ = rendered
 
     def row(self, messages: Sequence[Message]) -> RenderedPrompt:
         """A turn as student and teacher see it. Raises InputError where the shared prefix does not hold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -56,15 +56,7 @@ def run(arguments: list[str]) -> int:
             raise InputError(f"{name} is for --push-to-hub REPO; add that, or drop it")
     from opcd_fast.export import ExportOptions, card_of, check_can_push, export, find_source, is_hub_id, push, refuse
 
-    options = ExportOptions(
-        merged=command.merged,
-        dtype=command.dtype,
-        model=command.model,
-        base_name=command.base_name,
-        dequantize=command.dequantize,
-        max_shard_size=command.max_shard_size,
-        device=command.device,
-    )
+    options = ExportOptions(**{field.name: getattr(command, field.name) for field in fields(ExportOptions)})
     quiet_libraries()
     scratch = None if command.output_dir else tempfile.mkdtemp(prefix="opcd-export-")
     try:

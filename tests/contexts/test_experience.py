@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.contexts.experience import ExperienceFolder, Player, accumulate, extract, select
+from opcd_fast.contexts.experience import ExperienceFolder, accumulate, extract, select
 from opcd_fast.contexts.lessons import (
     HEAD,
     as_notes,
@@ -16,6 +16,7 @@ from opcd_fast.contexts.lessons import (
     within_budget,
     without_similar,
 )
+from opcd_fast.contexts.player import Player
 from opcd_fast.data.tasks import load_task
 from opcd_fast.data.tasks.episode import SPLITS, Questions
 from opcd_fast.data.tasks.player import Played, Turn, play
@@ -108,12 +109,9 @@ def test_the_oldest_lessons_leave_whole():
 
     lessons = [f"l{n} a b c d" for n in range(10)]
     fixed = count(HEAD)
-    kept, dropped = within_budget(lessons, fixed + 3 * 6, count)
-    assert kept == lessons[-3:] and dropped == 7
-    assert within_budget(lessons, fixed + 3 * 6 + 5, count)[0] == lessons[-3:]
-    assert within_budget(lessons, 1000, count) == (lessons, 0)
-    assert within_budget([*lessons, "word " * 500], fixed + 12, count)[0] == lessons[-2:]
-    assert within_budget(lessons, 1, count) == ([], 10)
+    for room, kept in ((fixed + 3 * 6, lessons[-3:]), (fixed + 3 * 6 + 5, lessons[-3:]), (1000, lessons), (1, [])):
+        assert within_budget(lessons, room, count, as_notes) == kept
+    assert within_budget([*lessons, "word " * 500], fixed + 12, count, as_notes) == lessons[-2:]
 
 
 def test_similar_lessons_leave():

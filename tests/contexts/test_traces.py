@@ -2,12 +2,10 @@
 
 import json
 
-import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.contexts.traces import as_trace, traces_within_budget
-from opcd_fast.errors import InputError
+from opcd_fast.contexts import as_traces, within_budget
 
 
 def record(number, turns=1, feedback=""):
@@ -20,16 +18,13 @@ def record(number, turns=1, feedback=""):
 
 def test_the_newest_attempts_stay_whole_and_in_order():
     records = [record(0), record(1, turns=2, feedback="lost"), record(2)]
-    assert as_trace(records[1]) == "Problem: q1.0\nAttempt: a1.0\nProblem: q1.1\nAttempt: a1.1\nOutcome: lost"
-    whole, kept = traces_within_budget(records, 10_000, len)
-    assert kept == 3 and [whole.index(f"q{n}.0") for n in range(3)] == sorted(whole.index(f"q{n}.0") for n in range(3))
-    less, kept = traces_within_budget(records, len(whole) - 1, len)
-    assert kept == 2 and "q0" not in less and "q1.0" in less and "q2" in less and len(less) < len(whole)
-    assert traces_within_budget(records, len(whole), len) == (whole, 3)
-    last, kept = traces_within_budget([*records, record(3, turns=50)], len(less), len)
-    assert (last, kept) == (less, 2)  # a newest one that never fits is left out
-    with pytest.raises(InputError, match="max_tokens=3"):
-        traces_within_budget(records, 3, len)
+    lost = "Problem: q1.0\nAttempt: a1.0\nProblem: q1.1\nAttempt: a1.1\nOutcome: lost\n"
+    assert as_traces(records[1:]).endswith(f"\n\n{lost}\nProblem: q2.0\nAttempt: a2.0\n")
+    room = len(as_traces(records))
+    assert within_budget(records, room, len, as_traces) == records
+    assert within_budget(records, room - 1, len, as_traces) == records[1:]
+    # A newest one that never fits is left out.
+    assert within_budget([*records, record(3, turns=50)], room - 1, len, as_traces) == records[1:]
 
 
 def test_the_command(tmp_path, capsys):
@@ -44,3 +39,4 @@ def test_the_command(tmp_path, capsys):
     text = (folder / "raw.txt").read_text()
     assert 60 < len(text) <= 120 and "q8.0" in text and "q0.0" not in text
     assert main([*command, "--merge"]) == 2
+    assert main([*command, "--max-tokens", "3"]) == 2 and "max_tokens=3" in capsys.readouterr().err

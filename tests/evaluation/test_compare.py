@@ -12,7 +12,7 @@ from opcd_fast.cli import main
 from opcd_fast.data.prompts import read_prompts
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation.compare import runs as runs_module
-from opcd_fast.evaluation.compare.measurement import Yardstick, base_reader, scores_of
+from opcd_fast.evaluation.compare.measurement import Yardstick, base_reader, behaviour_of
 from opcd_fast.evaluation.compare.runs import Comparison, run_all
 from opcd_fast.evaluation.compare.seeds import over_seeds, t_quantile
 from opcd_fast.evaluation.compare.systems import SYSTEMS, check_common, parse_systems
@@ -334,9 +334,9 @@ def test_scores_of_a_comparison_are_shares(tokenizer, tmp_path, monkeypatch):
         held_out = read_prompts(["a", "b"])
         return Yardstick([], HeldOutScore.make(None, name, tokenizer, held_out), held_out, 2, {})
 
-    assert scores_of(yardstick("mine_for_compare:same"), answers) == {"score": 0.75, "scores": [1.0, 0.0, 1.0, 1.0]}
+    assert behaviour_of(yardstick("mine_for_compare:same"), answers) == {"score": 0.75, "scores": [1.0, 0.0, 1.0, 1.0]}
     with pytest.raises(InputError, match="needs 0 to 1"):
-        scores_of(yardstick("mine_for_compare:two"), answers)
+        behaviour_of(yardstick("mine_for_compare:two"), answers)
 
 
 # --- the command ---------------------------------------------------------------------------------------------

@@ -14,13 +14,12 @@ from opcd_fast.cli import main
 from opcd_fast.data.prompts import read_prompts
 from opcd_fast.data.rendering import student_ids, teacher_ids
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation.report.arms import ARMS, BASE, BOTH, SHOWN, STUDENT, first_difference, identical_greedy, share
-from opcd_fast.evaluation.report.distances import Reader, distances
-from opcd_fast.evaluation.report.files import write_report
-from opcd_fast.evaluation.report.hub_card import readme
+from opcd_fast.evaluation import distances
+from opcd_fast.evaluation.report.estimates import first_difference, identical_greedy, share
 from opcd_fast.evaluation.report.measurement import GENERAL, ReportOptions, measure
-from opcd_fast.evaluation.report.models import load_run
-from opcd_fast.evaluation.report.scorers import by_function, by_pattern
+from opcd_fast.evaluation.report.models import ARMS, BASE, BOTH, SHOWN, STUDENT, load_run
+from opcd_fast.evaluation.report.page import readme, write_report
+from opcd_fast.evaluation.report.scores import Behaviour, by_function, by_pattern
 from opcd_fast.models import load_model, load_tokenizer
 from opcd_fast.training.run.curves import run_settings
 from opcd_fast.training.run.record import read_record
@@ -60,7 +59,7 @@ def long_answers(messages, answer, row):
 @pytest.fixture(scope="module")
 def card(lora_run):
     scorers = [by_pattern("[a-z]"), by_function("test_report:long_answers")]
-    return measure(lora_run, ReportOptions(scorers=scorers, tasks=["instructions"], max_prompts=4))
+    return measure(lora_run, ReportOptions(behaviours=scorers, tasks=["instructions"], max_prompts=4))
 
 
 def logits_of(model, prompt, answer):
@@ -76,15 +75,15 @@ def test_token_kl_is_that_of_plain_forwards_in_float64(run, base, temperature):
     without = [student_ids(tokenizer, prompt) for prompt in prompts]
     within = [teacher_ids(tokenizer, prompt, CONTEXT) for prompt in prompts]
     responses = [[70, 71], [256], [100, 90, 80, 70, 256], [3, 4, 5]]
-    readers = {name: Reader(getattr(models, name), without, {}) for name in ("base", "student")}
-    teacher = Reader(models.teacher, within, {})
+    readings = {name: getattr(models, name).reader(without).read(responses) for name in ("base", "student")}
+    teacher = models.teacher.reader(within).read(responses)
     plain = {
         name: load_model(folder, dtype="float32", device="cpu")
         for name, folder in {"base": base, "student": run / "final"}.items()
     }
     wrong = 0.0
-    for name, reader in readers.items():
-        found = distances(reader, teacher, responses, temperature)
+    for name, reading in readings.items():
+        found = distances(reading, teacher, temperature)
         for one, p, q, answer in zip(found, without, within, responses):
             log_p = (logits_of(plain[name], p, answer) / temperature).log_softmax(-1)
             log_q = (logits_of(plain["base"], q, answer) / temperature).log_softmax(-1)
@@ -101,11 +100,11 @@ def test_most_probable_tokens_say_where_greedy_answers_part(run):
     greedy = {"max_new_tokens": 6, "temperature": 0.0}
     wanted = [one.token_ids for one in models.base.answers(prompts, **greedy)]
     written = [one.token_ids for one in models.student.answers(prompts, **greedy)]
-    best = Reader(models.student, prompts, {}).most_probable(wanted)
+    best = models.student.reader(prompts).read(wanted).most_probable()
     assert [first_difference(a, b) for a, b in zip(best, wanted)] == [
         first_difference(a, b) for a, b in zip(written, wanted)
     ]
-    assert identical_greedy(Reader(models.base, prompts, {}).most_probable(wanted), wanted)["identical"]["value"] == 1
+    assert identical_greedy(models.base.reader(prompts).read(wanted).most_probable(), wanted)["identical"]["value"] == 1
 
 
 def test_the_card_is_measured(card, lora_run):
@@ -144,8 +143,8 @@ def test_scores_and_regressions_are_those_of_the_answers(lora_run):
         seen.append((answer, messages[-1]["content"]))
         return len(answer) % 2
 
-    options = ReportOptions(scorers=[by_pattern("q")], samples=2)
-    object.__setattr__(options.scorers[0], "function", scorer)
+    options = ReportOptions(behaviours=[by_pattern("q")], samples=2)
+    object.__setattr__(options.behaviours[0], "scorer", scorer)
     card = measure(lora_run, options)
     (score,) = card["scores"]
     per_arm = len(HELD_OUT) * 2
@@ -262,8 +261,8 @@ def test_a_scorer_of_training_sees_the_same_rows_in_the_report(base, tmp_path):
 
     given = [{"prompt": text, "tone": index, "array": np.zeros(2)} for index, text in enumerate(HELD_OUT)]
     run, seen = make_run(base, tmp_path / "r", held_out=given), []
-    options = ReportOptions(scorers=[by_pattern("q")])
-    object.__setattr__(options.scorers[0], "function", lambda messages, answer, row: seen.append(row) or 0)
+    options = ReportOptions(behaviours=[by_pattern("q")])
+    object.__setattr__(options.behaviours[0], "scorer", lambda messages, answer, row: seen.append(row) or 0)
     measure(run, options)
     # What JSON cannot hold is not kept.
     assert seen == [{"prompt": text, "tone": index} for index, text in enumerate(HELD_OUT)] * len(ARMS)
@@ -299,7 +298,7 @@ def test_an_arm_that_the_students_window_is_too_short_for_is_left_out(tmp_path):
     window = {"max_position_embeddings": without + 6}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | window))
     train_with_teacher(base, other, tmp_path / "r")
-    options = ReportOptions(scorers=(by_pattern("[a-z]"),), general=tuple(read_prompts(["hi", "you"])))
+    options = ReportOptions(behaviours=(by_pattern("[a-z]"),), general=tuple(read_prompts(["hi", "you"])))
     card = measure(tmp_path / "r", options)
     assert list(card["arms"]) == list(card["scores"][0]["arms"]) == [BASE, SHOWN, STUDENT]
     pages = [file.read_text() for file in write_report(tmp_path / "r", card, CONTEXT) if file.suffix != ".json"]
@@ -317,17 +316,14 @@ def test_scorers_that_cannot_work_are_refused(name, words):
         by_function(name)
 
 
-def test_scorers_are_held_to_their_range():
+def test_scorers_are_held_to_their_range(lora_run):
     with pytest.raises(InputError, match="regular expression"):
         by_pattern("(")
-    scorer = by_pattern("x")
-    object.__setattr__(scorer, "function", lambda messages, answer, row: 2)
-    with pytest.raises(InputError, match="from 0 to 1"):
-        scorer([], "a", {})
-    object.__setattr__(scorer, "function", lambda messages, answer, row: 1 / 0)
-    with pytest.raises(InputError, match="ZeroDivisionError"):
-        scorer([], "a", {})
-    assert by_pattern("^a")([], "abc", {}) == 1 and by_pattern("^a")([], "cba", {}) == 0
+    scorer = by_pattern("^a").scorer
+    assert scorer([], "abc", {}) == 1 and scorer([], " abc", {}) == 1 and scorer([], "cba", {}) == 0
+    for bad, words in ((lambda *_: 2, "from 0 to 1"), (lambda *_: 1 / 0, "ZeroDivisionError")):
+        with pytest.raises(InputError, match=f"'mine'.*{words}"):
+            measure(lora_run, ReportOptions(behaviours=[Behaviour("mine", "function", bad)]))
 
 
 def test_the_readme_is_what_the_hub_reads(card):

@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
 
 from opcd_fast.evaluation.compare.table import as_markdown
-from opcd_fast.evaluation.report.arms import ARMS, SHOWN, STUDENT
-from opcd_fast.evaluation.report.hub_card import readme
-from opcd_fast.evaluation.report.page import page
+from opcd_fast.evaluation.report.models import ARMS, SHOWN, STUDENT
+from opcd_fast.evaluation.report.page import page, readme
 
 EVIL = "<script>document.title='owned'</script><img src=http://example.invalid/x onerror=alert(1)>&\"'</div></table>"
 
@@ -131,8 +131,19 @@ def test_plots_stand_extreme_values(card, value):
     card["training"] = {"steps": [[1, value]], "evaluations": [[0, value, value]]}
     html = page(card, None)
     assert not re.search(r'="[^"]*\b(nan|inf)\b[^"]*"', html)
-    for x in re.findall(r'c?x[12]?="([-\d.]+)"', html):
-        assert -1 <= float(x) <= 721
+    drawn = re.findall(r'<use [^>]*x="([-\d.]+)" y="([-\d.]+)"', html)
+    assert len(drawn) > 16 and all(-1 <= float(x) <= 577 and -1 <= float(y) <= 300 for x, y in drawn)
+
+
+def test_the_same_data_give_the_same_bytes(card, tmp_path):
+    """In a process with another seed of hashes, and with another style in matplotlib's settings."""
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.family: serif\naxes.facecolor: red\n")
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    code = "import json, sys; from opcd_fast.evaluation.report.page import page; "
+    code += "sys.stdout.write(page(json.load(open('card.json')), 'c'))"
+    settings = {**os.environ, "PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=settings, capture_output=True, timeout=120)
+    assert done.stdout.decode() == page(card, "c")
 
 
 # ------------------------------------------------------------------------------------------------ a real browser
@@ -148,7 +159,7 @@ document.title = JSON.stringify({
   sides: [...document.querySelectorAll('.sides')].map(s => [...s.children].map(e => e.getBoundingClientRect().top)),
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   outside: performance.getEntriesByType('resource').map(r => r.name),
-  stroke: [...document.querySelectorAll('polyline')].map(e => getComputedStyle(e).stroke),
+  stroke: [...document.querySelectorAll("[id^='line-'] > path")].map(e => getComputedStyle(e).stroke),
   background: getComputedStyle(document.body).backgroundColor });
 </script>"""
 

@@ -13,10 +13,9 @@ from report_runs import CONTEXT, make_run, save_base
 
 from opcd_fast.cli import main
 from opcd_fast.errors import InputError
+from opcd_fast.evaluation import check_run as check
 from opcd_fast.evaluation.diff import compare_runs as compare
-from opcd_fast.evaluation.report.files import write_report
-from opcd_fast.evaluation.report.measurement import ReportOptions, measure
-from opcd_fast.evaluation.staleness import check
+from opcd_fast.evaluation.report import ReportOptions, measure, write_report
 from opcd_fast.training.run import provenance
 from opcd_fast.training.run.provenance import FileHashes, template_hash, template_in
 from opcd_fast.training.run.record import read_record

@@ -11,7 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 from opcd_fast.cli import main
 from opcd_fast.errors import InputError
 from opcd_fast.export import folder as export_module
-from opcd_fast.export.check import Comparison, compare, probe, require_equal
+from opcd_fast.export.fidelity import LogitError, compare, probe, require_equal
 from opcd_fast.export.folder import ExportOptions, export
 from opcd_fast.export.source import find_source
 from opcd_fast.models import load_model, load_tokenizer
@@ -270,7 +270,7 @@ def test_the_comparison_is_what_it_says(run, base):
     assert found.largest == float((asked.base - asked.trained).abs().max())
     shifted = compare(asked.trained + 3.0, asked)  # the same distribution
     assert shifted.relative < 1e-6 and shifted.kl < 1e-9
-    fine = Comparison(1e-5, 1e-5, 0.0, 0.1)
+    fine = LogitError(1e-5, 1e-5, 0.0, 0.1)
     require_equal(fine, torch.float32, "x")
     for bad in (2e-4, float("nan"), float("inf")):
         worse = dataclasses.replace(fine, relative=bad)

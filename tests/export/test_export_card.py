@@ -7,7 +7,7 @@ from test_export import refused, save_base
 from test_export_hub import hub  # noqa: F401
 
 from opcd_fast.cli import main
-from opcd_fast.export.folder import ExportOptions, export
+from opcd_fast.export import ExportOptions, export
 
 CONTEXT = "Talk like a pirate, with as many parrots as fit."
 QUESTION = "Which way is it to the harbour?"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
+    """What `export` writes, and how."""
+
     merged: bool = False
     """One model with the adapter folded into its weights, instead of the adapter."""
     dtype: str = "auto"

@@ -291,20 +291,17 @@ def test_intervals_of_scores_stay_between_0_and_1():
     assert summary["task_score"]["low"] == 0.0 and summary["own_gap_closed"]["mean"] == 0.5
 
 
-def test_scores_of_a_comparison_are_shares(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "mine_for_compare.py").write_text(
-        "def same(m, a, row):\n  return m[-1]['content'] == a\ndef two(m, a, row):\n  return 2\n"
-    )
-    monkeypatch.chdir(tmp_path)
+def test_scores_of_a_comparison_are_shares(tokenizer):
+    held_out = read_prompts(["a", "b"])
     answers = [Completion(tuple(tokenizer(text).input_ids), (), True) for text in ("a", "x", "a", "b")]  # two rounds
 
-    def yardstick(name):
-        held_out = read_prompts(["a", "b"])
-        return Yardstick([], HeldOutScore.make(None, name, tokenizer, held_out), held_out, 2, {})
+    def found(scorer):
+        return behaviour_of(Yardstick([], HeldOutScore(scorer, "mine", tokenizer, held_out), held_out, 2, {}), answers)
 
-    assert behaviour_of(yardstick("mine_for_compare:same"), answers) == {"score": 0.75, "scores": [1.0, 0.0, 1.0, 1.0]}
-    with pytest.raises(InputError, match="needs 0 to 1"):
-        behaviour_of(yardstick("mine_for_compare:two"), answers)
+    same = found(lambda messages, answer, row: messages[-1]["content"] == answer)
+    assert same == {"score": 0.75, "scores": [1.0, 0.0, 1.0, 1.0]}
+    with pytest.raises(InputError, match="'mine'.*from 0 to 1"):
+        found(lambda messages, answer, row: 2)
 
 
 # --- the command ---------------------------------------------------------------------------------------------

@@ -110,7 +110,8 @@ def _one_line(repo: str) -> Iterator[None]:
             f"the token has no right to write to {repo!r} ({said}); use one with the right to write, or a repository "
             "of your own"
         )
-        known = {401: f"the Hub does not accept the token ({said}); `hf auth login`", 403: no_right, 404: no_right}
+        no_token = f"the Hub does not accept the token ({said}); `hf auth login`"
+        known: dict[Any, str] = {401: no_token, 403: no_right, 404: no_right}
         refused = known.get(status, f"the Hub refused ({status}: {said}); push again later")
         raise InputError(f"push_to_hub: {refused}") from error
     except Exception as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.data import Context, Message, Prompt, RenderedPrompt, whole_prompt
+from opcd_fast.data import Message, Prompt, RenderedPrompt, whole_prompt
 from opcd_fast.evaluation.report.estimates import mean, share
 from opcd_fast.evaluation.report.models import ARMS, BOTH, SHOWN, RunModels
 from opcd_fast.rollout import Completion
@@ -88,7 +88,7 @@ def draw_arms(
     return drawn
 
 
-def transcript(context: Context) -> str:
+def transcript(context: str | Sequence[Message]) -> str:
     """A context or a chat as text; a single user message is that text alone."""
     if isinstance(context, str):
         return context

@@ -100,7 +100,8 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
 
     size = shared_vocabulary(student, teacher, tokenizer, tokenizer)
     stop = stop_token_ids(tokenizer, base, settings.get("stop_tokens") or ())
-    sampler = {"stop_token_ids": stop, "max_batch": settings.get("rollout_batch", 64), "vocab_size": size}
+    batch = settings.get("rollout_batch", 64)
+    sampler: dict[str, Any] = {"stop_token_ids": stop, "max_batch": batch, "vocab_size": size}
     tokens = settings.get("micro_batch_tokens") or MICRO_BATCH_TOKENS
     reading = {"path": settings.get("teacher_path", "auto"), "micro_batch_tokens": tokens}
 

@@ -89,7 +89,7 @@ def _worse(
 
     told: scores and answers of these two arms, one for each of `asked`.
     """
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         {
             "prompt": prompt,
             "scores": {arm: scores[index] for arm, (scores, _) in told.items()},

@@ -91,6 +91,7 @@ setup(
     package_dir={"opcd_fast": "opcd_fast", "opcd_fast.kernels": "kernels"},
     package_data={
         "opcd_fast": ["py.typed", "demo_data/*", "engines/*", "prompt_data/*"],
+        "opcd_fast.evaluation.report": ["*.jinja"],
         "opcd_fast.kernels.triton": ["*.json"],
     },
     # What belongs in the source archive (MANIFEST.in) is not what gets installed: with the default, True, the C++

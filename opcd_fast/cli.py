@@ -24,7 +24,7 @@ FIRST_RUN = """\
 """
 
 # What the extra `train` installs, as modules.
-TRAIN_PACKAGES = ("tyro", "transformers", "peft", "accelerate", "safetensors", "yaml", "rich", "matplotlib")
+TRAIN_PACKAGES = ("tyro", "transformers", "peft", "accelerate", "safetensors", "yaml", "rich", "matplotlib", "jinja2")
 
 
 def overview() -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, check_at_least, check_seed, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
 
 
 @dataclass(frozen=True)
-class AccumulateCommand:
+class AccumulateCommand(ComputeOptions):
     """Put the lessons of `opcd extract` together as candidate notes, each within a budget of tokens.
 
     Where lessons do not fit, the oldest leave whole. Writes the folder `notes`; earlier candidates are replaced.
@@ -34,17 +34,11 @@ class AccumulateCommand:
     """Longest rewritten notes, in tokens."""
     seed: int = 0
     """Fixes the orders and the model's samples."""
-    dtype: str = "auto"
-    """"auto" | "float32" | "bfloat16"."""
-    device: str = "auto"
-    """"auto" | "cpu" | "cuda" | "cuda:N"."""
 
 
 def run(arguments: list[str]) -> int:
     command = parse(AccumulateCommand, "accumulate", arguments)
-    for name in ("max_tokens", "candidates", "max_new_tokens"):
-        if getattr(command, name) < 1:
-            raise InputError(f"{name}={getattr(command, name)} must be at least 1")
+    check_at_least(1, command, "max_tokens", "candidates", "max_new_tokens")
     if not 0 < command.duplicates <= 1:
         raise InputError(f"duplicates={command.duplicates} must be a number above 0 up to 1")
     check_seed(command.seed)
@@ -82,7 +76,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _write_raw(folder: Any, tokenizer: Any, command: AccumulateCommand) -> int:
-    from opcd_fast.contexts import token_counter, traces_within_budget
+    from opcd_fast.contexts import as_traces, token_counter, within_budget
     from opcd_fast.runtime import write_text
 
     if command.merge:
@@ -90,7 +84,10 @@ def _write_raw(folder: Any, tokenizer: Any, command: AccumulateCommand) -> int:
     records, count = folder.attempts(), token_counter(tokenizer)
     if not records:
         raise InputError(f"no attempts in {str(folder.path)!r}; run `opcd extract` first")
-    text, kept = traces_within_budget(records, command.max_tokens, count)
+    kept = within_budget(records, command.max_tokens, count, as_traces)
+    if not kept:
+        raise InputError(f"max_tokens={command.max_tokens} leaves no room for a single attempt; give more")
+    text = as_traces(kept)
     write_text(folder.raw, text)
-    print(f"saved: {folder.raw}, {kept} of {len(records)} attempts, {count(text)} tokens")
+    print(f"saved: {folder.raw}, {len(kept)} of {len(records)} attempts, {count(text)} tokens")
     return 0

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,24 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Where and in which type a command's model computes."""
+
+    dtype: str = "auto"
+    """"auto" | "float32" | "bfloat16"."""
+    device: str = "auto"
+    """"auto" | "cpu" | "cuda" | "cuda:N"."""
+
+
+def check_at_least(least: int, command: Any, *names: str) -> None:
+    """Raises InputError for an option that is set, and smaller."""
+    for name in names:
+        value = getattr(command, name)
+        if value is not None and value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
 
 
 def check_seed(seed: int) -> None:

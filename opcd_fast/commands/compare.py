@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
+from opcd_fast.commands.arguments import as_file, check_at_least, parse, quiet_libraries
 from opcd_fast.commands.train import TrainOptions, load_teacher, loading, prompts_or_task
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import launched
@@ -54,8 +54,7 @@ class CompareCommand:
 
 
 def run(arguments: list[str]) -> int:
-    command = parse(CompareCommand, "compare", arguments)
-    compare(command)
+    compare(parse(CompareCommand, "compare", arguments))
     return 0
 
 
@@ -64,9 +63,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     config = OPCDConfig(**dataclasses.asdict(command.run))
     if launched() > 1:
         raise InputError("compare: it runs in one process, and was started in several; start it without a launcher")
-    for name in ("seeds", "answers_per_prompt", "task_problems"):
-        if getattr(command, name) < 1:
-            raise InputError(f"{name}={getattr(command, name)} must be at least 1")
+    check_at_least(1, command, "seeds", "answers_per_prompt", "task_problems")
     from opcd_fast.data import read_context
     from opcd_fast.evaluation import where_it_ran
     from opcd_fast.evaluation.compare import (
@@ -132,8 +129,7 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
     """The held-out prompts (None for a task, which has its own) and what is measured on them."""
     from opcd_fast.data import GENERAL, read_prompts
     from opcd_fast.evaluation.compare import Yardstick
-    from opcd_fast.evaluation.report import by_pattern
-    from opcd_fast.training import HeldOutScore
+    from opcd_fast.training import HeldOutScore, scorer
 
     if command.regex is not None and config.scorer is not None:
         raise InputError("regex and scorer both say what a good answer is; drop one of them")
@@ -154,11 +150,7 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
         general = read_prompts(command.general, "general", **config.columns())
     behaviour = None
     if command.regex is not None:
-        pattern = by_pattern(command.regex)
-
-        def found(messages: Any, answer: str, row: Any) -> float:
-            return pattern(messages, answer.strip(), row)
-
+        found = scorer.pattern_scorer(command.regex)
         behaviour = HeldOutScore(found, f"regex {command.regex}", tokenizer, held_out or ())
     elif config.scorer is not None:
         behaviour = HeldOutScore.make(None, config.scorer, tokenizer, held_out or ())

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, check_at_least, check_seed, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
 
 
 @dataclass(frozen=True)
-class CompressCommand:
+class CompressCommand(ComputeOptions):
     """Look for a shorter context: candidates are written by the model or cut out of the context, and ranked by their
     exact KL to the full context on held-out prompts.
 
@@ -49,19 +49,16 @@ class CompressCommand:
     """Sequences generated at once."""
     seed: int = 0
     """Fixes candidates and answers."""
-    dtype: str = "auto"
-    """"auto" | "float32" | "bfloat16"."""
-    device: str = "auto"
-    """"auto" | "cpu" | "cuda" | "cuda:N"."""
 
 
 def run(arguments: list[str]) -> int:
     command = parse(CompressCommand, "compress", arguments)
-    for name in ("max_new_tokens", "max_context_tokens", "rollout_batch", "answers_per_prompt"):
-        if getattr(command, name) < 1:
-            raise InputError(f"{name}={getattr(command, name)} must be at least 1")
-    if command.max_prompts < 2 or command.written < 0:
-        raise InputError("max_prompts must be at least 2 and written at least 0")
+    for least, names in (
+        (0, ("written",)),
+        (1, ("max_new_tokens", "max_context_tokens", "rollout_batch", "answers_per_prompt")),
+        (2, ("max_prompts",)),
+    ):
+        check_at_least(least, command, *names)
     if not 0 < command.temperature < 100 or not 0 <= command.max_kl < float("inf"):
         raise InputError("temperature must be above 0 and below 100, max_kl 0 or more")
     check_seed(command.seed)
@@ -102,14 +99,14 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from opcd_fast.contexts import plot_ranked
     from opcd_fast.runtime import write_text
-    from opcd_fast.training.monitoring import plot_compression
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{**vars(one), "candidate": vars(one.candidate)} for one in ranked]
     record = {"command": asdict(command), "ranked": rows}
     write_text(folder / "ranked.json", json.dumps(record, indent=1) + "\n")
-    plot_compression(folder / "curve.png", rows)
+    plot_ranked(folder / "curve.png", ranked)
     most = ranked[-1].tokens
     table = Table(title="tokens saved against KL lost (candidates that no other one beats)")
     for column in ("candidate", "tokens", "saved", "KL, nats per token", "95 % interval", "same first token"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries
-from opcd_fast.errors import InputError
+from opcd_fast.commands.arguments import check_at_least, check_seed, parse, quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ class DemoCommand:
 
 def run(arguments: list[str]) -> int:
     command = parse(DemoCommand, "demo", arguments)
-    if command.steps is not None and command.steps < 1:
-        raise InputError(f"steps={command.steps} must be at least 1")
+    check_at_least(1, command, "steps", "samples")
     check_seed(command.seed)
     import matplotlib  # noqa: F401  the plot comes last: minutes too late to learn that it cannot be drawn
 

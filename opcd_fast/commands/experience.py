@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import check_seed, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, check_at_least, check_seed, quiet_libraries, sampler
 from opcd_fast.errors import InputError
 
 
 @dataclass(frozen=True)
-class PlayOptions:
+class PlayOptions(ComputeOptions):
     """A model that plays a task."""
 
     model: str
@@ -33,17 +33,11 @@ class PlayOptions:
     """Sequences generated at once."""
     seed: int = 0
     """Fixes problems and samples."""
-    dtype: str = "auto"
-    """"auto" | "float32" | "bfloat16"."""
-    device: str = "auto"
-    """"auto" | "cpu" | "cuda" | "cuda:N"."""
 
 
 def check(options: PlayOptions) -> None:
     """Raises InputError for numbers out of range, before anything is loaded."""
-    for name in ("problems", "max_new_tokens", "rollout_batch"):
-        if getattr(options, name) < 1:
-            raise InputError(f"{name}={getattr(options, name)} must be at least 1")
+    check_at_least(1, options, "problems", "max_new_tokens", "rollout_batch")
     if not 0 <= options.temperature < 100:
         raise InputError(f"temperature={options.temperature} must be a number from 0 up to 100")
     if not 0 < options.top_p <= 1:
@@ -51,26 +45,21 @@ def check(options: PlayOptions) -> None:
     check_seed(options.seed)
 
 
-def task_of(options: PlayOptions) -> Any:
-    """The task. Raises InputError for a name, file or option that it does not know."""
+def begin(options: PlayOptions, step: str) -> tuple[Any, Any, Any]:
+    """The folder, which remembers what decides the step's results; the task; and the model, ready to answer.
+
+    Raises InputError for a task, file or option that is not there, or results of other settings in the folder.
+    """
+    from opcd_fast.contexts import ExperienceFolder, Player
     from opcd_fast.data.tasks import load_task, options_of
-
-    return load_task(options.task, **options_of(options.task_options))
-
-
-def player_of(options: PlayOptions) -> Any:
-    """The model, ready to answer."""
-    from opcd_fast.contexts import Player
     from opcd_fast.models import load_model, load_tokenizer
 
+    task = load_task(options.task, **options_of(options.task_options))
+    free = ("output_dir", "rollout_batch", "dtype", "device")
+    folder = ExperienceFolder(options.output_dir)
+    folder.settle(step, {name: value for name, value in asdict(options).items() if name not in free})
     quiet_libraries()
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     rollout = sampler(model, tokenizer, options.rollout_batch)
-    return Player(rollout, tokenizer, options.max_new_tokens, options.temperature, options.top_p)
-
-
-def settings(options: PlayOptions) -> dict[str, Any]:
-    """What decides a step's results, for the folder to remember."""
-    free = ("output_dir", "rollout_batch", "dtype", "device")
-    return {name: value for name, value in asdict(options).items() if name not in free}
+    return folder, task, Player(rollout, tokenizer, options.max_new_tokens, options.temperature, options.top_p)

@@ -11,10 +11,11 @@ from tyro.conf import Positional
 
 from opcd_fast.commands.arguments import parse, quiet_libraries
 from opcd_fast.errors import InputError
+from opcd_fast.export import ExportOptions
 
 
 @dataclass(frozen=True)
-class ExportCommand:
+class ExportCommand(ExportOptions):
     """Write the weights of a finished run as a new folder that transformers, PEFT, vLLM and llama.cpp load.
 
     What was written is loaded again and its logits are compared with those of the trained model; on a mismatch nothing
@@ -25,26 +26,12 @@ class ExportCommand:
     """Output folder of `opcd train`, or a folder with an adapter or a model."""
     output_dir: str | None = None
     """Folder to write, which must not exist; can be left out with push_to_hub."""
-    merged: bool = False
-    """One model with the adapter folded into its weights, instead of the adapter."""
-    dtype: str = "auto"
-    """"auto" | "float32" | "bfloat16" | "float16"; auto: an adapter in float32, a model as it, or its base, is."""
-    model: str | None = None
-    """Where the base of the adapter is now; default: where the run found it."""
-    base_name: str | None = None
-    """Name of the base that an exported adapter carries, such as a hub id; default: the whole path of its folder."""
-    dequantize: bool = False
-    """Merge into a base of 4 bits, unpacked: needed for adapters that were trained on one."""
-    max_shard_size: str = "5GB"
-    """Largest file of a model's weights."""
     push_to_hub: str | None = None
     """Upload to this repository of the Hugging Face Hub, as one commit."""
     private: bool = False
     """Make the repository private."""
     without_card: bool = False
     """Push without a model card; otherwise `opcd report` has to be run first."""
-    device: str = "cpu"
-    """Where to compute: "cpu" | "cuda" | "cuda:N". Needs room for the model in float32."""
 
 
 def run(arguments: list[str]) -> int:
@@ -54,17 +41,8 @@ def run(arguments: list[str]) -> int:
     for name in ("private", "without_card"):
         if getattr(command, name) and command.push_to_hub is None:
             raise InputError(f"{name} is for --push-to-hub REPO; add that, or drop it")
-    from opcd_fast.export import ExportOptions, card_of, check_can_push, export, find_source, is_hub_id, push, refuse
+    from opcd_fast.export import card_of, check_can_push, export, find_source, push, refuse, refuse_local_base
 
-    options = ExportOptions(
-        merged=command.merged,
-        dtype=command.dtype,
-        model=command.model,
-        base_name=command.base_name,
-        dequantize=command.dequantize,
-        max_shard_size=command.max_shard_size,
-        device=command.device,
-    )
     quiet_libraries()
     scratch = None if command.output_dir else tempfile.mkdtemp(prefix="opcd-export-")
     try:
@@ -72,19 +50,16 @@ def run(arguments: list[str]) -> int:
         repo = None
         if command.push_to_hub is not None:
             source = find_source(command.run, command.model)
-            refuse(source, target, options)
+            refuse(source, target, command)
             if card_of(source.folder) is None and not command.without_card:
                 raise InputError(
                     f"push_to_hub: there is no model card yet; `opcd report {command.run}` measures the run and writes "
                     "one, or push without it by --without-card"
                 )
-            if source.base is not None and not command.merged and not is_hub_id(command.base_name or source.base):
-                raise InputError(
-                    f"push_to_hub: the adapter's base {source.base!r} is only on this machine; give the base's hub id "
-                    "with --base-name, or push the model with --merged"
-                )
+            if source.base is not None and not command.merged:
+                refuse_local_base(command.base_name or source.base)
             repo = check_can_push(command.push_to_hub, command.private)
-        done = export(command.run, target, options, told=lambda line: print(f"{line} ...", flush=True))
+        done = export(command.run, target, command, told=lambda line: print(f"{line} ...", flush=True))
         print(f"check: {done.comparison.in_words()}")
         files = "file" if done.shards == 1 else "files"
         where = f" in {target}" if command.output_dir else ""

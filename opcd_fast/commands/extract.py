@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from opcd_fast.commands.arguments import parse
-from opcd_fast.commands.experience import PlayOptions, check, player_of, settings, task_of
-from opcd_fast.errors import InputError
+from opcd_fast.commands.arguments import check_at_least, parse
+from opcd_fast.commands.experience import PlayOptions, begin, check
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,16 @@ class ExtractCommand(PlayOptions):
 def run(arguments: list[str]) -> int:
     command = parse(ExtractCommand, "extract", arguments)
     check(command)
-    for name in ("repeats", "lessons"):
-        if getattr(command, name) < 1:
-            raise InputError(f"{name}={getattr(command, name)} must be at least 1")
-    from opcd_fast.contexts import ExperienceFolder, extract, lessons_of_notes
+    check_at_least(1, command, "repeats", "lessons")
+    from opcd_fast.contexts import extract, lessons_of_notes
     from opcd_fast.data import read_text
 
     known = [] if command.known is None else lessons_of_notes(read_text(Path(command.known), "known"))
-    task = task_of(command)
-    folder = ExperienceFolder(command.output_dir)
-    folder.settle("extract", settings(command))
+    folder, task, player = begin(command, "extract")
     records = extract(
         folder,
         task,
-        player_of(command),
+        player,
         problems=command.problems,
         repeats=command.repeats,
         most=command.lessons,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from opcd_fast.commands.arguments import check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_at_least, check_seed, parse, quiet_libraries
 from opcd_fast.errors import InputError
 
 
@@ -53,9 +52,7 @@ class ReportCommand:
 def run(arguments: list[str]) -> int:
     command = parse(ReportCommand, "report", arguments)
     for name, least in (("max_prompts", 2), ("samples", 1), ("max_new_tokens", 1), ("examples", 0)):
-        value = getattr(command, name)
-        if value is not None and value < least:
-            raise InputError(f"{name}={value} must be at least {least}")
+        check_at_least(least, command, name)
     if command.temperature is not None and not 0 < command.temperature < 100:
         raise InputError(f"temperature={command.temperature} must be above 0 and below 100")
     check_seed(command.seed)
@@ -70,19 +67,14 @@ def run(arguments: list[str]) -> int:
         "prompt_column": settings.get("prompt_column"),
         "drop_last_answer": settings.get("drop_last_answer", False),
     }
+    passed = ("model", "max_prompts", "samples", "max_new_tokens", "temperature", "examples", "seed")
     options = ReportOptions(
         context=None if command.context is None else read_context(Path(command.context)),
         prompts=None if command.prompts is None else read_prompts(command.prompts, **columns),
         general=None if command.general is None else read_prompts(command.general, "general"),
-        scorers=[*map(by_pattern, command.regex), *map(by_function, command.scorer)],
+        behaviours=[*map(by_pattern, command.regex), *map(by_function, command.scorer)],
         tasks=command.task,
-        model=command.model,
-        max_prompts=command.max_prompts,
-        samples=command.samples,
-        max_new_tokens=command.max_new_tokens,
-        temperature=command.temperature,
-        examples=command.examples,
-        seed=command.seed,
+        **{name: getattr(command, name) for name in passed},
     )
     for name in command.task:
         load_task(name)  # a missing package or file must not cost the loading of a model
@@ -99,15 +91,15 @@ def _show(card: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opcd_fast.evaluation.report import mean, missing_arms, rate, tokens
+    from opcd_fast.evaluation.report import kl, missing_arms, rate, tokens
 
     console = Console()
     table = Table(title="KL to the teacher with the context, nats per token (95 % interval)")
     for column in ("on", "before", "after", "gap closed"):
         table.add_column(column)
     for key, name in (("own", "the student's own answers"), ("fixed", "answers of base + context")):
-        kl = card["kl"][key]
-        table.add_row(name, mean(kl["before"]), mean(kl["after"]), rate(kl["gap_closed"]))
+        found = card["kl"][key]
+        table.add_row(name, kl(found["before"]), kl(found["after"]), rate(found["gap_closed"]))
     console.print(table)
     arms = card["arms"]
     table = Table(title="the arms", caption=missing_arms(card))
@@ -118,6 +110,6 @@ def _show(card: dict) -> None:
     table.add_row("tokens per answer", *(tokens(found["length"]) for found in arms.values()))
     console.print(table)
     if card["forgetting"]:
-        kl = card["forgetting"]["kl"]
-        console.print(f"KL to the base on {card['forgetting']['prompts']} unrelated prompts: {mean(kl)}")
-    console.print(json.dumps({"prompt tokens saved per call": round(card["saved"]["tokens"], 1)}).strip("{}"))
+        forgot = card["forgetting"]
+        console.print(f"KL to the base on {forgot['prompts']} unrelated prompts: {kl(forgot['kl'])}")
+    console.print(f"prompt tokens saved per call: {card['saved']['tokens']:.1f}")

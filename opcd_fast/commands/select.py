@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.commands.arguments import parse
-from opcd_fast.commands.experience import PlayOptions, check, player_of, settings, task_of
+from opcd_fast.commands.experience import PlayOptions, begin, check
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,10 @@ class SelectCommand(PlayOptions):
 def run(arguments: list[str]) -> int:
     command = parse(SelectCommand, "select", arguments)
     check(command)
-    from opcd_fast.contexts import ExperienceFolder, select
+    from opcd_fast.contexts import select
 
-    task = task_of(command)
-    folder = ExperienceFolder(command.output_dir)
-    folder.settle("select", settings(command))
-    scores = select(
-        folder, task, player_of(command), problems=command.problems, seed=command.seed, told=_tell
-    )  # fmt: skip
+    folder, task, player = begin(command, "select")
+    scores = select(folder, task, player, problems=command.problems, seed=command.seed, told=_tell)
     best = max((name for name in scores if name), key=lambda name: scores[name]["score"])
     if scores[best]["score"] <= scores[""]["score"]:
         print("No notes are better than none on these problems: train with them only if you know why.")

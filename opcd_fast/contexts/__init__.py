@@ -10,16 +10,23 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "asking": ("ANSWER_TOKENS", "ask", "request"),
-        "compression": ("Candidate", "cut_candidates", "rank", "written_candidates"),
-        "experience": ("ExperienceFolder", "Player", "accumulate", "extract", "select"),
-        "lessons": ("lessons_of_notes", "token_counter", "without_similar"),
-        "traces": ("traces_within_budget",),
+        "compression": ("Candidate", "Ranked", "cut_candidates", "plot_ranked", "rank", "written_candidates"),
+        "experience": ("ExperienceFolder", "accumulate", "extract", "select"),
+        "lessons": ("as_traces", "lessons_of_notes", "within_budget", "without_similar"),
+        "player": ("Player", "token_counter"),
     },
 )
 
 if TYPE_CHECKING:
     from opcd_fast.contexts.asking import ANSWER_TOKENS, ask, request
-    from opcd_fast.contexts.compression import Candidate, cut_candidates, rank, written_candidates
-    from opcd_fast.contexts.experience import ExperienceFolder, Player, accumulate, extract, select
-    from opcd_fast.contexts.lessons import lessons_of_notes, token_counter, without_similar
-    from opcd_fast.contexts.traces import traces_within_budget
+    from opcd_fast.contexts.compression import (
+        Candidate,
+        Ranked,
+        cut_candidates,
+        plot_ranked,
+        rank,
+        written_candidates,
+    )
+    from opcd_fast.contexts.experience import ExperienceFolder, accumulate, extract, select
+    from opcd_fast.contexts.lessons import as_traces, lessons_of_notes, within_budget, without_similar
+    from opcd_fast.contexts.player import Player, token_counter

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opcd_fast.data import Candidate, Context, Message, Prompt, repeats, student_ids
+from opcd_fast.contexts.player import Player
+from opcd_fast.data import Candidate, Context, Message, Prompt, repeats
+from opcd_fast.data.tasks import as_user, final_part
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Rollout
 from opcd_fast.runtime import stream_seed
@@ -82,21 +84,14 @@ def ask(
         raise InputError("asking for prompts needs a model with a chat template; give --logs or --data instead")
     examples = [text for *_, texts in EXAMPLES for text in texts]
     found: list[Candidate] = []
+    player = Player(rollout, tokenizer, ANSWER_TOKENS, temperature, top_p, template_kwargs)
     rounds = 2 + 4 * -(-count // (REQUESTS * PER_REQUEST))  # a quarter of the lines is enough
     for number in range(rounds):
         users = [USERS[(number * REQUESTS + place) % len(USERS)] for place in range(REQUESTS)]
-        prompts = [student_ids(tokenizer, Prompt(tuple(request(context, who))), template_kwargs) for who in users]
-        answers = rollout.generate(
-            prompts,
-            max_new_tokens=ANSWER_TOKENS,
-            temperature=temperature,
-            top_p=top_p,
-            seed=stream_seed(seed, "asking", number),
-        )
+        answers = player.completions([request(context, who) for who in users], stream_seed(seed, "asking", number))
         for place, (who, answer) in enumerate(zip(users, answers)):
-            text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            for line in listed(text, answer.finished):
-                prompt = Prompt(({"role": "user", "content": line},), line)
+            for line in listed(*answer):
+                prompt = Prompt(tuple(as_user(line)), line)
                 source = f"asked, request {number * REQUESTS + place + 1}: {who}"
                 found.append(Candidate(prompt, source, f"asked {len(found)} in {number}"))
         copies = repeats([*examples, *(c.text for c in found)], similarity)[len(examples) :]
@@ -114,10 +109,9 @@ def request(context: Context, users: str) -> list[Message]:
     """The chat in which the model is asked for messages that such users would send to an assistant with `context`."""
     chat = []
     for instruction, who, texts in EXAMPLES:
-        chat.append({"role": "user", "content": _question(instruction, who)})
         answer = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-        chat.append({"role": "assistant", "content": answer})
-    return [*chat, {"role": "user", "content": _question(context, users)}]
+        chat += [*as_user(_question(instruction, who)), {"role": "assistant", "content": answer}]
+    return chat + as_user(_question(context, users))
 
 
 def listed(text: str, finished: bool = True) -> list[str]:
@@ -126,7 +120,7 @@ def listed(text: str, finished: bool = True) -> list[str]:
     Thoughts in front, headings ("Here are five:"), numbers, quotes and emphasis around a message are dropped, and so is
     a last line that the token limit cut (`finished` is False).
     """
-    text = text.rpartition("</think>")[2].strip()
+    text = final_part(text)
     start, end = text.find("["), text.rfind("]")
     if 0 <= start < end:
         try:
@@ -145,10 +139,15 @@ def listed(text: str, finished: bool = True) -> list[str]:
 
 
 def _question(context: Context, users: str) -> str:
-    shown = context
-    if not isinstance(shown, str):
-        shown = "It has answered like this:\n" + "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in shown)
+    head = "" if isinstance(context, str) else "It has answered like this:\n"
     return (
-        f"The instruction of an assistant:\n\n{shown}\n\n"
+        f"The instruction of an assistant:\n\n{head}{as_text(context)}\n\n"
         f"Write {PER_REQUEST} messages that different users send to this assistant, one per line, numbered. {users}"
     )
+
+
+def as_text(context: Context) -> str:
+    """A context as a text to be shown to a model."""
+    if isinstance(context, str):
+        return context
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in context)

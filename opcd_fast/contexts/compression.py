@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from opcd_fast.data import Context, Message, Prompt, Sample, common_prefix_length, micro_batches, pack, teacher_ids
+from opcd_fast.contexts.asking import as_text
+from opcd_fast.data import Context, Message, Prompt, teacher_ids
+from opcd_fast.data.tasks import as_user, final_part
 from opcd_fast.errors import InputError
-from opcd_fast.loss import fused_linear_divergence
-from opcd_fast.runtime import stream_seed
-from opcd_fast.teacher import ContextTeacher
+from opcd_fast.evaluation import MICRO_BATCH_TOKENS, Reader, Reading, distances
+from opcd_fast.runtime import mean_and_error, stream_seed
+from opcd_fast.training.monitoring import save_plot
 
 SHARES = (0.7, 0.5, 0.3, 0.15)  # lengths that the model is asked for, as parts of the full context's
 STYLES = (
@@ -68,15 +68,13 @@ def written_candidates(
     """
     text = as_text(context)
     words = len(text.split())
-    asked: list[tuple[str, list[Message]]] = []
-    for share in SHARES:
-        for style in STYLES:
-            question = SHORTEN.format(style=style, words=max(3, round(share * words)), text=text)
-            asked += [(f"written, {share:.0%} asked for", [{"role": "user", "content": question}])] * copies
-    texts = answers([question for _, question in asked], stream_seed(seed, "compress", 0))
+    asked = [(share, style) for share in SHARES for style in STYLES for _ in range(copies)]
+    questions = [
+        as_user(SHORTEN.format(style=style, words=max(3, round(share * words)), text=text)) for share, style in asked
+    ]
     found: dict[str, Candidate] = {}
-    for (source, _), written in zip(asked, texts, strict=True):
-        short = written.strip().strip("-").strip()
+    for (share, _), written in zip(asked, answers(questions, stream_seed(seed, "compress", 0)), strict=True):
+        short, source = final_part(written).strip("-").strip(), f"written, {share:.0%} asked for"
         if short and len(short.split()) < words:
             found.setdefault(short, Candidate(short, source))
     return list(found.values())
@@ -103,37 +101,39 @@ def rank(
     max_new_tokens: int,
     temperature: float = 1.0,
     answers_per_prompt: int = 1,
-    micro_batch_tokens: int | None = 8192,
+    micro_batch_tokens: int | None = MICRO_BATCH_TOKENS,
     seed: int = 0,
-    told: Callable[[Ranked], None] | None = None,
 ) -> list[Ranked]:
     """All candidates, and none ("") and the full context, in the order of their tokens.
 
-    Every context is read once by the shared-prefix teacher; the answers are the same for all. temperature divides the
-    logits, as it does when the answers are drawn. Raises InputError for fewer than two prompts.
+    Every context is read once; the answers are the same for all. temperature divides the logits, as it does when the
+    answers are drawn. Raises InputError for fewer than two prompts.
     """
     if len(prompts) < 2:
         raise InputError("prompts: at least two are needed to tell a candidate's loss from chance")
     prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
-    whole = [teacher_ids(tokenizer, prompt, full) for prompt in prompts]
+
+    def rendered(context: Context) -> list[list[int]]:
+        return [list(teacher_ids(tokenizer, prompt, context)) for prompt in prompts]
+
+    def read(rows: list[list[int]]) -> Reading:
+        return Reader(model, rows, micro_batch_tokens=micro_batch_tokens).read(answers)
+
+    whole = rendered(full)
     drawn = rollout.generate(
         whole, max_new_tokens=max_new_tokens, temperature=temperature, seed=stream_seed(seed, "compress answers", 0)
     )
-    responses = [answer.token_ids for answer in drawn]
-    reader = _Reader(model, tokenizer, prompts, responses, micro_batch_tokens)
-    none_length = reader.length("")
-    hidden = reader.hidden(full)
+    answers = [answer.token_ids for answer in drawn]
+    with_full, without = read(whole), statistics.fmean(map(len, rendered("")))
     ranked = []
     unique = {str(c.context): c for c in (Candidate("", "none"), *candidates, Candidate(full, "the full context"))}
     for candidate in unique.values():
-        kl, agreement = reader.divergence(hidden, candidate.context, temperature)
-        mean, half = _mean(kl)
-        one = Ranked(
-            candidate, reader.length(candidate.context) - none_length, mean, mean - half, mean + half, agreement
-        )
-        ranked.append(one)
-        if told is not None:
-            told(one)
+        rows = rendered(candidate.context)
+        found = distances(with_full, read(rows), temperature)
+        kl, error = mean_and_error([one.kl for one in found])
+        same = statistics.fmean(same for one in found for same in one.same_first)
+        tokens = statistics.fmean(map(len, rows)) - without
+        ranked.append(Ranked(candidate, tokens, kl, kl - 1.96 * error, kl + 1.96 * error, same))
     return with_front(sorted(ranked, key=lambda one: (one.tokens, one.kl)))
 
 
@@ -141,73 +141,28 @@ def with_front(ranked: Sequence[Ranked]) -> list[Ranked]:
     """Marks what no other candidate beats in both tokens and KL. `ranked` is in the order of tokens, then KL."""
     best, marked = math.inf, []
     for one in ranked:
-        marked.append(Ranked(**{**vars(one), "front": one.kl < best}))
+        marked.append(replace(one, front=one.kl < best))
         best = min(best, one.kl)
     return marked
 
 
-def as_text(context: Context) -> str:
-    """A context as the text that a model is asked to shorten."""
-    if isinstance(context, str):
-        return context
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in context)
+def plot_ranked(path: Path, ranked: Sequence[Ranked]) -> None:
+    """PNG: tokens of every candidate against the KL it loses, with the front that no candidate beats."""
 
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        errors = [[one.kl - one.low for one in ranked], [one.high - one.kl for one in ranked]]
+        tokens, kl = [one.tokens for one in ranked], [one.kl for one in ranked]
+        axes.errorbar(tokens, kl, yerr=errors, fmt="o", ms=3, lw=0.8, alpha=0.5, color="grey")
+        front = [one for one in ranked if one.front]
+        axes.plot([one.tokens for one in front], [one.kl for one in front], marker="o", lw=1.5, label="best so far")
+        axes.set(
+            xlabel="tokens of the context", ylabel="KL(full context || candidate), nats per token", ylim=(0, None)
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
 
-class _Reader:
-    """Scores fixed answers to fixed prompts after any context."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[int]],
-        micro_batch_tokens: int | None,
-    ) -> None:
-        self._model, self._tokenizer, self._prompts = model, tokenizer, prompts
-        self._responses, self._micro_batch_tokens = responses, micro_batch_tokens
-        self._device = next(model.parameters()).device
-        lengths = torch.tensor([len(response) for response in responses])
-        self._answer_of_token = torch.repeat_interleave(torch.arange(len(responses)), lengths)
-
-    def length(self, context: Context) -> float:
-        """Mean tokens of a prompt with `context`."""
-        return statistics.mean(len(teacher_ids(self._tokenizer, prompt, context)) for prompt in self._prompts)
-
-    def hidden(self, context: Context) -> Tensor:
-        """(N, D) hidden states that predict the answers' N tokens."""
-        rows = [teacher_ids(self._tokenizer, prompt, context) for prompt in self._prompts]
-        shared = common_prefix_length(rows)
-        teacher = ContextTeacher(self._model, torch.tensor(rows[0][:shared], dtype=torch.int64))
-        samples = [Sample(row, row[shared:], 0, answer) for row, answer in zip(rows, self._responses, strict=True)]
-        pieces = []
-        for group in micro_batches(samples, self._micro_batch_tokens):
-            batch = pack(group).to(self._device)
-            pieces.append(
-                teacher.hidden_states_packed(
-                    batch.teacher_ids, batch.teacher_cu_seqlens, select=batch.response_index_teacher
-                )
-            )
-        self._head = teacher.head
-        return torch.cat(pieces)
-
-    @torch.no_grad()
-    def divergence(self, full: Tensor, context: Context, temperature: float) -> tuple[list[float], float]:
-        """KL(full || context) of every answer, mean over its tokens; and the share of tokens with the same first."""
-        hidden = self.hidden(context)
-        kl, stats = fused_linear_divergence(
-            hidden, self._head, full, self._head,
-            divergence="forward_kl", temperature=temperature, reduction="none", return_stats=True,
-        )  # fmt: skip
-        count = len(self._responses)
-        sums = torch.zeros(count).index_add_(0, self._answer_of_token, kl.float().cpu())
-        lengths = torch.bincount(self._answer_of_token, minlength=count)
-        return (sums / lengths).tolist(), float(stats.top1_agreement.float().mean())
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval (normal approximation over answers)."""
-    return statistics.mean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    save_plot(path, draw)
 
 
 def _parts(context: Context) -> list[Any]:
@@ -216,15 +171,12 @@ def _parts(context: Context) -> list[Any]:
         paragraphs = [part for part in context.split("\n\n") if part.strip()]
         return paragraphs if len(paragraphs) > 1 else [line for line in context.splitlines() if line.strip()]
     exchanges: list[list[Message]] = []
-    for message in _turns(context):
+    for message in context:
         if message["role"] == "user" or not exchanges:
             exchanges.append([])
-        exchanges[-1].append(message)
-    return exchanges
-
-
-def _turns(context: Sequence[Message]) -> list[Message]:
-    return [message for message in context if message["role"] != "system"]
+        if message["role"] != "system":
+            exchanges[-1].append(message)
+    return [exchange for exchange in exchanges if exchange]
 
 
 def _joined(context: Context, parts: Sequence[Any]) -> Context:

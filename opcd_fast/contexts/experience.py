@@ -15,43 +15,14 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.contexts.lessons import as_notes, ask_for_lessons, ask_to_merge, lessons_in, token_counter, within_budget
-from opcd_fast.data import Message, Prompt, adapt_to_tokenizer, student_ids
-from opcd_fast.data.tasks import Played, Task, play
+from opcd_fast.contexts.lessons import as_notes, ask_for_lessons, ask_to_merge, lessons_in, within_budget
+from opcd_fast.contexts.player import Player, token_counter
+from opcd_fast.data.tasks import Task
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import stream_seed, wilson, write_text
-
-
-@dataclass(frozen=True)
-class Player:
-    """A model that answers: its sampler, its tokenizer and how it is sampled."""
-
-    rollout: Any
-    tokenizer: Any
-    max_new_tokens: int
-    temperature: float
-    top_p: float = 1.0
-
-    def answers(self, questions: Sequence[list[Message]], seed: int) -> list[str]:
-        prompts = adapt_to_tokenizer(self.tokenizer, [Prompt(messages=tuple(question)) for question in questions])
-        drawn = self.rollout.generate(
-            [student_ids(self.tokenizer, prompt) for prompt in prompts],
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=seed,
-        )
-        return [self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in drawn]
-
-    def play(self, task: Task, episodes: Sequence[Any], seed: int, context: str | None = None) -> list[Played]:
-        return play(
-            episodes, self.rollout, self.tokenizer, context=context or None, max_turns=task.max_turns,
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed,
-        )  # fmt: skip
 
 
 class ExperienceFolder:
@@ -191,11 +162,12 @@ def accumulate(
             random.Random(stream_seed(seed, "accumulate", number)).shuffle(order)
         lessons = list(dict.fromkeys(lesson for attempt in order for lesson in attempt))
         unique = lessons if drop is None else drop(lessons)
-        kept, dropped = within_budget(unique, max_tokens, count)
+        kept = within_budget(unique, max_tokens, count, as_notes)
+        dropped = len(unique) - len(kept)
         merged = None
         if merge is not None and len(kept) > 1:
             (text,) = merge.answers([ask_to_merge(kept)], stream_seed(seed, "merge", number))
-            joined, _ = within_budget(lessons_in(text), max_tokens, count)
+            joined = within_budget(lessons_in(text), max_tokens, count, as_notes)
             merged = bool(joined)
             kept = joined or kept
         notes = as_notes(kept)
@@ -253,8 +225,3 @@ def select(
     best = max(candidates, key=lambda name: (scores[name]["score"], -len(candidates[name])))
     write_text(folder.best, candidates[best])
     return scores
-
-
-def settings_of(player: Player) -> dict[str, Any]:
-    """How a player samples, for the settings of a step."""
-    return {name: getattr(player, name) for name in ("max_new_tokens", "temperature", "top_p")}

@@ -8,8 +8,8 @@ notes are full.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from opcd_fast.data import Message, repeats
 from opcd_fast.data.tasks import Played, as_user, final_part
@@ -18,6 +18,8 @@ from opcd_fast.errors import InputError
 MARK = "- LESSON:"
 _LESSON = re.compile(r"(?im)^[ \t>*]*(?:[-•]|\d+[.)])?[ \t*]*lesson[ \t]*\d*[ \t*]*:[ \t*]*(\S.*?)[ \t*]*$")
 HEAD = "Notes from earlier experience. Use what fits.\n"
+TRACES = "Earlier attempts at problems of this kind.\n"
+Part = TypeVar("Part")
 
 WRITE = """\
 Here is a problem and how somebody tried to solve it.
@@ -98,23 +100,34 @@ def lessons_of_notes(text: str) -> list[str]:
     return [line[2:] for line in text[len(HEAD) :].splitlines() if line.startswith("- ")]
 
 
-def within_budget(lessons: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> tuple[list[str], int]:
-    """The newest lessons whose notes have at most `max_tokens` tokens, in order, and how many old ones were dropped.
+def as_traces(records: Sequence[Mapping[str, Any]]) -> str:
+    """The context that raw attempts make, to compare with the lessons drawn from them (arXiv 2602.12275, table 6).
 
-    count: tokens of a text. Lessons leave whole. A newest lesson that does not fit by itself leaves too.
+    records: of `opcd extract`. What was asked and answered at every turn, thoughts included, and how it ended.
     """
-    kept: list[str] = []
-    for lesson in reversed(lessons):
-        if count(as_notes([lesson, *kept])) > max_tokens:
+    text = TRACES
+    for record in records:
+        turns = [f"Problem: {turn['messages'][-1]['content']}\nAttempt: {turn['answer']}" for turn in record["turns"]]
+        outcome = [f"Outcome: {record['feedback']}"] if record["feedback"] else []
+        text += "\n" + "\n".join(turns + outcome) + "\n"
+    return text
+
+
+def within_budget(
+    parts: Sequence[Part], max_tokens: int, count: Callable[[str], int], as_text: Callable[[Sequence[Part]], str]
+) -> list[Part]:
+    """The newest of lessons or attempts, in order, whose text has at most `max_tokens` tokens.
+
+    count: tokens of a text. Parts leave whole, the oldest first; a newest one that does not fit by itself leaves too.
+    """
+    kept: list[Part] = []
+    for part in reversed(parts):
+        if count(as_text([part, *kept])) > max_tokens:
             if kept:
                 break  # what is older would leave first
             continue
-        kept.insert(0, lesson)
-    return kept, len(lessons) - len(kept)
-
-
-def token_counter(tokenizer: Any) -> Callable[[str], int]:
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        kept.insert(0, part)
+    return kept
 
 
 def without_similar(lessons: Sequence[str], threshold: float) -> list[str]:

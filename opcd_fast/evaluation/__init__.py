@@ -9,15 +9,17 @@ from opcd_fast.runtime.doors import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
+        "check": ("CARD", "check_run", "read_card"),
         "demo": ("run_demo",),
         "diff": ("compare_runs",),
         "info": ("describe", "where_it_ran"),
-        "staleness": ("CARD", "check"),
+        "reader": ("MICRO_BATCH_TOKENS", "Distance", "Reader", "Reading", "distances"),
     },
 )
 
 if TYPE_CHECKING:
+    from opcd_fast.evaluation.check import CARD, check_run, read_card
     from opcd_fast.evaluation.demo import run_demo
     from opcd_fast.evaluation.diff import compare_runs
     from opcd_fast.evaluation.info import describe, where_it_ran
-    from opcd_fast.evaluation.staleness import CARD, check
+    from opcd_fast.evaluation.reader import MICRO_BATCH_TOKENS, Distance, Reader, Reading, distances

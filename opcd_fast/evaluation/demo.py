@@ -59,8 +59,6 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
         save_every=0,
         seed=seed,
     )
-    if samples < 1:
-        raise InputError(f"samples={samples} must be at least 1")
     _check_room(root)
     print("Loading SmolLM2-135M-Instruct (converted once, some 20 s the first time) ...", flush=True)
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")

@@ -11,7 +11,7 @@ from typing import Any
 
 from opcd_fast.data import Context
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation.staleness import CARD, read_card
+from opcd_fast.evaluation.check import CARD, read_card
 from opcd_fast.runtime import difference
 from opcd_fast.training.run import differing, read_record
 
@@ -35,7 +35,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Differences:
     """What differs between two runs. `notes` say what could not be compared."""
 
     settings: dict[str, tuple[Any, Any]]
@@ -49,7 +49,7 @@ class Comparison:
         return bool(self.settings or self.hashes or any(score.beyond_noise for score in self.scores))
 
 
-def compare_runs(a: Path, b: Path) -> Comparison:
+def compare_runs(a: Path, b: Path) -> Differences:
     """a and b: runs' folders, or any folders (or files) with their cards. Raises InputError where there is none."""
     first, second = _card(a), _card(b)
     notes = []
@@ -71,7 +71,7 @@ def compare_runs(a: Path, b: Path) -> Comparison:
             other = theirs[name][0]
             _, low, high = difference(mine, other)
             scores.append(Score(name, mine["value"], other["value"], low, high, share))
-    return Comparison(
+    return Differences(
         settings=_settings(first["settings"], second["settings"]),
         hashes=_hashes(first["hashes"], second["hashes"]),
         context=_context(a, b, notes),

@@ -10,14 +10,16 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "card": ("card_of",),
-        "folder": ("ExportOptions", "export", "refuse"),
-        "hub": ("check_can_push", "is_hub_id", "push"),
+        "folder": ("export", "refuse"),
+        "hub": ("check_can_push", "push", "refuse_local_base"),
+        "options": ("ExportOptions",),
         "source": ("find_source",),
     },
 )
 
 if TYPE_CHECKING:
     from opcd_fast.export.card import card_of
-    from opcd_fast.export.folder import ExportOptions, export, refuse
-    from opcd_fast.export.hub import check_can_push, is_hub_id, push
+    from opcd_fast.export.folder import export, refuse
+    from opcd_fast.export.hub import check_can_push, push, refuse_local_base
+    from opcd_fast.export.options import ExportOptions
     from opcd_fast.export.source import find_source

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
-
-CARD = "opcd_card.json"
+from opcd_fast.evaluation import CARD, read_card
+from opcd_fast.models import Place
+from opcd_fast.training.run import FileHashes, differing, weight_files
 
 
 def card_of(folder: Path) -> Mapping[str, Any] | None:
@@ -17,21 +18,14 @@ def card_of(folder: Path) -> Mapping[str, Any] | None:
 
     Raises InputError for a damaged card, or one that was measured on other weights.
     """
-    path = folder / CARD
-    if not path.is_file():
+    card = read_card(folder)
+    if card is None:
         return None
-    from opcd_fast.models import Place
-    from opcd_fast.training.run import FileHashes, differing, weight_files
-
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        measured = card["hashes"]["weights"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(path)!r} is damaged ({error}); write it again with `opcd report`") from error
     there = weight_files(Place(folder), FileHashes())
-    changed = differing(measured, there)
+    changed = differing(card["hashes"]["weights"], there)
     if changed and differing(card.get("exported") or {}, there):
-        raise InputError(f"{str(path)!r} was measured on other weights ({changed[0]}); run `opcd report` again")
+        where = str(folder / CARD)
+        raise InputError(f"{where!r} was measured on other weights ({changed[0]}); run `opcd report` again")
     return card
 
 
@@ -42,8 +36,6 @@ def write_card(folder: Path, card: Mapping[str, Any], adapter: bool) -> None:
     of the files here as `exported`.
     """
     from opcd_fast.evaluation.report import readme, without_texts
-    from opcd_fast.models import Place
-    from opcd_fast.training.run import FileHashes, weight_files
 
     shown = {**without_texts(card), "adapter": adapter, "exported": weight_files(Place(folder), FileHashes())}
     (folder / CARD).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")

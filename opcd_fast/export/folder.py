@@ -17,30 +17,12 @@ import torch
 
 from opcd_fast.errors import InputError
 from opcd_fast.export.card import card_of, write_card
-from opcd_fast.export.check import Comparison, Probe, compare, logits_of, probe, require_equal
+from opcd_fast.export.fidelity import LogitError, Probe, compare, logits_of, probe, require_equal
+from opcd_fast.export.options import ExportOptions
 from opcd_fast.export.source import CHOICES, Source, find_source, load_source, stored_dtype, tokenizer_of
-from opcd_fast.models import load_model, resolve
+from opcd_fast.models import first_line, load_model, resolve, seam
 from opcd_fast.rollout import stop_token_ids
 from opcd_fast.runtime import write_folder
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export. Defaults are those of `opcd export`."""
-
-    merged: bool = False
-    """One model with the adapter folded in, instead of the adapter."""
-    dtype: str = "auto"
-    """Type of the weights; "auto": of an adapter float32, of a model the type in which it, or its base, is stored."""
-    model: str | None = None
-    """Where the base of an adapter is now; None: where its adapter_config.json says."""
-    base_name: str | None = None
-    """What an exported adapter calls its base; None: the base's folder in full, or its hub id."""
-    dequantize: bool = False
-    """Merge into a base of 4 bits, unpacked."""
-    max_shard_size: str = "5GB"
-    """Largest file of weights."""
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class Exported:
     """Of all files together."""
     shards: int
     """Files of weights."""
-    comparison: Comparison
+    comparison: LogitError
     has_card: bool
 
 
@@ -81,7 +63,7 @@ def export(
     asked = probe(model)
     dtype = _dtype_of(source, options)
     name = str(dtype).removeprefix("torch.")
-    done: list[Comparison] = []
+    done: list[LogitError] = []
 
     def fill(folder: Path) -> None:
         nonlocal model
@@ -170,8 +152,7 @@ def merged(model: Any) -> Any:
     try:
         return model.merge_and_unload(safe_merge=True).eval()
     except (ValueError, NotImplementedError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"merged: {reason}; export the adapter without --merged") from error
+        raise InputError(f"merged: {first_line(error)}; export the adapter without --merged") from error
 
 
 def _dtype_of(source: Source, options: ExportOptions) -> torch.dtype:
@@ -182,8 +163,6 @@ def _dtype_of(source: Source, options: ExportOptions) -> torch.dtype:
 
 def _end_tokens(model: Any, tokenizer: Any, source: Source) -> None:
     """Into the generation settings: other programs end an answer where the run did."""
-    from opcd_fast.models import seam
-
     lm: Any = seam.causal_lm(model)
     ids = stop_token_ids(tokenizer, lm, tuple(source.settings.get("stop_tokens") or ()))
     if ids and lm.generation_config is not None:
@@ -191,8 +170,6 @@ def _end_tokens(model: Any, tokenizer: Any, source: Source) -> None:
 
 
 def _write_model(model: Any, folder: Path, source: Source, options: ExportOptions, dtype: torch.dtype) -> None:
-    from opcd_fast.models import seam
-
     if not (source.is_adapter and not options.merged):
         for parameter in model.parameters():  # not the buffers: RoPE's frequencies are fp32 in a model of any type
             parameter.data = parameter.data.to(dtype)
@@ -224,7 +201,7 @@ def base_for_others(source: Source) -> str:
 
 def _compared(
     folder: Path, source: Source, options: ExportOptions, asked: Probe, dtype: torch.dtype
-) -> Comparison:
+) -> LogitError:
     """What lies in `folder`, loaded as a user would, against the trained model. Raises InputError when it differs."""
     if source.is_adapter and not options.merged:
         again = load_source(Source(folder, source.base, source.settings), options.device, unpack=False)

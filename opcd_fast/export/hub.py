@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.models import first_line
 
 REPLACED = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json", "config.json",
@@ -49,16 +49,12 @@ def check_can_push(repo: str, private: bool) -> str:
     return name
 
 
-def refuse_local_base(folder: Path) -> None:
-    """Raises InputError for an adapter whose base nobody else could find."""
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return
-    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+def refuse_local_base(base: str) -> None:
+    """Raises InputError for the base of an adapter that nobody else could find."""
     if not is_hub_id(base):
         raise InputError(
-            f"push_to_hub: the adapter names its base {base!r}, which only this machine has; give its hub id with "
-            "--base-name, or push the model with --merged"
+            f"push_to_hub: the adapter's base {base!r} is only on this machine; give its hub id with --base-name, or "
+            "push the model with --merged"
         )
 
 
@@ -75,26 +71,22 @@ def push(folder: Path, repo: str, private: bool) -> str:
     as it was (or new and empty).
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import filter_repo_objects
 
-    refuse_local_base(folder)
+    settings = folder / "adapter_config.json"
+    if settings.is_file():
+        refuse_local_base(json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"])
     api = HfApi()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     with _one_line(repo):
         api.create_repo(repo, private=private or None, exist_ok=True)
-        there = api.list_repo_files(repo)
-        gone = [
-            name for name in there if name not in names and any(fnmatch.fnmatch(name, pattern) for pattern in REPLACED)
-        ]
-        # Not upload_folder, which divides large uploads into several commits.
-        done = api.create_commit(
-            repo,
-            [
-                *(CommitOperationAdd(name, str(path)) for name, path in zip(names, files)),
-                *(CommitOperationDelete(name, is_folder=False) for name in gone),
-            ],
-            commit_message="Upload a model with a context in its weights (opcd export)",
-        )
+        replaced = filter_repo_objects(api.list_repo_files(repo), allow_patterns=list(REPLACED))
+        changes: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        changes += [CommitOperationDelete(name, is_folder=False) for name in replaced if name not in files]
+        # Not upload_folder: where hf_xet is installed that commits what has arrived every few minutes, and a push that
+        # breaks off would leave half a model.
+        message = "Upload a model with a context in its weights (opcd export)"
+        done = api.create_commit(repo, changes, commit_message=message)
     return str(done.commit_url)
 
 
@@ -113,30 +105,23 @@ def _one_line(repo: str) -> Iterator[None]:
         raise InputError("push_to_hub: HF_HUB_OFFLINE is set; unset it, or leave --push-to-hub out") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        said = getattr(error, "server_message", None) or _first_line(error)
-        if status == 401:
-            raise InputError(f"push_to_hub: the Hub does not accept the token ({said}); `hf auth login`") from error
-        if status in (403, 404):
-            raise InputError(
-                f"push_to_hub: the token has no right to write to {repo!r} ({said}); use one with the right to write, "
-                "or a repository of your own"
-            ) from error
-        raise InputError(f"push_to_hub: the Hub refused ({status}: {said}); push again later") from error
-    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's for a file that did not arrive
-        why = _first_line(error) + (f" {_first_line(error.__cause__)}" if error.__cause__ else "")
-        raise InputError(f"push_to_hub: the upload failed ({why}); push again") from error
+        said = getattr(error, "server_message", None) or first_line(error)
+        no_right = (
+            f"the token has no right to write to {repo!r} ({said}); use one with the right to write, or a repository "
+            "of your own"
+        )
+        no_token = f"the Hub does not accept the token ({said}); `hf auth login`"
+        known: dict[Any, str] = {401: no_token, 403: no_right, 404: no_right}
+        refused = known.get(status, f"the Hub refused ({status}: {said}); push again later")
+        raise InputError(f"push_to_hub: {refused}") from error
     except Exception as error:
-        if not _of_the_network(error):
-            raise
-        raise InputError(
-            f"push_to_hub: the Hub cannot be reached ({_first_line(error)}); push again when the network is there"
-        ) from error
+        if not (isinstance(error, (OSError, ValueError, RuntimeError)) or _of_the_network(error)):
+            raise  # a bug
+        why = f"{first_line(error)} {first_line(error.__cause__) if error.__cause__ else ''}".strip()
+        what = "the Hub cannot be reached, or a file did not arrive"
+        raise InputError(f"push_to_hub: {what} ({why}); push again") from error
 
 
 def _of_the_network(error: Exception) -> bool:
     """By name: huggingface_hub has changed its HTTP library, and with it the class."""
     return any(kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

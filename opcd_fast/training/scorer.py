@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,8 +49,20 @@ def load_scorer(name: str) -> Scorer:
     return found
 
 
+def pattern_scorer(pattern: str) -> Scorer:
+    """1 where the regular expression is found in the answer, white space around it apart. Raises InputError."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"regex={pattern!r} is not a regular expression: {error}") from error
+    return lambda messages, answer, row: float(compiled.search(answer.strip()) is not None)
+
+
 def score_record(
-    scorer: Scorer, messages: Sequence[list[dict[str, Any]]], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    scorer: Scorer,
+    messages: Sequence[Sequence[Mapping[str, Any]]],
+    answers: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, float]:
     """Mean score, its standard error, and a 95 % interval (Wilson's where every score is 0 or 1, else normal).
 
@@ -64,18 +77,26 @@ def score_record(
 
 
 def scores_of(
-    scorer: Scorer, messages: Sequence[list[dict[str, Any]]], answers: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    scorer: Scorer,
+    messages: Sequence[Sequence[Mapping[str, Any]]],
+    answers: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    name: str | None = None,
+    share: bool = False,
 ) -> list[float]:
-    """One score for each answer. Raises InputError as `score_record`."""
+    """One score for each answer. share: each must be from 0 to 1. Raises InputError as `score_record`."""
+    who = "scorer" if name is None else f"scorer {name!r}"
     scores = []
     for index, (shown, answer, row) in enumerate(zip(messages, answers, rows, strict=True)):
         try:
             value = float(scorer([dict(message) for message in shown], answer, row))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"scorer failed on held-out answer {index} ({reason}); mend the scorer") from error
-        if not math.isfinite(value):
-            raise InputError(f"scorer gave {value} for held-out answer {index}; it must give a finite number")
+            raise InputError(f"{who} failed on held-out answer {index} ({reason}); mend the scorer") from error
+        if not math.isfinite(value) or (share and not 0 <= value <= 1):
+            wanted = "a number from 0 to 1" if share else "a finite number"
+            raise InputError(f"{who} gave {value} for held-out answer {index}; it must give {wanted}")
         scores.append(value)
     return scores
 
@@ -116,9 +137,11 @@ class HeldOutScore:
     def __call__(self, answers: Sequence[Completion]) -> dict[str, float]:
         return score_record(self._scorer, self._messages, self._texts(answers), self._rows)
 
-    def each(self, answers: Sequence[Completion]) -> list[float]:
-        """The score of each answer, one to every held-out prompt in order."""
-        return scores_of(self._scorer, self._messages, self._texts(answers), self._rows)
+    def shares(self, answers: Sequence[Completion]) -> list[float]:
+        """The score of each answer, one to every held-out prompt in order. Raises InputError for one not in 0 .. 1."""
+        return scores_of(
+            self._scorer, self._messages, self._texts(answers), self._rows, name=self.name, share=True
+        )
 
     def _texts(self, answers: Sequence[Completion]) -> list[str]:
         return [self._tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]

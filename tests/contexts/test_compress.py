@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.contexts.compression import Candidate, Ranked, cut_candidates, rank, with_front, written_candidates
-from opcd_fast.data.prompts import read_prompts
-from opcd_fast.data.rendering import teacher_ids
+from opcd_fast.contexts import Candidate, Ranked, cut_candidates, rank, written_candidates
+from opcd_fast.contexts.compression import with_front
+from opcd_fast.data import read_prompts, teacher_ids
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import TransformersRollout
+from opcd_fast.runtime import stream_seed
 
 TURNS = [
     {"role": "user", "content": "one"}, {"role": "assistant", "content": "1"},
@@ -38,7 +39,8 @@ def test_written_candidates_are_shorter_and_different():
 
     def answers(questions, seed):
         asked.extend(question[0]["content"] for question in questions)
-        return [["short text", "short text", "", "word " * 50][index % 4] for index in range(len(questions))]
+        written = ["short text", "<think>x</think>short text", "", "word " * 50]
+        return [written[index % 4] for index in range(len(questions))]
 
     found = written_candidates("one two three four five six", answers, 1, 0)
     assert [candidate.context for candidate in found] == ["short text"] and len(asked) == 12
@@ -46,8 +48,10 @@ def test_written_candidates_are_shorter_and_different():
     assert "at most 4 words" in asked[0] and "at most 3 words" in asked[-1]
 
 
-def test_the_ranking_is_the_kl_of_plain_forward_passes(model):
-    tokenizer = tiny_tokenizer()
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_ranking_is_the_kl_of_plain_forward_passes(model, adapter):
+    """Of the model as it answers: with its adapter."""
+    model, tokenizer = lora_model().eval() if adapter else model, tiny_tokenizer()
     prompts = read_prompts(["what is it", "say more", "why"])
     rollout = TransformersRollout(model, stop_token_ids=[tokenizer.eos_token_id])
     full = "be brief\nbe kind\nbe quick"
@@ -63,8 +67,8 @@ def test_the_ranking_is_the_kl_of_plain_forward_passes(model):
     whole = next(one for one in ranked if one.candidate.context == full)
     assert abs(whole.kl) < 1e-6 and whole.top1_agreement == 1.0
     assert all(one.kl > 1e-5 for one in ranked if one is not whole)
-
-    from opcd_fast.runtime.seeds import stream_seed
+    with pytest.raises(InputError, match="at least two"):
+        rank(model, tokenizer, full, [], prompts[:1], rollout, max_new_tokens=2)
 
     double = [prompt for prompt in prompts for _ in range(2)]
     drawn = rollout.generate(
@@ -94,11 +98,6 @@ def test_the_front_is_what_nothing_beats():
     assert [one.front for one in with_front(ranked)] == [True, False, True, False, False, True]
 
 
-def test_one_prompt_is_too_few(model):
-    with pytest.raises(InputError, match="at least two"):
-        rank(model, tiny_tokenizer(), "a b", [], read_prompts(["x"]), None, max_new_tokens=2)
-
-
 def test_the_command(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -116,7 +115,15 @@ def test_the_command(model, tmp_path, capsys):
     sources = {row["candidate"]["source"] for row in record["ranked"]}
     assert {"none", "the full context", f"file {tmp_path / 'own.txt'}", "first 1 of 2 parts"} <= sources
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
-    assert [path.name for path in (tmp_path / "out").glob("shorter.*")]
+    # The shortest that is good enough, and is shorter than the whole.
+    shorter = [row for row in record["ranked"] if 0 < row["tokens"] < record["ranked"][-1]["tokens"]]
+    (saved,) = (tmp_path / "out").glob("shorter.*")
+    text = saved.read_text()
+    assert shorter[0]["candidate"]["context"] == (text if saved.suffix == ".txt" else json.loads(text))
+    middle = sorted(row["kl"] for row in shorter)[len(shorter) // 2]
+    assert main([*arguments, "--max-kl", str(middle)]) == 0
+    source = next(row["candidate"]["source"] for row in shorter if row["kl"] <= middle)
+    assert f"({source})" in capsys.readouterr().out
     assert main([*arguments, "--max-kl", "0", "--written", "0"]) == 0
     assert "no shorter candidate" in capsys.readouterr().out and not list((tmp_path / "out").glob("shorter.*"))
     assert main([*arguments, "--temperature", "0"]) == 2

@@ -6,19 +6,21 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.contexts.experience import ExperienceFolder, Player, accumulate, extract, select
-from opcd_fast.contexts.lessons import (
-    HEAD,
-    as_notes,
-    ask_for_lessons,
-    lessons_in,
+from opcd_fast.contexts import (
+    ExperienceFolder,
+    Player,
+    accumulate,
+    as_traces,
+    extract,
     lessons_of_notes,
+    select,
     within_budget,
     without_similar,
 )
-from opcd_fast.data.tasks import load_task
+from opcd_fast.contexts.lessons import HEAD, as_notes, ask_for_lessons, lessons_in
+from opcd_fast.data.tasks import load_task, play
 from opcd_fast.data.tasks.episode import SPLITS, Questions
-from opcd_fast.data.tasks.player import Played, Turn, play
+from opcd_fast.data.tasks.player import Played, Turn
 from opcd_fast.errors import InputError
 
 
@@ -102,24 +104,38 @@ def test_the_question_shows_the_attempt_and_how_it_ended_but_no_right_answer():
     assert "Outcome" not in message["content"]
 
 
-def test_the_oldest_lessons_leave_whole():
+def test_the_oldest_and_the_similar_lessons_leave_whole():
     def count(text):
         return len(text.split())
 
     lessons = [f"l{n} a b c d" for n in range(10)]
     fixed = count(HEAD)
-    kept, dropped = within_budget(lessons, fixed + 3 * 6, count)
-    assert kept == lessons[-3:] and dropped == 7
-    assert within_budget(lessons, fixed + 3 * 6 + 5, count)[0] == lessons[-3:]
-    assert within_budget(lessons, 1000, count) == (lessons, 0)
-    assert within_budget([*lessons, "word " * 500], fixed + 12, count)[0] == lessons[-2:]
-    assert within_budget(lessons, 1, count) == ([], 10)
-
-
-def test_similar_lessons_leave():
-    lessons = ["Avoid the holes on the board.", "avoid the holes on the board!", "Walk to the goal.", "Mind the holes."]
-    assert without_similar(lessons, 0.7) == [lessons[0], lessons[2], lessons[3]]
+    for room, kept in ((fixed + 3 * 6, lessons[-3:]), (fixed + 3 * 6 + 5, lessons[-3:]), (1000, lessons), (1, [])):
+        assert within_budget(lessons, room, count, as_notes) == kept
+    assert within_budget([*lessons, "word " * 500], fixed + 12, count, as_notes) == lessons[-2:]
+    similar = ["Avoid the holes on the board.", "avoid the holes on the board!", "Walk to the goal.", "Mind the holes."]
+    assert without_similar(similar, 0.7) == [similar[0], similar[2], similar[3]]
     assert without_similar(["a b c d", "a b c e"], 1.0) == ["a b c d", "a b c e"]
+
+
+def attempt(number, turns=1, feedback=""):
+    asked = [
+        {"messages": [{"role": "user", "content": f"q{number}.{turn}"}], "answer": f"a{number}.{turn}"}
+        for turn in range(turns)
+    ]
+    return {"repeat": 0, "id": str(number), "turns": asked, "feedback": feedback, "lessons": [], "score": 0.0}
+
+
+def test_the_newest_attempts_stay_whole_and_in_order():
+    """Raw attempts as a context."""
+    records = [attempt(0), attempt(1, turns=2, feedback="lost"), attempt(2)]
+    lost = "Problem: q1.0\nAttempt: a1.0\nProblem: q1.1\nAttempt: a1.1\nOutcome: lost\n"
+    assert as_traces(records[1:]).endswith(f"\n\n{lost}\nProblem: q2.0\nAttempt: a2.0\n")
+    room = len(as_traces(records))
+    assert within_budget(records, room, len, as_traces) == records
+    assert within_budget(records, room - 1, len, as_traces) == records[1:]
+    # A newest one that never fits is left out.
+    assert within_budget([*records, attempt(3, turns=50)], room - 1, len, as_traces) == records[1:]
 
 
 def lesson_of(text):
@@ -212,14 +228,6 @@ def test_select_takes_the_notes_that_help_and_never_the_problems_of_the_lessons(
     assert told[4:] == ["notes_000.txt"], "new notes under an old name have no score yet"
 
 
-def test_a_step_refuses_the_results_of_other_settings(tmp_path):
-    folder = ExperienceFolder(tmp_path)
-    folder.settle("extract", {"seed": 0, "task": "a"})
-    folder.settle("extract", {"seed": 0, "task": "a"})
-    with pytest.raises(InputError, match="task='a', now it is 'b'"):
-        folder.settle("extract", {"seed": 0, "task": "b"})
-
-
 def test_play_shows_the_context_and_asks_only_those_that_go_on():
     class Counting:
         feedback = ""
@@ -270,8 +278,8 @@ def test_commands_from_attempts_to_the_best_notes(tmp_path, model_folder, monkey
     assert "opcd accumulate" in capsys.readouterr().err
     assert main(["extract", *playing]) == 0
     assert "3 attempts" in capsys.readouterr().out
-    assert main(["extract", *playing[:-1], "5"]) == 2
-    assert "max_new_tokens" in capsys.readouterr().err
+    assert main(["extract", *playing[:-1], "5"]) == 2  # would be mixed with results of other settings
+    assert "max_new_tokens=4, now it is 5" in capsys.readouterr().err
     assert main(["accumulate", *shared, "--candidates", "2"]) == 0
     assert main(["select", *playing]) == 0
     out = capsys.readouterr().out
@@ -279,6 +287,19 @@ def test_commands_from_attempts_to_the_best_notes(tmp_path, model_folder, monkey
     task = load_task("instructions")
     used = {record["id"] for record in ExperienceFolder(tmp_path).attempts()}
     assert used <= {episode.id for episode in task.episodes("notes", 1000)}
+
+
+def test_the_command_writes_raw_attempts(tmp_path, model_folder, capsys):
+    folder = tmp_path / "runs"
+    command = ["accumulate", "--raw", "--model", model_folder, "--output-dir", str(folder)]
+    assert main(command) == 2 and "no attempts" in capsys.readouterr().err
+    folder.mkdir()
+    (folder / "attempts.jsonl").write_text("".join(json.dumps(attempt(n)) + "\n" for n in range(9)))
+    assert main([*command, "--max-tokens", "120"]) == 0
+    text = (folder / "raw.txt").read_text()
+    assert 60 < len(text) <= 120 and "q8.0" in text and "q0.0" not in text
+    assert main([*command, "--merge"]) == 2
+    assert main([*command, "--max-tokens", "3"]) == 2 and "max_tokens=3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from opcd_fast.cli import main
 from opcd_fast.data.prompts import read_prompts
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation.compare import runs as runs_module
-from opcd_fast.evaluation.compare.measurement import Yardstick, base_reader, scores_of
+from opcd_fast.evaluation.compare.measurement import Yardstick, behaviour_of
 from opcd_fast.evaluation.compare.runs import Comparison, run_all
 from opcd_fast.evaluation.compare.seeds import over_seeds, t_quantile
 from opcd_fast.evaluation.compare.systems import SYSTEMS, check_common, parse_systems
@@ -21,7 +21,6 @@ from opcd_fast.rollout import Completion, TransformersRollout
 from opcd_fast.runtime.checkpoints import list_checkpoints
 from opcd_fast.runtime.intervals import wilson
 from opcd_fast.runtime.seeds import stream_seed
-from opcd_fast.training.engines import model_pair
 from opcd_fast.training.scorer import HeldOutScore
 from opcd_fast.training.settings.config import OPCDConfig
 
@@ -45,22 +44,14 @@ def test_t_quantiles_are_the_printed_ones(degrees, value):
     assert t_quantile(degrees) == pytest.approx(value, abs=6e-4)
 
 
-def test_t_quantiles_are_those_of_samples():
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(200_000, 4, generator=generator, dtype=torch.float64)
-    t = draws.mean(1) / (draws.std(1) / 2)
-    assert float((t.abs() <= t_quantile(3)).double().mean()) == pytest.approx(0.95, abs=2e-3)
-    assert t_quantile(3, 0.5) == pytest.approx(0.7649, abs=1e-3)
-    with pytest.raises(ValueError):
-        t_quantile(0)
-
-
 def test_over_seeds_is_mean_and_t():
     found = over_seeds([1.0, 2.0, 6.0])
     half = 4.302653 * math.sqrt(7.0) / math.sqrt(3)
-    assert (found["mean"], found["n"]) == (3.0, 3)
-    assert (found["low"], found["high"]) == (pytest.approx(3 - half, abs=1e-5), pytest.approx(3 + half, abs=1e-5))
-    assert over_seeds([5.0]) == {"mean": 5.0, "low": None, "high": None, "n": 1}
+    assert found == {"mean": 3.0, "n": 3, "low": pytest.approx(3 - half), "high": pytest.approx(3 + half)}
+    assert interval(found) == (found["low"], found["high"]) and interval(over_seeds([5.0])) is None
+    # Equal seeds do not hide that answers are few.
+    low, high = wilson(30, 30)
+    assert interval({**over_seeds([1.0] * 3), "answers_low": low, "answers_high": high}) == (low, 1.0)
 
 
 # --- systems -------------------------------------------------------------------------------------------------
@@ -91,7 +82,7 @@ def test_a_system_with_settings_of_its_own():
     ("words", "message"),
     [
         (["opdc"], "'opdc' is unknown"), ([""], "systems is empty"), (["opcd,opcd"], "twice"),
-        (["opcd:steps"], "setting=value"), (["opcd:stepz=3"], "steps"), (["opcd:steps=many"], "whole number"),
+        (["opcd:steps"], "setting=value"), (["opcd:stepz=3"], "steps"), (["opcd:steps=many"], "steps"),
         (["opcd:seed=3"], "seed"), (["a/b=opcd:steps=3"], "becomes a folder"),
     ],
 )  # fmt: skip
@@ -100,11 +91,11 @@ def test_systems_that_make_no_sense(words, message):
         parse_systems(words)
 
 
-@pytest.mark.parametrize("settings", [{"divergence": "jsd"}, {"answers": "teacher"}, {"teacher_mode": "live"},
-                                      {"resume": True}, {"eval_every": 0}])  # fmt: skip
-def test_common_settings_leave_the_systems_alone(settings):
-    with pytest.raises(InputError, match=next(iter(settings))):
-        check_common(OPCDConfig(**settings))
+def test_common_settings_leave_the_systems_alone():
+    for name, value in {"divergence": "jsd", "answers": "teacher", "teacher_mode": "live", "resume": True,
+                        "eval_every": 0}.items():  # fmt: skip
+        with pytest.raises(InputError, match=name):
+            check_common(OPCDConfig(**{name: value}))
 
 
 # --- runs ----------------------------------------------------------------------------------------------------
@@ -197,11 +188,23 @@ def test_measures_are_plain_forwards(done, tokenizer):
     assert run["general_kl"] == pytest.approx(sum(by_hand) / 2, rel=1e-3)
 
 
-def test_finished_runs_are_not_made_again(done, tokenizer, monkeypatch):
+@pytest.mark.parametrize("gone", [None, "float8_e4m3fn"])
+def test_finished_runs_are_not_made_again(done, tokenizer, tmp_path, monkeypatch, gone):
+    """Nor those of an earlier version where a setting that is gone had its default."""
     folder, found, _ = done
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy").glob("*/*/measured.json"):
+        kept = json.loads(path.read_text())
+        kept["of"]["settings"]["prefix_dtype"] = gone
+        path.write_text(json.dumps(kept))
     monkeypatch.setattr(runs_module, "OPCDTrainer", None)  # would fail
     told = []
-    assert run_all(comparison(tokenizer, folder), told.append) == found
+    again = comparison(tokenizer, tmp_path / "copy")
+    if gone is not None:
+        with pytest.raises(InputError, match="output_dir.*prefix_dtype='float8_e4m3fn'"):
+            run_all(again, told.append)
+        return
+    assert run_all(again, told.append) == found
     assert told == [f"{label}, seed {seed}: measured already" for label in ("opcd", "off-policy") for seed in (0, 1)]
 
 
@@ -234,25 +237,6 @@ def test_results_of_other_settings_are_not_mixed_in(done, tokenizer, change, wor
         run_all(comparison(tokenizer, done[0], **change), lambda text: None)
 
 
-@pytest.mark.parametrize("value", [None, "float8_e4m3fn"])
-def test_results_of_an_earlier_version_count_where_a_setting_that_is_gone_had_its_default(
-    done, tokenizer, tmp_path, monkeypatch, value
-):
-    folder, found, _ = done
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    for path in copy.glob("*/*/measured.json"):
-        kept = json.loads(path.read_text())
-        kept["of"]["settings"]["prefix_dtype"] = value
-        path.write_text(json.dumps(kept))
-    monkeypatch.setattr(runs_module, "OPCDTrainer", None)  # would fail
-    if value is None:
-        assert run_all(comparison(tokenizer, copy), lambda text: None) == found
-        return
-    with pytest.raises(InputError, match="output_dir.*prefix_dtype='float8_e4m3fn'"):
-        run_all(comparison(tokenizer, copy), lambda text: None)
-
-
 def test_kept_answers_are_counted_as_drawn_once(tokenizer, tmp_path):
     found = run_all(comparison(tokenizer, tmp_path, "sft", 1, steps=4, eval_every=4), lambda text: None)
     (run,) = found["runs"]["sft"]
@@ -273,15 +257,6 @@ def test_forgetting_is_measured_from_the_students_own_base(tokenizer, tmp_path, 
     (base,) = found["baselines"].values()
     assert abs(base["base"]["general_kl"]) < 1e-6 and base["base"]["own_kl"] > 0.1
     assert 0 < found["runs"]["opcd"][0]["general_kl"] < 0.1
-
-
-def test_a_base_that_lies_elsewhere_is_loaded_again(tokenizer, tmp_path, monkeypatch):
-    """An offloaded copy is on the host between its calls, where the student's batches are not."""
-    monkeypatch.setattr(model_pair, "refuse_useless_offload", lambda shares, device: None)
-    given = comparison(tokenizer, tmp_path, "opcd", 1, lora_rank=0, teacher_offload=True, eval_every=1)
-    trainer, again = runs_module._trainer(given, CONTEXT, given.common)
-    kept = trainer.teachers.reference.local.model
-    assert again is not None and base_reader(trainer, again).model not in (kept, trainer.model)
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -306,13 +281,6 @@ def test_the_table_is_arithmetic_on_the_runs(done):
     assert "task score" not in page and "Differences from opcd" in page
 
 
-def test_equal_seeds_do_not_hide_that_answers_are_few():
-    ones = {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 3, "answers": 30, **dict(
-        zip(("answers_low", "answers_high"), wilson(30, 30)))}  # fmt: skip
-    assert interval(ones) == (pytest.approx(0.8865, abs=1e-3), 1.0)
-    assert interval(over_seeds([2.0])) is None
-
-
 def test_intervals_of_scores_stay_between_0_and_1():
     run = {"context": "c", "own_kl": 0.5, "fixed_kl": 0.5, "general_kl": 0.1, "seconds": 1.0, "length": 3.0}
     run |= {"drawn_answers": 4, "drawn_tokens": 8, "trained_tokens": 8, "own_top1": 0.5, "fixed_top1": 0.5}
@@ -323,20 +291,17 @@ def test_intervals_of_scores_stay_between_0_and_1():
     assert summary["task_score"]["low"] == 0.0 and summary["own_gap_closed"]["mean"] == 0.5
 
 
-def test_scores_of_a_comparison_are_shares(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "mine_for_compare.py").write_text(
-        "def same(m, a, row):\n  return m[-1]['content'] == a\ndef two(m, a, row):\n  return 2\n"
-    )
-    monkeypatch.chdir(tmp_path)
+def test_scores_of_a_comparison_are_shares(tokenizer):
+    held_out = read_prompts(["a", "b"])
     answers = [Completion(tuple(tokenizer(text).input_ids), (), True) for text in ("a", "x", "a", "b")]  # two rounds
 
-    def yardstick(name):
-        held_out = read_prompts(["a", "b"])
-        return Yardstick([], HeldOutScore.make(None, name, tokenizer, held_out), held_out, 2, {})
+    def found(scorer):
+        return behaviour_of(Yardstick([], HeldOutScore(scorer, "mine", tokenizer, held_out), held_out, 2, {}), answers)
 
-    assert scores_of(yardstick("mine_for_compare:same"), answers) == {"score": 0.75, "scores": [1.0, 0.0, 1.0, 1.0]}
-    with pytest.raises(InputError, match="needs 0 to 1"):
-        scores_of(yardstick("mine_for_compare:two"), answers)
+    same = found(lambda messages, answer, row: messages[-1]["content"] == answer)
+    assert same == {"score": 0.75, "scores": [1.0, 0.0, 1.0, 1.0]}
+    with pytest.raises(InputError, match="'mine'.*from 0 to 1"):
+        found(lambda messages, answer, row: 2)
 
 
 # --- the command ---------------------------------------------------------------------------------------------
@@ -392,12 +357,6 @@ def test_the_command_on_a_task(files, capsys):
     (baseline,) = found["baselines"].values()
     assert baseline["base"]["task_score"] is not None and baseline["base + context"]["task_score"] is not None
     assert "task score" in (files / "out" / "compare.md").read_text()
-
-
-def test_several_processes_are_refused(files, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(arguments(files, *with_prompts(files))) == 2
-    assert "it runs in one process" in capsys.readouterr().err and not (files / "out").exists()
 
 
 def test_a_system_that_does_not_go_with_a_task_is_named_before_anything_is_trained(files, capsys):

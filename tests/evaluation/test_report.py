@@ -2,28 +2,28 @@
 
 import copy
 import json
-import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from report_runs import CONTEXT, HELD_OUT, make_run, save_base, write_lines
+from tiny import tiny_model
 
+from opcd_fast import OPCDConfig, OPCDTrainer
 from opcd_fast.cli import main
-from opcd_fast.data.prompts import read_prompts
-from opcd_fast.data.rendering import student_ids, teacher_ids
+from opcd_fast.data import read_prompts, student_ids, teacher_ids
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation.report.arms import ARMS, BASE, BOTH, SHOWN, STUDENT, first_difference, identical_greedy, share
-from opcd_fast.evaluation.report.distances import Reader, distances
-from opcd_fast.evaluation.report.files import write_report
-from opcd_fast.evaluation.report.hub_card import readme
+from opcd_fast.evaluation import Distance, distances
+from opcd_fast.evaluation.report.estimates import agreement, first_difference, identical_greedy, share
 from opcd_fast.evaluation.report.measurement import GENERAL, ReportOptions, measure
-from opcd_fast.evaluation.report.models import load_run
-from opcd_fast.evaluation.report.scorers import by_function, by_pattern
+from opcd_fast.evaluation.report.models import ARMS, BASE, BOTH, SHOWN, STUDENT, load_run
+from opcd_fast.evaluation.report.page import readme, write_report
+from opcd_fast.evaluation.report.scores import Behaviour, by_function, by_pattern
 from opcd_fast.models import load_model, load_tokenizer
-from opcd_fast.training.run.curves import run_settings
-from opcd_fast.training.run.record import read_record
+from opcd_fast.training.run import read_record, run_settings
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def long_answers(messages, answer, row):
 @pytest.fixture(scope="module")
 def card(lora_run):
     scorers = [by_pattern("[a-z]"), by_function("test_report:long_answers")]
-    return measure(lora_run, ReportOptions(scorers=scorers, tasks=["instructions"], max_prompts=4))
+    return measure(lora_run, ReportOptions(behaviours=scorers, tasks=["instructions"], max_prompts=4))
 
 
 def logits_of(model, prompt, answer):
@@ -76,15 +76,15 @@ def test_token_kl_is_that_of_plain_forwards_in_float64(run, base, temperature):
     without = [student_ids(tokenizer, prompt) for prompt in prompts]
     within = [teacher_ids(tokenizer, prompt, CONTEXT) for prompt in prompts]
     responses = [[70, 71], [256], [100, 90, 80, 70, 256], [3, 4, 5]]
-    readers = {name: Reader(getattr(models, name), without, {}) for name in ("base", "student")}
-    teacher = Reader(models.teacher, within, {})
+    readings = {name: getattr(models, name).reader(without).read(responses) for name in ("base", "student")}
+    teacher = models.teacher.reader(within).read(responses)
     plain = {
         name: load_model(folder, dtype="float32", device="cpu")
         for name, folder in {"base": base, "student": run / "final"}.items()
     }
     wrong = 0.0
-    for name, reader in readers.items():
-        found = distances(reader, teacher, responses, temperature)
+    for name, reading in readings.items():
+        found = distances(reading, teacher, temperature)
         for one, p, q, answer in zip(found, without, within, responses):
             log_p = (logits_of(plain[name], p, answer) / temperature).log_softmax(-1)
             log_q = (logits_of(plain["base"], q, answer) / temperature).log_softmax(-1)
@@ -101,11 +101,11 @@ def test_most_probable_tokens_say_where_greedy_answers_part(run):
     greedy = {"max_new_tokens": 6, "temperature": 0.0}
     wanted = [one.token_ids for one in models.base.answers(prompts, **greedy)]
     written = [one.token_ids for one in models.student.answers(prompts, **greedy)]
-    best = Reader(models.student, prompts, {}).most_probable(wanted)
+    best = models.student.reader(prompts).read(wanted).most_probable()
     assert [first_difference(a, b) for a, b in zip(best, wanted)] == [
         first_difference(a, b) for a, b in zip(written, wanted)
     ]
-    assert identical_greedy(Reader(models.base, prompts, {}).most_probable(wanted), wanted)["identical"]["value"] == 1
+    assert identical_greedy(models.base.reader(prompts).read(wanted).most_probable(), wanted)["identical"]["value"] == 1
 
 
 def test_the_card_is_measured(card, lora_run):
@@ -125,28 +125,26 @@ def test_the_card_is_measured(card, lora_run):
     assert card["saved"]["tokens"] == context - alone > 0
     assert len(card["training"]["steps"]) == 12 and len(card["training"]["evaluations"]) == 3
     assert json.loads(json.dumps(card)) == card
+    assert str(lora_run.parent) not in json.dumps(card)  # folders of this machine
+    docs = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    keys = [*card, *(key for name in ("kl", "arms", "forgetting", "saved", "hashes") for key in card[name])]
+    assert not [key for key in keys if f"`{key}`" not in docs]
 
 
-def test_the_docs_name_every_key_of_the_card(card):
-    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
-    missing = [key for key in card if f"`{key}`" not in text]
-    missing += [key for name in ("kl", "arms", "forgetting", "saved", "hashes") for key in card[name]
-                if f"`{key}`" not in text]  # fmt: skip
-    assert not missing
-
-
-def test_scores_and_regressions_are_those_of_the_answers(lora_run):
+def test_scores_and_regressions_are_those_of_the_answers(base, tmp_path):
     """The scorer is told what was asked, and the arms differ by what the scorer sees alone."""
-    seen = []
+    seen, rows = [], []
 
     def scorer(messages, answer, row):
-        assert row == {}  # the run was given bare strings
         seen.append((answer, messages[-1]["content"]))
+        rows.append(row)
         return len(answer) % 2
 
-    options = ReportOptions(scorers=[by_pattern("q")], samples=2)
-    object.__setattr__(options.scorers[0], "function", scorer)
-    card = measure(lora_run, options)
+    given = [{"prompt": text, "tone": index, "array": np.zeros(2)} for index, text in enumerate(HELD_OUT)]
+    run = make_run(base, tmp_path / "r", held_out=given)
+    card = measure(run, ReportOptions(behaviours=[Behaviour("odd", "function", scorer)], samples=2))
+    # Rows as training's scorers see them; what JSON cannot hold is not kept.
+    assert rows[::2] == [{"prompt": text, "tone": index} for index, text in enumerate(HELD_OUT)] * len(ARMS)
     (score,) = card["scores"]
     per_arm = len(HELD_OUT) * 2
     assert [asked for _, asked in seen[:per_arm]] == [text for text in HELD_OUT for _ in range(2)]
@@ -158,6 +156,9 @@ def test_scores_and_regressions_are_those_of_the_answers(lora_run):
     found = score["regressions"]
     assert found["count"] == len(worse) and found["of"] == per_arm
     assert [(e["answers"][SHOWN], e["answers"][STUDENT]) for e in found["examples"]] == worse
+    for far in card["furthest"]:  # the first answer of each
+        place = 2 * HELD_OUT.index(far["prompt"])
+        assert far["answers"] == {SHOWN: shown[place][0], STUDENT: student[place][0]}
 
 
 def test_the_arms_are_base_and_student_with_and_without_the_context(lora_run, monkeypatch):
@@ -190,6 +191,12 @@ def test_a_rate_of_all_or_nothing_still_has_an_interval():
     assert share([0.2, 0.9])["interval"] == "bootstrap"  # scores between 0 and 1 are no successes
 
 
+def test_agreement_is_over_tokens_and_its_interval_over_prompts():
+    found = agreement([Distance([0.1] * 3, [True, True, False]), Distance([0.1], [False])])
+    assert (found["value"], found["n"], found["interval"]) == (0.5, 2, "bootstrap")
+    assert (found["low"], found["high"]) == (0.0, pytest.approx(2 / 3))
+
+
 def test_general_prompts_that_were_trained_on_do_not_show_forgetting(base, tmp_path):
     general = read_prompts(GENERAL)
     trained_on = [{"messages": list(prompt.messages), "privileged_context": ""} for prompt in general[:10]]
@@ -214,21 +221,17 @@ def test_what_would_measure_something_else_is_refused(lora_run, options, words):
         measure(lora_run, ReportOptions(**options))
 
 
-def test_a_packed_base_is_not_measured_unpacked(lora_run):
-    settings = {**run_settings(lora_run), "quantization": "nf4"}
-    with pytest.raises(InputError, match="quantization='nf4'"):
-        load_run(lora_run, read_record(lora_run), settings, None)
-
-
 def test_another_base_than_the_runs_is_refused(lora_run, tmp_path):
     other = save_base(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match=r"model.safetensors has other content"):
         measure(lora_run, ReportOptions(model=str(other)))
+    shutil.copytree(lora_run, tmp_path / "packed")
+    (tmp_path / "packed" / "config.json").write_text(json.dumps({**run_settings(lora_run), "quantization": "nf4"}))
+    with pytest.raises(InputError, match="quantization='nf4'"):
+        measure(tmp_path / "packed", ReportOptions())
 
 
 def test_a_run_that_kept_nothing_needs_context_and_prompts(lora_run, base, tmp_path):
-    import shutil
-
     old = tmp_path / "old"
     shutil.copytree(lora_run, old)
     for name in ("run.json", "prompts.jsonl", "held_out.jsonl"):
@@ -242,50 +245,23 @@ def test_a_run_that_kept_nothing_needs_context_and_prompts(lora_run, base, tmp_p
     assert card["hashes"]["recorded"] == "when the card was written"
 
 
-def test_a_teacher_in_memory_is_not_taken_for_the_base(base, tmp_path):
-    from tiny import tiny_model
-
-    from opcd_fast.training.settings.config import OPCDConfig
-    from opcd_fast.training.trainer import OPCDTrainer
-
-    config = OPCDConfig(output_dir=str(tmp_path / "r"), steps=1, batch_size=2, max_new_tokens=3, lora_rank=2,
-                        device="cpu", dtype="float32", eval_every=0)  # fmt: skip
-    model = load_model(base, dtype="float32", device="cpu")
-    OPCDTrainer(model, load_tokenizer(base), CONTEXT, ["a", "b"], config, teacher_model=tiny_model(3),
-                eval_prompts=HELD_OUT, quiet=True).train()  # fmt: skip
-    with pytest.raises(InputError, match="teacher was a model in memory"):
-        measure(tmp_path / "r", ReportOptions())
-
-
-def test_a_scorer_of_training_sees_the_same_rows_in_the_report(base, tmp_path):
-    import numpy as np
-
-    given = [{"prompt": text, "tone": index, "array": np.zeros(2)} for index, text in enumerate(HELD_OUT)]
-    run, seen = make_run(base, tmp_path / "r", held_out=given), []
-    options = ReportOptions(scorers=[by_pattern("q")])
-    object.__setattr__(options.scorers[0], "function", lambda messages, answer, row: seen.append(row) or 0)
-    measure(run, options)
-    # What JSON cannot hold is not kept.
-    assert seen == [{"prompt": text, "tone": index} for index, text in enumerate(HELD_OUT)] * len(ARMS)
-
-
-def train_with_teacher(base, other, folder):
-    from opcd_fast.training.settings.config import OPCDConfig
-    from opcd_fast.training.trainer import OPCDTrainer
-
+def train_with_teacher(base, teacher, folder):
     config = OPCDConfig(output_dir=str(folder), steps=1, batch_size=2, max_new_tokens=6, lora_rank=2,
                         device="cpu", dtype="float32", eval_every=0)  # fmt: skip
-    teacher = load_model(other, dtype="float32", device="cpu")
     OPCDTrainer(load_model(base, dtype="float32", device="cpu"), load_tokenizer(base), CONTEXT, ["a", "b"], config,
-                teacher_model=teacher, teacher_tokenizer=load_tokenizer(other), eval_prompts=HELD_OUT,
+                teacher_model=teacher, teacher_tokenizer=load_tokenizer(base), eval_prompts=HELD_OUT,
                 quiet=True).train()  # fmt: skip
 
 
 def test_a_larger_teacher_is_loaded_again_and_scores(base, tmp_path):
-    train_with_teacher(base, save_base(tmp_path / "other", seed=7), tmp_path / "r")
+    other = save_base(tmp_path / "other", seed=7)
+    train_with_teacher(base, load_model(other, dtype="float32", device="cpu"), tmp_path / "r")
     card = measure(tmp_path / "r", ReportOptions())
     assert card["teacher_model"] == "other" and list(card["arms"]) == list(ARMS)
     assert card["kl"]["own"]["before"]["value"] > 1  # two random models are far apart, a context less
+    train_with_teacher(base, tiny_model(3), tmp_path / "memory")  # one that nobody can load again
+    with pytest.raises(InputError, match="teacher was a model in memory"):
+        measure(tmp_path / "memory", ReportOptions())
 
 
 def test_an_arm_that_the_students_window_is_too_short_for_is_left_out(tmp_path):
@@ -298,8 +274,8 @@ def test_an_arm_that_the_students_window_is_too_short_for_is_left_out(tmp_path):
     settings = Path(base) / "config.json"
     window = {"max_position_embeddings": without + 6}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | window))
-    train_with_teacher(base, other, tmp_path / "r")
-    options = ReportOptions(scorers=(by_pattern("[a-z]"),), general=tuple(read_prompts(["hi", "you"])))
+    train_with_teacher(base, load_model(other, dtype="float32", device="cpu"), tmp_path / "r")
+    options = ReportOptions(behaviours=(by_pattern("[a-z]"),), general=tuple(read_prompts(["hi", "you"])))
     card = measure(tmp_path / "r", options)
     assert list(card["arms"]) == list(card["scores"][0]["arms"]) == [BASE, SHOWN, STUDENT]
     pages = [file.read_text() for file in write_report(tmp_path / "r", card, CONTEXT) if file.suffix != ".json"]
@@ -307,27 +283,14 @@ def test_an_arm_that_the_students_window_is_too_short_for_is_left_out(tmp_path):
     assert all("Without student + context: the context does not fit the student" in page for page in pages)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("nothing", "module:function"), ("json:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
-     ("posixpath:basename", "must take the messages, the answer and the row")],
-)  # fmt: skip
-def test_scorers_that_cannot_work_are_refused(name, words):
-    with pytest.raises(InputError, match=words):
-        by_function(name)
-
-
-def test_scorers_are_held_to_their_range():
+def test_scorers_are_held_to_their_range(lora_run):
     with pytest.raises(InputError, match="regular expression"):
         by_pattern("(")
-    scorer = by_pattern("x")
-    object.__setattr__(scorer, "function", lambda messages, answer, row: 2)
-    with pytest.raises(InputError, match="from 0 to 1"):
-        scorer([], "a", {})
-    object.__setattr__(scorer, "function", lambda messages, answer, row: 1 / 0)
-    with pytest.raises(InputError, match="ZeroDivisionError"):
-        scorer([], "a", {})
-    assert by_pattern("^a")([], "abc", {}) == 1 and by_pattern("^a")([], "cba", {}) == 0
+    scorer = by_pattern("^a").scorer
+    assert scorer([], "abc", {}) == 1 and scorer([], " abc", {}) == 1 and scorer([], "cba", {}) == 0
+    for bad, words in ((lambda *_: 2, "from 0 to 1"), (lambda *_: 1 / 0, "ZeroDivisionError")):
+        with pytest.raises(InputError, match=f"'mine'.*{words}"):
+            measure(lora_run, ReportOptions(behaviours=[Behaviour("mine", "function", bad)]))
 
 
 def test_the_readme_is_what_the_hub_reads(card):
@@ -359,11 +322,6 @@ def test_what_gets_published_holds_no_context_and_no_answers(card, tmp_path):
         for word in (CONTEXT, "pqr", "vwx", HELD_OUT[0], str(tmp_path.parent)):
             assert word not in text, (path.name, word)
     assert CONTEXT in (tmp_path / "report.html").read_text()
-
-
-def test_folders_of_this_machine_are_not_in_the_card(card, base):
-    found = json.dumps(card)
-    assert str(base.parent) not in found and base.name in found
 
 
 def test_the_command_writes_all_files_and_says_so(lora_run, tmp_path, capsys):
@@ -398,8 +356,5 @@ def test_bad_arguments_are_one_line_before_anything_is_loaded(lora_run, argument
     monkeypatch.setattr("opcd_fast.evaluation.report.measurement.load_run", lambda *a: pytest.fail("loaded"))
     assert main(["report", str(lora_run), *argument]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-def test_a_folder_that_is_no_run(tmp_path, capsys):
-    assert main(["report", str(tmp_path)]) == 2
-    assert re.search("is not a run", capsys.readouterr().err)
+    assert main(["report", str(lora_run.parent / "nothing")]) == 2
+    assert "is not a run" in capsys.readouterr().err

@@ -1,19 +1,18 @@
 """report.html: nothing from outside, nothing that runs, nothing that a model wrote becomes markup; and in a browser."""
 
-import copy
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
 
 from opcd_fast.evaluation.compare.table import as_markdown
-from opcd_fast.evaluation.report.arms import ARMS, SHOWN, STUDENT
-from opcd_fast.evaluation.report.hub_card import readme
-from opcd_fast.evaluation.report.page import page
+from opcd_fast.evaluation.report.models import ARMS, SHOWN, STUDENT
+from opcd_fast.evaluation.report.page import page, readme
 
 EVIL = "<script>document.title='owned'</script><img src=http://example.invalid/x onerror=alert(1)>&\"'</div></table>"
 
@@ -106,22 +105,16 @@ def test_nothing_written_by_a_model_or_a_user_becomes_markup(card):
     assert not re.search(r"url\(|@import|http", html[html.index("<style>") : html.index("</style>")])
 
 
-def test_every_part_is_there(card):
+def test_numbers_and_texts_are_there_or_said_not_to_be(card):
     text = " ".join("".join(Seen(page(card, "the context")).text).split())
-    for words in (
-        "How far is it from the teacher?", "Does it behave?", "Where it does worse than base + context",
-        "What did it forget?", "What does it save?", "Training", "The context", "What was it made of?", "No secrets.",
-        "Lower in 3 of 32 cases", "2 others were trained on", "the context", "93%", "160", "good answer of two lines",
-    ):  # fmt: skip
+    for words in ("No secrets.", "Lower in 3 of 32 cases", "2 others were trained on", "93% (46% to 100%)",
+                  "0.800 (0.400 to 1.600)", "19737160", "900 ms", "differ first at token 4", "good answer of two lines",
+                  "0.300"):  # fmt: skip
         assert words in text, words
-
-
-def test_parts_that_were_not_measured_are_said_to_be(card):
-    bare = copy.deepcopy(card)
-    bare.update(scores=[], forgetting=None, furthest=[], training={"steps": [], "evaluations": []})
-    text = "".join(Seen(page(bare, None)).text)
-    assert "No behaviour was named" in text and "Not measured" in text and "No metrics were kept" in text
-    assert "Each prompt brought its own" in text
+    card.update(scores=[], forgetting=None, furthest=[], training={"steps": [], "evaluations": []})
+    text = "".join(Seen(page(card, None)).text)
+    for words in ("No behaviour was named", "Not measured", "No metrics were kept", "Each prompt brought its own"):
+        assert words in text
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 1e4])
@@ -131,8 +124,19 @@ def test_plots_stand_extreme_values(card, value):
     card["training"] = {"steps": [[1, value]], "evaluations": [[0, value, value]]}
     html = page(card, None)
     assert not re.search(r'="[^"]*\b(nan|inf)\b[^"]*"', html)
-    for x in re.findall(r'c?x[12]?="([-\d.]+)"', html):
-        assert -1 <= float(x) <= 721
+    drawn = re.findall(r'<use [^>]*x="([-\d.]+)" y="([-\d.]+)"', html)
+    assert len(drawn) > 16 and all(-1 <= float(x) <= 577 and -1 <= float(y) <= 300 for x, y in drawn)
+
+
+def test_the_same_data_give_the_same_bytes(card, tmp_path):
+    """In a process with another seed of hashes, and with another style in matplotlib's settings."""
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.family: serif\naxes.facecolor: red\n")
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    code = "import json, sys; from opcd_fast.evaluation.report.page import page; "
+    code += "sys.stdout.write(page(json.load(open('card.json')), 'c'))"
+    settings = {**os.environ, "PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=settings, capture_output=True, timeout=120)
+    assert done.stdout.decode() == page(card, "c")
 
 
 # ------------------------------------------------------------------------------------------------ a real browser
@@ -148,7 +152,7 @@ document.title = JSON.stringify({
   sides: [...document.querySelectorAll('.sides')].map(s => [...s.children].map(e => e.getBoundingClientRect().top)),
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   outside: performance.getEntriesByType('resource').map(r => r.name),
-  stroke: [...document.querySelectorAll('polyline')].map(e => getComputedStyle(e).stroke),
+  stroke: [...document.querySelectorAll("[id^='line-'] > path")].map(e => getComputedStyle(e).stroke),
   background: getComputedStyle(document.body).backgroundColor });
 </script>"""
 
@@ -209,17 +213,6 @@ def test_the_policy_stops_a_script_that_got_through(card, tmp_path):
     html = page(card, None).replace("</main>", "<script>document.title='owned'</script></main>")
     (tmp_path / "page.html").write_text(html)
     assert "<title>owned</title>" not in browse(tmp_path / "page.html", tmp_path / "profile", "--dump-dom")
-
-
-@needs_browser
-def test_a_picture_of_the_page_is_not_blank(card, tmp_path):
-    image = pytest.importorskip("matplotlib.image")
-    (tmp_path / "page.html").write_text(page(card, None))
-    shot = tmp_path / "shot.png"
-    browse(tmp_path / "page.html", tmp_path / "profile", "--window-size=1000,1400", f"--screenshot={shot}")
-    pixels = image.imread(shot)[..., :3]
-    teal = (abs(pixels - [15 / 255, 118 / 255, 110 / 255]).max(-1) < 0.08).sum()
-    assert pixels.shape[:2] == (1400, 1000) and teal > 500  # bars and dots of the student
 
 
 @pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float16", True), ("float32", False)])

@@ -10,10 +10,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
 from opcd_fast.errors import InputError
+from opcd_fast.export import ExportOptions, export, find_source
 from opcd_fast.export import folder as export_module
-from opcd_fast.export.check import Comparison, compare, probe, require_equal
-from opcd_fast.export.folder import ExportOptions, export
-from opcd_fast.export.source import find_source
+from opcd_fast.export.fidelity import LogitError, compare, probe, require_equal
 from opcd_fast.models import load_model, load_tokenizer
 from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
@@ -80,9 +79,13 @@ def merged_by_hand(run, base, layer):
     return weight + settings["lora_alpha"] / settings["r"] * up @ down
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
 def test_a_merged_model_is_the_sum_rounded_once(run, base, tmp_path, dtype):
-    done = export(run, tmp_path / "out", ExportOptions(merged=True, dtype=dtype))
+    asked = ExportOptions(merged=True, dtype=dtype)
+    if dtype == "auto":  # the type of the base
+        base, dtype = save_base(tmp_path / "base", torch.bfloat16), "bfloat16"
+        run = make_run(tmp_path / "run", base)
+    done = export(run, tmp_path / "out", asked)
     kind = getattr(torch, dtype)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
@@ -95,15 +98,6 @@ def test_a_merged_model_is_the_sum_rounded_once(run, base, tmp_path, dtype):
             assert (found != exact.to(kind)).float().mean() < 2e-3
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
     assert (done.kind, done.dtype, done.shards) == ("merged", dtype, 1)
-
-
-def test_auto_is_the_type_of_the_base(tmp_path):
-    base = save_base(tmp_path / "base", torch.bfloat16)
-    run = make_run(tmp_path / "run", base)
-    assert export(run, tmp_path / "out", ExportOptions(merged=True)).dtype == "bfloat16"
-    found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    exact = merged_by_hand(run, base, "model.layers.0.self_attn.q_proj")
-    assert (found != exact.bfloat16()).float().mean() < 2e-3
 
 
 @pytest.mark.parametrize(
@@ -163,15 +157,6 @@ def test_an_adapter_names_its_base_from_everywhere(run, tmp_path, monkeypatch):
     assert export(near, "out2", ExportOptions(model="moved")).kind == "adapter"
 
 
-def test_a_large_model_is_divided(run, tmp_path):
-    done = export(run, tmp_path / "out", ExportOptions(merged=True, max_shard_size="40KB"))
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) == done.shards > 1
-    export(run, tmp_path / "one", ExportOptions(merged=True))
-    whole = load_file(tmp_path / "one" / "model.safetensors")
-    assert set(whole) == set(index["weight_map"])
-
-
 def test_a_fully_trained_run_and_a_bare_folder(base, run, tmp_path):
     full = tmp_path / "full"
     tiny_model(seed=3).save_pretrained(full / "final")
@@ -181,25 +166,16 @@ def test_a_fully_trained_run_and_a_bare_folder(base, run, tmp_path):
     assert (done.kind, done.comparison.adapter) == ("model", None)
     written, first = load_file(tmp_path / "out" / "model.safetensors"), load_file(full / "final" / "model.safetensors")
     assert all(torch.equal(written[name], first[name].bfloat16()) for name in first)
+    export(run, tmp_path / "rounded", ExportOptions(dtype="bfloat16"))
+    written = load_file(tmp_path / "rounded" / "adapter_model.safetensors")
+    first = load_file(run / "final" / "adapter_model.safetensors")
+    assert all(torch.equal(written[name], first[name].bfloat16()) for name in first)
     refused(lambda: export(full, tmp_path / "x", ExportOptions(merged=True)), "whole model", "--merged")
     refused(lambda: export(full, tmp_path / "x", ExportOptions(model=base)), "drop it")
     refused(lambda: export(full, tmp_path / "x", ExportOptions(base_name="a/b")), "base_name", "drop it")
     assert find_source(run / "final").settings == find_source(run).settings == SETTINGS
     again = export(tmp_path / "out", tmp_path / "again")
     assert (again.kind, again.dtype) == ("model", "bfloat16")
-
-
-def test_an_adapter_on_another_base_says_what_does_not_fit(run, tmp_path):
-    tiny_model(hidden_size=48).save_pretrained(tmp_path / "other")
-    wrong = ExportOptions(model=str(tmp_path / "other"))
-    refused(lambda: export(run, tmp_path / "x", wrong), "cannot be loaded", "size mismatch for")
-
-
-def test_an_adapter_can_be_rounded(run, tmp_path):
-    export(run, tmp_path / "out", ExportOptions(dtype="bfloat16"))
-    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    first = load_file(run / "final" / "adapter_model.safetensors")
-    assert all(torch.equal(written[name], first[name].bfloat16()) for name in first)
 
 
 def test_nothing_is_overwritten_and_nothing_bad_is_left(run, base, tmp_path, monkeypatch):
@@ -221,8 +197,14 @@ def test_nothing_is_overwritten_and_nothing_bad_is_left(run, base, tmp_path, mon
         ({"base_name": "a/b", "merged": True}, "drop it"),
     ):
         refused(lambda options=options: export(run, out, ExportOptions(**options)), *words)
+    tiny_model(hidden_size=48).save_pretrained(tmp_path / "there" / "other")
+    wrong = ExportOptions(model=str(tmp_path / "there" / "other"))
+    refused(lambda: export(run, out, wrong), "cannot be loaded", "size mismatch for")
     (tmp_path / "free").mkdir()
-    assert export(run, tmp_path / "free").bytes == sum(f.stat().st_size for f in (tmp_path / "free").iterdir())
+    done = export(run, tmp_path / "free", ExportOptions(merged=True, max_shard_size="40KB"))
+    assert done.bytes == sum(file.stat().st_size for file in (tmp_path / "free").iterdir())
+    index = json.loads((tmp_path / "free" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == done.shards > 1
 
     def spoilt(model, folder, source, options, dtype):
         write(model, folder, source, options, dtype)
@@ -263,13 +245,13 @@ def test_the_comparison_is_what_it_says(run, base):
     assert torch.equal(asked.trained, logits(model, asked.ids))
     assert torch.equal(asked.base, logits(load_model(base, dtype="float32"), asked.ids))
     found = compare(asked.base, asked)
-    assert found.relative == found.adapter > 0.01
+    assert found.adapter is not None and found.relative == found.adapter > 0.01
     p, q = asked.trained.double().softmax(-1), asked.base.double().softmax(-1)
     assert found.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-9)
     assert found.largest == float((asked.base - asked.trained).abs().max())
     shifted = compare(asked.trained + 3.0, asked)  # the same distribution
     assert shifted.relative < 1e-6 and shifted.kl < 1e-9
-    fine = Comparison(1e-5, 1e-5, 0.0, 0.1)
+    fine = LogitError(1e-5, 1e-5, 0.0, 0.1)
     require_equal(fine, torch.float32, "x")
     for bad in (2e-4, float("nan"), float("inf")):
         worse = dataclasses.replace(fine, relative=bad)
@@ -289,12 +271,6 @@ def test_a_prefix_cannot_be_merged_and_says_so(base, tmp_path):
     refused(lambda: export(run, out, ExportOptions(merged=True)), "trained prefix", "--merged")
     done = export(run, out)
     assert done.kind == "adapter" and done.comparison.adapter > 0.01 > done.comparison.relative
-
-
-def test_an_adapter_trained_in_4_bits_is_not_merged_into_other_weights(base, tmp_path):
-    run = make_run(tmp_path / "run", base, settings={**SETTINGS, "quantization": "4bit"})
-    refused(lambda: export(run, tmp_path / "out", ExportOptions(merged=True)), "4 bits", "--dequantize")
-    assert export(run, tmp_path / "out").kind == "adapter"
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -319,8 +295,7 @@ def test_merging_into_the_unpacked_4_bits(tmp_path, stored):
     options = ExportOptions(
         merged=True, dequantize=True, dtype="float32", model=str(tmp_path / "small") if stored else None
     )
-    if stored:
-        refused(lambda: export(run, tmp_path / "x", dataclasses.replace(options, dequantize=False)), "--dequantize")
+    refused(lambda: export(run, tmp_path / "x", dataclasses.replace(options, dequantize=False)), "--dequantize")
     export(run, tmp_path / "out", options)
     found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].double()
     whole = load_file(f"{base}/model.safetensors")["model.layers.0.self_attn.q_proj.weight"].double()
@@ -333,28 +308,20 @@ def test_merging_into_the_unpacked_4_bits(tmp_path, stored):
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_its_check(run, tmp_path, capsys):
-    assert main(["export", str(run), "--output-dir", str(tmp_path / "out"), "--merged", "--dtype", "bfloat16"]) == 0
-    out = capsys.readouterr().out
-    for words in ("check: relative error", "the adapter changed the logits by", "merged:", "bfloat16", "opcd report"):
-        assert words in out
-    assert main(["export", str(run), "--output-dir", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    for arguments, word in (
-        ([str(run)], "output_dir"),
-        ([str(run), "--output-dir", str(tmp_path / "x"), "--private"], "push-to-hub"),
-        ([str(run), "--output-dir", str(tmp_path / "x"), "--without-card"], "push-to-hub"),
-    ):
-        assert main(["export", *arguments]) == 2
-        assert word in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
-
-
 @pytest.mark.parametrize("form", ["adapter", "merged"])
-def test_generate_answers_with_every_form(run, tmp_path, capsys, form):
-    """The command's answers are those of the trained model; from a file, prompt by prompt."""
+def test_the_commands_export_and_answer(run, tmp_path, capsys, form):
+    """The answers are those of the trained model; from a file, prompt by prompt."""
     out = str(tmp_path / "out")
-    export(run, out, ExportOptions(merged=form == "merged"))
+    arguments = ["export", str(run), "--output-dir", out]
+    assert main([*arguments, *(["--merged"] if form == "merged" else [])]) == 0
+    told = capsys.readouterr().out
+    for words in ("check: relative error", "the adapter changed the logits by", f"{form}:", "opcd report"):
+        assert words in told
+    wrong = (arguments, arguments[:2], [*arguments[:3], "x", "--private"], [*arguments[:3], "x", "--without-card"])
+    for again, word in zip(wrong, ("exists already", "output_dir", "push-to-hub", "push-to-hub")):
+        assert main(again) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1
     rows = ["Hello?", "Where is it, and why?", "x"]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": row, "privileged_context": "Be brief."}) + "\n" for row in rows))

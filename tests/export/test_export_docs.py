@@ -54,7 +54,7 @@ def test_the_template_for_ollama_is_chatml():
     loop, end = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*)", text, re.DOTALL).groups()
     messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
     ours = "".join(loop.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages)
-    jinja = (Path(__file__).parent / "templates" / "chatml.jinja").read_text(encoding="utf-8")
+    jinja = (Path(__file__).parents[1] / "support" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
     theirs = Template(jinja, trim_blocks=True, lstrip_blocks=True).render(messages=messages, add_generation_prompt=True)
     default = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen2.5's, which the page's has not
     assert default + ours + end == theirs

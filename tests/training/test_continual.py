@@ -9,7 +9,7 @@ from report_runs import CONTEXT, HELD_OUT, TRAIN, make_run, save_base, write_lin
 from opcd_fast.cli import main
 from opcd_fast.data.prompts import read_prompts
 from opcd_fast.data.rendering import teacher_ids
-from opcd_fast.evaluation.report.distances import Reader, distances
+from opcd_fast.evaluation import distances
 from opcd_fast.evaluation.report.measurement import ReportOptions, measure
 from opcd_fast.evaluation.report.models import load_run
 from opcd_fast.models import load_model
@@ -67,8 +67,9 @@ def test_it_starts_from_the_run_and_learns_from_its_base_with_the_new_context(ba
     models = load_run(files / "run", record, run_settings(files / "run"), None)
     prompts = read_prompts(HELD_OUT)
     within = [teacher_ids(models.tokenizer, prompt, NEW) for prompt in prompts]
-    student = Reader(models.student, [sample["student_prompt"] for sample in samples], {})
-    found = distances(student, Reader(models.base, within, {}), [sample["response"] for sample in samples], 1.0)
+    answers = [sample["response"] for sample in samples]
+    student = models.student.reader([sample["student_prompt"] for sample in samples]).read(answers)
+    found = distances(student, models.base.reader(within).read(answers), 1.0)
     assert sum(one.kl for one in found) / len(found) == pytest.approx(evaluation["fixed_kl"], rel=1e-3)
 
 

@@ -10,16 +10,14 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "measurement": ("Yardstick",),
-        "picture": ("plot_comparison",),
         "runs": ("Comparison", "run_all"),
         "systems": ("check_common", "parse_systems"),
-        "table": ("as_markdown", "summarize"),
+        "table": ("as_markdown", "plot_comparison", "summarize"),
     },
 )
 
 if TYPE_CHECKING:
     from opcd_fast.evaluation.compare.measurement import Yardstick
-    from opcd_fast.evaluation.compare.picture import plot_comparison
     from opcd_fast.evaluation.compare.runs import Comparison, run_all
     from opcd_fast.evaluation.compare.systems import check_common, parse_systems
-    from opcd_fast.evaluation.compare.table import as_markdown, summarize
+    from opcd_fast.evaluation.compare.table import as_markdown, plot_comparison, summarize

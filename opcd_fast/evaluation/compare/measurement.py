@@ -70,7 +70,7 @@ def measure(
         "own_kl": own["kl"], "own_top1": own["top1_agreement"], "fixed_kl": taught["kl"],
         "fixed_top1": taught["top1_agreement"], "length": statistics.fmean(len(a.token_ids) for a in answers),
         "finished": statistics.fmean(a.finished for a in answers),
-        **scores_of(yardstick, answers), "general_kl": None,
+        **behaviour_of(yardstick, answers), "general_kl": None,
     }  # fmt: skip
     if yardstick.general:
         general = _without_context(trainer, yardstick.general)
@@ -83,7 +83,7 @@ def measure(
     return found
 
 
-def scores_of(yardstick: Yardstick, answers: Sequence[Any]) -> dict[str, Any]:
+def behaviour_of(yardstick: Yardstick, answers: Sequence[Any]) -> dict[str, Any]:
     """Mean score of answers to the held-out prompts, in rounds over all of them, and each one's.
 
     Raises InputError for a scorer that gives no number from 0 to 1: the table shows shares.
@@ -91,11 +91,8 @@ def scores_of(yardstick: Yardstick, answers: Sequence[Any]) -> dict[str, Any]:
     if yardstick.behaviour is None:
         return {"score": None, "scores": []}
     count = len(yardstick.held_out)
-    rounds = [answers[start : start + count] for start in range(0, len(answers), count)]
-    scores = [score for one in rounds for score in yardstick.behaviour.each(one)]
-    for score in scores:
-        if not 0 <= score <= 1:
-            raise InputError(f"scorer {yardstick.behaviour.name!r} gave {score}; a comparison needs 0 to 1")
+    rounds = (answers[start : start + count] for start in range(0, len(answers), count))
+    scores = [score for one in rounds for score in yardstick.behaviour.shares(one)]
     return {"score": statistics.fmean(scores), "scores": scores}
 
 
@@ -121,7 +118,7 @@ def fixed_answers(trainer: OPCDTrainer, yardstick: Yardstick, folder: Path) -> t
 
     answers = write(rows, {**yardstick.sampling, "seed": stream_seed(0, "compare fixed", 0)})
     samples = samples_of(rows, answers)
-    found = scores_of(yardstick, answers)
+    found = behaviour_of(yardstick, answers)
     if yardstick.task_episodes:
         found |= task_score(trainer, yardstick, write)
     write_text(path, json.dumps({"found": found, "samples": [asdict(sample) for sample in samples]}))

@@ -1,14 +1,16 @@
-"""Runs to one table: means over seeds with intervals, and differences between systems."""
+"""Runs to one table, and a picture of it: means over seeds with intervals, and differences between systems."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from opcd_fast.evaluation.compare.seeds import over_seeds
 from opcd_fast.evaluation.report import rounding
 from opcd_fast.runtime import wilson
+from opcd_fast.training.monitoring import save_plot
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,30 @@ def _cell(found: Mapping[str, Any] | None, share: bool, sign: bool = False) -> s
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def plot_comparison(path: Path, summary: Mapping[str, Any]) -> None:
+    """PNG: a panel for each measure taken of all, a mark for the mean, a bar for the interval, a dot for each seed."""
+    from matplotlib.ticker import PercentFormatter
+
+    systems = summary["systems"]
+    shown = [m for m in MEASURES if all(m.name in s["summary"] for s in systems.values())]
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for panel, measure in zip(panels, shown):
+            for height, found in enumerate(systems.values()):
+                numbers = found["summary"][measure.name]
+                ends = interval(numbers)
+                if ends is not None:
+                    panel.plot(ends, [height, height], color="grey", lw=2)
+                panel.plot([run[measure.name] for run in found["runs"]], [height] * len(found["runs"]), "k.", ms=4)
+                panel.plot([numbers["mean"]], [height], "D", ms=6, color="tab:blue")
+            panel.set_title(measure.title, fontsize=9)
+            panel.set_yticks(range(len(systems)), list(systems))
+            panel.grid(alpha=0.3)
+            if measure.share:
+                panel.xaxis.set_major_formatter(PercentFormatter(1.0))
+        panels[0].invert_yaxis()
+
+    save_plot(path, draw, (3.2 * len(shown), 0.9 + 0.4 * len(systems)))

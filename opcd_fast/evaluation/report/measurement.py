@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import GENERAL, Context, Prompt, adapt_to_tokenizer, read_prompts, render, whole_prompt
+from opcd_fast.data import GENERAL, Context, Prompt, adapt_to_tokenizer, read_prompts, render, student_ids
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation import where_it_ran
-from opcd_fast.evaluation.report.arms import (
-    BASE,
-    SHOWN,
-    STUDENT,
-    Answers,
-    arms_that_fit,
-    draw_arms,
-    greedy_answers,
-    identical_greedy,
-    lengths,
-)
-from opcd_fast.evaluation.report.distances import Reader, agreement, compared, distances, forgetting, gap
-from opcd_fast.evaluation.report.models import RunModels, final_files, load_run
-from opcd_fast.evaluation.report.scorers import Scorer
-from opcd_fast.evaluation.report.scores import behaviour, task_scores
+from opcd_fast.evaluation import Distance, distances, where_it_ran
+from opcd_fast.evaluation.report.arms import Answers, HeldOut, draw_arms, transcript
+from opcd_fast.evaluation.report.estimates import agreement, gap, identical_greedy, kl_summary
+from opcd_fast.evaluation.report.models import BASE, SHOWN, STUDENT, RunModels, load_run
+from opcd_fast.evaluation.report.scores import Behaviour, behaviour_scores, task_scores
 from opcd_fast.evaluation.report.speed import saved
-from opcd_fast.models import SMOLLM2, is_path, virtual_tokens
+from opcd_fast.models import SMOLLM2, Place, is_path, virtual_tokens
+from opcd_fast.runtime import stream_seed
 from opcd_fast.training.run import (
     PROMPTS,
     FileHashes,
@@ -41,7 +31,9 @@ from opcd_fast.training.run import (
     read_record,
     row_of,
     run_settings,
+    weight_files,
 )
+from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import Windows, check_lengths
 
 SCHEMA = 1
@@ -60,7 +52,7 @@ class ReportOptions:
     context: Context | None = None
     prompts: Sequence[Prompt] | None = None
     general: Sequence[Prompt] | None = None
-    scorers: Sequence[Scorer] = ()
+    behaviours: Sequence[Behaviour] = ()
     tasks: Sequence[str] = ()
     model: str | None = None
     max_prompts: int = 32
@@ -83,17 +75,12 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     general, trained_on = _general(run, options)
     told("loading the models")
     models = load_run(run, record, settings, options.model)
-    variables = run_variables(settings)
-    prompts = adapt_to_tokenizer(models.tokenizer, prompts)
-    (rendered,), prefixes = render(models.tokenizer, [prompts], context, variables)
-    kept = [index for index, row in enumerate(rendered) if row.has_context]
-    prompts, rows = [prompts[i] for i in kept], [rendered[i] for i in kept]
-    if len(rows) < 2:
-        raise InputError(f"{len(rows)} held-out prompts have a context; at least 2 are needed, see --prompts")
+    variables = OPCDConfig(chat_template_kwargs=settings.get("chat_template_kwargs")).template_variables()
+    held_out = _rendered(models, prompts, context, variables, options.samples)
     new_tokens = options.max_new_tokens or settings.get("max_new_tokens", 512)
-    limits = windows(models)
-    check_lengths(rows, prefixes, new_tokens, limits)
-    arms = arms_that_fit(rows, prefixes, new_tokens, limits)
+    windows = Windows.of(models.student.model, models.teacher.model, virtual_tokens(models.student.model))
+    check_lengths(held_out.rows, held_out.prefixes, new_tokens, windows)
+    arms = held_out.arms(new_tokens, windows)
     sampling = {
         "max_new_tokens": new_tokens,
         "temperature": settings.get("temperature", 1.0) if options.temperature is None else options.temperature,
@@ -102,42 +89,17 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     if sampling["temperature"] <= 0:
         raise InputError("temperature must be above 0: it divides the logits that are compared")
 
-    told(f"answers of {len(arms)} arms to {len(rows)} held-out prompts")
-    answers = draw_arms(models, prompts, rows, prefixes, options.samples, options.seed, sampling, arms)
+    told(f"answers of {len(arms)} arms to {len(held_out.rows)} held-out prompts")
+    answers = draw_arms(models, held_out, arms, options.seed, sampling)
     told("KL to the teacher")
-    n, temperature = options.samples, sampling["temperature"]
-    many_rows = [row for row in rows for _ in range(n)]
-    without, within = [row.student_ids for row in many_rows], [whole_prompt(row, prefixes) for row in many_rows]
-    teacher = Reader(models.teacher, within, settings, [row.context_index for row in many_rows])
-    base, student = Reader(models.base, without, settings), Reader(models.student, without, settings)
-    own_before = distances(base, teacher, answers[BASE].responses, temperature, n)
-    own_after = distances(student, teacher, answers[STUDENT].responses, temperature, n)
-    fixed = answers[SHOWN].responses
-    h_t = teacher.hidden(fixed)
-    fixed_before, fixed_after = (
-        compared(reader.hidden(fixed), reader, h_t, teacher, fixed, temperature, n) for reader in (base, student)
-    )
-    told("greedy answers of the teacher")
-    wanted = greedy_answers(models, rows, prefixes, new_tokens)
-    places = [wanted[index // n] for index in range(len(many_rows))]
-    greedy = {
-        when: identical_greedy(reader.most_probable(places)[::n], wanted)
-        for when, reader in (("before", base), ("after", student))
-    }
+    own, fixed, greedy = _against_teacher(models, held_out, answers, sampling, told)
     told("distance to the base on unrelated prompts")
-    forgot = forgetting(models, general, variables, sampling, options.seed, settings) if general else None
+    forgot = _forgetting(models, general, variables, sampling, options.seed) if general else None
     told("scores")
-    scores = [behaviour(scorer, answers, options.examples) for scorer in options.scorers]
-    scores += [task_scores(name, models, context, options, sampling, arms) for name in options.tasks]
+    scores = [behaviour_scores(behaviour, answers, options.examples) for behaviour in options.behaviours]
+    scores += [task_scores(name, models, context, arms, options, sampling) for name in options.tasks]
     told("prefill time")
-    first = rows[0]
-    time_saved = saved(models, rows, prefixes, first)
-
-    hashes = {
-        **_hashes(record, context, models, options),
-        "held_out_sha256": hash_of([row_of(prompt) for prompt in prompts]),
-        "weights": final_files(run),
-    }
+    time_saved = saved(models, held_out)
     return {
         "schema": SCHEMA,
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -148,38 +110,78 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "warning": WARNING,
         "ran": {**where_it_ran(), "dtype": str(models.dtype).removeprefix("torch.")},
         "measured_with": {
-            "held_out_prompts": len(rows), "of": many, "samples_per_prompt": options.samples, "seed": options.seed,
-            **sampling,
+            "held_out_prompts": len(held_out.rows), "of": many, "samples_per_prompt": options.samples,
+            "seed": options.seed, **sampling,
         },
-        "kl": {"own": gap(own_before, own_after), "fixed": gap(fixed_before, fixed_after)},
+        "kl": {"own": gap(*own), "fixed": gap(*fixed)},
         "agreement": {
             "top1": {
-                "own": {"before": agreement(own_before), "after": agreement(own_after)},
-                "fixed": {"before": agreement(fixed_before), "after": agreement(fixed_after)},
+                name: {"before": agreement(before), "after": agreement(after)}
+                for name, (before, after) in (("own", own), ("fixed", fixed))
             },
             "greedy": greedy,
         },
-        "arms": {arm: lengths(answers[arm]) for arm in arms},
+        "arms": {arm: answers[arm].lengths() for arm in arms},
         "scores": scores,
         "forgetting": None if forgot is None else {**forgot, "left_out_as_trained_on": trained_on},
         "saved": time_saved,
-        "furthest": _furthest(answers, own_after),
+        "furthest": _furthest(answers, own[1]),
         "training": curve(run),
         "settings": {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE},
-        "hashes": hashes,
+        "hashes": {
+            **_hashes(record, context, models),
+            "held_out_sha256": hash_of([row_of(prompt) for prompt in held_out.prompts]),
+            "weights": weight_files(Place(run / "final"), FileHashes()),
+        },
         "seconds": round(time.perf_counter() - started, 2),
     }  # fmt: skip
 
 
-def run_variables(settings: dict[str, Any]) -> dict[str, Any]:
-    """Variables of the chat template, as the run rendered its prompts."""
-    from opcd_fast.training.settings import OPCDConfig
-
-    return OPCDConfig(chat_template_kwargs=settings.get("chat_template_kwargs")).template_variables()
+Pair = tuple[list[Distance], list[Distance]]
 
 
-def windows(models: RunModels) -> Windows:
-    return Windows.of(models.student.model, models.teacher.model, virtual_tokens(models.student.model))
+def _against_teacher(
+    models: RunModels,
+    held_out: HeldOut,
+    answers: Mapping[str, Answers],
+    sampling: Mapping[str, Any],
+    told: Callable[[str], None],
+) -> tuple[Pair, Pair, dict[str, Any]]:
+    """Distances before and after training, on each model's own answers and on the teacher's; and greedy agreement."""
+    n, temperature = held_out.samples, sampling["temperature"]
+    groups = held_out.times([row.context_index for row in held_out.rows])
+    teacher = models.teacher.reader(held_out.times(held_out.within), groups)
+    base, student = (side.reader(held_out.times(held_out.without)) for side in (models.base, models.student))
+    before, after = (
+        distances(reader.read(answers[arm].ids), teacher.read(answers[arm].ids), temperature, n)
+        for reader, arm in ((base, BASE), (student, STUDENT))
+    )
+    shown = answers[SHOWN].ids
+    by_teacher = teacher.read(shown)
+    fixed_before, fixed_after = (
+        distances(reader.read(shown), by_teacher, temperature, n) for reader in (base, student)
+    )
+    told("greedy answers of the teacher")
+    most = {"max_new_tokens": sampling["max_new_tokens"], "temperature": 0.0}
+    wanted = [one.token_ids for one in models.teacher.answers(held_out.within, **most)]
+    greedy = {
+        when: identical_greedy(reader.read(held_out.times(wanted)).most_probable()[::n], wanted)
+        for when, reader in (("before", base), ("after", student))
+    }
+    return (before, after), (fixed_before, fixed_after), greedy
+
+
+def _forgetting(
+    models: RunModels, general: Sequence[Prompt], variables: dict[str, Any], sampling: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """KL(student || base) without any context, on the student's answers to unrelated prompts."""
+    prompts = adapt_to_tokenizer(models.tokenizer, general)
+    ids = [student_ids(models.tokenizer, prompt, variables) for prompt in prompts]
+    drawn = models.student.answers(ids, seed=stream_seed(seed, "report general", 0), **sampling)
+    answers = [one.token_ids for one in drawn]
+    student, base = (side.reader(ids).read(answers) for side in (models.student, models.base))
+    found = distances(student, base, sampling["temperature"])
+    return {"kl": kl_summary(found), "top1_agreement": agreement(found), "prompts": len(found)}
 
 
 def public_name(name: str | None) -> str | None:
@@ -205,9 +207,8 @@ def _held_out(run: Path, record: dict[str, Any] | None, options: ReportOptions) 
         found = kept_held_out(run)
     if not found:
         raise InputError("the run has no held-out prompts (`opcd train --eval-prompts`); name a file with --prompts")
-    if record is not None and options.prompts is not None:
-        seen = {_content(prompt) for prompt in read_prompts(run / PROMPTS)}
-        trained_on = sum(_content(prompt) in seen for prompt in found)
+    if options.prompts is not None:
+        trained_on = len(found) - len(_not_trained_on(run, found))
         if trained_on:
             raise InputError(
                 f"prompts: {trained_on} of {len(found)} were trained on, and would not show what was learned"
@@ -218,8 +219,7 @@ def _held_out(run: Path, record: dict[str, Any] | None, options: ReportOptions) 
 def _general(run: Path, options: ReportOptions) -> tuple[list[Prompt], int]:
     """Unrelated prompts that the run did not train on, and how many it did."""
     found = list(options.general) if options.general is not None else read_prompts(GENERAL, "general prompts")
-    seen = {_content(p) for p in read_prompts(run / PROMPTS)} if (run / PROMPTS).is_file() else set()
-    kept = [prompt for prompt in found if _content(prompt) not in seen]
+    kept = _not_trained_on(run, found)
     if len(kept) < 2:
         if options.general is not None:
             raise InputError(f"general: {len(kept)} prompts that were not trained on; at least 2 are needed")
@@ -227,13 +227,29 @@ def _general(run: Path, options: ReportOptions) -> tuple[list[Prompt], int]:
     return kept[: options.max_prompts], len(found) - len(kept)
 
 
-def _content(prompt: Prompt) -> str:
-    return hash_of(row_of(prompt).get("messages") or prompt.text)
+def _not_trained_on(run: Path, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """A run of an older version did not keep what it was trained on."""
+
+    def content(prompt: Prompt) -> str:
+        return hash_of(row_of(prompt).get("messages") or prompt.text)
+
+    seen = {content(prompt) for prompt in read_prompts(run / PROMPTS)} if (run / PROMPTS).is_file() else set()
+    return [prompt for prompt in prompts if content(prompt) not in seen]
 
 
-def _hashes(
-    record: dict[str, Any] | None, context: Context | None, models: RunModels, options: ReportOptions
-) -> dict[str, Any]:
+def _rendered(
+    models: RunModels, prompts: Sequence[Prompt], context: Context | None, variables: dict[str, Any], samples: int
+) -> HeldOut:
+    """The prompts that have a context."""
+    prompts = adapt_to_tokenizer(models.tokenizer, prompts)
+    (rendered,), prefixes = render(models.tokenizer, [prompts], context, variables)
+    kept = [(prompt, row) for prompt, row in zip(prompts, rendered, strict=True) if row.has_context]
+    if len(kept) < 2:
+        raise InputError(f"{len(kept)} held-out prompts have a context; at least 2 are needed, see --prompts")
+    return HeldOut([prompt for prompt, _ in kept], [row for _, row in kept], prefixes, samples)
+
+
+def _hashes(record: dict[str, Any] | None, context: Context | None, models: RunModels) -> dict[str, Any]:
     """Those of the run's beginning; for a run that kept none, those of now."""
     names = ("context_sha256", "prompts_sha256", "base", "teacher", "tokenizer", "code", "started")
     if record is not None:
@@ -252,14 +268,16 @@ def _hashes(
     return {**found, "recorded": "at the start of the run" if record is not None else "when the card was written"}
 
 
-def _furthest(answers: dict[str, Answers], after: list[Any], count: int = 5) -> list[dict[str, Any]]:
-    """The prompts on whose answers the student is furthest from the teacher."""
-    order = sorted(range(len(after)), key=lambda index: -after[index].kl)[:count]
+def _furthest(answers: Mapping[str, Answers], after: Sequence[Distance], count: int = 5) -> list[dict[str, Any]]:
+    """The prompts on whose answers the student is furthest from the teacher, each with its first answers."""
+    order = sorted(range(len(after)), key=lambda prompt: -after[prompt].kl)[:count]
+    student = answers[STUDENT]
+    firsts = [(after[prompt].kl, prompt * student.per_prompt) for prompt in order]
     return [
         {
-            "prompt": answers[STUDENT].transcripts[index],
-            "kl": after[index].kl,
+            "prompt": transcript(student.messages[index]),
+            "kl": kl,
             "answers": {arm: answers[arm].texts[index] for arm in (SHOWN, STUDENT)},
         }
-        for index in order
+        for kl, index in firsts
     ]

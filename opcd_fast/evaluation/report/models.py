@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from opcd_fast.errors import InputError
-from opcd_fast.models import Place, base_of_adapter, load_model, load_tokenizer, place_of, seam
+from opcd_fast.evaluation import MICRO_BATCH_TOKENS, Reader
+from opcd_fast.models import base_of_adapter, load_model, load_tokenizer, place_of, seam
 from opcd_fast.rollout import Completion, TransformersRollout, stop_token_ids
 from opcd_fast.training.engines import fingerprint, shared_vocabulary
 from opcd_fast.training.run import FileHashes, differing, weight_files
+
+BASE, SHOWN, STUDENT, BOTH = "base", "base + context", "student", "student + context"
+ARMS = (BASE, SHOWN, STUDENT, BOTH)
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Side:
     model: Any
     off: bool  # adapters off
     rollout: TransformersRollout
+    reading: Mapping[str, Any]  # how a `Reader` reads: path, micro_batch_tokens
 
     def acting(self) -> AbstractContextManager[None]:
         return seam.without_adapters(self.model) if self.off else nullcontext()
@@ -32,10 +37,9 @@ class Side:
         with self.acting():
             return self.rollout.generate(prompts, **sampling)
 
-    @property
-    def adapter(self) -> str:
-        """As `ContextTeacher` calls it."""
-        return "disabled" if self.off else "active"
+    def reader(self, prompts: Sequence[Sequence[int]], groups: Sequence[int] | None = None) -> Reader:
+        adapter = "disabled" if self.off else "active"
+        return Reader(self.model, prompts, adapter=adapter, groups=groups, **self.reading)
 
 
 @dataclass
@@ -50,6 +54,10 @@ class RunModels:
     dtype: torch.dtype
     base_name: str
     is_adapter: bool
+
+    def of(self, arm: str) -> Side:
+        """Who answers in an arm: a run's other teacher has "base + context"."""
+        return {BASE: self.base, SHOWN: self.teacher}.get(arm, self.student)
 
 
 def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any], model: str | None) -> RunModels:
@@ -93,14 +101,13 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
     size = shared_vocabulary(student, teacher, tokenizer, tokenizer)
     stop = stop_token_ids(tokenizer, base, settings.get("stop_tokens") or ())
     batch = settings.get("rollout_batch", 64)
+    sampler: dict[str, Any] = {"stop_token_ids": stop, "max_batch": batch, "vocab_size": size}
+    tokens = settings.get("micro_batch_tokens") or MICRO_BATCH_TOKENS
+    reading = {"path": settings.get("teacher_path", "auto"), "micro_batch_tokens": tokens}
 
     def side(one: Any, off: bool) -> Side:
-        merge = None if not off else False
-        return Side(
-            one,
-            off,
-            TransformersRollout(one, stop_token_ids=stop, max_batch=batch, merge_adapter=merge, vocab_size=size),
-        )
+        rollout = TransformersRollout(one, merge_adapter=False if off else None, **sampler)
+        return Side(one, off, rollout, reading)
 
     shared = adapter_of is not None and base.device.type == "cuda"
     base_side = side(student if shared else base, shared)
@@ -114,8 +121,3 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
         base_name=base_name,
         is_adapter=adapter_of is not None,
     )
-
-
-def final_files(run: Path) -> dict[str, Any]:
-    """Hashes of the trained weights."""
-    return weight_files(Place(run / "final"), FileHashes())

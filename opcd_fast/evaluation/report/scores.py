@@ -3,51 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.data import Context
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation.report.arms import ARMS, BASE, BOTH, SHOWN, STUDENT, Answers, share, transcript
-from opcd_fast.evaluation.report.models import RunModels
-from opcd_fast.evaluation.report.scorers import Scorer
+from opcd_fast.evaluation.report.arms import Answers, transcript
+from opcd_fast.evaluation.report.estimates import share
+from opcd_fast.evaluation.report.models import BOTH, SHOWN, STUDENT, RunModels
 from opcd_fast.runtime import stream_seed
+from opcd_fast.training import Scorer, scorer
 
 
-def behaviour(scorer: Scorer, answers: Mapping[str, Answers], examples: int) -> dict[str, Any]:
-    """Score of each arm with its interval, and the regressions."""
+@dataclass(frozen=True)
+class Behaviour:
+    """What a user calls right, a scorer from 0 to 1."""
+
+    name: str
+    kind: str  # "regex" or "function"
+    scorer: Scorer
+
+
+def by_pattern(pattern: str) -> Behaviour:
+    """1 where the regular expression is found in the answer. Raises InputError for one that is not valid."""
+    return Behaviour(pattern, "regex", scorer.pattern_scorer(pattern))
+
+
+def by_function(name: str) -> Behaviour:
+    """`module:function`, the same as a run's `scorer`. Raises InputError."""
+    return Behaviour(name, "function", scorer.load_scorer(name))
+
+
+def behaviour_scores(behaviour: Behaviour, answers: Mapping[str, Answers], examples: int) -> dict[str, Any]:
+    """Score of each arm with its interval, and the regressions. Raises InputError for a scorer's mistakes."""
     scored = {
-        arm: [scorer(*asked) for asked in zip(found.messages, found.texts, found.rows, strict=True)]
-        for arm, found in answers.items()
+        arm: scorer.scores_of(behaviour.scorer, a.messages, a.texts, a.rows, name=behaviour.name, share=True)
+        for arm, a in answers.items()
     }
-    per_prompt = answers[STUDENT].per_prompt
-    arms = {arm: share(answers[arm].by_prompt(values), per_prompt) for arm, values in scored.items()}
-    shown, student = answers[SHOWN], answers[STUDENT]
-    pairs = [
-        {
-            "prompt": student.transcripts[index],
-            "scores": {SHOWN: scored[SHOWN][index], STUDENT: scored[STUDENT][index]},
-            "answers": {SHOWN: shown.texts[index], STUDENT: student.texts[index]},
-        }
-        for index in range(len(student.texts))
-    ]
-    return {"name": scorer.name, "kind": scorer.kind, "arms": arms, "regressions": regressions(pairs, examples)}
-
-
-def regressions(pairs: Sequence[dict[str, Any]], examples: int) -> dict[str, Any]:
-    """Those of the pairs in which the student scored lower, the worst first; and how many went the other way."""
-    worse = [pair for pair in pairs if pair["scores"][STUDENT] < pair["scores"][SHOWN]]
-    better = sum(pair["scores"][STUDENT] > pair["scores"][SHOWN] for pair in pairs)
-    worse.sort(key=lambda pair: pair["scores"][STUDENT] - pair["scores"][SHOWN])
-    return {"count": len(worse), "better": better, "of": len(pairs), "examples": worse[:examples]}
+    arms = {arm: share(a.by_prompt(scored[arm]), a.per_prompt) for arm, a in answers.items()}
+    asked = [transcript(messages) for messages in answers[STUDENT].messages]
+    told = {arm: (scored[arm], answers[arm].texts) for arm in (SHOWN, STUDENT)}
+    return {"name": behaviour.name, "kind": behaviour.kind, "arms": arms, "regressions": _worse(asked, told, examples)}
 
 
 def task_scores(
     name: str,
     models: RunModels,
     context: Context | None,
+    arms: Sequence[str],
     options: Any,
     sampling: Mapping[str, Any],
-    arms: Sequence[str] = ARMS,
 ) -> dict[str, Any]:
     """The same for a task's episodes of the split "test", each played by every one of `arms`."""
     from opcd_fast.data.tasks import load_task, play
@@ -55,10 +60,9 @@ def task_scores(
     if context is None:
         raise InputError(f"task {name!r} needs the context of the run, which has none: its prompts brought theirs")
     task = load_task(name)
-    sides = {BASE: models.base, SHOWN: models.teacher, STUDENT: models.student, BOTH: models.student}
     played = {}
     for arm in arms:
-        side = sides[arm]
+        side = models.of(arm)
         with side.acting():
             played[arm] = play(
                 task.episodes("test", options.max_prompts, options.seed),
@@ -71,17 +75,32 @@ def task_scores(
             )
     if len(played[STUDENT]) < 2:
         raise InputError(f"task {name!r} has {len(played[STUDENT])} problems to test on; at least 2 are needed")
-    found = {arm: share([episode.score for episode in episodes]) for arm, episodes in played.items()}
-    pairs = []
-    for shown, student in zip(played[SHOWN], played[STUDENT], strict=True):
-        pairs.append(
-            {
-                "prompt": transcript(student.turns[0].messages),
-                "scores": {SHOWN: shown.score, STUDENT: student.score},
-                "answers": {SHOWN: _answers(shown), STUDENT: _answers(student)},
-            }
-        )
-    return {"name": name, "kind": "task", "arms": found, "regressions": regressions(pairs, options.examples)}
+    scored = {arm: [episode.score for episode in episodes] for arm, episodes in played.items()}
+    asked = [transcript(episode.turns[0].messages) for episode in played[STUDENT]]
+    told = {arm: (scored[arm], [_answers(one) for one in played[arm]]) for arm in (SHOWN, STUDENT)}
+    found = {arm: share(scores) for arm, scores in scored.items()}
+    return {"name": name, "kind": "task", "arms": found, "regressions": _worse(asked, told, options.examples)}
+
+
+def _worse(
+    asked: Sequence[str], told: Mapping[str, tuple[Sequence[float], Sequence[str]]], examples: int
+) -> dict[str, Any]:
+    """Where the student scored lower than base + context, the worst first; and how often it was the other way.
+
+    told: scores and answers of these two arms, one for each of `asked`.
+    """
+    pairs: list[dict[str, Any]] = [
+        {
+            "prompt": prompt,
+            "scores": {arm: scores[index] for arm, (scores, _) in told.items()},
+            "answers": {arm: texts[index] for arm, (_, texts) in told.items()},
+        }
+        for index, prompt in enumerate(asked)
+    ]
+    gains = [pair["scores"][STUDENT] - pair["scores"][SHOWN] for pair in pairs]
+    worst = sorted((index for index, gain in enumerate(gains) if gain < 0), key=gains.__getitem__)
+    kept = [pairs[index] for index in worst[:examples]]
+    return {"count": len(worst), "better": sum(gain > 0 for gain in gains), "of": len(pairs), "examples": kept}
 
 
 def _answers(episode: Any) -> str:

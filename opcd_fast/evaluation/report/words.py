@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opcd_fast.evaluation.report.arms import BOTH
+from opcd_fast.evaluation.report.models import BOTH
 
 
 def percent(value: float) -> str:
@@ -23,7 +23,7 @@ def rate(estimate: Mapping[str, Any]) -> str:
     return f"{percent(estimate['value'])} ({percent(estimate['low'])} to {percent(estimate['high'])})"
 
 
-def mean(estimate: Mapping[str, Any]) -> str:
+def kl(estimate: Mapping[str, Any]) -> str:
     """A KL with its 95 % interval."""
     return f"{nats(estimate['value'])} ({nats(estimate['low'])} to {nats(estimate['high'])})"
 

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = door(
         "health": ("check_finite",),
         "held_out": ("fixed_sequences", "held_out_record", "mean_length"),
         "journal": ("Journal", "TrainResult"),
-        "plots": ("plot_compression", "plot_kl"),
+        "plots": ("drawn", "plot_kl", "save_plot"),
         "progress": ("Progress",),
         "tracking": ("Trackers", "check_installed"),
     },
@@ -22,6 +22,6 @@ if TYPE_CHECKING:
     from opcd_fast.training.monitoring.health import check_finite
     from opcd_fast.training.monitoring.held_out import fixed_sequences, held_out_record, mean_length
     from opcd_fast.training.monitoring.journal import Journal, TrainResult
-    from opcd_fast.training.monitoring.plots import plot_compression, plot_kl
+    from opcd_fast.training.monitoring.plots import drawn, plot_kl, save_plot
     from opcd_fast.training.monitoring.progress import Progress
     from opcd_fast.training.monitoring.tracking import Trackers, check_installed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ def plot_run(folder: Path, history: Records, evaluations: Records) -> None:
 def plot_kl(path: Path, history: Records, evaluations: Records) -> None:
     """PNG: KL of each training step, and the held-out KL (own and fixed sequences) where it was measured."""
 
-    def draw(axes: Any) -> None:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
         if _is_distance(history):
             axes.plot([r["step"] for r in history], [r["loss"] for r in history], lw=1.5, label="training answers")
         for key, label in (("own_kl", "held-out, student's answers"), ("fixed_kl", "held-out, teacher's answers")):
@@ -35,7 +36,7 @@ def plot_kl(path: Path, history: Records, evaluations: Records) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False)
 
-    _picture(path, draw)
+    save_plot(path, draw)
 
 
 def _is_distance(history: Records) -> bool:
@@ -46,20 +47,22 @@ def _is_distance(history: Records) -> bool:
 def plot_seconds(path: Path, history: Records) -> None:
     """PNG: seconds of each step, stacked by part."""
 
-    def draw(axes: Any) -> None:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
         parts = list(history[-1]["seconds"])
         heights = [[r["seconds"].get(part, 0.0) for r in history] for part in parts]
         axes.stackplot([r["step"] for r in history], heights, labels=parts, step="mid")
         axes.set(xlabel="step", ylabel="seconds", ylim=(0, None))
         axes.legend(frameon=False, ncols=3, loc="upper right")
 
-    _picture(path, draw)
+    save_plot(path, draw)
 
 
 def plot_answers(path: Path, history: Records) -> None:
     """PNG: length of the answers, and the student's entropy on them where it was measured."""
 
-    def draw(axes: Any) -> None:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
         steps = [r["step"] for r in history]
         lines = axes.plot(steps, [r["response_length"] for r in history], color="C0", label="length")
         axes.set(xlabel="step", ylabel="tokens per answer", ylim=(0, None))
@@ -69,43 +72,40 @@ def plot_answers(path: Path, history: Records) -> None:
             other.set(ylabel="entropy, nats per token", ylim=(0, None))
         axes.legend(handles=lines, frameon=False)
 
-    _picture(path, draw)
+    save_plot(path, draw)
 
 
-def plot_compression(path: Path, ranked: Records) -> None:
-    """PNG: tokens of every candidate context against the KL it loses, with the front that no candidate beats."""
-
-    def draw(axes: Any) -> None:
-        kl = [row["kl"] for row in ranked]
-        errors = [[row["kl"] - row["low"] for row in ranked], [row["high"] - row["kl"] for row in ranked]]
-        tokens = [row["tokens"] for row in ranked]
-        axes.errorbar(tokens, kl, yerr=errors, fmt="o", ms=3, lw=0.8, alpha=0.5, color="grey")
-        front = [row for row in ranked if row["front"]]
-        axes.plot([r["tokens"] for r in front], [r["kl"] for r in front], marker="o", lw=1.5, label="best so far")
-        axes.set(
-            xlabel="tokens of the context", ylabel="KL(full context || candidate), nats per token", ylim=(0, None)
-        )
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-
-    _picture(path, draw)
-
-
-def _picture(path: Path, draw: Callable[[Any], None]) -> None:
-    """Whole or not at all: a run may be killed while it draws."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure.subplots())
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
+def save_plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4)) -> None:
+    """PNG, whole or not at all: a run may be killed while it draws. draw: is given the figure; size: in inches."""
+    picture = drawn(draw, "png", size, dpi=120)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(drawn.getvalue())
+            file.write(picture)
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)
+
+
+def drawn(
+    draw: Callable[[Any], None],
+    kind: str,
+    size: tuple[float, float],
+    settings: Mapping[str, Any] | None = None,
+    **saving: Any,
+) -> bytes:
+    """A figure as a file of `kind`, without a window.
+
+    settings: rcParams on top of matplotlib's own defaults, in place of what this machine has.
+    """
+    from contextlib import nullcontext
+
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with nullcontext() if settings is None else style.context(["default", dict(settings)]):
+        figure, file = Figure(figsize=size, layout="constrained"), io.BytesIO()
+        draw(figure)
+        figure.savefig(file, format=kind, **saving)
+    return file.getvalue()

@@ -32,7 +32,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitError:
     """How far logits are from the trained model's."""
 
     largest: float
@@ -72,12 +72,12 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits[:, -ids.shape[1] :].float().cpu()  # virtual tokens of prompt tuning come first
 
 
-def compare(found: Tensor, asked: Probe) -> Comparison:
+def compare(found: Tensor, asked: Probe) -> LogitError:
     """found: logits of the same tokens by another model."""
     if found.shape != asked.trained.shape:
         raise InputError(f"the exported model's logits are {tuple(found.shape)}, not {tuple(asked.trained.shape)}")
     p, q = asked.trained.double().log_softmax(-1), found.double().log_softmax(-1)
-    return Comparison(
+    return LogitError(
         largest=float((found - asked.trained).abs().max()),
         relative=_relative(found, asked.trained),
         kl=max(0.0, float((p.exp() * (p - q)).sum(-1).mean())),
@@ -90,7 +90,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt().clamp_min(1e-30))
 
 
-def require_equal(found: Comparison, dtype: torch.dtype, what: str) -> None:
+def require_equal(found: LogitError, dtype: torch.dtype, what: str) -> None:
     """Raises InputError when the error is more than `dtype` explains, or takes what the adapter had learned."""
     name = str(dtype).removeprefix("torch.")
     if not found.relative <= TOLERANCE[dtype]:  # NaN fails too

@@ -51,7 +51,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
     return card
 
 
-def check(run: Path, context: Context, model: str | None = None, again: bool = False) -> list[Finding]:
+def check_run(run: Path, context: Context, model: str | None = None, again: bool = False) -> list[Finding]:
     """Compare a run with `context` and with the model's files as they are now.
 
     run: a run's folder, or any folder that holds its card. model: where base and tokenizer are now; None: where the

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = door(
         "kernels": ("repeat_heads",),
         "rows": ("on_device",),
         "sdpa": ("sdpa_without_cudnn",),
+        "shapes": ("flash_shapes",),
         "tree": ("TreeCall", "TreeRow", "tree_row"),
     },
     modules=("backends", "dispatch", "tree"),
@@ -23,4 +24,5 @@ if TYPE_CHECKING:
     from opcd_fast.attention.kernels import repeat_heads
     from opcd_fast.attention.rows import on_device
     from opcd_fast.attention.sdpa import sdpa_without_cudnn
+    from opcd_fast.attention.shapes import flash_shapes
     from opcd_fast.attention.tree import TreeCall, TreeRow, tree_row

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opcd_fast.attention import kernels
+from opcd_fast.attention import kernels, shapes
 
 FA2, FA4 = "FlashAttention-2", "FlashAttention-4"
 _HALF = (torch.float16, torch.bfloat16)
@@ -87,6 +87,8 @@ def phase_1(need: Need, packages: frozenset[str] | None = None) -> Kernel:
     packages: see `installed`, which is the default. On CUDA: unmeasured.
     """
     packages = installed() if packages is None else packages
+    if shapes.only_shapes():
+        return Kernel("shapes", shapes.attend)
     if need.gradient or need.lse_gradient:
         return Kernel("blocked", kernels.prefix_blocked)
     if need.device == "cpu":
@@ -113,6 +115,8 @@ def phase_2(need: Need, packages: frozenset[str] | None = None) -> Kernel:
 
     Raises NotImplementedError for dropout together with a softcap.
     """
+    if shapes.only_shapes():
+        return Kernel("shapes", shapes.attend)
     if need.dropout and (need.softcap or need.lse_gradient):
         raise NotImplementedError("packed attention has no dropout together with capped scores or sinks")
     varlen = _varlen(need, packages)

@@ -6,6 +6,10 @@ turns; tokens down to one sequence; the precision of what is kept: the optimizer
 Where the optimizer's step is the peak, only what is kept counts. Sequences generated at once are halved where
 generating is the peak, down to `FEWEST_ANSWERS` before anything else. What would change the method (an adapter in place
 of all weights, another teacher) is left to the user.
+
+Deep models are looked at by shallow rehearsals: where all layers are alike, every phase's peak is a straight line in
+their number. That a phase has its worst moment at the same place whatever the depth is not certain: gradients that pile
+up overtake activations somewhere. So what is found in this way is rehearsed with all layers.
 """
 
 from __future__ import annotations
@@ -14,13 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opcd_fast.planning.rehearsal import Rehearsal
+from opcd_fast.planning.rehearsal import Peak, Rehearsal
 from opcd_fast.training.settings import OFFLOAD_NEEDS, OPCDConfig
 
 FEWEST_TOKENS = 4096
 FEWEST_ANSWERS = 16
 SMALL_WORKSPACE = 256 << 20
 _TRIES = 20
+_FEW, _MORE = 2, 5  # layers of shallow rehearsals
+_WORTH = 12  # layers; below, a rehearsal of the whole takes no longer
 _TEACHER_AT_WORK = ("context", "teacher", "evaluation", "evaluation rollout")  # an offloaded one is there in these
 
 Rehearse = Callable[[OPCDConfig], Rehearsal]
@@ -123,3 +129,28 @@ def _with_room(config: OPCDConfig, first: OPCDConfig, **given_up: Any) -> OPCDCo
     """As much at once as was asked for, because what is given up now may have made room for it."""
     given_up |= {name: getattr(first, name) for name in ("micro_batch_tokens", "rollout_batch")}
     return replace(config, **given_up)
+
+
+def can_extrapolate(student: Any, teacher: Any) -> bool:
+    """Whether both configurations say that all layers are alike, and there are many."""
+    texts = [source.get_text_config() for source in (student, teacher) if source is not None]
+    alike = all(len(set(getattr(text, "layer_types", None) or ["one"])) == 1 for text in texts)
+    # Two depths that grow at different rates would make two slopes of one.
+    depths = {text.num_hidden_layers for text in texts}
+    return alike and len(depths) == 1 and min(depths) >= _WORTH
+
+
+def extrapolated(rehearse: Callable[[int], Rehearsal], layers: int) -> Rehearsal:
+    """What `rehearse(layers)` would say, from two shallow ones."""
+    few, more = rehearse(_FEW), rehearse(_MORE)
+
+    def line(a: int, b: int) -> int:
+        return a + (b - a) * (layers - _FEW) // (_MORE - _FEW)
+
+    peaks = {}
+    for phase, low in few.peaks.items():
+        high = more.peaks[phase]
+        names = {**low.parts, **high.parts}
+        parts = {part: max(0, line(low.parts.get(part, 0), high.parts.get(part, 0))) for part in names}
+        peaks[phase] = Peak(line(low.nbytes, high.nbytes), parts)
+    return replace(more, peaks=peaks)

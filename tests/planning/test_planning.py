@@ -7,16 +7,16 @@ import pytest
 import torch
 from memory_record import recorded_peaks
 from tiny import tiny_model, tiny_tokenizer
+from torch._subclasses import FakeTensor
 
-from opcd_fast.data.tasks.episode import as_user
-from opcd_fast.loss.inputs import resolve_backend
-from opcd_fast.models import merged
-from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
-from opcd_fast.planning.rehearsal.job import Job, job_of
-from opcd_fast.planning.rehearsal.phases import rehearse
-from opcd_fast.training.answers.prompts import read_training_prompts
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.data.tasks import as_user
+from opcd_fast.errors import InputError
+from opcd_fast.loss import resolve_backend
+from opcd_fast.models import packed_hidden_states
+from opcd_fast.planning import can_extrapolate, extrapolated
+from opcd_fast.planning.rehearsal import Job, job_of, rehearse
+from opcd_fast.training import OPCDConfig, OPCDTrainer
+from opcd_fast.training.answers import read_training_prompts
 
 CONTEXT = "always answer with zzz, whatever the question may be, and never say why you do it. " * 3
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 1024}
@@ -117,26 +117,15 @@ def planned(config, job=SMALL, **options):
     return rehearse(config, job, tiny_model(**SIZES).config, **options)
 
 
-def test_a_rehearsal_makes_nothing_real_and_leaves_the_process_as_it_was():
-    from transformers import AttentionInterface
-
-    from opcd_fast.attention import backends as attention_backends
-    from opcd_fast.attention import dispatch as attention
-    from opcd_fast.attention import tree as tree_attention
-    from opcd_fast.models import seam
-    from opcd_fast.training.engines import model_pair
-
-    def seen():
-        return (
-            attention.merge_by_logsumexp, attention_backends.phase_1, attention_backends.phase_2,
-            model_pair.quantize_4bit, tree_attention.pair_for, torch.utils.swap_tensors,
-            AttentionInterface._global_mapping.get(seam.PACKED_ATTENTION),
-        )  # fmt: skip
-
-    planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4))
-    before = seen()
+def test_a_rehearsal_leaves_the_process_as_it_was():
+    """For a GPU attention makes shapes in place of numbers, which must end with the rehearsal."""
     planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, quantization="4bit"), device="cuda")
-    assert seen() == before
+    model, ids = tiny_model(**SIZES), torch.arange(12)
+    packed = packed_hidden_states(model, ids, torch.tensor([0, 5, 12]))
+    alone = model.base_model(ids[None, 5:]).last_hidden_state[0]
+    torch.testing.assert_close(packed[5:], alone, rtol=1e-4, atol=1e-5)
+    before = model.lm_head.weight
+    assert model.double().lm_head.weight is before and not isinstance(before, FakeTensor)
 
 
 def test_the_answering_cache_is_gone_when_the_teacher_runs():
@@ -254,8 +243,6 @@ def test_shallow_rehearsals_tell_of_deep_models():
 def test_models_that_cannot_be_rehearsed_are_refused_in_words():
     from transformers import MixtralConfig
 
-    from opcd_fast.errors import InputError
-
     config = MixtralConfig(
         vocab_size=261, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=4, experts_implementation="eager",
@@ -275,7 +262,7 @@ def test_what_is_not_counted_is_said():
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_the_copy_of_a_gpu_is_not_that_of_the_cpu_that_plans(has_bf16, monkeypatch):
     """Fake tensors lie on a CPU: whether that one multiplies bf16 must not matter, nor how it stores weights."""
-    monkeypatch.setattr(merged, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setenv("OPCD_CPU_BF16", str(int(has_bf16)))
     settings = {"steps": 1, "batch_size": 2, "max_new_tokens": 8, "lora_rank": 4, "dtype": "bfloat16"}
     model, peaks = tiny_model(**SIZES), {}
     for merge in (True, False):

@@ -8,7 +8,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
 from opcd_fast.contexts import asking
-from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data import read_prompts
+from opcd_fast.rollout import TransformersRollout
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_failure_while_asking_leaves_nothing(model_folder, files, capsys, monk
     def fail(*_, **__):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(asking, "ask", fail)
+    monkeypatch.setattr(TransformersRollout, "generate", fail)
     arguments = ["--ask", "4", "--context", str(files / "context.txt"), "--model", model_folder, "--device", "cpu"]
     assert main(["prompts", *arguments, "--output-dir", str(files / "out")]) == 2
-    assert not (files / "out").exists()
+    assert "the device is gone" in capsys.readouterr().err and not (files / "out").exists()

@@ -47,8 +47,7 @@ def test_help_is_there_without_torch():
 
 
 def test_every_option_of_the_config_is_an_option_of_train(capsys):
-    from opcd_fast.training.settings.config import OPCDConfig
-    from opcd_fast.training.settings.options import option_names
+    from opcd_fast.training.settings import OPCDConfig, option_names
 
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])

@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = door(
         "shapes": ("flash_shapes",),
         "tree": ("TreeCall", "TreeRow", "tree_row"),
     },
-    modules=("backends", "dispatch", "tree"),
+    modules=("backends",),
 )
 
 if TYPE_CHECKING:

@@ -56,12 +56,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, 
 class FlashPair:
     """As `attention.pairs.Pair`."""
 
-    def forward(self, query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
         _, heads, tokens, size = query.shape
         return query.new_empty(tokens, heads, size), query.new_empty(tokens, heads, dtype=torch.float32)
 
     def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *unused: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, heads, tokens, size = query.shape
         temporaries = [query.new_empty(tokens, heads, size + 1, dtype=torch.float32)]

@@ -35,9 +35,7 @@ class Plan:
     limit: int
 
 
-def plan_run(
-    config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *, gpu: str, search: bool = True
-) -> Plan:
+def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *, gpu: str, search: bool = True) -> Plan:
     """Whether a run fits into `gpu` ("24GB"), with `search` perhaps with other settings.
 
     student, teacher: transformers configurations; teacher None where it is the student's own base. With device="cpu"

@@ -124,7 +124,7 @@ def _models(config: OPCDConfig, job: Job, student: Any, teacher: Any, dtype: tor
                 made[i], changes[name] = packed(made[i], dtype), "none"
     contexts = [[0] * tokens for tokens in job.contexts]
     placed = replace(config, **changes)
-    return student_and_teacher(*made, placed, torch.device("cpu"), dtype, bool(job.held_out), contexts)
+    return student_and_teacher(made[0], made[1], placed, torch.device("cpu"), dtype, bool(job.held_out), contexts)
 
 
 def _with_layers(source: Any, layers: int | None) -> Any:

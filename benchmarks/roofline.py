@@ -24,7 +24,7 @@ from opcd_fast.loss.chunks.workspace import (
     make_plan,
     output_tiles,
 )
-from opcd_fast.planning.rehearsal.loss_scratch import Seen
+from opcd_fast.loss.scratch import Shape as Seen
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _cap(session: Session) -> Values:
 
 def _plan(session: Session, case: Case, folder: Path, measured: int) -> Values:
     """The worst moment of every part of a step as the plan has it, and the plan over what was measured."""
-    from opcd_fast.planning.extrapolation import extrapolated
+    from opcd_fast.planning import extrapolated
     from opcd_fast.planning.rehearsal.job import job_of
     from opcd_fast.planning.rehearsal.phases import rehearse
     from opcd_fast.training.answers.prompts import read_training_prompts

@@ -13,9 +13,10 @@ __getattr__, __dir__, __all__ = door(
         "kernels": ("repeat_heads",),
         "rows": ("KeysAndValues", "PackedRow", "PrefixGroup", "on_device", "packed_row", "row_of"),
         "sdpa": ("sdpa_without_cudnn",),
+        "shapes": ("flash_shapes",),
         "tree": ("TreeCall", "TreeRow", "tree_row"),
     },
-    modules=("backends", "dispatch", "tree"),
+    modules=("backends",),
 )
 
 if TYPE_CHECKING:
@@ -23,4 +24,5 @@ if TYPE_CHECKING:
     from opcd_fast.attention.kernels import repeat_heads
     from opcd_fast.attention.rows import KeysAndValues, PackedRow, PrefixGroup, on_device, packed_row, row_of
     from opcd_fast.attention.sdpa import sdpa_without_cudnn
+    from opcd_fast.attention.shapes import flash_shapes
     from opcd_fast.attention.tree import TreeCall, TreeRow, tree_row

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opcd_fast.attention import kernels
+from opcd_fast.attention import kernels, shapes
 
 FA2, FA4 = "FlashAttention-2", "FlashAttention-4"
 _HALF = (torch.float16, torch.bfloat16)
@@ -93,6 +93,8 @@ def phase_1(need: Need, packages: frozenset[str] | None = None) -> Kernel:
     packages: see `installed`, which is the default. On CUDA: unmeasured.
     """
     packages = installed() if packages is None else packages
+    if shapes.only_shapes():
+        return Kernel("shapes", shapes.attend)
     if need.gradient or need.lse_gradient:
         return Kernel("blocked", kernels.prefix_blocked)
     if need.device == "cpu":
@@ -119,6 +121,8 @@ def phase_2(need: Need, packages: frozenset[str] | None = None) -> Kernel:
 
     Raises NotImplementedError for dropout together with a softcap.
     """
+    if shapes.only_shapes():
+        return Kernel("shapes", shapes.attend)
     varlen = _varlen(need, packages, sinks=need.lse_gradient)
     if varlen is not None:
         return Kernel(varlen.name, kernels.row_varlen(varlen.run))

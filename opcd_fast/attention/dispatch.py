@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opcd_fast.attention import backends
+from opcd_fast.attention import backends, shapes
 from opcd_fast.attention.rows import KeysAndValues, PackedRow
 from opcd_fast.attention.windows import windowed_attention
 from opcd_fast.kernels.reference import attention as reference
@@ -169,7 +169,7 @@ def merge_by_logsumexp(
     in_place writes the result over out_a, differentiable.
     """
     given = [x for x in (lse_a, out_b, lse_b, sink) if x is not None]
-    merge = reference.merge_attention
+    merge = shapes.merge if shapes.only_shapes() else reference.merge_attention
     if backends.merge(backends.need_of(out_a.unsqueeze(0), *given)) == "Triton":
         from opcd_fast.kernels.triton import merge_attention as merge
     # Triton launches on the current GPU, whatever device its tensors are on.

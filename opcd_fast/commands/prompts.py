@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
 
-BUILT_IN = "builtin"
 GENERAL_SHARE = 0.2
 
 
@@ -77,56 +74,26 @@ class PromptsCommand:
 def run(arguments: list[str]) -> int:
     command = parse(PromptsCommand, "prompts", arguments)
     _check(command)
-    from opcd_fast.data import (
-        Candidate,
-        Selection,
-        check_folder,
-        from_data,
-        from_logs,
-        general_prompts,
-        read_context,
-        select,
-        summary,
-        write,
-    )
+    from opcd_fast.contexts import make_prompts
+    from opcd_fast.data import Selection, read_context
 
     names = ("held_out", "similarity", "min_characters", "max_characters", "max_tokens", "max_prompts", "seed")
     share = GENERAL_SHARE if command.general_share is None else command.general_share
     selection = Selection(general_share=share, **{name: getattr(command, name) for name in names})
-    variables = OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables()
-    folder = Path(command.output_dir)
-    check_folder(folder, command.overwrite)
     file = as_file(command.context)
-    context = None if file is None else read_context(file)
-
-    # Small files first: a wrong name must not cost the loading of a model.
-    candidates: list[Candidate] = []
-    if command.logs is not None:
-        found, empty = from_logs(command.logs, command.turns, command.keep_system)
-        print(f"logs: {len(found)} prompts" + (f"; {empty} chats without a user's message" if empty else ""))
-        candidates += found
-    if command.data is not None:
-        rows = from_data(command.data, command.column)
-        print(f"data: {len(rows)} prompts")
-        candidates += rows
-    built_in = command.general == BUILT_IN
-    general = general_prompts(None if built_in else command.general) if command.general else []
-
-    tokenizer = count_tokens = None
     if command.model is not None:
-        from opcd_fast.models import load_tokenizer
-
         quiet_libraries()
-        tokenizer = load_tokenizer(command.model)
-        count_tokens = _token_counter(tokenizer, variables)
-    if command.ask is not None:
-        candidates += _asked(command, context, tokenizer, variables)
-    turns = [] if context is None or isinstance(context, str) else context
-    shown = [message["content"] for message in turns if message["role"] == "user"]
-    chosen = select(candidates, general, selection, shown=shown, count_tokens=count_tokens)
-    report = summary(chosen, count_tokens)
-    write(folder, chosen, report)
-    print(_told(report, folder))
+    passed = ("model", "logs", "turns", "keep_system", "data", "column", "general", "temperature", "dtype", "device")
+    make_prompts(
+        Path(command.output_dir),
+        selection,
+        context=None if file is None else read_context(file),
+        ask_for=command.ask,
+        variables=OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables(),
+        overwrite=command.overwrite,
+        told=partial(print, flush=True),
+        **{name: getattr(command, name) for name in passed},
+    )
     return 0
 
 
@@ -154,56 +121,3 @@ def _check(command: PromptsCommand) -> None:
     ):
         if getattr(command, name) != unset and getattr(command, needs) is None:
             raise InputError(f"{name} is set, but it needs --{needs}")
-
-
-def _asked(command: PromptsCommand, context: Any, tokenizer: Any, variables: dict[str, Any]) -> list[Any]:
-    from opcd_fast.contexts import ANSWER_TOKENS, ask, request
-    from opcd_fast.data import Prompt, student_ids
-    from opcd_fast.models import load_model, seam
-    from opcd_fast.training.step import check_prompt_length
-
-    model = load_model(command.model or "", dtype=command.dtype, device=command.device)
-    length = len(student_ids(tokenizer, Prompt(tuple(request(context, ""))), variables)) + 32  # who the users are
-    check_prompt_length(length, ANSWER_TOKENS, seam.longest_input(seam.body_of(model)))
-
-    def report(found: int, requests: int) -> None:
-        print(f"asked {requests} times: {found} of {command.ask} different prompts", flush=True)
-
-    found = ask(
-        sampler(model, tokenizer),
-        tokenizer,
-        context,
-        command.ask or 0,
-        similarity=command.similarity,
-        temperature=command.temperature,
-        seed=command.seed,
-        template_kwargs=variables,
-        report=report,
-    )
-    if len(found) < (command.ask or 0):
-        print(f"the model repeats itself: {len(found)} different prompts; a larger one, or --temperature, gives more")
-    return found
-
-
-def _token_counter(tokenizer: Any, variables: dict[str, Any]) -> Callable[[Any], int]:
-    from opcd_fast.data import adapt_to_tokenizer, student_ids
-
-    def count(candidate: Any) -> int:
-        (prompt,) = adapt_to_tokenizer(tokenizer, [candidate.prompt])
-        return len(student_ids(tokenizer, prompt, variables))
-
-    return count
-
-
-def _told(report: dict[str, Any], folder: Path) -> str:
-    kind = "tokens" if "median_tokens" in report else "words"
-    lines = [f"{report['train']} training and {report['held_out']} held-out prompts in {str(folder)!r}"]
-    if report["general_wanted"]:
-        short = report["general_wanted"] - report["general"]
-        more = f"; {short} more were wanted, give a larger file" if short > 0 else ""
-        lines.append(f"{report['general']} general prompts mixed in{more}")
-    if report["dropped"]:
-        lines.append("dropped: " + ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()))
-    lines.append(f"median length: {report[f'median_{kind}']:g} {kind}")
-    lines.append(f"from: {json.dumps(report['sources'], ensure_ascii=False)}")
-    return "\n".join(lines)

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = door(
         "importance": ("Drift", "importance_weights", "trainer_logprobs"),
         "inputs": ("resolve_backend",),
         "logprobs": ("fused_linear_logprobs",),
+        "scratch": ("scratch_bytes",),
         "sequence_weights": ("sequence_mean_weights",),
     },
 )
@@ -26,4 +27,5 @@ if TYPE_CHECKING:
     from opcd_fast.loss.importance import Drift, importance_weights, trainer_logprobs
     from opcd_fast.loss.inputs import resolve_backend
     from opcd_fast.loss.logprobs import fused_linear_logprobs
+    from opcd_fast.loss.scratch import scratch_bytes
     from opcd_fast.loss.sequence_weights import sequence_mean_weights

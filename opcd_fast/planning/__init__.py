@@ -2,7 +2,8 @@
 
 The step that will be run is rehearsed: the same code, models and optimizer, on tensors that have shapes and no data
 (torch's FakeTensorMode), while every storage that comes and goes is counted. What a kernel takes inside of itself is
-not seen by that and is counted from the same plan that the kernel follows (`loss_scratch`, `gpu_attention`).
+not seen by that; its room says it, from the plan that the kernel follows (`scratch_bytes` of the loss, `flash_shapes`
+of attention).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from opcd_fast.runtime.doors import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
-        "extrapolation": ("can_extrapolate", "extrapolated"),
-        "report": ("as_json", "show"),
-        "search": ("Found", "find"),
+        "plan": ("Plan", "asked_job", "gpu_bytes", "model_config", "plan_run"),
+        "report": ("as_json", "changes", "show"),
+        "search": ("Found", "can_extrapolate", "extrapolated", "find"),
     },
 )
 
 if TYPE_CHECKING:
-    from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
-    from opcd_fast.planning.report import as_json, show
-    from opcd_fast.planning.search import Found, find
+    from opcd_fast.planning.plan import Plan, asked_job, gpu_bytes, model_config, plan_run
+    from opcd_fast.planning.report import as_json, changes, show
+    from opcd_fast.planning.search import Found, can_extrapolate, extrapolated, find

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from opcd_fast.planning.search import Found
+from opcd_fast.planning.plan import Plan
 from opcd_fast.training.settings import OPCDConfig
 
 NAMES = {
@@ -37,16 +37,16 @@ def changes(asked: OPCDConfig, found: OPCDConfig) -> dict[str, Any]:
     return {name: value for name, value in after.items() if value != before[name]}
 
 
-def as_json(asked: OPCDConfig, found: Found, limit: int, gpu: int) -> dict[str, Any]:
-    seen = found.rehearsal
+def as_json(plan: Plan) -> dict[str, Any]:
+    seen = plan.found.rehearsal
     return {
-        "fits": found.fits,
-        "gpu_bytes": gpu,
-        "limit_bytes": limit,
+        "fits": plan.found.fits,
+        "gpu_bytes": plan.gpu,
+        "limit_bytes": plan.limit,
         "peak_bytes": seen.nbytes,
         "peak_phase": seen.worst,
         "phases": {name: {"bytes": p.nbytes, "parts": dict(p.parts)} for name, p in seen.peaks.items()},
-        "settings": changes(asked, found.config),
+        "settings": changes(plan.asked, plan.found.config),
         "rollout_batch": seen.rollout_batch,
         "micro_batch_tokens": seen.tokens,
         "teacher_path": seen.path,
@@ -54,11 +54,12 @@ def as_json(asked: OPCDConfig, found: Found, limit: int, gpu: int) -> dict[str, 
     }
 
 
-def show(asked: OPCDConfig, found: Found, limit: int) -> None:
+def show(plan: Plan) -> None:
+    """Prints the table, what is not known exactly, and the settings to use, or what is left to give up."""
     from rich.console import Console
     from rich.table import Table
 
-    seen = found.rehearsal
+    found, limit, seen = plan.found, plan.limit, plan.found.rehearsal
     console = Console(soft_wrap=True, width=max(110, Console().width))
     table = Table("part", title="predicted memory at the worst moment of each phase, GiB", box=None)
     for phase in seen.peaks:
@@ -73,7 +74,7 @@ def show(asked: OPCDConfig, found: Found, limit: int) -> None:
         console.print(note)
     verdict = "fits" if found.fits else f"does not fit: {_gib(seen.nbytes - limit)} GiB too much"
     console.print(f"peak {_gib(seen.nbytes)} GiB in phase {seen.worst!r}, {_gib(limit)} GiB for tensors: {verdict}")
-    options = changes(asked, found.config)
+    options = changes(plan.asked, found.config)
     if seen.rollout_batch and found.config.rollout_batch is None:
         options["rollout_batch"] = seen.rollout_batch
     if options and found.fits:
@@ -83,16 +84,10 @@ def show(asked: OPCDConfig, found: Found, limit: int) -> None:
             if name in options:
                 console.print(f"{name}: {needs}")
     if not found.fits:
-        console.print("left to give up: " + "; ".join(_advice(found.config, seen.worst)))
-
-
-def _advice(config: OPCDConfig, worst: str) -> list[str]:
-    advice = []
-    if not config.makes_adapter:
-        advice.append("train an adapter (lora_rank=16) in place of all weights")
-    if worst in ("rollout", "evaluation rollout", "student", "backward", "teacher"):
-        advice.append(f"shorter answers (max_new_tokens={config.max_new_tokens // 2})")
-    return [*advice, "a smaller model"]
+        advice = [] if found.config.makes_adapter else ["train an adapter (lora_rank=16) in place of all weights"]
+        if seen.worst in ("rollout", "evaluation rollout", "student", "backward", "teacher"):
+            advice.append(f"shorter answers (max_new_tokens={found.config.max_new_tokens // 2})")
+        console.print("left to give up: " + "; ".join([*advice, "a smaller model"]))
 
 
 def _gib(nbytes: int) -> str:

@@ -10,26 +10,23 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "choice": ("Choice",),
-        "decoding": ("BatchRun", "refuses_decoding"),
         "http": ("ServerGone",),
+        "memory": ("MOST", "batch_that_fits", "first_and_last_token"),
         "protocol": ("Completion", "Rollout", "stop_token_ids"),
         "replay": ("ReplayRollout", "write_replay"),
-        "sampling": ("draw",),
         "server": ("ServerRollout", "Weights"),
         "transformers": ("TransformersRollout",),
         "vllm": ("VLLMRollout",),
         "weights": ("CommandWeights", "LoRAWeights"),
     },
-    modules=("memory",),
 )
 
 if TYPE_CHECKING:
     from opcd_fast.rollout.choice import Choice
-    from opcd_fast.rollout.decoding import BatchRun, refuses_decoding
     from opcd_fast.rollout.http import ServerGone
+    from opcd_fast.rollout.memory import MOST, batch_that_fits, first_and_last_token
     from opcd_fast.rollout.protocol import Completion, Rollout, stop_token_ids
     from opcd_fast.rollout.replay import ReplayRollout, write_replay
-    from opcd_fast.rollout.sampling import draw
     from opcd_fast.rollout.server import ServerRollout, Weights
     from opcd_fast.rollout.transformers import TransformersRollout
     from opcd_fast.rollout.vllm import VLLMRollout

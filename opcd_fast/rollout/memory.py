@@ -1,12 +1,15 @@
-"""How many sequences fit into memory while they are being written."""
+"""What sequences hold while they are being written, and how many fit into memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from opcd_fast.models import seam, virtual_tokens
+from opcd_fast.rollout.decoding import BatchRun, refuses_decoding
+from opcd_fast.rollout.sampling import draw
 
 MOST = 256  # sequences; beyond this a batch is no faster per token
 SHARE = {"cuda": 0.5, "cpu": 0.25}  # of the free memory; the rest is for what else happens meanwhile
@@ -32,12 +35,15 @@ def bytes_per_sequence(model: Any, prompt_tokens: int, max_new_tokens: int, voca
     return tokens * cache_bytes_per_token(model) + vocab_size * BYTES_PER_LOGIT
 
 
-def batch_that_fits(model: Any, prompt_tokens: int, max_new_tokens: int, free: int | None = None) -> int:
-    """Sequences to generate at once, 1 to MOST. `free` bytes: asked of the device or the system when None."""
+def batch_that_fits(
+    model: Any, prompt_tokens: int, max_new_tokens: int, free: int | None = None, kind: str | None = None
+) -> int:
+    """Sequences to generate at once, 1 to MOST. `free` bytes: asked of the device or the system when None. kind: of the
+    device, "cuda" or "cpu"; None for the one that the model is on."""
     device = next(model.parameters()).device
     vocabulary = seam.config_of(seam.body_of(model)).vocab_size
     row = bytes_per_sequence(model, prompt_tokens, max_new_tokens, vocabulary)
-    budget = int((free_bytes(device) if free is None else free) * SHARE.get(device.type, 0.25))
+    budget = int((free_bytes(device) if free is None else free) * SHARE.get(kind or device.type, 0.25))
     return max(1, min(MOST, budget // row))
 
 
@@ -49,6 +55,56 @@ def free_bytes(device: torch.device) -> int:
     import psutil  # which accelerate and PEFT bring
 
     return psutil.virtual_memory().available
+
+@torch.no_grad()
+def first_and_last_token(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, top_p: float,
+    decodes: bool = True,
+) -> None:  # fmt: skip
+    """What a batch holds at its worst, for a plan of a run's memory: reads the prompts and draws the first and the last
+    token of each answer, with the cache grown in between.
+
+    model: causal LM whose tensors need no data. decodes: by our loop, where it can run the model; else as transformers'
+    `generate` does.
+    """
+
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
+        uniform = torch.zeros(len(prompts), dtype=torch.float64)
+        draw(logits, uniform, temperature, top_p, None)
+        return torch.zeros(len(prompts), dtype=torch.int64)
+
+    with seam.scoring_mode(model):
+        if decodes and refuses_decoding(model) is None:
+            different = list(dict.fromkeys(map(tuple, prompts)))
+            run = BatchRun(model, [different.index(tuple(p)) for p in prompts], different, max_new_tokens)
+            with seam.using_attention(seam.body_of(model), run.attend):
+                tokens = drawn(run.read_prompts())
+                layer: Any
+                for layer in run.cache.layers:
+                    layer.length += max_new_tokens - 2
+                drawn(run.next(tokens))
+            return
+        from transformers import DynamicCache
+
+        cache, longest = DynamicCache(config=model.config), max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        options = {**seam.cache_argument(model, cache), "use_cache": True, "logits_to_keep": 1}
+        drawn(model(input_ids=ids, **options).logits[:, -1])
+        for layer in cache.layers:
+            if getattr(layer, "keys", None) is not None:
+                _lengthen(layer, longest + max_new_tokens - 2)
+        drawn(model(input_ids=ids[:, :1], **options).logits[:, -1])
+
+
+def _lengthen(layer: Any, tokens: int) -> None:
+    """A layer of transformers' cache, which is made anew with each token, as it is after so many."""
+    window = getattr(layer, "sliding_window", None)
+    if window is not None:
+        layer.cumulative_length, tokens = tokens, min(tokens, window - 1)
+    for name in ("keys", "values"):
+        old = getattr(layer, name)
+        setattr(layer, name, None)
+        setattr(layer, name, old.new_empty(*old.shape[:2], tokens, old.shape[3]))
 
 
 def _largest(value: Any) -> int:

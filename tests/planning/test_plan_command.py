@@ -1,58 +1,60 @@
-"""`opcd plan`: what it prints, its exit status, and the order in which settings are given up."""
+"""`opcd plan`: what it prints, and its exit status."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.commands.plan import gpu_bytes, plan_command
+from opcd_fast.commands.plan import plan_command
 from opcd_fast.commands.train import train_command
 from opcd_fast.errors import InputError
-from opcd_fast.planning.rehearsal.meter import Peak
-from opcd_fast.planning.rehearsal.phases import Rehearsal
-from opcd_fast.planning.report import changes
-from opcd_fast.planning.search import find
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.planning import gpu_bytes
 
+KEYS = 3 * 2 * 2 * 24 * 2  # bytes of a token: layers, keys and values, heads, head size, bf16
 SETTINGS = ["--context-tokens", "100", "--prompt-tokens", "20", "--batch-size", "4", "--max-new-tokens", "16"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A model without weights."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(folder)  # and no weights
+    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
-def test_fits(folder, capsys):
-    assert main(["plan", "--model", folder, "--gpu", "24GB", *SETTINGS, "--lora-rank", "4", "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+def as_plan(capsys, *arguments, status=0):
+    assert main(["plan", "--json", *map(str, arguments)]) == status, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_parts_add_up_to_phases_and_the_worst_phase_is_the_peak(folder, capsys):
+    plan = as_plan(capsys, "--model", folder, "--gpu", "24GB", *SETTINGS, "--lora-rank", 4)
     assert plan["fits"] and plan["settings"] == {} and plan["teacher_path"] == "merge"
+    assert plan["peak_bytes"] == plan["phases"][plan["peak_phase"]]["bytes"]
     assert plan["peak_bytes"] == max(phase["bytes"] for phase in plan["phases"].values())
     for phase in plan["phases"].values():
         assert phase["bytes"] == sum(phase["parts"].values())
 
 
 def test_does_not_fit_and_says_by_how_much(folder, capsys):
-    assert main(["plan", "--model", folder, "--gpu", "770MB", *SETTINGS]) == 1
+    assert main(["plan", "--model", folder, "--gpu", "770MB", *SETTINGS, "--no-search"]) == 1
     out = capsys.readouterr().out
-    assert "does not fit" in out and "too much" in out and "lora_rank=16" in out
+    assert "does not fit" in out and "lora_rank=16" in out
 
 
-def test_settings_are_found(folder, capsys):
-    arguments = ["plan", "--model", folder, "--device", "cpu", *SETTINGS, "--batch-size", "64", "--lora-rank", "4"]
-    main([*arguments, "--gpu", "1GB", "--json"])
-    free = json.loads(capsys.readouterr().out)["peak_bytes"]
-    assert main([*arguments, "--gpu", f"{free / 2**20 / 2}MB", "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+def test_settings_that_were_found_fit(folder, capsys):
+    arguments = ["--model", folder, "--device", "cpu", *SETTINGS, "--batch-size", 64, "--lora-rank", 4]
+    free = as_plan(capsys, *arguments, "--gpu", "1GB")["peak_bytes"]
+    half = ["--gpu", f"{free / 2**20 / 2}MB"]
+    plan = as_plan(capsys, *arguments, *half)
     assert plan["peak_bytes"] <= free / 2 and plan["settings"]
-    # The settings it prints are settings: without a search they are found to fit as well.
+    # What it prints are settings: without a search they are found to fit as well.
     options = [word for name, value in plan["settings"].items()
-               for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))]  # fmt: skip
-    assert main([*arguments, *options, "--gpu", f"{free / 2**20 / 2}MB", "--no-search", "--json"]) == 0
+               for word in (f"--{name.replace('_', '-')}", *(() if value is True else (value,)))]  # fmt: skip
+    assert as_plan(capsys, *arguments, *options, *half, "--no-search")["fits"]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_settings_are_found(folder, capsys):
         (["--gpu", "24 apples"], "gpu='24 apples'"),
         (["--gpu", "100MB"], "less than"),
         (["--gpu", "1GB", "--context", "x.txt"], "one of them"),
-        (["--gpu", "1GB", "--prompts", "p.jsonl"], "give context"),
+        (["--gpu", "1GB", "--eval-prompts", "p.jsonl"], "give context"),
         (["--gpu", "1GB", "--lora-alpha", "3"], "lora_alpha is set"),
     ],
 )
@@ -70,33 +72,19 @@ def test_wrong_usage(folder, capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
-def test_lengths_come_from_files(tmp_path, folder, capsys):
-    model = tmp_path / "m"
-    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+def test_lengths_come_from_files_and_rows_may_bring_their_contexts(tmp_path, folder, capsys):
     (tmp_path / "c.txt").write_text("be brief " * 40)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": "q" * n}) + "\n" for n in (5, 50)))
-    arguments = ["plan", "--model", str(model), "--gpu", "24GB", "--context", str(tmp_path / "c.txt"), "--json",
-                 "--prompts", str(tmp_path / "p.jsonl"), "--batch-size", "2", "--max-new-tokens", "16"]  # fmt: skip
-    assert main(arguments) == 0
-    plan = json.loads(capsys.readouterr().out)
+    rows = [{"prompt": "q" * 9, "privileged_context": letter * 40} for letter in "ab"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", folder, "--gpu", "24GB", "--batch-size", 2, "--max-new-tokens", 16, "--prompts"]
+    plan = as_plan(capsys, *common, tmp_path / "p.jsonl", "--context", tmp_path / "c.txt")
     # Both prompts, with the template's tokens: more than their letters, less than with the context.
     assert 2 * (5 + 50) + 4 * 15 <= plan["micro_batch_tokens"] < 2 * (5 + 50) + 4 * 15 + 40
-    keys = 3 * 2 * 2 * 24 * 2  # layers, keys and values, heads, head size, bytes
-    assert plan["phases"]["student"]["parts"]["context KV"] >= 360 * keys
-
-
-def test_rows_that_bring_their_contexts_need_no_other(tmp_path, capsys):
-    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
-    rows = [{"prompt": "q" * 9, "privileged_context": letter * 40} for letter in "ab"]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--model", tmp_path / "m", "--prompts", tmp_path / "p.jsonl", "--batch-size", 2]
-    found = as_plan(capsys, *arguments, "--max-new-tokens", 16)
-    keys = 3 * 2 * 2 * 24 * 2  # layers, keys and values, heads, head size, bytes
-    assert found["phases"]["student"]["parts"]["context KV"] >= 2 * 40 * keys
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "no context"}) + "\n")
-    assert main(["plan", "--gpu", "24GB", *map(str, arguments)]) == 2
+    assert 360 * KEYS <= plan["phases"]["student"]["parts"]["context KV"] < 400 * KEYS
+    plan = as_plan(capsys, *common, tmp_path / "own.jsonl")
+    assert 2 * 40 * KEYS <= plan["phases"]["student"]["parts"]["context KV"] < 2 * 80 * KEYS
+    assert main(["plan", *map(str, common), str(tmp_path / "p.jsonl")]) == 2
     assert "context is missing" in capsys.readouterr().err
 
 
@@ -114,15 +102,13 @@ def test_what_no_window_holds_is_refused_as_by_a_run(folder, capsys, settings, w
 
 
 @pytest.fixture
-def written(tmp_path):
-    """The YAML file of a run, with everything that it names but the weights."""
-    tiny_model(hidden_size=96, num_hidden_layers=3).config.save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+def written(tmp_path, folder):
+    """The YAML file of a run, and what it says."""
     (tmp_path / "c.txt").write_text("be brief " * 30)
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "q" * 30}) + "\n")
     (tmp_path / "e.jsonl").write_text(json.dumps({"prompt": "other"}) + "\n")
     settings = {
-        "model": str(tmp_path / "m"), "prompts": str(tmp_path / "p.jsonl"), "context": str(tmp_path / "c.txt"),
+        "model": folder, "prompts": str(tmp_path / "p.jsonl"), "context": str(tmp_path / "c.txt"),
         "eval_prompts": str(tmp_path / "e.jsonl"), "lora_rank": 4, "batch-size": 2, "max_new_tokens": 16,
         "learning_rate": "1e-4", "rollout_batch": 2,
     }  # fmt: skip
@@ -130,29 +116,16 @@ def written(tmp_path):
     return tmp_path / "run.yaml", settings
 
 
-def as_plan(capsys, *arguments):
-    status = main(["plan", "--gpu", "24GB", "--json", *map(str, arguments)])
-    assert status == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
-
-
 def test_the_file_of_a_run_is_planned_as_written(written, capsys):
-    file, settings = written
-    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
-    wanted = as_plan(capsys, *words)
-    found = as_plan(capsys, "--config", file)
-    assert found["peak_bytes"] == pytest.approx(wanted["peak_bytes"], rel=1e-4)
-    assert {**found, "phases": list(found["phases"]), "peak_bytes": 0} == {
-        **wanted, "phases": list(wanted["phases"]), "peak_bytes": 0
-    }  # fmt: skip
-    assert found["phases"]["backward"]["parts"]["adapter"] and "evaluation" in found["phases"]
+    file, _ = written
     assert plan_command(["--config", str(file), "--gpu", "1GB"])[1] == train_command(["--config", str(file)])[1]
-    more = as_plan(capsys, "--config", file, "--batch-size", "6")
-    assert more["micro_batch_tokens"] == 3 * wanted["micro_batch_tokens"]
-    numbers = as_plan(capsys, "--config", file, "--context-tokens", 300, "--prompt-tokens", 20)
+    found = as_plan(capsys, "--gpu", "24GB", "--config", file)
+    assert found["phases"]["backward"]["parts"]["adapter"] and "evaluation" in found["phases"]
+    more = as_plan(capsys, "--gpu", "24GB", "--config", file, "--batch-size", 6)
+    assert more["micro_batch_tokens"] == 3 * found["micro_batch_tokens"]
+    numbers = as_plan(capsys, "--gpu", "24GB", "--config", file, "--context-tokens", 300, "--prompt-tokens", 20)
     assert "evaluation" not in numbers["phases"]
-    keys = 3 * 2 * 2 * 24 * 2  # layers, keys and values, heads, head size, bytes
-    assert numbers["phases"]["student"]["parts"]["context KV"] == 300 * keys
+    assert numbers["phases"]["student"]["parts"]["context KV"] == 300 * KEYS
 
 
 def test_the_turns_of_a_task_are_planned(written, capsys):
@@ -161,9 +134,9 @@ def test_the_turns_of_a_task_are_planned(written, capsys):
     Path(settings["context"]).write_text("be brief")
     lines = [f"{name}: {value}\n" for name, value in settings.items() if name not in ("prompts", "eval_prompts")]
     file.write_text("".join(lines) + "task: frozen-lake-gymnasium\ntask_options: '{\"max_turns\": 4}'\n")
-    found = as_plan(capsys, "--config", file)
+    found = as_plan(capsys, "--gpu", "24GB", "--config", file)
     assert any("4 turns" in note for note in found["notes"]) and "evaluation rollout" in found["phases"]
-    one = as_plan(capsys, "--config", file, "--task-options", '{"max_turns": 1}')
+    one = as_plan(capsys, "--gpu", "24GB", "--config", file, "--task-options", '{"max_turns": 1}')
     # Later turns tell what the last move did.
     assert 4 * one["micro_batch_tokens"] < found["micro_batch_tokens"] < 6 * one["micro_batch_tokens"]
     status = main(["plan", "--gpu", "24GB", "--config", str(file), "--context-tokens", "300"])
@@ -176,8 +149,6 @@ def test_the_turns_of_a_task_are_planned(written, capsys):
         ("init: runs/before", "init goes on from an earlier run"),
         ("task: frozen-lake", "give --prompts FILE, or --task NAME in its place"),
         ("gpu: 24GB", "unknown option 'gpu'"),
-        ("lora_rnk: 4", "did you mean 'lora_rank'"),
-        ("steps: many", "steps='many' must be a whole number"),
     ],
 )
 def test_a_file_that_cannot_be_planned(written, capsys, line, words):
@@ -187,139 +158,9 @@ def test_a_file_that_cannot_be_planned(written, capsys, line, words):
     assert words in capsys.readouterr().err
 
 
-def test_the_gpu_is_asked_for(written, capsys):
-    assert main(["plan", "--config", str(written[0])]) == 2
-    assert "--gpu" in capsys.readouterr().err
-
-
 def test_sizes_of_memory():
     assert gpu_bytes("24GB") == gpu_bytes("24 GiB") == gpu_bytes("24g") == 24 * 2**30
     assert gpu_bytes("1.5GB") == 3 * 2**29 and gpu_bytes("800MB") == 800 * 2**20
     for wrong in ("", "24", "0GB", "-1GB"):
         with pytest.raises(InputError, match="no size of memory"):
             gpu_bytes(wrong)
-
-
-def test_the_order_in_which_settings_are_given_up():
-    """A made-up machine: activations are 1 MiB a token, a quarter of that with checkpointing."""
-    tried, mib = [], 2**20
-
-    def rehearse(config):
-        tried.append(config)
-        tokens = min(config.micro_batch_tokens or 32768, 32768)
-        weights = 4000 if config.quantization == "none" else 1000
-        active = tokens * (1 if not config.gradient_checkpointing else 0.25)
-        scratch = (config.workspace_bytes or 1024 * mib) // mib
-        parts = {"weights": weights * mib, "student": int(active) * mib, "scratch": scratch * mib}
-        peaks = {"context": Peak(weights * mib, {}), "loss": Peak(sum(parts.values()), parts)}
-        return Rehearsal(peaks, "merge", 0, tokens, 512)
-
-    first = OPCDConfig(lora_rank=8)
-    fast = find(rehearse, first, 30000 * mib, device="cuda")
-    assert fast.fits and fast.config == replace(first, micro_batch_tokens=fast.config.micro_batch_tokens)
-    assert fast.config.micro_batch_tokens > 20000
-    less = find(rehearse, first, 8500 * mib, device="cuda")
-    assert less.fits and not less.config.gradient_checkpointing and less.config.workspace_bytes is not None
-    recomputed = find(rehearse, first, 6000 * mib, device="cuda")
-    assert recomputed.fits and recomputed.config.gradient_checkpointing and recomputed.config.quantization == "none"
-    assert recomputed.config.micro_batch_tokens > 4096  # checkpointing frees enough for more again
-    packed = find(rehearse, first, 2000 * mib, device="cuda")
-    assert packed.fits and packed.config.quantization == "4bit"
-    assert not find(rehearse, first, 1000 * mib, device="cuda").fits
-    assert len(tried) < 40
-
-
-def test_all_weights_trained_beside_a_teacher_of_its_own():
-    """A made-up machine: what is kept is given up only where something is gained."""
-    gib = 2**30
-
-    def rehearse(config):
-        away = config.teacher_offload
-        state = 4 if config.optimizer == "adamw_torch" else 1
-        kept = {"weights": 4 * gib, "optimizer state": state * gib}
-        teacher = {**kept, "teacher weights": 4 * gib}
-        student = {**kept, "student": gib} if away else {**teacher, "student": gib}
-        optimizer = {**kept, "gradients": 4 * gib} if away else {**teacher, "gradients": 4 * gib}
-        peaks = {name: Peak(sum(parts.values()), parts)
-                 for name, parts in {"teacher": teacher, "student": student, "optimizer": optimizer}.items()}
-        return Rehearsal(peaks, "merge", 0, 512, 512)
-
-    first = OPCDConfig(gradient_checkpointing=True)
-
-    def given_up(limit, config=first, device="cuda"):
-        found = find(rehearse, config, limit * gib, device=device)
-        return changes(config, found.config) if found.fits else None
-
-    assert given_up(16) == {}
-    assert given_up(12) == {"teacher_offload": True}
-    assert given_up(9) == {"teacher_offload": True, "optimizer": "adamw_8bit"}
-    assert given_up(8) is None
-    assert given_up(13, device="cpu") == {"optimizer": "adamw_8bit"}
-    moving = replace(first, teacher_mode="ema", teacher_ema_decay=0.9)
-    assert given_up(13, moving) == {"optimizer": "adamw_8bit"}
-    # With the teacher at work at the worst moment it is no use to send it away afterwards.
-    assert find(lambda c: Rehearsal({"teacher": rehearse(c).peaks["teacher"]}, "merge", 0, 512, 512), first, 11 * gib,
-                device="cuda").config == replace(first, optimizer="adamw_8bit")  # fmt: skip
-
-
-def made_up(found, **phases):
-    """A rehearsal whose phases hold so many GiB of each part."""
-    peaks = {name: Peak(int(sum(parts.values()) * 2**30), {part: int(size * 2**30) for part, size in parts.items()})
-             for name, parts in phases.items()}  # fmt: skip
-    return Rehearsal(peaks, "merge", **found)
-
-
-def all_weights(config):
-    """What is kept while all weights are trained."""
-    parts = {"weights": 6.8, "optimizer state": 13 if config.optimizer == "adamw_torch" else 3.3}
-    return parts if config.teacher_offload else {**parts, "teacher weights": 3.4}
-
-
-@pytest.mark.parametrize(
-    ("limit", "wanted"),
-    [(29.5, {"teacher_offload": True}), (27, {"teacher_offload": True}),
-     (24, {"teacher_offload": True, "optimizer": "adamw_8bit"}), (15, None)],
-)  # fmt: skip
-def test_no_number_of_tokens_makes_the_optimizers_step_smaller(limit, wanted):
-    def rehearse(config):
-        tokens = min(config.micro_batch_tokens or 140_000, 140_000)
-        kept = all_weights(config)
-        return made_up(
-            {"tokens": tokens, "longest": 1100}, student={**kept, "student": tokens / 60_000},
-            optimizer={**kept, "gradients": 6.8},
-        )  # fmt: skip
-
-    first = OPCDConfig()
-    found = find(rehearse, first, int(limit * 2**30), device="cuda")
-    assert found.fits == (wanted is not None)
-    if wanted is not None:
-        assert changes(first, found.config) == wanted
-    assert found.rehearsal.peaks == rehearse(found.config).peaks  # what is returned was rehearsed
-
-
-@pytest.mark.parametrize(
-    ("answers", "limit", "wanted"),
-    [("student", 26, {"rollout_batch": 32}), ("student", 23, {"teacher_offload": True, "rollout_batch": 64}),
-     ("student", 12, {"teacher_offload": True, "optimizer": "adamw_8bit", "rollout_batch": 32}),
-     ("teacher", 23.9, {"rollout_batch": 8}), ("teacher", 14, {"optimizer": "adamw_8bit", "rollout_batch": 8})],
-)  # fmt: skip
-def test_answers_are_drawn_together_before_the_teacher_stays(answers, limit, wanted):
-    def rehearse(config):
-        batch = config.rollout_batch or 128
-        kept = all_weights(config)
-        if answers == "teacher":  # at work
-            kept = all_weights(replace(config, teacher_offload=False))
-        return made_up({"rollout_batch": batch, "tokens": 512, "longest": 512}, rollout={**kept, "rollout": batch / 20})
-
-    first = OPCDConfig(answers=answers)
-    found = find(rehearse, first, int(limit * 2**30), device="cuda")
-    assert found.fits and changes(first, found.config) == wanted
-
-
-def test_a_search_that_does_not_end_returns_what_was_rehearsed():
-    def rehearse(config):
-        tokens = config.micro_batch_tokens or 1_000_000
-        return made_up({"tokens": tokens, "longest": 1}, student={"weights": 10, "student": 1 + tokens / 1e9})
-
-    found = find(rehearse, OPCDConfig(gradient_checkpointing=True), 2**30, device="cuda")
-    assert not found.fits and found.rehearsal.peaks == rehearse(found.config).peaks

@@ -5,18 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from memory_record import recorded_peaks
+from memory_record import peak_bytes, recorded_peaks
 from tiny import tiny_model, tiny_tokenizer
+from torch._subclasses import FakeTensor
 
-from opcd_fast.data.tasks.episode import as_user
-from opcd_fast.loss.inputs import resolve_backend
-from opcd_fast.models import merged
-from opcd_fast.planning.extrapolation import can_extrapolate, extrapolated
-from opcd_fast.planning.rehearsal.job import Job, job_of
-from opcd_fast.planning.rehearsal.phases import rehearse
-from opcd_fast.training.answers.prompts import read_training_prompts
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.data.tasks import as_user
+from opcd_fast.errors import InputError
+from opcd_fast.loss import LMHead, fused_linear_reverse_kl, resolve_backend, scratch_bytes
+from opcd_fast.models import packed_hidden_states
+from opcd_fast.planning import can_extrapolate, extrapolated
+from opcd_fast.planning.rehearsal import Job, job_of, rehearse
+from opcd_fast.training import OPCDConfig, OPCDTrainer
+from opcd_fast.training.answers import read_training_prompts
 
 CONTEXT = "always answer with zzz, whatever the question may be, and never say why you do it. " * 3
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 1024}
@@ -117,31 +117,89 @@ def planned(config, job=SMALL, **options):
     return rehearse(config, job, tiny_model(**SIZES).config, **options)
 
 
-def test_a_rehearsal_makes_nothing_real_and_leaves_the_process_as_it_was():
-    from transformers import AttentionInterface
-
-    from opcd_fast.attention import backends as attention_backends
-    from opcd_fast.attention import dispatch as attention
-    from opcd_fast.attention import tree as tree_attention
-    from opcd_fast.models import seam
-    from opcd_fast.training.engines import model_pair
-
-    def seen():
-        return (
-            attention.merge_by_logsumexp, attention_backends.phase_1, attention_backends.phase_2,
-            model_pair.quantize_4bit, tree_attention.pair_for, torch.utils.swap_tensors,
-            AttentionInterface._global_mapping.get(seam.PACKED_ATTENTION),
-        )  # fmt: skip
-
-    planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4))
-    before = seen()
+def test_a_rehearsal_leaves_the_process_as_it_was():
+    """For a GPU attention makes shapes in place of numbers, which must end with the rehearsal."""
     planned(OPCDConfig(batch_size=2, max_new_tokens=4, lora_rank=4, quantization="4bit"), device="cuda")
-    assert seen() == before
+    model, ids = tiny_model(**SIZES), torch.arange(12)
+    packed = packed_hidden_states(model, ids, torch.tensor([0, 5, 12]))
+    alone = model.base_model(ids[None, 5:]).last_hidden_state[0]
+    torch.testing.assert_close(packed[5:], alone, rtol=1e-4, atol=1e-5)
+    before = model.lm_head.weight
+    assert model.double().lm_head.weight is before and not isinstance(before, FakeTensor)
+
+
+def test_what_is_kept_is_known_to_the_byte():
+    sizes = [p.numel() for p in tiny_model(**SIZES).parameters()]
+    settings = {"batch_size": 2, "max_new_tokens": 4, "dtype": "bfloat16"}
+    seen = planned(OPCDConfig(**settings), device="cuda", dtype=torch.bfloat16)
+    kept = seen.peaks["optimizer"].parts
+    assert kept["weights"] == pytest.approx(4 * sum(sizes), rel=1e-3)  # fp32 masters, and a few buffers
+    assert kept["teacher weights"] == 2 * sum(sizes)
+    assert kept["gradients"] == 4 * sum(sizes)
+    assert kept["optimizer state"] == 8 * sum(sizes) + 4 * len(sizes)  # averages, and each tensor's count of steps
+    assert kept["context KV"] == 60 * 3 * 2 * 2 * 24 * 2  # tokens, layers, K and V, heads, size, bytes
+    seen = planned(OPCDConfig(**settings, optimizer="adamw_8bit"), device="cuda", dtype=torch.bfloat16)
+    wanted = sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in sizes)
+    assert seen.peaks["optimizer"].parts["optimizer state"] == wanted
+    paged = planned(OPCDConfig(**settings, optimizer="paged_adamw_8bit"), device="cuda", dtype=torch.bfloat16)
+    assert paged.peaks["optimizer"].parts["optimizer state"] == wanted  # none of these is large enough for pages
+    packed = planned(OPCDConfig(**settings, lora_rank=4, quantization="4bit"), device="cuda", dtype=torch.bfloat16)
+    linear = [m.weight.numel() for m in tiny_model(**SIZES).model.modules() if isinstance(m, torch.nn.Linear)]
+    wanted = 2 * (sum(sizes) - sum(linear)) + sum(n // 2 + n // 64 + 4 * -(-n // 2**14) + 4 * 273 for n in linear)
+    assert packed.peaks["optimizer"].parts["weights"] == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("dtype", "backend"), [("float32", "native"), ("bfloat16", "torch")])
+def test_the_loss_holds_what_it_says(dtype, backend, trained):
+    n, v, d, dtype = 500, 3000, 64, getattr(torch, dtype)
+    hidden = torch.randn(n, d, dtype=dtype, requires_grad=True)
+    heads = [LMHead(torch.randn(v, d, dtype=dtype, requires_grad=trained)), LMHead(torch.randn(v, d, dtype=dtype))]
+    options = {"workspace_bytes": 4 << 20, "backend": backend}
+    teacher = torch.randn(n, d, dtype=dtype)
+
+    def call():
+        return fused_linear_reverse_kl(hidden, heads[0], teacher, heads[1], return_stats=True, **options)
+
+    call()  # what is loaded at first use
+    results = (hidden.nbytes + (heads[0].weight.nbytes if trained else 0)) * 1.0
+    said = scratch_bytes(n, *heads, dtype, device="cpu", **options)
+    assert said + results == pytest.approx(peak_bytes(call), rel=0.1)
+
+
+def test_backward_of_flash_attention_is_counted():
+    """Beside the gradients: dQ in fp32 with the row sums of dO * O, and dK and dV once for every query head."""
+    tokens, heads, size = 1000, 8, 64
+    config = tiny_model(
+        hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=heads, head_dim=size,
+        num_key_value_heads=2, max_position_embeddings=2048,
+    ).config  # fmt: skip
+    settings = OPCDConfig(batch_size=1, max_new_tokens=10, lora_rank=2, rollout_batch=1)
+    job = Job((10,), ((tokens - 9, 5, 0),))
+    seen = rehearse(settings, job, config, device="cuda", dtype=torch.bfloat16, backend="triton")
+    inside = tokens * heads * ((size + 1) * 4 + 2 * size * 2)
+    gradients = tokens * (2 * heads + 2 * 2) * size * 2  # of output and queries, of keys and values
+    assert seen.peaks["backward"].parts["backward"] == pytest.approx(inside + gradients, rel=0.05)
+
+
+def test_models_with_windows_are_planned_beyond_them():
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=32,
+    )  # fmt: skip
+    settings = OPCDConfig(batch_size=2, max_new_tokens=20, lora_rank=4)
+    seen = rehearse(settings, SMALL, config, device="cuda", dtype=torch.bfloat16, backend="triton")
+    assert seen.path == "merge" and any("windowed" in note for note in seen.notes)
+    # Keys of 39 tokens in one layer, of 31 in the other: size, K and V, sequences, bytes.
+    assert seen.peaks["rollout"].parts["rollout"] >= (38 + 31) * 16 * 2 * 2 * 2
 
 
 def test_the_answering_cache_is_gone_when_the_teacher_runs():
     seen = planned(OPCDConfig(batch_size=8, max_new_tokens=100, rollout_batch=8, lora_rank=4))
-    assert seen.peaks["rollout"].parts["rollout"] > 500_000
+    cache = 8 * (20 + 99) * 3 * 2 * 2 * 24 * 4  # sequences, tokens, layers, K and V, heads, size, bytes
+    assert cache < seen.peaks["rollout"].parts["rollout"] < 1.5 * cache
     assert seen.peaks["teacher"].parts.get("rollout", 0) == 0
 
 
@@ -152,8 +210,6 @@ def test_what_each_setting_saves():
     assert planned(OPCDConfig(**base, micro_batch_tokens=whole.tokens // 4)).nbytes < 0.5 * whole.nbytes
     smaller = planned(OPCDConfig(**{**base, "rollout_batch": 4}))
     assert smaller.peaks["rollout"].nbytes < whole.peaks["rollout"].nbytes
-    packed = planned(OPCDConfig(**base, quantization="4bit"), device="cuda", dtype=torch.bfloat16)
-    assert packed.peaks["optimizer"].parts["weights"] < 0.5 * whole.peaks["optimizer"].parts["weights"]
     far = planned(OPCDConfig(**base, prefix_device="cpu"), Job((600,), ((20, 20, 0),)), device="cuda")
     near = planned(OPCDConfig(**base), Job((600,), ((20, 20, 0),)), device="cuda")
     kept = near.peaks["student"].parts["context KV"]
@@ -254,8 +310,6 @@ def test_shallow_rehearsals_tell_of_deep_models():
 def test_models_that_cannot_be_rehearsed_are_refused_in_words():
     from transformers import MixtralConfig
 
-    from opcd_fast.errors import InputError
-
     config = MixtralConfig(
         vocab_size=261, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=4, experts_implementation="eager",
@@ -275,7 +329,7 @@ def test_what_is_not_counted_is_said():
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_the_copy_of_a_gpu_is_not_that_of_the_cpu_that_plans(has_bf16, monkeypatch):
     """Fake tensors lie on a CPU: whether that one multiplies bf16 must not matter, nor how it stores weights."""
-    monkeypatch.setattr(merged, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setenv("OPCD_CPU_BF16", str(int(has_bf16)))
     settings = {"steps": 1, "batch_size": 2, "max_new_tokens": 8, "lora_rank": 4, "dtype": "bfloat16"}
     model, peaks = tiny_model(**SIZES), {}
     for merge in (True, False):

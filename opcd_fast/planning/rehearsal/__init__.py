@@ -8,11 +8,7 @@ from opcd_fast.runtime.doors import door
 
 __getattr__, __dir__, __all__ = door(
     __name__,
-    {
-        "job": ("Job", "job_of"),
-        "meter": ("Peak",),
-        "phases": ("Rehearsal", "rehearse"),
-    },
+    {"job": ("Job", "job_of"), "meter": ("Peak",), "phases": ("Rehearsal", "rehearse")},
 )
 
 if TYPE_CHECKING:

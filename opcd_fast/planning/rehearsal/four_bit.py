@@ -6,29 +6,26 @@ the scales of those. Each product makes the whole weight anew in the compute typ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opcd_fast.models import seam
-from opcd_fast.training.engines import model_pair
 
 _BLOCK, _BLOCK_OF_SCALES = 64, 256
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         ctx.shape = shape
         out = torch.nn.functional.linear(x, x.new_empty(shape), bias)
         return out.clone()  # peft copies the output of a layer of 4 bits
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad @ grad.new_empty(ctx.shape), None, None, None
+        return grad @ grad.new_empty(ctx.shape), None, None
 
 
 class FourBitLinear(nn.Linear):
@@ -46,8 +43,7 @@ class FourBitLinear(nn.Linear):
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        return _Product.apply(x.to(self.dtype), self.weight, self.bias, shape).to(x.dtype)
+        return _Product.apply(x.to(self.dtype), self.bias, (self.out_features, self.in_features)).to(x.dtype)
 
     @property
     def W_q(self) -> Tensor:  # noqa: N802
@@ -58,26 +54,13 @@ class FourBitLinear(nn.Linear):
         return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
 
 
-def _quantize(model: Any, device: torch.device, dtype: torch.dtype, setting: str) -> Any:
-    """As `quantized.quantize_4bit`."""
-    lm: Any = seam.causal_lm(model)
-    body = seam.body_of(lm)
-    for parent in list(body.modules()):
+def packed(model: Any, dtype: torch.dtype) -> Any:
+    """`model`, whose body's linear layers are packed in place, as `quantize_4bit` packs them."""
+    for parent in list(seam.body_of(model).modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
                 setattr(parent, name, FourBitLinear(layer, dtype))
-    for parameter in lm.parameters():
+    for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    return lm.requires_grad_(False)
-
-
-@contextmanager
-def packed_by_stand_ins() -> Iterator[None]:
-    """`model_pair` packs with `FourBitLinear` while the block is open."""
-    saved = model_pair.quantize_4bit
-    try:
-        model_pair.quantize_4bit = _quantize
-        yield
-    finally:
-        model_pair.quantize_4bit = saved
+    return model.requires_grad_(False)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from opcd_fast.data import RenderedPrompt, common_prefix_length
-from opcd_fast.planning.rehearsal.task_turns import turns_without_a_model
-from opcd_fast.training.answers import TrainingPrompts
+from opcd_fast.data import Message, RenderedPrompt, common_prefix_length
+from opcd_fast.data.tasks import play_with
+from opcd_fast.rollout import Completion
+from opcd_fast.training.answers import TaskPrompts, TrainingPrompts
 from opcd_fast.training.settings import OPCDConfig
 
 Lengths = tuple[tuple[int, int, int], ...]
+FEWEST = 64  # episodes: many end early, as moves are drawn at random
+_ACTION = re.compile(r"\[[^\[\]\n]{1,40}\]")
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,7 @@ def job_of(asked: TrainingPrompts, config: OPCDConfig) -> Job:
     """Of prompts as a run reads them. A task is played, without a model."""
     rows, turns, episodes = asked.rows, 1, 0
     if asked.task is not None:
-        count = config.batch_size * config.rollouts_per_prompt
-        rows = turns_without_a_model(asked.task, count, config.max_new_tokens, config.seed)
+        rows = _turns_without_a_model(asked.task, config)
         turns, episodes = asked.task.task.max_turns, config.task_episodes if config.eval_every else 0
     held_out = asked.held_out_rows if config.eval_every else ()
     shared = common_prefix_length([row.student_ids for row in rows])
@@ -46,3 +50,26 @@ def job_of(asked: TrainingPrompts, config: OPCDConfig) -> Job:
 
 def _lengths(rows: Iterable[RenderedPrompt]) -> Lengths:
     return tuple((len(row.student_ids), len(row.teacher_ids), row.context_index) for row in rows)
+
+
+def _turns_without_a_model(prompts: TaskPrompts, config: OPCDConfig) -> tuple[RenderedPrompt, ...]:
+    """All turns of a step's episodes, of `FEWEST` at least, or of all that there are.
+
+    Every answer has its full length, for tasks that quote it later, and ends with one of the words in brackets of its
+    question, drawn at random: so do games name their moves.
+    """
+    tokenizer, chosen, length = prompts.tokenizer, random.Random(config.seed), config.max_new_tokens
+    turns: list[RenderedPrompt] = []
+
+    def answer(asked: Sequence[Sequence[Message]], number: int) -> list[Completion]:
+        turns.extend(map(prompts.row, asked))
+        return [written(str(messages[-1]["content"])) for messages in asked]
+
+    def written(question: str) -> Completion:
+        action = chosen.choice(_ACTION.findall(question) or [""])
+        ids = tokenizer("word " * length + action, add_special_tokens=False)["input_ids"]
+        return Completion(tuple(ids[-length:]), None, True)
+
+    count = max(config.batch_size * config.rollouts_per_prompt, FEWEST)
+    play_with(prompts.task.episodes("train", count, seed=config.seed), answer, tokenizer, prompts.task.max_turns)
+    return tuple(turns)

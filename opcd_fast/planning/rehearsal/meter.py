@@ -1,12 +1,14 @@
 """Counts the bytes of all storages that exist, moment by moment, without needing their data.
 
-Storages, not tensors: views share one, and it lives until the last of them is gone.
+Storages, not tensors: views share one, and it lives until the last of them is gone. torch's own MemTracker counts them
+too, but by module; it knows no phases, no memory elsewhere, and nothing that an operator holds inside of itself.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 aten = torch.ops.aten
-
-Scratch = Callable[[tuple[Any, ...]], int]
-"""Bytes that an operator holds beside its results, from its arguments."""
 
 
 @dataclass
@@ -36,19 +35,15 @@ class Meter(TorchDispatchMode):
 
     Numbers of tokens and their places are looked at by Python code, so what is computed from real tensors alone is
     real, and so are new integers. Everything computed from weights is fake.
-
-    scratch: by operator, what it holds inside of itself.
     """
 
-    def __init__(self, scratch: dict[Any, Scratch] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.peaks: dict[str, Peak] = {}
         self.held = 0
-        self._scratch = scratch or {}
-        self._label = "other"
-        self._phase = "other"
+        self._phase = self._label = "other"
         self._live: dict[int, tuple[int, str]] = {}  # bytes and label by storage
-        self._parts: dict[str, int] = {}
+        self._parts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,19 +60,18 @@ class Meter(TorchDispatchMode):
         for x in tree_iter(out):
             if isinstance(x, Tensor):
                 self.see(x)
-        inside = self._scratch.get(func)
-        if inside is not None:
-            self._note(inside(args), "scratch")
         return out
 
     @contextmanager
-    def phase(self, name: str, label: str | None = None) -> Iterator[None]:
-        """What happens inside counts as phase `name`; what is made there, as part `label` (the same by default)."""
+    def phase(self, name: str, label: str | None = None, scratch: int = 0) -> Iterator[None]:
+        """What happens inside counts as phase `name`; what is made there, as part `label` (the same by default).
+        scratch: bytes that are held inside of its last operation and by no tensor."""
         before = self._phase, self._label
         self._phase, self._label = name, label or name
-        self._note(0, "")
+        self._note()
         try:
             yield
+            self._note(scratch)
         finally:
             self._phase, self._label = before
 
@@ -85,47 +79,41 @@ class Meter(TorchDispatchMode):
         """Count the storage of `x`; with `label`, as that part from now on."""
         storage = x.untyped_storage()
         key = storage._cdata
-        known = self._live.get(key)
-        if known is not None:
-            if label is not None and known[1] != label:
-                self._parts[known[1]] -= known[0]
-                self._parts[label] = self._parts.get(label, 0) + known[0]
-                self._live[key] = known[0], label
-            return
-        size, name = storage.nbytes(), label or self._label
-        self._live[key] = size, name
-        self._parts[name] = self._parts.get(name, 0) + size
-        self.held += size
-        weakref.finalize(storage, self._gone, key)
-        self._note(0, "")
+        if key not in self._live:
+            self._count(key, storage.nbytes(), label or self._label)
+            weakref.finalize(storage, self._forget, key)
+            self._note()
+        elif label is not None:
+            self._count(key, self._live[key][0], label)
 
     def elsewhere(self, x: Tensor) -> None:
         """`x` lies in another memory: its storage does not count."""
         self.see(x)
         key = x.untyped_storage()._cdata
-        size, name = self._live[key]
-        self._parts[name] -= size
-        self.held -= size
-        self._live[key] = 0, name
+        self._count(key, 0, self._live[key][1])
 
-    def _gone(self, key: int) -> None:
-        size, name = self._live.pop(key)
-        self._parts[name] -= size
+    def _count(self, key: int, size: int, label: str) -> None:
+        self._forget(key)
+        self._live[key] = size, label
+        self._parts[label] += size
+        self.held += size
+
+    def _forget(self, key: int) -> None:
+        size, label = self._live.pop(key, (0, "other"))
+        self._parts[label] -= size
         self.held -= size
 
-    def _note(self, extra: int, name: str) -> None:
+    def _note(self, scratch: int = 0) -> None:
         peak = self.peaks.setdefault(self._phase, Peak())
-        if self.held + extra > peak.nbytes:
-            peak.nbytes = self.held + extra
-            peak.parts = {part: size for part, size in self._parts.items() if size}
-            if extra:
-                peak.parts[name] = extra
+        if self.held + scratch > peak.nbytes:
+            parts = {**self._parts, "scratch": scratch}
+            peak.nbytes, peak.parts = self.held + scratch, {part: size for part, size in parts.items() if size}
 
 
 def _makes_integers(func: Any, args: Any, kwargs: Any) -> bool:
-    dtype = kwargs.get("dtype")
+    dtype, kind = kwargs.get("dtype"), func.overloadpacket
     if dtype is not None:
         return not dtype.is_floating_point
-    if func.overloadpacket is aten.full:
+    if kind is aten.full:
         return isinstance(args[1], int)
-    return func.overloadpacket is aten.arange and all(isinstance(x, int) for x in args)
+    return kind is aten.randint or (kind is aten.arange and all(isinstance(x, int) for x in args))

@@ -32,15 +32,15 @@ class _EightBit:
 
     def __init__(self, meter: Meter, parameters: Sequence[Tensor], device: str, paged: bool) -> None:
         self._meter, self._parameters, self._device, self._paged = meter, parameters, device, paged
-        self._state: dict[int, list[Tensor]] = {}
+        self._state: list[Tensor] = []
 
     @torch.no_grad()
     def step(self) -> None:
-        for p in self._parameters:
-            if id(p) not in self._state:
-                self._state[id(p)] = self._new(p)
-            if self._device == "cpu":
-                self._update(p)
+        for p in self._parameters if not self._state else ():
+            self._state += self._new(p)
+        for p in self._parameters if self._device == "cpu" else ():
+            # Both averages, the gradient, the root of one average and its quotient.
+            p.new_empty(5, p.numel(), dtype=torch.float32)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self._parameters:
@@ -49,19 +49,8 @@ class _EightBit:
     def _new(self, p: Tensor) -> list[Tensor]:
         count = p.numel()
         if count < _SMALL:
-            return [torch.zeros_like(p, dtype=torch.float32) for _ in range(2)]
-        # Made fake: only what comes from weights is.
-        made = [torch.zeros_like(p, dtype=torch.uint8) for _ in range(2)]
-        scales = [p.new_zeros(-(-count // _BLOCK), dtype=torch.float32) for _ in range(2)]
+            return [p.new_empty(2, count, dtype=torch.float32)]
+        averages = p.new_empty(2, count, dtype=torch.uint8)
         if self._paged and count >= _UNPAGED:
-            for state in made:
-                self._meter.elsewhere(state)
-        return [*made, *scales]
-
-    def _update(self, p: Tensor) -> None:
-        first, second = (torch.empty_like(p, dtype=torch.float32) for _ in range(2))
-        grad = p.new_empty(p.shape)
-        denominator = second.sqrt() / 1.0
-        del denominator, grad
-        rounded = torch.empty_like(first, dtype=torch.uint8)
-        del first, second, rounded
+            self._meter.elsewhere(averages)
+        return [averages, p.new_empty(2, -(-count // _BLOCK), dtype=torch.float32)]

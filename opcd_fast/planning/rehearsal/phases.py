@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from opcd_fast.attention import flash_shapes
 from opcd_fast.errors import InputError
+from opcd_fast.models import seam
+from opcd_fast.planning.rehearsal.four_bit import packed
 from opcd_fast.planning.rehearsal.job import Job
 from opcd_fast.planning.rehearsal.meter import Meter, Peak
-from opcd_fast.planning.rehearsal.stage import stage
 from opcd_fast.planning.rehearsal.step import Step
 from opcd_fast.training.engines import ModelPair, is_peft, refuse_useless_offload, student_and_teacher
 from opcd_fast.training.settings import OPCDConfig
-
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -46,17 +50,9 @@ class Rehearsal:
 
 
 def rehearse(
-    config: OPCDConfig,
-    job: Job,
-    student: Any,
-    teacher: Any = None,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    backend: str,
-    limit: int | None = None,
-    layers: int | None = None,
-) -> Rehearsal:
+    config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
+    device: str, dtype: torch.dtype, backend: str, limit: int | None = None, layers: int | None = None,
+) -> Rehearsal:  # fmt: skip
     """A step of a run with these settings, as `OPCDTrainer` makes it from its second step on.
 
     student, teacher: transformers configurations; left as they are. device: "cuda" or
@@ -68,10 +64,16 @@ def rehearse(
     their numbers (experts).
     """
     try:
-        if layers is not None:
-            student = with_layers(student, layers)
-            teacher = None if teacher is None else with_layers(teacher, layers)
-        return _rehearsed(config, job, student, teacher, device, dtype, backend, limit)
+        with _stage(device) as meter:
+            with meter.phase("start", "weights"):
+                pair = _models(config, job, _with_layers(student, layers), _with_layers(teacher, layers), dtype)
+            if config.teacher_offload:
+                refuse_useless_offload(pair.teacher is pair.student, torch.device(device))
+            _label_weights(meter, pair)
+            step = Step(config, job, pair, meter, device=device, dtype=dtype, backend=backend, limit=limit)
+            step.run()
+            peaks = {name: peak for name, peak in meter.peaks.items() if name not in ("start", "other")}
+            return Rehearsal(peaks, step.path, step.rollout_batch, step.tokens, step.longest, _notes(step))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         kind = getattr(student, "model_type", type(student).__name__)
         raise InputError(
@@ -79,52 +81,62 @@ def rehearse(
         ) from error
 
 
-def _rehearsed(
-    config: OPCDConfig,
-    job: Job,
-    student: Any,
-    teacher: Any,
-    device: str,
-    dtype: torch.dtype,
-    backend: str,
-    limit: int | None,
-) -> Rehearsal:
-    with stage(device, backend) as meter:
-        made = [None if c is None else _model(c, dtype) for c in (student, teacher)]
-        with meter.phase("start", "weights"):
-            contexts = [[0] * tokens for tokens in job.contexts]
-            pair = student_and_teacher(made[0], made[1], _on_cpu(config), CPU, dtype, bool(job.held_out), contexts)
-        del made
-        if config.teacher_offload:
-            refuse_useless_offload(pair.teacher is pair.student, torch.device(device))
-        _label_weights(meter, pair)
-        run = Step(config, job, pair, meter, device, dtype, limit)
-        run.everything()
-        result = Rehearsal(meter.peaks, run.path, run.rollout_batch, run.tokens, run.longest, run.notes)
-        for phase in ("start", "other"):  # moments that no run has
-            result.peaks.pop(phase, None)
-    return result
+class _OneMode(FakeTensorMode):
+    """Copies of fake tensors are of the same mode; each copied model would have one of its own otherwise."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OneMode:
+        return self
 
 
-def with_layers(source: Any, layers: int) -> Any:
+@contextmanager
+def _stage(device: str) -> Iterator[Meter]:
+    """Where tensors have no data, and every storage is counted."""
+
+    def take_over(tensor: torch.Tensor, other: torch.Tensor) -> None:
+        tensor.data = other.data
+
+    logger, meter = logging.getLogger("opcd_fast"), Meter()
+    saved = logger.level, torch.utils.swap_tensors
+    try:
+        logger.setLevel(logging.ERROR)  # what a run would say, it says itself
+        # `module.to()` gives fake parameters new data, as it does with real ones; else it would swap the tensors, which
+        # their weak references forbid.
+        torch.utils.swap_tensors = take_over
+        shapes = flash_shapes() if device == "cuda" else nullcontext()
+        with warnings.catch_warnings(), shapes, _OneMode(allow_non_fake_inputs=True), meter:
+            warnings.simplefilter("ignore")
+            yield meter
+    finally:
+        logger.setLevel(saved[0])
+        torch.utils.swap_tensors = saved[1]
+
+
+def _models(config: OPCDConfig, job: Job, student: Any, teacher: Any, dtype: torch.dtype) -> ModelPair:
+    from transformers import AutoModelForCausalLM
+
+    # Fake tensors are on a fake CPU, whatever the run's device is.
+    changes: dict[str, Any] = {"device": "cpu", "teacher_device": "auto", "teacher_offload": False}
+    made: list[Any] = [None, None]
+    for i, (source, name) in enumerate(((student, "quantization"), (teacher, "teacher_quantization"))):
+        if source is not None:
+            made[i] = AutoModelForCausalLM.from_config(copy.deepcopy(source), dtype=dtype).eval()
+            if getattr(config, name) == "4bit":
+                made[i], changes[name] = packed(made[i], dtype), "none"
+    contexts = [[0] * tokens for tokens in job.contexts]
+    placed = replace(config, **changes)
+    return student_and_teacher(made[0], made[1], placed, torch.device("cpu"), dtype, bool(job.held_out), contexts)
+
+
+def _with_layers(source: Any, layers: int | None) -> Any:
     """A copy of a transformers configuration with so many layers, the first ones."""
+    if source is None or layers is None:
+        return source
     copied = copy.deepcopy(source)
     text = copied.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = list(text.layer_types)[:layers]
     return copied
-
-
-def _model(source: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(copy.deepcopy(source), dtype=dtype).eval()
-
-
-def _on_cpu(config: OPCDConfig) -> OPCDConfig:
-    """Fake tensors are on a fake CPU, whatever the run's device is."""
-    return replace(config, device="cpu", teacher_device="auto", teacher_offload=False)
 
 
 def _label_weights(meter: Meter, pair: ModelPair) -> None:
@@ -137,3 +149,24 @@ def _label_weights(meter: Meter, pair: ModelPair) -> None:
                 meter.see(parameter, "teacher weights")
     for average in (pair.moving.state() if pair.moving else {}).values():
         meter.see(average, "teacher average")
+
+
+def _notes(step: Step) -> tuple[str, ...]:
+    config, job, on_gpu = step.config, step.job, step.device == "cuda"
+    window = seam.setting(seam.config_of(seam.body_of(step.pair.student)), "sliding_window") or 0
+    longest = max(student for student, _, _ in job.prompts)
+    notes = {
+        f"an estimate: the teacher reads its context by path {step.path!r}": step.path != "merge",
+        "an estimate: windowed layers are counted as on a CPU": on_gpu and window > 0,
+        f"an estimate: the teacher on {config.teacher_device!r} is counted as if it were here":
+            config.teacher_device != "auto",
+        "not counted: what rollout='vllm' takes for itself (rollout_gpu_share)": config.rollout == "vllm",
+        "an estimate: objective='nll' is counted as the divergence, teacher included": config.objective == "nll",
+        "not counted: the paged part of the optimizer's state, which leaves the GPU when it is full":
+            config.optimizer.startswith("paged_"),
+        f"an estimate: every episode takes all of its {job.turns} turns, each as long as the longest of those "
+        f"played with random answers ({longest} tokens)": job.turns > 1,
+        "an estimate: the student's attention after its trained prefix is counted as on a CPU":
+            on_gpu and config.num_virtual_tokens > 0,
+    }  # fmt: skip
+    return tuple(note for note, holds in notes.items() if holds)

@@ -25,7 +25,6 @@ __getattr__, __dir__, __all__ = door(
         "ranks": ("Ranks",),
         "retreat": ("TokenBudget",),
     },
-    modules=("model_pair",),
 )
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opcd_fast.planning.rehearsal import Rehearsal
-from opcd_fast.training.settings import OFFLOAD_NEEDS, OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, goes_with
 
 FEWEST_TOKENS = 4096
 FEWEST_ANSWERS = 16
@@ -105,7 +105,7 @@ def _teacher_away(config: OPCDConfig, first: OPCDConfig, seen: Rehearsal, device
     at_work = seen.worst in _TEACHER_AT_WORK or (seen.worst == "rollout" and config.answers == "teacher")
     if device != "cuda" or at_work or not _matters(seen.peaks[seen.worst].parts, "teacher weights"):
         return None
-    if config.teacher_offload or any(getattr(config, name) != only for name, only in OFFLOAD_NEEDS.items()):
+    if config.teacher_offload or not goes_with(config, "teacher_offload"):
         return None
     return _with_room(config, first, teacher_offload=True)
 

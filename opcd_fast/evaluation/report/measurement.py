@@ -42,11 +42,10 @@ from opcd_fast.training.run import (
     row_of,
     run_settings,
 )
+from opcd_fast.training.settings import settings_with
 from opcd_fast.training.step import Windows, check_lengths
 
 SCHEMA = 1
-# Settings that are folders, files, addresses or commands.
-OF_THIS_MACHINE = ("output_dir", "rollout_file", "rollout_url", "rollout_command")
 WARNING = (
     "A context that was moved into weights can be drawn out of them again, by anybody who can use or read the weights. "
     "Do not move secrets in, and do not publish weights whose context is not public."
@@ -165,7 +164,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "saved": time_saved,
         "furthest": _furthest(answers, own_after),
         "training": curve(run),
-        "settings": {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE},
+        "settings": {name: value for name, value in settings.items() if name not in settings_with(belongs="machine")},
         "hashes": hashes,
         "seconds": round(time.perf_counter() - started, 2),
     }  # fmt: skip

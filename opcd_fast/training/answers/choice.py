@@ -14,10 +14,8 @@ from opcd_fast.training.answers.prompts import TrainingPrompts
 from opcd_fast.training.answers.sources import AnswerSource, KeptAnswers, PromptAnswers, Sampling, Writer
 from opcd_fast.training.answers.tasks import TaskAnswers
 from opcd_fast.training.engines import ModelPair, Ranks
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, settings_with
 from opcd_fast.training.step import Windows, answer_nll, context_kl
-
-DIVERGENCE_SETTINGS = ("divergence", "beta", "alpha", "k", "tail")
 
 
 class TeacherWriter:
@@ -87,7 +85,7 @@ def objective_of(config: OPCDConfig, weigh: bool = True) -> Callable[..., Any]:
         return answer_nll
     return partial(
         context_kl,
-        divergence={name: getattr(config, name) for name in DIVERGENCE_SETTINGS},
+        divergence={name: getattr(config, name) for name in settings_with(belongs="divergence")},
         correction=config.importance_correction if weigh else "none",
         clip=config.importance_clip,
     )

@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = door(
             "weight_files",
         ),
         "record": ("PROMPTS", "RECORD", "Origins", "kept_held_out", "read_record", "row_of", "write_record"),
-        "resumption": ("FREE_ON_RESUME", "identity"),
+        "resumption": ("identity",),
         "snapshots": ("Snapshots",),
     },
     modules=("best",),
@@ -50,5 +50,5 @@ if TYPE_CHECKING:
         weight_files,
     )
     from opcd_fast.training.run.record import PROMPTS, RECORD, Origins, kept_held_out, read_record, row_of, write_record
-    from opcd_fast.training.run.resumption import FREE_ON_RESUME, identity
+    from opcd_fast.training.run.resumption import identity
     from opcd_fast.training.run.snapshots import Snapshots

@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 from opcd_fast.errors import InputError
 from opcd_fast.rollout.protocol import Completion
 from opcd_fast.rollout.replay import ReplayRollout, write_replay
-from opcd_fast.training.rollout_factory import make_rollout
+from opcd_fast.training.samplers import make_rollout
 from opcd_fast.training.settings.config import OPCDConfig
 
 END = 256

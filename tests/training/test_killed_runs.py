@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.runtime import checkpoints as checkpoint
+from opcd_fast.training.run import checkpoints as checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 from training_runs import losses, make
 
 from opcd_fast.errors import InputError
+from opcd_fast.training.answers import sampling_of
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_bf16_training_keeps_fp32_trained_weights(tokenizer, tmp_path, lora_rank
 def test_the_first_loss_is_the_papers_equation(tokenizer, tmp_path):
     """Eq. 1 by hand: plain forward passes, one sequence at a time, float64."""
     trainer = make(tokenizer, tmp_path / "run", steps=1, temperature=0.8)
-    rows = trainer._prompts_of(0)
+    rows = trainer.source.rows_of(0)
     seen = {}
     inner = trainer.rollout.generate
 
@@ -211,7 +212,7 @@ def test_a_teacher_with_a_padded_head_works_when_the_tokenizer_is_the_same(token
 
 def test_every_epoch_visits_every_prompt(tokenizer, tmp_path):
     trainer = make(tokenizer, tmp_path / "run", batch_size=4, rollouts_per_prompt=2)
-    drawn = [row for step in range(3) for row in trainer._prompts_of(step)]
+    drawn = [row for step in range(3) for row in trainer.source.rows_of(step)]
     assert len(drawn) == 24
     ids = [row.student_ids for row in drawn[::2]]
     assert [row.student_ids for row in drawn[1::2]] == ids
@@ -303,9 +304,9 @@ def test_first_losses_by_hand_for_both_normalisations(tokenizer, tmp_path):
         )
         result = trainer.train()
         losses_of[normalize] = losses(result)[0]
-        rows = trainer._prompts_of(0)
+        rows = trainer.source.rows_of(0)
     fresh = make(tokenizer, tmp_path / "fresh", stop_tokens=tuple("abcdefghijklmnopqrst"))
-    answers = fresh.rollout.generate([row.student_ids for row in rows], **fresh._sampling("rollout", 0))
+    answers = fresh.rollout.generate([row.student_ids for row in rows], **sampling_of(fresh.config, "rollout", 0))
     assert len({len(answer.token_ids) for answer in answers}) > 1, "the two means would be the same"
     model = tiny_model(dtype=torch.float64)
     kls = []

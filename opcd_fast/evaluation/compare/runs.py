@@ -15,9 +15,10 @@ from opcd_fast.errors import InputError
 from opcd_fast.evaluation.compare.measurement import Yardstick, base_reader, fixed_answers, measure
 from opcd_fast.evaluation.compare.systems import System
 from opcd_fast.models import pick_device, pick_dtype
-from opcd_fast.runtime import digest, list_checkpoints, write_text
+from opcd_fast.runtime import digest, write_text
 from opcd_fast.training import OPCDTrainer
 from opcd_fast.training.answers import KEPT_COUNTS, is_task
+from opcd_fast.training.run import list_checkpoints
 from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
 
 MEASURED = "measured.json"

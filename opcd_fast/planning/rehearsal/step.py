@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from opcd_fast.data import Sample, count_tokens, micro_batches, pack
+from opcd_fast.data import Sample, count_tokens, micro_batches, pack, total_weight
 from opcd_fast.loss import LMHead
 from opcd_fast.models import refuses_merge, refuses_pad, refuses_sharing, seam
 from opcd_fast.planning.rehearsal.job import Job
@@ -20,7 +20,7 @@ from opcd_fast.planning.rehearsal.rollout import answering_model, rehearse_rollo
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.engines import ModelPair
 from opcd_fast.training.settings import OPCDConfig
-from opcd_fast.training.step import context_kl, total_weight
+from opcd_fast.training.step import context_kl
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from opcd_fast.runtime import write_file
 
 Records = Sequence[dict[str, Any]]
 
@@ -101,11 +101,4 @@ def _picture(path: Path, draw: Callable[[Any], None]) -> None:
     draw(figure.subplots())
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(drawn.getvalue())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    write_file(path, drawn.getvalue())

@@ -19,7 +19,6 @@ from opcd_fast.training.answers import sampling_of
 from opcd_fast.training.answers import sources as answer_sources
 from opcd_fast.training.interruption import Interrupted
 from opcd_fast.training.run.curves import curve
-from opcd_fast.training.settings.config import OPCDConfig
 from opcd_fast.training.step import answer_nll, context_kl
 
 SYSTEMS = {
@@ -275,30 +274,6 @@ def test_contexts_of_rows_keep_their_own_answers(tokenizer, tmp_path):
         shown = (*trainer.prefixes[sample.context_index], *sample.teacher_prompt)
         by_hand = logprobs_by_hand(model, shown, answer.token_ids, 1.0)
         torch.testing.assert_close(torch.tensor(answer.logprobs).double(), by_hand, rtol=1e-4, atol=1e-4)
-
-
-# --- settings that contradict each other ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"answers": "everyone"}, "answers='everyone'"),
-        ({"objective": "ppo"}, "objective='ppo'"),
-        ({"objective": "nll"}, "its gradient is zero"),
-        ({"objective": "nll", "answers": "teacher", "divergence": "jsd"}, "divergence='jsd'"),
-        ({"kept_answers": 1}, "kept_answers"),
-        ({"kept_answers": -1}, "kept_answers=-1"),
-        ({"kept_answers": 1, "answers": "teacher", "teacher_mode": "live"}, "kept_answers"),
-        ({"importance_correction": "token", "objective": "nll", "answers": "teacher"}, "objective='nll' has none"),
-        ({"importance_correction": "token", "objective": "nll", "rollout": "replay", "rollout_file": "f"}, "has none"),
-        ({"importance_correction": "sequence", "answers": "teacher"}, "answers='teacher' has none"),
-        ({"rollout": "server", "rollout_url": "http://x", "answers": "teacher"}, "samples the student"),
-    ],
-)
-def test_contradictions_are_named(settings, words):
-    with pytest.raises(InputError, match=words):
-        OPCDConfig(**settings)
 
 
 def test_task_episodes_without_a_task_are_refused(tokenizer, tmp_path):

@@ -83,15 +83,15 @@ class SharedSampler:
 def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
     """Raise InputError for what would hang, or be wrong, where ranks meet in every layer of every forward pass."""
 
-    def wrong(setting: str, reason: str) -> InputError:
-        return InputError(
-            f"{setting} does not go with sharded weights: {reason}; drop it, or use plain data parallelism (DDP)"
-        )
+    def wrong(what: str, reason: str, remedy: str = "") -> InputError:
+        ddp = "use plain data parallelism (DDP)"
+        return InputError(f"{what} does not go with sharded weights: {reason}; {remedy}{ddp}")
 
     for field, known in settings_of(type(config)):
-        value = getattr(config, field.name)
-        if known.sharded is not None and value not in known.sharded.values:
-            raise wrong(f"{field.name}={value!r}", known.sharded.reason)
+        value, good = getattr(config, field.name), known.sharded
+        if good is not None and value not in good.values:
+            fitting = " or ".join(map(repr, good.values))
+            raise wrong(field.name, good.reason, f"it is {value!r}, set it to {fitting}, or ")
     if any(m is not None and is_quantized(m) for m in (pair.student, pair.teacher, pair.reference)):
         raise wrong("weights in 4 bits", "their blocks cannot be cut")
     if virtual_tokens(pair.student):

@@ -54,10 +54,10 @@ def test_a_killed_run_may_leave_half_a_line(tmp_path):
     folder.save(2, checkpoint.Saved({"w": torch.zeros(1)}, {}), {"seed": 0}, keep=1)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "st')
-    step, _, records = RunFolder(tmp_path / "run", resume=True).restore({"seed": 0})
+    step, _, records = RunFolder(tmp_path / "run", resume=True).restore({"seed": 0}, 9)
     assert step == 2 and [record["step"] for record in records] == [1, 2]
     with pytest.raises(InputError, match="seed differs"):
-        RunFolder(tmp_path / "run", resume=True).restore({"seed": 1})
+        RunFolder(tmp_path / "run", resume=True).restore({"seed": 1}, 9)
 
 
 def record_of(loss, step=1, speed=100.0):

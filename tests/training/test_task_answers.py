@@ -127,9 +127,10 @@ def test_the_held_out_score_is_that_of_the_trained_student(tokenizer, tmp_path):
     trainer = make(tokenizer, tmp_path / "run", steps=3, learning_rate=5e-2)
     last = trainer.train().evaluations[-1]
     sampling = sampling_of(trainer.config, "task", 0)
-    assert trainer.source.score(trainer.student_writes, "selection", 7, sampling)["task_score"] == last["task_score"]
+    write = trainer.samplers.student_writes
+    assert trainer.source.score(write, "selection", 7, sampling)["task_score"] == last["task_score"]
     with trainer.base_weights():
-        assert trainer.source.score(trainer.student_writes, "selection", 7, sampling)["task_episodes"] == 7
+        assert trainer.source.score(write, "selection", 7, sampling)["task_episodes"] == 7
     none = make(tokenizer, tmp_path / "none", task_episodes=0, steps=1).train().evaluations[-1]
     assert "task_score" not in none and none["own_kl"] > 0
 

@@ -42,8 +42,8 @@ def _by_main(method: Callable[..., T]) -> Callable[..., T]:
     """A method of `RunFolder` that rank 0 alone runs; every rank calls it, and gets what it returns or raises."""
 
     @functools.wraps(method)
-    def called(self: RunFolder, *args: Any) -> T:
-        return self.ranks.on_main(lambda: method(self, *args))
+    def called(self: RunFolder, *args: Any, **options: Any) -> T:
+        return self.ranks.on_main(lambda: method(self, *args, **options))
 
     return called
 

@@ -43,7 +43,7 @@ def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, OneOf]) -> N
         if not wanted.allows(found):
             remedy = " or ".join(f"{other}={value!r}" for value in wanted.values)
             raise InputError(
-                f"{name} is set, but {other}={found!r} does not use it: it needs {remedy}; drop one of them"
+                f"{name} is set, but {other}={found!r} does not use it: {name} needs {remedy}; drop one of them"
             )
 
 

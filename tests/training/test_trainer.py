@@ -23,9 +23,8 @@ def test_lora_training_moves_the_student_towards_the_teacher(tokenizer, tmp_path
     trainer = make(tokenizer, tmp_path / "run", steps=30, batch_size=6, eval_every=30)
     base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora" not in n}
     result = trainer.train()
-    first, last = result.evaluations[0], result.evaluations[-1]
-    assert last["fixed_kl"] < 0.7 * first["fixed_kl"]
-    assert last["own_kl"] < 0.7 * first["own_kl"]
+    first, last = result.evaluations
+    assert last["fixed_kl"] < 0.7 * first["fixed_kl"] and last["own_kl"] < 0.7 * first["own_kl"]
     for name, parameter in trainer.model.named_parameters():
         if "lora" not in name:
             assert torch.equal(parameter, base[name]), f"{name} moved, so the teacher moved"
@@ -135,15 +134,13 @@ def test_records_checkpoints_and_weights_on_disk(tokenizer, tmp_path):
     result = make(tokenizer, tmp_path / "run", steps=6, keep_checkpoints=2).train()
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-000004", "step-000006"]
-    assert [e["step"] for e in result.evaluations] == [0, 2, 4, 6]
     for record in result.history:
         assert record["loss"] > 0 and record["grad_norm"] > 0 and 0 <= record["top1_agreement"] <= 1
         assert set(record["seconds"]) == {"rollout", "teacher", "student", "loss", "backward", "optimizer"}
     from peft import PeftModel
 
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "run" / "final")
-    trained = make(tokenizer, tmp_path / "again", steps=6).train  # the same run again gives the same adapter
-    trained()
+    make(tokenizer, tmp_path / "again", steps=6).train()  # the same run again gives the same adapter
     again = PeftModel.from_pretrained(tiny_model(), tmp_path / "again" / "final")
     a, b = dict(loaded.named_parameters()), dict(again.named_parameters())
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -176,15 +173,7 @@ def test_every_epoch_visits_every_prompt(tokenizer, tmp_path):
     assert ids[:6] != ids[6:]
 
 
-def test_too_long_is_refused_with_the_counts(tokenizer, tmp_path):
-    with pytest.raises(InputError, match=r"exceed the teacher's window of 512 by \d+"):
-        make(tokenizer, tmp_path / "run", context="x" * 600)
-    with pytest.raises(InputError, match=r"exceeds the model's window of 512 by \d+"):
-        make(tokenizer, tmp_path / "run", max_new_tokens=505)
-    assert not (tmp_path / "run").exists()
-
-
-def test_other_mistakes_are_refused_before_anything_is_written(tokenizer, tmp_path):
+def test_mistakes_are_refused_before_anything_is_written(tokenizer, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(InputError, match="different tokenizers"):
         other = tiny_tokenizer()
@@ -196,6 +185,10 @@ def test_other_mistakes_are_refused_before_anything_is_written(tokenizer, tmp_pa
         make(tokenizer, folder, stop_tokens=("nope",))
     with pytest.raises(InputError, match="prompts is empty"):
         make(tokenizer, folder, prompts=[])
+    with pytest.raises(InputError, match=r"exceed the teacher's window of 512 by \d+"):
+        make(tokenizer, folder, context="x" * 600)
+    with pytest.raises(InputError, match=r"exceeds the model's window of 512 by \d+"):
+        make(tokenizer, folder, max_new_tokens=505)
     assert not folder.exists()
 
 
@@ -397,7 +390,6 @@ def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeyp
 
 def test_prompts_are_shared_by_default_where_the_model_can(tokenizer, tmp_path, caplog):
     assert make(tokenizer, tmp_path / "a", rollouts_per_prompt=2).share_prompts is True
-    assert make(tokenizer, tmp_path / "b").share_prompts is True
     assert make(tokenizer, tmp_path / "e", share_prompts=False).share_prompts is False
     dropping = lambda: {"model": tiny_model(attention_dropout=0.1), "rollouts_per_prompt": 2}  # noqa: E731
     with caplog.at_level("WARNING", "opcd_fast"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from opcd_fast.commands.compare import CompareCommand, compare
 from opcd_fast.commands.train import TrainOptions
-from opcd_fast.runtime.checkpoints import write_text
+from opcd_fast.runtime import write_text
 
 HERE = Path(__file__).parent
 SYSTEMS = {

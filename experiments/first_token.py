@@ -18,7 +18,7 @@ from opcd_fast.data.prompts import read_context, read_prompts
 from opcd_fast.data.rendering import render, whole_prompt
 from opcd_fast.evaluation.info import where_it_ran
 from opcd_fast.models import load_model, load_tokenizer
-from opcd_fast.runtime.checkpoints import write_text
+from opcd_fast.runtime import write_text
 
 
 @torch.no_grad()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import refuse_gone
+from opcd_fast.training.settings import refuse_gone, settings_of
 
 
 def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
@@ -19,7 +21,7 @@ def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
     import tyro
 
     refuse_gone({word[2:].partition("=")[0].replace("-", "_"): None for word in arguments if word[:2] == "--"})
-    flat: Any = Annotated[kind, tyro.conf.OmitArgPrefixes]
+    flat: Any = Annotated[_explained(kind), tyro.conf.OmitArgPrefixes]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -30,6 +32,21 @@ def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
         # tyro's boxes: drawn characters, or rules of dashes where the terminal is not UTF-8.
         words = re.sub(r"[╭╮╰╯│─]+|(?<!\S)-{3,}(?!\S)", " ", complaint.getvalue()).split("For full helptext")[0]
         raise InputError(f"{name}: {' '.join(words.split())}; see `opcd {name} --help`") from stop
+
+
+@cache
+def _explained(kind: type) -> type:
+    """`kind`, whose settings have their help in their types, where tyro looks for it, besides their metadata."""
+    import tyro
+
+    types = get_type_hints(kind, include_extras=True)
+    for field, known in settings_of(kind):
+        types[field.name] = Annotated[types[field.name], tyro.conf.arg(help=known.help)]
+    for inner in types.values():
+        if dataclasses.is_dataclass(inner):
+            _explained(inner)  # type: ignore[arg-type]
+    kind.__annotations__ = types
+    return kind
 
 
 def quiet_libraries() -> None:

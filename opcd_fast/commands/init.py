@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import json
 import textwrap
 from dataclasses import dataclass
@@ -14,20 +12,8 @@ from typing import Any
 from opcd_fast.commands.arguments import parse
 from opcd_fast.commands.train import TrainCommand
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, settings_of
 
-# Where a group begins; a setting belongs to the group that it stands in among the fields of OPCDConfig.
-GROUPS = {
-    "output_dir": "The run",
-    "max_new_tokens": "Answers",
-    "prompt_column": "Prompts and the chat template",
-    "learning_rate": "Optimizer",
-    "objective": "Loss",
-    "teacher_mode": "Teacher and adapter",
-    "gradient_checkpointing": "Memory and device",
-    "eval_every": "Evaluation and checkpoints",
-    "seed": "Repeating and resuming",
-}
 # The example's settings: enough to see the KL fall on a laptop, too little to be a result.
 EXAMPLE: dict[str, Any] = {
     "output_dir": "runs/first", "steps": 10, "batch_size": 8, "max_new_tokens": 16, "lora_rank": 16,
@@ -94,27 +80,13 @@ def config_text(values: dict[str, Any]) -> str:
         "# Settings of `opcd train --config opcd.yaml`. Every one has the same name on the command line, which wins,",
         "# and in Python (OPCDConfig). Those commented out stand at their defaults. Paths start where opcd is started.",
     ]
-    of_command = [field for field in dataclasses.fields(TrainCommand) if field.name != "run"]
-    parts = [(TrainCommand, of_command), (OPCDConfig, list(dataclasses.fields(OPCDConfig)))]
-    for kind, fields in parts:
-        explained = explanations(kind)
-        for place, field in enumerate(fields):
-            title = GROUPS.get(field.name) if kind is OPCDConfig else "Model and data" if place == 0 else None
-            if title:
-                lines += ["", f"# ---- {title} ----"]
-            lines += ["", *textwrap.wrap(explained[field.name], 116, initial_indent="# ", subsequent_indent="# ")]
-            default = None if field.default is dataclasses.MISSING else field.default
-            value = values.get(field.name, default)
-            lines.append(f"{'' if field.name in values else '# '}{field.name}: {json.dumps(value, ensure_ascii=False)}")
+    group = None
+    for field, known in (*settings_of(TrainCommand), *settings_of(OPCDConfig)):
+        if known.group != group:
+            group = known.group
+            lines += ["", f"# ---- {group} ----"]
+        lines += ["", *textwrap.wrap(known.help, 116, initial_indent="# ", subsequent_indent="# ")]
+        default = None if field.default is dataclasses.MISSING else field.default
+        value = values.get(field.name, default)
+        lines.append(f"{'' if field.name in values else '# '}{field.name}: {json.dumps(value, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
-
-
-def explanations(kind: type) -> dict[str, str]:
-    """The text under each field of a dataclass, in one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for field, text in zip(body.body, body.body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            found[field.target.id] = " ".join(ast.literal_eval(text.value).split())
-    return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import launched_rank
-from opcd_fast.training.settings import OPCDConfig, check_names, option_names, read_yaml, typed_values
+from opcd_fast.training.settings import OPCDConfig, check_names, group_of, option_names, read_yaml, typed_values
+
+given = group_of("Model and data")
 
 
 @dataclass(frozen=True)
@@ -28,27 +30,24 @@ class TrainCommand:
     Options may also come from a YAML file: `--config FILE`, the same names; the command line wins.
     """
 
-    model: str
-    """Folder, hub id, or "smollm2" (the packaged SmolLM2-135M-Instruct)."""
-    prompts: str | None = None
-    """JSONL ({"prompt": text or messages} a line), JSON, CSV or parquet, or a Hugging Face data set's folder."""
-    context: str | None = None
-    """What the teacher sees: a text file, or chat turns as .json or .jsonl."""
-    eval_prompts: str | None = None
-    """Held-out prompts, same form, for evaluation during the run."""
-    task: str | None = None
-    """A task in place of prompts: "frozen-lake", "sokoban", "math:FILE", "choice:FILE", "reasoning:NAME" ... Its split
-    "train" is played at every step, its split "selection" at evaluations."""
-    task_options: str | None = None
-    """Options of the task as JSON, such as {"size": 4}."""
-    teacher_model: str | None = None
-    """Another model as the teacher (same tokenizer); default: the model without a trained adapter, as it was at the
-    start (LoRA: the base with the adapter off)."""
-    init: str | None = None
-    """Output folder of an earlier run on the same model: go on from its weights, with an edited context."""
-    replay: str | None = None
-    """With init: prompts whose teacher keeps the OLD context, a file or a share of the training prompts (0.2)."""
+    # fmt: off
+    model: str = given(MISSING, 'Folder, hub id, or "smollm2" (the packaged SmolLM2-135M-Instruct).')
+    prompts: str | None = given(None, """JSONL ({"prompt": text or messages} a line), JSON, CSV or parquet, or a
+        Hugging Face data set's folder.""")
+    context: str | None = given(None, "What the teacher sees: a text file, or chat turns as .json or .jsonl.")
+    eval_prompts: str | None = given(None, "Held-out prompts, same form, for evaluation during the run.")
+    task: str | None = given(None, """A task in place of prompts: "frozen-lake", "sokoban", "math:FILE", "choice:FILE",
+        "reasoning:NAME" ... Its split "train" is played at every step, its split "selection" at evaluations.""")
+    task_options: str | None = given(None, 'Options of the task as JSON, such as {"size": 4}.')
+    teacher_model: str | None = given(None, """Another model as the teacher (same tokenizer); default: the model without
+        a trained adapter, as it was at the start (LoRA: the base with the adapter off).""")
+    init: str | None = given(None, """Output folder of an earlier run on the same model: go on from its weights, with an
+        edited context.""")
+    replay: str | None = given(None, """With init: prompts whose teacher keeps the OLD context, a file or a share of the
+        training prompts (0.2).""")
+
     run: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+    # fmt: on
 
 
 def run(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ from opcd_fast.runtime.doors import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
-        "batch": ("Batch", "Sample", "count_tokens", "micro_batches", "pack", "prompt_runs"),
+        "batch": ("Batch", "Sample", "count_tokens", "micro_batches", "pack", "prompt_runs", "total_weight"),
         "duplicates": ("repeats",),
         "messages": ("Context", "Message", "Prompt", "checked_messages"),
         "prompt_order": ("prompts_of_step",),
@@ -31,7 +31,7 @@ __getattr__, __dir__, __all__ = door(
 )
 
 if TYPE_CHECKING:
-    from opcd_fast.data.batch import Batch, Sample, count_tokens, micro_batches, pack, prompt_runs
+    from opcd_fast.data.batch import Batch, Sample, count_tokens, micro_batches, pack, prompt_runs, total_weight
     from opcd_fast.data.duplicates import repeats
     from opcd_fast.data.messages import Context, Message, Prompt, checked_messages
     from opcd_fast.data.prompt_order import prompts_of_step

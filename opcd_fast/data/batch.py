@@ -84,15 +84,13 @@ def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompt
     """
     if not samples:
         raise ValueError("samples is empty; a batch needs at least one sequence")
-    teacher_rows, weights = [], []
     for index, sample in enumerate(samples):
-        length = len(sample.response)
-        if not length or not sample.student_prompt or not sample.teacher_prompt:
+        if not sample.response or not sample.student_prompt or not sample.teacher_prompt:
             raise ValueError(f"samples[{index}] has an empty prompt or response")
-        teacher_rows.append([*sample.teacher_prompt, *sample.response[:-1]])
-        weights.append(torch.full((length,), 1.0 / length if normalize == "sequence" else 1.0))
     lengths = [len(sample.response) for sample in samples]
+    teacher_rows = [[*sample.teacher_prompt, *sample.response[:-1]] for sample in samples]
     teacher_cu = _offsets(map(len, teacher_rows))
+    weights = [1.0 / length if normalize == "sequence" else 1.0 for length in lengths]
     has_logprobs = all(sample.logprobs is not None for sample in samples)
     return Batch(
         **(_shared_rows(samples) if share_prompts else _separate_rows(samples)),
@@ -100,11 +98,16 @@ def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompt
         teacher_cu_seqlens=teacher_cu,
         context_index=torch.tensor([sample.context_index for sample in samples]),
         response_index_teacher=_tails(teacher_cu, lengths),
-        token_weights=torch.cat(weights),
+        token_weights=torch.tensor(weights).repeat_interleave(torch.tensor(lengths)),
         response_ids=_flat([sample.response for sample in samples]),
         response_cu_seqlens=_offsets(lengths),
         behaviour_logprobs=torch.tensor([p for s in samples for p in s.logprobs or ()]) if has_logprobs else None,
     )
+
+
+def total_weight(samples: Sequence[Sample], normalize: str) -> float:
+    """What the `token_weights` of all of a step's samples sum to, however they are packed: the loss's denominator."""
+    return float(len(samples) if normalize == "sequence" else sum(len(sample.response) for sample in samples))
 
 
 def _separate_rows(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.evaluation.check import CARD, read_card
 from opcd_fast.runtime import difference
 from opcd_fast.training.run import differing, read_record
-
-NOT_A_DIFFERENCE = ("output_dir", "resume", "device")  # settings that change no result that was asked for
+from opcd_fast.training.settings import settings_with
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _card(path: Path) -> dict[str, Any]:
 
 def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Those that differ; one that only one run knows stands beside None."""
-    names = [name for name in dict.fromkeys([*a, *b]) if name not in NOT_A_DIFFERENCE]
+    names = [name for name in dict.fromkeys([*a, *b]) if name not in settings_with(belongs="place")]
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opcd_fast.planning.rehearsal import Peak, Rehearsal
-from opcd_fast.training.settings import OFFLOAD_NEEDS, OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, goes_with
 
 FEWEST_TOKENS = 4096
 FEWEST_ANSWERS = 16
@@ -109,7 +109,7 @@ class _Worst:
         at_work = worst in _TEACHER_AT_WORK or (worst == "rollout" and config.answers == "teacher")
         if self.device != "cuda" or at_work or not self.matters("teacher weights"):
             return {}
-        if config.teacher_offload or any(getattr(config, name) != only for name, only in OFFLOAD_NEEDS.items()):
+        if config.teacher_offload or not goes_with(config, "teacher_offload"):
             return {}
         return self.with_room("teacher_offload", True)
 

@@ -9,17 +9,16 @@ from opcd_fast.runtime.doors import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
-        "checkpoints": ("list_checkpoints", "write_folder", "write_text"),
+        "files": ("write_file", "write_folder", "write_text"),
         "intervals": ("bootstrap", "difference", "mean_and_error", "wilson"),
         "launch": ("launched", "launched_rank", "local_rank"),
         "seeds": ("digest", "seeded", "stream_seed"),
         "timing": ("Stopwatch",),
     },
-    modules=("checkpoints",),
 )
 
 if TYPE_CHECKING:
-    from opcd_fast.runtime.checkpoints import list_checkpoints, write_folder, write_text
+    from opcd_fast.runtime.files import write_file, write_folder, write_text
     from opcd_fast.runtime.intervals import bootstrap, difference, mean_and_error, wilson
     from opcd_fast.runtime.launch import launched, launched_rank, local_rank
     from opcd_fast.runtime.seeds import digest, seeded, stream_seed

@@ -10,58 +10,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opcd_fast.data import Message, RenderedPrompt, Sample, prompts_of_step, read_context
+from opcd_fast.data import Message, Sample, pack, total_weight
 from opcd_fast.loss import Drift, LMHead
-from opcd_fast.models import pick_device, pick_dtype, seam, shares_prompts, virtual_tokens
-from opcd_fast.rollout import Completion, TransformersRollout, stop_token_ids
-from opcd_fast.runtime import Stopwatch, digest, seeded, stream_seed
-from opcd_fast.runtime import checkpoints as checkpoint
-from opcd_fast.training.answers import TeacherWriter, answer_source, described, objective_of, read_training_prompts
-from opcd_fast.training.engines import (
-    Ranks,
-    TokenBudget,
-    fingerprint,
-    make_accelerator,
-    make_engine,
-    name_of,
-    shards,
-    shared_sampler,
-    shared_vocabulary,
-    student_and_teacher,
-)
+from opcd_fast.runtime import Stopwatch, seeded, stream_seed, write_folder
+from opcd_fast.training.answers import answer_source, sampling_of
+from opcd_fast.training.assembly import Given, assemble
 from opcd_fast.training.interruption import Interrupted, Interruption
-from opcd_fast.training.monitoring import (
-    Journal,
-    Progress,
-    Trackers,
-    TrainResult,
-    check_finite,
-    check_installed,
-    fixed_sequences,
-    held_out_record,
-    mean_length,
-)
-from opcd_fast.training.rollout_factory import local_rollout, make_rollout
-from opcd_fast.training.run import Origins, RunFolder, Snapshots, best, identity, write_record
-from opcd_fast.training.scorer import HeldOutScore, Scorer
+from opcd_fast.training.monitoring import Journal, TrainResult, check_finite, fixed_sequences, held_out_record
+from opcd_fast.training.run import Saved, write_record
+from opcd_fast.training.scorer import Scorer
 from opcd_fast.training.settings import OPCDConfig
-from opcd_fast.training.step import (
-    Teachers,
-    Windows,
-    check_context_matters,
-    check_lengths,
-    step_record,
-    total_weight,
-    warn_of_known_prompts,
-)
+from opcd_fast.training.step import check_context_matters, objective_of, step_record
 
 __all__ = ["OPCDTrainer", "TrainResult"]
 
@@ -105,85 +72,28 @@ class OPCDTrainer:
         quiet: bool = False,
     ) -> None:
         self.config = config = config or OPCDConfig()
-        self.tokenizer = tokenizer
-        self.callbacks = tuple(callbacks)
-        self.quiet = quiet
-        self.device = pick_device(config.device)
-        check_installed(config.trackers)
-        self.compute_dtype = pick_dtype(config.dtype, self.device) if config.dtype != "auto" else model.dtype
-        self._path = Path(config.output_dir)
-        log_with = (*config.trackers, *trackers)
-        self.accelerator = make_accelerator(self.device, self.compute_dtype, log_with, self._path / "tensorboard")
-        self.ranks = Ranks()
-        self.folder: RunFolder = self.ranks.main_object(lambda: RunFolder(self._path, config.resume))
-        shown = None if context is None else read_context(context)
-        asked = read_training_prompts(prompts, eval_prompts, shown, tokenizer, config)
+        self.tokenizer, self.callbacks, self.quiet = tokenizer, tuple(callbacks), quiet
+        given = Given(
+            model, tokenizer, context, prompts, teacher_model, eval_prompts, teacher_tokenizer, scorer, trackers
+        )
+        self.parts = parts = assemble(given, config)
+        self.device, self.ranks, self.folder, self.budget = parts.device, parts.ranks, parts.folder, parts.budget
+        self.origins, self.share_prompts = parts.origins, parts.share_prompts
+        asked = parts.questions.asked
         self.train_rows, self.held_out_rows, self.prefixes = asked.rows, asked.held_out_rows, asked.prefixes
-        self.eval_rows = self.held_out_rows[: config.eval_batch]
-        evaluates = bool(self.eval_rows and config.eval_every)
-        scored = asked.held_out_shown[: config.eval_batch] if evaluates else ()
-        self._score = HeldOutScore.make(scorer, config.scorer, tokenizer, scored)
-        best.check_measured(config, evaluates, self._score is not None)
-        windows = Windows.of(model, teacher_model or model, config.num_virtual_tokens or virtual_tokens(model))
-        check_lengths((*self.train_rows, *self.held_out_rows), self.prefixes, config.max_new_tokens, windows)
-        if evaluates and asked.task is None and self.ranks.main:
-            warn_of_known_prompts(self.train_rows, self.eval_rows)
-
-        self._weights = [fingerprint(m) for m in (model, teacher_model) if m is not None]
-        self.origins = Origins(
-            context=shown,
-            prompts=asked.given,
-            held_out=asked.held_out_given,
-            base=name_of(model),
-            teacher=None if teacher_model is None else name_of(teacher_model) or "a model in memory",
-            tokenizer=getattr(tokenizer, "name_or_path", None),
-            template=getattr(tokenizer, "chat_template", None),
-            weights=self._weights,
-            more={} if asked.task is None else {"task": asked.task.task.name},
-        )
-        place = torch.device("cpu") if shards() else self.device  # whole weights may not fit one GPU
-        pair = student_and_teacher(
-            model, teacher_model, config, place, self.compute_dtype, evaluates, self.prefixes
-        )
-        self.model = pair.student
-        self.share_prompts = shares_prompts(self.model, config.share_prompts, config.rollouts_per_prompt)
-        vocab_size = shared_vocabulary(self.model, pair.teacher, tokenizer, teacher_tokenizer)
-        self.engine = make_engine(self.accelerator, self.ranks, pair, config, self.device)
-        self.parameters = self.engine.parameters
-        self.teachers = Teachers(pair, self.prefixes, config, self.device, self.accelerator.autocast)
-        self.teacher = self.teachers.teacher
-        self.engine.check_teacher(self.teacher, self.teachers.reference)
-        self.budget = TokenBudget(config.micro_batch_tokens, self.ranks, together=self.engine.sharded)
-        stop_ids = stop_token_ids(tokenizer, model, config.stop_tokens)
-        common: dict[str, Any] = {"stop_token_ids": stop_ids, "vocab_size": vocab_size}
-        sampling = replace(config, merge_for_rollout=False) if self.engine.sharded else config
-        self.rollout = make_rollout(
-            sampling, self.model, tokenizer=tokenizer, prompts=[row.student_ids for row in self.train_rows], **common
-        )
-        # Held-out answers are always the student's own.
-        replayed = config.rollout == "replay"
-        self.eval_rollout = local_rollout(sampling, self.model, **common) if replayed else self.rollout
+        self.eval_rows = parts.questions.eval_rows
+        self.engine, self.teachers, self.teacher = parts.engine, parts.teachers, parts.teachers.teacher
+        self.model, self.parameters = self.engine.student, self.engine.parameters
+        self.samplers = samplers = parts.samplers
+        self.rollout, self.eval_rollout = samplers.student, samplers.held_out
         # `with trainer.base_weights():` teacher_rollout answers as the teacher did before training, context or not. It
         # is None when the first weights are not kept (full fine-tuning, a moving teacher, and no evaluation).
-        self.teacher_rollout: Any = None
-        if pair.reference is not None:
-            self.teacher_rollout = TransformersRollout(
-                pair.reference, max_batch=config.rollout_batch, merge_adapter=False, **common
-            )
-        shares_base = pair.reference_adapter == "disabled"
-        self.base_weights = partial(seam.without_adapters, self.model) if shares_base else self.teachers.at_work
-        self.teacher_writes = TeacherWriter(
-            config, pair, self.prefixes, self.teacher_rollout, self.base_weights, self.eval_rollout,
-            partial(shared_sampler, engine=self.engine), **common,
-        )  # fmt: skip
+        self.teacher_rollout, self.base_weights = samplers.first, samplers.first_weights
         self.source = answer_source(
-            config, self._path, asked, self._prompts_of, self.student_writes, self.teacher_writes, self._sampling,
-            windows, self.ranks,
+            config, asked, parts.questions.windows, self.ranks,
+            student=samplers.student_writes, teacher=samplers.teacher_writes,
         )  # fmt: skip
-        self._objective, self._filler = objective_of(config), objective_of(config, weigh=False)
-        self.snapshots = Snapshots(
-            self.folder, self.engine, self.teachers, self._identity, config.keep_checkpoints
-        )
+        self._objective = self.engine.inside(objective_of(config))
 
     @property
     def optimizer(self) -> Any:
@@ -204,7 +114,7 @@ class OPCDTrainer:
                 with interruption.abandonable():
                     self.source.prepare(step)
                     fixed = self._fixed_sequences()
-                    journal.teacher_length = mean_length(fixed)
+                    journal.know(fixed)
                 self._evaluate(step, fixed, journal, interruption)  # before training, or where a run was stopped
                 if step:
                     self._keep(step, journal)  # best/, where a run was killed before it
@@ -216,7 +126,7 @@ class OPCDTrainer:
                     self._evaluate(step, fixed, journal, interruption)
                     self._keep(step, journal)  # after the evaluation: a checkpoint has all records up to it
             except Interrupted as signal:
-                self.snapshots.save(step)
+                self._save_checkpoint(step)
                 raise Interrupted(signal.number, f"stopped; step {step} is saved, go on with --resume") from None
             finally:
                 self.model.eval()
@@ -239,18 +149,17 @@ class OPCDTrainer:
                 self.engine.zero_grad()
                 with seeded(stream_seed(config.seed, self.ranks.stream("dropout"), step), self.device):
                     for turn in self.budget.rounds(samples, share_prompts=self.share_prompts):
-                        objective = partial(
-                            self._filler if turn.empty else self._objective,  # teacher with context, student without
-                            turn.pack(normalize=config.normalize, share_prompts=self.share_prompts).to(self.device),
+                        batch = pack(turn.samples, normalize=config.normalize, share_prompts=self.share_prompts)
+                        part, stats = self._objective(  # the teacher scores with the context, the student without
+                            (batch.without_weight() if turn.empty else batch).to(self.device),
                             self.model,
                             self.teacher,
                             denominator=denominator,
                             stopwatch=watch,
                             student_head=student_head,
-                            drift=drift,
+                            drift=None if turn.empty else drift,
                             **self.loss_options(),
                         )
-                        part, stats = self.engine.run(objective)
                         with watch("backward"):
                             self.engine.backward(part)
                         if not turn.empty:
@@ -263,50 +172,36 @@ class OPCDTrainer:
             loss, statistics, drift = self.engine.total(*found)
 
         with watch("optimizer"):
-            limit = config.max_grad_norm or math.inf
-            norm = self.engine.clip(limit)
+            norm = self.engine.clip(config.max_grad_norm or math.inf)
             check_finite(step + 1, loss, norm)  # before the weights are touched
             self.engine.step()
             self.teachers.after_step(step + 1)
-        record = step_record(step + 1, loss, norm, samples, drawn.answers, statistics, watch.seconds, drift)
-        return record | described(config) | drawn.more
+        record = step_record(step + 1, config, loss, norm, samples, drawn.answers, statistics, watch.seconds, drift)
+        return record | drawn.more
 
     def save(self, path: str | Path) -> None:
         """Write the trained weights (the adapter, or the whole model) and the tokenizer; whole or not at all."""
         fill = self.engine.weights_writer(self.tokenizer)
-        self.ranks.on_main(lambda: checkpoint.write_folder(Path(path), fill))
+        self.ranks.on_main(lambda: write_folder(Path(path), fill))
 
     # ------------------------------------------------------------------------------------------ steps and records
-
-    def _prompts_of(self, step: int) -> list[RenderedPrompt]:
-        config = self.config
-        return prompts_of_step(self.train_rows, step, config.batch_size, config.rollouts_per_prompt, config.seed)
-
-    def student_writes(self, rows: Sequence[RenderedPrompt], sampling: Mapping[str, Any]) -> list[Completion]:
-        """The student's answers, without the context."""
-        rollout = shared_sampler(self.rollout, self.engine)
-        rollout.sync(self.model)
-        return rollout.generate([row.student_ids for row in rows], **sampling)
-
-    def _sampling(self, purpose: str, index: int) -> dict[str, Any]:
-        config = self.config
-        return {
-            "max_new_tokens": config.max_new_tokens,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "seed": stream_seed(config.seed, purpose, index),
-        }
 
     def loss_options(self) -> dict[str, Any]:
         """How training and evaluation compute their loss, as keywords of
         `opcd_fast.training.step.objective.context_kl`."""
         return {
             "temperature": self.config.temperature,
-            "compute_dtype": self.compute_dtype,
+            "compute_dtype": self.parts.compute_dtype,
             "backend": self.config.loss_backend,
             "workspace_bytes": self.config.workspace_bytes,
-            "autocast": self.accelerator.autocast,
+            "autocast": self.parts.accelerator.autocast,
         }
+
+    def _fixed_sequences(self) -> list[Sample]:
+        if not self.eval_rows or not self.config.eval_every:
+            return []
+        sampling = sampling_of(self.config, "fixed", 0)
+        return fixed_sequences(self.folder, self.eval_rows, partial(self.samplers.first_writes, sampling=sampling))
 
     def _evaluate(self, step: int, fixed: list[Sample], journal: Journal, interruption: Interruption) -> None:
         """Where one is due and not made: against the teacher's first weights, whatever the teacher has become."""
@@ -314,25 +209,17 @@ class OPCDTrainer:
         if not due or any(record["step"] == step for record in journal.evaluations):
             return
         assert self.teachers.reference is not None
-        # Asked once, on rank 0: a scorer may give another number each time, and ranks must agree on the best.
-        score = None if self._score is None else self.ranks.by_main(self._score)
-        rollout = shared_sampler(self.eval_rollout, self.engine)
         with interruption.abandonable():
-            rollout.sync(self.model)
+            answers = self.samplers.held_out_writes(self.eval_rows, sampling_of(self.config, "evaluation", 0))
             record = held_out_record(
-                step, self.eval_rows, fixed, rollout, self._sampling("evaluation", 0), self.model,
-                self.teachers.reference, score=score, device=self.device, budget=self.budget, engine=self.engine,
-                **self.loss_options(),
+                step, self.eval_rows, answers, fixed, self.model, self.teachers.reference, device=self.device,
+                budget=self.budget, engine=self.engine, **self.loss_options(),
             )  # fmt: skip
+            score = self.parts.questions.score
+            if score is not None:  # asked once: it may give another number each time, and ranks must agree on the best
+                record |= self.ranks.on_main(lambda: score(answers))
             record |= self.source.evaluate()
         journal.evaluation(record)
-
-    def _fixed_sequences(self) -> list[Sample]:
-        if not self.eval_rows or not self.config.eval_every:
-            return []
-        sampling, first = self._sampling("fixed", 0), self.base_weights()
-        rollout = shared_sampler(self.teacher_rollout, self.engine)
-        return fixed_sequences(self.folder, self.eval_rows, self.prefixes, rollout, first, sampling)
 
     def _keep(self, step: int, journal: Journal) -> None:
         """Save what is due. Weights go to best/ only after a checkpoint of the same step: whenever a run is killed, its
@@ -341,33 +228,32 @@ class OPCDTrainer:
         last = step == config.steps or journal.enough
         is_best = config.save_best and journal.best_step == step
         if last or is_best or (config.save_every and step % config.save_every == 0):
-            self.snapshots.save(step)
+            self._save_checkpoint(step)
         if is_best:
             self.folder.save_best(journal.evaluations[-1], self.engine.weights_writer(self.tokenizer))
+
+    def _save_checkpoint(self, step: int) -> None:
+        """Everything that a later step depends on: trained weights, optimizer, a moving teacher, and the records."""
+        weights, optimizer = self.engine.state()
+        saved = Saved(weights, optimizer, self.engine.gathered(self.teachers.state()))
+        self.folder.save(step, saved, self.parts.identity, self.config.keep_checkpoints)
 
     def _start_or_resume(self) -> tuple[int, Journal]:
         config, step = self.config, 0
         records: list[dict[str, Any]] = []
-        self.ranks.check_alike(self._identity())
+        self.ranks.check_alike(self.parts.identity)
         if config.resume:
-            step, records = self.snapshots.restore(config.steps)
+            step, saved, records = self.folder.restore(self.parts.identity, config.steps)
+            self.engine.restore(saved.weights, saved.optimizer)
+            self.teachers.restore(saved.teacher)  # after the student's weights
             self.folder.write_config(asdict(config))
         else:
             with torch.no_grad(), self.teachers.at_work():
-                first = self.teachers.first_weights()
-                self.engine.run(partial(check_context_matters, self.train_rows, *first, **self.loss_options()))
+                check = self.engine.inside(check_context_matters)
+                check(self.train_rows, *self.teachers.first_weights(), **self.loss_options())
             self.folder.start(asdict(config))
-            self.ranks.on_main(lambda: write_record(self._path, self.origins))
-        trackers = self.ranks.together(lambda: Trackers(self.accelerator, self._path, asdict(config), step))
-        progress = Progress(config.steps, step, self.quiet or not self.ranks.main)
-        return step, Journal(self.folder, config, records, progress, trackers, self.callbacks, self.ranks)
-
-    def _identity(self) -> dict[str, Any]:
-        rows = [[row.student_ids, row.teacher_ids, row.context_index] for row in (*self.train_rows, *self.eval_rows)]
-        facts = {
-            "prompts and context": digest([rows, self.prefixes]),
-            "the model's or teacher's first weights": digest(self._weights),
-            "compute type": str(self.compute_dtype),
-            "scorer": None if self._score is None else self._score.name,
-        }
-        return identity(self.config, facts)
+            self.ranks.on_main(lambda: write_record(self.folder.path, self.origins))
+        quiet = self.quiet or not self.ranks.main
+        return step, Journal(
+            self.folder, config, records, step, self.parts.accelerator, self.callbacks, self.ranks, quiet
+        )

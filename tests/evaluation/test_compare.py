@@ -18,9 +18,9 @@ from opcd_fast.evaluation.compare.seeds import over_seeds, t_quantile
 from opcd_fast.evaluation.compare.systems import SYSTEMS, check_common, parse_systems
 from opcd_fast.evaluation.compare.table import as_markdown, interval, summarize
 from opcd_fast.rollout import Completion, TransformersRollout
-from opcd_fast.runtime.checkpoints import list_checkpoints
 from opcd_fast.runtime.intervals import wilson
 from opcd_fast.runtime.seeds import stream_seed
+from opcd_fast.training.run import list_checkpoints
 from opcd_fast.training.scorer import HeldOutScore
 from opcd_fast.training.settings.config import OPCDConfig
 

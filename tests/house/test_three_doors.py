@@ -7,7 +7,6 @@ import re
 import pytest
 import yaml
 
-from opcd_fast.commands.init import explanations
 from opcd_fast.commands.train import train_command
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig, option_names
@@ -38,7 +37,7 @@ def candidates(name):
     """Values of the declared type that are not the default: named in the setting's description, or made up."""
     kind = str(FIELDS[name].type).partition(" | ")[0]
     default = FIELDS[name].default
-    quoted = re.findall(r'"([\w:]+)"', explanations(OPCDConfig)[name])
+    quoted = re.findall(r'"([\w:]+)"', FIELDS[name].metadata["setting"].help)
     made = {
         "bool": [True, False],
         "int": [7, 1],
@@ -61,7 +60,7 @@ def settings_with(name):
                 continue
             if getattr(config, name) != getattr(DEFAULTS, name):
                 return settings, config
-    if re.findall(r'"([\w:]+)"', explanations(OPCDConfig)[name]) == [FIELDS[name].default]:
+    if re.findall(r'"([\w:]+)"', FIELDS[name].metadata["setting"].help) == [FIELDS[name].default]:
         return {name: FIELDS[name].default}, DEFAULTS  # a setting with a single value so far
     raise AssertionError(f"no value other than the default found for {name}; describe its values in quotes, or add one")
 

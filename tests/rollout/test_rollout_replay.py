@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Completion, ReplayRollout, write_replay
 from opcd_fast.training import OPCDConfig
-from opcd_fast.training.rollout_factory import make_rollout
+from opcd_fast.training.samplers import make_rollout
 
 END = 256
 

@@ -76,7 +76,7 @@ def test_replayed_answers_are_trained_on_and_evaluations_are_the_students_own(tm
     result = run.train()
     lengths = {prompt: len(answer.token_ids) for prompt, answer in zip(prompts, answers)}
     for step, record in enumerate(result.history):
-        assert record["response_tokens"] == sum(lengths[row.student_ids] for row in run._prompts_of(step))
+        assert record["response_tokens"] == sum(lengths[row.student_ids] for row in run.source.rows_of(step))
     assert len(result.evaluations) == 2
     write_replay(file, prompts[:-1], answers[:-1])
     with pytest.raises(InputError, match="no answer to 1 of 6 prompts"):

@@ -92,7 +92,8 @@ def run(job: dict) -> None:
     if shards():
         assert {type(p).__name__ for p in trainer.model.parameters()} == {"DTensor"}
     if job.get("served"):
-        trainer.rollout = trainer.eval_rollout = Served(Path(config["output_dir"]).with_name("served"))
+        trainer.rollout = served = Served(Path(config["output_dir"]).with_name("served"))
+        trainer.samplers.student = trainer.samplers.held_out = served
     if job.get("stale"):
         say_other_logprobs(trainer.rollout)
     fail = job.get("fail")

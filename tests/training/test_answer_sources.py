@@ -15,12 +15,11 @@ from training_runs import CONTEXT, PROMPTS, losses, make
 from opcd_fast.data.batch import Sample, pack
 from opcd_fast.errors import InputError
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training.answers import sampling_of
 from opcd_fast.training.answers import sources as answer_sources
 from opcd_fast.training.interruption import Interrupted
 from opcd_fast.training.run.curves import curve
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.step.likelihood import answer_nll
-from opcd_fast.training.step.objective import context_kl
+from opcd_fast.training.step import answer_nll, context_kl
 
 SYSTEMS = {
     "off-policy": {"answers": "teacher", "divergence": "forward_kl"},
@@ -95,7 +94,7 @@ def test_the_first_off_policy_loss_is_the_formula_on_the_teachers_answers(tokeni
     trainer = make(tokenizer, tmp_path / "run", steps=1, temperature=0.8, answers="teacher", **settings)
     result = trainer.train()
     fresh = make(tokenizer, tmp_path / "fresh", temperature=0.8, answers="teacher", **settings)
-    drawn, rows = fresh.source.draw(0), fresh._prompts_of(0)
+    drawn, rows = fresh.source.draw(0), fresh.source.rows_of(0)
     model, values = tiny_model(dtype=torch.float64), []
     for row, sample, answer in zip(rows, drawn.samples, drawn.answers, strict=True):
         assert (sample.student_prompt, sample.teacher_prompt) == (row.student_ids, row.teacher_ids)
@@ -132,12 +131,12 @@ def test_a_teacher_that_sees_what_the_student_sees_writes_what_the_student_write
     prompts = [{"prompt": text, "privileged_context": ""} for text in PROMPTS[:-1]] + [PROMPTS[-1]]
     trainer = make(tokenizer, tmp_path / "run", prompts=prompts, merge_for_rollout=False, answers="teacher")
     alike = [row for row in trainer.train_rows if not row.has_context]
-    sampling = trainer._sampling("rollout", 0)
-    mine, teachers = trainer.student_writes(alike, sampling), trainer.teacher_writes(alike, sampling)
+    sampling = sampling_of(trainer.config, "rollout", 0)
+    mine, teachers = trainer.samplers.student_writes(alike, sampling), trainer.samplers.teacher_writes(alike, sampling)
     assert len(alike) == 5 and [a.token_ids for a in mine] == [a.token_ids for a in teachers]
     rows = trainer.train_rows
-    shown = [a.token_ids for a in trainer.teacher_writes(rows[-1:] * 8, sampling)]
-    assert shown != [a.token_ids for a in trainer.student_writes(rows[-1:] * 8, sampling)]
+    shown = [a.token_ids for a in trainer.samplers.teacher_writes(rows[-1:] * 8, sampling)]
+    assert shown != [a.token_ids for a in trainer.samplers.student_writes(rows[-1:] * 8, sampling)]
 
 
 @pytest.mark.parametrize("lora_rank", [4, 0])
@@ -151,7 +150,7 @@ def test_the_teacher_writes_with_the_weights_that_its_mode_says(tokenizer, tmp_p
     trainer.train()
     rows = trainer.train_rows
     prompts = [(*trainer.prefixes[0], *row.teacher_ids) for row in rows]
-    (answer, *_) = answers = trainer.teacher_writes(rows, trainer._sampling("x", 0))
+    (answer, *_) = answers = trainer.samplers.teacher_writes(rows, sampling_of(trainer.config, "x", 0))
     got = torch.cat([torch.tensor(a.logprobs).double() for a in answers])
 
     def by_hand(model):
@@ -275,30 +274,6 @@ def test_contexts_of_rows_keep_their_own_answers(tokenizer, tmp_path):
         shown = (*trainer.prefixes[sample.context_index], *sample.teacher_prompt)
         by_hand = logprobs_by_hand(model, shown, answer.token_ids, 1.0)
         torch.testing.assert_close(torch.tensor(answer.logprobs).double(), by_hand, rtol=1e-4, atol=1e-4)
-
-
-# --- settings that contradict each other ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"answers": "everyone"}, "answers='everyone'"),
-        ({"objective": "ppo"}, "objective='ppo'"),
-        ({"objective": "nll"}, "its gradient is zero"),
-        ({"objective": "nll", "answers": "teacher", "divergence": "jsd"}, "divergence='jsd'"),
-        ({"kept_answers": 1}, "kept_answers"),
-        ({"kept_answers": -1}, "kept_answers=-1"),
-        ({"kept_answers": 1, "answers": "teacher", "teacher_mode": "live"}, "kept_answers"),
-        ({"importance_correction": "token", "objective": "nll", "answers": "teacher"}, "objective='nll' has none"),
-        ({"importance_correction": "token", "objective": "nll", "rollout": "replay", "rollout_file": "f"}, "has none"),
-        ({"importance_correction": "sequence", "answers": "teacher"}, "answers='teacher' has none"),
-        ({"rollout": "server", "rollout_url": "http://x", "answers": "teacher"}, "samples the student"),
-    ],
-)
-def test_contradictions_are_named(settings, words):
-    with pytest.raises(InputError, match=words):
-        OPCDConfig(**settings)
 
 
 def test_task_episodes_without_a_task_are_refused(tokenizer, tmp_path):

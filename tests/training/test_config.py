@@ -1,13 +1,77 @@
-"""Settings: what is accepted, and that everything else is one clear error."""
+"""Settings: all that is known of one stands in its line, what is accepted, and that everything else is one error."""
+
+from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from dataclasses import dataclass
 
 import pytest
 
+from opcd_fast.commands.arguments import parse
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.settings.options import check_names, option_names, read_yaml
+from opcd_fast.training.settings import (
+    OPCDConfig,
+    check_names,
+    group_of,
+    option_names,
+    read_yaml,
+    settings_of,
+    settings_with,
+    typed_values,
+)
+from opcd_fast.training.settings.checks import check
+from opcd_fast.training.settings.setting import BELONGINGS, AtLeast, OneOf
+
+FIELDS = {field.name: known for field, known in settings_of(OPCDConfig)}
+
+
+@pytest.mark.parametrize("name", option_names(OPCDConfig))
+def test_every_setting_says_what_it_is_and_where_it_belongs(name):
+    known = FIELDS[name]
+    assert len(known.help) > 15 and "\n" not in known.help and known.group
+    assert known.belongs and known.belongs <= BELONGINGS.keys()
+    assert ("result" in known.belongs) != ("resume" in known.belongs)
+    assert known.needs.keys() <= FIELDS.keys()
+    with pytest.raises(InputError, match=name):  # every type is checked
+        OPCDConfig(**{name: object()})
+
+
+def test_belongings():
+    assert settings_with(belongs="divergence") == ("divergence", "beta", "alpha", "k", "tail")
+    assert settings_with(belongs="comparison") == ("output_dir", "seed", "resume")
+    free = settings_with(belongs="resume")
+    assert {"output_dir", "steps", "device", "share_prompts", "rollout_url", "plots"} <= {*free}
+    assert not {"seed", "learning_rate", "lora_rank", "max_new_tokens", "rollout_command", "teacher_path"} & {*free}
+    assert {*free} | {*settings_with(belongs="result")} == {*option_names(OPCDConfig)}
+
+
+def test_a_new_setting_is_one_line(tmp_path, capsys):
+    @dataclass(frozen=True)
+    class Wider(OPCDConfig):
+        """As a new version would have it."""
+
+        patience: int = group_of("New ones")(3, "How long to wait.", AtLeast(1), needs={"answers": OneOf("teacher")})
+
+        def __post_init__(self):
+            assert typed_values(Wider, vars(self)) == vars(self)
+            check(self)
+
+    words = ["--patience", "5", "--answers", "teacher"]
+    assert parse(Wider, "train", words) == Wider(patience=5, answers="teacher")
+    with pytest.raises(SystemExit):
+        parse(Wider, "train", ["--help"])
+    assert "How long to wait." in capsys.readouterr().out
+    with pytest.raises(InputError, match="patience=0 must be a whole number"):
+        Wider(patience=0)
+    with pytest.raises(InputError, match="patience is set, but answers='student'"):
+        Wider(patience=5)
+
+
+def test_config_json_makes_the_same_settings_again():
+    config = OPCDConfig(stop_tokens=["<a>", "\n"], chat_template_kwargs={"a": [1]}, lora_rank=4, trackers=["wandb"])
+    assert OPCDConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_the_papers_defaults():
@@ -21,61 +85,56 @@ def test_the_papers_defaults():
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"),
+    ("name", "values"),
     [
-        ({"divergence": "jsd", "beta": 2.0}, "beta"),
-        ({"divergence": "skew_reverse_kl", "alpha": 1.0}, "alpha"),
-        ({"divergence": "topk_reverse_kl", "tail": "drop"}, "tail"),
-        ({"beta": 0.3}, "beta is set"),
-        ({"divergence": "jsd", "k": 5}, "k is set"),
+        ("steps", (0, 2.5, math.nan, "5", None)), ("batch_size", (-1,)), ("max_new_tokens", (True,)), ("k", (2.5,)),
+        ("temperature", (0, "warm", math.nan, math.inf, True, "1")), ("top_p", (0, 1.5, math.nan)),
+        ("learning_rate", (0, math.nan, "1e-4")), ("weight_decay", (2, math.nan)), ("max_grad_norm", (-1, math.inf)),
+        ("divergence", ("kl",)), ("tail", (5,)), ("beta", (0.3, 2.0)), ("teacher_mode", ("moving",)),
+        ("teacher_ema_decay", (0.9, 1.5)), ("teacher_sync_every", (5, 0)), ("teacher_quantization", ("8bit",)),
+        ("quantization", ("nf4",)), ("normalize", ("batch",)), ("dtype", ("float16", ["float32"])), ("device", (0,)),
+        ("loss_backend", ("cuda",)), ("teacher_path", ("best",)), ("lora_alpha", (8, 8.0)), ("lora_rank", (-4,)),
+        ("lora_targets", ("", " , ", [], [1], 5)), ("merge_for_rollout", (True, "True", 0)), ("seed", (-1, 1.0)),
+        ("micro_batch_tokens", (0,)), ("workspace_bytes", (0,)), ("max_prefix_bytes", (0, 1.5)),
+        ("teacher_batch_bytes", (0,)), ("prefix_device", (0,)), ("keep_checkpoints", (0,)), ("optimizer", ("sgd",)),
+        ("best_by", ("loss", "score")), ("early_stop_patience", (-1,)), ("early_stop_delta", (0.1,)),
+        ("importance_correction", ("exact",)), ("importance_clip", (3.0, 0)), ("trackers", (["mlflow"], "wandb")),
+        ("save_best", (1,)), ("plots", ("no",)), ("scorer", ("",)), ("output_dir", ("", 5, None)),
+        ("stop_tokens", ("abc", ["a", 5], [""], None)), ("gradient_checkpointing", ("no", 1)), ("resume", ("false",)),
+        ("answers", ("everyone",)), ("objective", ("ppo", "nll")), ("kept_answers", (1, -1)),
     ],
-)
-def test_a_divergence_with_a_bad_parameter_is_refused(settings, word):
-    with pytest.raises(InputError, match=word):
-        OPCDConfig(**settings)
+)  # fmt: skip
+def test_a_bad_value_is_named(name, values):
+    for value in values:
+        with pytest.raises(InputError, match=name) as error:
+            OPCDConfig(**{name: value})
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("settings", "word"),
     [
-        ("steps", 0), ("steps", 2.5), ("batch_size", -1), ("max_new_tokens", True), ("temperature", 0),
-        ("temperature", "warm"), ("top_p", 0), ("top_p", 1.5), ("learning_rate", 0), ("weight_decay", 2),
-        ("max_grad_norm", -1), ("divergence", "kl"), ("k", 2.5), ("tail", 5),
-        ("teacher_mode", "moving"), ("teacher_ema_decay", 0.9), ("teacher_sync_every", 5), ("teacher_sync_every", 0),
-        ("teacher_ema_decay", 1.5), ("teacher_quantization", "8bit"), ("quantization", "nf4"), ("normalize", "batch"),
-        ("dtype", "float16"), ("loss_backend", "cuda"), ("teacher_path", "best"), ("lora_alpha", 8),
-        ("merge_for_rollout", True), ("micro_batch_tokens", 0), ("workspace_bytes", 0), ("seed", -1),
-        ("max_prefix_bytes", 0), ("max_prefix_bytes", 1.5), ("prefix_device", 0), ("teacher_batch_bytes", 0),
-        ("keep_checkpoints", 0), ("lora_rank", -4),
-        ("best_by", "loss"), ("best_by", "score"), ("early_stop_patience", -1), ("early_stop_delta", 0.1),
-        ("importance_correction", "exact"), ("importance_clip", 3.0), ("importance_clip", 0), ("trackers", ["mlflow"]),
-        ("trackers", "wandb"), ("save_best", 1), ("plots", "no"), ("scorer", ""),
-        # wrong types, some of which Python would take for something else
-        ("stop_tokens", "abc"), ("stop_tokens", ["a", 5]), ("stop_tokens", [""]), ("stop_tokens", None),
-        ("gradient_checkpointing", "no"), ("gradient_checkpointing", 1), ("resume", "false"), ("resume", None),
-        ("output_dir", ""), ("output_dir", 5), ("output_dir", None), ("lora_targets", ""), ("lora_targets", " , "),
-        ("lora_targets", []), ("lora_targets", [1]), ("lora_targets", 5), ("device", 0), ("dtype", ["float32"]),
-        ("temperature", math.nan), ("temperature", math.inf), ("temperature", True), ("temperature", "1"),
-        ("top_p", math.nan), ("learning_rate", math.nan), ("learning_rate", "1e-4"), ("weight_decay", math.nan),
-        ("max_grad_norm", math.inf), ("steps", math.nan), ("steps", "5"), ("seed", 1.0), ("lora_alpha", 8.0),
-        ("merge_for_rollout", "True"), ("merge_for_rollout", 0), ("steps", None),
+        ({"divergence": "skew_reverse_kl", "alpha": 1.0}, "alpha"),
+        ({"divergence": "topk_reverse_kl", "tail": "drop"}, "tail"),
+        ({"divergence": "jsd", "k": 5}, "k is set"),
+        ({"save_best": True, "eval_every": 0}, "set eval_every"),
+        ({"early_stop_patience": 2, "eval_every": 0}, "set eval_every"),
+        ({"early_stop_patience": 2, "early_stop_delta": -1.0}, "early_stop_delta"),
+        ({"importance_correction": "token", "top_p": 0.9}, "needs top_p=1"),
+        ({"prefix_device": "cpu", "teacher_path": "concat"}, "prefix_device is set"),
+        ({"teacher_offload": True, "teacher_mode": "ema"}, "teacher_offload is set.*teacher_mode='frozen'"),
+        ({"objective": "nll", "answers": "teacher", "divergence": "jsd"}, "divergence='jsd'"),
+        ({"kept_answers": 1, "answers": "teacher", "teacher_mode": "live"}, "kept_answers"),
+        ({"importance_correction": "token", "objective": "nll", "answers": "teacher"}, "objective='nll' has none"),
+        ({"importance_correction": "token", "objective": "nll", "rollout": "replay", "rollout_file": "f"}, "has none"),
+        ({"importance_correction": "sequence", "answers": "teacher"}, "answers='teacher' has none"),
+        ({"rollout": "server", "rollout_url": "http://x", "answers": "teacher"}, "samples the student"),
     ],
-)  # fmt: skip
-def test_a_bad_value_is_named(name, value):
-    with pytest.raises(InputError, match=name) as error:
-        OPCDConfig(**{name: value})
-    assert "\n" not in str(error.value)
-
-
-def test_every_field_has_a_type_that_is_checked():
-    for name in option_names(OPCDConfig):
-        with pytest.raises(InputError, match=name):
-            OPCDConfig(**{name: object()})
-
-
-def test_a_list_is_asked_for_where_a_text_would_become_letters():
-    with pytest.raises(InputError, match=r"list of texts: \['abc'\]"):
-        OPCDConfig(stop_tokens="abc")
+)
+def test_settings_that_do_not_go_together(settings, word):
+    with pytest.raises(InputError, match=word):
+        OPCDConfig(**settings)
+    OPCDConfig(save_best=True, best_by="score", early_stop_patience=2, early_stop_delta=0.1, trackers=["wandb"])
 
 
 def test_lists_and_paths_are_normalised(tmp_path):
@@ -88,51 +147,26 @@ def test_lists_and_paths_are_normalised(tmp_path):
     assert dataclasses.replace(config, steps=3).stop_tokens == config.stop_tokens
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [", "not valid YAML"), (b"- a\n", "name: value"), ("output_dir: läufe\n".encode("latin-1"), "UTF-8"),
+        (b"steps: 2024-99-99\n", "not valid YAML"), (b"0\n", "name: value"),
+        (b"steps: 4\nlora_rank: 2\nlora-rank: 8\n", "sets lora_rank 2 times"), (None, "does not exist"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_named(tmp_path, content, words):
+    file = tmp_path / "c.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_yaml(file)
+
+
 def test_yaml_names_are_checked_with_a_hint(tmp_path):
     (tmp_path / "c.yaml").write_text("batch-size: 4\nlora_rank: 2\n")
     assert read_yaml(tmp_path / "c.yaml") == {"batch_size": 4, "lora_rank": 2}
-    with pytest.raises(InputError, match="did you mean 'batch_size'"):
-        check_names({"batchsize": 4}, option_names(OPCDConfig), "config")
-    (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="not valid YAML"):
-        read_yaml(tmp_path / "bad.yaml")
-    with pytest.raises(InputError, match="does not exist"):
-        read_yaml(tmp_path / "none.yaml")
-    (tmp_path / "list.yaml").write_text("- a\n")
-    with pytest.raises(InputError, match="name: value"):
-        read_yaml(tmp_path / "list.yaml")
-    (tmp_path / "latin.yaml").write_bytes("output_dir: läufe\n".encode("latin-1"))
-    with pytest.raises(InputError, match="UTF-8"):
-        read_yaml(tmp_path / "latin.yaml")
-    (tmp_path / "date.yaml").write_text("steps: 2024-99-99\n")
-    with pytest.raises(InputError, match="not valid YAML"):
-        read_yaml(tmp_path / "date.yaml")
-    (tmp_path / "zero.yaml").write_text("0\n")
-    with pytest.raises(InputError, match="name: value"):
-        read_yaml(tmp_path / "zero.yaml")
-    (tmp_path / "twice.yaml").write_text("steps: 4\nlora_rank: 2\nlora-rank: 8\n")
-    with pytest.raises(InputError, match="sets lora_rank 2 times"):
-        read_yaml(tmp_path / "twice.yaml")
     (tmp_path / "empty.yaml").write_text("")
     assert read_yaml(tmp_path / "empty.yaml") == {}
-
-
-def test_storage_of_prefixes_that_concat_does_not_keep():
-    assert OPCDConfig(prefix_device="cpu").prefix_device == "cpu"
-    with pytest.raises(InputError, match="prefix_device is set, but teacher_path='concat' keeps no caches"):
-        OPCDConfig(prefix_device="cpu", teacher_path="concat")
-
-
-@pytest.mark.parametrize(
-    ("settings", "word"),
-    [
-        ({"save_best": True, "eval_every": 0}, "set eval_every"),
-        ({"early_stop_patience": 2, "eval_every": 0}, "set eval_every"),
-        ({"early_stop_patience": 2, "early_stop_delta": -1.0}, "early_stop_delta"),
-        ({"importance_correction": "token", "top_p": 0.9}, "needs top_p=1"),
-    ],
-)
-def test_settings_that_do_not_go_together(settings, word):
-    with pytest.raises(InputError, match=word):
-        OPCDConfig(**settings)
-    OPCDConfig(save_best=True, best_by="score", early_stop_patience=2, early_stop_delta=0.1, trackers=["wandb"])
+    with pytest.raises(InputError, match="did you mean 'batch_size'"):
+        check_names({"batchsize": 4}, option_names(OPCDConfig), "config")

@@ -9,10 +9,10 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from training_runs import PROMPTS, make
 
-from opcd_fast.data.batch import Sample
+from opcd_fast.data import Sample, pack, total_weight
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.monitoring import health
-from opcd_fast.training.step.evaluate import divergence
+from opcd_fast.training.step import context_kl, divergence
 
 TEMPERATURE = 0.7
 
@@ -28,7 +28,7 @@ def random_samples(count):
 
 
 @pytest.mark.parametrize("tokens", [None, 40])
-def test_the_probability_of_first_tokens(tokens):
+def test_means_and_the_probability_of_first_tokens(tokens):
     model, other = tiny_model(), tiny_model(seed=5)
     samples = random_samples(5)
     options = {
@@ -36,7 +36,13 @@ def test_the_probability_of_first_tokens(tokens):
         "micro_batch_tokens": tokens,
     }  # fmt: skip
     teacher = ContextTeacher(other, [torch.arange(10, 30)])
-    found = divergence(samples, model, teacher, **options)["first_token"]
+    measured = divergence(samples, model, teacher, **options)
+    found = measured["first_token"]
+    for normalize, name in (("sequence", "kl"), ("token", "kl_per_token")):
+        batch, weight = pack(samples, normalize=normalize), total_weight(samples, normalize)
+        common = {"temperature": TEMPERATURE, "compute_dtype": torch.float32}
+        loss = float(context_kl(batch, model, teacher, denominator=weight, **common)[0].detach())
+        assert measured[name] == pytest.approx(loss, rel=1e-4), name
     exact = tiny_model().double()
     wanted = []
     for sample in samples:

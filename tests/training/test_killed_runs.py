@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.runtime import checkpoints as checkpoint
+from opcd_fast.training.run import checkpoints as checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,33 +193,18 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_checkpoint(job, tmp_path):
     assert Fork([*arguments, "--steps", "4", "--resume"]).wait() == 0
 
 
-@pytest.mark.parametrize("which", ["file in the way", "file in its place", "no such model", "no weights"])
-def test_what_cannot_start_says_why(job, tmp_path, which, capsys):
+def test_what_cannot_start_says_why(job, tmp_path, capsys):
     from opcd_fast.cli import main
 
-    arguments, folder = list(job), tmp_path / "run"
-    if which == "file in the way":
-        (tmp_path / "occupied").write_text("")
-        folder = tmp_path / "occupied" / "run"
-    elif which == "file in its place":
-        folder = tmp_path / "occupied"
-        folder.write_text("mine")
-    elif which == "no such model":
-        arguments[2] = str(tmp_path / "nowhere")
-    else:
-        (tmp_path / "bare").mkdir()
-        for path in Path(job[2]).iterdir():
-            if path.suffix != ".safetensors":
-                (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
-        arguments[2] = str(tmp_path / "bare")
-    assert main([*arguments, "--output-dir", str(folder), "--steps", "2", "--no-plots"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("opcd: ") and "Traceback" not in said
-    assert {
-        "file in the way": "occupied", "file in its place": "is a file; choose another", "no such model": "nowhere",
-        "no weights": "bare",
-    }[which] in said  # fmt: skip
-    if which == "file in its place":
-        assert folder.read_text() == "mine"
-    else:
-        assert not folder.exists()
+    (tmp_path / "occupied").write_text("mine")
+    nowhere = [*job]
+    nowhere[2] = str(tmp_path / "nowhere")
+    for arguments, folder, words in (
+        (job, tmp_path / "occupied" / "run", "occupied"),
+        (job, tmp_path / "occupied", "is a file; choose another"),
+        (nowhere, tmp_path / "run", "nowhere"),
+    ):
+        assert main([*arguments, "--output-dir", str(folder), "--steps", "2", "--no-plots"]) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("opcd: ") and words in said and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["occupied"] and (tmp_path / "occupied").read_text() == "mine"

@@ -225,10 +225,10 @@ def test_shipped_configurations_are_what_accelerate_reads(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"teacher_mode": "ema"}, "teacher_mode='ema' does not go with sharded weights"),
-        ({"teacher_batch_bytes": 1000}, "teacher_batch_bytes does not go with sharded weights.*drop it"),
-        ({"merge_for_rollout": True}, "merge_for_rollout=True does not go with"),
-        ({"teacher_path": "concat"}, "teacher_path='concat' does not go with"),
+        ({"teacher_mode": "ema"}, "teacher_mode does not go with sharded weights"),
+        ({"teacher_batch_bytes": 1000}, "teacher_batch_bytes does not go with sharded weights"),
+        ({"merge_for_rollout": True}, "merge_for_rollout does not go with"),
+        ({"teacher_path": "concat"}, "teacher_path does not go with"),
     ],
 )
 def test_settings_that_sharded_weights_do_not_go_with(settings, said):
@@ -244,7 +244,7 @@ def test_settings_that_sharded_weights_do_not_go_with(settings, said):
     [
         ({"teacher_offload": True}, "teacher_offload does not go with"),
         ({"num_virtual_tokens": 4}, "num_virtual_tokens does not go with"),
-        ({"optimizer": "adafactor"}, "optimizer='adafactor' does not go with.*adamw_torch"),
+        ({"optimizer": "adafactor"}, "optimizer does not go with.*adamw_torch"),
     ],
 )
 def test_settings_that_are_about_whole_weights(settings, said):

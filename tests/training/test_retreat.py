@@ -10,7 +10,7 @@ from training_runs import make
 from opcd_fast.data.batch import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
 from opcd_fast.training.engines.retreat import TokenBudget, is_out_of_memory
-from opcd_fast.training.step import evaluate, likelihood, objective
+from opcd_fast.training.step import evaluate, objective
 
 
 def out_of_memory():
@@ -98,7 +98,7 @@ def test_weights_are_those_of_a_run_with_the_smaller_budget(tokenizer, tmp_path,
 def test_a_likelihood_retreats_as_well(tokenizer, tmp_path, monkeypatch, kept):
     settings = {**SETTINGS, "answers": "teacher", "objective": "nll", "kept_answers": kept}
     made = make(tokenizer, tmp_path / "a", micro_batch_tokens=150, **settings)
-    failing_at(monkeypatch, made, likelihood, "student_hidden_states", call=2)
+    failing_at(monkeypatch, made, objective, "student_hidden_states", call=2)
     found = weights(made)
     assert made.budget.tokens < 150
     monkeypatch.undo()

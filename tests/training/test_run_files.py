@@ -4,25 +4,26 @@ import pytest
 import torch
 
 from opcd_fast.errors import InputError
-from opcd_fast.runtime import checkpoints as checkpoint
+from opcd_fast.runtime import write_folder
 from opcd_fast.training.monitoring.plots import plot_run
 from opcd_fast.training.monitoring.progress import Progress, seconds_by_part
+from opcd_fast.training.run import checkpoints as checkpoint
 from opcd_fast.training.run.folder import RunFolder
 
 
 def test_a_failed_write_leaves_the_old_folder_whole(tmp_path):
     target = tmp_path / "final"
-    checkpoint.write_folder(target, lambda folder: (folder / "a").write_text("old"))
+    write_folder(target, lambda folder: (folder / "a").write_text("old"))
 
     def fail(folder):
         (folder / "a").write_text("new")
         raise RuntimeError("power cut")
 
     with pytest.raises(InputError, match="power cut"):
-        checkpoint.write_folder(target, fail)
+        write_folder(target, fail)
     assert (target / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
-    checkpoint.write_folder(target, lambda folder: (folder / "b").write_text("newer"))
+    write_folder(target, lambda folder: (folder / "b").write_text("newer"))
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
@@ -53,10 +54,10 @@ def test_a_killed_run_may_leave_half_a_line(tmp_path):
     folder.save(2, checkpoint.Saved({"w": torch.zeros(1)}, {}), {"seed": 0}, keep=1)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "st')
-    step, _, records = RunFolder(tmp_path / "run", resume=True).restore({"seed": 0})
+    step, _, records = RunFolder(tmp_path / "run", resume=True).restore({"seed": 0}, 9)
     assert step == 2 and [record["step"] for record in records] == [1, 2]
     with pytest.raises(InputError, match="seed differs"):
-        RunFolder(tmp_path / "run", resume=True).restore({"seed": 1})
+        RunFolder(tmp_path / "run", resume=True).restore({"seed": 1}, 9)
 
 
 def record_of(loss, step=1, speed=100.0):
@@ -111,7 +112,7 @@ def test_plots_are_pictures_of_what_they_say(tmp_path, monkeypatch):
 
 def test_an_interrupt_between_the_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
     target = tmp_path / "final"
-    checkpoint.write_folder(target, lambda folder: (folder / "a").write_text("old"))
+    write_folder(target, lambda folder: (folder / "a").write_text("old"))
     inner, calls = type(target).rename, []
 
     def interrupted(self, to):
@@ -122,7 +123,7 @@ def test_an_interrupt_between_the_two_renames_puts_the_old_folder_back(tmp_path,
 
     monkeypatch.setattr(type(target), "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_folder(target, lambda folder: (folder / "a").write_text("new"))
+        write_folder(target, lambda folder: (folder / "a").write_text("new"))
     assert (target / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 

@@ -14,9 +14,9 @@ from training_runs import losses, make
 
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import TransformersRollout
-from opcd_fast.runtime import checkpoints as checkpoint
 from opcd_fast.training.interruption import Interrupted
 from opcd_fast.training.monitoring.tracking import numbers_of
+from opcd_fast.training.run import checkpoints as checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_the_sampler_of_a_plain_run_does_not_drift(tokenizer, tmp_path):
     for record in plain.history:
         assert record["sampler_distance"] < 1e-4 and abs(record["sampler_kl"]) < 1e-6
     stale = make(tokenizer, tmp_path / "b", steps=8, lora_rank=0, learning_rate=2e-2)
-    stale.rollout = frozen_sampler(0)
+    stale.samplers.student = frozen_sampler(0)
     result = stale.train()
     drifts = [record["sampler_kl"] for record in result.history]
     assert drifts[0] < 1e-6 and min(drifts[4:]) > 0.02
@@ -154,7 +154,7 @@ def test_the_sampler_of_a_plain_run_does_not_drift(tokenizer, tmp_path):
 def test_the_correction_is_used(tokenizer, tmp_path, correction):
     def train(folder, **settings):
         trainer = make(tokenizer, tmp_path / folder, steps=2, **settings)
-        trainer.rollout = frozen_sampler(8)
+        trainer.samplers.student = frozen_sampler(8)
         return trainer.train().history
 
     plain = train("plain")
@@ -184,9 +184,8 @@ def test_best_weights_are_those_of_the_best_evaluation(tokenizer, tmp_path):
     values = iter([9.0, 1.0, 3.0, 2.0])  # before training, and after steps 1, 2 and 3
 
     def scorer(messages, answer, row):
-        return score[0]
+        return next(values)
 
-    score = [0.0]
     seen = {}
 
     def remember(record):
@@ -197,9 +196,6 @@ def test_best_weights_are_those_of_the_best_evaluation(tokenizer, tmp_path):
         tokenizer, tmp_path / "run", steps=3, eval_every=1, save_every=0, scorer=scorer, save_best=True,
         best_by="score", callbacks=[remember], eval_prompts=["one"],
     )  # fmt: skip
-    inner = trainer._score
-    trainer._score = lambda answers: score.__setitem__(0, next(values)) or inner(answers)
-    trainer._score.name = inner.name
     result = trainer.train()
     assert result.best_step == 2 and [e["score"] for e in result.evaluations] == [9.0, 1.0, 3.0, 2.0]
     noted = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
@@ -285,7 +281,7 @@ def test_a_signal_saves_and_the_rest_is_the_same(tokenizer, tmp_path, number, mo
         "optimizer": (trainer.engine, "step", 3, 3),
         "evaluation": (sys.modules["opcd_fast.training.trainer"], "held_out_record", 2, 2),
         "fixed": (trainer.teacher_rollout, "generate", 1, 0),
-        "saving": (trainer.snapshots, "save", 1, 2),
+        "saving": (trainer, "_save_checkpoint", 1, 2),
     }[moment]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupting(getattr(owner, name), at))

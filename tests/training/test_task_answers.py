@@ -12,8 +12,9 @@ from opcd_fast.cli import main
 from opcd_fast.data.tasks.episode import check_split
 from opcd_fast.errors import InputError
 from opcd_fast.runtime.intervals import wilson
-from opcd_fast.training.answers import tasks as task_answers
-from opcd_fast.training.answers.tasks import PROBES, TaskPrompts
+from opcd_fast.training.answers import prompts as task_prompts
+from opcd_fast.training.answers import sampling_of
+from opcd_fast.training.answers.prompts import PROBES, TaskPrompts
 from opcd_fast.training.settings.config import OPCDConfig
 from opcd_fast.training.trainer import OPCDTrainer
 
@@ -124,10 +125,11 @@ def test_a_run_on_a_task_learns_repeats_and_goes_on(tokenizer, tmp_path):
 def test_the_held_out_score_is_that_of_the_trained_student(tokenizer, tmp_path):
     trainer = make(tokenizer, tmp_path / "run", steps=3, learning_rate=5e-2)
     last = trainer.train().evaluations[-1]
-    sampling = trainer._sampling("task", 0)
-    assert trainer.source.score(trainer.student_writes, "selection", 7, sampling)["task_score"] == last["task_score"]
+    sampling = sampling_of(trainer.config, "task", 0)
+    write = trainer.samplers.student_writes
+    assert trainer.source.score(write, "selection", 7, sampling)["task_score"] == last["task_score"]
     with trainer.base_weights():
-        assert trainer.source.score(trainer.student_writes, "selection", 7, sampling)["task_episodes"] == 7
+        assert trainer.source.score(write, "selection", 7, sampling)["task_episodes"] == 7
     none = make(tokenizer, tmp_path / "none", task_episodes=0, steps=1).train().evaluations[-1]
     assert "task_score" not in none and none["own_kl"] > 0
 
@@ -158,7 +160,7 @@ def test_the_prefix_holds_for_turns_that_merge_with_what_stands_before_them(monk
         assert [*prompts.prefixes[0], *row.teacher_ids] == wanted and row.teacher_ids
     assert prompts.prefixes[0][-1] != newline
     assert len(set(PROBES)) == len(PROBES)
-    monkeypatch.setattr(task_answers, "PROBES", ("a", "Z"))  # what would go wrong, and that it is seen
+    monkeypatch.setattr(task_prompts, "PROBES", ("a", "Z"))  # what would go wrong, and that it is seen
     naive = TaskPrompts(Counting(), tokenizer, CONTEXT, 3, 0)
     with pytest.raises(InputError, match="does not begin with"):
         naive.row([{"role": "user", "content": "\nboard"}])

@@ -79,7 +79,7 @@ def measure(
         )
         found["general_kl"] = divergence(samples_of(general, answers), trainer.model, base, **options)["kl"]
     if yardstick.task_episodes:
-        found |= task_score(trainer, yardstick, trainer.student_writes)
+        found |= task_score(trainer, yardstick, trainer.samplers.student_writes)
     return found
 
 

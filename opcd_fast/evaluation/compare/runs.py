@@ -15,11 +15,11 @@ from opcd_fast.errors import InputError
 from opcd_fast.evaluation.compare.measurement import Yardstick, base_reader, fixed_answers, measure
 from opcd_fast.evaluation.compare.systems import System
 from opcd_fast.models import pick_device, pick_dtype
-from opcd_fast.runtime import digest, list_checkpoints, write_text
+from opcd_fast.runtime import digest, write_text
 from opcd_fast.training import OPCDTrainer
 from opcd_fast.training.answers import KEPT_COUNTS, is_task
-from opcd_fast.training.run import FREE_ON_RESUME
-from opcd_fast.training.settings import OPCDConfig, without_gone
+from opcd_fast.training.run import list_checkpoints
+from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
 
 MEASURED = "measured.json"
 
@@ -145,7 +145,7 @@ def _own(system: System) -> Context:
 
 def _identity(comparison: Comparison, context: Context, config: OPCDConfig) -> dict[str, Any]:
     """What decides a run's numbers, as JSON values."""
-    free = {name for name in FREE_ON_RESUME if name not in ("steps", "dtype")}
+    free = {*settings_with(belongs="resume")} - {"steps", "dtype"}
     settings = {name: value for name, value in asdict(config).items() if name not in free}
     prompts: Any
     if is_task(comparison.prompts):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import OPCDConfig, check_names, option_names, typed_values
+from opcd_fast.training.settings import OPCDConfig, check_names, option_names, settings_with, typed_values
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "opcd": {},
@@ -19,10 +19,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "ema": {"teacher_mode": "ema"},
     "periodic": {"teacher_mode": "periodic"},
 }
-# What tells systems from each other: with these settings on the command line "opcd" would be another system.
-OF_SYSTEMS = ("answers", "kept_answers", "objective", "divergence", "beta", "alpha", "k", "tail", "teacher_mode",
-              "teacher_ema_decay", "teacher_sync_every")  # fmt: skip
-NOT_THEIRS = ("output_dir", "seed", "resume")  # a comparison sets these
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def parse_systems(given: Sequence[str]) -> list[System]:
 def check_common(config: OPCDConfig) -> None:
     """Raises InputError for a setting that belongs to the systems, or that leaves nothing to measure with."""
     plain = OPCDConfig()
-    for name in OF_SYSTEMS:
+    for name in settings_with(belongs="system"):
         if getattr(config, name) != getattr(plain, name):
             raise InputError(
                 f"{name} tells systems from each other; give it to one of them: --systems LABEL=NAME:{name}=..."
@@ -88,7 +84,8 @@ def _with_settings(word: str) -> System:
             raise InputError(f"systems: {setting!r} in {word!r} must be setting=value")
         changes[key.replace("-", "_")] = value if key == "context" else yaml.safe_load(value)
     context = changes.pop("context", None)
-    check_names(changes, [n for n in option_names(OPCDConfig) if n not in NOT_THEIRS], f"systems: {word!r}")
+    names = [name for name in option_names(OPCDConfig) if name not in settings_with(belongs="comparison")]
+    check_names(changes, names, f"systems: {word!r}")
     return System(
         system.label, {**system.changes, **typed_values(OPCDConfig, changes, numbers_as_text=True)}, context
     )

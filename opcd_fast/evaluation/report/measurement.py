@@ -33,12 +33,10 @@ from opcd_fast.training.run import (
     run_settings,
     weight_files,
 )
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, settings_with
 from opcd_fast.training.step import Windows, check_lengths
 
 SCHEMA = 1
-# Settings that are folders, files, addresses or commands.
-OF_THIS_MACHINE = ("output_dir", "rollout_file", "rollout_url", "rollout_command")
 WARNING = (
     "A context that was moved into weights can be drawn out of them again, by anybody who can use or read the weights. "
     "Do not move secrets in, and do not publish weights whose context is not public."
@@ -127,7 +125,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "saved": time_saved,
         "furthest": _furthest(answers, own[1]),
         "training": curve(run),
-        "settings": {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE},
+        "settings": {name: value for name, value in settings.items() if name not in settings_with(belongs="machine")},
         "hashes": {
             **_hashes(record, context, models),
             "held_out_sha256": hash_of([row_of(prompt) for prompt in held_out.prompts]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opcd_fast.data import Sample, count_tokens, micro_batches, pack
+from opcd_fast.data import Sample, count_tokens, micro_batches, pack, total_weight
 from opcd_fast.loss import LMHead, scratch_bytes
 from opcd_fast.models import MergedCopy, refuses_merge, refuses_pad, refuses_sharing, seam
 from opcd_fast.planning.rehearsal.job import Job
@@ -19,7 +19,7 @@ from opcd_fast.rollout import MOST, batch_that_fits, first_and_last_token
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.engines import ModelPair
 from opcd_fast.training.settings import OPCDConfig
-from opcd_fast.training.step import context_kl, total_weight
+from opcd_fast.training.step import context_kl
 
 Rows = Sequence[tuple[int, int, int]]
 

@@ -9,15 +9,17 @@ from opcd_fast.runtime.doors import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
-        "choice": ("TeacherWriter", "answer_source", "described", "objective_of"),
-        "prompts": ("TrainingPrompts", "check_goes_with_task", "read_training_prompts"),
-        "sources": ("KEPT_COUNTS",),
-        "tasks": ("TaskPrompts", "is_task"),
+        "prompts": ("TaskPrompts", "TrainingPrompts", "check_goes_with_task", "is_task", "read_training_prompts"),
+        "sources": ("KEPT_COUNTS", "AnswerSource", "answer_source", "sampling_of"),
     },
 )
 
 if TYPE_CHECKING:
-    from opcd_fast.training.answers.choice import TeacherWriter, answer_source, described, objective_of
-    from opcd_fast.training.answers.prompts import TrainingPrompts, check_goes_with_task, read_training_prompts
-    from opcd_fast.training.answers.sources import KEPT_COUNTS
-    from opcd_fast.training.answers.tasks import TaskPrompts, is_task
+    from opcd_fast.training.answers.prompts import (
+        TaskPrompts,
+        TrainingPrompts,
+        check_goes_with_task,
+        is_task,
+        read_training_prompts,
+    )
+    from opcd_fast.training.answers.sources import KEPT_COUNTS, AnswerSource, answer_source, sampling_of

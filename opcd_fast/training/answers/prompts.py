@@ -1,15 +1,88 @@
-"""What a run asks: prompts of a list with its contexts, or the turns of a task."""
+"""What a run asks: prompts of a list with its contexts, or the turns of a task.
+
+A task's turns become known as they are played, while the context's shared prefix is computed before the run:
+`TaskPrompts` makes it so that it holds for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.data import Context, Prompt, RenderedPrompt, adapt_to_tokenizer, read_prompts, render
+from opcd_fast.data import (
+    Context,
+    Message,
+    Prompt,
+    RenderedPrompt,
+    adapt_to_tokenizer,
+    read_prompts,
+    render,
+    student_ids,
+    teacher_ids,
+)
+from opcd_fast.data.tasks import Task
 from opcd_fast.errors import InputError
-from opcd_fast.training.answers.tasks import TaskPrompts, is_task
 from opcd_fast.training.settings import OPCDConfig
+
+# Beginnings of a user's message that share no first character and merge differently with what a template puts before
+# it: a prefix common to all of these is common to every message.
+PROBES = ("a", "Z", "7", "?", " a", "\n", "\n\n", "\t", "(", "é", "<")
+
+
+def is_task(prompts: Any) -> bool:
+    return hasattr(prompts, "episodes") and hasattr(prompts, "max_turns")
+
+
+class TaskPrompts:
+    """Renders the turns of a task.
+
+    first_turns, first: of `count` training episodes, as prompts and rendered; held_out_turns, held_out: of `held_out`
+    episodes of the split "selection", always the same ones. prefixes: one, the tokens shared by every turn with the
+    context in front.
+    Raises InputError: a context that cannot be rendered, or a split with fewer than `count` episodes.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Any,
+        context: Context,
+        count: int,
+        held_out: int,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.task, self.tokenizer, self._context = task, tokenizer, context
+        self._variables = template_variables
+        episodes = task.episodes("train", count)
+        if len(episodes) < count:
+            raise InputError(
+                f"task {task.name!r} has {len(episodes)} problems in its split 'train', batch_size={count}; lower it"
+            )
+        turns = [episode.messages() for episode in episodes]
+        probes = [[*turns[0][:-1], {**turns[0][-1], "content": text}] for text in PROBES]
+        later = [episode.messages() for episode in task.episodes("selection", held_out)] if held_out else []
+        self.first_turns, self.held_out_turns, probing = (self._prompts(part) for part in (turns, later, probes))
+        groups = [self.first_turns, self.held_out_turns, probing]
+        rendered, self.prefixes = render(tokenizer, groups, context, template_variables)
+        self.first, self.held_out, _ = rendered
+
+    def row(self, messages: Sequence[Message]) -> RenderedPrompt:
+        """A turn as student and teacher see it. Raises InputError where the shared prefix does not hold."""
+        (prompt,) = self._prompts([messages])
+        whole = tuple(teacher_ids(self.tokenizer, prompt, self._context, self._variables))
+        prefix = self.prefixes[0]
+        if whole[: len(prefix)] != prefix or len(whole) == len(prefix):
+            raise InputError(
+                f"task {self.task.name!r}: a turn with the context in front does not begin with the {len(prefix)} "
+                "tokens that all others share; its messages before the last one differ from those of the first turns"
+            )
+        return RenderedPrompt(
+            tuple(student_ids(self.tokenizer, prompt, self._variables)), whole[len(prefix) :], 0
+        )
+
+    def _prompts(self, turns: Sequence[Sequence[Message]]) -> list[Prompt]:
+        return adapt_to_tokenizer(self.tokenizer, [Prompt(messages=tuple(messages)) for messages in turns])
 
 
 @dataclass(frozen=True)

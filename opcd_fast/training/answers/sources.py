@@ -1,9 +1,8 @@
-"""Where a step's answers come from: prompts of a list, and whoever answers them.
+"""Where a step's answers come from: what is asked, and who answers.
 
-    PromptAnswers   prompts in the order of the run, fresh answers at every step
+    PromptAnswers   prompts of a list in the order of the run, fresh answers at every step
     KeptAnswers     the same prompts, answers drawn once before the first step and kept on disk
-
-`opcd_fast.training.answers.tasks` has the third, episodes of a task.
+    TaskAnswers     episodes of a task, every turn of which is one prompt with its answer
 """
 
 from __future__ import annotations
@@ -17,19 +16,44 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import RenderedPrompt, Sample
+from opcd_fast.data import Message, RenderedPrompt, Sample, prompts_of_step
+from opcd_fast.data.tasks import Episode, Played, play_with
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Completion
-from opcd_fast.runtime import stream_seed, write_text
+from opcd_fast.runtime import stream_seed, wilson, write_text
+from opcd_fast.training.answers.prompts import TaskPrompts, TrainingPrompts
 from opcd_fast.training.engines import Ranks
 from opcd_fast.training.run import ANSWERS
-from opcd_fast.training.step import samples_of
+from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training.step import Windows, check_lengths, samples_of
 
 FILE, KEPT_COUNTS = ANSWERS
 
 Sampling = Mapping[str, Any]  # keywords of `Rollout.generate`
 Writer = Callable[[Sequence[RenderedPrompt], Sampling], list[Completion]]
 """Answers prompts, in order: the student without the context, or the teacher with it."""
+
+
+def sampling_of(config: OPCDConfig, purpose: str, index: int) -> dict[str, Any]:
+    """How a run samples for one of its purposes, the same every time."""
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "seed": stream_seed(config.seed, purpose, index),
+    }
+
+
+def answer_source(
+    config: OPCDConfig, asked: TrainingPrompts, windows: Windows, ranks: Ranks, *, student: Writer, teacher: Writer
+) -> AnswerSource:
+    """windows: of student and teacher. student, teacher: who may be asked to write."""
+    write = student if config.answers == "student" else teacher
+    if asked.task is not None:
+        return TaskAnswers(config, asked.task, write, student, windows)
+    if config.kept_answers:
+        return KeptAnswers(config, asked.rows, write, ranks)
+    return PromptAnswers(config, asked.rows, write)
 
 
 @dataclass(frozen=True)
@@ -44,6 +68,9 @@ class Drawn:
 class AnswerSource(ABC):
     """What the loop asks for; any step can be asked for on its own."""
 
+    def __init__(self, config: OPCDConfig, write: Writer) -> None:
+        self._config, self._write = config, write
+
     def prepare(self, step: int) -> None:
         """Called once, before the first step (0) or where a run goes on after `step` steps."""
         return
@@ -56,31 +83,34 @@ class AnswerSource(ABC):
         """What a held-out evaluation of the student as it is now has besides its distances."""
         return {}
 
+    def _drawn(self, rows: Sequence[RenderedPrompt], answers: list[Completion], **more: Any) -> Drawn:
+        """Prompts and answers, paired in order. Those of a teacher lose their log-probabilities, which belong to
+        another distribution than the one that is trained."""
+        samples = samples_of(rows, answers)
+        if self._config.answers != "student":
+            samples = [replace(sample, logprobs=None) for sample in samples]
+        return Drawn(samples, answers, more)
+
 
 class PromptAnswers(AnswerSource):
-    """Fresh answers to each step's prompts.
+    """Fresh answers to each step's prompts."""
 
-    of_student: the answers are the student's own. Those of a teacher lose their log-probabilities, which belong to
-    another distribution than the one that is trained.
-    """
+    def __init__(self, config: OPCDConfig, prompts: Sequence[RenderedPrompt], write: Writer) -> None:
+        super().__init__(config, write)
+        self._all = prompts
 
-    def __init__(
-        self,
-        rows_of: Callable[[int], Sequence[RenderedPrompt]],
-        write: Writer,
-        sampling: Callable[[str, int], Sampling],
-        of_student: bool = True,
-    ) -> None:
-        self._rows_of, self._write, self._sampling, self._of_student = rows_of, write, sampling, of_student
+    def rows_of(self, step: int) -> list[RenderedPrompt]:
+        """The prompts of a step, every one as often as it gets an answer."""
+        config = self._config
+        return prompts_of_step(self._all, step, config.batch_size, config.rollouts_per_prompt, config.seed)
 
     def draw(self, step: int) -> Drawn:
-        rows = self._rows_of(step)
-        answers = self._write(rows, self._sampling("rollout", step))
-        return Drawn(scored(rows, answers, self._of_student), answers)
+        rows = self.rows_of(step)
+        return self._drawn(rows, self._write(rows, sampling_of(self._config, "rollout", step)))
 
 
-class KeptAnswers(AnswerSource):
-    """`count` answers to every prompt, drawn before the first step and written to `folder`/answers.jsonl.
+class KeptAnswers(PromptAnswers):
+    """`kept_answers` answers to every prompt, drawn before the first step and written to answers.jsonl of the run.
 
     What that took is in answers.json beside it.
 
@@ -89,20 +119,12 @@ class KeptAnswers(AnswerSource):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        prompts: Sequence[RenderedPrompt],
-        count: int,
-        rows_of: Callable[[int], Sequence[RenderedPrompt]],
-        write: Writer,
-        sampling: Callable[[str, int], Sampling],
-        seed: int,
-        ranks: Ranks,
+        self, config: OPCDConfig, prompts: Sequence[RenderedPrompt], write: Writer, ranks: Ranks
     ) -> None:
-        self._file = folder / FILE
-        self._prompts = [row for row in dict.fromkeys(prompts) for _ in range(count)]
-        self._count, self._rows_of, self._write = count, rows_of, write
-        self._sampling, self._seed, self._ranks = sampling, seed, ranks
+        super().__init__(config, prompts, write)
+        self._file = Path(config.output_dir) / FILE
+        self._prompts = [row for row in dict.fromkeys(prompts) for _ in range(config.kept_answers)]
+        self._ranks = ranks
         self._kept: dict[RenderedPrompt, list[Completion]] = {}
 
     def prepare(self, step: int) -> None:
@@ -112,19 +134,19 @@ class KeptAnswers(AnswerSource):
             answers = self._ranks.on_main(self._read)
         else:
             started = time.perf_counter()
-            answers = self._write(self._prompts, self._sampling("kept answers", 0))
+            answers = self._write(self._prompts, sampling_of(self._config, "kept answers", 0))
             self._ranks.on_main(lambda: self._save(answers, time.perf_counter() - started))
         for row, answer in zip(self._prompts, answers, strict=True):
             self._kept.setdefault(row, []).append(answer)
 
     def draw(self, step: int) -> Drawn:
-        rows = self._rows_of(step)
-        first, seen = stream_seed(self._seed, "kept answer", step), Counter[RenderedPrompt]()
+        rows = self.rows_of(step)
+        first, seen = stream_seed(self._config.seed, "kept answer", step), Counter[RenderedPrompt]()
         answers = []
         for row in rows:
-            answers.append(self._kept[row][(first + seen[row]) % self._count])
+            answers.append(self._kept[row][(first + seen[row]) % self._config.kept_answers])
             seen[row] += 1
-        return Drawn(scored(rows, answers, of_student=False), answers)
+        return self._drawn(rows, answers)
 
     def _save(self, answers: Sequence[Completion], seconds: float) -> None:
         lines = [
@@ -148,7 +170,59 @@ class KeptAnswers(AnswerSource):
         return found
 
 
-def scored(rows: Sequence[RenderedPrompt], answers: Sequence[Completion], of_student: bool) -> list[Sample]:
-    """Prompts and answers, paired in order, ready to be scored by student and teacher."""
-    samples = samples_of(rows, answers)
-    return samples if of_student else [replace(sample, logprobs=None) for sample in samples]
+class TaskAnswers(AnswerSource):
+    """Plays `batch_size` episodes of the split "train" at each step, `rollouts_per_prompt` times each. That each turn
+    is a sample of its own is how arXiv 2602.12275 trains on games.
+
+    write: who plays. student: who plays `task_episodes` episodes of the split "selection" at evaluations. windows: of
+    student and teacher, for the turns that only the run brings.
+    """
+
+    def __init__(
+        self, config: OPCDConfig, prompts: TaskPrompts, write: Writer, student: Writer, windows: Windows
+    ) -> None:
+        super().__init__(config, write)
+        self._prompts, self._student, self._windows = prompts, student, windows
+
+    def draw(self, step: int) -> Drawn:
+        config, task = self._config, self._prompts.task
+        own = stream_seed(config.seed, "episodes", step)
+        repeats = (task.episodes("train", config.batch_size, seed=own) for _ in range(config.rollouts_per_prompt))
+        episodes = [episode for repeat in repeats for episode in repeat]
+        rows, answers, played = self._play(episodes, self._write, sampling_of(config, "rollout", step))
+        score = sum(one.score for one in played) / len(played)
+        return self._drawn(rows, answers, episodes=len(played), train_task_score=score)
+
+    def evaluate(self) -> dict[str, Any]:
+        episodes = self._config.task_episodes
+        if not episodes:
+            return {}
+        return self.score(self._student, "selection", episodes, sampling_of(self._config, "task", 0))
+
+    def score(self, write: Writer, split: str, count: int, sampling: Sampling) -> dict[str, Any]:
+        """Mean score of `count` episodes, always the same ones, with a 95 % interval (Wilson's, episodes as trials;
+        for scores between 0 and 1 it is too wide, never too narrow)."""
+        _, _, played = self._play(self._prompts.task.episodes(split, count), write, sampling)
+        total = sum(one.score for one in played)
+        low, high = wilson(round(total), len(played))
+        return {
+            "task_score": total / len(played), "task_score_low": low, "task_score_high": high,
+            "task_episodes": len(played),
+        }  # fmt: skip
+
+    def _play(
+        self, episodes: Sequence[Episode], write: Writer, sampling: Sampling
+    ) -> tuple[list[RenderedPrompt], list[Completion], list[Played]]:
+        rows: list[RenderedPrompt] = []
+        answers: list[Completion] = []
+
+        def answer(asked: Sequence[Sequence[Message]], number: int) -> list[Completion]:
+            turn = [self._prompts.row(messages) for messages in asked]
+            check_lengths(turn, self._prompts.prefixes, sampling["max_new_tokens"], self._windows)
+            written = write(turn, {**sampling, "seed": stream_seed(sampling["seed"], "turn", number)})
+            rows.extend(turn)
+            answers.extend(written)
+            return written
+
+        played = play_with(episodes, answer, self._prompts.tokenizer, self._prompts.task.max_turns)
+        return rows, answers, played

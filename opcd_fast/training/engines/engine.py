@@ -22,7 +22,7 @@ from opcd_fast.loss import Drift, LossStats
 from opcd_fast.training.engines.model_pair import ModelPair, is_peft
 from opcd_fast.training.engines.ranks import Ranks, map_tensors
 
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Engine:
@@ -46,9 +46,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ a step
 
-    def run(self, work: Callable[[], T]) -> T:
-        """`work()` where the models' weights can be read, gradients included."""
-        return work()
+    def inside(self, work: F) -> F:
+        """`work`, as it is called where the models' weights can be read, gradients included."""
+        return work
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -106,7 +106,7 @@ class Engine:
         """Where weights are sharded, all ranks read the contexts of all samples now, in one order: each reading runs
         the model, and none may run it alone."""
         if self.sharded:
-            self.run(lambda: teacher.read(sorted({sample.context_index for sample in samples})))
+            self.inside(teacher.read)(sorted({sample.context_index for sample in samples}))
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

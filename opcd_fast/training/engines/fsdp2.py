@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from opcd_fast.training.engines.engine import Engine
 from opcd_fast.training.engines.model_pair import ModelPair
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class FSDP2Engine(Engine):
@@ -34,8 +36,11 @@ class FSDP2Engine(Engine):
         parts = [m for m in self._module.modules() if isinstance(m, FSDPModule)]
         self._reshard = [(part, part is not self._module) for part in parts]
 
-    def run(self, work: Callable[[], T]) -> T:
-        return work() if self._is_whole else self._module(work)[0]
+    def inside(self, work: F) -> F:
+        def called(*args: Any, **options: Any) -> Any:
+            return work(*args, **options) if self._is_whole else self._module(partial(work, *args, **options))[0]
+
+        return called  # type: ignore[return-value]
 
     @contextmanager
     def whole(self) -> Iterator[None]:

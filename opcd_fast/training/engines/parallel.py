@@ -20,7 +20,7 @@ from opcd_fast.training.engines.fsdp2 import FSDP2Engine
 from opcd_fast.training.engines.model_pair import ModelPair, is_peft
 from opcd_fast.training.engines.optimizers import make_optimizer
 from opcd_fast.training.engines.ranks import Ranks
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, settings_of
 
 
 def make_engine(accelerator: Any, ranks: Ranks, pair: ModelPair, config: OPCDConfig, device: torch.device) -> Engine:
@@ -83,28 +83,16 @@ class SharedSampler:
 def refuse_sharded(pair: ModelPair, config: OPCDConfig) -> None:
     """Raise InputError for what would hang, or be wrong, where ranks meet in every layer of every forward pass."""
 
-    def wrong(setting: str, reason: str, remedy: str = "use plain data parallelism (DDP)") -> InputError:
-        return InputError(f"{setting} does not go with sharded weights: {reason}; {remedy}")
+    def wrong(what: str, reason: str, remedy: str = "") -> InputError:
+        ddp = "use plain data parallelism (DDP)"
+        return InputError(f"{what} does not go with sharded weights: {reason}; {remedy}{ddp}")
 
-    if pair.moving is not None:
-        raise wrong(f"teacher_mode={config.teacher_mode!r}", "the teacher is a second copy that must follow")
-    models = (pair.student, pair.teacher, pair.reference)
-    if any(m is not None and is_quantized(m) for m in models):
-        raise wrong("4-bit weights", "their blocks cannot be cut")
-    if config.teacher_device != "auto" or config.teacher_offload:
-        setting = "teacher_offload" if config.teacher_offload else "teacher_device"
-        raise wrong(setting, "the teacher is sharded with the student", "drop it")
-    if config.num_virtual_tokens or virtual_tokens(pair.student):
-        raise wrong("num_virtual_tokens", "the prefix is made outside of the modules that gather weights")
-    if config.optimizer != "adamw_torch":
-        raise wrong(f"optimizer={config.optimizer!r}", "it does not know them", "use 'adamw_torch'")
-    for name in ("max_prefix_bytes", "teacher_batch_bytes"):
-        if getattr(config, name) is not None:
-            raise wrong(name, "ranks would run the teacher at different times", "drop it")
-    if config.merge_for_rollout:
-        raise wrong("merge_for_rollout=True", "the merged copy would be a whole model on every rank", "drop it")
-    if config.teacher_path not in ("auto", "merge"):
-        raise wrong(
-            f"teacher_path={config.teacher_path!r}", "it runs the model once per context or sequence, which differ "
-            "between ranks", "use 'auto', or plain data parallelism (DDP)",
-        )  # fmt: skip
+    for field, known in settings_of(type(config)):
+        value, good = getattr(config, field.name), known.sharded
+        if good is not None and value not in good.values:
+            fitting = " or ".join(map(repr, good.values))
+            raise wrong(field.name, good.reason, f"it is {value!r}, set it to {fitting}, or ")
+    if any(m is not None and is_quantized(m) for m in (pair.student, pair.teacher, pair.reference)):
+        raise wrong("weights in 4 bits", "their blocks cannot be cut")
+    if virtual_tokens(pair.student):
+        raise wrong("a trained prefix", "it is made outside of the modules that gather weights")

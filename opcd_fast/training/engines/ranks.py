@@ -11,12 +11,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from opcd_fast.data import Batch, Sample, count_tokens, pack, prompt_runs
+from opcd_fast.data import Sample, count_tokens, prompt_runs
 from opcd_fast.errors import InputError
 
 T = TypeVar("T")
@@ -28,14 +28,11 @@ class OtherRankError(InputError):
 
 @dataclass(frozen=True)
 class Round:
-    """One micro-batch of this rank. `empty`: it has none left, and runs a filler of weight 0 because others do."""
+    """One micro-batch of this rank. `empty`: it has none left, and runs a filler, which must count for nothing, because
+    others do."""
 
     samples: list[Sample]
     empty: bool = False
-
-    def pack(self, **options: Any) -> Batch:
-        batch = pack(self.samples, **options)
-        return batch.without_weight() if self.empty else batch
 
 
 class Ranks:
@@ -88,14 +85,21 @@ class Ranks:
         if self.world == 1:
             return value  # type: ignore[return-value]
         tensors: list[Tensor] = []
-        outline = _without_tensors(value, tensors) if self.main else None
+
+        def put(tensor: Tensor) -> _Slot:
+            tensors.append(tensor.detach().cpu().contiguous())
+            return _Slot(len(tensors) - 1)
+
+        outline = map_tensors(value, put) if self.main else None
         skeleton: list[Any] = [outline, [(t.shape, t.dtype) for t in tensors]]
         torch.distributed.broadcast_object_list(skeleton, src=0, group=self._group)
         if not self.main:
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in skeleton[1]]
         for tensor in tensors:
             torch.distributed.broadcast(tensor, src=0, group=self._group)
-        return value if self.main else _with_tensors(skeleton[0], tensors)  # type: ignore[return-value]
+        if self.main:
+            return value  # type: ignore[return-value]
+        return map_leaves(skeleton[0], lambda leaf: tensors[leaf.index] if isinstance(leaf, _Slot) else leaf)
 
     def together(self, work: Callable[[], T]) -> T:
         """`work()` on every rank; where it fails on some, all raise: those their own error, the others that one.
@@ -124,10 +128,6 @@ class Ranks:
             return work()
         return self.broadcast(self.together(lambda: work() if self.main else None))
 
-    def by_main(self, function: Callable[..., T]) -> Callable[..., T]:
-        """`function`, to be called by all ranks, and run by rank 0 alone."""
-        return lambda *args: self.on_main(lambda: function(*args))
-
     def check_alike(self, facts: Mapping[str, Any]) -> None:
         """Raise InputError, on every rank, where `facts` differ between ranks."""
         told = self.gather(dict(facts))
@@ -136,20 +136,16 @@ class Ranks:
             if any(value != found[0] for value in found):
                 raise InputError(f"{name} differs between ranks ({found!r:.300}); start all of them with the same")
 
-    def main_object(self, make: Callable[[], T]) -> T:
-        """What `make` makes, on rank 0 alone: its methods run there, and every rank gets what they return or raise."""
-        return make() if self.world == 1 else _OnMain(self, make)  # type: ignore[return-value]
-
     def stream(self, purpose: str) -> str:
         """Name of a random stream that differs between ranks; rank 0 has that of a single process."""
         return f"{purpose}/{self.rank}" if self.rank else purpose
 
-    def share(self, items: Sequence[T], costs: Sequence[float]) -> list[T]:
+    def share(self, items: Sequence[T], costs: Sequence[int]) -> list[T]:
         """This rank's part of `items`, in order. The same items and costs on every rank; no communication.
 
         The most expensive item goes to the rank that has least so far (Graham's longest-processing-time rule).
         """
-        loads = [0.0] * self.world
+        loads = [0] * self.world
         mine = []
         for index in sorted(range(len(items)), key=lambda i: (-costs[i], i)):
             rank = loads.index(min(loads))
@@ -163,8 +159,7 @@ class Ranks:
         if self.world == 1:
             return list(samples)
         runs = prompt_runs(samples)
-        costs = [float(count_tokens(run)) for run in runs]
-        return [sample for run in self.share(runs, costs) for sample in run]
+        return [sample for run in self.share(runs, [count_tokens(run) for run in runs]) for sample in run]
 
     def part(self, count: int) -> range:
         """This rank's part of `count` neighbours, as equal as can be."""
@@ -177,39 +172,16 @@ class Ranks:
         """
         mine = list(groups)
         count = max(self.gather(len(mine)))
-        filler = [replace(samples[0], response=samples[0].response[:1], logprobs=None)]
+        known = samples[0].logprobs
+        filler = [replace(samples[0], response=samples[0].response[:1], logprobs=None if known is None else known[:1])]
         for index in range(count):
             empty = index >= len(mine)
             yield Round(filler if empty else mine[index], empty)
 
 
-class _OnMain(Generic[T]):
-    def __init__(self, ranks: Ranks, make: Callable[[], T]) -> None:
-        self._ranks = ranks
-        self._object: T | None = ranks.together(lambda: make() if ranks.main else None)
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._ranks.on_main(lambda: getattr(self._object, name)(*args, **kwargs))
-
-        return call
-
-
 @dataclass(frozen=True)
 class _Slot:
     index: int
-
-
-def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    def put(tensor: Tensor) -> _Slot:
-        tensors.append(tensor.detach().cpu().contiguous())
-        return _Slot(len(tensors) - 1)
-
-    return map_tensors(value, put)
-
-
-def _with_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    return map_leaves(value, lambda leaf: tensors[leaf.index] if isinstance(leaf, _Slot) else leaf)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:

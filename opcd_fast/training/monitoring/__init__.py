@@ -10,18 +10,16 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "health": ("check_finite",),
-        "held_out": ("fixed_sequences", "held_out_record", "mean_length"),
+        "held_out": ("fixed_sequences", "held_out_record"),
         "journal": ("Journal", "TrainResult"),
         "plots": ("drawn", "plot_kl", "save_plot"),
-        "progress": ("Progress",),
-        "tracking": ("Trackers", "check_installed"),
+        "tracking": ("check_installed",),
     },
 )
 
 if TYPE_CHECKING:
     from opcd_fast.training.monitoring.health import check_finite
-    from opcd_fast.training.monitoring.held_out import fixed_sequences, held_out_record, mean_length
+    from opcd_fast.training.monitoring.held_out import fixed_sequences, held_out_record
     from opcd_fast.training.monitoring.journal import Journal, TrainResult
     from opcd_fast.training.monitoring.plots import drawn, plot_kl, save_plot
-    from opcd_fast.training.monitoring.progress import Progress
-    from opcd_fast.training.monitoring.tracking import Trackers, check_installed
+    from opcd_fast.training.monitoring.tracking import check_installed

@@ -3,58 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
-from opcd_fast.data import RenderedPrompt, Sample, whole_prompt
-from opcd_fast.rollout import Completion, Rollout
+from opcd_fast.data import RenderedPrompt, Sample
+from opcd_fast.rollout import Completion
 from opcd_fast.training.run import RunFolder
 from opcd_fast.training.step import Teacher, divergence, samples_of
 
 
 def fixed_sequences(
-    folder: RunFolder,
-    rows: Sequence[RenderedPrompt],
-    prefixes: Sequence[Sequence[int]],
-    rollout: Rollout,
-    first_weights: AbstractContextManager[Any],
-    sampling: Mapping[str, Any],
+    folder: RunFolder, rows: Sequence[RenderedPrompt], write: Callable[[Sequence[RenderedPrompt]], list[Completion]]
 ) -> list[Sample]:
-    """Answers written by the teacher's first weights with the context; kept on disk, the same for the whole run."""
+    """Answers that the teacher's first weights `write` with the context; kept on disk, the same for the whole run."""
     kept = folder.read_samples()
-    if kept is not None:
-        return kept
-    with first_weights:
-        answers = rollout.generate([whole_prompt(row, prefixes) for row in rows], **sampling)
-    samples = samples_of(rows, answers)
-    folder.write_samples(samples)
-    return samples
+    if kept is None:
+        kept = samples_of(rows, write(rows))
+        folder.write_samples(kept)
+    return kept
 
 
 def held_out_record(
     step: int,
     rows: Sequence[RenderedPrompt],
+    answers: Sequence[Completion],
     fixed: Sequence[Sample],
-    rollout: Rollout,
-    sampling: Mapping[str, Any],
     student: Any,
     reference: Teacher,
-    *,
-    score: Callable[[Sequence[Completion]], Mapping[str, float]] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Divergence of `student` from `reference` on its own answers (`own_…`) and on `fixed` ones (`fixed_…`).
-
-    score: more numbers about its own answers. options: those of `evaluate.divergence`.
-    """
-    answers = rollout.generate([row.student_ids for row in rows], **sampling)
+    """Divergence of `student` from `reference` on its own `answers` (`own_…`) and on `fixed` ones (`fixed_…`). options:
+    those of `evaluate.divergence`."""
     record: dict[str, Any] = {"step": step, "kind": "evaluation"}
     for name, samples in (("own", samples_of(rows, answers)), ("fixed", fixed)):
         measured = divergence(samples, student, reference, **options)
         record.update({f"{name}_{key}": value for key, value in measured.items()})
     record["response_length"] = sum(len(answer.token_ids) for answer in answers) / len(answers)
-    if score is not None:
-        record.update(score(answers))
     return record
 
 
@@ -69,8 +52,3 @@ def in_words(record: Mapping[str, Any]) -> str:
     if "task_score" in record:
         line += f"; task {record['task_score']:.3f} ({record['task_score_low']:.3f} to {record['task_score_high']:.3f})"
     return line
-
-
-def mean_length(samples: Sequence[Sample]) -> float | None:
-    """Tokens of an answer; None without any."""
-    return sum(len(sample.response) for sample in samples) / len(samples) if samples else None

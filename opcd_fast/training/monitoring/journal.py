@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opcd_fast.data import Sample
 from opcd_fast.training.engines import Ranks
 from opcd_fast.training.monitoring.health import warning_before_training, warnings_of
 from opcd_fast.training.monitoring.held_out import in_words
@@ -39,6 +40,7 @@ class TrainResult:
 class Journal:
     """A run's records, those of its beginning included, and whoever is told about new ones.
 
+    records, step: those of the run's beginning, and how many steps it made. accelerator: see `Trackers`.
     history, evaluations, warnings: records by kind. Use as a context manager: leaving it closes display and trackers.
     Every rank has one, with the same records; rank 0's writes and tells.
     """
@@ -48,16 +50,18 @@ class Journal:
         folder: RunFolder,
         config: OPCDConfig,
         records: Sequence[dict[str, Any]],
-        progress: Progress,
-        trackers: Trackers,
+        step: int,
+        accelerator: Any,
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
         ranks: Ranks,
+        quiet: bool,
     ) -> None:
-        self._folder, self._config, self._ranks = folder, config, ranks
-        self._progress, self._trackers, self._callbacks = progress, trackers, callbacks
+        self._folder, self._config, self._callbacks, self._ranks = folder, config, callbacks, ranks
+        self._trackers = ranks.together(lambda: Trackers(accelerator, folder.path, asdict(config), step))
+        self._progress = Progress(config.steps, step, quiet)
         self._draws = config.plots and ranks.main
         self._made = 0
-        self.teacher_length: float | None = None  # tokens of the teacher's held-out answers, once they are there
+        self._teacher_length: float | None = None  # tokens of the teacher's held-out answers, once they are there
         self.history = [record for record in records if record["kind"] == "step"]
         self.evaluations = [record for record in records if record["kind"] == "evaluation"]
         self.warnings = [record for record in records if record["kind"] == "warning"]
@@ -69,13 +73,18 @@ class Journal:
         self._progress.close()
         self._trackers.close()
 
+    def know(self, fixed: Sequence[Sample]) -> None:
+        """The teacher's held-out answers, whose length is what is normal."""
+        if fixed:
+            self._teacher_length = sum(len(sample.response) for sample in fixed) / len(fixed)
+
     def step(self, record: dict[str, Any]) -> None:
         """Note a step, and what its record warns of."""
         self._note(record, self.history)
         self._progress.step(record)
         self._made += 1
         told = {warning["name"] for warning in self.warnings}
-        self._warn(record, warnings_of(self.history, told, self.teacher_length, self._config.top_p == 1))
+        self._warn(record, warnings_of(self.history, told, self._teacher_length, self._config.top_p == 1))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Note a held-out evaluation, what that of the first weights warns of, and draw the run so far."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from opcd_fast.runtime import write_file
 
 Records = Sequence[dict[str, Any]]
 
@@ -77,15 +77,7 @@ def plot_answers(path: Path, history: Records) -> None:
 
 def save_plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (7, 4)) -> None:
     """PNG, whole or not at all: a run may be killed while it draws. draw: is given the figure; size: in inches."""
-    picture = drawn(draw, "png", size, dpi=120)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(picture)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    write_file(path, drawn(draw, "png", size, dpi=120))
 
 
 def drawn(

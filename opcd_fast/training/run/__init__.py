@@ -9,9 +9,10 @@ from opcd_fast.runtime.doors import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
+        "checkpoints": ("Saved", "list_checkpoints"),
         "continual": ("start_from",),
         "curves": ("curve", "run_settings"),
-        "folder": ("ANSWERS", "RunFolder"),
+        "folder": ("ANSWERS", "RunFolder", "identity"),
         "provenance": (
             "FileHashes",
             "Files",
@@ -26,16 +27,15 @@ __getattr__, __dir__, __all__ = door(
             "weight_files",
         ),
         "record": ("PROMPTS", "RECORD", "Origins", "kept_held_out", "read_record", "row_of", "write_record"),
-        "resumption": ("FREE_ON_RESUME", "identity"),
-        "snapshots": ("Snapshots",),
     },
     modules=("best",),
 )
 
 if TYPE_CHECKING:
+    from opcd_fast.training.run.checkpoints import Saved, list_checkpoints
     from opcd_fast.training.run.continual import start_from
     from opcd_fast.training.run.curves import curve, run_settings
-    from opcd_fast.training.run.folder import ANSWERS, RunFolder
+    from opcd_fast.training.run.folder import ANSWERS, RunFolder, identity
     from opcd_fast.training.run.provenance import (
         FileHashes,
         Files,
@@ -50,5 +50,3 @@ if TYPE_CHECKING:
         weight_files,
     )
     from opcd_fast.training.run.record import PROMPTS, RECORD, Origins, kept_held_out, read_record, row_of, write_record
-    from opcd_fast.training.run.resumption import FREE_ON_RESUME, identity
-    from opcd_fast.training.run.snapshots import Snapshots

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from opcd_fast.data import Sample
 from opcd_fast.errors import InputError
-from opcd_fast.runtime import checkpoints as checkpoint
+from opcd_fast.runtime import write_folder, write_text
+from opcd_fast.training.engines import Ranks
+from opcd_fast.training.run.checkpoints import Saved, list_checkpoints, load_checkpoint, save_checkpoint
 from opcd_fast.training.run.curves import run_settings
-from opcd_fast.training.run.resumption import completed
-from opcd_fast.training.settings import without_gone
+from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
 
 BEST = "best.json"
 ANSWERS = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
@@ -26,29 +28,56 @@ SCRATCH = (
 )  # fmt: skip
 
 
+T = TypeVar("T")
+
+
+def identity(config: OPCDConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run that goes on must share with its beginning: settings that are not free to change, and `facts` about
+    data and weights, as JSON values."""
+    settings = {name: getattr(config, name) for name in settings_with(belongs="result")}
+    return json.loads(json.dumps({**settings, **facts}))
+
+
+def _by_main(method: Callable[..., T]) -> Callable[..., T]:
+    """A method of `RunFolder` that rank 0 alone runs; every rank calls it, and gets what it returns or raises."""
+
+    @functools.wraps(method)
+    def called(self: RunFolder, *args: Any, **options: Any) -> T:
+        return self.ranks.on_main(lambda: method(self, *args, **options))
+
+    return called
+
+
 class RunFolder:
-    """The folder `output_dir`. Nothing is written before `start`.
+    """The folder `output_dir`, which rank 0 of `ranks` (None: this process) reads and writes. Nothing is written before
+    `start`.
 
     A run that stopped before its first checkpoint has nothing to lose and is started over.
     Raises InputError: the folder holds a run with a checkpoint (without resume), or none (with resume).
     """
 
-    def __init__(self, path: str | Path, resume: bool) -> None:
+    def __init__(self, path: str | Path, resume: bool, ranks: Ranks | None = None) -> None:
         self.path = Path(path)
         self.resume = resume
+        self.ranks = ranks or Ranks(alone=True)
         self._metrics = self.path / "metrics.jsonl"
         self._checkpoints = self.path / "checkpoints"
         self._saved: int | None = None
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"output_dir={str(path)!r} is a file; choose another folder")
-        found = bool(checkpoint.list_checkpoints(self._checkpoints))
-        if not resume and (found or (self.path / "final").exists()):
-            raise InputError(f"output_dir={str(path)!r} already holds a run; use resume, or choose another folder")
-        if resume and not found:
-            raise InputError(f"resume: no checkpoint in {str(path)!r}; start without resume")
+        self._check()
 
+    @_by_main
+    def _check(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output_dir={str(self.path)!r} is a file; choose another folder")
+        found = bool(list_checkpoints(self._checkpoints))
+        if not self.resume and (found or (self.path / "final").exists()):
+            raise InputError(f"output_dir={str(self.path)!r} already holds a run; use resume, or choose another folder")
+        if self.resume and not found:
+            raise InputError(f"resume: no checkpoint in {str(self.path)!r}; start without resume")
+
+    @_by_main
     def start(self, config: Mapping[str, Any]) -> None:
-        if checkpoint.list_checkpoints(self._checkpoints):
+        if list_checkpoints(self._checkpoints):
             raise InputError(f"output_dir={str(self.path)!r} holds the run of an earlier train(); make a new trainer")
         self.clear_leftovers()
         for name in ("metrics.jsonl", "eval_fixed.json", "rollout.json", *ANSWERS):
@@ -56,8 +85,9 @@ class RunFolder:
         shutil.rmtree(self.path / "best", ignore_errors=True)
         self.write_config(config)
 
+    @_by_main
     def write_config(self, config: Mapping[str, Any]) -> None:
-        checkpoint.write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
+        write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
 
     def clear_leftovers(self) -> None:
         """Remove what a killed run was writing."""
@@ -66,6 +96,7 @@ class RunFolder:
                 if scratch.name.startswith(SCRATCH):
                     shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
 
+    @_by_main
     def log(self, record: Mapping[str, Any]) -> None:
         try:
             with open(self._metrics, "a", encoding="utf-8") as file:
@@ -73,16 +104,18 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot write {str(self._metrics)!r}: {error.strerror or error}") from error
 
-    def save(self, step: int, saved: checkpoint.Saved, identity: dict[str, Any], keep: int) -> None:
+    @_by_main
+    def save(self, step: int, saved: Saved, made_of: dict[str, Any], keep: int) -> None:
         """A checkpoint of `step`, unless the last one is that already. The records before it are on the disk first."""
         if self._saved == step:
             return
         if self._metrics.exists():
             with open(self._metrics, "rb") as file:
                 os.fsync(file.fileno())
-        checkpoint.save_checkpoint(self._checkpoints, step, saved, {"identity": identity}, keep)
+        save_checkpoint(self._checkpoints, step, saved, {"identity": made_of}, keep)
         self._saved = step
 
+    @_by_main
     def save_best(self, record: Mapping[str, Any], fill: Callable[[Path], None]) -> None:
         """Replace best/ by what `fill` writes, and note the evaluation it goes back to in best.json."""
 
@@ -90,29 +123,34 @@ class RunFolder:
             fill(folder)
             (folder / BEST).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
 
-        checkpoint.write_folder(self.path / "best", fill_and_note)
+        write_folder(self.path / "best", fill_and_note)
 
-    def restore(self, identity: Mapping[str, Any]) -> tuple[int, checkpoint.Saved, list[dict[str, Any]]]:
-        """Step and contents of the newest checkpoint, and the records up to it.
+    @_by_main
+    def restore(self, wanted: Mapping[str, Any], steps: int) -> tuple[int, Saved, list[dict[str, Any]]]:
+        """Step and contents of the newest checkpoint, and the records up to it. wanted: what its `identity` must be.
+        steps: how many it may have.
 
         Records of steps after the checkpoint are dropped from the file: these steps will be made again.
         Raises InputError for a damaged checkpoint, one of a run with another identity, or settings that are gone.
         """
-        saved, state = checkpoint.load_checkpoint(checkpoint.list_checkpoints(self._checkpoints)[-1])
+        saved, state = load_checkpoint(list_checkpoints(self._checkpoints)[-1])
         where = f"resume: the run in {str(self.path)!r}"
-        kept_identity = completed(without_gone(state["identity"], where, "start a new one in another output_dir"))
+        kept_identity = without_gone(state["identity"], where, "start a new one in another output_dir")
+        kept_identity = {**identity(OPCDConfig(), {}), **kept_identity}  # defaults are what its version did
         if (self.path / "config.json").exists():
             run_settings(self.path)
-        for name, value in identity.items():
+        for name, value in wanted.items():
             before = kept_identity.get(name)
             if before != value:
                 raise InputError(
                     f"resume: {name} differs from the run in {str(self.path)!r} ({before!r} there, {value!r} now); "
                     "use the same settings or another output_dir"
                 )
+        if state["step"] > steps:
+            raise InputError(f"resume: the run has made {state['step']} steps already, steps={steps}; give more")
         self.clear_leftovers()
         kept = [record for record in self._records() if record["step"] <= state["step"]]
-        checkpoint.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._saved = state["step"]
         return state["step"], saved, kept
 
@@ -125,6 +163,7 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
+    @_by_main
     def read_samples(self) -> list[Sample] | None:
         """The held-out sequences of the run being resumed, or None."""
         path = self.path / "eval_fixed.json"
@@ -132,5 +171,6 @@ class RunFolder:
             return None
         return [Sample(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
+    @_by_main
     def write_samples(self, samples: Sequence[Sample]) -> None:
-        checkpoint.write_text(self.path / "eval_fixed.json", json.dumps([asdict(sample) for sample in samples]))
+        write_text(self.path / "eval_fixed.json", json.dumps([asdict(sample) for sample in samples]))

@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 from opcd_fast.errors import InputError
 from opcd_fast.models import SMOLLM2, Place, cache_dir, is_path, place_of
+from opcd_fast.runtime import write_file
 
 Files = dict[str, dict[str, Any]]  # name -> {"size": bytes, "sha256": hexadecimal}
 
@@ -80,11 +79,7 @@ class FileHashes:
         """Best effort: without it the next hash takes longer, and is right all the same."""
         self._kept[name] = entry
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self._kept, file)
-            os.replace(scratch, self._path)
+            write_file(self._path, json.dumps(self._kept))
 
 
 def _digest(file: Any) -> str:

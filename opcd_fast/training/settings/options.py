@@ -12,6 +12,7 @@ from typing import Any
 
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings.gone import refuse_gone
+from opcd_fast.training.settings.setting import settings_of
 
 
 def typed_values(cls: type, values: Mapping[str, Any], numbers_as_text: bool = False) -> dict[str, Any]:
@@ -21,7 +22,9 @@ def typed_values(cls: type, values: Mapping[str, Any], numbers_as_text: bool = F
     With `numbers_as_text` a float may be written out, as YAML reads 1e-4.
     """
     kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-    return {name: _typed(name, kinds[name], value, numbers_as_text) for name, value in values.items()}
+    readers = {field.name: known.read for field, known in settings_of(cls) if known.read is not None}
+    read = {name: readers[name](name, value) if name in readers else value for name, value in values.items()}
+    return {name: _typed(name, kinds[name], value, numbers_as_text) for name, value in read.items()}
 
 
 def _typed(name: str, declared: str, value: Any, numbers_as_text: bool) -> Any:
@@ -31,10 +34,6 @@ def _typed(name: str, declared: str, value: Any, numbers_as_text: bool) -> Any:
     if kind == "float" and numbers_as_text and isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if name == "lora_targets":
-        value = _comma_separated(value)
-    if name == "chat_template_kwargs":
-        value = _json_object(value)
     if kind == "str" and isinstance(value, PurePath):
         value = str(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -52,7 +51,7 @@ def _typed(name: str, declared: str, value: Any, numbers_as_text: bool) -> Any:
     return tuple(value) if is_list else value
 
 
-def _comma_separated(value: Any) -> Any:
+def comma_separated(name: str, value: Any) -> Any:
     """["q_proj", "v_proj"] and "q_proj, v_proj" as "q_proj,v_proj"; anything else as it is."""
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -60,19 +59,19 @@ def _comma_separated(value: Any) -> Any:
     return ",".join(name.strip() for name in names if name.strip())
 
 
-def _json_object(value: Any) -> Any:
+def json_object(name: str, value: Any) -> Any:
     """{"a": False} and '{"a": false}' as the second; text that is no object raises InputError, other types pass."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise InputError(f"chat_template_kwargs={value!r:.80} is not JSON: {error}") from error
+            raise InputError(f"{name}={value!r:.80} is not JSON: {error}") from error
         if not isinstance(value, dict):
-            raise InputError(f"chat_template_kwargs={json.dumps(value)} must be an object: '{{\"name\": value}}'")
+            raise InputError(f"{name}={json.dumps(value)} must be an object: '{{\"name\": value}}'")
     try:
         return json.dumps(dict(value), sort_keys=True) if isinstance(value, Mapping) else value
     except TypeError as error:
-        raise InputError(f"chat_template_kwargs={value!r:.80} must hold JSON values: {error}") from error
+        raise InputError(f"{name}={value!r:.80} must hold JSON values: {error}") from error
 
 
 def check_names(values: Mapping[str, Any], allowed: list[str], where: str) -> None:

@@ -10,8 +10,7 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "evaluate": ("divergence", "samples_of"),
-        "likelihood": ("answer_nll",),
-        "objective": ("Teacher", "context_kl"),
+        "objective": ("Teacher", "answer_nll", "context_kl", "objective_of"),
         "preflight": (
             "Windows",
             "check_context_matters",
@@ -20,15 +19,14 @@ __getattr__, __dir__, __all__ = door(
             "check_prompt_length",
             "warn_of_known_prompts",
         ),
-        "records": ("step_record", "total_weight"),
+        "records": ("step_record",),
         "teachers": ("Teachers",),
     },
 )
 
 if TYPE_CHECKING:
     from opcd_fast.training.step.evaluate import divergence, samples_of
-    from opcd_fast.training.step.likelihood import answer_nll
-    from opcd_fast.training.step.objective import Teacher, context_kl
+    from opcd_fast.training.step.objective import Teacher, answer_nll, context_kl, objective_of
     from opcd_fast.training.step.preflight import (
         Windows,
         check_context_matters,
@@ -37,5 +35,5 @@ if TYPE_CHECKING:
         check_prompt_length,
         warn_of_known_prompts,
     )
-    from opcd_fast.training.step.records import step_record, total_weight
+    from opcd_fast.training.step.records import step_record
     from opcd_fast.training.step.teachers import Teachers

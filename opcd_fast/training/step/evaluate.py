@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opcd_fast.data import RenderedPrompt, Sample
+from opcd_fast.data import RenderedPrompt, Sample, pack
 from opcd_fast.rollout import Completion
 from opcd_fast.runtime import mean_and_error
 from opcd_fast.training.engines import Engine, TokenBudget
@@ -47,6 +46,7 @@ def divergence(
     if budget is None:
         budget = TokenBudget(micro_batch_tokens)
     ranks = budget.ranks
+    score = context_kl if engine is None else engine.inside(context_kl)
 
     def measured() -> tuple[list[float], list[float], float, float, int]:
         by_token = agreement = 0.0
@@ -54,10 +54,9 @@ def divergence(
         first_tokens: list[float] = []
         tokens = 0
         for turn in budget.rounds(samples):
-            batch = turn.pack().to(device)
+            batch = pack(turn.samples).to(device)
             seen = _LogProbabilities()
-            score = partial(
-                context_kl,
+            _, stats = score(
                 batch,
                 student,
                 teacher,
@@ -67,7 +66,6 @@ def divergence(
                 drift=seen,
                 **loss_options,
             )
-            _, stats = score() if engine is None else engine.run(score)
             if turn.empty:
                 continue
             lengths = batch.response_cu_seqlens.diff().tolist()

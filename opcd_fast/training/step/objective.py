@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from opcd_fast.loss import (
 )
 from opcd_fast.models import packed_hidden_states, seam, shared_prompt_hidden_states
 from opcd_fast.runtime import Stopwatch
+from opcd_fast.training.settings import OPCDConfig, settings_with
 
 
 class TokenLogProbs(Protocol):
@@ -121,6 +123,68 @@ def context_kl(
                 logprobs = trainer_logprobs(h_s, head_s, batch.response_ids, stats.student_logsumexp, temperature)
             drift.add(logprobs, batch.behaviour_logprobs, factors)
         return loss, stats
+
+
+@dataclass
+class AnswerStats:
+    """token_nll: -log p(token) of the student at every response token, (N,) fp32, detached."""
+
+    token_nll: Tensor
+
+
+def answer_nll(
+    batch: Batch,
+    student: Any,
+    teacher: Any = None,
+    *,
+    temperature: float,
+    denominator: float,
+    compute_dtype: torch.dtype,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    student_head: LMHead | None = None,
+    stopwatch: Stopwatch | None = None,
+    drift: TokenLogProbs | None = None,
+) -> tuple[Tensor, AnswerStats]:
+    """sum(w * -log p_student(token)) / denominator over the batch's response tokens: supervised fine-tuning, and
+    distillation on whole sequences.
+
+    Where the answers were drawn from the teacher at the same temperature, this is a sample of the forward KL to it, up
+    to the teacher's entropy, and has the same gradient on average (Kim and Rush, arXiv 1606.07947, call it
+    sequence-level knowledge distillation). Called as `context_kl`; `teacher` is not looked at.
+
+    Returns:
+        scalar loss, AnswerStats.
+    """
+    watch = stopwatch or Stopwatch()
+    with watch("student"), autocast():
+        h_s = student_hidden_states(student, batch)  # (N, D_s)
+    with watch("loss"):
+        logprobs = fused_linear_logprobs(
+            h_s.to(compute_dtype),
+            in_type(present_head(student_head, student), compute_dtype),
+            batch.response_ids,
+            temperature=temperature,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )  # (N,)
+        loss = -(logprobs * batch.token_weights).sum() / denominator
+    if drift is not None and batch.behaviour_logprobs is not None:
+        drift.add(logprobs.detach(), batch.behaviour_logprobs)
+    return loss, AnswerStats(-logprobs.detach())
+
+
+def objective_of(config: OPCDConfig) -> Callable[..., tuple[Tensor, Any]]:
+    """What a run minimises, called as `context_kl`."""
+    if config.objective == "nll":
+        return answer_nll
+    return partial(
+        context_kl,
+        divergence={name: getattr(config, name) for name in settings_with(belongs="divergence")},
+        correction=config.importance_correction,
+        clip=config.importance_clip,
+    )
 
 
 def present_head(head: LMHead | None, student: Any) -> LMHead:

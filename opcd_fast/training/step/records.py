@@ -7,15 +7,13 @@ from typing import Any
 
 from opcd_fast.data import Sample
 from opcd_fast.loss import Drift
-from opcd_fast.training.step.likelihood import AnswerStats
-
-
-def total_weight(samples: Sequence[Sample], normalize: str) -> float:
-    return float(len(samples) if normalize == "sequence" else sum(len(sample.response) for sample in samples))
+from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training.step.objective import AnswerStats
 
 
 def step_record(
     step: int,
+    config: OPCDConfig,
     loss: float,
     norm: float,
     samples: Sequence[Sample],
@@ -38,6 +36,8 @@ def step_record(
         **drift.record(),
         "tokens_per_second": tokens / sum(seconds.values()),
         "seconds": {part: round(value, 4) for part, value in seconds.items()},
+        "objective": config.divergence if config.objective == "divergence" else config.objective,
+        "answers_of": "file" if config.rollout == "replay" else config.answers,
     }
 
 

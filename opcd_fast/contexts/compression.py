@@ -178,7 +178,8 @@ class _Reader:
         """(N, D) hidden states that predict the answers' N tokens."""
         rows = [teacher_ids(self._tokenizer, prompt, context) for prompt in self._prompts]
         shared = common_prefix_length(rows)
-        teacher = ContextTeacher(self._model, torch.tensor(rows[0][:shared], dtype=torch.int64))
+        context = torch.tensor(rows[0][:shared], dtype=torch.int64)
+        teacher = ContextTeacher(self._model, context, frozen_weights=True)
         samples = [Sample(row, row[shared:], 0, answer) for row, answer in zip(rows, self._responses, strict=True)]
         pieces = []
         for group in micro_batches(samples, self._micro_batch_tokens):

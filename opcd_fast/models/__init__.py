@@ -40,7 +40,7 @@ __getattr__, __dir__, __all__ = door(
         "prefix_tuning": ("virtual_tokens", "with_prefix"),
         "quantized": ("is_quantized", "keep_plain_layout", "quantize_4bit", "require_bitsandbytes"),
         "shared_prompts": ("shared_prompt_hidden_states", "shares_prompts"),
-        "weight_versions": ("HOME", "count_optimizer_steps", "versions_of"),
+        "weights": ("Checksum", "adapter_weights", "base_weights", "checksum", "is_sharded", "weights_of"),
     },
     modules=("seam",),
 )
@@ -76,4 +76,4 @@ if TYPE_CHECKING:
     from opcd_fast.models.prefix_tuning import virtual_tokens, with_prefix
     from opcd_fast.models.quantized import is_quantized, keep_plain_layout, quantize_4bit, require_bitsandbytes
     from opcd_fast.models.shared_prompts import shared_prompt_hidden_states, shares_prompts
-    from opcd_fast.models.weight_versions import HOME, count_optimizer_steps, versions_of
+    from opcd_fast.models.weights import Checksum, adapter_weights, base_weights, checksum, is_sharded, weights_of

@@ -24,7 +24,7 @@ from opcd_fast.rollout import memory as rollout_memory
 from opcd_fast.rollout.check import Answers, check_decoding
 from opcd_fast.rollout.choice import Choice
 from opcd_fast.rollout.decoding import decode, refuses_decoding
-from opcd_fast.rollout.protocol import Completion, Rollout, check_request, stop_token_ids, weights_version
+from opcd_fast.rollout.protocol import Completion, Rollout, check_request, stop_token_ids
 
 __all__ = ["Completion", "Rollout", "TransformersRollout", "stop_token_ids"]
 
@@ -80,7 +80,6 @@ class TransformersRollout:
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
         self._merged: MergedCopy | None = None
-        self._folded: Any = None  # version of the weights that the copy holds
         self._kept = choice or Choice()
         kept = self._kept.values
         self._engine = self._kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
@@ -103,10 +102,9 @@ class TransformersRollout:
             self.max_batch = kept.get("batch")
 
     def sync(self, model: Any = None) -> None:
-        """Weights may have moved: fold the adapter in again before the next answer."""
+        """See Rollout. A merged copy looks at the weights itself before every call."""
         if model is not None and model is not self.model:
             raise InputError("sync: this rollout runs the model it was made with; make another for another model")
-        self._folded = None
 
     def explain(self) -> str:
         """What was chosen and why, a line each; what is not decided yet is decided at the first call."""
@@ -180,13 +178,7 @@ class TransformersRollout:
         )
 
     def _answering_model(self) -> Any:
-        if self._merged is None:
-            return self.model
-        version = weights_version(self.model)
-        if version != self._folded:
-            self._merged.refresh()
-            self._folded = version
-        return self._merged.model
+        return self.model if self._merged is None else self._merged.refresh()
 
     # --------------------------------------------------------------------------------------- decided once
 

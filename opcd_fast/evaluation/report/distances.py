@@ -69,8 +69,9 @@ class Reader:
         ]
         try:
             self._teacher = ContextTeacher(
-                side.model, contexts, path=settings.get("teacher_path", "auto"), adapter=side.adapter
-            )
+                side.model, contexts, path=settings.get("teacher_path", "auto"), adapter=side.adapter,
+                frozen_weights=True,
+            )  # fmt: skip
         except ValueError as error:
             raise InputError(str(error)) from error
         self.head = self._teacher.head

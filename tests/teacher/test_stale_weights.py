@@ -236,7 +236,7 @@ def test_weights_broadcast_from_another_process(tmp_path):
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}], ids=["fused", "foreach", "plain"])
 def test_other_peoples_graphs_are_left_alone(options):
-    """An optimizer that holds a parameter without a gradient does not change it, so a graph that needs it stays good."""
+    """An optimizer does not change a parameter without a gradient, so a graph that needs it stays good."""
     ContextTeacher(tiny_model(), CONTEXT).hidden_states_packed(IDS, BOUNDS)
     used, trained = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     x = torch.ones(3, requires_grad=True)

@@ -151,6 +151,10 @@ def test_scales_of_packed_weights_count():
     plain.model.layers[1].mlp.up_proj.weight.data *= 2  # the same bytes and other scales
     assert checksum(weights_of(packed(tiny_model()))) == checksum(weights_of(packed(tiny_model())))
     assert checksum(weights_of(packed(plain))) != checksum(weights_of(packed(tiny_model())))
+    model = packed(tiny_model())
+    before = checksum(weights_of(model))
+    model.model.layers[1].mlp.up_proj.weight.quant_state.absmax[0] += 1
+    assert checksum(weights_of(model)) != before
 
 
 def test_it_is_one_number_of_known_value():

@@ -40,7 +40,7 @@ class Spans:
             yield slice(*q), slice(*k)
 
 
-def pair_for(query: Tensor) -> VarlenPair | DensePair:
+def pair_for(query: Tensor) -> VarlenPair | DensePair | FlashPair:
     """The kernels for tensors like `query`."""
     if only_shapes():
         return FlashPair()

@@ -73,8 +73,9 @@ class Reader:
             contexts[group] = list(rows[0][: self._shared[group]])
         try:
             self._teacher = ContextTeacher(
-                model, [torch.tensor(ids, dtype=torch.int64) for ids in contexts], path=path, adapter=adapter
-            )
+                model, [torch.tensor(ids, dtype=torch.int64) for ids in contexts], path=path, adapter=adapter,
+                frozen_weights=True,
+            )  # fmt: skip
         except ValueError as error:
             raise InputError(str(error)) from error
         self._head = self._teacher.head

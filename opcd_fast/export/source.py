@@ -118,7 +118,7 @@ def _unpacked_again(source: Source, device: str) -> Any:
 @torch.no_grad()
 def dequantized(model: Any) -> Any:
     """A 4-bit model (bitsandbytes) with its packed layers replaced by float32 layers of the same numbers, in place."""
-    from opcd_fast.models import seam
+    from opcd_fast.models import unmark_4bit
 
     bnb = require_bitsandbytes("dequantize")
     for parent in list(model.modules()):
@@ -135,7 +135,7 @@ def dequantized(model: Any) -> Any:
         if not parameter.is_floating_point():
             raise InputError("dequantize: some weights are packed otherwise than by bitsandbytes to 4 bits")
         parameter.data = parameter.data.float()
-    seam.unmark_4bit(model)
+    unmark_4bit(model)
     return model.eval()
 
 

@@ -187,7 +187,7 @@ class ContextInFront:
                     "the actor has no adapter, so nothing is left of the teacher once it is trained; set "
                     "actor_rollout_ref.model.lora_rank"
                 )
-            self._teacher = ContextTeacher(model, list(self.swap.teacher), adapter="disabled")
+            self._teacher = ContextTeacher(model, list(self.swap.teacher), frozen_weights=True)
         return self._teacher
 
 

@@ -37,9 +37,9 @@ __getattr__, __dir__, __all__ = door(
         "names": ("SMOLLM2", "SMOLLM2_ON_THE_HUB", "Place", "base_of_adapter", "cache_dir", "is_path", "place_of"),
         "packed": ("forward_on_row", "packed_hidden_states", "padded_forward"),
         "prefix_tuning": ("virtual_tokens", "with_prefix"),
-        "quantized": ("is_quantized", "keep_plain_layout", "quantize_4bit", "require_bitsandbytes"),
+        "quantized": ("is_quantized", "keep_plain_layout", "quantize_4bit", "require_bitsandbytes", "unmark_4bit"),
         "shared_prompts": ("shared_prompt_hidden_states", "shares_prompts"),
-        "weight_versions": ("HOME", "count_optimizer_steps", "versions_of"),
+        "weights": ("Checksum", "adapter_weights", "base_weights", "checksum", "is_sharded", "weights_of"),
     },
     modules=("seam",),
 )
@@ -72,6 +72,12 @@ if TYPE_CHECKING:
     from opcd_fast.models.names import SMOLLM2, SMOLLM2_ON_THE_HUB, Place, base_of_adapter, cache_dir, is_path, place_of
     from opcd_fast.models.packed import forward_on_row, packed_hidden_states, padded_forward
     from opcd_fast.models.prefix_tuning import virtual_tokens, with_prefix
-    from opcd_fast.models.quantized import is_quantized, keep_plain_layout, quantize_4bit, require_bitsandbytes
+    from opcd_fast.models.quantized import (
+        is_quantized,
+        keep_plain_layout,
+        quantize_4bit,
+        require_bitsandbytes,
+        unmark_4bit,
+    )
     from opcd_fast.models.shared_prompts import shared_prompt_hidden_states, shares_prompts
-    from opcd_fast.models.weight_versions import HOME, count_optimizer_steps, versions_of
+    from opcd_fast.models.weights import Checksum, adapter_weights, base_weights, checksum, is_sharded, weights_of

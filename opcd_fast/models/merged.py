@@ -14,21 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opcd_fast.models import seam
 from opcd_fast.models.loading import cpu_has_bf16
+from opcd_fast.models.weights import Checksum, adapter_weights, base_weights, checksum
 
 
 class MergedCopy:
     """Shares everything with `peft_model` but the weights of the adapted linear layers.
 
-    Of a model that it holds in another type (`type_of`) it shares nothing.
+    Of a model that it holds in another type (`type_of`) it shares nothing. Its weights hold numbers after the first
+    `refresh`.
 
     Args:
         peft_model: a PeftModel whose adapters are LoRA or DoRA on nn.Linear layers (see `supports`).
         device: what the copy is made for, "cuda" or "cpu". None: where the model is.
+        frozen_base: the caller knows that nothing but the adapter changes; saves reading the rest at each `refresh`.
     """
 
-    def __init__(self, peft_model: Any, device: str | None = None) -> None:
-        on_cpu = (device or next(peft_model.parameters()).device.type) == "cpu"
+    def __init__(self, peft_model: Any, device: str | None = None, *, frozen_base: bool = False) -> None:
+        self._source, self._frozen_base = peft_model, frozen_base
+        self._on_cpu = (device or next(peft_model.parameters()).device.type) == "cpu"
+        self._copied_from: Checksum | None = None
+        self._folded: Any = None
+        self.model: Any = None
+        self._copy()
+
+    def _copy(self) -> None:
+        peft_model, on_cpu = self._source, self._on_cpu
+        self.model = None  # never two
         dtype = self.type_of(peft_model) if on_cpu else None
         self._pairs: list[tuple[Any, nn.Parameter]] = []
         adapted = {name: layer for name, layer in peft_model.named_modules() if _is_lora(layer)}
@@ -86,7 +99,19 @@ class MergedCopy:
 
     @torch.no_grad()
     def refresh(self) -> Any:
-        """Fold the adapter's present weights in; returns the plain model."""
+        """The plain model with the weights and the adapter of this moment; what did not change is not made again."""
+        base = () if self._frozen_base else checksum(base_weights(self._source))
+        if base != self._copied_from:
+            if self._copied_from is not None:
+                self._copy()
+            self._copied_from, self._folded = base, None
+        adapter = checksum(adapter_weights(self._source)), seam.adapter_state(self._source)
+        if adapter != self._folded:
+            self._fold()
+            self._folded = adapter
+        return self.model
+
+    def _fold(self) -> None:
         for layer, weight in self._pairs:
             (adapter,) = layer.lora_A
             up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
@@ -95,7 +120,6 @@ class MergedCopy:
                 continue
             weight.t().copy_(layer.base_layer.weight.t())
             weight.t().addmm_(down.t().to(weight.dtype), up.t().to(weight.dtype), alpha=layer.scaling[adapter])
-        return self.model
 
 
 def _dora_weight(layer: Any, adapter: str) -> Tensor:

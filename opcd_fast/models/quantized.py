@@ -60,7 +60,7 @@ def quantize_4bit(model: Any, device: torch.device, dtype: torch.dtype, setting:
     for parameter in lm.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    seam.mark_4bit(lm)
+    _mark_4bit(lm)
     keep_plain_layout(lm)
     return lm.to(device).requires_grad_(False)
 
@@ -86,3 +86,31 @@ def keep_plain_layout(model: nn.Module) -> None:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             layer.state_dict()  # puts the plain layout back where a forward has rearranged it already
+
+
+def _mark_4bit(model: Any) -> None:
+    """Set what transformers sets on a model that it loads packed by bitsandbytes.
+
+    It then refuses casts of the model, and peft picks its layers for 4 bits.
+    """
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+
+
+def unmark_4bit(model: Any) -> None:
+    """Take back what marks a model as packed, after its weights were unpacked."""
+    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(model):
+            delattr(model, name)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    # How the packed files were read; saving turns around every conversion that is noted here, and this has no inverse.
+    noted = getattr(model, "_weight_conversions", None)
+    if noted:
+        model._weight_conversions = [
+            one
+            for one in noted
+            if not any(type(step).__module__.endswith("bitsandbytes") for step in getattr(one, "operations", ()))
+        ]

@@ -170,12 +170,9 @@ def attention_of(body: nn.Module) -> str | None:
 
 def _configs(body: nn.Module) -> list[Any]:
     """Every distinct config object a submodule consults when it picks its attention function."""
-    found = {id(body.config): body.config}
-    for module in body.modules():
-        config = vars(module).get("config")  # a failing getattr on a module costs 10 times as much
-        if config is not None and hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
+    # A failing getattr on a module costs 10 times as much.
+    found = [body.config, *(vars(module).get("config") for module in body.modules())]
+    return list({id(one): one for one in found if hasattr(one, "_attn_implementation_internal")}.values())
 
 
 @contextmanager
@@ -358,17 +355,6 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
     return _disabled(modules) if modules else nullcontext()
 
 
-def base_parameters(model: nn.Module) -> list[Tensor]:
-    """Parameters that a forward pass without adapters reads."""
-    learner = prompt_learner(model)
-    added = set() if learner is None else {id(p) for p in learner.prompt_encoder.parameters()}
-    for module in adapter_modules(model):
-        kept = ("base_layer.", "original_module.")
-        # Adapters may nest (an embedding in `modules_to_save` holding a LoRA layer): any kept part keeps it.
-        added.update(id(p) for name, p in module.named_parameters() if not any(part in name for part in kept))
-    return [p for p in model.parameters() if id(p) not in added]
-
-
 def adapter_state(model: nn.Module) -> tuple[Any, ...]:
     """Which adapters act on the forward pass now, and how strongly; compares unequal after a change."""
     modules: list[Any] = list(adapter_modules(model))
@@ -381,34 +367,6 @@ def adapter_state(model: nn.Module) -> tuple[Any, ...]:
         )
         for module in modules
     )
-
-
-def mark_4bit(model: Any) -> None:
-    """Set what transformers sets on a model that it loads packed by bitsandbytes.
-
-    It then refuses casts of the model, and peft picks its layers for 4 bits.
-    """
-    from transformers.utils.quantization_config import QuantizationMethod
-
-    model.is_loaded_in_4bit = model.is_quantized = True
-    model.quantization_method = QuantizationMethod.BITS_AND_BYTES
-
-
-def unmark_4bit(model: Any) -> None:
-    """Take back what marks a model as packed, after its weights were unpacked."""
-    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
-        if name in vars(model):
-            delattr(model, name)
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    # How the packed files were read; saving turns around every conversion that is noted here, and this has no inverse.
-    noted = getattr(model, "_weight_conversions", None)
-    if noted:
-        model._weight_conversions = [
-            one
-            for one in noted
-            if not any(type(step).__module__.endswith("bitsandbytes") for step in getattr(one, "operations", ()))
-        ]
 
 
 # --- caches -------------------------------------------------------------------------------------------------
@@ -432,10 +390,6 @@ def fill_cache(body: nn.Module, input_ids: Tensor) -> tuple[list[tuple[Tensor, T
         kept = input_ids.shape[1] if window is None else min(input_ids.shape[1], window - 1)
         start = layer.keys.shape[-2] - kept
         # A slice would keep the storage of the whole context alive.
-        layers.append(
-            (
-                layer.keys[..., start:, :].contiguous().clone(),
-                layer.values[..., start:, :].contiguous().clone(),
-            )
-        )
+        keys, values = (x[..., start:, :].contiguous().clone() for x in (layer.keys, layer.values))
+        layers.append((keys, values))
     return layers, list(cache.layers), hidden

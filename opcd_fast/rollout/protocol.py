@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from opcd_fast.errors import InputError
+from opcd_fast.models import adapter_weights, checksum, is_sharded, weights_of
 from opcd_fast.runtime import stream_seed
 
 
@@ -166,6 +167,10 @@ def stop_token_ids(tokenizer: Any, model: Any, extra: Sequence[str] = ()) -> tup
     return tuple(dict.fromkeys(ids))
 
 
-def weights_version(model: Any) -> tuple[tuple[int, int], ...]:
-    """Changes when trainable weights were written in place or replaced (writes through `.data` do not show)."""
-    return tuple((id(p), p._version) for p in model.parameters() if p.requires_grad)
+def weights_version(model: Any) -> Any:
+    """Compares equal as long as the weights that `save_pretrained` writes of `model` have the same values.
+
+    Where ranks hold parts of them, no rank can tell: then it equals nothing.
+    """
+    weights = adapter_weights(model) if hasattr(model, "peft_config") else weights_of(model)
+    return object() if is_sharded(weights) else checksum(weights)

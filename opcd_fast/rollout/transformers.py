@@ -22,7 +22,7 @@ from opcd_fast.rollout import memory as rollout_memory
 from opcd_fast.rollout.check import Answers, check_decoding
 from opcd_fast.rollout.choice import Choice
 from opcd_fast.rollout.decoding import decode, refuses_decoding
-from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_prompts, weights_version
+from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_prompts
 
 ENGINES = ("auto", "decode", "generate")
 TRIAL_TOKENS = 4
@@ -45,6 +45,8 @@ class TransformersRollout(Sampler):
         engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the model's
             forward pass.
         choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
+        frozen_base: the caller knows that nothing but the adapter changes. False: the weights that it was folded into
+            are compared at each call, which reads all of them.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class TransformersRollout(Sampler):
         vocab_size: int | None = None,
         engine: str = "auto",
         choice: Choice | None = None,
+        frozen_base: bool = False,
     ) -> None:
         super().__init__(stop_token_ids, vocab_size)
         if engine not in ENGINES:
@@ -83,15 +86,13 @@ class TransformersRollout(Sampler):
         if merge is None:
             # By rule and not by the clock, so that a run which is repeated rounds as it did.
             merge = kept.set("merge", *(self._worth_merging() if can_merge else (False, "no LoRA adapter to fold in")))
-        self._merged = MergedCopy(model) if merge else None
-        self._folded: Any = None  # version of the weights that the copy holds
+        self._merged = MergedCopy(model, frozen_base=frozen_base) if merge else None
         self.max_batch = kept.values.get("batch") if max_batch is None else max_batch
 
     def sync(self, model: Any = None) -> None:
-        """Weights may have moved: fold the adapter in again before the next answer."""
+        """See Rollout. A merged copy looks at the weights itself before every call."""
         if model is not None and model is not self.model:
             raise InputError("sync: this rollout runs the model it was made with; make another for another model")
-        self._folded = None
 
     def explain(self) -> str:
         """What was chosen and why, a line each; what is not decided yet is decided at the first call."""
@@ -160,13 +161,7 @@ class TransformersRollout(Sampler):
         )  # fmt: skip
 
     def _answering_model(self) -> Any:
-        if self._merged is None:
-            return self.model
-        version = weights_version(self.model)
-        if version != self._folded:
-            self._merged.refresh()
-            self._folded = version
-        return self._merged.model
+        return self.model if self._merged is None else self._merged.refresh()
 
     # --------------------------------------------------------------------------------------- decided once
 

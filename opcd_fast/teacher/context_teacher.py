@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from opcd_fast.attention import PackedRow, on_device, packed_row
 from opcd_fast.models import (
-    count_optimizer_steps,
+    Checksum,
+    base_weights,
+    checksum,
     keep_plain_layout,
     kernels_of,
     refuses_stock_attention,
     seam,
-    versions_of,
+    weights_of,
 )
 from opcd_fast.teacher.budget import default_batch_bytes
 from opcd_fast.teacher.inputs import (
@@ -68,13 +70,15 @@ class ContextTeacher:
     prefix_device: where keys and values of contexts are kept, None for where the model is. From "cpu" to a CUDA device
         they come layer by layer during the forward, the next one while a layer is at work; two layers at a time are on
         the device. States of recurrent layers stay with the model.
+    frozen_weights: True promises that the weights this teacher reads do not change, or that `invalidate()` is called
+        when they did; they are then not looked at.
 
     While it runs, dropout and gradient checkpointing of `model` are off; afterwards every flag is as before.
-    A context's cache is built when a sequence first continues it, and kept. All are forgotten when a parameter they
-    were computed from was changed in place or replaced, the model's dtype or device changed or, with
-    adapter="active", the adapters' state or strength changed. Changes that torch does not count (written through
-    `.data`, say, or by code that is no torch optimizer) need `invalidate()`. A change of dtype, device or attention
-    implementation also has the path checked anew.
+    A context's cache is built when a sequence first continues it, and kept. All are forgotten when a weight they were
+    computed from has another value, the model's dtype or device changed or, with adapter="active", the adapters' state
+    or strength changed. Every call tells by a checksum of all parameters and buffers that it reads, which costs one
+    pass over them (`opcd_fast.models.weights`); frozen_weights=True saves it. Where weights are sharded, calls are
+    collective. A change of dtype, device or attention implementation also has the path checked anew.
 
     Raises ValueError for malformed arguments, for a path that cannot be exact for this model, for prefix_device with
     path="concat", which keeps no keys, and for a model whose attention, as it is set, leaves out a part of it.
@@ -90,6 +94,7 @@ class ContextTeacher:
         max_prefix_bytes: int | None = None,
         max_batch_bytes: int | None = None,
         prefix_device: str | torch.device | None = None,
+        frozen_weights: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if adapter not in ("disabled", "active"):
@@ -109,9 +114,9 @@ class ContextTeacher:
         self._told_of_bound = False
         self._kept_on = as_device(prefix_device)
         self._prefixes = PrefixMemory(model, self._contexts, max_prefix_bytes, device=self._kept_on)
+        self.frozen_weights = frozen_weights
         self._built_with: tuple[Any, ...] = ()
 
-        count_optimizer_steps()
         self._asked = path
         self._checked: tuple[PathChoice, tuple[Any, ...]] | None = None
         _ = self._choice
@@ -153,6 +158,7 @@ class ContextTeacher:
     def prefixes(self) -> list[SharedPrefix]:
         """All contexts as the model read them, in the order given; built if need be. No KV on "concat"."""
         every = range(len(self._contexts))
+        self._forget_if_changed()
         with self._scoring():
             built = self._prefixes_of(every)
         return [built[index] for index in every]
@@ -160,6 +166,7 @@ class ContextTeacher:
     def read(self, context_index: Iterable[int]) -> None:
         """Read these contexts now, where they have not been read. Where weights are sharded, all ranks must."""
         if self.path != "concat":
+            self._forget_if_changed()
             with self._scoring():
                 self._prefixes_of(context_index)
 
@@ -255,6 +262,8 @@ class ContextTeacher:
         path = self._choice.for_call(row.lengths, context_lengths)
         ids = on_device(input_ids, device)
         parts = self._parts(path, row, index, context_lengths)
+        if path != "concat":
+            self._forget_if_changed()
         with self._scoring():
             if len(parts) > 1:
                 return run_in_parts(partial(self._run, path), ids, row, index, parts, select)
@@ -300,18 +309,22 @@ class ContextTeacher:
             yield
 
     def _prefixes_of(self, wanted: Iterable[int]) -> dict[int, SharedPrefix]:
-        """Prefixes by context, of those `wanted`; built by the present weights."""
-        state = self._state()
-        if state != self._built_with:
-            self._prefixes.forget()
-            self._built_with = state
+        """Prefixes by context, of those `wanted`."""
         # Only what this call reads: one sequence among a thousand contexts must not wait for a thousand forwards.
         return self._prefixes.get(wanted, extendable=self.path == "merge", keep_kv=self.path != "concat")
 
-    def _state(self) -> tuple[Any, ...]:
-        """What the prefixes were computed from; changes with every in-place update that torch counts."""
-        # Looked up anew: adapters come and go, and loading may put in other tensors.
-        watched = seam.base_parameters(self.model) if self._adapter == "disabled" else self.model.parameters()
+    def _forget_if_changed(self) -> None:
+        """Drop prefixes that were computed from other weights than the present ones; once in a call."""
         first = next(self._body.parameters())
         adapters = seam.adapter_state(self.model) if self._adapter == "active" else ()
-        return versions_of(watched), first.dtype, first.device, adapters
+        now = first.dtype, first.device, adapters, self._checksum()
+        if now != self._built_with:
+            self._prefixes.forget()
+            self._built_with = now
+
+    def _checksum(self) -> Checksum | None:
+        if self.frozen_weights:
+            return None
+        # Looked up anew: adapters come and go, and loading may put in other tensors.
+        read = base_weights(self.model) if self._adapter == "disabled" else weights_of(self.model)
+        return checksum(read)

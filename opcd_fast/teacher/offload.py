@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opcd_fast.models import HOME
 from opcd_fast.teacher.context_teacher import ContextTeacher
 from opcd_fast.teacher.remote import RemoteTeacher
 
@@ -34,7 +33,6 @@ class Offload:
         for p in model.parameters():  # each once, also where it is tied
             home = p.data.pin_memory() if device.type == "cuda" else p.data
             p.data = home
-            setattr(p, HOME, home)  # what its version is told by, wherever it is
             self._homes.append((p, home))
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast.loss import LMHead
+from opcd_fast.models import Checksum, checksum
 from opcd_fast.teacher.context_teacher import ContextTeacher
 
 
@@ -26,7 +27,7 @@ class RemoteTeacher:
     def __init__(self, teacher: ContextTeacher, device: torch.device) -> None:
         self.local = teacher
         self.device = device
-        self._copied_from: tuple[Any, ...] = ()
+        self._copied_from: Checksum | None = None
         self._head: LMHead | None = None
 
     def hidden_states_packed(
@@ -39,24 +40,19 @@ class RemoteTeacher:
 
     @property
     def head(self) -> LMHead:
-        """The teacher's lm-head on `device`: the same copy until the weight or bias is another, or was changed."""
+        """The teacher's lm-head on `device`: the same copy until its values, or those of its bias, are others."""
         head = self.local.head
-        parts = [head.weight] if head.bias is None else [head.weight, head.bias]
-        # The tensors themselves, not their ids: an id may come again once a tensor is gone.
-        now = tuple((part, part._version) for part in parts)
-        same = len(now) == len(self._copied_from) and all(
-            a is b and v == w for (a, v), (b, w) in zip(now, self._copied_from)
-        )
-        if self._head is None or not same:
+        parts = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
+        now = None if self.local.frozen_weights else checksum(parts.items())
+        if self._head is None or now != self._copied_from:
             self._head = None  # before the new copy is made, so that there are never two
-            weight = head.weight.detach().to(self.device)
-            bias = None if head.bias is None else head.bias.detach().to(self.device)
-            self._head, self._copied_from = replace(head, weight=weight, bias=bias), now
+            copies = {name: x.detach().to(self.device) for name, x in parts.items()}
+            self._head, self._copied_from = replace(head, **copies), now
         return self._head
 
     def invalidate(self) -> None:
         """See `ContextTeacher.invalidate`; the head is copied anew as well."""
-        self._copied_from = ()
+        self._head = None
         self.local.invalidate()
 
     def __getattr__(self, name: str) -> Any:

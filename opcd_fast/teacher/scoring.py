@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opcd_fast.loss import fused_linear_logprobs
 from opcd_fast.models import rope_switch, seam
+from opcd_fast.teacher.inputs import context_of_sequence
 
 if TYPE_CHECKING:
     from opcd_fast.teacher.context_teacher import ContextTeacher
@@ -90,7 +91,7 @@ def score_continuations(
                 f"got {int(ids.min())}…{int(ids.max())}"
             )
     prefixes = teacher.prefixes
-    index = _as_index(context_index, len(rows), len(prefixes))
+    index = context_of_sequence(context_index, len(rows), len(prefixes))
     for i, (ids, which) in enumerate(zip(rows, index, strict=True)):
         if not len(prefixes[which]):
             raise ValueError(
@@ -184,14 +185,3 @@ def _as_ids(ids: Any, i: int) -> Tensor:
     if not row.numel():
         raise ValueError(f"continuations[{i}] is empty; a continuation has at least one token")
     return row.long()
-
-
-def _as_index(context_index: Any, batch: int, contexts: int) -> list[int]:
-    if context_index is None:
-        if contexts > 1:
-            raise ValueError(f"context_index: needed to choose among {contexts} contexts, shape ({batch},)")
-        return [0] * batch
-    index = context_index.tolist() if isinstance(context_index, Tensor) else list(context_index)
-    if len(index) != batch or not all(isinstance(i, int) and 0 <= i < contexts for i in index):
-        raise ValueError(f"context_index: expected {batch} integers from 0 to {contexts - 1}, got {index}")
-    return index

@@ -18,7 +18,7 @@ from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import Teachers
 
 ENGINE_OF = {"transformers": "auto", "generate": "generate"}
-Weights = Callable[[], AbstractContextManager[Any]]
+AtWork = Callable[[], AbstractContextManager[Any]]
 
 
 class Samplers:
@@ -51,7 +51,7 @@ class Samplers:
         if engine.sharded:
             config = replace(config, merge_for_rollout=False)
         asked = [row.student_ids for row in prompts]
-        self.student = make_rollout(config, model, tokenizer=tokenizer, prompts=asked, **common)
+        self.student: Rollout = make_rollout(config, model, tokenizer=tokenizer, prompts=asked, **common)
         self.held_out = local_rollout(config, model, **common) if config.rollout == "replay" else self.student
 
         def reads(other: Any) -> Rollout:
@@ -59,9 +59,9 @@ class Samplers:
 
         self.first: Any = None if self._pair.reference is None else reads(self._pair.reference)
         shares_base = self._pair.reference_adapter == "disabled"
-        self.first_weights: Weights = partial(seam.without_adapters, model) if shares_base else teachers.at_work
+        self.first_weights: AtWork = partial(seam.without_adapters, model) if shares_base else teachers.at_work
         self._teacher: Rollout = self.first
-        self._teacher_weights: Weights = self.first_weights
+        self._teacher_weights: AtWork = self.first_weights
         if config.teacher_mode != "frozen":  # whatever weights it has at that moment
             self._teacher_weights = nullcontext
             self._teacher = self.held_out if self._pair.teacher is model else reads(self._pair.teacher)
@@ -151,12 +151,13 @@ def local_rollout(config: OPCDConfig, model: Any, **common: Any) -> Transformers
         max_batch=config.rollout_batch,
         merge_adapter=config.merge_for_rollout,
         choice=Choice.of_file(file) if config.resume else Choice(file),
+        frozen_base=config.makes_adapter,
         **common,
     )
 
 
 def _server(config: OPCDConfig, model: Any, folder: Path, common: dict[str, Any]) -> Rollout:
-    from opcd_fast.rollout import CommandWeights, LoRAWeights, ServerRollout
+    from opcd_fast.rollout import CommandWeights, LoRAWeights, ServerRollout, Weights
 
     weights: Weights
     if config.rollout_command is not None:

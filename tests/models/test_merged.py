@@ -64,6 +64,23 @@ def test_the_copy_follows_the_adapter(has_bf16):
     assert (copied.model(input_ids=IDS).logits.double() - wanted).norm() < 2e-2 * wanted.norm()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_copy_follows_the_base(has_bf16, replaced):
+    model = lora_model(torch.bfloat16)
+    copied = MergedCopy(model)
+    copied.refresh()
+    for name in ("model.norm", "model.layers.0.self_attn.q_proj.base_layer"):
+        layer = model.base_model.model.get_submodule(name)
+        if replaced:
+            layer.weight = torch.nn.Parameter(layer.weight.detach() * 2, requires_grad=False)
+        else:
+            layer.weight.data.mul_(2)
+    wanted = model(input_ids=IDS).logits.double()
+    assert (copied.refresh()(input_ids=IDS).logits.double() - wanted).norm() < 2e-2 * wanted.norm()
+    kept = copied.model
+    assert copied.refresh() is kept
+
+
 def test_bytes_are_those_that_the_copy_holds(has_bf16):
     model = lora_model(torch.bfloat16)
     held = {p.data_ptr(): p.numel() * p.element_size() for p in MergedCopy(model).model.parameters()}

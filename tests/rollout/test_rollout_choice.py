@@ -67,13 +67,13 @@ def test_sync_and_moved_weights_fold_again(monkeypatch):
     model = lora_model()
     engine = sampler(model, merge_adapter=True)
     folds = []
-    good = engine._merged.refresh
-    monkeypatch.setattr(engine._merged, "refresh", lambda: folds.append(1) or good())
+    good = engine._merged._fold
+    monkeypatch.setattr(engine._merged, "_fold", lambda: folds.append(1) or good())
     before = engine.generate(PROMPTS, max_new_tokens=6)
     engine.generate(PROMPTS, max_new_tokens=6)
     assert len(folds) == 1, "weights that did not move are not folded again"
     up = next(p for n, p in model.named_parameters() if "lora_B" in n)
-    up.data.mul_(30)  # leaves no trace in the version counter
+    up.data.mul_(30)
     engine.sync(model)
     after = engine.generate(PROMPTS, max_new_tokens=6)
     assert len(folds) == 2 and after != before

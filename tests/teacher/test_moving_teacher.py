@@ -9,7 +9,6 @@ from tiny import lora_model, tiny_model, tiny_tokenizer
 from training_runs import CONTEXT, losses, make
 
 from opcd_fast.errors import InputError
-from opcd_fast.models.weight_versions import count_optimizer_steps
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.teacher.moving import MovingWeights, copy_of_trained
 from opcd_fast.training.step.evaluate import divergence
@@ -149,14 +148,6 @@ def test_no_prefix_is_stale_whatever_the_optimizer(tokenizer, tmp_path, mode, lo
         return losses(trainer.train())
 
     assert run("merge") == pytest.approx(run("concat"), rel=1e-4)
-
-
-def test_fused_optimizers_are_counted_once_there_is_a_teacher():
-    count_optimizer_steps()
-    weight = torch.nn.Parameter(torch.ones(2))
-    weight.grad = torch.ones(2)
-    torch.optim.AdamW([weight], fused=True).step()
-    assert weight._version > 0 and float(weight[0]) != 1
 
 
 @EVERY_MODE

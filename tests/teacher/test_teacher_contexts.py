@@ -39,7 +39,7 @@ def test_nothing_of_size_batch_times_context():
     replicated = 12 * 110 * 2 * 8  # B x P x H_kv x d: one layer's keys, copied per sequence
     largest = {}
     for path in ("merge", "concat"):
-        teacher = ContextTeacher(model, context, path=path)
+        teacher = ContextTeacher(model, context, path=path, frozen_weights=True)
         before = [p.nbytes for p in teacher.prefixes]
         with LargestTensor() as meter:
             teacher.hidden_states_packed(ids, bounds)

@@ -91,7 +91,7 @@ class Step:
         masters = any(p.dtype == torch.float32 for p in model.parameters()) and model is self.pair.student
         reader = ContextTeacher(
             model, contexts, path=self.path, adapter=adapter, max_prefix_bytes=self.config.max_prefix_bytes,
-            max_batch_bytes=self.config.teacher_batch_bytes,
+            max_batch_bytes=self.config.teacher_batch_bytes, frozen_weights=True,
             autocast=self._autocast if masters and self.config.teacher_mode != "frozen" else nullcontext,
         )  # fmt: skip
         _ = reader.head  # looked at once, before anything is counted

@@ -125,4 +125,6 @@ def check_context_matters(
 
 
 def _without_context(teacher: ContextTeacher, adapter: str) -> ContextTeacher:
-    return ContextTeacher(teacher.model, [[]], path=teacher.path, adapter=adapter, autocast=teacher.autocast)
+    return ContextTeacher(
+        teacher.model, [[]], path=teacher.path, adapter=adapter, frozen_weights=True, autocast=teacher.autocast
+    )

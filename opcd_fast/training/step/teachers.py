@@ -53,6 +53,7 @@ class Teachers:
                         max_prefix_bytes=config.max_prefix_bytes,
                         max_batch_bytes=config.teacher_batch_bytes,
                         prefix_device=config.prefix_device,
+                        frozen_weights=True,  # `after_step` and `restore` tell it when they moved
                         autocast=autocast if masters else nullcontext,
                     )
                     _ = made.path  # a path that fails its check is an error now, not in the first step
@@ -81,8 +82,8 @@ class Teachers:
     def after_step(self, step: int) -> None:
         """Let the teacher follow optimizer step number `step`, the first being 1.
 
-        What was read of the contexts is dropped here, not left to the count of changes: an optimizer may be none of
-        torch's, and change weights without a count.
+        A run knows when its weights move, so what was read of the contexts is dropped here and no teacher of a run
+        looks at its weights.
         """
         if self.pair.moving is not None:
             moved = self.pair.moving.follow(step)

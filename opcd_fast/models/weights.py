@@ -104,7 +104,7 @@ def checksum(weights: Weights) -> Checksum:
             meshes[x.device_mesh] = None
         has_data = x.device.type != "meta" and type(x).__name__ != "FakeTensor"
         for part, plain in _parts(x):
-            order = sorted(range(plain.ndim), key=lambda d: -plain.stride(d))  # as it lies in memory
+            order = sorted(range(plain.ndim), key=plain.stride, reverse=True)  # as it lies in memory
             layout.append((name, part, tuple(plain.shape), plain.dtype, tuple(order)))
             if plain.numel() and has_data:
                 words.setdefault(plain.device, []).append(plain.permute(order).contiguous().view(-1).view(torch.uint8))

@@ -46,7 +46,7 @@ class RemoteTeacher:
         now = None if self.local.frozen_weights else checksum(parts.items())
         if self._head is None or now != self._copied_from:
             self._head = None  # before the new copy is made, so that there are never two
-            copies = {name: x.detach().to(self.device) for name, x in parts.items()}
+            copies: dict[str, Any] = {name: x.detach().to(self.device) for name, x in parts.items()}
             self._head, self._copied_from = replace(head, **copies), now
         return self._head
 

@@ -60,7 +60,7 @@ class Samplers:
         self.first: Any = None if self._pair.reference is None else reads(self._pair.reference)
         shares_base = self._pair.reference_adapter == "disabled"
         self.first_weights: AtWork = partial(seam.without_adapters, model) if shares_base else teachers.at_work
-        self._teacher: Rollout = self.first
+        self._teacher: Any = self.first
         self._teacher_weights: AtWork = self.first_weights
         if config.teacher_mode != "frozen":  # whatever weights it has at that moment
             self._teacher_weights = nullcontext
@@ -151,7 +151,7 @@ def local_rollout(config: OPCDConfig, model: Any, **common: Any) -> Transformers
         max_batch=config.rollout_batch,
         merge_adapter=config.merge_for_rollout,
         choice=Choice.of_file(file) if config.resume else Choice(file),
-        frozen_base=config.makes_adapter,
+        frozen_base=True,
         **common,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from opcd_fast.data import Prompt, Sample, adapt_to_tokenizer, common_prefix_len
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation.report.arms import mean
 from opcd_fast.evaluation.report.models import RunModels, Side
-from opcd_fast.loss import LMHead, fused_linear_divergence
+from opcd_fast.loss import LMHead, fused_linear_divergence, same_vocabulary
 from opcd_fast.models import packed_hidden_states, virtual_tokens
 from opcd_fast.runtime import bootstrap, stream_seed
 from opcd_fast.teacher import ContextTeacher
@@ -131,10 +131,7 @@ def compared(
     per_prompt: int,
 ) -> list[AnswerDistance]:
     """The same from hidden states (N, D) that are there already."""
-    head_s, head_t = student.head, teacher.head
-    if head_s.valid_size != head_t.valid_size:  # padding of one tokenizer's vocabulary to different lengths
-        size = min(head_s.valid_size, head_t.valid_size)
-        head_s, head_t = replace(head_s, vocab_size=size), replace(head_t, vocab_size=size)
+    head_s, head_t = same_vocabulary(student.head, teacher.head)
     _, stats = fused_linear_divergence(
         h_s, head_s, h_t, head_t, divergence="reverse_kl", temperature=temperature, reduction="sum", return_stats=True
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from opcd_fast.loss.chunks import (
     multiprocessors_of,
     pitch_of,
     returned_dtype,
-    row_operation,
     runs_native,
+    scratch_planes,
     upcast_tile,
 )
 
@@ -47,10 +47,8 @@ def loss_scratch(args: tuple[Any, ...], *, device: str, backend: str) -> int:
     args: the operator's. device: "cuda" or "cpu"; backend: the one that will run there.
     """
     h_s, w_s, _, h_t, w_t, _, token_weights, *_ = args
-    dw_into, wanted = args[8], Wanted(*args[9:12])
-    spec_values = list(args[14:])
-    spec_values[7] = backend
-    spec = Spec(*spec_values)
+    dw_into, wanted = args[8], Wanted(*args[9])
+    spec = replace(Spec.unpacked(*args[12:]), backend=backend)
 
     def seen(x: Tensor, columns: int | None = None) -> Any:
         shape = (x.shape[0] if columns is None else columns, *x.shape[1:])
@@ -60,10 +58,7 @@ def loss_scratch(args: tuple[Any, ...], *, device: str, backend: str) -> int:
     student, teacher = Side(seen(h_s), seen(w_s, v)), Side(seen(h_t), seen(w_t, v))
     dtype = torch.float64 if torch.float64 in (h_s.dtype, w_s.dtype, h_t.dtype, w_t.dtype) else torch.float32
     size, pitch = dtype.itemsize, pitch_of(v)
-    planes = 0  # Triton's kernels work in registers, but for the truncated divergence
-    if backend != "triton" or spec.divergence == "topk_reverse_kl":
-        operation = row_operation(spec, n)
-        planes = operation.planes + operation.temporaries
+    planes = sum(scratch_planes(spec))
     # Of the device if it is here, else of an assumed one: a plan does not ask which kind it will be.
     place = torch.device(device if torch.cuda.is_available() else "cpu")
     plan = make_plan(n, [student, teacher], v, spec, wanted, planes, multiprocessors_of(place))
@@ -74,10 +69,10 @@ def loss_scratch(args: tuple[Any, ...], *, device: str, backend: str) -> int:
     buffers += planes * plan.block_rows * v * size
     taken = min(n, plan.logit_rows)
     rows = min(n, plan.gradient_rows) * h_s.shape[-1]
-    copied = not runs_native(*student) and h_s.dtype != dtype
+    copied = not runs_native(student) and h_s.dtype != dtype
     buffers += rows * size * int(copied)
     # In the end either a chunk's teacher rows in the products' type, or its dH in float32 and rounded.
-    of_teacher = taken * h_t.shape[-1] * size if not runs_native(*teacher) and h_t.dtype != dtype else 0
+    of_teacher = taken * h_t.shape[-1] * size if not runs_native(teacher) and h_t.dtype != dtype else 0
     of_gradient = rows * (size + (h_s.dtype.itemsize if h_s.dtype != dtype else 0)) if wanted.hidden else 0
     buffers += max(of_teacher, of_gradient)
     if backend == "torch" and pitch != v:

@@ -18,7 +18,7 @@ from torch import Tensor
 from opcd_fast.data import Batch
 from opcd_fast.loss import Drift, LMHead, fused_linear_logprobs
 from opcd_fast.runtime import Stopwatch
-from opcd_fast.training.step.objective import in_type, present_head, student_hidden_states
+from opcd_fast.training.step.objective import present_head, student_hidden_states
 
 
 @dataclass
@@ -57,7 +57,7 @@ def answer_nll(
     with watch("loss"):
         logprobs = fused_linear_logprobs(
             h_s.to(compute_dtype),
-            in_type(present_head(student_head, student), compute_dtype),
+            present_head(student_head, student).to(compute_dtype),
             batch.response_ids,
             temperature=temperature,
             workspace_bytes=workspace_bytes,

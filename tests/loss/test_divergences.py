@@ -1,12 +1,23 @@
 """fused_linear_divergence: every divergence against float64 autograd of its textbook formula, on every backend."""
 
+import inspect
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from loss_oracle import compare, problem
 
-from opcd_fast.loss import DIVERGENCES, LMHead, fused_linear_divergence, fused_linear_reverse_kl, reverse_kl
+from opcd_fast.loss import (
+    DIVERGENCES,
+    PARAMETERS,
+    LMHead,
+    check_divergence,
+    fused_linear_divergence,
+    fused_linear_reverse_kl,
+    reverse_kl,
+    unused_parameter,
+)
 from opcd_fast.loss.chunks import row_operations
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -191,3 +202,25 @@ def test_bad_options_say_what_and_what_instead(options, words):
     with pytest.raises(ValueError) as error:
         fused_linear_divergence(h, student, h_t, teacher, **options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_page_and_the_docstring_name_every_divergence_and_parameter():
+    """And every parameter is a keyword with the table's default."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "loss.md").read_text()
+    signature = inspect.signature(fused_linear_divergence).parameters
+    for name, row in DIVERGENCES.items():
+        assert f'"{name}"' in fused_linear_divergence.__doc__
+        (line,) = [line for line in page.splitlines() if line.startswith(f'| `"{name}"` |')]
+        assert all(f"`{parameter}`" in line for parameter in row.parameters), line
+    for name, parameter in PARAMETERS.items():
+        assert signature[name].default == parameter.default
+        assert any(name in row.parameters for row in DIVERGENCES.values())
+
+
+def test_a_parameter_of_another_divergence_is_told():
+    defaults = {name: parameter.default for name, parameter in PARAMETERS.items()}
+    assert unused_parameter("jsd", defaults | {"beta": 0.3}) is None
+    assert unused_parameter("jsd", defaults | {"alpha": 0.3}) == "alpha"
+    assert unused_parameter("topk_reverse_kl", defaults | {"k": 3, "tail": "bucket"}) is None
+    assert check_divergence("jsd", defaults | {"beta": 1}) == ("reverse_kl", 0.0, "")
+    assert check_divergence("topk_reverse_kl", defaults | {"k": 3}) == ("topk_reverse_kl", 3.0, "none")

@@ -11,9 +11,9 @@ PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadsco
 # PEFT (trainer), TRL, and Triton (interpreter and compiler).
 SEAMS := tests/teacher/test_teacher_matrix.py tests/models/test_student.py tests/loss/test_heads_families.py tests/rollout/test_rollout.py \
 	tests/training/test_trainer.py tests/integrations/test_integrations_trl.py tests/integrations/test_integrations_trl_context.py \
-	tests/kernels/test_reverse_kl_rows.py tests/kernels/test_compile.py
+	tests/kernels/test_row_operations.py tests/kernels/test_compile.py
 # Whose numbers depend on the instructions that torch, oneDNN and the CPU library choose.
-ARITHMETIC := tests/loss/test_loss_accuracy.py tests/kernels/test_native_rows.py tests/kernels/test_native.py tests/training/test_retreat.py \
+ARITHMETIC := tests/loss/test_loss_accuracy.py tests/kernels/test_row_operations.py tests/kernels/test_native.py tests/training/test_retreat.py \
 	tests/models/test_quantized.py tests/loss/test_sharded_heads.py tests/evaluation/test_report.py tests/training/test_golden.py tests/rollout/test_rollout.py
 
 .PHONY: demo test newest-check cpu-check install lint types wheel-check bench slow-test experiment-a experiment-b experiment-c clean

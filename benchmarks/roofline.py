@@ -144,7 +144,7 @@ def plan(shape: Shape, device: Device) -> Plan:
         return Seen((rows, shape.D), torch.bfloat16, True, place)
 
     student, teacher = Side(seen(shape.N, 1), seen(shape.V, 2)), Side(seen(shape.N, 3), seen(shape.V, 4))  # type: ignore
-    spec = Spec(1.0, 1.0, None, None, 1.0, shape.V, None, "triton", True)
+    spec = Spec(shape.V, backend="triton", all_statistics=True)
     wanted = Wanted(True, not shape.frozen, False)
     return make_plan(shape.N, [student, teacher], shape.V, spec, wanted, 0, device.multiprocessors)
 

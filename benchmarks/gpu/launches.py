@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import wait
+from opcd_fast.kernels.reference import DIVERGENCES, STATISTICS, Logits
 from opcd_fast.kernels.reference import attention as merge_twin
 from opcd_fast.kernels.reference import divergences as divergence_twin
 from opcd_fast.kernels.reference import logprobs as logprob_twin
-from opcd_fast.kernels.reference import reverse_kl as reference
 from opcd_fast.loss.chunks.workspace import pitch_of
 
 GRADIENT_ERROR = 2**-7  # of a bf16 number that was cut off, as the interpreter does; a device rounds to the nearest
@@ -41,15 +41,10 @@ def reverse_kl(device: torch.device, rows: int, columns: int, softcap: float | N
     from opcd_fast.kernels.triton.reverse_kl import reverse_kl_rows
 
     z_s, z_t, bias, weights, statistics, gradient = _row_inputs(device, rows, columns, softcap is not None)
-    options = _transforms(softcap)
-    arguments = (z_s, z_t, bias, bias, weights, statistics, gradient)
-
-    def twin(rows_of: list[Any]) -> None:
-        scratch = z_s.new_empty(reference.scratch_planes(softcap), rows, columns, dtype=torch.float64)
-        reference.reverse_kl_rows(*rows_of, **options, scratch=scratch)
-
+    arguments = (_logits(z_s, bias, softcap), _logits(z_t, bias, softcap), weights, statistics, gradient)
     # Two passes over both logits, one write.
-    return Launch("reverse_kl_rows", partial(reverse_kl_rows, *arguments, **options), partial(_error, arguments, twin),
+    return Launch("reverse_kl_rows", partial(reverse_kl_rows, *arguments),
+                  partial(_error, arguments, lambda given: divergence_twin.divergence_rows(*given)),
                   rows * columns * (4 * 4 + 2), gradient)  # fmt: skip
 
 
@@ -58,10 +53,9 @@ def divergence(device: torch.device, rows: int, columns: int, name: str = "forwa
     from opcd_fast.kernels.triton.divergences import divergence_rows
 
     z_s, z_t, _, weights, statistics, gradient = _row_inputs(device, rows, columns, False)
-    options = {"divergence": name, "parameter": 0.3 if name in ("jsd", "skew_reverse_kl", "skew_forward_kl") else 0.0,
-               **_transforms(None)}  # fmt: skip
-    arguments = (z_s, z_t, None, None, weights, statistics, gradient)
-    passes = 2 if name in ("reverse_kl", "forward_kl") else 3
+    options: dict[str, Any] = {"divergence": name, "parameter": 0.3}
+    arguments = (_logits(z_s), _logits(z_t), weights, statistics, gradient)
+    passes = 2 if DIVERGENCES[name].two_passes else 3
     return Launch("divergence_rows", partial(divergence_rows, *arguments, **options),
                   partial(_error, arguments, lambda given: divergence_twin.divergence_rows(*given, **options)),
                   rows * columns * (passes * 8 + 2), gradient)  # fmt: skip
@@ -72,10 +66,9 @@ def logprob(device: torch.device, rows: int, columns: int) -> Launch:
 
     z, _, _, weights, _, gradient = _row_inputs(device, rows, columns, False)
     ids = torch.randint(columns, (rows,), device=device, generator=_generator(device))
-    options: dict[str, Any] = {"scale": 1.0, "softcap": None, "temperature": 1.0}
-    arguments = (z, None, ids, weights, torch.zeros(2, rows, device=device), gradient)
-    return Launch("logprob_rows", partial(logprob_rows, *arguments, **options),
-                  partial(_error, arguments, lambda given: logprob_twin.logprob_rows(*given, **options)),
+    arguments = (Logits(z), ids, weights, torch.zeros(2, rows, device=device), gradient)
+    return Launch("logprob_rows", partial(logprob_rows, *arguments),
+                  partial(_error, arguments, lambda given: logprob_twin.logprob_rows(*given)),
                   rows * columns * (2 * 4 + 2), gradient)  # fmt: skip
 
 
@@ -117,19 +110,24 @@ def _row_inputs(device: torch.device, rows: int, columns: int, biased: bool) -> 
     weights = torch.rand(rows, generator=g, device=device) + 0.5
     bias = torch.randn(columns, generator=g, device=device) if biased else None
     gradient = torch.full((rows, pitch), float("nan"), dtype=torch.bfloat16, device=device)
-    statistics = torch.full((len(reference.STATISTICS), rows), float("nan"), device=device)
+    statistics = torch.full((len(STATISTICS), rows), float("nan"), device=device)
     return z_s[:, :columns], z_t[:, :columns], bias, weights, statistics, gradient[:, :columns]
 
 
-def _transforms(softcap: float | None) -> dict[str, Any]:
-    return {"scale_s": 1.0, "scale_t": 1.0, "softcap_s": softcap, "softcap_t": softcap, "temperature": 0.9,
-            "all_statistics": True}  # fmt: skip
+def _logits(z: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Logits:
+    return Logits(z, bias, softcap=softcap, temperature=0.9)
+
+
+def _double(x: Any) -> Any:
+    if isinstance(x, Logits):
+        return x._replace(z=_double(x.z), bias=_double(x.bias))
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _error(arguments: tuple[Any, ...], twin: Callable[[list[Any]], None]) -> tuple[float, float]:
     """Of gradient and statistics, against the twin in float64 on the same inputs. Poisoned before: what the kernel
     leaves out is NaN."""
-    given = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+    given = [_double(x) for x in arguments]
     twin(given)
     *_, statistics, gradient = arguments
     *_, exact_statistics, exact_gradient = given

@@ -5,7 +5,7 @@
 
 namespace opcd {
 
-// The order of DIVERGENCES in kernels/reference/divergences.py.
+// The codes of DIVERGENCES in kernels/reference/table.py.
 enum { REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, SKEW_REVERSE_KL, SKEW_FORWARD_KL, DIVERGENCES };
 
 // A divergence of n rows of logits. Mirrored field by field by `RowsCall` in kernels/csrc/native.py.

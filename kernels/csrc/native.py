@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from opcd_fast.kernels.reference import Logits
+
 ABI = 4
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # numbered as in native.cpp; each includes those before it
 LEVEL_VARIABLE = "OPCD_NATIVE_LEVEL"  # forces one of them
@@ -145,81 +147,59 @@ def level() -> str:
     return forced or supported[-1]
 
 
-def reverse_kl_rows(
-    z_s: Tensor,
-    z_t: Tensor,
-    bias_s: Tensor | None,
-    bias_t: Tensor | None,
-    row_weights: Tensor,
-    statistics: Tensor,
-    gradient: Tensor | None,
-    **options: Any,
-) -> None:
-    """`kernels.reference.reverse_kl_rows` on the CPU: `divergence_rows` of the reverse KL."""
-    divergence_rows(
-        z_s, z_t, bias_s, bias_t, row_weights, statistics, gradient, divergence="reverse_kl", parameter=0.0, **options
-    )
-
-
 def divergence_rows(
-    z_s: Tensor,  # (n, V) raw products, float32 or bf16, unit column stride
-    z_t: Tensor,  # (n, V) the teacher's, float32 or bf16
-    bias_s: Tensor | None,  # (V,) float32
-    bias_t: Tensor | None,
+    student: Logits,  # z (n, V) float32 or bf16, unit column stride; bias float32
+    teacher: Logits,
     row_weights: Tensor,  # (n,) float32
     statistics: Tensor,  # (5, n) float32
-    gradient: Tensor | None,  # (n, V) float32 or bf16; may be z_s itself, but no other view of the logits' memory
+    gradient: Tensor | None,  # (n, V) float32 or bf16; may be the student's z, but no other view of the logits' memory
     *,
-    divergence: str,
-    parameter: float,
-    scale_s: float,
-    scale_t: float,
-    softcap_s: float | None,
-    softcap_t: float | None,
-    temperature: float,
-    all_statistics: bool,
+    divergence: str = "reverse_kl",
+    parameter: float = 0.0,
+    all_statistics: bool = True,
     scratch: Tensor | None = None,  # the reference's; unused
 ) -> None:
-    """`kernels.reference.divergences.divergence_rows` on the CPU; the logits survive unless the gradient is z_s.
+    """`reference.divergences.divergence_rows` on the CPU; the logits survive unless the gradient is the student's z.
 
     The result does not depend on the number of threads (torch.get_num_threads()). A row that holds NaN has NaN
     statistics and gradient.
 
     Raises ValueError for an unknown divergence, a parameter outside (0, 1) where one is needed, and a tensor of
-    another dtype, layout or device; RuntimeError without the library.
+    another dtype, layout or device; RuntimeError without the library, or where it does not know the divergence.
     """
     import torch
 
-    from opcd_fast.kernels.reference import DIVERGENCES, check_divergence
+    from opcd_fast.kernels.reference import row_of
 
-    check_divergence(divergence, parameter)
-    rows, columns = z_s.shape
+    row = row_of(divergence, parameter)
+    rows, columns = student.z.shape
     logit_dtypes = (torch.float32, torch.bfloat16)
-    _check("z_s", z_s, (rows, columns), logit_dtypes)
-    _check("z_t", z_t, (rows, columns), logit_dtypes)
+    fields: dict[str, Any] = {}
+    for name, side in (("s", student), ("t", teacher)):
+        z, bias = side.z, side.bias
+        _check(f"z_{name}", z, (rows, columns), logit_dtypes)
+        if bias is not None:
+            _check(f"bias_{name}", bias, (columns,), (torch.float32,))
+        inner, outer = side.inner_and_outer()
+        fields |= {
+            f"z_{name}": z.data_ptr(), f"bias_{name}": None if bias is None else bias.data_ptr(),
+            f"stride_{name}": z.stride(0), f"bf16_{name}": z.dtype == torch.bfloat16,
+            f"inner_{name}": inner, f"outer_{name}": outer, f"softcap_{name}": side.softcap is not None,
+        }  # fmt: skip
     _check("row_weights", row_weights, (rows,), (torch.float32,))
     _check("statistics", statistics, (5, rows), (torch.float32,))
-    for name, bias in (("bias_s", bias_s), ("bias_t", bias_t)):
-        if bias is not None:
-            _check(name, bias, (columns,), (torch.float32,))
     if gradient is not None:
         _check("gradient", gradient, (rows, columns), logit_dtypes)
+        fields |= {
+            "gradient": gradient.data_ptr(), "stride_gradient": gradient.stride(0),
+            "bf16_gradient": gradient.dtype == torch.bfloat16,
+        }  # fmt: skip
     if rows == 0:
         return
-    inner_s, outer_s = _inner_and_outer(scale_s, softcap_s, temperature)
-    inner_t, outer_t = _inner_and_outer(scale_t, softcap_t, temperature)
     call = RowsCall(
-        z_s=z_s.data_ptr(), z_t=z_t.data_ptr(),
-        bias_s=None if bias_s is None else bias_s.data_ptr(), bias_t=None if bias_t is None else bias_t.data_ptr(),
-        row_weights=row_weights.data_ptr(), statistics=statistics.data_ptr(),
-        gradient=None if gradient is None else gradient.data_ptr(),
-        rows=rows, columns=columns, stride_s=z_s.stride(0), stride_t=z_t.stride(0),
-        stride_gradient=0 if gradient is None else gradient.stride(0), stride_statistics=statistics.stride(0),
-        inner_s=inner_s, inner_t=inner_t, outer_s=outer_s, outer_t=outer_t, derivative=scale_s / temperature,
-        parameter=parameter, divergence=DIVERGENCES.index(divergence),
-        bf16_s=z_s.dtype == torch.bfloat16, bf16_t=z_t.dtype == torch.bfloat16,
-        bf16_gradient=gradient is not None and gradient.dtype == torch.bfloat16,
-        softcap_s=softcap_s is not None, softcap_t=softcap_t is not None, all_statistics=all_statistics,
+        **fields, rows=rows, columns=columns, row_weights=row_weights.data_ptr(), statistics=statistics.data_ptr(),
+        stride_statistics=statistics.stride(0), derivative=student.derivative, parameter=parameter,
+        divergence=row.code, all_statistics=all_statistics,
     )  # fmt: skip
     _run("divergence_rows", call, level())
 
@@ -294,7 +274,3 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torc
             f"expected {expected} {shape} with unit stride in the last dimension on cpu"
         )
 
-
-def _inner_and_outer(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
-    """logits / temperature = inner * x, or outer * tanh(inner * x) with a softcap."""
-    return (scale / temperature, 1.0) if softcap is None else (scale / softcap, softcap / temperature)

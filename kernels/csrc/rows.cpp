@@ -1,5 +1,5 @@
-// Statistics and gradient of a divergence from two rows of logits: the twin of kernels/reference/reverse_kl.py and
-// kernels/reference/divergences.py, where the formulas are. Compiled once per instruction set.
+// Statistics and gradient of a divergence from two rows of logits: the twin of kernels/reference/divergences.py, where
+// the formulas are. Compiled once per instruction set.
 //
 // The reverse KL, and the forward one, read a row twice, in blocks that fit the first cache; the second time it still
 // lies in the second. The first pass finds the maxima, the normalisers and E_p[z_s - z_t]; the second sums the

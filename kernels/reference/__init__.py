@@ -10,8 +10,10 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "attention": ("merge_attention",),
-        "divergence_merge": (
+        "logits": ("Logits",),
+        "statistics": (
             "NORMALISERS",
+            "STATISTICS",
             "TERMS",
             "Gather",
             "Rows",
@@ -20,16 +22,17 @@ __getattr__, __dir__, __all__ = door(
             "normalise",
             "write_statistics",
         ),
-        "divergences": ("DIVERGENCES", "check_divergence"),
-        "reverse_kl": ("STATISTICS",),
+        "table": ("DIVERGENCES", "PARAMETERS", "Divergence", "Parameter", "row_of"),
     },
-    modules=("attention", "divergences", "logprobs", "reverse_kl", "topk"),
+    modules=("attention", "divergences", "logprobs", "topk"),
 )
 
 if TYPE_CHECKING:
     from opcd_fast.kernels.reference.attention import merge_attention
-    from opcd_fast.kernels.reference.divergence_merge import (
+    from opcd_fast.kernels.reference.logits import Logits
+    from opcd_fast.kernels.reference.statistics import (
         NORMALISERS,
+        STATISTICS,
         TERMS,
         Gather,
         Rows,
@@ -38,5 +41,4 @@ if TYPE_CHECKING:
         normalise,
         write_statistics,
     )
-    from opcd_fast.kernels.reference.divergences import DIVERGENCES, check_divergence
-    from opcd_fast.kernels.reference.reverse_kl import STATISTICS
+    from opcd_fast.kernels.reference.table import DIVERGENCES, PARAMETERS, Divergence, Parameter, row_of

@@ -10,13 +10,14 @@ mixture m each sum to one. With psi(x) = exp(-x) - 1 + x:
 
     name (parameter)           mixture                       terms                                  phi
     reverse_kl                                               p psi(l)                               l
-    forward_kl                                               q psi(-l)                               1 - q / p
+    forward_kl                                               q psi(-l)                              1 - q / p
     jsd (beta)                 m = (1 - beta) p + beta q     beta q psi(y) + (1 - beta) p psi(x)    (1 - beta) x
     skew_reverse_kl (alpha)    m = alpha p + (1 - alpha) q   p psi(x)                               x - alpha expm1(x)
     skew_forward_kl (alpha)    m = alpha q + (1 - alpha) p   q psi(y)                               (alpha - 1) expm1(y)
 
 x = log(p / m) and y = log(q / m). For m = (1 - w) p + w q, x = -log1p(w expm1(-l)). Where p or q underflows, its
-term is the limit: the other one's contribution to m.
+term is the limit: the other one's contribution to m. In 32 bits the sum of p l alone would not do: where p is close to
+q, which is where distillation ends up, its terms are a thousand times larger than their sum.
 
 Sources: the Jensen-Shannon divergence is that of generalized knowledge distillation (arXiv 2306.13649, with TRL's
 meaning of beta: it weighs KL(q || m)), the skewed ones are DistiLLM's (arXiv 2402.03898).
@@ -29,7 +30,8 @@ import math
 import torch
 from torch import Tensor
 
-from opcd_fast.kernels.reference.divergence_merge import (
+from opcd_fast.kernels.reference.logits import Logits, column, slices
+from opcd_fast.kernels.reference.statistics import (
     TERMS,
     Gather,
     Rows,
@@ -38,10 +40,7 @@ from opcd_fast.kernels.reference.divergence_merge import (
     normalise,
     write_statistics,
 )
-from opcd_fast.kernels.reference.reverse_kl import transform_logits
-
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
-OWN_SCRATCH = 1 << 24  # bytes of each scratch plane where the caller brings none
+from opcd_fast.kernels.reference.table import row_of
 
 
 def scratch_planes(softcap_s: float | None) -> int:
@@ -53,40 +52,23 @@ def scratch_planes(softcap_s: float | None) -> int:
     return 3 if softcap_s is None else 4
 
 
-def check_divergence(divergence: str, parameter: float) -> None:
-    """Raise ValueError for a name or a parameter that the row operations do not know."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence is {divergence!r}; expected one of {', '.join(DIVERGENCES)}")
-    if divergence not in DIVERGENCES[:2] and not 0.0 < parameter < 1.0:
-        raise ValueError(f"parameter is {parameter}; {divergence} needs one between 0 and 1, both excluded")
-
-
 def divergence_rows(
-    z_s: Tensor,  # (n, V) raw products h_s @ W_s.T, float32 or float64; destroyed
-    z_t: Tensor,  # (n, V) the teacher's, same dtype; destroyed
-    bias_s: Tensor | None,  # (V,)
-    bias_t: Tensor | None,  # (V,)
+    student: Logits,  # z (n, V) float32 or float64; destroyed
+    teacher: Logits,  # z (n, V), same dtype; destroyed
     row_weights: Tensor,  # (n,) multiplied into the gradient, not into the statistics
-    statistics: Tensor,  # (5, n) written; see reference.STATISTICS, plane 0 is the divergence
-    gradient: Tensor | None,  # (n, V) written; may be z_s itself. None: statistics only
+    statistics: Tensor,  # (5, n) written; see STATISTICS, plane 0 is the divergence
+    gradient: Tensor | None,  # (n, V) written; may be the student's z itself. None: statistics only
     *,
-    divergence: str,
-    parameter: float,
-    scale_s: float,
-    scale_t: float,
-    softcap_s: float | None,
-    softcap_t: float | None,
-    temperature: float,
-    all_statistics: bool,
-    scratch: Tensor | None = None,  # (scratch_planes(softcap_s), block, V) same dtype as z_s; None: its own
+    divergence: str = "reverse_kl",
+    parameter: float = 0.0,
+    all_statistics: bool = True,
+    scratch: Tensor | None = None,  # (scratch_planes(student.softcap), block, V) same dtype as z; None: its own
     gather: Gather = None,
     first_column: int = 0,
 ) -> None:
     """Write the statistics of n rows and d(sum_n w_n D_n)/d(raw student product) into `gradient`.
 
-    The model's logits are softcap(scale * (z + bias)); the gradient is with respect to z, so it carries the
-    derivatives of softcap, scale and 1/temperature. Without `all_statistics` only plane 0 is written. parameter:
-    beta or alpha, ignored by the reverse and the forward KL, which have none.
+    parameter: beta or alpha, ignored by what has none. Without all_statistics only plane 0 is written.
 
     gather: for a head whose vocabulary is sharded; this call sees the columns from `first_column` on. It is called
     twice, for all n rows together, on every rank alike. The statistics written are then those of the whole
@@ -97,79 +79,52 @@ def divergence_rows(
 
     Raises ValueError for an unknown divergence and for a jsd or skew parameter outside (0, 1).
     """
-    check_divergence(divergence, parameter)
-    n = len(z_s)
+    row_of(divergence, parameter)
+    n = len(student.z)
     if n == 0:
         return
-    if scratch is None:
-        block = max(1, OWN_SCRATCH // (z_s.shape[1] * z_s.element_size()))
-        scratch = z_s.new_empty(scratch_planes(softcap_s), min(block, n), z_s.shape[1])
-    block = scratch.shape[1]
-    # Whole rows go through all passes block by block, while a CPU still has them in cache. Ranks need not agree on a
-    # block, so they meet for all rows at once.
-    for start in range(0, n, block if gather is None else n):
-        rows = slice(start, min(start + block, n) if gather is None else n)
+    scratch, blocks = student.blocks(scratch, scratch_planes(student.softcap))
+    # Whole rows go through all passes block by block. Ranks need not agree on a block, so they meet for all rows at
+    # once.
+    for rows in blocks if gather is None else [slice(0, n)]:
         _passes(
-            z_s[rows],
-            z_t[rows],
-            bias_s,
-            bias_t,
-            row_weights[rows],
-            statistics[:, rows],
-            None if gradient is None else gradient[rows],
-            divergence,
-            parameter,
-            (scale_s, scale_t, softcap_s, softcap_t, temperature),
-            all_statistics,
-            scratch,
-            gather,
+            student.rows(rows), teacher.rows(rows), row_weights[rows], statistics[:, rows],
+            None if gradient is None else gradient[rows], divergence, parameter, all_statistics, scratch, gather,
             first_column,
-        )
+        )  # fmt: skip
 
 
 def _passes(
-    z_s: Tensor,
-    z_t: Tensor,
-    bias_s: Tensor | None,
-    bias_t: Tensor | None,
+    student: Logits,
+    teacher: Logits,
     row_weights: Tensor,
     statistics: Tensor,
     gradient: Tensor | None,
     divergence: str,
     parameter: float,
-    transform: tuple[float, float, float | None, float | None, float],
     all_statistics: bool,
     scratch: Tensor,
     gather: Gather,
     first_column: int,
 ) -> None:
-    scale_s, scale_t, softcap_s, softcap_t, temperature = transform
-    n = len(z_s)
-    blocks = [slice(start, min(start + scratch.shape[1], n)) for start in range(0, n, scratch.shape[1])]
-    with_difference = divergence == "reverse_kl" and gradient is not None
-    normalisers = z_s.new_zeros(6 if with_difference else 4, n)
+    z_s, z_t, n = student.z, teacher.z, len(student.z)
+    blocks = list(slices(n, scratch.shape[1]))
+    normalisers = z_s.new_zeros(4, n)
     for block in blocks:
-        student, teacher = z_s[block], z_t[block]
-        transform_logits(student, bias_s, scale_s, softcap_s, temperature)
-        transform_logits(teacher, bias_t, scale_t, softcap_t, temperature)
-        exponentials, difference = scratch[0, : len(student)], scratch[1, : len(student)]
-        for plane, z in ((2, teacher), (0, student)):
+        for plane, side in ((0, student), (2, teacher)):
+            z = side.rows(block).transform_()
             top = normalisers[plane, block] = z.amax(-1)
-            torch.sub(z, _column(top.masked_fill(top == float("-inf"), 0.0)), out=exponentials).exp_()
-            normalisers[plane + 1, block] = exponentials.sum(-1)
-        if with_difference:
-            torch.sub(student, teacher, out=difference).nan_to_num_(0.0, 0.0, 0.0)
-            normalisers[4, block] = difference.mul_(exponentials).sum(-1)
+            exponentials = torch.sub(z, column(top.masked_fill(top == float("-inf"), 0.0)), out=scratch[0, : len(z)])
+            normalisers[plane + 1, block] = exponentials.exp_().sum(-1)
     if gather is not None:
         normalisers = merge_normalisers(gather(normalisers))
     rows = normalise(normalisers)
 
     terms = z_s.new_empty(len(TERMS), n)
-    slope_scale = None if softcap_s is None else temperature / softcap_s
     for block in blocks:
         terms[:, block] = _terms(
-            z_s[block], z_t[block], rows.part(block), divergence, parameter,
-            all_statistics, gradient is not None, slope_scale, scratch[:, : block.stop - block.start], first_column,
+            student.rows(block), teacher.rows(block), rows.part(block), divergence, parameter, all_statistics,
+            gradient is not None, scratch[:, : block.stop - block.start], first_column,
         )  # fmt: skip
     if gather is not None:
         terms = merge_terms(gather(terms))
@@ -178,75 +133,65 @@ def _passes(
         return
 
     infinite = terms[0] == float("inf")
-    weights = row_weights * (scale_s / temperature)
+    weights = row_weights * student.derivative
     for block in blocks:
-        # The second pass has left phi, and p times the softcap's derivative, where the logits were.
+        # The second pass has left phi, and p times the softcap's derivative, where the logits were. Centring with the
+        # same phi that is centred makes the gradient's row sum vanish whatever the rounding of the normalisers was.
         phi = z_t[block]
         if divergence != "forward_kl":
-            phi.sub_(_column(terms[4, block]))
-        g = phi.mul_(z_s[block]).mul_(_column(weights[block]))
+            phi.sub_(column(terms[4, block]))
+        g = phi.mul_(z_s[block]).mul_(column(weights[block]))
         if g.is_cuda or bool(infinite[block].any()):
-            g.masked_fill_(_column(infinite[block]), 0.0)
+            g.masked_fill_(column(infinite[block]), 0.0)
         gradient[block] = g
 
 
-def _column(x: Tensor) -> Tensor:
-    return x.unsqueeze(-1)
-
-
 def _terms(
-    z_s: Tensor,  # logits / temperature; becomes p times the softcap's derivative
-    z_t: Tensor,  # likewise; becomes phi
+    student: Logits,  # z is logits / temperature; becomes p times the softcap's derivative
+    teacher: Logits,  # likewise; becomes phi
     rows: Rows,
     divergence: str,
     parameter: float,
     all_statistics: bool,
     with_phi: bool,
-    slope_scale: float | None,
     scratch: Tensor,
     first_column: int,
 ) -> Tensor:
     """TERMS of one block, (5, rows)."""
+    z_s, z_t = student.z, teacher.z
     l, a, b, *slope_plane = scratch.unbind(0)
-    slope: Tensor | None = None
-    if with_phi and slope_scale is not None:
-        # d softcap(u)/du = 1 - tanh(u/softcap)^2, and tanh(u/softcap) = z * temperature / softcap
-        slope = torch.mul(z_s, slope_scale, out=slope_plane[0]).square_().neg_().add_(1.0)
+    slope = student.slope(slope_plane, with_phi)
     out = z_s.new_zeros(len(TERMS), len(z_s))
     if all_statistics:
         out[2] = _top_column(z_s, rows.max_s, first_column)
         out[3] = _top_column(z_t, rows.max_t, first_column)
-    torch.sub(z_s, z_t, out=l)
-    if divergence != "reverse_kl":
-        l.sub_(_column(rows.log_ratio))
-    elif rows.difference is not None:
-        l.sub_(_column(rows.difference))
-    log_p = torch.sub(z_s, _column(rows.lse_s), out=b)
+    torch.sub(z_s, z_t, out=l).sub_(column(rows.log_ratio))
+    log_p = torch.sub(z_s, column(rows.lse_s), out=b)
     p = torch.exp(log_p, out=z_s)
-    q = z_t.sub_(_column(rows.lse_t)).exp_()
-    none_p, none_q = _underflown(p), _underflown(q)
+    none_p = _underflown(p)
     if all_statistics:
         out[1] = _total(log_p.mul_(p), none_p, p, 0.0)
     if divergence == "reverse_kl":
-        # l - KL does not depend on the logsumexps, so the gradient keeps its digits where they are far apart.
+        q = p if none_p is None else z_t.sub_(column(rows.lse_t)).exp_()  # not looked at, or only where p underflows
         phi = l
-        log_ratio = rows.log_ratio if rows.difference is None else rows.log_ratio - rows.difference
-        torch.sub(phi, _column(log_ratio), out=a)
-        out[0] = _total(torch.neg(a, out=b).expm1_().add_(a).mul_(p), none_p, q)
-    elif divergence == "forward_kl":
-        # p phi = p - q in place of phi, because p may be 0; its sum is 0.
-        out[0] = _total(torch.expm1(l, out=a).sub_(l).mul_(q), none_q, p)
-        phi = l.neg_().expm1_().neg_().mul_(p)
-        if none_p is not None:
-            phi = torch.where(none_p, -q, phi)
-        p.fill_(1.0)
+        out[0] = _total(torch.neg(l, out=b).expm1_().add_(l).mul_(p), none_p, q)
     else:
-        out[0], phi = _mixture(divergence, parameter, p, q, l, a, b, none_p, none_q)
+        q = z_t.sub_(column(rows.lse_t)).exp_()
+        none_q = _underflown(q)
+        if divergence == "forward_kl":
+            # p phi = p - q in place of phi, because p may be 0; its sum is 0.
+            out[0] = _total(torch.expm1(l, out=a).sub_(l).mul_(q), none_q, p)
+            phi = l.neg_().expm1_().neg_().mul_(p)
+            if none_p is not None:
+                phi = torch.where(none_p, -q, phi)
+            p.fill_(1.0)
+        else:
+            out[0], phi = _mixture(divergence, parameter, p, q, l, a, b, none_p, none_q)
     if with_phi:
         if none_p is not None and divergence != "forward_kl":
             phi.masked_fill_(none_p, 0.0)
-        torch.mul(phi, p, out=z_t)
-        out[4] = z_t.sum(-1)
+        if divergence != "forward_kl":
+            out[4] = torch.mul(phi, p, out=z_t).sum(-1)
         if slope is not None:
             p.mul_(slope)
         z_t.copy_(phi)
@@ -283,11 +228,11 @@ def _mixture(
         value = _total(torch.sub(excess, minus_x, out=l).mul_(p), none_p, q, w)
         # expm1(x) = -excess / (1 + excess)
         return value, excess.div_(torch.add(excess, 1.0, out=l)).mul_(parameter).sub_(minus_x)
-    if divergence != "skew_forward_kl":
-        raise ValueError(f"unknown divergence {divergence!r}")
-    excess = torch.expm1(l, out=a).mul_(w)  # m / q - 1
-    value = _total(torch.log1p(excess, out=b).neg_().add_(excess).mul_(q), none_q, p, w)
-    return value, excess.div_(torch.add(excess, 1.0, out=b)).mul_(w)
+    if divergence == "skew_forward_kl":
+        excess = torch.expm1(l, out=a).mul_(w)  # m / q - 1
+        value = _total(torch.log1p(excess, out=b).neg_().add_(excess).mul_(q), none_q, p, w)
+        return value, excess.div_(torch.add(excess, 1.0, out=b)).mul_(w)
+    raise ValueError(f"unknown divergence {divergence!r}")
 
 
 def _underflown(x: Tensor) -> Tensor | None:
@@ -306,6 +251,6 @@ def _total(terms: Tensor, nowhere: Tensor | None, other: Tensor, share: float = 
 
 def _top_column(z: Tensor, top: Tensor, first_column: int) -> Tensor:
     """Number of the first column that reaches the row's maximum over all ranks, inf if none does."""
-    column = z.argmax(-1)
-    reached = z.gather(-1, _column(column)).squeeze(-1) >= top
-    return torch.where(reached, column.to(z.dtype) + first_column, float("inf"))
+    at = z.argmax(-1)
+    reached = z.gather(-1, column(at)).squeeze(-1) >= top
+    return torch.where(reached, at.to(z.dtype) + first_column, float("inf"))

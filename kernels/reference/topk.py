@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opcd_fast.kernels.reference.reverse_kl import transform_logits
+from opcd_fast.kernels.reference.logits import Logits, column
 
 
 def scratch_planes(softcap_s: float | None) -> int:
@@ -24,42 +24,32 @@ def scratch_planes(softcap_s: float | None) -> int:
 
 
 def topk_reverse_kl_rows(
-    z_s: Tensor,  # (n, V) raw products, float32 or float64; destroyed
-    z_t: Tensor,  # (n, V) same dtype; destroyed
-    bias_s: Tensor | None,  # (V,)
-    bias_t: Tensor | None,
-    row_weights: Tensor,  # (n,)
-    statistics: Tensor,  # (5, n) written; see reference.STATISTICS, plane 0 is the truncated divergence
-    gradient: Tensor | None,  # (n, V); may be z_s
+    student: Logits,
+    teacher: Logits,
+    row_weights: Tensor,
+    statistics: Tensor,
+    gradient: Tensor | None,
     *,
     k: int,
     tail: str,
-    scale_s: float,
-    scale_t: float,
-    softcap_s: float | None,
-    softcap_t: float | None,
-    temperature: float,
-    all_statistics: bool,
-    scratch: Tensor,  # (scratch_planes(softcap_s), block, V) same dtype as z_s
+    all_statistics: bool = True,
+    scratch: Tensor | None = None,  # (scratch_planes(student.softcap), block, V)
 ) -> None:
-    """Statistics of n rows and d(sum_n w_n D_n)/d(raw student product); conventions of `reference.reverse_kl_rows`."""
-    for start in range(0, z_s.shape[0], scratch.shape[1]):
-        rows = slice(start, min(start + scratch.shape[1], z_s.shape[0]))
-        log_p, p, q, *slope_plane = scratch[:, : rows.stop - start].unbind(0)
-        student, teacher = z_s[rows], z_t[rows]
-        factor = transform_logits(student, bias_s, scale_s, softcap_s, temperature)
-        transform_logits(teacher, bias_t, scale_t, softcap_t, temperature)
-        slope: Tensor | None = None
-        if softcap_s is not None and gradient is not None:
-            slope = torch.mul(student, temperature / softcap_s, out=slope_plane[0]).square_().neg_().add_(1.0)
-        top, chosen = student.topk(min(k, student.shape[1]), dim=-1)
-        torch.log_softmax(student, -1, out=log_p)
+    """Statistics of n rows and d(sum_n w_n D_n)/d(raw student product); conventions of `divergence_rows`."""
+    scratch, blocks = student.blocks(scratch, scratch_planes(student.softcap))
+    for rows in blocks:
+        log_p, p, q, *slope_plane = scratch[:, : rows.stop - rows.start].unbind(0)
+        block = student.rows(rows)
+        z_s, z_t = block.transform_(), teacher.rows(rows).transform_()
+        slope = block.slope(slope_plane, gradient is not None)
+        top, chosen = z_s.topk(min(k, z_s.shape[1]), dim=-1)
+        torch.log_softmax(z_s, -1, out=log_p)
         torch.exp(log_p, out=p)
         if all_statistics:
             statistics[2, rows] = top[:, 0] - log_p.amax(-1)
-            teacher_max = teacher.amax(-1)
-            statistics[4, rows] = student.argmax(-1) == teacher.argmax(-1)
-        log_q = torch.log_softmax(teacher, -1, out=student)
+            teacher_max = z_t.amax(-1)
+            statistics[4, rows] = z_s.argmax(-1) == z_t.argmax(-1)
+        log_q = torch.log_softmax(z_t, -1, out=z_s)
         if all_statistics:
             statistics[3, rows] = teacher_max - log_q.amax(-1)
             finite = torch.where(p > 0, log_p, 0.0)
@@ -69,11 +59,11 @@ def topk_reverse_kl_rows(
         if gradient is None:
             continue
         # inside: G of the chosen tokens; outside: what multiplies p for all others.
-        g = p.mul_(outside.unsqueeze(-1)).scatter_(-1, chosen, inside)
-        g.mul_((row_weights[rows] * factor).unsqueeze(-1))
+        g = p.mul_(column(outside)).scatter_(-1, chosen, inside)
+        g.mul_(column(row_weights[rows] * student.derivative))
         if slope is not None:
             g.mul_(slope)
-        gradient[rows] = g.masked_fill_((value == float("inf")).unsqueeze(-1), 0.0).to(gradient.dtype)
+        gradient[rows] = g.masked_fill_(column(value == float("inf")), 0.0).to(gradient.dtype)
 
 
 def _truncated(
@@ -94,12 +84,12 @@ def _truncated(
     if tail == "none":
         value = (p_k * l).sum(-1)
         center = value + p_k.sum(-1)
-        return value, p_k * (l + 1.0 - center.unsqueeze(-1)), -center
-    # Every term >= 0, as in the reference: q - p + p l = p (expm1(-l) + l).
+        return value, p_k * (l + 1.0 - column(center)), -center
+    # Every term >= 0: q - p + p l = p (expm1(-l) + l).
     terms = torch.where(reached, p_k * (torch.expm1(-l) + l), log_q_k.exp()).sum(-1)
     center = (p_k * l).sum(-1)
     if tail == "renormalize":
-        return terms, p_k * (l - center.unsqueeze(-1)), torch.zeros_like(center)
+        return terms, p_k * (l - column(center)), torch.zeros_like(center)
     # The rest's masses as sums of their own: 1 - P would have lost them.
     rest_p = p.scatter(-1, chosen, 0.0).sum(-1)
     rest_q = torch.exp(log_q, out=q).scatter_(-1, chosen, 0.0).sum(-1)
@@ -107,4 +97,4 @@ def _truncated(
     l_rest = torch.where(exists, rest_p.log() - rest_q.log(), 0.0)
     rest_term = torch.where(exists, rest_p * (torch.expm1(-l_rest) + l_rest), rest_q)
     center = center + torch.where(exists, rest_p * l_rest, 0.0)
-    return terms + rest_term, p_k * (l - center.unsqueeze(-1)), l_rest - center
+    return terms + rest_term, p_k * (l - column(center)), l_rest - center

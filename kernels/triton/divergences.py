@@ -7,7 +7,7 @@ The twin of `reference.divergences.divergence_rows`, where the formulas are. Two
   known before any gradient is written.
 - `_terms_kernel`: the terms of value and entropy, the gradient, or both.
 
-In between, a few floats per row and split are merged by reference/divergence_merge.py. The reverse and the forward KL
+In between, a few floats per row and split are merged by reference/statistics.py. The reverse and the forward KL
 take these two passes, 18 bytes per logit with a bf16 gradient. The others know c = E_p[phi] only after their terms, so
 they read the logits a third time: 26 bytes.
 
@@ -26,12 +26,14 @@ from opcd_fast.kernels.reference import (
     DIVERGENCES,
     NORMALISERS,
     TERMS,
+    Divergence,
     Gather,
+    Logits,
     Rows,
-    check_divergence,
     merge_normalisers,
     merge_terms,
     normalise,
+    row_of,
     write_statistics,
 )
 from opcd_fast.kernels.triton.launch_shapes import launch_shape
@@ -39,23 +41,23 @@ from opcd_fast.kernels.triton.logits import (
     NO_COLUMN,
     SMALLEST,
     UNSEEN,
+    Pair,
     accumulate,
-    check_logits,
     difference_of,
     expm1,
-    inner_and_outer,
     load_logits,
     psi_terms,
+    store_gradient,
 )
 
 # Programs that keep a large device busy: two on each of 128 multiprocessors.
 PROGRAMS = 256
 
-_REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
-_FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
-_JSD = tl.constexpr(DIVERGENCES.index("jsd"))
-_SKEW_REVERSE_KL = tl.constexpr(DIVERGENCES.index("skew_reverse_kl"))
-_SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES.index("skew_forward_kl"))
+_REVERSE_KL = tl.constexpr(DIVERGENCES["reverse_kl"].code)
+_FORWARD_KL = tl.constexpr(DIVERGENCES["forward_kl"].code)
+_JSD = tl.constexpr(DIVERGENCES["jsd"].code)
+_SKEW_REVERSE_KL = tl.constexpr(DIVERGENCES["skew_reverse_kl"].code)
+_SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES["skew_forward_kl"].code)
 # exp(87.8) and its inverse are normal numbers; a probability whose ratio to the other is beyond has underflown
 _LIMIT = tl.constexpr(87.8)
 
@@ -187,16 +189,7 @@ def _second_pass(
             top_s = tl.minimum(top_s, tl.where(z_s >= m_s, columns, NO_COLUMN))
             top_t = tl.minimum(top_t, tl.where(z_t >= m_t, columns, NO_COLUMN))
     if WRITE_GRADIENT:
-        g = p_phi * row_factor
-        if SOFTCAP:
-            tanh = z_s * inverse_outer
-            g *= 1.0 - tanh * tanh
-        g = g.to(g_ptr.dtype.element_ty)
-        if MASKED:
-            # Padding lanes hold z = -inf, whose square is not a number; they are not stored.
-            tl.store(g_ptr + columns, g, mask=columns < n_columns)
-        else:
-            tl.store(g_ptr + columns, g)
+        store_gradient(g_ptr, p_phi * row_factor, z_s, columns, n_columns, inverse_outer, SOFTCAP, MASKED)
     return value, negative_entropy, top_s, top_t, moment
 
 
@@ -282,91 +275,74 @@ def split_blocks(rows: int, columns: int, block: int, splits: int | None = None)
 
 
 def divergence_rows(
-    z_s: Tensor,  # (n, V) float32 raw products, unit column stride
-    z_t: Tensor,  # (n, V)
-    bias_s: Tensor | None,  # (V,) float32
-    bias_t: Tensor | None,
+    student: Logits,  # z (n, V) float32, unit column stride
+    teacher: Logits,
     row_weights: Tensor,  # (n,) float32
     statistics: Tensor,  # (5, n) float32
-    gradient: Tensor | None,  # (n, V) float32 or bf16; may be z_s itself, but no other view of the logits' memory
+    gradient: Tensor | None,  # (n, V) float32 or bf16; may be the student's z, but no other view of the logits' memory
     *,
-    divergence: str,
-    parameter: float,
-    scale_s: float,
-    scale_t: float,
-    softcap_s: float | None,
-    softcap_t: float | None,
-    temperature: float,
-    all_statistics: bool,
-    scratch: Tensor | None = None,  # the torch version's; unused
+    divergence: str = "reverse_kl",
+    parameter: float = 0.0,
+    all_statistics: bool = True,
+    scratch: Tensor | None = None,  # the reference's; unused
     gather: Gather = None,
     first_column: int = 0,
     splits: int | None = None,
 ) -> None:
     """Arguments as in `reference.divergences.divergence_rows`; splits as in `split_blocks`. The logits survive unless
-    the gradient is z_s. Two gathers; scratch is 11 floats per row and split."""
-    check_divergence(divergence, parameter)
-    check_logits("z_s", z_s)
-    check_logits("z_t", z_t)
-    n, columns = z_s.shape
+    the gradient is the student's z. Two gathers; scratch is 11 floats per row and split."""
+    row = row_of(divergence, parameter)
+    pair = Pair.of(student, teacher)
+    n, columns = student.z.shape
     if n == 0:
         return
-    inner_s, outer_s = inner_and_outer(scale_s, softcap_s, temperature)
-    inner_t, outer_t = inner_and_outer(scale_t, softcap_t, temperature)
     block, warps = launch_shape("divergence_rows", columns)
     splits, blocks = split_blocks(n, columns, block, splits)
-    two_passes = divergence in ("reverse_kl", "forward_kl")
-    logits = (z_s, z_t, z_s if bias_s is None else bias_s, z_t if bias_t is None else bias_t)
-    transforms = (inner_s, inner_t, outer_s, outer_t)
-    options = {
-        "HAS_BIAS_S": bias_s is not None, "HAS_BIAS_T": bias_t is not None,
-        "SOFTCAP_S": softcap_s is not None, "SOFTCAP_T": softcap_t is not None,
-        "DIVERGENCE": DIVERGENCES.index(divergence), "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True,
-    }  # fmt: skip
+    options = {**pair.options, "DIVERGENCE": row.code, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
-    planes = len(NORMALISERS) if two_passes else 4
-    pieces = z_s.new_zeros(splits, planes, n)
+    planes = len(NORMALISERS) if row.infinite else 4
+    pieces = student.z.new_zeros(splits, planes, n)
     _normaliser_kernel[(n, splits)](
-        *logits, pieces, z_s.stride(0), z_t.stride(0), n, columns, blocks, *transforms, PLANES=planes, **options
+        *pair.pointers, pieces, *pair.strides, n, columns, blocks, *pair.transforms, PLANES=planes, **options
     )
     merged = merge_normalisers(pieces)
     if gather is not None:
         merged = merge_normalisers(gather(merged))
     rows = normalise(merged)
-    infinite = _infinite(rows, divergence)
+    infinite = _infinite(rows, row)
 
     def launch(shift: Tensor, written: Tensor | None, with_terms: bool) -> Tensor:
-        factor = row_weights * (scale_s / temperature)
+        factor = row_weights * student.derivative
         if infinite is not None:
             factor = factor.masked_fill(infinite, 0.0)
         known = torch.stack([rows.max_s, rows.max_t, rows.lse_s, rows.lse_t, rows.log_ratio, shift, factor])
-        pieces = z_s.new_zeros(splits, len(TERMS), n)
+        pieces = student.z.new_zeros(splits, len(TERMS), n)
         _terms_kernel[(n, splits)](
-            *logits, known, pieces, z_s if written is None else written,
-            z_s.stride(0), z_t.stride(0), 0 if written is None else written.stride(0), n, columns, blocks,
-            *transforms, parameter, PLANES=len(TERMS), WRITE_TERMS=with_terms,
-            WRITE_MOMENT=with_terms and gradient is not None and not two_passes,
+            *pair.pointers, known, pieces, student.z if written is None else written,
+            *pair.strides, 0 if written is None else written.stride(0), n, columns, blocks,
+            *pair.transforms, parameter, PLANES=len(TERMS), WRITE_TERMS=with_terms,
+            WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
             WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms, **options,
         )  # fmt: skip
         return pieces
 
     nothing = torch.zeros_like(rows.lse_s)
     shift = rows.difference if divergence == "reverse_kl" and rows.difference is not None else nothing
-    terms = merge_terms(launch(shift, gradient if two_passes else None, True))
+    terms = merge_terms(launch(shift, gradient if row.two_passes else None, True))
     terms[2:4] += first_column
     if gather is not None:
         terms = merge_terms(gather(terms))
     if infinite is not None:
         terms[0].masked_fill_(infinite, float("inf"))
     write_statistics(statistics, rows, terms, all_statistics)
-    if gradient is not None and not two_passes:
+    if gradient is not None and not row.two_passes:
         # A teacher's NaN reaches every term, but phi only through here.
         launch(torch.where(terms[0].isnan(), terms[0], terms[4]), gradient, False)
 
 
-def _infinite(rows: Rows, divergence: str) -> Tensor | None:
+def _infinite(rows: Rows, row: Divergence) -> Tensor | None:
     """Rows in which one side forbids what the other may say."""
     if rows.forbidden is None:
         return None
-    lse = rows.lse_s if divergence == "reverse_kl" else rows.lse_t
+    lse = rows.lse_s if row.infinite == "teacher" else rows.lse_t
     return torch.exp(rows.forbidden - lse) >= torch.finfo(lse.dtype).tiny

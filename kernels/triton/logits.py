@@ -1,11 +1,15 @@
-"""What the Triton row kernels share: reading a block of logits, and the terms of a divergence without cancellation."""
+"""What the Triton row kernels share: reading logits, writing a gradient, terms without cancellation."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from opcd_fast.kernels.reference import Logits
 
 SMALLEST = tl.constexpr(1.1754944e-38)  # smallest normal float32: a probability below it counts as 0
 UNSEEN = tl.constexpr(-1.0e38)  # a running maximum before its first finite logit
@@ -63,12 +67,44 @@ def expm1(x):
     return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
 
 
+@triton.jit
+def store_gradient(g_ptr, g, z, columns, n_columns, inverse_outer, SOFTCAP, MASKED):
+    """g, of one block, times the softcap's derivative at its logits."""
+    if SOFTCAP:
+        tanh = z * inverse_outer
+        g *= 1.0 - tanh * tanh
+    g = g.to(g_ptr.dtype.element_ty)
+    if MASKED:
+        # Padding lanes hold z = -inf, whose square is not a number; they are not stored.
+        tl.store(g_ptr + columns, g, mask=columns < n_columns)
+    else:
+        tl.store(g_ptr + columns, g)
+
+
 def check_logits(name: str, z: Tensor) -> None:
     """Raise ValueError for logits that the kernels cannot read."""
     if z.dtype != torch.float32 or z.stride(1) != 1:
         raise ValueError(f"{name} is {z.dtype} with strides {z.stride()}; expected float32 with unit column stride")
 
 
-def inner_and_outer(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
-    """logits / temperature = inner * x, or outer * tanh(inner * x) with a softcap."""
-    return (scale / temperature, 1.0) if softcap is None else (scale / softcap, softcap / temperature)
+class Pair(NamedTuple):
+    """Both sides of a divergence as the kernels take them."""
+
+    pointers: tuple[Tensor, ...]  # student's and teacher's z, student's and teacher's bias
+    strides: tuple[int, int]
+    transforms: tuple[float, ...]  # inner of both, outer of both
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, student: Logits, teacher: Logits) -> Pair:
+        sides = {"S": student, "T": teacher}
+        for side, name in (("S", "z_s"), ("T", "z_t")):
+            check_logits(name, sides[side].z)
+        transforms = [side.inner_and_outer() for side in sides.values()]
+        return cls(
+            (student.z, teacher.z, *(side.z if side.bias is None else side.bias for side in sides.values())),
+            (student.z.stride(0), teacher.z.stride(0)),
+            (*(inner for inner, _ in transforms), *(outer for _, outer in transforms)),
+            {f"HAS_BIAS_{name}": side.bias is not None for name, side in sides.items()}
+            | {f"SOFTCAP_{name}": side.softcap is not None for name, side in sides.items()},
+        )

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opcd_fast.kernels.reference import Logits
 from opcd_fast.kernels.triton.launch_shapes import launch_shape
-from opcd_fast.kernels.triton.logits import UNSEEN, check_logits, inner_and_outer, load_logits
+from opcd_fast.kernels.triton.logits import UNSEEN, check_logits, load_logits, store_gradient
 
 
 @triton.jit
@@ -30,16 +31,9 @@ def _accumulate(z, m, d, a):
 
 
 @triton.jit
-def _store_gradient(z, columns, n_columns, g_ptr, token, lse, token_value, row_factor, inverse_outer, SOFTCAP, MASKED):
+def _write_gradient(z, columns, n_columns, g_ptr, token, lse, token_value, row_factor, inverse_outer, SOFTCAP, MASKED):
     g = tl.where(columns == token, token_value, -tl.exp(z - lse)) * row_factor
-    if SOFTCAP:
-        tanh = z * inverse_outer
-        g *= 1.0 - tanh * tanh
-    g = g.to(g_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(g_ptr + columns, g, mask=columns < n_columns)
-    else:
-        tl.store(g_ptr + columns, g)
+    store_gradient(g_ptr, g, z, columns, n_columns, inverse_outer, SOFTCAP, MASKED)
 
 
 @triton.jit
@@ -89,42 +83,37 @@ def _logprob_rows_kernel(
         # Backwards: the end of the row is what the cache may still hold.
         if whole * BLOCK < n_columns:
             z = load_logits(z_ptr, bias_ptr, tail, n_columns, inner, outer, HAS_BIAS, SOFTCAP, True)
-            _store_gradient(
+            _write_gradient(
                 z, tail, n_columns, g_ptr, token, lse, token_value, row_factor, inverse_outer, SOFTCAP, True
             )
         for block in range(0, whole):
             columns = (whole - 1 - block) * BLOCK + lanes
             z = load_logits(z_ptr, bias_ptr, columns, n_columns, inner, outer, HAS_BIAS, SOFTCAP, False)
-            _store_gradient(
+            _write_gradient(
                 z, columns, n_columns, g_ptr, token, lse, token_value, row_factor, inverse_outer, SOFTCAP, False
             )
 
 
 def logprob_rows(
-    z: Tensor,  # (n, V) float32 raw products, unit column stride
-    bias: Tensor | None,  # (V,) float32
+    logits: Logits,  # z (n, V) float32, unit column stride
     token_ids: Tensor,  # (n,) int64; one outside 0..V-1 counts as a token of probability 0
     row_weights: Tensor,  # (n,) float32
     statistics: Tensor,  # (2, n) float32
     gradient: Tensor | None,  # (n, V) float32 or bf16; may be z itself, but no other view of its memory
     *,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
     scratch: Tensor | None = None,  # the torch version's; unused
 ) -> None:
-    """Launch one program per row. Arguments as in `reference.logprobs.logprob_rows`; the logits survive unless the
-    gradient is z."""
+    """One program per row. Arguments as in `reference.logprobs.logprob_rows`; z survives unless the gradient is z."""
+    z, bias, _, softcap, _ = logits
     check_logits("z", z)
     rows, columns = z.shape
     if rows == 0:
         return
-    inner, outer = inner_and_outer(scale, softcap, temperature)
     block, warps = launch_shape("logprob_rows", columns)
     _logprob_rows_kernel[(rows,)](
         z, z if bias is None else bias, token_ids, row_weights, statistics, z if gradient is None else gradient,
         z.stride(0), 0 if gradient is None else gradient.stride(0), statistics.stride(0), columns,
-        inner, outer, scale / temperature,
+        *logits.inner_and_outer(), logits.derivative,
         HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, WRITE_GRADIENT=gradient is not None, BLOCK=block,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip

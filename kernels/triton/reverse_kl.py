@@ -1,6 +1,6 @@
 """Statistics and gradient of the reverse KL from two rows of float32 logits, one program per row (Triton).
 
-The twin of `reference.reverse_kl.reverse_kl_rows`, where the formulas are. What differs here:
+The twin of `reference.divergences.divergence_rows` for the reverse KL. What differs here:
 
 - Two passes over the row. The first keeps a running maximum, normaliser and sum of differences per lane and
   combines the lanes once at the end, so its loop has no barrier and no shuffle. The second writes G and sums
@@ -18,17 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opcd_fast.kernels.reference import Logits
 from opcd_fast.kernels.triton.launch_shapes import launch_shape
 from opcd_fast.kernels.triton.logits import (
     NO_COLUMN,
     SMALLEST,
     UNSEEN,
+    Pair,
     accumulate,
-    check_logits,
     difference_of,
-    inner_and_outer,
     load_logits,
     psi_terms,
+    store_gradient,
 )
 
 
@@ -68,15 +69,7 @@ def _second_pass(
         top_t = tl.minimum(top_t, tl.where(z_t >= m_t, columns, NO_COLUMN))
     if WRITE_GRADIENT:
         g = p * (difference - center) * row_factor
-        if SOFTCAP:
-            tanh = z_s * inverse_outer
-            g *= 1.0 - tanh * tanh
-        g = g.to(g_ptr.dtype.element_ty)
-        if MASKED:
-            # Padding lanes hold z = -inf, whose square is not a number; they are not stored.
-            tl.store(g_ptr + columns, g, mask=columns < n_columns)
-        else:
-            tl.store(g_ptr + columns, g)
+        store_gradient(g_ptr, g, z_s, columns, n_columns, inverse_outer, SOFTCAP, MASKED)
     return kl, negative_entropy, top_s, top_t
 
 
@@ -171,39 +164,26 @@ def _reverse_kl_rows_kernel(
 
 
 def reverse_kl_rows(
-    z_s: Tensor,  # (n, V) float32 raw products, unit column stride
-    z_t: Tensor,  # (n, V)
-    bias_s: Tensor | None,  # (V,) float32
-    bias_t: Tensor | None,
+    student: Logits,  # z (n, V) float32, unit column stride
+    teacher: Logits,
     row_weights: Tensor,  # (n,) float32
     statistics: Tensor,  # (5, n) float32
-    gradient: Tensor | None,  # (n, V) float32 or bf16; may be z_s itself, but no other view of the logits' memory
+    gradient: Tensor | None,  # (n, V) float32 or bf16; may be the student's z, but no other view of the logits' memory
     *,
-    scale_s: float,
-    scale_t: float,
-    softcap_s: float | None,
-    softcap_t: float | None,
-    temperature: float,
-    all_statistics: bool,
+    all_statistics: bool = True,
     scratch: Tensor | None = None,  # the reference's; unused
 ) -> None:
-    """Launch one program per row. Arguments as in `reference.reverse_kl_rows`; the logits survive unless G
-    is z_s."""
-    check_logits("z_s", z_s)
-    check_logits("z_t", z_t)
-    rows, columns = z_s.shape
+    """One program per row. `reference.divergences.divergence_rows` of the reverse KL; the logits survive unless the
+    gradient is the student's z."""
+    pair = Pair.of(student, teacher)
+    rows, columns = student.z.shape
     if rows == 0:
         return
-    inner_s, outer_s = inner_and_outer(scale_s, softcap_s, temperature)
-    inner_t, outer_t = inner_and_outer(scale_t, softcap_t, temperature)
     block, warps = launch_shape("reverse_kl_rows", columns)
     _reverse_kl_rows_kernel[(rows,)](
-        z_s, z_t, z_s if bias_s is None else bias_s, z_t if bias_t is None else bias_t, row_weights,
-        statistics, z_s if gradient is None else gradient,
-        z_s.stride(0), z_t.stride(0), 0 if gradient is None else gradient.stride(0), statistics.stride(0),
-        columns, inner_s, inner_t, outer_s, outer_t, scale_s / temperature,
-        HAS_BIAS_S=bias_s is not None, HAS_BIAS_T=bias_t is not None,
-        SOFTCAP_S=softcap_s is not None, SOFTCAP_T=softcap_t is not None,
+        *pair.pointers, row_weights, statistics, student.z if gradient is None else gradient,
+        *pair.strides, 0 if gradient is None else gradient.stride(0), statistics.stride(0),
+        columns, *pair.transforms, student.derivative, **pair.options,
         WRITE_GRADIENT=gradient is not None, ALL_STATISTICS=all_statistics, BLOCK=block,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip

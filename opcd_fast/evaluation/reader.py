@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opcd_fast.data import Sample, common_prefix_length, micro_batches, pack
 from opcd_fast.errors import InputError
-from opcd_fast.loss import LMHead, fused_linear_divergence
+from opcd_fast.loss import LMHead, fused_linear_divergence, same_vocabulary
 from opcd_fast.models import packed_hidden_states, virtual_tokens
 from opcd_fast.teacher import ContextTeacher
 
@@ -117,10 +117,7 @@ def distances(p: Reading, q: Reading, temperature: float, per_prompt: int = 1) -
 
     per_prompt: how many answers, back to back, each prompt has.
     """
-    head_p, head_q = p.head, q.head
-    if head_p.valid_size != head_q.valid_size:  # padding of one tokenizer's vocabulary to different lengths
-        size = min(head_p.valid_size, head_q.valid_size)
-        head_p, head_q = replace(head_p, vocab_size=size), replace(head_q, vocab_size=size)
+    head_p, head_q = same_vocabulary(p.head, q.head)
     _, stats = fused_linear_divergence(
         p.hidden, head_p, q.hidden, head_q,
         divergence="reverse_kl", temperature=temperature, reduction="sum", return_stats=True,

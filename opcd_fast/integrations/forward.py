@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from opcd_fast.errors import InputError
 from opcd_fast.loss import LMHead, fused_linear_divergence
 from opcd_fast.models import seam
 
@@ -76,10 +76,27 @@ def divergence(h_s: Tensor, head_s: LMHead, h_t: Tensor, head_t: LMHead, **optio
         return fused_linear_divergence(h_s, head_s, h_t, head_t, **options)
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        return fused_linear_divergence(
-            h_s.to(dtype), _cast(head_s, dtype), h_t.to(dtype), _cast(head_t, dtype), **options
+        return fused_linear_divergence(h_s.to(dtype), head_s.to(dtype), h_t.to(dtype), head_t.to(dtype), **options)
+
+
+def refuse_settings(trainer: Any) -> None:
+    """InputError for settings of a `transformers.Trainer` with which the fused loss cannot work."""
+    if getattr(trainer, "compute_metrics", None) is not None:
+        raise InputError("compute_metrics needs logits, which the fused loss does not make; leave it out")
+    if getattr(trainer.args, "use_liger_kernel", False):
+        raise InputError(
+            "use_liger_kernel=True replaces the model's forward, so what its head does cannot be seen; set it to False "
+            "(no logits are computed either way)"
+        )
+    processing = getattr(trainer, "processing_class", None)
+    if hasattr(processing, "image_processor") or hasattr(processing, "feature_extractor"):
+        raise InputError(
+            f"processing_class is a {type(processing).__name__}: images and sound are not supported by the fused loss; "
+            "pass the tokenizer of a text model"
         )
 
 
-def _cast(head: LMHead, dtype: torch.dtype) -> LMHead:
-    return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
+def refuse_sharding(trainer: Any) -> None:
+    """InputError for engines that hold a model in pieces."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise InputError(f"{type(trainer).__name__} runs in one process or with DDP; switch FSDP or DeepSpeed off")

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from opcd_fast.integrations.forward import Heads, divergence, hidden_states, inside_forward
+from opcd_fast.integrations.forward import (
+    Heads,
+    divergence,
+    hidden_states,
+    inside_forward,
+    refuse_settings,
+    refuse_sharding,
+)
 from opcd_fast.loss import LMHead
 from opcd_fast.models import seam
 from opcd_fast.teacher import ContextTeacher
@@ -37,20 +44,10 @@ class FusedDistillationTrainer(Trainer):
     teacher that is itself trained.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        teacher: Any,
-        distillation: dict[str, Any] | None = None,
-        **others: Any,
-    ) -> None:
+    def __init__(self, *args: Any, teacher: Any, distillation: dict[str, Any] | None = None, **others: Any) -> None:
         super().__init__(*args, **others)
-        if self.compute_metrics is not None:
-            raise ValueError("compute_metrics needs logits, which the fused loss does not make; leave it out")
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("FusedDistillationTrainer runs in one process or with DDP; switch FSDP or DeepSpeed off")
-        if self.args.use_liger_kernel:
-            raise ValueError("use_liger_kernel=True hides what the model's head does; set it to False")
+        refuse_settings(self)
+        refuse_sharding(self)
         scoring = teacher.model if isinstance(teacher, ContextTeacher) else teacher
         student: Any = self.model
         if scoring is teacher and seam.causal_lm(scoring) is seam.causal_lm(student):
@@ -65,11 +62,7 @@ class FusedDistillationTrainer(Trainer):
         self._heads = Heads()
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """As `Trainer.compute_loss`; the outputs, where asked for, are empty."""
         if "labels" not in inputs:

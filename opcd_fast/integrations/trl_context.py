@@ -23,8 +23,8 @@ from opcd_fast.data import (
     teacher_ids,
 )
 from opcd_fast.errors import InputError
-from opcd_fast.integrations.forward import Heads, divergence, inside_forward
-from opcd_fast.integrations.trl_version import check_trl
+from opcd_fast.integrations.forward import Heads, divergence, inside_forward, refuse_settings, refuse_sharding
+from opcd_fast.integrations.trl_loss import check_trl
 from opcd_fast.models import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.step import Windows, check_lengths
@@ -91,12 +91,8 @@ class ContextDistillationTrainer(DistillationTrainer):
             model=model, teacher_model=teacher_model, args=args, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, peft_config=peft_config, **others,
         )  # fmt: skip
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise InputError("ContextDistillationTrainer runs in one process or with DDP; switch FSDP or DeepSpeed off")
-        if self._is_vlm:
-            raise InputError("processing_class handles images; ContextDistillationTrainer takes a text tokenizer")
-        if self.args.use_liger_kernel:
-            raise InputError("use_liger_kernel=True hides what the model's head does; set it to False")
+        refuse_settings(self)
+        refuse_sharding(self)
         self._context = None if context is None else read_context(context)
         self._prefixes: dict[str, tuple[int, tuple[int, ...]]] = {}  # by context, as JSON
         groups = self._read_all(train_dataset, eval_dataset)

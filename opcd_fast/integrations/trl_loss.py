@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from types import MethodType
 from typing import Any
 
@@ -18,8 +19,8 @@ from opcd_fast.integrations.trl_objectives import (
     sdft_loss,
     sdft_rollout_logps,
 )
-from opcd_fast.integrations.trl_version import check_trl
 
+TESTED = (1, 16)  # the hooks of TRL are private, and move between minor versions
 NORMALIZE = ("trl", "exact")
 
 # Defining module and class -> (what refuses its settings, {method: what stands in for it})
@@ -35,6 +36,21 @@ _KINDS: dict[tuple[str, str], tuple[Callable[[Any], None], dict[str, Callable[..
     ),
 }
 _MISSING = object()
+
+
+def check_trl() -> None:
+    """Raise ImportError when TRL is missing or is another minor version than the one whose hooks are known."""
+    wanted = f"{TESTED[0]}.{TESTED[1]}"
+    remedy = f"pip install 'trl>={wanted},<{TESTED[0]}.{TESTED[1] + 1}'"
+    try:
+        found = version("trl")
+    except PackageNotFoundError as error:
+        raise ImportError(f"opcd_fast.integrations.trl needs trl: {remedy}") from error
+    if tuple(found.split(".")[:2]) != (str(TESTED[0]), str(TESTED[1])):
+        raise ImportError(
+            f"trl {found} is installed, and the hooks that opcd_fast.integrations.trl uses are private and known of "
+            f"{wanted} only: {remedy}"
+        )
 
 
 class FusedLoss:

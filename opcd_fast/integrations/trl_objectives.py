@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd_fast.integrations.forward import Heads, divergence, hidden_states, inside_forward
+from opcd_fast.integrations.forward import Heads, divergence, hidden_states, inside_forward, refuse_settings
 from opcd_fast.loss import LMHead, fused_linear_logprobs, sequence_mean_weights
 
 
@@ -32,7 +32,7 @@ class Options:
 
 
 def check_distillation(trainer: Any) -> None:
-    _check_common(trainer)
+    refuse_settings(trainer)
     if trainer.teacher_model is None:
         raise ValueError("teacher_model is None: a teacher on a server sends no hidden states; give a local model")
 
@@ -42,8 +42,7 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`DistillationTrainer._compute_loss`: (loss, sum of the student's entropies, number of scored tokens)."""
     answer, mask = inputs["completion_ids"], inputs["completion_mask"]
-    ids = torch.cat([inputs["prompt_ids"], answer], dim=1)
-    attention = torch.cat([inputs["prompt_mask"], mask], dim=1)
+    ids, attention = _student_row(inputs)
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
 
@@ -69,19 +68,13 @@ def distillation_loss(
 
 
 def check_gkd(trainer: Any) -> None:
-    _check_common(trainer)
-    if trainer.compute_metrics is not None:
-        raise ValueError("compute_metrics needs logits, which the fused loss does not make; leave it out")
+    refuse_settings(trainer)
 
 
 def gkd_loss(
-    options: Options,
-    trainer: Any,
-    model: Any,
-    inputs: dict[str, Any],
-    return_outputs: bool = False,
+    options: Options, trainer: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
     num_items_in_batch: Any = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`GKDTrainer.compute_loss`. As there, the loss is at temperature 1, whatever the config's (that of sampling)."""
     if return_outputs:
         raise ValueError("return_outputs=True asks for logits, which the fused loss does not make; set it to False")
@@ -118,7 +111,7 @@ def gkd_loss(
 
 
 def check_sdft(trainer: Any) -> None:
-    _check_common(trainer)
+    refuse_settings(trainer)
     args = trainer.args
     if trainer.use_teacher_server:
         raise ValueError("use_teacher_server=True: a server sends no hidden states; set use_teacher_server=False")
@@ -138,13 +131,9 @@ def check_sdft(trainer: Any) -> None:
 
 
 def sdft_loss(
-    options: Options,
-    trainer: Any,
-    model: Any,
-    inputs: dict[str, Any],
-    return_outputs: bool = False,
+    options: Options, trainer: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
     num_items_in_batch: Any = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`SDFTTrainer.compute_loss`: the mean over sequences of the mean over their scored tokens."""
     if return_outputs:
         raise ValueError("return_outputs=True asks for logits; neither SDFTTrainer nor the fused loss returns any")
@@ -170,22 +159,18 @@ def sdft_loss(
             with torch.no_grad(), trainer._get_teacher_context_for_self_distillation():
                 row = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
                 teacher = inside_forward(trainer.teacher_model, inner_teacher, lambda: states(inner_teacher, *row))
-            own = None
-            if sampled:
-                own = logprobs(student)
-            elif clip is not None and old is not None:
-                with torch.no_grad():
-                    own = logprobs(student)
+            own: Any = None
             ratio = torch.ones_like(weights)
-            if clip is not None and old is not None:
-                assert own is not None
+            clipped = clip is not None and old is not None
+            if sampled or clipped:
+                with torch.set_grad_enabled(sampled and torch.is_grad_enabled()):
+                    own = logprobs(student)
+            if clipped:
                 ratio = (own.detach() - old).clamp(-20.0, 20.0).exp().clamp(max=clip) * mask
             if sampled:
-                assert own is not None
                 with torch.no_grad():
                     gap = own - logprobs(teacher)
-                per_token = gap * own.detach() * ratio
-                return (gap * own * ratio * weights).sum(), per_token
+                return (gap * own * ratio * weights).sum(), gap * own.detach() * ratio
             which = {**_sdft_divergence(trainer.args), **options.loss}
             value, stats = divergence(
                 *student, *teacher, token_weights=weights * ratio, temperature=trainer.temperature, reduction="sum",
@@ -213,8 +198,7 @@ def sdft_rollout_logps(
     args = trainer.args
     if args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0:
         return None
-    ids = torch.cat([prompt_ids, completion_ids], dim=1)
-    attention = torch.cat([prompt_mask, completion_mask], dim=1)
+    ids, attention = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
     model = trainer.accelerator.unwrap_model(trainer.model)
     with torch.no_grad(), trainer.accelerator.autocast():
         hidden = hidden_states(model, ids, attention)[:, -completion_ids.shape[1] - 1 : -1]
@@ -246,17 +230,3 @@ def _logprobs(options: Options, trainer: Any, hidden: Tensor, head: LMHead, ids:
 def _micro_batches(trainer: Any) -> float:
     """By how many micro-batches a step's loss is averaged; 1 in evaluation."""
     return trainer.current_gradient_accumulation_steps if trainer.model.training else 1.0
-
-
-def _check_common(trainer: Any) -> None:
-    if getattr(trainer.args, "use_liger_kernel", False):
-        raise ValueError(
-            "use_liger_kernel=True replaces the model's forward, so what its head does cannot be seen; set it to False "
-            "(no logits are computed either way)"
-        )
-    processing = trainer.processing_class
-    if hasattr(processing, "image_processor") or hasattr(processing, "feature_extractor"):
-        raise ValueError(
-            f"processing_class is a {type(processing).__name__}: images and sound are not supported by the fused loss; "
-            "pass the tokenizer of a text model"
-        )

@@ -10,8 +10,17 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "api": ("LossStats", "fused_linear_divergence", "fused_linear_reverse_kl", "reverse_kl"),
-        "divergences": ("ALPHA", "BETA", "K", "TAIL", "check_divergence", "unused_parameter"),
-        "heads": ("LMHead",),
+        "divergences": (
+            "ALPHA",
+            "BETA",
+            "DIVERGENCES",
+            "K",
+            "PARAMETERS",
+            "TAIL",
+            "check_divergence",
+            "unused_parameter",
+        ),
+        "heads": ("LMHead", "same_vocabulary"),
         "importance": ("Drift", "importance_weights", "trainer_logprobs"),
         "inputs": ("resolve_backend",),
         "logprobs": ("fused_linear_logprobs",),
@@ -22,8 +31,17 @@ __getattr__, __dir__, __all__ = door(
 
 if TYPE_CHECKING:
     from opcd_fast.loss.api import LossStats, fused_linear_divergence, fused_linear_reverse_kl, reverse_kl
-    from opcd_fast.loss.divergences import ALPHA, BETA, TAIL, K, check_divergence, unused_parameter
-    from opcd_fast.loss.heads import LMHead
+    from opcd_fast.loss.divergences import (
+        ALPHA,
+        BETA,
+        DIVERGENCES,
+        PARAMETERS,
+        TAIL,
+        K,
+        check_divergence,
+        unused_parameter,
+    )
+    from opcd_fast.loss.heads import LMHead, same_vocabulary
     from opcd_fast.loss.importance import Drift, importance_weights, trainer_logprobs
     from opcd_fast.loss.inputs import resolve_backend
     from opcd_fast.loss.logprobs import fused_linear_logprobs

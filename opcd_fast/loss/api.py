@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast.loss.chunks import Spec, Wanted, accumulation_target, compute_dtype, sharding
-from opcd_fast.loss.divergences import ALPHA, BETA, TAIL, K, check_divergence
+from opcd_fast.loss.divergences import ALPHA, BETA, DIVERGENCES, TAIL, K, check_divergence
 from opcd_fast.loss.heads import LMHead
 from opcd_fast.loss.inputs import (
     as_head,
@@ -164,10 +164,10 @@ def fused_linear_divergence(
     """
     student, teacher = as_head(student_head, "student_head"), as_head(teacher_head, "teacher_head")
     leading = check_pair(student_hidden, student, teacher_hidden, teacher)
-    name, parameter = check_divergence(divergence, beta, alpha, k, tail)
-    if name == "topk_reverse_kl" and student.group is not None:
+    chosen = check_divergence(divergence, {"beta": beta, "alpha": alpha, "k": k, "tail": tail})
+    if DIVERGENCES[chosen.divergence].code is None and student.group is not None:
         raise ValueError(
-            "divergence='topk_reverse_kl' needs the whole vocabulary on every rank; gather the head, and leave its "
+            f"divergence={divergence!r} needs the whole vocabulary on every rank; gather the head, and leave its "
             "group=None"
         )
     check_projection(projection)
@@ -186,32 +186,16 @@ def fused_linear_divergence(
             "teacher_": (h_t, replace(teacher, weight=weight_t, bias=bias_t)),
         }
         _check_on_all_ranks(gathered, weights, student)
-    trained = torch.is_grad_enabled()
-    wanted = Wanted(
-        hidden=trained and h_s.requires_grad,
-        weight=trained and weight.requires_grad,
-        bias=trained and bias is not None and bias.requires_grad,
-    )
+    wanted = Wanted.of(torch.is_grad_enabled(), h_s, weight, bias)
     target = None
-    if accumulate_weight_grad:
-        target = accumulation_target(
-            student.weight, operator_reduction, scalar, compute_dtype(h_s, weight, h_t, weight_t)
-        ) if wanted.weight else None
+    if accumulate_weight_grad and wanted.weight:
+        dtype = compute_dtype(h_s, weight, h_t, weight_t)
+        target = accumulation_target(student.weight, operator_reduction, scalar, dtype)
     spec = Spec(
-        scale_s=float(student.scale),
-        scale_t=float(teacher.scale),
-        softcap_s=student.softcap,
-        softcap_t=teacher.softcap,
-        temperature=check_temperature(temperature),
-        vocab_size=student.valid_size,
-        workspace_bytes=check_workspace(workspace_bytes),
-        backend=backend,
-        all_statistics=return_stats,
-        divergence=name,
-        parameter=parameter,
-        tail=tail,
-        group="" if student.group is None else student.group.group_name,
-    )
+        student.valid_size, check_workspace(workspace_bytes), backend, return_stats,
+        float(student.scale), float(teacher.scale), student.softcap, teacher.softcap, check_temperature(temperature),
+        *chosen, group="" if student.group is None else student.group.group_name,
+    )  # fmt: skip
     loss, statistics = LinearDivergence.apply(
         h_s, weight, bias, h_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), weights, scalar,
         target, operator_reduction, factor, spec, wanted,
@@ -254,7 +238,7 @@ def reverse_kl(
     operator_reduction, factor, scalar = check_reduction(reduction, denominator)
     weights = flat_weights(token_weights, leading, z_s.device)
     backend = resolve_backend("auto", z_s.device, compute_dtype(z_s, z_t))
-    spec = Spec(1.0, 1.0, None, None, check_temperature(temperature), v, None, backend, all_statistics=False)
+    spec = Spec(v, backend=backend, temperature=check_temperature(temperature))
     if os.environ.get("OPCD_CHECK") == "1":
         check_logits("student_logits", z_s, weights)
         check_logits("teacher_logits", z_t, weights)

@@ -1,48 +1,44 @@
-"""The divergences by name, and their parameters."""
+"""The divergences by name, with their parameters as callers give them."""
 
 from __future__ import annotations
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", "topk_reverse_kl")
-TAILS = ("none", "renormalize", "bucket")
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from opcd_fast.kernels.reference import DIVERGENCES, PARAMETERS
+
 # What a caller gets who names no parameter.
-BETA, ALPHA, K, TAIL = 0.5, 0.1, 256, "none"
+BETA, ALPHA, K, TAIL = (PARAMETERS[name].default for name in ("beta", "alpha", "k", "tail"))
 
 
-def check_divergence(divergence: str, beta: float, alpha: float, k: int, tail: str) -> tuple[str, float]:
-    """(divergence, its parameter) in the form the kernels know, end points mapped to the plain divergences.
+class Chosen(NamedTuple):
+    """A divergence as the row operations take it."""
 
-    beta = 0 is the forward and beta = 1 the reverse KL, as in TRL; alpha = 0 takes the skew away. A parameter that the
-    divergence does not have is checked and then not used.
+    divergence: str
+    parameter: float = 0.0  # the number among its parameters
+    option: str = ""  # the word among them
+
+
+def check_divergence(divergence: str, parameters: Mapping[str, Any]) -> Chosen:
+    """The divergence with its own of these parameters, their end points mapped to the plain divergences.
+
+    parameters: one value for each of PARAMETERS. One that the divergence does not have is checked and then not used.
 
     Raises ValueError for what no divergence could mean.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; expected one of {', '.join(map(repr, DIVERGENCES))}")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}; it must be in 0..1 (0: forward KL, 1: reverse KL)")
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha is {alpha}; it must be in 0..1, 1 excluded (0: no skew)")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k is {k!r}; it must be a positive integer")
-    if tail not in TAILS:
-        raise ValueError(f"tail is {tail!r}; expected one of {', '.join(map(repr, TAILS))}")
-    if divergence == "jsd":
-        if beta in (0, 1):
-            return ("reverse_kl" if beta else "forward_kl"), 0.0
-        return divergence, float(beta)
-    if divergence in ("skew_reverse_kl", "skew_forward_kl"):
-        return (divergence, float(alpha)) if alpha else (divergence.removeprefix("skew_"), 0.0)
-    return divergence, float(k) if divergence == "topk_reverse_kl" else 0.0
+    for name, value in parameters.items():
+        PARAMETERS[name].check(value)
+    row = DIVERGENCES[divergence]
+    own = [parameters[name] for name in row.parameters]
+    number = next((float(value) for value in own if not isinstance(value, str)), 0.0)
+    if number in row.ends:
+        return Chosen(row.ends[number])
+    return Chosen(divergence, number, next((value for value in own if isinstance(value, str)), ""))
 
 
-def unused_parameter(divergence: str, beta: float, alpha: float, k: int, tail: str) -> str | None:
+def unused_parameter(divergence: str, parameters: Mapping[str, Any]) -> str | None:
     """The name of a parameter that was set although the divergence does not have it."""
-    for owner, name, value, default in (
-        ("jsd", "beta", beta, BETA),
-        ("skew", "alpha", alpha, ALPHA),
-        ("topk", "k", k, K),
-        ("topk", "tail", tail, TAIL),
-    ):
-        if value != default and not divergence.startswith(owner):
-            return name
-    return None
+    others = (name for name in parameters if name not in DIVERGENCES[divergence].parameters)
+    return next((name for name in others if parameters[name] != PARAMETERS[name].default), None)

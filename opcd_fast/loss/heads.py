@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,10 @@ class LMHead:
             out = torch.tanh(out / self.softcap) * self.softcap
         return out
 
+    def to(self, dtype: torch.dtype) -> LMHead:
+        """The same head with weight and bias of this type."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
     @classmethod
     def from_model(cls, model: Any, vocab_size: int | None = None) -> LMHead:
         """The head of a transformers causal language model, PEFT-wrapped or not.
@@ -134,6 +138,18 @@ class LMHead:
         elif vocab_size > kept:
             raise ValueError(f"LMHead.from_model: vocab_size is {vocab_size}, but {name} has logits for {kept} tokens")
         return cls(weight, bias, before * scale, softcap, vocab_size)
+
+
+def same_vocabulary(student: LMHead, teacher: LMHead) -> tuple[LMHead, LMHead]:
+    """Both heads over the same tokens: where one has more rows, the extra ones are padding.
+
+    Models of one family pad the vocabulary of one tokenizer to different multiples (Qwen2.5: 151936 rows at 0.5B,
+    152064 at 7B). That the models share a tokenizer is for the caller to know; then rows beyond the shorter head cannot
+    be its tokens. Sizes alone cannot tell padding from another tokenizer, which is why the losses refuse unequal ones.
+    """
+    size = min(student.valid_size, teacher.valid_size)
+    heads = (head if head.valid_size == size else replace(head, vocab_size=size) for head in (student, teacher))
+    return next(heads), next(heads)
 
 
 # Quantised weights, float8 among them, come with scales of their own beside.

@@ -6,7 +6,8 @@ around a call, and gradients inside it is traced. Which rows count is decided in
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 from opcd_fast.kernels.reference import STATISTICS
 from opcd_fast.loss.chunks import (
     NOTHING,
+    Side,
     Spec,
     Wanted,
     compute_dtype,
     exactly,
     linear_divergence,
+    linear_logprobs,
     logits_divergence,
     placeholder,
     returned_dtype,
@@ -29,7 +32,7 @@ from opcd_fast.loss.chunks import (
 from opcd_fast.loss.inputs import resolve_backend
 
 
-# ruff: noqa: UP007, UP045  (the operator's schema is inferred from these annotations; torch 2.10 reads Optional)
+# ruff: noqa: UP007, UP045  (the operators' schemas are inferred from these annotations; torch 2.10 reads Optional)
 @torch.library.custom_op("opcd_fast::linear_divergence", mutates_args=("dw_into",))
 def linear_divergence_op(
     h_s: Tensor,
@@ -41,60 +44,79 @@ def linear_divergence_op(
     token_weights: Optional[Tensor],
     denominator: Optional[Tensor],
     dw_into: Optional[Tensor],
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    wanted: Sequence[bool],
     reduction: str,
     factor: float,
-    scale_s: float,
-    scale_t: float,
-    softcap_s: Optional[float],
-    softcap_t: Optional[float],
-    temperature: float,
     vocab_size: int,
     workspace_bytes: Optional[int],
-    backend: str,
     all_statistics: bool,
-    divergence: str,
-    parameter: float,
-    tail: str,
-    group: str,
+    numbers: Sequence[float],
+    words: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics (5, N), dH, dW, db); a gradient that is not wanted is empty. The last parameters, from
-    scale_s on, are the fields of `Spec` in order; backend may be "auto"."""
+    vocab_size on, are `Spec.packed()`; its backend may be "auto"."""
+    student, teacher = Side(h_s, w_s, b_s), Side(h_t, w_t, b_t)
     dtype = compute_dtype(h_s, w_s, h_t, w_t)
-    spec = Spec(
-        scale_s, scale_t, softcap_s, softcap_t, temperature, vocab_size, workspace_bytes,
-        resolve_backend(backend, h_s.device, dtype), all_statistics, divergence, parameter, tail, group,
-    )  # fmt: skip
-    rows = select_rows(token_weights, h_s.shape[0], reduction, denominator, factor, dtype, h_s.device)
+    spec = _resolved(h_s, dtype, vocab_size, workspace_bytes, all_statistics, numbers, words)
+    rows = select_rows(token_weights, h_s, dtype, reduction, denominator, factor)
     with exactly(h_s.device):
-        wanted = Wanted(want_hidden, want_weight, want_bias)
-        statistics, dh, dw, db = linear_divergence(h_s, w_s, b_s, h_t, w_t, b_t, rows, spec, wanted, dw_into)
+        statistics, *found = linear_divergence(student, teacher, rows, spec, Wanted(*wanted), dw_into)
         loss = _reduce(statistics[0], rows.weights, rows.factor, reduction)
-    gradients = [h_s.new_empty(0) if gradient is None else gradient for gradient in (dh, dw, db)]
+    gradients = [h_s.new_empty(0) if gradient is None else gradient for gradient in found]
     return loss, statistics, gradients[0], gradients[1], gradients[2]
 
 
 @linear_divergence_op.register_fake
-def _(
-    h_s, w_s, b_s, h_t, w_t, b_t, token_weights, denominator, dw_into, want_hidden, want_weight, want_bias, reduction,
-    *_,
-):  # fmt: skip
-    dtype = compute_dtype(h_s, w_s, h_t, w_t)
-    count = h_s.shape[0]
-    loss = h_s.new_empty((count,) if reduction == "none" else (), dtype=dtype)
+def _(h_s, w_s, b_s, h_t, w_t, b_t, token_weights, denominator, dw_into, wanted, reduction, *_):
+    dtype, count = compute_dtype(h_s, w_s, h_t, w_t), h_s.shape[0]
     return (
-        loss,
+        h_s.new_empty((count,) if reduction == "none" else (), dtype=dtype),
         h_s.new_empty((len(STATISTICS), count), dtype=dtype),
-        _like(h_s) if want_hidden else h_s.new_empty(0),
-        _like(w_s) if want_weight and dw_into is None else h_s.new_empty(0),
-        _like(b_s) if want_bias else h_s.new_empty(0),
+        *_fake(Side(h_s, w_s, b_s), wanted if dw_into is None else (wanted[0], False, wanted[2])),
     )
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return tensor.new_empty(tensor.shape, dtype=returned_dtype(tensor.dtype))
+@torch.library.custom_op("opcd_fast::linear_logprobs", mutates_args=())
+def linear_logprobs_op(
+    h: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    token_ids: Tensor,
+    upstream: Optional[Tensor],
+    wanted: Sequence[bool],
+    vocab_size: int,
+    workspace_bytes: Optional[int],
+    all_statistics: bool,
+    numbers: Sequence[float],
+    words: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log p (N,), dH, dW, db) for sum(upstream * log p); a gradient that is not wanted is empty."""
+    dtype = compute_dtype(h, weight)
+    spec = _resolved(h, dtype, vocab_size, workspace_bytes, all_statistics, numbers, words)
+    counted = token_ids >= 0
+    rows = select_rows(counted if upstream is None else torch.where(counted, upstream, 0), h, dtype)
+    with exactly(h.device):
+        logprobs, *found = linear_logprobs(Side(h, weight, bias), token_ids, rows, spec, Wanted(*wanted))
+    gradients = [h.new_empty(0) if gradient is None else gradient for gradient in found]
+    return logprobs, gradients[0], gradients[1], gradients[2]
+
+
+@linear_logprobs_op.register_fake
+def _(h, weight, bias, token_ids, upstream, wanted, *_):
+    return h.new_empty(h.shape[0], dtype=compute_dtype(h, weight)), *_fake(Side(h, weight, bias), wanted)
+
+
+def _resolved(h: Tensor, dtype: torch.dtype, *packed: Any) -> Spec:
+    spec = Spec.unpacked(*packed)
+    return replace(spec, backend=resolve_backend(spec.backend, h.device, dtype))
+
+
+def _fake(side: Side, wanted: Sequence[bool]) -> list[Tensor]:
+    """Gradients as the operators return them."""
+    return [
+        x.new_empty(x.shape, dtype=returned_dtype(x.dtype)) if want and x is not None else side.h.new_empty(0)
+        for x, want in zip(side, wanted, strict=True)
+    ]
 
 
 def _reduce(kl: Tensor, weights: Tensor, factor: float | Tensor, reduction: str) -> Tensor:
@@ -127,7 +149,7 @@ class LinearDivergence(torch.autograd.Function):
         late = reduction == "none"
         loss, statistics, dh, dw, db = linear_divergence_op(
             h_s, w_s, b_s, h_t, w_t, b_t, token_weights, denominator, dw_into,
-            *(NOTHING if late else wanted), reduction, factor, *astuple(spec),
+            NOTHING if late else wanted, reduction, factor, *spec.packed(),
         )  # fmt: skip
         ctx.late, ctx.spec, ctx.wanted = late, spec, wanted
         ctx.accumulated = w_s if dw_into is not None else None
@@ -147,9 +169,9 @@ class LinearDivergence(torch.autograd.Function):
             return (None,) * 13
         if ctx.late:
             h_s, w_s, b_s, h_t, w_t, b_t, token_weights = ctx.saved_tensors
-            weights = upstream if token_weights is None else torch.where(token_weights != 0, upstream, 0)
+            weights = _late_weights(upstream, token_weights)
             _, _, *gradients = linear_divergence_op(
-                h_s, w_s, b_s, h_t, w_t, b_t, weights, None, None, *ctx.wanted, "sum", 1.0, *astuple(ctx.spec)
+                h_s, w_s, b_s, h_t, w_t, b_t, weights, None, None, ctx.wanted, "sum", 1.0, *ctx.spec.packed()
             )
         else:
             if ctx.accumulated is not None:
@@ -164,20 +186,35 @@ class LinearDivergence(torch.autograd.Function):
         return (*found, *(None,) * 10)
 
 
+class LinearLogprobs(torch.autograd.Function):
+    """Recomputes the logits in backward, which knows the tokens' weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, spec: Spec, wanted: Wanted
+    ) -> Tensor:
+        ctx.spec, ctx.wanted = spec, wanted
+        ctx.save_for_backward(h, weight, bias, token_ids)
+        return linear_logprobs_op(h, weight, bias, token_ids, None, NOTHING, *spec.packed())[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        h, weight, bias, token_ids = ctx.saved_tensors
+        _, *found = linear_logprobs_op(h, weight, bias, token_ids, upstream, ctx.wanted, *ctx.spec.packed())
+        inputs = zip(found, ctx.wanted, (h, weight, bias), strict=True)
+        return (*(gradient.to(x.dtype) if want else None for gradient, want, x in inputs), None, None, None)
+
+
 class LogitsReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_s, z_t, token_weights, denominator, reduction, factor, spec, wanted):
         late = reduction == "none"
-        rows = select_rows(
-            token_weights, z_s.shape[0], reduction, denominator, factor, compute_dtype(z_s, z_t), z_s.device
-        )
+        rows = select_rows(token_weights, z_s, compute_dtype(z_s, z_t), reduction, denominator, factor)
         with exactly(z_s.device):
             kl, gradient = logits_divergence(z_s, z_t, rows, spec, wanted and not late)
         ctx.late, ctx.spec, ctx.dtype = late, spec, z_s.dtype
-        if late and wanted:
-            ctx.save_for_backward(z_s, z_t, token_weights)
-        else:
-            ctx.save_for_backward(gradient)
+        ctx.save_for_backward(*((z_s, z_t, token_weights) if late and wanted else (gradient,)))
         return _reduce(kl, rows.weights, rows.factor, reduction)
 
     @staticmethod
@@ -186,13 +223,16 @@ class LogitsReverseKL(torch.autograd.Function):
         gradient: Any
         if ctx.late:
             z_s, z_t, token_weights = ctx.saved_tensors
-            weights = upstream if token_weights is None else torch.where(token_weights != 0, upstream, 0)
-            rows = select_rows(weights, z_s.shape[0], "sum", None, 1.0, compute_dtype(z_s, z_t), z_s.device)
+            rows = select_rows(_late_weights(upstream, token_weights), z_s, compute_dtype(z_s, z_t))
             with exactly(z_s.device):
                 _, gradient = logits_divergence(z_s, z_t, rows, ctx.spec, True)
         else:
             gradient = scaled(ctx.saved_tensors[0], upstream, ctx.dtype)
         return (gradient.to(ctx.dtype), *(None,) * 7)
+
+
+def _late_weights(upstream: Tensor, token_weights: Tensor | None) -> Tensor:
+    return upstream if token_weights is None else torch.where(token_weights != 0, upstream, 0)
 
 
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,8 +17,8 @@ from opcd_fast.loss.chunks import (
     multiprocessors_of,
     pitch_of,
     returned_dtype,
-    row_operation,
     runs_native,
+    scratch_planes,
     upcast_tile,
 )
 from opcd_fast.loss.divergences import ALPHA, BETA, TAIL, K, check_divergence
@@ -63,11 +63,10 @@ def scratch_bytes(
     where it is trained. The other arguments are those of the loss.
     """
     v = min(student.valid_size, teacher.valid_size)
-    name, parameter = check_divergence(divergence, beta, alpha, k, tail)
+    chosen = check_divergence(divergence, {"beta": beta, "alpha": alpha, "k": k, "tail": tail})
     spec = Spec(
-        student.scale, teacher.scale, student.softcap, teacher.softcap, 1.0, v, workspace_bytes,
-        backend, True, name, parameter, tail,
-    )  # fmt: skip
+        v, workspace_bytes, backend, True, student.scale, teacher.scale, student.softcap, teacher.softcap, 1.0, *chosen
+    )
     wanted = Wanted(gradients, gradients and student.weight.requires_grad, False)
     shared = teacher.weight is student.weight and student.weight.dtype == dtype
 
@@ -78,10 +77,7 @@ def scratch_bytes(
     of_student, of_teacher = sides = [side(student, 0), side(teacher, 0 if shared else 1)]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     size, pitch = exact.itemsize, pitch_of(v)
-    planes = 0  # Triton's kernels work in registers, but for the truncated divergence
-    if backend != "triton" or name == "topk_reverse_kl":
-        operation = row_operation(spec, rows)
-        planes = operation.planes + operation.temporaries
+    planes = sum(scratch_planes(spec))
     # Of the device if it is here, else of an assumed one: a plan does not ask which kind it will be.
     place = torch.device(device if torch.cuda.is_available() else "cpu")
     plan = make_plan(rows, sides, v, spec, wanted, planes, multiprocessors_of(place))
@@ -90,7 +86,7 @@ def scratch_bytes(
         buffers += plan.gradient_rows * pitch * gradient_dtype(of_student, exact).itemsize
 
     def copied(of: Side) -> bool:  # to be multiplied
-        return not runs_native(*of) and dtype != exact
+        return not runs_native(of) and dtype != exact
 
     numbers = min(rows, plan.gradient_rows) * of_student.h.shape[1]
     buffers += numbers * size * copied(of_student)

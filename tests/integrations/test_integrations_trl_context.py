@@ -67,10 +67,12 @@ def test_loss_and_gradients_are_those_of_plain_forwards(tmp_path, accumulate):
         tmp_path, model, others={}, temperature=0.8, gradient_accumulation_steps=accumulate,
         gradient_checkpointing=True, max_steps=2,
     )  # fmt: skip
-    ours, seen = trainer._compute_loss, []
+    ours, seen, prefixes = trainer._compute_loss, [], []
 
     def both(student, inputs, num_items):
-        loss, entropy, tokens = ours(student, inputs, num_items)
+        with heads_that_refuse(student):
+            loss, entropy, tokens = ours(student, inputs, num_items)
+        prefixes.append([id(prefix) for prefix in trainer.context_teacher.prefixes])
         parameters = [p for p in student.parameters() if p.requires_grad]
         mine = torch.autograd.grad(loss, parameters, retain_graph=True)
         student.gradient_checkpointing_disable()
@@ -89,6 +91,8 @@ def test_loss_and_gradients_are_those_of_plain_forwards(tmp_path, accumulate):
     for loss, wanted, error, tokens, count in seen:
         assert wanted > 1e-3 and loss == pytest.approx(wanted, rel=1e-4)
         assert error < 1e-4 and tokens == count
+    assert all(read == prefixes[0] for read in prefixes)  # the context is read once
+    assert trainer.context_teacher.path == "merge"
 
 
 class _Base:
@@ -131,22 +135,6 @@ def test_learns_the_context_logs_evaluates_and_saves(tmp_path):
     assert json.loads((saved / "trainer_state.json").read_text())["global_step"] == 24
 
 
-def test_the_context_is_read_once_and_no_head_runs(tmp_path):
-    trainer = make(tmp_path, max_steps=3)
-    ours, built = trainer._compute_loss, []
-
-    def watched(student, inputs, num_items):
-        with heads_that_refuse(student):
-            result = ours(student, inputs, num_items)
-        built.append([id(prefix) for prefix in trainer.context_teacher.prefixes])
-        return result
-
-    trainer._compute_loss = watched
-    trainer.train()
-    assert len(built) == 3 and built[0] == built[1] == built[2]
-    assert trainer.context_teacher.path == "merge"
-
-
 def test_contexts_of_rows_and_a_separate_teacher(tmp_path):
     """Rows with a context of their own; full fine-tuning, so the teacher is another model."""
     rows = {row["prompt"]: row["context"] for row in ROWS}
@@ -169,6 +157,9 @@ def test_contexts_of_rows_and_a_separate_teacher(tmp_path):
 def test_the_templates_own_arguments_reach_both_renderings(tmp_path):
     """TRL's chat_template_kwargs, which decide for example whether Qwen3 thinks."""
     template = "{% if loud %}!!{% endif %}" + TEMPLATE
+    text = make(tmp_path, train=dataset(lambda row: {"prompt": row["prompt"]}), max_steps=1)  # is text, as in TRL
+    (prefix,) = {value for _, value in text._prefixes.values()}
+    assert text.processing_class.decode(list(prefix)).startswith(f"{CONTEXT}\n\n")
     quiet, loud = (
         make(tmp_path, tokenizer=tiny_tokenizer(template), chat_template_kwargs={"loud": flag} if flag else None)
         for flag in (False, True)
@@ -180,13 +171,6 @@ def test_the_templates_own_arguments_reach_both_renderings(tmp_path):
         (prefix,) = {value for _, value in trainer._prefixes.values()}
         text = trainer.processing_class.decode(list(prefix))
         assert text.startswith("!!" * bool(extra) + f"<|system|>{CONTEXT}")
-
-
-def test_text_prompts_are_text_as_in_trl(tmp_path):
-    trainer = make(tmp_path, train=dataset(lambda row: {"prompt": row["prompt"]}), max_steps=1)
-    (prefix,) = {value for _, value in trainer._prefixes.values()}
-    assert trainer.processing_class.decode(list(prefix)).startswith(f"{CONTEXT}\n\n")
-    assert trainer.train().training_loss > 1e-4
 
 
 def test_refuses_before_a_step(tmp_path):

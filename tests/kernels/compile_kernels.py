@@ -1,8 +1,7 @@
-"""Compile the row kernels for chips that are not here and print what came out, one JSON object per line.
+"""Compile the kernels for chips that are not here and print what came out, one JSON object per line.
 
 Run by test_compile.py in a process without TRITON_INTERPRET. Arguments: compute capabilities and names of kernels
-(none: all of them); with `--all`, every row of the launch table and every variant, otherwise the widest row and each
-kernel's default variants.
+(none: all of them); with `--all`, every variant at every launch shape and head size, otherwise each kernel's default.
 """
 
 import itertools
@@ -11,37 +10,43 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opcd_fast.kernels.reference.divergence_merge import NORMALISERS, TERMS
-from opcd_fast.kernels.reference.divergences import DIVERGENCES
-from opcd_fast.kernels.triton import divergences as triton_divergence_rows
-from opcd_fast.kernels.triton import logprobs as triton_logprob_rows
-from opcd_fast.kernels.triton import reverse_kl as reverse_kl_rows
+from opcd_fast.kernels.reference import DIVERGENCES, NORMALISERS, TERMS
+from opcd_fast.kernels.triton import attention, divergences, logprobs, reverse_kl
 from opcd_fast.kernels.triton.launch_shapes import current_table
 
-POINTERS = {"g_ptr": "*bf16", "token_ptr": "*i64"}  # the others are float32
+# The others are float32 (row kernels) or, of the merge's outputs, bf16.
+POINTERS = {
+    "g_ptr": "*bf16", "token_ptr": "*i64", "a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*bf16", "has_a_ptr": "*i8",
+    "has_b_ptr": "*i8",
+}  # fmt: skip
 FLOATS = ("inner", "outer", "derivative", "parameter")
-# What the launcher's pitch guarantees. n_columns is deliberately not divisible by 16.
-ALIGNED = ("stride_s", "stride_t", "stride_z", "stride_g")
+# What launchers guarantee: the pitch of logits, whole heads. n_columns is deliberately not divisible by 16, logsumexps
+# may lie any way.
+ALIGNED = [*(f"stride_{x}" for x in "stzg"), *(f"stride_{x}_{y}" for x in ("a", "b", "out") for y in "nh")]
 TWO_SIDES = ("HAS_BIAS_S", "HAS_BIAS_T", "SOFTCAP_S", "SOFTCAP_T")
 PLAIN, TRANSFORMED = dict.fromkeys(TWO_SIDES, False), dict.fromkeys(TWO_SIDES, True)
+KERNEL_ROWS = [row for row in DIVERGENCES.values() if row.code is not None]
+
+
+def launch_shapes_of(name: str) -> list[tuple[dict, int]]:
+    """(constants, warps) of a row kernel, the widest rows first."""
+    return [({"BLOCK": block}, warps) for _, block, warps in reversed(current_table().shapes[name])]
 
 
 class Kernel(NamedTuple):
-    """A kernel, the constants of each variant, which of those are compiled by default, and how many of its loops
-    read the logits."""
-
-    function: object
-    variants: dict
-    default: tuple
-    reading_loops: dict
-    shapes: str  # whose launch shapes it has
+    function: Any
+    variants: dict[str, dict]  # constants
+    default: tuple[str, ...]
+    loops: Callable[[dict], int]  # how many of a variant's loops read the logits
+    shapes: list[tuple[dict, int]]  # the default one first
 
 
 def _reverse_kl() -> Kernel:
@@ -52,37 +57,35 @@ def _reverse_kl() -> Kernel:
         "loss_only": {**flags, "WRITE_GRADIENT": False},
         "everything": {**flags, **TRANSFORMED, "ALL_STATISTICS": True},
     }
-    kernel = reverse_kl_rows._reverse_kl_rows_kernel
-    return Kernel(kernel, variants, ("everything",), dict.fromkeys(variants, 2), "reverse_kl_rows")
+    shapes = launch_shapes_of("reverse_kl_rows")
+    return Kernel(reverse_kl._reverse_kl_rows_kernel, variants, ("everything",), lambda _: 2, shapes)
 
 
 def _normalisers() -> Kernel:
     variants = {}
-    for index, planes in ((0, len(NORMALISERS)), (1, len(NORMALISERS)), (2, 4)):
-        name = DIVERGENCES[index] if index < 2 else "mixtures"
-        for suffix, flags in (("", PLAIN), ("_everything", TRANSFORMED)):
-            variants[name + suffix] = {**flags, "DIVERGENCE": index, "PLANES": planes}
-    kernel = triton_divergence_rows._normaliser_kernel
-    return Kernel(kernel, variants, ("reverse_kl_everything",), dict.fromkeys(variants, 1), "divergence_rows")
+    for row, (suffix, flags) in itertools.product(KERNEL_ROWS, (("", PLAIN), ("_everything", TRANSFORMED))):
+        planes = len(NORMALISERS) if row.infinite else 4
+        variants[row.name + suffix] = {**flags, "DIVERGENCE": row.code, "PLANES": planes}
+    shapes = launch_shapes_of("divergence_rows")
+    return Kernel(divergences._normaliser_kernel, variants, ("reverse_kl_everything",), lambda _: 1, shapes)
 
 
 def _terms() -> Kernel:
     variants = {}
-    for (index, name), everything in itertools.product(enumerate(DIVERGENCES), (False, True)):
+    for row, everything in itertools.product(KERNEL_ROWS, (False, True)):
         flags = {
             **(TRANSFORMED if everything else PLAIN),
-            "DIVERGENCE": index, "PLANES": len(TERMS), "WRITE_TERMS": True, "WRITE_MOMENT": False,
+            "DIVERGENCE": row.code, "PLANES": len(TERMS), "WRITE_TERMS": True, "WRITE_MOMENT": False,
             "WRITE_GRADIENT": False, "ALL_STATISTICS": everything,
         }  # fmt: skip
-        if index < 2:
-            passes = {"": {"WRITE_GRADIENT": True}}
-        else:
+        passes = {"": {"WRITE_GRADIENT": True}}
+        if not row.two_passes:
             gradient = {"WRITE_TERMS": False, "WRITE_GRADIENT": True, "ALL_STATISTICS": False}
             passes = {"_terms": {"WRITE_MOMENT": True}, "_gradient": gradient}
         for suffix, extra in {**passes, "_loss_only": {}}.items():
-            variants[name + suffix + "_everything" * everything] = {**flags, **extra}
-    kernel = triton_divergence_rows._terms_kernel
-    return Kernel(kernel, variants, ("jsd_terms_everything",), dict.fromkeys(variants, 1), "divergence_rows")
+            variants[row.name + suffix + "_everything" * everything] = {**flags, **extra}
+    shapes = launch_shapes_of("divergence_rows")
+    return Kernel(divergences._terms_kernel, variants, ("jsd_terms_everything",), lambda _: 1, shapes)
 
 
 def _logprob() -> Kernel:
@@ -92,11 +95,30 @@ def _logprob() -> Kernel:
         "statistics": {**flags, "WRITE_GRADIENT": False},
         "everything": {"HAS_BIAS": True, "SOFTCAP": True, "WRITE_GRADIENT": True},
     }
-    loops_of = {"plain": 2, "statistics": 1, "everything": 2}
-    return Kernel(triton_logprob_rows._logprob_rows_kernel, variants, ("everything",), loops_of, "logprob_rows")
+    shapes = launch_shapes_of("logprob_rows")
+    loops = lambda constants: 1 + constants["WRITE_GRADIENT"]  # noqa: E731
+    return Kernel(logprobs._logprob_rows_kernel, variants, ("everything",), loops, shapes)
 
 
-KERNELS = {"reverse_kl": _reverse_kl(), "normalisers": _normalisers(), "terms": _terms(), "logprob": _logprob()}
+def _merge() -> Kernel:
+    plain = {"HAS_B": True, "HAS_SINK": False, "HAS_FLAG_A": False, "HAS_FLAG_B": False, "WRITE_LSE": False}
+    variants = {
+        "plain": plain,
+        "sink": {**plain, "HAS_SINK": True},
+        "sink_alone": {**plain, "HAS_SINK": True, "HAS_B": False},
+        "everything": dict.fromkeys(plain, True),
+    }
+    shapes = []
+    for width in (128, 64, 80, 256):
+        pairs, block, warps = attention.launch_shape(width)
+        shapes.append(({"HEADS": 32, "WIDTH": width, "PAIRS": pairs, "BLOCK": block}, warps))
+    return Kernel(attention._merge_attention_kernel, variants, ("plain", "everything"), lambda _: 0, shapes)
+
+
+KERNELS = {
+    "reverse_kl": _reverse_kl(), "normalisers": _normalisers(), "terms": _terms(), "logprob": _logprob(),
+    "merge": _merge(),
+}  # fmt: skip
 
 
 def source(function, constants: dict) -> ASTSource:
@@ -131,10 +153,15 @@ def loops(sass: str) -> list[str]:
     return bodies
 
 
-def report(capability: int, kernel: str, variant: str, block: int, warps: int) -> dict:
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def report(capability: int, kernel: str, variant: str, shape: tuple[dict, int]) -> dict:
     entry = KERNELS[kernel]
+    constants, warps = {**entry.variants[variant], **shape[0]}, shape[1]
     compiled = triton.compile(
-        source(entry.function, {**entry.variants[variant], "BLOCK": block}),
+        source(entry.function, constants),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "enable_fp_fusion": True},
     )
@@ -146,19 +173,16 @@ def report(capability: int, kernel: str, variant: str, block: int, warps: int) -
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     bodies = loops(sass)
     return {
-        "capability": capability,
-        "kernel": kernel,
-        "variant": variant,
-        "block": block,
-        "warps": warps,
-        **numbers,
-        "sass": bool(sass),
-        "expected_reading_loops": entry.reading_loops[variant],
-        "wide_loads": [len(re.findall(r"LDG\.E\S*\.(?:128|256)", body)) for body in bodies],
-        "loads": [len(re.findall(r"\bLDG\.", body)) for body in bodies],
-        "synchronising": [len(re.findall(r"\b(?:BAR|SHFL)\.", body)) for body in bodies],
-        "instructions": [len(body.splitlines()) for body in bodies],
-    }
+        "capability": capability, "kernel": kernel, "variant": variant, "constants": constants, "warps": warps,
+        **numbers, "sass": bool(sass),
+        "expected_reading_loops": entry.loops(constants),
+        "wide_loads": [count(r"LDG\.E\S*\.(?:128|256)", body) for body in bodies],
+        "loads": [count(r"\bLDG\.", body) for body in bodies],
+        "synchronising": [count(r"\b(?:BAR|SHFL)\.", body) for body in bodies],
+        "all_wide_loads": count(r"LDG\.E\S*\.(?:128|256)", sass),
+        "all_wide_stores": count(r"STG\.E\S*\.(?:128|256)", sass),
+        "half_loads": count(r"LDG\.E\S*\.U16", sass) + count(r"ld\.global\S*\.b16", compiled.asm["ptx"]),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -166,7 +190,6 @@ if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if argument != "--all"]
     chosen = [argument for argument in arguments if argument in KERNELS] or list(KERNELS)
     for capability, name in itertools.product((int(a) for a in arguments if a.isdecimal()), chosen):
-        shapes = current_table().shapes[KERNELS[name].shapes]
-        for _, block, warps in shapes if everything else shapes[-1:]:
+        for shape in KERNELS[name].shapes if everything else KERNELS[name].shapes[:1]:
             for variant in KERNELS[name].variants if everything else KERNELS[name].default:
-                print(json.dumps(report(capability, name, variant, block, warps)), flush=True)
+                print(json.dumps(report(capability, name, variant, shape)), flush=True)

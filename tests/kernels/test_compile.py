@@ -1,4 +1,4 @@
-"""The row kernels, compiled for chips that are not here: no spills, wide loads, no barrier in their loops."""
+"""The kernels, compiled for chips that are not here: no spills, wide loads, no barrier in their loops."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def compiled(*arguments):
 
 
 def check(report):
-    capability, warps = report["capability"], report["warps"]
+    capability, warps, constants = report["capability"], report["warps"], report["constants"]
     if not report["sass"]:
         pytest.skip(f"nvdisasm of this Triton cannot read sm_{capability}")
     assert report["STACK"] == report["LOCAL"] == 0, report
@@ -36,16 +36,25 @@ def check(report):
     # The number of columns was not declared a multiple of 16; still every load in the loops is 128 bits wide.
     assert report["wide_loads"] == report["loads"], report
     assert not any(report["synchronising"]), report
+    if report["kernel"] == "merge":
+        # All threads of a multiprocessor in flight hide memory's latency: 16 programs of 4 warps at least half.
+        assert report["REG"] * 32 * warps * 8 <= 65_536, report
+        pieces = constants["PAIRS"] * constants["BLOCK"] // (32 * warps) // 8  # 8 half-precision numbers are 128 bits
+        assert report["all_wide_loads"] == (1 + constants["HAS_B"]) * pieces and report["half_loads"] == 0, report
+        assert report["all_wide_stores"] == pieces, report
 
 
-@pytest.mark.parametrize(("capability", "kernels"), [(90, ()), (80, ("terms",)), (100, ("terms",)), (120, ("terms",))])
+@pytest.mark.parametrize(
+    ("capability", "kernels"),
+    [(90, ()), (80, ("terms", "merge")), (100, ("terms", "merge")), (120, ("terms", "merge"))],
+)
 def test_compiles_without_spills_and_with_wide_loads(capability, kernels):
     for report in compiled(capability, *kernels):
         check(report)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["reverse_kl", "normalisers", "terms", "logprob"])
+@pytest.mark.parametrize("kernel", ["reverse_kl", "normalisers", "terms", "logprob", "merge"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_variant_and_launch_shape_compiles(kernel, capability):
     for report in compiled("--all", capability, kernel):

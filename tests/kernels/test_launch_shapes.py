@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from opcd_fast.kernels.reference import Logits
 from opcd_fast.kernels.triton import launch_shapes
 from opcd_fast.kernels.triton.launch_shapes import (
     KERNELS,
@@ -76,7 +77,7 @@ def test_kernels_start_with_a_forced_shape():
     from opcd_fast.kernels.triton import reverse_kl as kernel
 
     g = torch.Generator().manual_seed(0)
-    z_s, z_t = torch.randn(3, 700, generator=g), torch.randn(3, 700, generator=g)
+    z_s, z_t = (Logits(torch.randn(3, 700, generator=g)) for _ in range(2))
     started = []
 
     class Watched:
@@ -93,10 +94,7 @@ def test_kernels_start_with_a_forced_shape():
         for shape in ((512, 2), (128, 1), (256, 1)):
             with forced_shape("reverse_kl_rows", *shape):
                 statistics = torch.empty(5, 3)
-                kernel.reverse_kl_rows(
-                    z_s, z_t, None, None, torch.ones(3), statistics, None, scale_s=1.0, scale_t=1.0, softcap_s=None,
-                    softcap_t=None, temperature=1.0, all_statistics=True,
-                )  # fmt: skip
+                kernel.reverse_kl_rows(z_s, z_t, torch.ones(3), statistics, None)
             found.append(statistics)
     finally:
         kernel._reverse_kl_rows_kernel = original

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from opcd_fast.kernels.reference import Logits
 from opcd_fast.kernels.reference import logprobs as specification
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -37,10 +38,12 @@ def oracle(z, bias, ids, weights, *, scale, softcap, temperature):
 
 
 def run(rows, z, bias, ids, weights, gradient=True, **options):
-    arguments = [None if x is None else x.clone().to(DEVICE, z.dtype) for x in (z, bias)]
+    z, bias = (None if x is None else x.clone().to(DEVICE, z.dtype) for x in (z, bias))
+    scratch = {name: options.pop(name) for name in ("scratch",) if name in options}
     statistics = torch.zeros(2, len(z), dtype=z.dtype, device=DEVICE)
     g = torch.full(z.shape, 7.0, dtype=z.dtype, device=DEVICE) if gradient else None
-    rows(*arguments, ids.to(DEVICE), weights.to(DEVICE, z.dtype), statistics, g, **{**PLAIN, **options})
+    logits = Logits(z, bias, **{**PLAIN, **options})
+    rows(logits, ids.to(DEVICE), weights.to(DEVICE, z.dtype), statistics, g, **scratch)
     return statistics.cpu(), None if g is None else g.cpu()
 
 
@@ -119,15 +122,15 @@ def test_in_place_and_without_a_gradient(rows):
     alone, none = run(rows, z, bias, ids, weights, gradient=False)
     assert none is None and torch.equal(alone, statistics)
     in_place, again = z.clone().to(DEVICE), torch.zeros(2, 3, device=DEVICE)
-    rows(in_place, bias.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), again, in_place, **PLAIN)
+    rows(Logits(in_place, bias.to(DEVICE)), ids.to(DEVICE), weights.to(DEVICE), again, in_place)
     assert torch.equal(in_place.cpu(), g) and torch.equal(again.cpu(), statistics)
 
 
 def test_the_neighbours_of_a_gradient_in_memory(rows):
     z, _, ids, weights = inputs(2, 700)
     buffer = torch.full((2, 704), 9.0, device=DEVICE, dtype=torch.float16)
-    arguments = (z.to(DEVICE), None, ids.to(DEVICE), weights.to(DEVICE), torch.zeros(2, 2, device=DEVICE))
-    rows(*arguments, buffer[:, :700], **PLAIN)
+    arguments = (Logits(z.to(DEVICE)), ids.to(DEVICE), weights.to(DEVICE), torch.zeros(2, 2, device=DEVICE))
+    rows(*arguments, buffer[:, :700])
     assert (buffer[:, 700:] == 9).all() and (buffer[:, :700] != 9).all()
 
 

@@ -1,4 +1,4 @@
-"""Every option of the loss against float64 autograd, on both backends; bad input; the fine print."""
+"""Every option of the loss against float64 autograd, on every backend; bad input; the fine print."""
 
 import itertools
 import subprocess
@@ -6,155 +6,25 @@ import sys
 
 import pytest
 import torch
-from loss_oracle import logits64, relative_error, states, token_kl64
+from loss_oracle import compare, leaf, logits64, problem, relative_error, states, token_kl64
 
 from opcd_fast.kernels.csrc import native
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl, reverse_kl, sequence_mean_weights
 from opcd_fast.loss import operators as loss_operators
-from opcd_fast.loss.chunks import row_operations
-from opcd_fast.loss.chunks.spec import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 INF = float("inf")
 
 
-@pytest.fixture(params=["torch", "triton", "native"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setattr(row_operations, "FEW_ROWS", 0)  # the row kernel, whose tests these are
-    if request.param == "native" and not native.available():
-        pytest.skip(native.status())
-    return request.param
-
-
-def leaf(tensor, dtype=None):
-    return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
-
-
-def compare(student, h, teacher, h_t, backend, temperature=1.0, weights=None, tolerance=1e-4, **options):
-    """Run the loss and its float64 twin; check loss, statistics, every gradient. Returns statistics."""
-    head = LMHead(leaf(student.weight), leaf(student.bias), student.scale, student.softcap, student.vocab_size)
-    h_leaf = leaf(h)
-    loss, stats = fused_linear_reverse_kl(
-        h_leaf, head, h_t, teacher, temperature=temperature, token_weights=weights, return_stats=True,
-        backend=backend, **options,
-    )  # fmt: skip
-    loss.backward()
-
-    twin = LMHead(
-        leaf(student.weight, torch.float64), leaf(student.bias, torch.float64),
-        student.scale, student.softcap, student.vocab_size,
-    )  # fmt: skip
-    h_twin = leaf(h, torch.float64)
-    z_s, z_t = logits64(h_twin, twin), logits64(h_t, teacher)
-    forbidden = torch.isinf(z_s.detach()).flatten(0, -2).all(0) & torch.isinf(z_t).flatten(0, -2).all(0)
-    z_s, z_t = z_s[..., ~forbidden], z_t[..., ~forbidden]
-    kl = token_kl64(z_s, z_t, temperature)
-    w = torch.ones(kl.shape) if weights is None else weights.double()
-    exact = (w * kl).sum() / options.get("denominator", w.sum())
-    exact.backward()
-
-    assert abs(float(loss) - float(exact)) <= tolerance * abs(float(exact)) + 1e-7
-    used = w != 0
-    torch.testing.assert_close(stats.token_kl, torch.where(used, kl, 0).detach().float(), rtol=1e-3, atol=1e-6)
-    lse = (z_s.detach() / temperature).logsumexp(-1)
-    torch.testing.assert_close(stats.student_logsumexp, torch.where(used, lse, 0).float(), rtol=1e-5, atol=1e-5)
-    lse = (z_t / temperature).logsumexp(-1)
-    torch.testing.assert_close(stats.teacher_logsumexp, torch.where(used, lse, 0).float(), rtol=1e-5, atol=1e-5)
-    entropy = torch.distributions.Categorical(logits=z_s.detach() / temperature).entropy()
-    torch.testing.assert_close(stats.student_entropy, torch.where(used, entropy, 0).float(), rtol=1e-4, atol=1e-5)
-    agree = (z_s.detach().argmax(-1) == z_t.argmax(-1)) & used
-    assert torch.equal(stats.top1_agreement, agree.float())
-    for ours, theirs in ((h_leaf, h_twin), (head.weight, twin.weight), (head.bias, twin.bias)):
-        if ours is not None:
-            assert ours.grad.dtype == ours.dtype
-            error = relative_error(ours.grad, theirs.grad)
-            assert error < (3e-3 if ours.dtype == torch.bfloat16 else tolerance), error
-    return stats
-
-
-def heads(rows=9, width=16, vocabulary=700, spread=0.3, dtype=torch.float32, **transform):
-    h, w, h_t = states(rows, width, vocabulary, spread, dtype)
-    return LMHead(w, **transform), h, LMHead(w.clone(), **transform), h_t
-
-
-@pytest.mark.parametrize("temperature", [0.6, 2.0])
-def test_temperature(backend, temperature):
-    compare(*heads(), backend, temperature=temperature)
-
-
-@pytest.mark.parametrize("softcap", [3.0, 30.0])
-def test_softcap(backend, softcap):
-    compare(*heads(softcap=softcap), backend, temperature=0.8)
-
-
-def test_scale_and_bias(backend):
-    g = torch.Generator().manual_seed(1)
-    student, h, teacher, h_t = heads()
-    student = LMHead(student.weight, torch.randn(700, generator=g), scale=0.25)
-    teacher = LMHead(teacher.weight, torch.randn(700, generator=g), scale=1.5, softcap=10.0)
-    compare(student, h, teacher, h_t, backend)
-
-
-def test_forbidden_tokens_in_both_bias_vectors(backend):
-    student, h, teacher, h_t = heads()
-    bias = torch.zeros(700)
-    bias[[0, 5, 600, 699]] = -INF
-    compare(LMHead(student.weight, bias), h, LMHead(teacher.weight, bias), h_t, backend)
-
-
-def test_a_token_only_the_student_forbids_costs_what_the_teacher_gives_it(backend):
-    student, h, teacher, h_t = heads()
-    bias = torch.zeros(700)
-    bias[17] = -INF
-    _, stats = fused_linear_reverse_kl(
-        h, LMHead(student.weight, bias), h_t, teacher, return_stats=True, backend=backend
-    )
-    z_s, z_t = logits64(h, LMHead(student.weight, bias)), logits64(h_t, teacher)
-    torch.testing.assert_close(stats.token_kl.double(), token_kl64(z_s, z_t), rtol=1e-4, atol=1e-6)
-    assert stats.token_kl.isfinite().all()
-
-
-def test_a_token_only_the_teacher_forbids_is_infinite_with_zero_gradient(backend):
-    student, h, teacher, h_t = heads()
-    mask = torch.zeros(9, 700)
-    mask[2, 40] = -INF
-    z_s, z_t = h @ student.weight.T, h_t @ teacher.weight.T + mask
-    h_leaf = leaf(h)
-    # The teacher forbids a token in one row only: through logits on torch, through the row operation on both.
-    kl = reverse_kl(h_leaf @ student.weight.T, z_t, reduction="none")
-    assert kl[2] == INF and kl[[0, 1, 3]].isfinite().all()
-    statistics, g = torch.zeros(5, 9), torch.zeros(9, 700)
-    spec = Spec(1.0, 1.0, None, None, 1.0, 700, None, backend, all_statistics=True)
-    operation = row_operations.row_operation(spec, 9)
-    scratch = torch.empty(operation.planes, 4, 700)
-    operation.run(z_s, z_t, None, None, torch.ones(9), statistics, g, scratch=scratch)
-    assert statistics[0, 2] == INF and not g[2].any() and g[1].any()
-    assert not g.isnan().any() and not statistics[1:].isnan().any()
-
-
-def test_extreme_differences_do_not_overflow(backend):
-    """l = log p - log q far below -88, where expm1(-l) would overflow float32."""
-    w = torch.eye(32)
-    h, h_t = torch.zeros(2, 32), torch.zeros(2, 32)
-    h[:, 0], h_t[:, 1] = 200.0, 200.0
-    h_leaf = leaf(h)
-    loss = fused_linear_reverse_kl(h_leaf, w, h_t, w, backend=backend)
-    loss.backward()
-    assert abs(float(loss.detach()) - 200.0) < 1e-3
-    assert h_leaf.grad.isfinite().all()
-
-
 def test_padded_vocabulary_of_unequal_sizes_and_unequal_widths(backend):
-    student, h, _, _ = heads(width=16, vocabulary=720)
-    teacher, h_t, _, _ = heads(width=24, vocabulary=1000)
+    student, h, _, _ = problem(width=16, vocabulary=720)
+    teacher, h_t, _, _ = problem(width=24, vocabulary=1000)
     student = LMHead(student.weight, vocab_size=701)
     compare(student, h, LMHead(teacher.weight, vocab_size=701), h_t, backend)
 
 
 def test_padding_gets_no_gradient(backend):
-    student, h, teacher, h_t = heads()
+    student, h, teacher, h_t = problem()
     weight = leaf(student.weight)
     fused_linear_reverse_kl(
         h, LMHead(weight, vocab_size=650), h_t, LMHead(teacher.weight, vocab_size=650), backend=backend
@@ -164,28 +34,22 @@ def test_padding_gets_no_gradient(backend):
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_each_side_in_its_own_dtype(backend, dtypes):
-    student, h, teacher, h_t = heads()
+    student, h, teacher, h_t = problem()
     student, h = LMHead(student.weight.to(dtypes[0])), h.to(dtypes[0])
     compare(student, h, LMHead(teacher.weight.to(dtypes[1])), h_t.to(dtypes[1]), backend)
-
-
-@pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("vocabulary", [1, 64, 511, 513, 1030])
-def test_rows_and_columns_that_fit_no_block(backend, rows, vocabulary):
-    compare(*heads(rows=rows, vocabulary=vocabulary), backend)
 
 
 @pytest.mark.parametrize("spare", [0, 30_000])
 def test_small_workspaces_give_the_same_answer(backend, spare):
     """11 rows in chunks of one and of a few, with a remainder; on triton also in several gradient chunks."""
-    smallest = {"torch": 14_288, "triton": 23_000, "native": 6_000}[backend]
-    student, h, teacher, h_t = heads(rows=11)
-    student = LMHead(student.weight, torch.linspace(-1, 1, 700))
+    smallest = {"torch": 22_800, "triton": 23_000, "native": 6_000}[backend]
+    student, h, teacher, h_t = problem(rows=11)
+    student = LMHead(student.weight, torch.linspace(-1, 1, 701))
     compare(student, h, teacher, h_t, backend, workspace_bytes=smallest + spare)
 
 
 def test_token_weights_denominator_and_leading_dimensions(backend):
-    student, h, teacher, h_t = heads(rows=12)
+    student, h, teacher, h_t = problem(rows=12)
     weights = torch.tensor([[1.0, 0.0, 2.0, 0.5], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 3.0]])
     h, h_t = h.view(3, 4, -1), h_t.view(3, 4, -1)
     compare(student, h, teacher, h_t, backend, weights=weights)
@@ -200,7 +64,7 @@ def test_token_weights_denominator_and_leading_dimensions(backend):
 
 
 def test_rows_of_weight_zero_may_hold_anything(backend):
-    student, h, teacher, h_t = heads(rows=4)
+    student, h, teacher, h_t = problem(rows=4)
     h[1], h_t[2] = float("nan"), INF
     h_leaf = leaf(h)
     loss = fused_linear_reverse_kl(
@@ -211,20 +75,19 @@ def test_rows_of_weight_zero_may_hold_anything(backend):
 
 
 def test_all_weights_zero_and_no_rows(backend):
-    student, h, teacher, h_t = heads(rows=3)
+    student, h, teacher, h_t = problem(rows=3)
     for rows in (3, 0):
         h_leaf, weight = leaf(h[:rows]), leaf(student.weight)
-        for reduction in ("mean", "sum"):
+        for options in ({}, {"reduction": "sum"}, {"denominator": torch.tensor(0.0)}):
             loss = fused_linear_reverse_kl(
-                h_leaf, weight, h_t[:rows], teacher, token_weights=torch.zeros(rows), reduction=reduction,
-                backend=backend,
-            )  # fmt: skip
+                h_leaf, weight, h_t[:rows], teacher, token_weights=torch.zeros(rows), backend=backend, **options
+            )
             loss.backward()
             assert float(loss.detach()) == 0.0 and not h_leaf.grad.any() and not weight.grad.any()
 
 
 def test_reduction_none_has_gradients_for_any_upstream(backend):
-    student, h, teacher, h_t = heads(rows=5)
+    student, h, teacher, h_t = problem(rows=5)
     upstream = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0])
     h_leaf, weight = leaf(h), leaf(student.weight)
     fused_linear_reverse_kl(h_leaf, weight, h_t, teacher, reduction="none", backend=backend).backward(upstream)
@@ -241,19 +104,8 @@ def test_reduction_none_has_gradients_for_any_upstream(backend):
     assert kl[1] == 0 and kl.isfinite().all() and h_leaf.grad.isfinite().all() and not h_leaf.grad[1].any()
 
 
-def test_a_micro_batch_without_weights_under_a_denominator_of_its_own(backend):
-    student, h, teacher, h_t = heads(rows=3)
-    for weights, rows in ((torch.zeros(3), 3), (torch.zeros(0), 0)):
-        h_leaf, weight = leaf(h[:rows]), leaf(student.weight)
-        loss = fused_linear_reverse_kl(
-            h_leaf, weight, h_t[:rows], teacher, token_weights=weights, denominator=weights.sum(), backend=backend
-        )
-        loss.backward()
-        assert float(loss.detach()) == 0.0 and not h_leaf.grad.any() and not weight.grad.any()
-
-
 def test_a_teacher_from_inference_mode_and_weights_from_another_dtype():
-    student, h, teacher, _ = heads(rows=4)
+    student, h, teacher, _ = problem(rows=4)
     with torch.inference_mode():
         h_t = h + 0.1
     h_leaf = leaf(h)
@@ -265,22 +117,9 @@ def test_a_teacher_from_inference_mode_and_weights_from_another_dtype():
     assert h_leaf.grad.any() and z_leaf.grad.any()
 
 
-@pytest.mark.parametrize("upstream", [1.0, 1 / 3])
-def test_upstream_gradient_and_a_second_backward(upstream):
-    student, h, teacher, h_t = heads(dtype=torch.bfloat16)
-    h_leaf = leaf(h)
-    loss = fused_linear_reverse_kl(h_leaf, student, h_t, teacher)
-    (first,) = torch.autograd.grad(loss * upstream, h_leaf, retain_graph=True)
-    (second,) = torch.autograd.grad(loss * upstream, h_leaf)
-    assert torch.equal(first, second)
-    (whole,) = torch.autograd.grad(fused_linear_reverse_kl(h_leaf, student, h_t, teacher), h_leaf)
-    # One more rounding to bf16, but not the rounding of a third to bf16.
-    assert torch.equal(first, (whole.float() * upstream).bfloat16())
-
-
 @pytest.mark.parametrize("trains", list(itertools.product([False, True], repeat=3)))
 def test_only_the_gradients_asked_for_are_computed(backend, trains, monkeypatch):
-    student, h, teacher, h_t = heads(rows=3, vocabulary=130)
+    student, h, teacher, h_t = problem(rows=3, vocabulary=130)
     seen = []
     original = loss_operators.linear_divergence
 
@@ -308,7 +147,7 @@ def test_only_the_gradients_asked_for_are_computed(backend, trains, monkeypatch)
 
 def test_weights_that_are_one_number_expanded(backend):
     """As the upstream gradient of a sum is. A kernel that took them by address would read what lies behind."""
-    student, h, teacher, h_t = heads(rows=6)
+    student, h, teacher, h_t = problem(rows=6)
     results = []
     for weights in (torch.full((6,), 0.5), torch.tensor(0.5).expand(6)):
         late, given = leaf(h), leaf(h)
@@ -321,7 +160,7 @@ def test_weights_that_are_one_number_expanded(backend):
 
 
 def test_non_contiguous_inputs(backend):
-    student, h, teacher, h_t = heads(rows=6)
+    student, h, teacher, h_t = problem(rows=6)
     weight = student.weight.T.contiguous().T
     h = torch.stack([h, h + 1], dim=-1)[..., 0]
     assert not h.is_contiguous() and not weight.is_contiguous()
@@ -360,31 +199,8 @@ def test_bf16_inputs_in_any_layout(monkeypatch, layout, of_head, bf16_dot):
             assert relative_error(found, wanted) < torch.finfo(torch.bfloat16).eps
 
 
-def test_gradcheck_in_float64():
-    g = torch.Generator().manual_seed(0)
-    h, h_t = (torch.randn(3, 4, generator=g, dtype=torch.float64) for _ in range(2))
-    w, b = (
-        torch.randn(11, 4, generator=g, dtype=torch.float64),
-        torch.randn(11, generator=g, dtype=torch.float64),
-    )
-    w_t = torch.randn(11, 4, generator=g, dtype=torch.float64)
-    for reduction, softcap in itertools.product(("mean", "sum", "none"), (None, 2.0)):
-
-        def loss(h, w, b, reduction=reduction, softcap=softcap):
-            weights = torch.tensor([1.0, 0.0, 2.0]) if reduction != "none" else None
-            return fused_linear_reverse_kl(
-                h, LMHead(w, b, 0.7, softcap, vocab_size=10), h_t, LMHead(w_t, vocab_size=10),
-                temperature=1.3, token_weights=weights, reduction=reduction,
-            )  # fmt: skip
-
-        torch.autograd.gradcheck(loss, [leaf(h), leaf(w), leaf(b)])
-    z_t = h_t @ w_t.T
-    torch.autograd.gradcheck(lambda z: reverse_kl(z, z_t, temperature=0.7), [leaf(h @ w.T)])
-    torch.autograd.gradcheck(lambda z: reverse_kl(z, z_t, reduction="none"), [leaf(h @ w.T)])
-
-
 def test_two_runs_give_the_same_bits(backend):
-    student, h, teacher, h_t = heads(rows=20, vocabulary=1500, dtype=torch.bfloat16)
+    student, h, teacher, h_t = problem(rows=20, vocabulary=1500, dtype=torch.bfloat16)
     results = []
     for _ in range(2):
         h_leaf, weight = leaf(h), leaf(student.weight)
@@ -413,7 +229,7 @@ def test_reverse_kl_from_logits(dtype, weighted):
 
 
 def test_autocast_changes_nothing():
-    student, h, teacher, h_t = heads()
+    student, h, teacher, h_t = problem()
     plain = fused_linear_reverse_kl(h, student, h_t, teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(plain, fused_linear_reverse_kl(h, student, h_t, teacher))
@@ -442,7 +258,7 @@ def test_sequence_mean_weights_of_a_mask_and_of_offsets():
         ({"denominator": 0}, ["denominator", "positive"]),
         ({"backend": "cuda"}, ["backend", "'torch'"]),
         ({"projection": "dual"}, ["projection", "'auto'"]),
-        ({"projection": "bf16"}, ["projection", "'separate'"]),
+        ({"projection": "bf16"}, ["projection", "'separate'", "'fp32'"]),
         ({"workspace_bytes": 100}, ["workspace_bytes", "at least"]),
         ({"workspace_bytes": -1}, ["workspace_bytes", "positive"]),
         ({"token_weights": torch.ones(4)}, ["token_weights", "(3,)"]),
@@ -451,22 +267,14 @@ def test_sequence_mean_weights_of_a_mask_and_of_offsets():
     ],
 )
 def test_bad_options_say_what_and_what_instead(options, words):
-    student, h, teacher, h_t = heads(rows=3)
+    student, h, teacher, h_t = problem(rows=3)
     with pytest.raises(ValueError) as error:
         fused_linear_reverse_kl(h, student, h_t, teacher, **options)
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("projection", ["auto", "separate", "fp32"])
-def test_every_projection_is_the_same_today(projection):
-    student, h, teacher, h_t = heads(rows=3)
-    with torch.no_grad():
-        found = fused_linear_reverse_kl(h, student, h_t, teacher, projection=projection)
-        assert float(found) == float(fused_linear_reverse_kl(h, student, h_t, teacher))
-
-
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
-    student, h, teacher, h_t = heads(rows=3)
+    student, h, teacher, h_t = problem(rows=3)
     with pytest.raises(ValueError, match="native.*float64.*'torch'"):
         if not native.available():
             pytest.skip(native.status())
@@ -481,9 +289,9 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 
 
 def test_bad_tensors_say_what_and_what_instead():
-    student, h, teacher, h_t = heads(rows=3)
+    student, h, teacher, h_t = problem(rows=3)
     cases = [
-        ((h, LMHead(student.weight, vocab_size=600), h_t, teacher), ["600", "700", "vocab_size"]),
+        ((h, LMHead(student.weight, vocab_size=600), h_t, teacher), ["600", "701", "vocab_size"]),
         ((h[:, :8], student, h_t, teacher), ["student_hidden", "8", "16"]),
         ((h, student, h_t[:2], teacher), ["(3,)", "(2,)"]),
         ((h.long(), student, h_t, teacher), ["student_hidden", "int64"]),
@@ -499,7 +307,7 @@ def test_bad_tensors_say_what_and_what_instead():
 
 
 def test_checks_name_the_first_bad_row(monkeypatch):
-    student, h, teacher, h_t = heads(rows=6)
+    student, h, teacher, h_t = problem(rows=6)
     h[4, 2] = float("nan")
     h_t[5, 0] = INF
     monkeypatch.setenv("OPCD_CHECK", "1")
@@ -517,13 +325,6 @@ def test_checks_name_the_first_bad_row(monkeypatch):
     z_t[2, 3] = INF
     with pytest.raises(ValueError, match="teacher_logits: row 2"):
         reverse_kl(torch.zeros(3, 8), z_t)
-
-
-def test_a_nan_is_never_a_silent_zero(backend):
-    student, h, teacher, h_t = heads(rows=3)
-    h[1, 0] = float("nan")
-    _, stats = fused_linear_reverse_kl(h, student, h_t, teacher, return_stats=True, backend=backend)
-    assert stats.token_kl.isnan().tolist() == [False, True, False]
 
 
 def test_the_loss_imports_torch_alone():

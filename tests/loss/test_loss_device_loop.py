@@ -33,8 +33,8 @@ def bf16_gemms(monkeypatch):
         calls.append("addmm")
         return addmm(c, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
 
-    def runs_native(h, weight):
-        return h.dtype == weight.dtype == torch.bfloat16
+    def runs_native(side):
+        return side.h.dtype == side.weight.dtype == torch.bfloat16
 
     monkeypatch.setattr(row_operations, "FEW_ROWS", 0)
     monkeypatch.setattr(torch, "mm", wide_mm)

@@ -64,11 +64,8 @@ def test_logprobs_compile_into_one_graph():
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_the_fake_implementation_matches_the_real_one(wanted, reduction):
     h, w, h_t = problem(dtype=torch.bfloat16)
-    spec = Spec(1.0, 1.0, None, None, 1.0, 301, None, "auto", True)
-    arguments = (
-        h, w, torch.zeros(301), h_t, w, None, WEIGHTS, None, None, *wanted, reduction, 0.5,
-        *vars(spec).values(),
-    )  # fmt: skip
+    spec = Spec(301, all_statistics=True, softcap_s=3.0)
+    arguments = (h, w, torch.zeros(301), h_t, w, None, WEIGHTS, None, None, wanted, reduction, 0.5, *spec.packed())
     torch.library.opcheck(linear_divergence_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

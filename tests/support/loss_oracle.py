@@ -2,6 +2,8 @@
 
 import torch
 
+from opcd_fast.loss import LMHead, fused_linear_divergence
+
 
 def logits64(hidden, head, vocab_size=None):
     """float64 logits of an LMHead whose tensors may be float64 stand-ins that require grad."""
@@ -36,3 +38,88 @@ def relative_error(value, reference):
     """Norm of the difference over the norm of the reference (or alone, where that is 0)."""
     scale = float(reference.double().norm())
     return float((value.double() - reference.double()).norm()) / (scale or 1.0)
+
+
+def kl64(log_a, log_b):
+    """KL(a || b) per row; a token that a cannot say counts as 0."""
+    a = log_a.exp()
+    return torch.where(a > 0, a * (log_a - torch.where(a > 0, log_b, 0.0)), 0.0).sum(-1)
+
+
+def divergence64(z_s, z_t, name, beta=0.5, alpha=0.1, k=256, tail="none"):
+    """The textbook formula of each divergence per row, from logits / temperature."""
+    log_p, log_q = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if name == "reverse_kl" or (name == "jsd" and beta == 1) or (name == "skew_reverse_kl" and alpha == 0):
+        return kl64(log_p, log_q)
+    if name == "forward_kl" or (name == "jsd" and beta == 0) or (name == "skew_forward_kl" and alpha == 0):
+        return kl64(log_q, log_p)
+    if name == "jsd":
+        log_m = ((1 - beta) * p + beta * q).log()
+        return beta * kl64(log_q, log_m) + (1 - beta) * kl64(log_p, log_m)
+    if name == "skew_reverse_kl":
+        return kl64(log_p, (alpha * p + (1 - alpha) * q).log())
+    if name == "skew_forward_kl":
+        return kl64(log_q, (alpha * q + (1 - alpha) * p).log())
+    assert name == "topk_reverse_kl"
+    chosen = z_s.detach().topk(min(k, z_s.shape[-1]), dim=-1).indices
+    log_p_k, log_q_k = log_p.gather(-1, chosen), log_q.gather(-1, chosen)
+    if tail == "renormalize":
+        return kl64(log_p_k.log_softmax(-1), log_q_k.log_softmax(-1))
+    value = (log_p_k.exp() * (log_p_k - log_q_k)).sum(-1)
+    if tail == "bucket" and k < z_s.shape[-1]:
+        rest = torch.ones_like(z_s).scatter(-1, chosen, 0.0)
+        rest_p, rest_q = (p * rest).sum(-1), (q * rest).sum(-1)
+        value = value + rest_p * (rest_p / rest_q).log()
+    return value
+
+
+def leaf(tensor, dtype=None):
+    return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
+
+
+def problem(rows=9, width=16, vocabulary=701, spread=0.3, dtype=torch.float32, **transform):
+    """(student's head, its hidden states, teacher's head, its hidden states)"""
+    h, w, h_t = states(rows, width, vocabulary, spread, dtype)
+    return LMHead(w, **transform), h, LMHead(w.clone(), **transform), h_t
+
+
+def compare(
+    student, h, teacher, h_t, backend, name="reverse_kl", parameters=None, temperature=1.0, weights=None,
+    tolerance=1e-4, **options,
+):  # fmt: skip
+    """Run a loss and its float64 twin; check loss, statistics, every gradient. Returns the statistics."""
+    parameters = parameters or {}
+    transform = student.scale, student.softcap, student.vocab_size
+    head, h_leaf = LMHead(leaf(student.weight), leaf(student.bias), *transform), leaf(h)
+    loss, stats = fused_linear_divergence(
+        h_leaf, head, h_t, teacher, divergence=name, temperature=temperature, token_weights=weights, return_stats=True,
+        backend=backend, **parameters, **options,
+    )  # fmt: skip
+    loss.backward()
+
+    twin = LMHead(leaf(student.weight, torch.float64), leaf(student.bias, torch.float64), *transform)
+    h_twin = leaf(h, torch.float64)
+    z_s, z_t = logits64(h_twin, twin) / temperature, logits64(h_t, teacher) / temperature
+    value = divergence64(z_s, z_t, name, **parameters)
+    w = torch.ones(value.shape) if weights is None else weights.double()
+    exact, used = (w * value).sum() / options.get("denominator", w.sum()), w != 0
+    exact.backward()
+    z_s = z_s.detach()
+
+    assert abs(float(loss.detach()) - float(exact.detach())) <= 1e-3 * abs(float(exact.detach())) + 1e-7
+    for found, wanted, rtol, atol in (
+        (stats.token_kl, value.detach(), 3e-3, 1e-7),
+        (stats.student_entropy, torch.distributions.Categorical(logits=z_s).entropy(), 1e-4, 1e-5),
+        (stats.student_logsumexp, z_s.logsumexp(-1), 1e-5, 1e-5),
+        (stats.teacher_logsumexp, z_t.logsumexp(-1), 1e-5, 1e-5),
+        (stats.top1_agreement, z_s.argmax(-1) == z_t.argmax(-1), 0, 0),
+    ):
+        torch.testing.assert_close(found.double(), torch.where(used, wanted.double(), 0), rtol=rtol, atol=atol)
+    for ours, theirs in ((h_leaf, h_twin), (head.weight, twin.weight), (head.bias, twin.bias)):
+        if ours is None:
+            continue
+        assert ours.grad.dtype == ours.dtype
+        error = relative_error(ours.grad, theirs.grad)
+        assert error < (max(tolerance, 3e-3) if ours.dtype == torch.bfloat16 else tolerance), error
+    return stats

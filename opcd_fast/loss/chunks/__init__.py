@@ -9,19 +9,10 @@ from opcd_fast.runtime.doors import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
-        "exact": ("exactly",),
-        "loop": ("linear_divergence", "logits_divergence"),
-        "main_grad": ("accumulation_target", "placeholder"),
-        "products": (
-            "Weight",
-            "add_weight_gradient",
-            "hidden_gradient",
-            "operand_dtype",
-            "project",
-            "scale_into",
-            "take",
-        ),
-        "row_operations": ("row_operation",),
+        "gradients": ("accumulation_target", "placeholder"),
+        "loop": ("linear_divergence", "linear_logprobs", "logits_divergence"),
+        "products": ("exactly", "scale_into"),
+        "row_operations": ("scratch_planes",),
         "rows": ("refuse_capture", "select_rows"),
         "spec": ("NOTHING", "Spec", "Wanted"),
         "workspace": (
@@ -41,19 +32,10 @@ __getattr__, __dir__, __all__ = door(
 )
 
 if TYPE_CHECKING:
-    from opcd_fast.loss.chunks.exact import exactly
-    from opcd_fast.loss.chunks.loop import linear_divergence, logits_divergence
-    from opcd_fast.loss.chunks.main_grad import accumulation_target, placeholder
-    from opcd_fast.loss.chunks.products import (
-        Weight,
-        add_weight_gradient,
-        hidden_gradient,
-        operand_dtype,
-        project,
-        scale_into,
-        take,
-    )
-    from opcd_fast.loss.chunks.row_operations import row_operation
+    from opcd_fast.loss.chunks.gradients import accumulation_target, placeholder
+    from opcd_fast.loss.chunks.loop import linear_divergence, linear_logprobs, logits_divergence
+    from opcd_fast.loss.chunks.products import exactly, scale_into
+    from opcd_fast.loss.chunks.row_operations import scratch_planes
     from opcd_fast.loss.chunks.rows import refuse_capture, select_rows
     from opcd_fast.loss.chunks.spec import NOTHING, Spec, Wanted
     from opcd_fast.loss.chunks.workspace import (

@@ -6,6 +6,9 @@ GEMM with a float32 output, everything else through tiles of the weight that are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -13,12 +16,29 @@ from opcd_fast.kernels.csrc import native
 from opcd_fast.loss.chunks.workspace import Side, runs_native, same_memory
 
 
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Whatever the caller has switched on: no autocast, no TF32 in float32 products, and kernels launched on the device
+    that holds the tensors."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        precision = torch.get_float32_matmul_precision()
+        with torch.cuda.device(device):
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)
+
+
 class Weight:
     """A head's weight, handed to GEMMs in tiles of the dtype they need."""
 
     def __init__(self, side: Side, dtype: torch.dtype, tile: int, backend: str, shares: Weight | None = None):
         self.weight, self.tile = side.weight, tile
-        self.native = runs_native(*side)
+        self.native = runs_native(side)
         # For the logits alone; the gradients' products have a float32 operand.
         self.bf16_dot = (
             backend == "native"
@@ -45,7 +65,7 @@ class Weight:
 
 def operand_dtype(side: Side, dtype: torch.dtype) -> torch.dtype:
     """What the side's hidden states must be for its GEMMs."""
-    return side.h.dtype if runs_native(*side) else dtype
+    return side.h.dtype if runs_native(side) else dtype
 
 
 def take(h: Tensor, active: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -99,6 +119,11 @@ def add_weight_gradient(
         torch.addmm(dw, g.t(), h, beta=beta, alpha=factor, out_dtype=dw.dtype, out=dw)
     else:
         dw.addmm_(g.t(), h, beta=beta, alpha=factor)
+
+
+def scale_(tensor: Tensor, factor: float | Tensor) -> Tensor:
+    """tensor * factor, in place."""
+    return tensor.mul_(factor) if isinstance(factor, Tensor) or factor != 1.0 else tensor
 
 
 def scale_into(source: Tensor, factor: Tensor, out: Tensor) -> Tensor:

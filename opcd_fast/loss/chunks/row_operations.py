@@ -2,64 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
+
+from torch import Tensor
 
 from opcd_fast.kernels.csrc import native
-from opcd_fast.kernels.reference import divergences as divergence_rows
-from opcd_fast.kernels.reference import reverse_kl as reference
-from opcd_fast.kernels.reference import topk as topk_rows
+from opcd_fast.kernels.reference import DIVERGENCES, Logits, divergences, topk
 from opcd_fast.loss.chunks import sharding
 from opcd_fast.loss.chunks.spec import Spec
 
-# Below this many rows one program per row leaves multiprocessors idle, so each row is split over several.
+# Up to so many rows one program per row leaves multiprocessors idle, so each row is split over several.
 FEW_ROWS = 128
 
 
-class RowOperation(NamedTuple):
-    """run has the signature of `reference.reverse_kl_rows`. It needs (block, V) buffers beside the logits: `planes` of
-    them as its argument `scratch`, and `temporaries` that it allocates itself."""
-
-    run: Callable[..., None]
-    planes: int = 0
-    temporaries: int = 0
-
-
-def row_operation(spec: Spec, rows: int, first_column: int = 0) -> RowOperation:
-    """The operation for logit chunks of at most `rows` rows. first_column: of this rank's slice of the vocabulary."""
-    options: dict[str, Any] = {
-        "scale_s": spec.scale_s,
-        "scale_t": spec.scale_t,
-        "softcap_s": spec.softcap_s,
-        "softcap_t": spec.softcap_t,
-        "temperature": spec.temperature,
-        "all_statistics": spec.all_statistics,
-    }
-    if spec.divergence == "topk_reverse_kl":
-        planes, k = topk_rows.scratch_planes(spec.softcap_s), int(spec.parameter)
+def scratch_planes(spec: Spec) -> tuple[int, int]:
+    """(block, V) buffers that a row operation needs beside the logits: as its scratch, and what it allocates itself."""
+    if DIVERGENCES[spec.divergence].code is None:
         # About eight (block, k) tensors beside two of the whole width.
-        temporaries = 2 + -(-8 * min(k, spec.vocab_size) // spec.vocab_size)
-        return RowOperation(
-            partial(topk_rows.topk_reverse_kl_rows, k=k, tail=spec.tail, **options), planes, temporaries
-        )
-    if spec.divergence == "reverse_kl" and not spec.group:
-        if spec.backend == "torch":
-            return RowOperation(partial(reference.reverse_kl_rows, **options), reference.scratch_planes(spec.softcap_s))
-        if spec.backend == "triton" and rows > FEW_ROWS:
-            from opcd_fast.kernels.triton import reverse_kl_rows
+        k = min(int(spec.parameter), spec.vocab_size)
+        return topk.scratch_planes(spec.softcap_s), 2 + -(-8 * k // spec.vocab_size)
+    if spec.backend == "triton" or (spec.backend == "native" and not spec.group):
+        return 0, 0
+    return divergences.scratch_planes(spec.softcap_s), 3
 
-            return RowOperation(partial(reverse_kl_rows, **options))
-    shared: dict[str, Any] = {"divergence": spec.divergence, "parameter": spec.parameter, **options}
+
+def divergence_rows(
+    spec: Spec,
+    student: Logits,
+    teacher: Logits,
+    row_weights: Tensor,
+    statistics: Tensor,
+    gradient: Tensor | None,
+    scratch: Tensor | None,
+    first_column: int = 0,  # of this rank's slice of the vocabulary
+) -> None:
+    """Arguments as in `kernels.reference.divergences.divergence_rows`."""
+    arguments = (student, teacher, row_weights, statistics, gradient)
+    options: dict[str, Any] = {"all_statistics": spec.all_statistics, "scratch": scratch}
+    if DIVERGENCES[spec.divergence].code is None:
+        topk.topk_reverse_kl_rows(*arguments, k=int(spec.parameter), tail=spec.option, **options)
+        return
+    options |= {"divergence": spec.divergence, "parameter": spec.parameter}
     if spec.group:
-        shared["gather"] = sharding.gather(spec.group)
-        shared["first_column"] = first_column
+        options |= {"gather": sharding.gather(spec.group), "first_column": first_column}
     if spec.backend == "triton":
-        from opcd_fast.kernels.triton import divergences as triton_divergence_rows
+        from opcd_fast.kernels import triton
 
-        return RowOperation(partial(triton_divergence_rows.divergence_rows, **shared))
-    if spec.backend == "native" and not spec.group:
-        return RowOperation(partial(native.divergence_rows, **shared))
-    return RowOperation(
-        partial(divergence_rows.divergence_rows, **shared), divergence_rows.scratch_planes(spec.softcap_s), 3
-    )
+        if spec.divergence == "reverse_kl" and not spec.group and len(student.z) > FEW_ROWS:
+            triton.reverse_kl_rows(*arguments, all_statistics=spec.all_statistics)
+        else:
+            triton.divergences.divergence_rows(*arguments, **options)
+    elif spec.backend == "native" and not spec.group:
+        native.divergence_rows(*arguments, **options)
+    else:
+        divergences.divergence_rows(*arguments, **options)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rows:
     weights: Tensor  # (N,) in the compute dtype; all ones when the caller gave none
     active: Tensor | None  # (n,) int64, rows of non-zero weight; None when that is all of them
     factor: float | Tensor  # multiplies sum(w * kl)
     hidden: bool = False  # rows of weight 0 are computed too, and whatever they hold must not be seen
+
+    @property
+    def count(self) -> int:
+        """How many are computed."""
+        return len(self.weights if self.active is None else self.active)
+
+    def chosen(self, start: int, stop: int) -> slice | Tensor:
+        """Which rows of the call are start..stop of those that are computed."""
+        return slice(start, stop) if self.active is None else self.active[start:stop]
+
+    def seen(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors (N, ...) with 0 in the rows that must not be seen."""
+        if not self.hidden:
+            return tensors
+        return tuple(torch.where((self.weights != 0).view(-1, *[1] * (x.ndim - 1)), x, 0) for x in tensors)
 
 
 def capturing(device: torch.device) -> bool:
@@ -28,12 +44,11 @@ def refuse_capture(device: torch.device, what: str) -> None:
 
 def select_rows(
     token_weights: Tensor | None,  # (N,)
-    count: int,
-    reduction: str,
-    denominator: Tensor | None,  # scalar, of "mean"
-    factor: float | Tensor,
+    like: Tensor,  # (N, ...), on the device of the computation
     dtype: torch.dtype,
-    device: torch.device,
+    reduction: str = "sum",
+    denominator: Tensor | None = None,  # scalar, of "mean"
+    factor: float | Tensor = 1.0,
 ) -> Rows:
     """Find the rows to compute, and the factor of the reduction.
 
@@ -42,6 +57,7 @@ def select_rows(
 
     Raises ValueError when a mean is asked for of weights whose sum is not positive.
     """
+    count, device = len(like), like.device
     graph = capturing(device)
     active: Tensor | None = None
     if token_weights is None:

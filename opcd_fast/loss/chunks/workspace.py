@@ -45,10 +45,16 @@ ASSUMED_CAPABILITY = (9, 0)  # for plans that are made where no device is
 
 
 class Side(NamedTuple):
-    """One model's half of the products: hidden states (n, D) and head weight (V, D)."""
+    """One model's half of the products."""
 
-    h: Tensor
-    weight: Tensor
+    h: Tensor  # (n, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+
+    def valid(self, v: int, dtype: torch.dtype) -> Side:
+        """Its head's first v rows, with the bias in the compute type."""
+        bias = None if self.bias is None else self.bias[:v].to(dtype).contiguous()
+        return Side(self.h, self.weight[:v], bias)
 
 
 class Plan(NamedTuple):
@@ -71,10 +77,10 @@ def returned_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def runs_native(h: Tensor, weight: Tensor) -> bool:
+def runs_native(side: Side) -> bool:
     """Whether one GEMM can read both as they are and write float32. Only bf16 on a device: cuBLAS gives bf16
     inputs a float32 output, CPU libraries do not, and an fp16 gradient would underflow."""
-    return h.is_cuda and h.dtype == weight.dtype == torch.bfloat16
+    return side.h.is_cuda and side.h.dtype == side.weight.dtype == torch.bfloat16
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -99,7 +105,7 @@ def upcast_tile(sides: list[Side], dtype: torch.dtype, v: int) -> tuple[int, int
     cast: list[Side] = []
     for side in sides:
         known = any(same_memory(side.weight, other.weight) for other in cast)
-        if not runs_native(*side) and side.weight.dtype != dtype and not known:
+        if not runs_native(side) and side.weight.dtype != dtype and not known:
             cast.append(side)
     if not cast:
         return v, 0
@@ -135,7 +141,7 @@ def make_plan(
 
     Raises ValueError when the workspace does not hold one row.
     """
-    dtype = compute_dtype(*(tensor for side in sides for tensor in side))
+    dtype = compute_dtype(*(tensor for side in sides for tensor in side[:2]))
     size = dtype.itemsize
     pitch = pitch_of(v)
     student = sides[0]
@@ -222,7 +228,7 @@ def _filling(most: int, least: int, columns: int, multiprocessors: int) -> int:
 
 def gradient_dtype(student: Side, dtype: torch.dtype) -> torch.dtype:
     """The dtype of G = d(sum)/d(logits): bf16 where the GEMMs that consume it read bf16, else the logits'."""
-    return torch.bfloat16 if runs_native(*student) else dtype
+    return torch.bfloat16 if runs_native(student) else dtype
 
 
 def has_gradient_buffer(student: Side, dtype: torch.dtype, spec: Spec, wanted: Wanted) -> bool:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.loss import DIVERGENCES
 from opcd_fast.training.settings import OPCDConfig
 
 WINDOW = 5  # steps that a mean is taken over
 SHORT, DULL = 1 / 3, 1 / 10  # shares of what was normal
 CUT_OFF = 0.5  # share of answers that reach the token limit
 UNSAID = 1e-4  # between 2e-3, which a run overcame, and 1e-6, which none did (experiments/results/first_token.json)
-MODE_SEEKING = ("reverse_kl", "topk_reverse_kl")  # no gradient to speak of where the student has no probability
 DRIFT = 0.02  # nats per token; a bfloat16 copy of the same weights stays far below
 
 
@@ -30,7 +30,7 @@ def warning_before_training(evaluation: Mapping[str, Any], config: OPCDConfig) -
     """Name and text of the warning that the held-out evaluation of the first weights gives reason for, if any."""
     probability = evaluation.get("fixed_first_token", 1.0)
     on_policy = config.answers == "student" and config.rollout != "replay"
-    if evaluation["step"] == 0 and on_policy and config.divergence in MODE_SEEKING and probability < UNSAID:
+    if evaluation["step"] == 0 and on_policy and DIVERGENCES[config.divergence].mode_seeking and probability < UNSAID:
         yield "unsaid_answers", (
             f"the student begins as the teacher does with probability {probability:.1g} (median of held-out prompts): "
             f"divergence={config.divergence!r} on its own answers hardly teaches what it never says; set "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from opcd_fast.errors import InputError
-from opcd_fast.loss import check_divergence, unused_parameter
+from opcd_fast.loss import PARAMETERS, check_divergence, unused_parameter
 from opcd_fast.training.settings.setting import OneOf, settings_of
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, OneOf]) -> N
 
 
 def _check_divergence(config: OPCDConfig) -> None:
-    chosen = config.divergence, config.beta, config.alpha, config.k, config.tail
+    parameters = {name: getattr(config, name) for name in PARAMETERS}
     try:
-        check_divergence(*chosen)
+        check_divergence(config.divergence, parameters)
     except ValueError as error:
         raise InputError(str(error)) from error
-    unused = unused_parameter(*chosen)
+    unused = unused_parameter(config.divergence, parameters)
     if unused is not None:
         raise InputError(f"{unused} is set, but divergence={config.divergence!r} has no {unused}; drop one of them")
 

@@ -19,6 +19,7 @@ from opcd_fast.loss import (
     fused_linear_divergence,
     fused_linear_logprobs,
     importance_weights,
+    same_vocabulary,
     trainer_logprobs,
 )
 from opcd_fast.models import packed_hidden_states, seam, shared_prompt_hidden_states
@@ -93,8 +94,8 @@ def context_kl(
     with watch("student"), autocast():
         h_s = student_hidden_states(student, batch)  # (N, D_s)
     with watch("loss"):
-        head_s, head_t = _same_vocabulary(present_head(student_head, student), teacher.head)
-        h_s, head_s = h_s.to(compute_dtype), in_type(head_s, compute_dtype)
+        head_s, head_t = same_vocabulary(present_head(student_head, student), teacher.head)
+        h_s, head_s = h_s.to(compute_dtype), head_s.to(compute_dtype)
         weights, logprobs, factors = batch.token_weights, None, None
         if correction != "none":
             if batch.behaviour_logprobs is None:
@@ -109,7 +110,7 @@ def context_kl(
             h_s,
             head_s,
             h_t.to(compute_dtype),
-            in_type(head_t, compute_dtype),
+            head_t.to(compute_dtype),
             token_weights=weights,
             temperature=temperature,
             denominator=denominator,
@@ -163,7 +164,7 @@ def answer_nll(
     with watch("loss"):
         logprobs = fused_linear_logprobs(
             h_s.to(compute_dtype),
-            in_type(present_head(student_head, student), compute_dtype),
+            present_head(student_head, student).to(compute_dtype),
             batch.response_ids,
             temperature=temperature,
             workspace_bytes=workspace_bytes,
@@ -200,24 +201,3 @@ def student_hidden_states(student: Any, batch: Batch) -> Tensor:
     if batch.student_parent is None:
         return packed_hidden_states(student, *row, select=batch.response_index_student)
     return shared_prompt_hidden_states(student, *row, batch.student_parent, select=batch.response_index_student)
-
-
-def _same_vocabulary(student: LMHead, teacher: LMHead) -> tuple[LMHead, LMHead]:
-    """Both heads over the same tokens: where one has more rows, the extra ones are padding.
-
-    Models of one family pad the vocabulary of one tokenizer to different multiples (Qwen2.5: 151936 rows at 0.5B,
-    152064 at 7B). The models share a tokenizer, so rows beyond the shorter head cannot be its tokens, and the
-    distributions compared are those over the rows that both have. That they share it is for the caller to know:
-    sizes alone cannot tell padding from another tokenizer.
-    """
-    if student.valid_size == teacher.valid_size:
-        return student, teacher
-    size = min(student.valid_size, teacher.valid_size)
-    return replace(student, vocab_size=size), replace(teacher, vocab_size=size)
-
-
-def in_type(head: LMHead, dtype: torch.dtype) -> LMHead:
-    """Heads of fp32 master weights in the compute type, so that both sides run the same matrix product."""
-    if head.weight.dtype == dtype:
-        return head
-    return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))

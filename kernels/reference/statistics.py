@@ -1,4 +1,4 @@
-"""How the row quantities of a vocabulary that lies in pieces become those of the whole vocabulary.
+"""What is known of a row of logits, and how what pieces of a vocabulary say becomes what the whole vocabulary says.
 
 A piece is what one program saw of a row, or one rank's slice of a sharded head. All tensors here are a few floats
 per row; pieces are summed in their order, so two runs give the same bits.
@@ -15,7 +15,9 @@ from torch import Tensor
 # (planes, n) of this rank -> (ranks, planes, n) of all of them, in rank order
 Gather = Callable[[Tensor], Tensor] | None
 
-# Planes of a piece's first pass. The last two are left out where the gradient waits for the second pass.
+# The planes of the statistics tensor, in order. One float per row each.
+STATISTICS = ("token_kl", "student_entropy", "student_logsumexp", "teacher_logsumexp", "top1_agreement")
+# Planes of a piece's first pass. The last two are left out where nobody needs them.
 NORMALISERS = ("max_s", "sum_s", "max_t", "sum_t", "difference", "forbidden")
 # Planes of a piece's second pass.
 TERMS = ("value", "negative_entropy", "top_s", "top_t", "moment")
@@ -33,15 +35,7 @@ class Rows(NamedTuple):
     forbidden: Tensor | None  # the largest logit of a token that the other side forbids
 
     def part(self, rows: slice) -> Rows:
-        return Rows(
-            self.max_s[rows],
-            self.max_t[rows],
-            self.lse_s[rows],
-            self.lse_t[rows],
-            self.log_ratio[rows],
-            None if self.difference is None else self.difference[rows],
-            None if self.forbidden is None else self.forbidden[rows],
-        )
+        return Rows(*(None if plane is None else plane[rows] for plane in self))  # type: ignore[arg-type]
 
 
 def merge_normalisers(pieces: Tensor) -> Tensor:
@@ -96,12 +90,12 @@ def merge_terms(pieces: Tensor) -> Tensor:
 
 
 def write_statistics(
-    statistics: Tensor,  # (5, n) written; see reference.STATISTICS
+    statistics: Tensor,  # (5, n) written; see STATISTICS
     rows: Rows,
     terms: Tensor,  # merged TERMS
     all_statistics: bool,
 ) -> None:
-    """The planes of reference.STATISTICS from what all pieces together say."""
+    """The planes of STATISTICS from what all pieces together say."""
     statistics[0] = terms[0].clamp(min=0.0)
     if all_statistics:
         statistics[1] = -terms[1]

@@ -1,0 +1,131 @@
+"""What the row operations compute, by float64 autograd of the definitions; inputs; and every implementation."""
+
+import functools
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+from opcd_fast.kernels.csrc import native
+from opcd_fast.kernels.reference import Logits
+from opcd_fast.kernels.reference import divergences as specification
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INF = float("inf")
+TINY = torch.finfo(torch.float32).tiny
+CASES = [
+    ("reverse_kl", 0.0), ("forward_kl", 0.0), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.97), ("skew_reverse_kl", 0.1),
+    ("skew_reverse_kl", 0.9), ("skew_forward_kl", 0.1), ("skew_forward_kl", 0.9),
+]  # fmt: skip
+FEW = [CASES[0], CASES[1], CASES[3], CASES[5], CASES[7]]  # one of each divergence
+LEVELS = native.supported_levels() if native.available() else ()
+KINDS = ["torch", "triton", "triton, a program a row", *LEVELS]
+
+
+def implementation(kind):
+    """divergence_rows of this kind: plain PyTorch, a Triton kernel, or C++ at an instruction set."""
+    if kind == "torch":
+        return specification.divergence_rows
+    if kind in LEVELS:
+
+        def at_level(*arguments, **options):
+            with mock.patch.dict(os.environ, {native.LEVEL_VARIABLE: kind}):
+                native.divergence_rows(*arguments, **options)
+
+        return at_level
+    pytest.importorskip("triton")
+    from opcd_fast.kernels import triton
+
+    if kind == "triton":
+        return functools.partial(triton.divergences.divergence_rows, splits=2)
+
+    def a_program_a_row(*arguments, divergence, parameter, **options):
+        assert divergence == "reverse_kl"
+        triton.reverse_kl_rows(*arguments, **options)
+
+    return a_program_a_row
+
+
+def pairs(cases, kinds=KINDS):
+    """Every implementation with every case it has."""
+    return [(kind, case) for kind in kinds for case in cases if case[0] == "reverse_kl" or "a row" not in kind]
+
+
+def kl(log_a, log_b):
+    """KL(a || b) per row; a token to which a gives (almost) nothing counts as 0."""
+    said = log_a.exp() >= TINY
+    log_a, log_b = torch.where(said, log_a, 0.0), torch.where(said, log_b, 0.0)
+    return torch.where(said, log_a.exp() * (log_a - log_b), 0.0).sum(-1)
+
+
+def definition(divergence, parameter, z_s, z_t):
+    log_p, log_q = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if divergence == "reverse_kl":
+        return kl(log_p, log_q)
+    if divergence == "forward_kl":
+        return kl(log_q, log_p)
+    if divergence == "jsd":
+        log_m = ((1 - parameter) * p + parameter * q).clamp(min=1e-300).log()
+        return parameter * kl(log_q, log_m) + (1 - parameter) * kl(log_p, log_m)
+    if divergence == "skew_reverse_kl":
+        return kl(log_p, (parameter * p + (1 - parameter) * q).clamp(min=1e-300).log())
+    assert divergence == "skew_forward_kl"
+    return kl(log_q, (parameter * q + (1 - parameter) * p).clamp(min=1e-300).log())
+
+
+def logits64(side, z):
+    z = z if side.bias is None else z + side.bias.double()
+    z = z * side.scale
+    return (z if side.softcap is None else torch.tanh(z / side.softcap) * side.softcap) / side.temperature
+
+
+def oracle(case, student, teacher, weights):
+    """Statistics and gradient in float64."""
+    leaf = student.z.double().clone().requires_grad_()
+    z_s, z_t = logits64(student, leaf), logits64(teacher, teacher.z.double())
+    exists = ~(torch.isinf(z_s.detach()) & torch.isinf(z_t))  # a token that both forbid does not
+    low = torch.finfo(torch.float64).min / 4
+    z_s, z_t = torch.where(exists, z_s, low), torch.where(exists, z_t, low)
+    value = definition(*case, z_s, z_t)
+    (value * weights.double()).sum().backward()
+    gradient = leaf.grad.masked_fill((value == INF).unsqueeze(-1), 0.0)
+    log_p = z_s.detach().log_softmax(-1)
+    entropy = -torch.where(log_p > -700, log_p.exp() * log_p, 0.0).sum(-1)
+    agreement = z_s.argmax(-1) == z_t.argmax(-1)
+    lse_s, lse_t = z_s.detach().logsumexp(-1), z_t.logsumexp(-1)
+    return torch.stack([value.detach(), entropy, lse_s, lse_t, agreement.double()]), gradient
+
+
+def run(rows, case, student, teacher, weights, gradient=True, dtype=None, **options):
+    """Statistics and gradient (or None) from copies of the inputs."""
+    copies = [
+        side._replace(z=side.z.clone().to(DEVICE), bias=None if side.bias is None else side.bias.to(DEVICE))
+        for side in (student, teacher)
+    ]
+    kind = torch.float64 if student.z.dtype == torch.float64 else torch.float32
+    statistics = torch.zeros(5, len(student.z), dtype=kind, device=DEVICE)
+    g = torch.full(student.z.shape, 7.0, dtype=dtype or kind, device=DEVICE) if gradient else None
+    rows(*copies, weights.to(DEVICE, kind), statistics, g, divergence=case[0], parameter=case[1], **options)
+    return statistics.cpu(), None if g is None else g.cpu()
+
+
+def inputs(n, columns, spread=0.3, offset=0.0, dtype=torch.float32, **transform):
+    """Two sides whose logits are `spread` apart, and row weights."""
+    g = torch.Generator().manual_seed(columns)
+    z_s = torch.randn(n, columns, generator=g) * 3
+    z_t = z_s + spread * torch.randn(n, columns, generator=g) + offset
+    return Logits(z_s.to(dtype), **transform), Logits(z_t.to(dtype), **transform), torch.rand(n, generator=g) + 0.1
+
+
+def error(ours, exact):
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+def check(rows, case, student, teacher, weights, tolerance=2e-5, **options):
+    statistics, g = run(rows, case, student, teacher, weights, **options)
+    exact_statistics, exact_g = oracle(case, student, teacher, weights)
+    torch.testing.assert_close(statistics, exact_statistics.float(), rtol=1e-4, atol=1e-6)
+    assert error(g, exact_g) < tolerance
+    return statistics, g

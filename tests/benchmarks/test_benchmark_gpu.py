@@ -14,10 +14,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks.gpu import counters, kernel_times, launches, runner, session  # noqa: E402
-from benchmarks.gpu.phases import RUNS, Phase  # noqa: E402
 from benchmarks.gpu.session import BROKEN, Session  # noqa: E402
 from benchmarks.phase_rows import Value, read, value  # noqa: E402
+
+from benchmarks.gpu import counters, kernel_times, launches, runner, session  # noqa: E402
+from benchmarks.gpu.phases import RUNS, Phase  # noqa: E402
 from opcd_fast.kernels.triton import launch_shapes  # noqa: E402
 
 CUDA = torch.device("cuda")

@@ -18,11 +18,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
+from benchmarks.gpu.session import BROKEN, Session, Skip, Wrong  # noqa: E402
+from benchmarks.phase_rows import PHASE, PhaseRow, Run, Value, append, parse, read, value  # noqa: E402
+
 from benchmarks.gpu import runner, session  # noqa: E402
 from benchmarks.gpu.phases import DRY_SECONDS, ENDING, RUNS, SECONDS, Phase, schedule  # noqa: E402
-from benchmarks.gpu.session import BROKEN, Session, Skip, Wrong  # noqa: E402
 from benchmarks.gpu.summary import LINES, WIDTH, summary  # noqa: E402
-from benchmarks.phase_rows import PHASE, PhaseRow, Run, Value, append, parse, read, value  # noqa: E402
 
 FAKE = """
 import argparse, os, subprocess, sys, time

@@ -14,9 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
+from benchmarks.phase_rows import Head, PhaseRow, append, value  # noqa: E402
+
 from benchmarks import gpu_report, roofline, targets  # noqa: E402
 from benchmarks import report as report_page  # noqa: E402
-from benchmarks.phase_rows import Head, PhaseRow, append, value  # noqa: E402
 from benchmarks.plots import accuracy, swept  # noqa: E402
 from benchmarks.schema import BOUND, Device, GradientError, Report, Row, Time  # noqa: E402
 

@@ -13,9 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
+from benchmarks.loss_implementations import Implementation, implementations  # noqa: E402
+
 from benchmarks import loss_table, peers  # noqa: E402
 from benchmarks.loss_cases import Case, cases, make_inputs, oracle, oracle_rows  # noqa: E402
-from benchmarks.loss_implementations import Implementation, implementations  # noqa: E402
 from benchmarks.measure import Failure, attempt, time_interleaved, with_peak  # noqa: E402
 from benchmarks.schema import (  # noqa: E402
     BOUND,

@@ -14,6 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
+from benchmarks.teacher_implementations import Contender, Implementation, implementations  # noqa: E402
+from benchmarks.teacher_report import table  # noqa: E402
+
 from benchmarks import report as report_page  # noqa: E402
 from benchmarks import (  # noqa: E402
     teacher_cases,
@@ -37,9 +40,7 @@ from benchmarks.schema import (  # noqa: E402
     select,
 )
 from benchmarks.teacher_cases import Case, cases, make_setting, references, tiny_model  # noqa: E402
-from benchmarks.teacher_implementations import Contender, Implementation, implementations  # noqa: E402
 from benchmarks.teacher_model import QWEN3_8B, SMOLLM2_135M, Shape  # noqa: E402
-from benchmarks.teacher_report import table  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = Case(20, 5, 3)

@@ -37,7 +37,9 @@ QUESTIONS, ANSWER = 24, 12  # N = 288 tokens
 _ROWS = 64  # whose logits are float64 at one time
 
 
-def measure(h_s: Tensor, h_t: Tensor, weight: Tensor, fractions: tuple[float, ...]) -> dict[str, list[tuple[float, float]]]:
+def measure(
+    h_s: Tensor, h_t: Tensor, weight: Tensor, fractions: tuple[float, ...]
+) -> dict[str, list[tuple[float, float]]]:
     """(mean KL, error of dL/dh) of each format, and of `fused_linear_reverse_kl`, at fractions of the KL between the
     states.
 

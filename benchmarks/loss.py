@@ -98,7 +98,7 @@ def contenders(case: Case, device: torch.device, made: Callable[[], Prepared]) -
         return Contender(
             name, lambda: build(made().inputs), lambda found: made().judge(name, exact, found), skip,
             settings={} if exact else {"gradient": "inexact"},
-            compiles=name.startswith("compile-") or name == "liger-chunked",
+            compiles=name.startswith("compile-") or name == "liger-chunked", has_peak=case.timed,
         )  # fmt: skip
 
     ours = [one(f"opcd_fast-{name}", partial(_ours, name, case.workspace_bytes)) for name in _backends(case, device)]

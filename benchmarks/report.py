@@ -25,8 +25,7 @@ from benchmarks.schema import BOUND, END, Head, Row, Run, by_case, read
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = {"N": "Rows", "D": "Width", "V": "Vocabulary", "workspace": "Chunk size (`workspace_bytes`)"}
-# Of a row of a step: not a part of it.
-NO_PARTS = ("time",)
+AGAINST = {"loss": BOUND, "teacher": "concat", "step": "trl-sdft"}  # in every case that is timed
 Files = dict[str, list[tuple[str, Head, list[Row]]]]  # by table, (file, head, rows) of the newest run of each device
 Cell = Callable[[Row, "Row | None"], str]  # of a row and the row that it is compared with
 
@@ -67,12 +66,26 @@ def newest(folder: Path) -> Files:
             raise ValueError(
                 f"{path.name} is not one whole table: its run was stopped. Run it again, or move it out of {folder}"
             )
+        _refuse_gaps(path.name, table, run.of(table))
         key = f"{head.device.kind != 'cuda'}{head.device.name}"
         if table in found and (key not in found[table] or found[table][key][1].date < head.date):
             found[table][key] = (path.name, head, run.of(table))
     if not found["loss"]:
         raise ValueError(f"no run of the loss table in {folder}; make one with python -m benchmarks loss")
     return {table: [runs[key] for key in sorted(runs)] for table, runs in found.items()}
+
+
+def _refuse_gaps(file: str, table: str, rows: Sequence[Row]) -> None:
+    """Raises ValueError where a case or a number that others are compared with is missing."""
+    for case in by_case(rows):
+        against = AGAINST.get(table)
+        if against and case[0].group not in ("accuracy", "check") and against not in {r.implementation for r in case}:
+            raise ValueError(f"{file}: {case[0].case} has no row of {against}, with which the others are compared")
+    for row in rows:
+        wanted = ("dL/dh", "mean_kl") if row.group == "accuracy" else ("time",)
+        missing = [name for name in wanted if row.get(name) is None]
+        if row.status == "ok" and missing:
+            raise ValueError(f"{file}: {row.name} has no {missing[0]} although its status is 'ok'")
 
 
 def gpu_runs(results: Path) -> list[tuple[str, Run]]:
@@ -119,8 +132,8 @@ def page(found: Files, on_gpus: Sequence[tuple[str, Run]] = ()) -> str:
 ABOUT = {
     "loss": "One call of the loss is forward and backward of the mean reverse KL over N rows.",
     "teacher": "One call gives the hidden states of a batch of answers after one context. Speed-up: over `concat`, "
-    "plain transformers reading context and answer together. Of limit: the least time for what that row must compute, at "
-    "the rate of bare matrix products in the same run, over its time. KV: keys and values of the context in all "
+    "plain transformers reading context and answer together. Of limit: the least time for what that row must compute, "
+    "at the rate of bare matrix products in the same run, over its time. KV: keys and values of the context in all "
     "layers, in copies. Max |Δh|: against float32, each answer alone. "
     "[What is compared](../benchmarks/README.md#the-teacher).",
     "step": "One optimizer step: fresh answers, both models' forwards, loss, backward, update. `trl-sdft` is TRL's "
@@ -269,7 +282,8 @@ def _teacher_tables(rows: Sequence[Row]) -> list[list[str]]:
         "of limit": _of("of_limit", "{:.0%}"), "peak MiB": _PEAK, "KV": _copies,
         "max \\|Δh\\|": _of("max_error", "{:.1e}"),
     }  # fmt: skip
-    return [[f"#### {_teacher_title(case[0])}", "", *table(case, columns, "concat")] for case in by_case(rows)]
+    concat = AGAINST["teacher"]
+    return [[f"#### {_teacher_title(case[0])}", "", *table(case, columns, concat)] for case in by_case(rows)]
 
 
 def _copies(row: Row, _: Row | None) -> str:
@@ -298,9 +312,9 @@ def _step_tables(rows: Sequence[Row]) -> list[list[str]]:
         "peak MiB": _PEAK,
         "parts, s": lambda row, _: ", ".join(
             f"{part} {(found.value or 0) / 1e3:.2f}" for part, found in row.values.items()
-            if found.unit == "ms" and part not in NO_PARTS),
+            if found.unit == "ms" and part != "time"),
     }  # fmt: skip
-    return [[f"#### {_step_title(case[0])}", "", *table(case, columns, "trl-sdft")] for case in by_case(rows)]
+    return [[f"#### {_step_title(case[0])}", "", *table(case, columns, AGAINST["step"])] for case in by_case(rows)]
 
 
 def _step_title(row: Row) -> str:

@@ -166,10 +166,8 @@ def read(path: Path) -> Run:
             raise ValueError(f"{where}: {' '.join(filter(None, key))} is there twice")
         seen.add(key)
         if isinstance(line, Head):
-            first = next(iter(run.heads.values()), line)
-            for what in ("versions", "device", "git_commit"):
-                if _comparable(first, what) != _comparable(line, what):
-                    raise ValueError(f"{where}: {what} is another than in the head before: not one run")
+            if what := difference(next(iter(run.heads.values()), line), line):
+                raise ValueError(f"{where}: {what} is another than in the head before: not one run")
             run.heads[line.table] = line
         else:
             run.rows.append(line)
@@ -179,11 +177,12 @@ def read(path: Path) -> Run:
     return run
 
 
-def _comparable(head: Head, what: str) -> Any:
-    """What all heads of a file share; threads are part of the device, its ceilings are measurements."""
-    if what != "device":
-        return getattr(head, what)
-    return dataclasses.replace(head.device, matmul_flops_per_second=None, copy_bytes_per_second=None)
+def difference(first: Head, second: Head) -> str:
+    """The field, if any, for which two heads are not of one run. Threads are part of the device; its ceilings, which
+    are measurements, do not count."""
+    plain = {"matmul_flops_per_second": None, "copy_bytes_per_second": None}
+    one, two = (dataclasses.replace(head, device=dataclasses.replace(head.device, **plain)) for head in (first, second))
+    return next((what for what in ("versions", "device", "git_commit") if getattr(one, what) != getattr(two, what)), "")
 
 
 def parse(data: Any, where: str = "the line") -> Head | Row:

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import environment
 from benchmarks.measure import Failure, attempt, in_process, interleaved, release, wait, with_peak
-from benchmarks.schema import BAD, BOUND, BROKEN, Head, Row, Value, Values, append, end, marker, read, value
+from benchmarks.schema import BAD, BOUND, BROKEN, Head, Row, Value, Values, append, difference, end, marker, read, value
 
 SLOW_MS = 5_000.0  # a contender above this is timed no more than twice; on a GPU its first call is its time
 VARIABLES = (
@@ -54,7 +54,7 @@ class Contender:
     settings: Mapping[str, str] = field(default_factory=dict)
     warm: Callable[[], Any] | None = None  # a shorter call that compiles what the call needs
     compiles: bool = False  # its first call on a CPU compiles, whose memory is no part of the call's
-    has_peak: bool = True  # False: its buffers are made beforehand
+    has_peak: bool = True  # False: it is of no interest, or its buffers are made beforehand
 
     @property
     def ours(self) -> bool:
@@ -85,14 +85,16 @@ class Session:
         self._end = time.monotonic() + seconds
         run = read(out)
         self._done = {row.name: row for row in run.of(table)}
+        commit, dirty = environment.git_state()
+        head = Head(
+            table, datetime.now(timezone.utc).isoformat(timespec="seconds"), command, commit, dirty,
+            environment.describe(device, ceilings=ceilings and table not in run.heads), environment.versions(),
+            {name: os.environ[name] for name in VARIABLES if name in os.environ}, list(notes),
+        )  # fmt: skip
+        if what := next((found for earlier in run.heads.values() if (found := difference(earlier, head))), ""):
+            raise ValueError(f"{out.name} is of another run, its {what} differ; delete it or give another folder")
         if table not in run.heads:
-            commit, dirty = environment.git_state()
-            append(out, Head(
-                table, datetime.now(timezone.utc).isoformat(timespec="seconds"), command, commit, dirty,
-                environment.describe(device, ceilings=ceilings), environment.versions(),
-                {name: os.environ[name] for name in VARIABLES if name in os.environ}, list(notes),
-            ))  # fmt: skip
-        read(out)  # refuses a head that does not go with the others
+            append(out, head)
 
     @property
     def rows(self) -> list[Row]:
@@ -196,10 +198,10 @@ class Session:
             first_ms[one.name] = 1e3 * (time.perf_counter() - begin)
             return result
 
-        result, peak = with_peak(clocked, self.device)
+        result, peak = with_peak(clocked, self.device) if one.has_peak else (clocked(), None)
         if one.judge is not None:
             row.values.update(one.judge(result))
-        if one.has_peak:
+        if peak is not None:
             row.values["peak"] = value(peak, "bytes")
         return call
 

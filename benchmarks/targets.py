@@ -133,15 +133,16 @@ def judge(target: Target, head: Head, rows: Sequence[Row]) -> Outcome:
             "not in the report" if other is None else f"{other.status}: {other.note}"
         )
     what, over_ours = _RATIOS.get(target.measure, ("time", True))
-    if not mine.get(what) or not other.get(what):
+    ours, theirs = mine.get(what), other.get(what)
+    if not ours or not theirs:
         return "unmeasured", None, f"{what} is missing"
-    ratio = (mine.get(what) or 0.0) / (other.get(what) or 1.0)
     why = f"{mine.implementation} {_told(mine, what)}, {_versioned(head, other)} {_told(other, what)}"
     if not over_ours:
-        return _at_most(target, ratio, why)
+        return _at_most(target, ours / theirs, why)
+    times = theirs / ours
     if target.measure == "rate":
-        ratio /= (mine.get("answer_tokens") or 0.0) / (other.get("answer_tokens") or 1.0)
-    return ("met" if 1 / ratio >= target.bound else "missed"), 1 / ratio, why
+        times *= (mine.get("answer_tokens") or 0.0) / (other.get("answer_tokens") or 1.0)
+    return ("met" if times >= target.bound else "missed"), times, why
 
 
 def _at_most(target: Target, measured: float, why: str) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
@@ -14,7 +14,7 @@ from benchmarks.measure import release
 from benchmarks.schema import BOUND, Row
 
 CASES = [case for case in cases(DEVICE, quick=False) if case.timed] if DEVICE.type == "cuda" else small_cases()
-NAMES = [(case, one.name) for case in CASES for one in contenders(case, DEVICE, lambda: Prepared(case, DEVICE))]
+NAMES = [(case, one.name) for case in CASES for one in contenders(case, DEVICE, partial(Prepared, case, DEVICE))]
 
 
 @pytest.fixture(scope="module")  # one set of inputs per case, freed before the next: two may not fit a GPU

@@ -51,7 +51,7 @@ def measure(
         times: list[float] = outcome["ms"]
         return times
 
-    todo = {name: partial(sample, name) for name, row in rows.items() if not session.done(row.name)}
+    todo = {name: partial(sample, name) for name, row in rows.items() if row.name not in session.names}
     found = interleaved(todo, seconds=0.0, min_rounds=rounds, max_rounds=rounds)
     for name in todo:
         row, outcome = rows[name], found[name]

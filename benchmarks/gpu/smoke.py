@@ -24,9 +24,9 @@ def run(session: Session) -> None:
     # N no multiple of 128, V none of 8.
     n, v = (5, 1003) if session.dry else (259, 32_003)
     _kernels(session, n, v)
-    gpu_tests.rows_of(session, gpu_tests.KERNELS, f"not ({gpu_tests.COMPILED})")
     session.row("decoding, ragged prompts", lambda: _loop(session), settings={"model": "tiny Llama"})
     session.row("a training step", lambda: _step(session), settings={"model": "tiny Llama"})
+    gpu_tests.rows_of(session, gpu_tests.KERNELS, f"not ({gpu_tests.COMPILED})")
 
 
 def _kernels(session: Session, n: int, v: int) -> None:

@@ -1,5 +1,5 @@
 """Speed, memory and accuracy, measured against what people would use instead.
 
-A package, so that `python -m benchmarks.loss_table` and `pytest benchmarks/` import the same modules and no
+A package, so that `python -m benchmarks` and `pytest benchmarks/` import the same modules and no
 installed package of that name can shadow them. It is not part of the wheel.
 """

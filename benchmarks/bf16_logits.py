@@ -6,7 +6,7 @@ learns. Student and teacher logits are rounded to each format, everything after 
 resulting dL/dh is compared with the one from logits in float64. Nothing but the rounding of logits differs.
 Hidden states and head are bf16 throughout, as in a bf16 model.
 
-    python -m benchmarks.bf16_logits --out DIR        # bf16_logits_<device>_<date>.json and bf16_logits.png, in DIR
+    python -m benchmarks.bf16_logits --out DIR        # bf16_logits_<device>_<date>.jsonl and bf16_logits.png, in DIR
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import environment
-from benchmarks.schema import GradientError, Report, Row
+from benchmarks.schema import Row, Value
+from benchmarks.session import Session
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl
 
 SYSTEM_PROMPT = (
     "You answer in one short sentence, in plain words, and you always end your answer by wishing the reader a good day."
 )
+MODEL = "SmolLM2-135M-Instruct"
 KLS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of the mean KL that the text itself gives
 FORMATS = {"bf16-logits": torch.bfloat16, "fp16-logits": torch.float16, "fp32-logits": torch.float32}
 OURS = "opcd_fast"
@@ -34,12 +37,15 @@ QUESTIONS, ANSWER = 24, 12  # N = 288 tokens
 _ROWS = 64  # whose logits are float64 at one time
 
 
-def measure(h_s: Tensor, h_t: Tensor, weight: Tensor, fractions: tuple[float, ...]) -> dict[str, list[GradientError]]:
-    """Errors of dL/dh of each format, and of `fused_linear_reverse_kl`, at fractions of the KL between the states.
+def measure(
+    h_s: Tensor, h_t: Tensor, weight: Tensor, fractions: tuple[float, ...]
+) -> dict[str, list[tuple[float, float]]]:
+    """(mean KL, error of dL/dh) of each format, and of `fused_linear_reverse_kl`, at fractions of the KL between the
+    states.
 
     h_s, h_t: (N, D) and weight (V, D), of one dtype. L is the mean over the N rows.
     """
-    errors: dict[str, list[GradientError]] = {name: [] for name in (*FORMATS, OURS)}
+    errors: dict[str, list[tuple[float, float]]] = {name: [] for name in (*FORMATS, OURS)}
     whole = _kl(h_s, h_t, weight)
     for fraction in fractions:
         moved = _teacher_at(h_s, h_t, weight, whole * fraction)
@@ -50,7 +56,7 @@ def measure(h_s: Tensor, h_t: Tensor, weight: Tensor, fractions: tuple[float, ..
         found[OURS] = hidden.grad
         for name, dh in found.items():
             error = float((dh.double() - exact).norm() / exact.norm())
-            errors[name].append(GradientError(kl, error, len(h_s)))
+            errors[name].append((kl, error))
     return errors
 
 
@@ -109,7 +115,7 @@ def states(model: Any, tokenizer: Any, questions: list[str], answer: int) -> tup
     return torch.cat(h_s), torch.cat(h_t)
 
 
-def plot(report: Report, path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Error against mean KL, one line per format; PNG."""
     import matplotlib
 
@@ -117,12 +123,14 @@ def plot(report: Report, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    for row in report.rows:
-        points = [(e.mean_kl, 100 * (e.relative_error or 0.0)) for e in row.gradient_error]
-        axes.plot(*zip(*points), marker="o", lw=1.5, label=row.implementation, ls="--" if row.exact else "-")
+    for name in dict.fromkeys(row.implementation for row in rows):
+        mine = [row for row in rows if row.implementation == name]
+        points = [(row.get("mean_kl") or 0.0, 100 * (row.get("dL/dh") or 0.0)) for row in mine]
+        inexact = "gradient" in mine[0].settings
+        axes.plot(*zip(*points), marker="o", lw=1.5, label=name, ls="-" if inexact else "--")
     axes.axhline(100, color="0.6", lw=0.8)
     axes.set(xlabel="mean KL of student and teacher, nats per token", ylabel="error of dL/dh, %")
-    axes.set(xscale="log", yscale="log", title=f"{report.rows[0].case}, against float64")
+    axes.set(xscale="log", yscale="log", title=f"{MODEL}, against float64")
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -142,23 +150,24 @@ def main(arguments: list[str] | None = None) -> int:
     lines = (demo.DATA / "eval_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     h_s, h_t = states(model, tokenizer, [json.loads(line)["prompt"] for line in lines[:QUESTIONS]], ANSWER)
     weight = LMHead.from_model(model).weight.detach().bfloat16()
-    report = environment.start_report(
-        "bf16_logits", "python -m benchmarks.bf16_logits --out DIR", torch.device("cpu"),
-        [f"The teacher's system prompt: {SYSTEM_PROMPT}", "Questions: opcd_fast/demo_data/eval_prompts.jsonl"],
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    path = out / f"bf16_logits_cpu_{date}.jsonl"
+    path.unlink(missing_ok=True)
+    session = Session(
+        "bf16_logits", path, device=torch.device("cpu"), command="python -m benchmarks.bf16_logits --out DIR",
+        notes=[f"The teacher's system prompt: {SYSTEM_PROMPT}", "Questions: opcd_fast/demo_data/eval_prompts.jsonl"],
     )  # fmt: skip
+    shape = {"N": len(h_s), "V": len(weight), "D": weight.shape[1]}
     for name, errors in measure(h_s.bfloat16(), h_t.bfloat16(), weight, KLS).items():
-        report.rows.append(
-            Row(
-                case="SmolLM2-135M-Instruct", implementation=name, N=len(h_s), V=len(weight), D=weight.shape[1],
-                dtype="bfloat16", frozen=True, group="accuracy", exact=name in (OURS, "fp32-logits"),
-                gradient_error=errors, note="accuracy only: neither time nor memory was measured",
-            )
-        )  # fmt: skip
-        print(f"{name:12}", *(f"KL {e.mean_kl:.1e}: {e.relative_error or 0:8.2%}" for e in errors), sep="  ")
-    report.complete = True
-    path = out / report.file_name()
-    report.write(path)
-    plot(report, out / "bf16_logits.png")
+        settings = {"dtype": "bfloat16", "head": "frozen"}
+        if name not in (OURS, "fp32-logits"):
+            settings["gradient"] = "inexact"
+        for fraction, (kl, error) in zip(KLS, errors, strict=True):
+            values = {"dL/dh": Value(error, "1", count=len(h_s)), "mean_kl": Value(kl, "nats")}
+            session.write(Row("bf16_logits", f"{MODEL}, {fraction:g} of the KL", name, "accuracy", shape=shape,
+                              settings=settings, values=values))  # fmt: skip
+    session.finish()
+    plot(session.rows, out / "bf16_logits.png")
     print(f"wrote {path} and {out / 'bf16_logits.png'}")
     return 0
 

@@ -1,42 +1,46 @@
-"""`pytest benchmarks/ --benchmark-only`: real shapes on a GPU, small ones on a CPU, in a few minutes there.
-
-`--report DIR` also writes the results in this repository's schema.
-"""
+"""`pytest benchmarks/ --benchmark-only`: follows our own code from commit to commit (`--benchmark-autosave`,
+`--benchmark-compare`). To compare implementations, prefer `python -m benchmarks`, which interleaves them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import environment
-from benchmarks.schema import Report
+from benchmarks.schema import Row
+from benchmarks.session import Contender, Session
 
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--report", type=Path, default=None, metavar="DIR", help="write the results there")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_configure() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures CPU memory is talkative
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture
+def follow(benchmark: Any, tmp_path: Path) -> Callable[..., Row]:
+    """Measure one contender of a case as the tables do, then let pytest-benchmark time it."""
 
+    def measure(case: str, one: Contender, rounds: int) -> Row:
+        session = Session("pytest", tmp_path / "row.jsonl", device=DEVICE)
+        row = session.compare(case, [one], shape={}, settings={}, seconds=None)[one.name]
+        if row.status == "skipped" or (row.status == "out of memory" and not one.ours):
+            pytest.skip(row.note or "")
+        assert row.status == "ok", row.note
+        benchmark.group = case
+        benchmark.extra_info.update({name: found.value for name, found in row.values.items()})
+        call = one.build()
 
-@pytest.fixture(scope="session")
-def report(request: pytest.FixtureRequest, device: torch.device):
-    directory: Path | None = request.config.getoption("--report")
-    if directory is None:
-        yield None
-        return
-    started: Report = environment.start_report(
-        "loss-pytest", "pytest benchmarks/ --benchmark-only --report DIR", device, []
-    )
-    yield started
-    started.complete = True
-    started.write(directory / started.file_name())
+        def timed() -> None:
+            call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(timed, rounds=rounds, iterations=1, warmup_rounds=1)
+        return row
+
+    return measure

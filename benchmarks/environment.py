@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran: the head of every report."""
+"""Where and with what a benchmark ran: the head of every table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,10 @@ import torch
 
 import opcd_fast
 from benchmarks.measure import wait
-from benchmarks.schema import Device, Report
+from benchmarks.schema import Device
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel")
-
-
-def start_report(benchmark: str, command: str, device: torch.device, notes: list[str]) -> Report:
-    """A report without rows."""
-    commit, dirty = git_state()
-    return Report(
-        benchmark=benchmark,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=command,
-        git_commit=commit,
-        git_dirty=dirty,
-        device=describe(device),
-        versions=versions(),
-        notes=list(notes),
-    )
 
 
 def versions() -> dict[str, str | None]:
@@ -62,7 +46,7 @@ def git_state() -> tuple[str | None, bool | None]:
 def describe(device: torch.device, ceilings: bool = True) -> Device:
     """ceilings: measure a large product and a large copy too, which takes seconds."""
     if device.type != "cuda":
-        return Device("cpu", _cpu_name(), torch.get_num_threads(), None, None, None)
+        return Device("cpu", _cpu_name(), torch.get_num_threads())
     properties = torch.cuda.get_device_properties(device)
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return Device(

@@ -8,17 +8,18 @@ ends at small ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-KLS = (1e-3,)  # mean KLs at which gradients are compared with the oracle, in the cases that are timed
+MEAN_KL = 1e-3  # of the inputs, in the cases that are timed
 ACCURACY_KLS = (1.0, 1e-1, 1e-2, 1e-3, 3e-5)
 ORACLE_ROWS = 64
 _VOCABULARY_TILE = 16384  # rows of the head that are float64 at one time
 _MIB = 1 << 20
+GROUPS = ("main", "accuracy", "N", "V", "D", "workspace")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Case:
     frozen: bool
     group: str = "main"
     workspace_bytes: int | None = None  # for ours; None: its default
+    mean_kl: float = MEAN_KL
 
     @property
     def dtype_name(self) -> str:
@@ -39,19 +41,13 @@ class Case:
     @property
     def name(self) -> str:
         parts = [self.head, f"n{self.N}", self.dtype_name, "frozen" if self.frozen else "full"]
-        if self.group == "accuracy":
-            parts.append("accuracy")
         if self.workspace_bytes is not None:
             parts.append(f"{self.workspace_bytes // _MIB}mib")
-        return "-".join(parts)
+        return "-".join(parts) + ("" if self.timed else f"-accuracy, KL {self.mean_kl:g}")
 
     @property
     def timed(self) -> bool:
         return self.group != "accuracy"
-
-    @property
-    def kls(self) -> tuple[float, ...]:
-        return KLS if self.timed else ACCURACY_KLS
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,42 +66,27 @@ class Inputs:
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """The table's cases, what matters most first: a run that is stopped leaves the best part."""
-    if quick:
-        return _quick_cases(device)
-    return _gpu_cases() if device.type == "cuda" else _cpu_cases()
+    chosen = _quick_cases() if quick else _gpu_cases() if device.type == "cuda" else _cpu_cases()
+    return [
+        replace(case, mean_kl=mean_kl)
+        for case in chosen
+        for mean_kl in ((MEAN_KL,) if case.timed else ACCURACY_KLS)
+    ]
 
 
-def _quick_cases(device: torch.device) -> list[Case]:
-    bf16, fp32 = torch.bfloat16, torch.float32
-    if device.type == "cuda":
-        shapes = [("quick", 512, 8_192, 256, bf16), ("quick-odd", 512, 8_197, 256, bf16)]
-    else:
-        shapes = [("quick", 96, 4_100, 64, fp32), ("quick", 96, 4_100, 64, bf16)]
+def _quick_cases() -> list[Case]:
+    shapes = [("quick", 96, 4_100, 64, dtype) for dtype in (torch.float32, torch.bfloat16)]
     chosen = [Case(*shape, frozen) for shape in shapes for frozen in (False, True)]
     chosen.append(Case(*shapes[-1], False, "accuracy"))
     # Too little for all rows at once, so that chunks are cut.
-    chosen.append(Case(*shapes[0], False, "workspace", workspace_bytes=8 * _MIB))
-    return chosen
+    return [*chosen, Case(*shapes[0], False, "workspace", workspace_bytes=8 * _MIB)]
 
 
 def _gpu_cases() -> list[Case]:
-    """Heads of Qwen3-0.6B, Qwen3-8B and Gemma-2-2B, then one of N, V, D and the workspace at a time."""
-    gib = 1 << 30
-    small, large = ("qwen3-0.6b", 151_936, 1024), ("qwen3-8b", 151_936, 4096)
-    middle, few, many = ("d2304", 151_936, 2304), ("v49152-d2304", 49_152, 2304), ("gemma-2-2b", 256_000, 2304)
-    wanted: list[tuple[str, int, tuple[str, int, int], bool, int | None]]
-    wanted = [("main", 16_384, head, False, None) for head in (large, small)]
-    wanted.append(("accuracy", 256, small, False, None))
-    wanted += [("main", 16_384, head, True, None) for head in (large, small)]
-    wanted += [("N", 4_096, head, False, None) for head in (small, large)]
-    wanted.append(("D", 16_384, middle, False, None))
-    wanted += [("N", 65_536, head, False, None) for head in (small, large)]
-    wanted += [("V", 16_384, head, False, None) for head in (few, many)]
-    wanted += [("workspace", 16_384, head, False, size) for head in (small, large) for size in (gib // 2, gib, 5 * gib)]
-    return [
-        Case(name, n, v, d, torch.bfloat16, frozen, group, workspace)
-        for group, n, (name, v, d), frozen, workspace in wanted
-    ]
+    """Heads of Qwen3-8B and Qwen3-0.6B."""
+    heads, bf16 = [("qwen3-8b", 16_384, 151_936, 4096), ("qwen3-0.6b", 16_384, 151_936, 1024)], torch.bfloat16
+    full, frozen = ([Case(*head, bf16, frozen) for head in heads] for frozen in (False, True))
+    return [*full, Case("qwen3-0.6b", 256, 151_936, 1024, bf16, False, "accuracy"), *frozen]
 
 
 def _cpu_cases() -> list[Case]:
@@ -115,7 +96,13 @@ def _cpu_cases() -> list[Case]:
     chosen = [Case(smollm, 512, v, d, dtype, False) for dtype in (fp32, bf16)]
     chosen.append(Case(smollm, 32, v, d, bf16, False, "accuracy"))  # few rows: the oracle takes the time
     sizes = {"N": (64, 256, 1024), "D": (128, 2048), "V": (4096, 65_536)}
-    chosen += _around({"N": 256, "V": 16_384, "D": 512}, sizes, workspaces=(16, 32, 64))
+    base = {"N": 256, "V": 16_384, "D": 512}
+    for group, sizes in {"N": (64, 256, 1024), "D": (128, 2048), "V": (4096, 65_536)}.items():
+        for size in sizes:
+            shape = {**base, group: size}
+            chosen.append(Case(f"v{shape['V']}-d{shape['D']}", **shape, dtype=fp32, frozen=False, group=group))
+    chosen += [Case("v16384-d512", **base, dtype=fp32, frozen=False, group="workspace", workspace_bytes=size * _MIB)
+               for size in (16, 32, 64)]  # fmt: skip
     chosen += [Case(smollm, 512, v, d, dtype, True) for dtype in (fp32, bf16)]
     chosen.append(Case("v16384-d512", 32, 16_384, 512, fp32, False, "accuracy"))
     return chosen
@@ -124,22 +111,7 @@ def _cpu_cases() -> list[Case]:
 def small_cases() -> list[Case]:
     """For pytest-benchmark on a CPU, which follows our own code from commit to commit."""
     dtypes = (torch.float32, torch.bfloat16)
-    chosen = [Case("small", 128, 8192, 256, dtype, frozen) for dtype in dtypes for frozen in (False, True)]
-    sizes = {"N": (32, 512), "D": (64, 1024), "V": (2048, 32_768)}
-    return chosen + _around({"N": 128, "V": 8192, "D": 256}, sizes, workspaces=(8, 16))
-
-
-def _around(base: dict[str, int], sizes: Mapping[str, tuple[int, ...]], workspaces: tuple[int, ...]) -> list[Case]:
-    """One size at a time other than in `base`; workspaces in MiB. float32, trained heads."""
-    chosen = []
-    for group, values in sizes.items():
-        for value in values:
-            shape = {**base, group: value}
-            head = f"v{shape['V']}-d{shape['D']}"
-            chosen.append(Case(head, shape["N"], shape["V"], shape["D"], torch.float32, False, group))
-    head = f"v{base['V']}-d{base['D']}"
-    n, v, d = base["N"], base["V"], base["D"]
-    return chosen + [Case(head, n, v, d, torch.float32, False, "workspace", size * _MIB) for size in workspaces]
+    return [Case("small", 128, 8192, 256, dtype, frozen) for dtype in dtypes for frozen in (False, True)]
 
 
 def random_weight(v: int, d: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -151,7 +123,7 @@ def random_weight(v: int, d: int, dtype: torch.dtype, device: torch.device, seed
     return weight
 
 
-def make_inputs(case: Case, device: torch.device, mean_kl: float, seed: int = 0) -> Inputs:
+def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     weight = random_weight(case.V, case.D, case.dtype, device, seed)
     teacher_weight = weight if case.frozen else weight.clone()
     generator = torch.Generator(device).manual_seed(seed + 1)
@@ -163,7 +135,7 @@ def make_inputs(case: Case, device: torch.device, mean_kl: float, seed: int = 0)
         h += strength * torch.nn.functional.normalize(weight[token].float(), dim=-1)
     h_s = h.to(case.dtype)
     direction = torch.randn(case.N, case.D, generator=generator, device=device)
-    h_t = _move_to_kl(h_s, direction, weight, mean_kl)
+    h_t = _move_to_kl(h_s, direction, weight, case.mean_kl)
     return Inputs(h_s.requires_grad_(), weight.requires_grad_(not case.frozen), h_t, teacher_weight)
 
 

@@ -10,16 +10,14 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.schema import Time
-
-SLOW = 1.0  # seconds of a call that `timed` makes once
+from benchmarks.schema import Value
 
 
 @dataclass
@@ -28,19 +26,18 @@ class Failure:
     note: str
 
 
+Sample = Callable[[], "Sequence[float] | Failure"]  # milliseconds of one call or of several
+
+
 def attempt(call: Callable[[], Any], device: torch.device) -> Any:
     """What the call returns, or a `Failure`: a contender that runs out of memory must not end the table."""
     try:
         result = call()
         wait(device)
-    except (RuntimeError, MemoryError) as error:
-        # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one.
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # noqa: BLE001 - a kernel that does not compile is a row, not the end
+        text = " ".join(str(error).split()) or type(error).__name__
         out = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-        failure = Failure("out of memory" if out else "failed", f"{type(error).__name__}: {text}"[:300])
-    except Exception as error:
-        # A kernel that does not compile, an argument that a version does not know: a row, not the end.
-        failure = Failure("failed", f"{type(error).__name__}: {error}"[:300])
+        failure = Failure("out of memory" if out else "failed", f"{type(error).__name__}: {text}"[:400])
     else:
         return result
     # After the handler, so that the traceback's frames no longer hold the tensors that did not fit. A device
@@ -51,82 +48,84 @@ def attempt(call: Callable[[], Any], device: torch.device) -> Any:
 
 
 def release(device: torch.device) -> None:
-    """Give cached memory back, so that one contender's leftovers do not count against the next."""
-    gc.collect()
+    """Give cached memory back, so that one contender's leftovers do not count against the next. A CPU keeps none."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
-def time_interleaved(
-    calls: dict[str, Callable[[], Any]],
-    device: torch.device,
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    samples: Mapping[str, Sample],
     *,
     seconds: float,
     min_rounds: int = 3,
     max_rounds: int = 20,
-    warm: bool = False,
-    untimed: bool = True,
     at_most: Mapping[str, int] | None = None,
-) -> dict[str, Time | Failure]:
-    """Time of one call of each, from as many rounds as fit in `seconds` (at least min_rounds).
+    left: float = float("inf"),
+) -> dict[str, Value | Failure]:
+    """Milliseconds of each, from as many rounds as fit in `seconds`: at least min_rounds, or one where no more than
+    that fits into what is `left` of everything.
 
-    On a GPU, between CUDA events; each timed call follows an untimed one of the same contender, which
-    compiles kernels and lets the allocator settle after the contender before, unless calls are so long that this
-    does not matter (`untimed` false). On a CPU with perf_counter, after
-    one untimed round unless every contender has run already (`warm`). A contender that fails leaves the rounds, and so
-    does one that was timed as often as `at_most` says, because it is too slow for more.
+    A contender that fails leaves the rounds; so does one that was taken as often as `at_most` says, because it is too
+    slow for more.
     """
     limits = at_most or {}
-    results: dict[str, Time | Failure] = {}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    failed: dict[str, Failure] = {}
+    taken: dict[str, list[float]] = {name: [] for name in samples}
     start = time.perf_counter()
-    if not warm and device.type != "cuda":
-        _round(calls, device, results, None, untimed)
-        start = time.perf_counter()
     for done in range(max_rounds):
         each = (time.perf_counter() - start) / max(done, 1)
-        if done >= min_rounds and time.perf_counter() - start + each > seconds:
+        after = time.perf_counter() - start + each
+        if done and after > left or done >= min_rounds and after > seconds:
             break
-        left = {n: call for n, call in calls.items() if done < limits.get(n, max_rounds)}
-        _round(left, device, results, samples, untimed)
-    for name, values in samples.items():
-        if name not in results and values:
-            results[name] = Time(statistics.median(values), min(values), max(values), len(values))
-    return results
+        for name, sample in samples.items():
+            if name in failed or done >= limits.get(name, max_rounds):
+                continue
+            outcome = sample()
+            if isinstance(outcome, Failure):
+                failed[name] = outcome
+            else:
+                taken[name] += outcome
+    return {**{name: spread(found) for name, found in taken.items() if found}, **failed}
 
 
-def timed(call: Callable[[], Any], device: torch.device, seconds: float, slow: bool = False) -> Time:
-    """One contender alone: three calls at least, one if they are slow. Raises RuntimeError where it fails."""
-    rounds: dict[str, Any] = {"min_rounds": 1, "max_rounds": 1, "untimed": False} if slow else {}
-    found = time_interleaved({"": call}, device, seconds=seconds, warm=True, **rounds)[""]
+def spread(milliseconds: Sequence[float]) -> Value:
+    return Value(statistics.median(milliseconds), "ms", min(milliseconds), max(milliseconds), len(milliseconds))
+
+
+def timed(call: Callable[[], Any], device: torch.device, seconds: float) -> Value:
+    """One contender alone, at least three calls. Raises RuntimeError where it fails."""
+    found = interleaved({"": in_process(call, device)}, seconds=seconds)[""]
     if isinstance(found, Failure):
         raise RuntimeError(found.note)
     return found
 
 
-def _round(
-    calls: dict[str, Callable[[], Any]],
-    device: torch.device,
-    results: dict[str, Time | Failure],
-    samples: dict[str, list[float]] | None,
-    untimed: bool,
-) -> None:
-    for name, call in calls.items():
-        if name in results:
-            continue
-        if device.type == "cuda" and torch.cuda.memory_reserved() > 0.7 * _memory(device):
-            # Otherwise the allocator would give back and take memory again inside somebody's timed call.
-            release(device)
-        outcome: Any = None
-        if samples is None or (untimed and device.type == "cuda"):
-            outcome = attempt(call, device)
-        if samples is not None and not isinstance(outcome, Failure):
+def in_process(call: Callable[[], Any], device: torch.device, *, untimed: bool = True) -> Sample:
+    """One call in this process: on a CPU with perf_counter, on a GPU between events.
+
+    There each timed call follows an untimed one of the same contender, which lets the allocator settle after the
+    contender before, unless calls are so long that this does not matter (`untimed` false).
+    """
+
+    def sample() -> Sequence[float] | Failure:
+        if device.type == "cuda":
+            if torch.cuda.memory_reserved() > 0.7 * torch.cuda.get_device_properties(device).total_memory:
+                # Otherwise the allocator would give back and take memory again inside somebody's timed call.
+                release(device)
+            outcome = attempt(call, device) if untimed else None
+            if isinstance(outcome, Failure):
+                return outcome
             outcome = None  # frees the untimed call's gradients before the timed one
-            outcome = attempt(partial(_one, call, device), device)
-        if isinstance(outcome, Failure):
-            results[name] = outcome
-        elif samples is not None:
-            samples[name].append(outcome)
+        outcome = attempt(partial(_one, call, device), device)
+        return outcome if isinstance(outcome, Failure) else [outcome]
+
+    return sample
 
 
 def _one(call: Callable[[], Any], device: torch.device) -> float:
@@ -146,8 +145,8 @@ def _one(call: Callable[[], Any], device: torch.device) -> float:
     return 1e3 * (end - begin)
 
 
-def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int | None, str | None]:
-    """(result, peak bytes allocated above what was there before, why there is no peak).
+def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """(result, peak bytes allocated above what was there before).
 
     On a GPU the allocator's own maximum. On a CPU the sum of torch's allocation events, which the profiler
     records; it sees the scratch of operators as well, but not what a library takes past torch's allocator.
@@ -159,25 +158,12 @@ def with_peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int |
         base = torch.cuda.memory_allocated()
         result = call()
         wait(device)
-        return result, torch.cuda.max_memory_allocated() - base, None
+        return result, torch.cuda.max_memory_allocated() - base
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
         result = call()
-    try:
-        events = run.profiler.kineto_results.events()
-        moved = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    except AttributeError:
-        return result, None, "this torch's profiler does not hand out its allocation events"
+    events = run.profiler.kineto_results.events()
     live = peak = 0
-    for _, size in sorted(moved, key=lambda event: event[0]):
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         live += size
         peak = max(peak, live)
-    return result, peak, None
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+    return result, peak

@@ -24,7 +24,7 @@ import importlib.util
 import shutil
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,7 @@ def load_trl() -> Any:
     utils.maybe_gather_lm_head_ctx = lambda *parameters: contextlib.nullcontext()  # type: ignore[attr-defined]
     sys.modules[utils.__name__] = utils
     try:
-        with _transformers_or_its_stand_in():
-            module = importlib.import_module(f"{_TRL_ALIAS}.kernels.chunked_divergence")
+        module = importlib.import_module(f"{_TRL_ALIAS}.kernels.chunked_divergence")
     except ImportError as error:
         raise Missing(f"trl: {error}") from None
     return module.ChunkedDivergenceFunction
@@ -156,20 +155,3 @@ def _namespace(name: str, folder: Path) -> None:
     package = types.ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package
-
-
-@contextlib.contextmanager
-def _transformers_or_its_stand_in() -> Iterator[None]:
-    """TRL's kernels ask transformers one question, whether Triton is there. Without transformers, which a GPU
-    machine need not have, this answers it while they are imported."""
-    if importlib.util.find_spec("transformers") is not None:
-        yield
-        return
-    package, utils = types.ModuleType("transformers"), types.ModuleType("transformers.utils")
-    package.__path__ = []
-    utils.is_triton_available = lambda: importlib.util.find_spec("triton") is not None  # type: ignore[attr-defined]
-    sys.modules.update({"transformers": package, "transformers.utils": utils})
-    try:
-        yield
-    finally:
-        del sys.modules["transformers"], sys.modules["transformers.utils"]

@@ -1,6 +1,6 @@
 """A teacher's call in two checkouts, in turns, on one thread of a CPU: processor time and peak bytes.
 
-    python benchmarks/prefix_copies.py before=/path/to/one after=/path/to/other results.json
+    python benchmarks/prefix_copies.py before=/path/to/one after=/path/to/other results.jsonl
 """
 
 import json
@@ -9,6 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 CONTEXTS, BATCH, RESPONSE, LAYERS, ROUNDS = (512, 2048, 8192), 16, 40, 6, 3
@@ -40,27 +42,34 @@ def measure():
 def compare(trees, out):
     import torch
 
-    from benchmarks.environment import start_report
-    from benchmarks.schema import TeacherRow, Time
+    from benchmarks.environment import describe, git_state, versions
+    from benchmarks.schema import Head, Row, Value, append, end
 
-    report = start_report("prefix", " ".join(["python", *sys.argv]), torch.device("cpu"), [NOTE])
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    device = replace(describe(torch.device("cpu")), count_of_processors=1)
+    append(out, Head("prefix", now, " ".join(["python", *sys.argv]), *git_state(), device, versions(), notes=[NOTE]))
     runs = {name: [] for name in trees}
     for name, tree in [*trees.items()] * ROUNDS:
         environment = {**os.environ, "PYTHONPATH": f"{tree}:{tree}/tests/support", "OMP_NUM_THREADS": "1"}
         told = subprocess.check_output([sys.executable, __file__], env=environment, cwd=tree)
         runs[name].append(json.loads(told.splitlines()[-1]))
+    rows = []
     for context, name in [(c, name) for c in CONTEXTS for name in trees]:
         times = [1e3 * seconds for run in runs[name] for seconds in run[str(context)][0]]
-        case = f"{context}x{RESPONSE}x{BATCH}", name, "SmolLM2-135M", LAYERS, context, RESPONSE, BATCH, "float32"
-        time_ms = Time(statistics.median(times), min(times), max(times), len(times))
-        peak = runs[name][-1][str(context)][1]
-        report.teacher.append(TeacherRow(*case, time_ms=time_ms, peak_bytes=peak, note="numbers: see the tests"))
-    report.complete = True
-    report.write(Path(out))
+        values = {
+            "time": Value(statistics.median(times), "ms", min(times), max(times), len(times)),
+            "peak": Value(runs[name][-1][str(context)][1], "bytes"),
+        }
+        shape = {"context": context, "response": RESPONSE, "batch": BATCH, "layers": LAYERS}
+        settings = {"model": "SmolLM2-135M", "dtype": "float32"}
+        case = f"{context}x{RESPONSE}x{BATCH}"
+        rows.append(Row("prefix", case, name, group="main", shape=shape, settings=settings, values=values))
+        append(out, rows[-1])
+    append(out, end("prefix", rows))
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(json.dumps(measure()))
     else:
-        compare(dict(argument.split("=") for argument in sys.argv[1:-1]), sys.argv[-1])
+        compare(dict(argument.split("=") for argument in sys.argv[1:-1]), Path(sys.argv[-1]))

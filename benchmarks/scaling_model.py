@@ -22,10 +22,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from benchmarks.roofline import H100
 from benchmarks.teacher_model import Shape, shared_flops
 
-FLOPS, BANDWIDTH = H100.flops, H100.bandwidth
+FLOPS, BANDWIDTH = 800e12, 3.0e12  # of an H100, assumed: of a large bf16 product; bytes read and written per second
 LINK = 50e9  # bytes per second that one GPU sends to another machine: a port of 400 Gbit/s for each GPU
 LLAMA_70B = Shape(layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, intermediate=28672)
 LLAMA_70B_VOCABULARY = 128_256

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+GROUPS = ("main", "dtype", "checkpointing")
 RANK = 16
 LEARNING_RATE = 1e-3
 _WORDS_TEMPLATE = (
@@ -23,7 +24,7 @@ class Case:
     """One optimizer step: `prompts` fresh answers of at most `tokens` tokens each, LoRA on every linear map."""
 
     name: str
-    group: str  # one of STEP_GROUPS
+    group: str  # one of GROUPS
     model: str  # "SmolLM2-135M", "Qwen3-1.7B" (random weights) or "tiny Llama" (random weights)
     prompts: int
     tokens: int

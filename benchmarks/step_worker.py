@@ -1,7 +1,7 @@
 """`python -m benchmarks.step_worker CASE TRAINER --steps N`: one trainer's steps in a process of its own.
 
-The last line on stdout is a JSON object: seconds of each step but the first, answer tokens of those steps, peak bytes,
-parts of a step. `benchmarks.step_table` starts these processes in turn.
+The last line on stdout is a JSON object: milliseconds of each step but the first, answer tokens of those steps, peak
+bytes, parts of a step, threads. `benchmarks.step` starts these processes in turn.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,14 @@ import torch
 
 from benchmarks.step_cases import LEARNING_RATE, RANK, Case, Job, cases, make_job
 
-Steps = tuple[list[float], list[float], list[dict[str, float]]]  # when each ended, its answer tokens, its parts
+
+@dataclass
+class Steps:
+    """What is noted of each step: when it ended, its answer tokens, its parts where the trainer tells."""
+
+    ended: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,19 +43,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     every = {case.name: case for quick in (True, False) for case in cases(device, quick)}
-    case = every[options.case]
+    case, found = every[options.case], Steps()
     job = make_job(case, device)
     with tempfile.TemporaryDirectory() as folder:
-        run, context = TRAINERS[options.trainer](case, job, Path(folder), options.steps + 1)
+        train = TRAINERS[options.trainer](case, job, Path(folder), options.steps + 1, found)
         base = _reset_peak(device)
-        ended, tokens, parts = run()
+        train()
         peak = _peak(device) - base
-    if len(ended) != options.steps + 1:
-        raise RuntimeError(f"{options.trainer} made {len(ended)} steps instead of {options.steps + 1}")
+    if len(found.ended) != options.steps + 1:
+        raise RuntimeError(f"{options.trainer} made {len(found.ended)} steps instead of {options.steps + 1}")
     print(json.dumps({
-        "seconds": [after - before for before, after in zip(ended, ended[1:], strict=False)],
-        "answer_tokens": tokens[1:], "peak_bytes": peak, "context": context,
-        "parts": {name: sum(p[name] for p in parts[1:]) / len(parts[1:]) for name in (parts[1] if parts else ())},
+        "ms": [1e3 * (after - before) for before, after in zip(found.ended, found.ended[1:], strict=False)],
+        "answer_tokens": found.tokens[1:], "peak_bytes": peak, "parts": found.parts[1:],
+        "context": len(job.tokenizer.apply_chat_template(job.context, return_dict=False)),
+        "threads": torch.get_num_threads(),
     }))  # fmt: skip
     return 0
 
@@ -54,30 +64,20 @@ def main(arguments: list[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------- the trainers
 
 
-def opcd(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], Steps], int | None]:
-    records: list[dict[str, Any]] = []
-    ended: list[float] = []
-
+def opcd(case: Case, job: Job, folder: Path, steps: int, found: Steps) -> Callable[[], Any]:
     def note(record: dict[str, Any]) -> None:
-        records.append(record)
-        ended.append(_now())
+        found.ended.append(_now())
+        found.tokens.append(float(record["response_tokens"]))
+        found.parts.append(record["seconds"])
 
-    trainer = opcd_trainer(case, job, folder, steps, note)
-
-    def run() -> Steps:
-        trainer.train()
-        parts = [record["seconds"] for record in records]
-        return ended, [float(record["response_tokens"]) for record in records], parts
-
-    return run, len(trainer.prefixes[0])
+    return opcd_trainer(case, job, folder, steps, note).train
 
 
 def opcd_trainer(
     case: Case, job: Job, folder: Path, steps: int, note: Callable[[dict[str, Any]], None], **settings: Any
 ) -> Any:
     """Ours; `note` gets the record of each step, `settings` go before those of the case."""
-    from opcd_fast import OPCDConfig
-    from opcd_fast.training.trainer import OPCDTrainer
+    from opcd_fast import OPCDConfig, OPCDTrainer
 
     config = OPCDConfig(**opcd_settings(case, folder, steps, job.model.device.type, **settings))
     return OPCDTrainer(job.model, job.tokenizer, job.context, job.questions, config, callbacks=[note], quiet=True)
@@ -92,7 +92,9 @@ def opcd_settings(case: Case, folder: Path, steps: int, device: str, **settings:
     }  # fmt: skip
 
 
-def sdft(case: Case, job: Job, folder: Path, steps: int, fused: bool = False) -> tuple[Callable[[], Steps], None]:
+def sdft(
+    case: Case, job: Job, folder: Path, steps: int, found: Steps, fused: bool = False
+) -> Callable[[], Any]:
     """TRL's self-distillation with a context: base model as the teacher, full vocabulary, reverse KL."""
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
@@ -102,28 +104,18 @@ def sdft(case: Case, job: Job, folder: Path, steps: int, fused: bool = False) ->
         teacher_model_kind="base", teacher_prompt_template="{privileged_context}\n\n{prompt}",
     )  # fmt: skip
     context = "\n".join(message["content"] for message in job.context)
-    watch = _watch()
     trainer = SDFTTrainer(
-        model=job.model, args=arguments, processing_class=job.tokenizer, peft_config=lora(), callbacks=[watch],
+        model=job.model, args=arguments, processing_class=job.tokenizer, peft_config=lora(), callbacks=[_watch(found)],
         train_dataset=_rows(job, privileged_context=context),
     )  # fmt: skip
     if fused:
         from opcd_fast.integrations.trl import use_fused_loss
 
         use_fused_loss(trainer)
-
-    def run() -> Steps:
-        trainer.train()
-        return watch.ended, watch.tokens, []
-
-    return run, None
+    return trainer.train
 
 
-def sdft_fused(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], Steps], None]:
-    return sdft(case, job, folder, steps, fused=True)
-
-
-def context_distillation(case: Case, job: Job, folder: Path, steps: int) -> tuple[Callable[[], Steps], None]:
+def context_distillation(case: Case, job: Job, folder: Path, steps: int, found: Steps) -> Callable[[], Any]:
     """Ours for TRL's users."""
     from trl import DistillationConfig
 
@@ -131,23 +123,16 @@ def context_distillation(case: Case, job: Job, folder: Path, steps: int) -> tupl
 
     settings = _trl_settings(case, job, folder, steps)
     arguments = DistillationConfig(**settings, max_completion_length=case.tokens, beta=1.0)
-    watch = _watch()
-    trainer = ContextDistillationTrainer(
+    return ContextDistillationTrainer(
         job.model, job.context, arguments, _rows(job), processing_class=job.tokenizer, peft_config=lora(),
-        callbacks=[watch],
-    )  # fmt: skip
-
-    def run() -> Steps:
-        trainer.train()
-        return watch.ended, watch.tokens, []
-
-    return run, None
+        callbacks=[_watch(found)],
+    ).train  # fmt: skip
 
 
 TRAINERS: dict[str, Any] = {
     "opcd_fast": opcd,
     "trl-sdft": sdft,
-    "trl-sdft, our loss": sdft_fused,
+    "trl-sdft, our loss": partial(sdft, fused=True),
     "opcd_fast in trl": context_distillation,
 }
 
@@ -174,23 +159,17 @@ def _rows(job: Job, **columns: str) -> Any:
     return Dataset.from_list([{"prompt": [{"role": "user", "content": text}], **columns} for text in job.questions])
 
 
-def _watch() -> Any:
+def _watch(found: Steps) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        def __init__(self) -> None:
-            self.ended: list[float] = []
-            self.tokens: list[float] = []
-
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.ended.append(_now())
+            found.ended.append(_now())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            for key in ("completions/mean_length", "self_distillation/completion_mean_length"):
-                if key in logs:
-                    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-                    self.tokens.append(logs[key] * size)
-                    return
+            lengths = ("completions/mean_length", "self_distillation/completion_mean_length")
+            for key in [key for key in lengths if key in logs][:1]:
+                found.tokens.append(logs[key] * args.per_device_train_batch_size * args.gradient_accumulation_steps)
 
     return Watch()
 

@@ -1,44 +1,34 @@
-"""The ways to score answers after a context side by side, one pytest-benchmark group per case.
+"""The ways to score answers after a context, one pytest-benchmark group per case.
 
 Small on a CPU (6 layers of SmolLM2's width, random weights), 4 layers of a Qwen3-8B on a GPU: enough to follow our own
-code from commit to commit. For the whole models, peak memory and interleaved times, `benchmarks.teacher_table`.
+code from commit to commit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.measure import Failure, attempt, release
-from benchmarks.schema import BOUND
+from benchmarks.conftest import DEVICE
+from benchmarks.measure import release
+from benchmarks.schema import BOUND, Row
+from benchmarks.teacher import contenders
 from benchmarks.teacher_cases import Case, Setting, make_model, make_setting, references
-from benchmarks.teacher_implementations import CONCAT, implementations
 from benchmarks.teacher_model import SMOLLM2_135M
 
-ROUNDS = 3
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_CASES = (
-    [Case(8192, 512, 8), Case(2048, 512, 8)] if _DEVICE.type == "cuda" else [Case(256, 16, 8), Case(64, 16, 8)]
-)
-_NAMES = ("opcd_fast-merge", "opcd_fast-merge-rebuilt", "opcd_fast-pad", CONCAT, "transformers-cache",
-          "transformers-cache-rebuilt", BOUND)  # fmt: skip
-
-
-@dataclass
-class Prepared:
-    case: Case
-    setting: Setting
-    exact: torch.Tensor | None
+ON_GPU = DEVICE.type == "cuda"
+CASES = [Case(8192, 512, 8), Case(2048, 512, 8)] if ON_GPU else [Case(256, 16, 8), Case(64, 16, 8)]
+NAMES = ("opcd_fast-merge", "opcd_fast-merge-rebuilt", "opcd_fast-pad", "concat", "transformers-cache",
+         "transformers-cache-rebuilt", BOUND)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    if _DEVICE.type == "cuda":
-        return make_model(_DEVICE, quick=False, layers=4)[0]
+    if ON_GPU:
+        return make_model(DEVICE, quick=False, layers=4)[0]
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shape = SMOLLM2_135M
@@ -50,36 +40,16 @@ def model() -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
-@pytest.fixture(scope="module", params=_CASES, ids=lambda case: case.name)
-def prepared(request: pytest.FixtureRequest, model: Any) -> Iterator[Prepared]:
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def prepared(request: pytest.FixtureRequest, model: Any) -> Iterator[tuple[Case, Setting, Any]]:
     case: Case = request.param
-    yield Prepared(case, make_setting(model, case), references(model, [case]).get(case.name))
-    release(_DEVICE)
+    yield case, make_setting(model, case), references(model, [case]).get(case.name)
+    release(DEVICE)
 
 
-@pytest.mark.parametrize("name", _NAMES)
-def test_hidden_states(prepared: Prepared, name: str, benchmark: Any) -> None:
-    case = prepared.case
-    (one,) = (i for i in implementations(case, prepared.setting) if i.name == name)
-    if one.skip:
-        pytest.skip(one.skip)
-    benchmark.group = f"teacher: {case.name}"
-    contender = one.build(prepared.setting)
-    hidden = attempt(contender.call, _DEVICE)
-    if isinstance(hidden, Failure):
-        if hidden.status == "out of memory" and not one.ours:
-            pytest.skip(hidden.note)
-        pytest.fail(hidden.note)
-    if name != BOUND and prepared.exact is not None:
-        first_and_last = hidden.view(case.batch, case.response, -1)[[0, -1]]
-        error = float((first_and_last.float() - prepared.exact).abs().max())
-        benchmark.extra_info.update(max_error=error, prefix_bytes=contender.held())
-        assert error <= (1e-4 if hidden.dtype == torch.float32 else 0.5)
-    del hidden
-
-    def timed() -> None:
-        contender.call()
-        if _DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(timed, rounds=ROUNDS, iterations=1)
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states(prepared: tuple[Case, Setting, Any], name: str, follow: Callable[..., Row]) -> None:
+    case = prepared[0]
+    (one,) = (found for found in contenders(*prepared) if found.name == name)
+    row = follow(f"teacher: {case.name}", one, rounds=3)
+    assert (row.get("max_error") or 0.0) <= (0.5 if ON_GPU else 1e-4)

@@ -35,16 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
         return run(options.name, options.out, dry=options.dry_run, seconds=options.seconds, only=options.only)
     if options.only:
         parser.error("--only is for a run")
-    from benchmarks.gpu.session import Session
+    import torch
 
-    seconds = options.seconds or PHASES[options.name].seconds
-    session = Session(options.name, options.out, dry=options.dry_run, seconds=seconds, command=_command(options))
+    from benchmarks.session import Session
+
+    command = f"python -m benchmarks.gpu {options.name}" + (" --dry-run" if options.dry_run else "")
+    session = Session(
+        options.name, options.out, device=torch.device("cpu" if options.dry_run else "cuda"), dry=options.dry_run,
+        seconds=options.seconds or PHASES[options.name].seconds, command=command,
+    )  # fmt: skip
     importlib.import_module(f"benchmarks.gpu.{options.name}").run(session)
     return 0
-
-
-def _command(options: argparse.Namespace) -> str:
-    return f"python -m benchmarks.gpu {options.name}" + (" --dry-run" if options.dry_run else "")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import time
 import torch
 
 from benchmarks import environment
-from benchmarks.gpu.session import Session, Values
 from benchmarks.measure import timed, wait
-from benchmarks.phase_rows import value
+from benchmarks.schema import Values, value
+from benchmarks.session import Session
 
 
 def run(session: Session) -> None:
@@ -39,7 +39,7 @@ def _wide_product(session: Session, size: int) -> Values:
     session.on_device("a product of bf16 matrices with a float32 result")
     a, b = (torch.randn(size, size, device=session.device, dtype=torch.bfloat16) for _ in range(2))
     found = timed(lambda: torch.mm(a, b, out_dtype=torch.float32), session.device, 1.0)
-    return {"rate": value(2 * size**3 / found.median / 1e9, "TFLOP/s"), "time": value(found.median, "ms")}
+    return {"rate": value(2 * size**3 / (found.value or 1.0) / 1e9, "TFLOP/s"), "time": found}
 
 
 def _host(session: Session) -> Values:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.session import Session, Values
 from benchmarks.gpu.step import Steps
-from benchmarks.phase_rows import value
+from benchmarks.schema import Values, value
+from benchmarks.session import Session
 from benchmarks.step_cases import SHAPES, Case, make_job
+from benchmarks.step_worker import opcd_settings
 
 CARD = 24 << 30
 JOB = Case(
@@ -45,14 +46,13 @@ def _cap(session: Session) -> Values:
 
 def _plan(session: Session, case: Case, folder: Path, measured: int) -> Values:
     """The worst moment of every part of a step as the plan has it, and the plan over what was measured."""
+    from opcd_fast import OPCDConfig
     from opcd_fast.planning import extrapolated
-    from opcd_fast.planning.rehearsal.job import job_of
-    from opcd_fast.planning.rehearsal.phases import rehearse
-    from opcd_fast.training.answers.prompts import read_training_prompts
-    from opcd_fast.training.settings.config import OPCDConfig
+    from opcd_fast.planning.rehearsal import job_of, rehearse
+    from opcd_fast.training.answers import read_training_prompts
 
     job = make_job(case, torch.device("meta"))
-    config = OPCDConfig(**case_settings(case, folder))
+    config = OPCDConfig(**opcd_settings(case, folder, 1, "cuda", rollout_batch=case.prompts))
     asked = read_training_prompts(job.questions, None, job.context, job.tokenizer, config)
     planned = job_of(asked, config)
     dtype = getattr(torch, case.dtype)
@@ -66,9 +66,3 @@ def _plan(session: Session, case: Case, folder: Path, measured: int) -> Values:
         values = {"plan over measured": value(found.nbytes / measured, "1"), "measured": value(measured, "bytes"),
                   **values}  # fmt: skip
     return values | {part: value(peak.nbytes, "bytes") for part, peak in found.peaks.items()}
-
-
-def case_settings(case: Case, folder: Path) -> dict[str, Any]:
-    from benchmarks.step_worker import opcd_settings
-
-    return opcd_settings(case, folder, 1, "cuda", rollout_batch=case.prompts)

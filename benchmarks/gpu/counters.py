@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 
 from benchmarks.environment import ROOT
-from benchmarks.gpu.session import Session, Skip, Values
-from benchmarks.phase_rows import value
+from benchmarks.schema import Values, value
+from benchmarks.session import Session, Skip
 
 METRICS = (
     "gpu__time_duration.sum", "dram__bytes.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",

@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from benchmarks.environment import ROOT
-from benchmarks.gpu.session import BROKEN, Session, Values, Wrong
-from benchmarks.phase_rows import value
+from benchmarks.schema import BROKEN, Row, Values, read, value
+from benchmarks.session import Session, Wrong
 
 SECONDS = 20  # of one test
-FILES = (
-    "gpu/test_loss_gpu", "gpu/test_teacher_gpu", "gpu/test_trainer_gpu", "gpu/test_memory_gpu",
-    "gpu/test_shared_prompts_gpu", "gpu/test_attention_gpu", "teacher/test_offload",
+KERNELS = ("gpu/test_loss_gpu", "gpu/test_attention_gpu")  # in smoke, but for what is compiled for seconds
+COMPILED = "flex or compile or 3.0"  # in a test's name
+OTHERS = (
+    "gpu/test_teacher_gpu", "gpu/test_trainer_gpu", "gpu/test_memory_gpu", "gpu/test_shared_prompts_gpu",
+    "teacher/test_offload",
 )  # fmt: skip
 
 
 def run(session: Session) -> None:
-    files = FILES[:1] if session.dry else FILES
+    rows_of(session, (*KERNELS, *OTHERS))
+
+
+def rows_of(session: Session, files: Sequence[str], chosen: str = "") -> None:
+    """A row for every test in these files of tests/ that has none yet, in any phase; `chosen` by their names (-k)."""
     arguments = ["-m", "gpu and not slow", "-p", "no:cacheprovider", "--continue-on-collection-errors",
                  *(str(ROOT / "tests" / f"{name}.py") for name in files)]  # fmt: skip
+    if chosen:
+        arguments += ["-k", chosen]
     if importlib.util.find_spec("pytest_timeout"):
         arguments += ["-o", f"timeout={SECONDS}", "-o", "timeout_method=signal"]
     if session.dry:
         arguments.append("--collect-only")
-    session.row("pytest", lambda: _pytest(session, arguments))
+    session.row(" ".join(filter(None, ["pytest", chosen])), lambda: _pytest(session, arguments))
 
 
 def _pytest(session: Session, arguments: list[str]) -> Values:
-    rows = Rows(session)
+    rows = RowsOfTests(session)
     status = int(pytest.main(["--rootdir", str(ROOT), *arguments], plugins=[rows]))
     values = {"passed": value(rows.passed, "1"), "collected": value(rows.collected, "1")}
     if rows.uncollected:
         raise Wrong(f"not collected: {', '.join(rows.uncollected)}", values)
-    if status not in (0, 1) or not rows.collected:
+    if status not in (0, 1, int(pytest.ExitCode.NO_TESTS_COLLECTED)) or not rows.collected:
         raise Wrong(f"pytest ended with status {status}", values)
     return values
 
 
-class Rows:
+class RowsOfTests:
     """A row for every test as soon as it has run. One that breaks the CUDA context ends the process, as one does that
     crashes it, and the next process goes on behind it."""
 
@@ -53,7 +62,8 @@ class Rows:
     @pytest.hookimpl(trylast=True)  # after -m
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         self.collected = len(items)
-        items[:] = [item for item in items if not self.session.done(_name(item.nodeid))]
+        done = {row.case for row in read(self.session.out).rows}
+        items[:] = [item for item in items if _name(item.nodeid) not in done]
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -67,7 +77,8 @@ class Rows:
             return
         self.passed += report.passed
         status = {"passed": "ok", "failed": "failed"}.get(report.outcome, "skipped")
-        self.session.note(_name(report.nodeid), status, _reason(report), {"time": value(report.duration, "s")})
+        self.session.write(Row(self.session.table, _name(report.nodeid), status=status, note=_reason(report),
+                               values={"time": value(1e3 * report.duration, "ms")}))  # fmt: skip
         if report.failed and self.session.broken():
             os._exit(BROKEN)
 

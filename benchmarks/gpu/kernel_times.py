@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.session import Values
 from benchmarks.measure import wait
-from benchmarks.phase_rows import value
+from benchmarks.schema import Values, value
 
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "aten::mm", "aten::addmm", "aten::bmm")
 ATTENTION = ("flash", "fmha", "attention", "sdpa")

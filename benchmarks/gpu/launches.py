@@ -21,7 +21,8 @@ from opcd_fast.kernels.reference import DIVERGENCES, STATISTICS, Logits
 from opcd_fast.kernels.reference import attention as merge_twin
 from opcd_fast.kernels.reference import divergences as divergence_twin
 from opcd_fast.kernels.reference import logprobs as logprob_twin
-from opcd_fast.loss.chunks.workspace import pitch_of
+from opcd_fast.kernels.triton import divergences, logprob_rows, merge_attention, reverse_kl_rows
+from opcd_fast.loss.chunks import pitch_of
 
 GRADIENT_ERROR = 2**-7  # of a bf16 number that was cut off, as the interpreter does; a device rounds to the nearest
 VALUE_ERROR = 1e-3
@@ -38,8 +39,6 @@ class Launch:
 
 def reverse_kl(device: torch.device, rows: int, columns: int, softcap: float | None = None) -> Launch:
     """As the trainer asks for it: all statistics, a bf16 gradient; with a softcap a bias too."""
-    from opcd_fast.kernels.triton.reverse_kl import reverse_kl_rows
-
     z_s, z_t, bias, weights, statistics, gradient = _row_inputs(device, rows, columns, softcap is not None)
     arguments = (_logits(z_s, bias, softcap), _logits(z_t, bias, softcap), weights, statistics, gradient)
     # Two passes over both logits, one write.
@@ -50,20 +49,16 @@ def reverse_kl(device: torch.device, rows: int, columns: int, softcap: float | N
 
 def divergence(device: torch.device, rows: int, columns: int, name: str = "forward_kl") -> Launch:
     """The reverse KL too when there are few rows, each split over programs."""
-    from opcd_fast.kernels.triton.divergences import divergence_rows
-
     z_s, z_t, _, weights, statistics, gradient = _row_inputs(device, rows, columns, False)
     options: dict[str, Any] = {"divergence": name, "parameter": 0.3}
     arguments = (_logits(z_s), _logits(z_t), weights, statistics, gradient)
     passes = 2 if DIVERGENCES[name].two_passes else 3
-    return Launch("divergence_rows", partial(divergence_rows, *arguments, **options),
+    return Launch("divergence_rows", partial(divergences.divergence_rows, *arguments, **options),
                   partial(_error, arguments, lambda given: divergence_twin.divergence_rows(*given, **options)),
                   rows * columns * (passes * 8 + 2), gradient)  # fmt: skip
 
 
 def logprob(device: torch.device, rows: int, columns: int) -> Launch:
-    from opcd_fast.kernels.triton.logprobs import logprob_rows
-
     z, _, _, weights, _, gradient = _row_inputs(device, rows, columns, False)
     ids = torch.randint(columns, (rows,), device=device, generator=_generator(device))
     arguments = (Logits(z), ids, weights, torch.zeros(2, rows, device=device), gradient)
@@ -73,8 +68,6 @@ def logprob(device: torch.device, rows: int, columns: int) -> Launch:
 
 
 def merge(device: torch.device, tokens: int, heads: int, width: int) -> Launch:
-    from opcd_fast.kernels.triton.attention import merge_attention
-
     g = _generator(device)
     outs = [torch.randn(tokens, heads, width, generator=g, device=device).bfloat16() for _ in range(2)]
     lses = [torch.randn(tokens, heads, generator=g, device=device) for _ in range(2)]

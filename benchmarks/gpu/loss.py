@@ -2,102 +2,52 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks import loss
 from benchmarks.gpu.kernel_times import profiled
-from benchmarks.gpu.session import Session, Skip, Values
-from benchmarks.loss_cases import KLS, Case, Inputs, cases, make_inputs
-from benchmarks.loss_implementations import Implementation, implementations
-from benchmarks.measure import SLOW, release, timed, with_peak
-from benchmarks.phase_rows import times, value
-from benchmarks.schema import BOUND, OURS
-from opcd_fast.loss.chunks import loop as chunks
-from opcd_fast.loss.chunks.workspace import pitch_of
+from benchmarks.loss_cases import Case, cases, make_inputs
+from benchmarks.measure import release, timed
+from benchmarks.schema import BOUND, OURS, Values, value
+from benchmarks.session import Session
+from opcd_fast.loss import fused_linear_reverse_kl
+from opcd_fast.loss.chunks import pitch_of
 
-ORDER = (BOUND, *OURS, "trl", "liger-fused")  # the bound first: every other row says its share of it
+WANTED = (BOUND, *OURS, "trl", "liger-fused")
+SECONDS = 5.0  # of timing a case
 LOGIT_ROWS = (256, 512, 640, 768, 1024, 1280, 1536, 2048)
 GRADIENT_ROWS = (640, 1280, 1920, 2560, 3200, 3840, 4224)
 
 
 def run(session: Session) -> None:
-    device = session.device
-    main = [case for case in cases(device, session.dry) if case.group in ("main", "quick")]
-    for case in main[: 2 if session.dry else 4]:
-        inputs = cache(partial(make_inputs, case, device, KLS[0]))
-        bound: Values | None = None
-        for one in sorted((i for i in implementations(case, device) if i.name in ORDER), key=_place):
-            found = time_row(session, f"{case.name}, {one.name}", case, one, inputs, bound)
-            bound = found if one.name == BOUND else bound
-            if one.ours:
-                rows: dict[str, int] = {}
-                session.row(f"{case.name}, parts", partial(_parts, one, inputs, device, rows), shape=_shape(case),
-                            settings=rows)  # fmt: skip
-        inputs.cache_clear()
-        release(device)
+    for case in main_cases(session):
+        loss.measure(session, case, only=WANTED, seconds=SECONDS, needs=4)
+        session.row(f"{case.name}, parts", partial(_parts, case, session.device), shape=loss.shape_of(case), needs=3)
+        release(session.device)
     v = 1000 if session.dry else 151_936
     for d in (64, 128) if session.dry else (1024, 4096):
         for name, measure in (("logits", _logits), ("dH", _hidden), ("dW", _weight)):
             session.row(f"product {name}, D {d}", partial(measure, session, v, d), shape={"V": v, "D": d})
 
 
-def _place(one: Implementation) -> int:
-    return ORDER.index(one.name)
+def main_cases(session: Session) -> list[Case]:
+    found = [case for case in cases(session.device, session.dry) if case.group == "main"]
+    return found[: 2 if session.dry else 4]
 
 
-def time_row(
-    session: Session,
-    name: str,
-    case: Case,
-    one: Implementation,
-    inputs: Callable[[], Inputs],
-    bound: Values | None,
-    seconds: float = 1.5,
-    **settings: str,
-) -> Values | None:
-    """Time, peak memory and share of the bound of one implementation in one case."""
+def _parts(case: Case, device: torch.device) -> Values:
+    """Where the time of ours goes, kernel by kernel."""
+    inputs = make_inputs(case, device)
 
-    def measure() -> Values:
-        if one.skip:
-            raise Skip(one.skip)
-        call = one.build(inputs())
-        call()  # compiles, and makes handles
-        start = time.perf_counter()
-        _, peak, _ = with_peak(call, session.device)
-        found = timed(call, session.device, seconds, slow=time.perf_counter() - start > SLOW)
-        values = times(found)
-        if bound is not None and bound["time"].value:
-            values["of_bound"] = value(bound["time"].value / found.median, "1")
-        if peak is not None and one.is_loss:
-            values["peak"] = value(peak, "bytes")
-        return values
+    def call() -> Any:
+        loss = fused_linear_reverse_kl(inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t)
+        return torch.autograd.grad(loss, inputs.wanted())
 
-    settings = {"dtype": case.dtype_name, "head": "frozen" if case.frozen else "trained", **settings}
-    return session.row(name, measure, shape=_shape(case), settings=settings, needs=4)
-
-
-def _shape(case: Case) -> dict[str, int]:
-    return {"N": case.N, "V": case.V, "D": case.D}
-
-
-def _parts(one: Implementation, inputs: Callable[[], Inputs], device: torch.device, rows: dict[str, int]) -> Values:
-    """rows: gets what the planner chose."""
-    make = chunks.make_plan
-
-    def noted(*arguments: Any, **options: Any) -> Any:
-        plan = make(*arguments, **options)
-        rows.update(logit_rows=plan.logit_rows, gradient_rows=plan.gradient_rows)
-        return plan
-
-    chunks.make_plan = noted
-    try:
-        return profiled(one.build(inputs()), device)
-    finally:
-        chunks.make_plan = make
+    return profiled(call, device)
 
 
 # --- products of the rows that a chunk can have: TFLOP/s ----------------------------------------------------
@@ -109,7 +59,7 @@ def _rates(
     values: Values = {}
     for count in (8, 16) if session.dry else rows:
         found = timed(build(count), session.device, 0.15)
-        values[f"{count}"] = value(2 * count * v * d / found.median / 1e9, "TFLOP/s")
+        values[f"{count}"] = value(2 * count * v * d / (found.value or 1.0) / 1e9, "TFLOP/s")
     return values
 
 
@@ -118,7 +68,7 @@ def _random(session: Session, *shape: int) -> torch.Tensor:
 
 
 def _float32(session: Session, function: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
-    """As loss/chunks/loop.py calls it; a CPU has no product with another output type."""
+    """As the loss calls it; a CPU has no product with another output type."""
     if session.device.type == "cuda":
         return function(*tensors, out_dtype=torch.float32, **options)
     return function(*(x.float() for x in tensors), **options)

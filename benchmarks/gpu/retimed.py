@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 import os
-from functools import cache, partial
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.loss import time_row
-from benchmarks.gpu.session import Session, Skip, Values
+from benchmarks import loss
+from benchmarks.gpu.loss import SECONDS, main_cases
 from benchmarks.gpu.sweep import KEPT
-from benchmarks.loss_cases import KLS, cases, make_inputs
-from benchmarks.loss_implementations import implementations
 from benchmarks.measure import release
-from benchmarks.phase_rows import value
-from benchmarks.schema import BOUND, OURS
+from benchmarks.schema import BOUND, Values, value
+from benchmarks.session import Contender, Session, Skip
 from opcd_fast.kernels.triton import launch_shapes
 
 
 def run(session: Session) -> None:
     swept = Path(os.environ.get(launch_shapes.VARIABLE) or KEPT)
     session.row("swept table", lambda: _check(session, swept), settings={"file": swept.name})
-    main = [case for case in cases(session.device, session.dry) if case.group == "main"]
-    for case in main[: 2 if session.dry else 4]:
-        inputs = cache(partial(make_inputs, case, session.device, KLS[0]))
-        found = {one.name: one for one in implementations(case, session.device)}
-        bound = time_row(session, f"{case.name}, {BOUND}", case, found[BOUND], inputs, None)
-        ours = next(found[name] for name in OURS if name in found)
+    for case in main_cases(session):
+        made = cache(lambda case=case: loss.Prepared(case, session.device))
+        found = loss.contenders(case, session.device, made)
+        ours = next(one for one in found if one.ours)
         tables = {"packaged": launch_shapes.PACKAGED, "swept": swept}
-        for name, path in tables.items():
-            if path.exists():  # read anew: the launchers keep what they have read by the file's name
-                os.environ[launch_shapes.VARIABLE] = str(path)
-                time_row(session, f"{case.name}, {name} table", case, ours, inputs, bound, table=name)
-        inputs.cache_clear()
+        chosen = [_with_table(ours, name, path) for name, path in tables.items()]
+        bound = next(one for one in found if one.name == BOUND)
+        session.compare(case.name, [bound, *chosen], shape=loss.shape_of(case), settings=loss.settings_of(case),
+                        seconds=SECONDS, needs=4)  # fmt: skip
+        made.cache_clear()
         release(session.device)
+
+
+def _with_table(ours: Contender, name: str, path: Path) -> Contender:
+    """The launchers read the table by its file's name, at each launch."""
+
+    def build() -> Callable[[], Any]:
+        call = ours.build()
+
+        def with_table() -> Any:
+            os.environ[launch_shapes.VARIABLE] = str(path)
+            return call()
+
+        return with_table
+
+    skip = ours.skip or (None if path.exists() else f"no {name} table at {path.name}")
+    return replace(ours, name=f"{ours.name}, {name} table", build=build, skip=skip)
 
 
 def _check(session: Session, path: Path) -> Values:

@@ -18,10 +18,9 @@ from types import FrameType
 
 from benchmarks.gpu.phases import DRY_SECONDS, ENDING, SECONDS, Phase, schedule
 from benchmarks.gpu.summary import summary
-from benchmarks.phase_rows import PHASE, PhaseRow, append, marker, read
+from benchmarks.schema import BAD, BROKEN, Row, append, end, marker, read
 
 ROOT = Path(__file__).resolve().parents[2]
-BROKEN = 75  # of session.py, which needs torch
 LEAST = 6.0  # seconds; a process with less would not get through its imports
 GRACE = 2.0  # from asking to end to ending
 FILES, FILE_BYTES = 8, 16 << 20  # what may come back
@@ -51,11 +50,11 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%S")
     lines, log = folder / f"gpu_{name}_{stamp}.jsonl", folder / f"gpu_{name}_{stamp}.log"
-    chosen = [(phase, end) for phase, end in schedule(name) if not only or phase.name in only]
+    chosen = [(phase, last) for phase, last in schedule(name) if not only or phase.name in only]
     signal.signal(signal.SIGTERM, _stop)
     try:
-        for phase, end in chosen:
-            limit = hard if dry or only else min(start + end, hard)
+        for phase, last in chosen:
+            limit = hard if dry or only else min(start + last, hard)
             append(lines, _phase(phase, lines, log, limit, dry, module))
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"== stopped: {type(stopped).__name__}", flush=True)
@@ -66,7 +65,7 @@ def run(
     found = read(lines)
     print("\n".join(summary(found, [phase.name for phase, _ in chosen], folder, time.monotonic() - start, dropped)))
     sys.stdout.flush()
-    bad = [row for row in found.rows if row.status in ("failed", "timeout")]
+    bad = [row for row in found.rows if row.status in BAD]
     return int(bool(bad) or len(found.ends()) < len(chosen))
 
 
@@ -74,27 +73,26 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise Stopped
 
 
-def _phase(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module: str) -> PhaseRow:
-    """Run it, again behind a row that broke the device or the process, and say how it ended."""
+def _phase(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module: str) -> Row:
+    """Run it, again behind a row that broke the device or the process; how it ended."""
     begin = time.monotonic()
-    row = PhaseRow(phase.name, PHASE)
     if limit - begin < LEAST:
-        row.status, row.reason = "skipped", f"{max(0.0, limit - begin):.0f} s were left"
-        return row
+        return end(phase.name, read(lines).of(phase.name), "skipped", f"{max(0.0, limit - begin):.0f} s were left")
     print(f"== {phase.name}: {phase.about} (at most {limit - begin:.0f} s)", flush=True)
     offset = log.stat().st_size if log.exists() else 0
-    status: int | None = BROKEN
+    code: int | None = BROKEN
     died = False
-    while (status == BROKEN or died) and limit - time.monotonic() >= LEAST:
-        status = _process(phase, lines, log, limit, dry, module)
-        died = _unwritten(phase, lines, status, _last(log, offset)) and bool(status)
-    row.seconds = time.monotonic() - begin
-    if status is None:
-        row.status, row.reason = "timeout", f"stopped after {row.seconds:.0f} s"
-    elif status:
-        row.status, row.reason = "failed", f"exit status {status}: {_last(log, offset)}"
-    print(f"== {phase.name}: {row.status}, {row.seconds:.0f} s {row.reason or ''}", flush=True)
-    return row
+    while (code == BROKEN or died) and limit - time.monotonic() >= LEAST:
+        code = _process(phase, lines, log, limit, dry, module)
+        died = _unwritten(phase, lines, code, _last(log, offset)) and bool(code)
+    seconds = time.monotonic() - begin
+    status, note = "ok", None
+    if code is None:
+        status, note = "timeout", f"stopped after {seconds:.0f} s"
+    elif code:
+        status, note = "failed", f"exit status {code}: {_last(log, offset)}"
+    print(f"== {phase.name}: {status}, {seconds:.0f} s {note or ''}", flush=True)
+    return end(phase.name, read(lines).of(phase.name), status, note, seconds)
 
 
 def _unwritten(phase: Phase, lines: Path, status: int | None, said: str) -> bool:
@@ -106,9 +104,9 @@ def _unwritten(phase: Phase, lines: Path, status: int | None, said: str) -> bool
     place.unlink()
     if any(row.name == name for row in read(lines).of(phase.name)):
         return False
-    row = PhaseRow(phase.name, name, "timeout", "stopped with its phase")
+    row = Row(phase.name, name, status="timeout", note="stopped with its phase")
     if status is not None:
-        row.status, row.reason = "failed", f"the process ended with status {status}: {said}"
+        row.status, row.note = "failed", f"the process ended with status {status}: {said}"
     append(lines, row)
     return True
 

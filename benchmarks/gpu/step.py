@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.kernel_times import profiler, summed
-from benchmarks.gpu.session import Session, Values
 from benchmarks.measure import wait
-from benchmarks.phase_rows import value
+from benchmarks.schema import Row, Values, value
+from benchmarks.session import Session
 from benchmarks.step_cases import Case, cases, make_job
 from benchmarks.step_worker import opcd_trainer
 
@@ -100,14 +100,12 @@ class Steps:
             self.trace.stop()
             self.recording = False
         self.made += 1
-        parts = {f"{part}": value(seconds, "s") for part, seconds in record["seconds"].items()}
-        tokens = float(record["response_tokens"])
-        total = sum(record["seconds"].values())
-        values = {
-            "step": value(total, "s"), "rate": value(tokens / total, "tokens/s"), **parts,
-            "tokens": value(tokens, "1"), "peak": self.held(peak=True),
-        }  # fmt: skip
-        self.session.note(f"step {self.made}", "ok", None, values)
+        parts = {part: value(1e3 * seconds, "ms") for part, seconds in record["seconds"].items()}
+        tokens, total = float(record["response_tokens"]), sum(record["seconds"].values())
+        self.session.write(Row(self.session.table, f"step {self.made}", values={
+            "time": value(1e3 * total, "ms"), "rate": value(tokens / total, "tokens/s"), **parts,
+            "answer_tokens": value(tokens, "1"), "peak": self.held(peak=True),
+        }))  # fmt: skip
 
     def held(self, peak: bool = False) -> Any:
         if self.session.device.type != "cuda":

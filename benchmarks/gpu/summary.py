@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.phase_rows import PhaseRow, Run, Value
+from benchmarks.schema import BAD, STATUSES, Row, Run, Value
 
 LINES, WIDTH = 40, 190
 FAILURES = 12
@@ -16,11 +16,11 @@ def summary(run: Run, phases: Sequence[str], folder: Path, seconds: float, dropp
     """First how each phase ended and what it measured, in as many lines as are left, then what failed."""
     ends = run.ends()
     ended = [name for name in phases if name in ends]
-    bad = [row for row in run.rows if row.status in ("failed", "timeout")]
+    bad = [row for row in run.rows if row.status in BAD]
     last = []
     if bad:
         last.append("failed:")
-        last += [_cut(f"  {row.phase} {row.name}: {row.reason}") for row in bad[:FAILURES]]
+        last += [_cut(f"  {row.table} {row.name}: {row.note}") for row in bad[:FAILURES]]
         if len(bad) > FAILURES:
             last.append(f"  and {len(bad) - FAILURES} more")
     if run.damaged:
@@ -36,7 +36,7 @@ def summary(run: Run, phases: Sequence[str], folder: Path, seconds: float, dropp
         rows, end = run.of(name), ends.get(name)
         status = "not reached" if end is None else f"{end.status} {end.seconds:.0f} s"
         counts = ", ".join(
-            f"{count} {status}" for status in ("ok", "failed", "skipped")
+            f"{count} {status}" for status in STATUSES
             if (count := sum(row.status == status for row in rows))
         )  # fmt: skip
         start, shown = f"{name:10} {status:12} {counts:28} ", _shown(rows)
@@ -50,10 +50,10 @@ def summary(run: Run, phases: Sequence[str], folder: Path, seconds: float, dropp
     return [line.rstrip() for line in lines + last][:LINES]
 
 
-def _shown(rows: Sequence[PhaseRow]) -> str:
+def _shown(rows: Sequence[Row]) -> str:
     """The first value of each row that has one, a case named once; tests are counted."""
     told = [(row.name, next(iter(row.values.values()))) for row in rows
-            if row.status == "ok" and row.values and "::" not in row.name]  # fmt: skip
+            if row.status == "ok" and row.values and "::" not in row.case]  # fmt: skip
     texts, before = [], None
     for name, found in told:
         case, comma, what = name.partition(", ")

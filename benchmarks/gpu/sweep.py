@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks.environment import ROOT
 from benchmarks.gpu import launches
 from benchmarks.gpu.launches import GRADIENT_ERROR, Launch, relative
-from benchmarks.gpu.session import Session, Values, Wrong
 from benchmarks.measure import release, timed
-from benchmarks.phase_rows import value
+from benchmarks.schema import Values, value
+from benchmarks.session import Session, Wrong
 from opcd_fast.kernels.triton import launch_shapes
 
 TABLE = "launch_shapes.json"
@@ -74,8 +74,8 @@ def _swept(
             first.append(rows) if not first else None
             found = timed(launch.call, session.device, 0.15)
         values = {
-            "time": value(found.median, "ms"),
-            "rate": value(launch.nbytes / found.median / 1e9, "TB/s"),
+            "time": found,
+            "rate": value(launch.nbytes / (found.value or 1.0) / 1e9, "TB/s"),
         }
         if not (difference := relative(rows, first[0].double())) <= GRADIENT_ERROR:
             raise Wrong(f"differs by {difference:.1e} from the first shape", values)

@@ -21,9 +21,8 @@ def test_errors_of_each_format():
     assert list(errors) == ["bf16-logits", "fp16-logits", "fp32-logits", "opcd_fast"]
     whole = float(token_kl64(*(logits64(h, LMHead(weight)) for h in (h_s, h_t))).mean())
     for found in errors.values():
-        assert [e.mean_kl for e in found] == pytest.approx([whole * f for f in fractions], rel=0.05)
-        assert all(e.rows == 48 for e in found)
-    bf16, fp16, fp32, ours = ([e.relative_error for e in found] for found in errors.values())
+        assert [kl for kl, _ in found] == pytest.approx([whole * f for f in fractions], rel=0.05)
+    bf16, fp16, fp32, ours = ([error for _, error in found] for found in errors.values())
     assert bf16[0] > 5e-3 and bf16[1] > 5 * bf16[0] and bf16[2] > bf16[1]
     assert all(4 < b / f < 16 for b, f in zip(bf16, fp16))  # 8 mantissa bits against 11
     assert max(fp32) < 1e-3 and max(ours) < 3e-3
@@ -53,16 +52,17 @@ def test_states_are_those_that_predict_the_answer():
 
 def test_the_page_quotes_the_stored_result():
     page = (ROOT / "docs" / "why-bf16-logits.md").read_text(encoding="utf-8")
-    (name,) = set(re.findall(r"bf16_logits_[\w.-]+\.json", page))
-    report = schema.read(ROOT / "benchmarks" / "results" / name)
-    assert report.complete and (ROOT / "docs" / "images" / "bf16_logits.png").is_file()
+    (name,) = set(re.findall(r"bf16_logits_[\w.-]+\.jsonl", page))
+    run = schema.read(ROOT / "benchmarks" / "results" / name)
+    (head,) = run.heads.values()
+    assert run.ends() and (ROOT / "docs" / "images" / "bf16_logits.png").is_file()
     quoted = [re.findall(r"[\d.]+(?:e-\d+)?", line) for line in page.splitlines() if re.match(r"\| \d", line)]
-    measured = zip(*(row.gradient_error for row in report.rows))
     wanted = [
-        [f"{es[0].mean_kl:.1e}".replace("e-0", "e-"), *(percent(e.relative_error) for e in es)] for es in measured
+        [f"{case[0].get('mean_kl'):.1e}".replace("e-0", "e-"), *(percent(row.get("dL/dh")) for row in case)]
+        for case in schema.by_case(run.of("bf16_logits"))
     ]
     assert quoted == wanted
-    for fact in (report.device.name, report.date[:10], report.versions["torch"], report.command.removesuffix(" DIR")):
+    for fact in (head.device.name, head.date[:10], head.versions["torch"], head.command.removesuffix(" DIR")):
         assert fact in page, fact
 
 

@@ -1,6 +1,5 @@
 """The arithmetic of docs/scaling.md against torch's own counts, and against measured times."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling_model import FULL_70B, LORA_70B, QWEN_8B, Job, markdown
+from benchmarks.schema import read
 from benchmarks.teacher_model import Shape
 
 ROOT = Path(__file__).parents[2]
@@ -72,12 +72,12 @@ def test_more_ranks_hold_and_compute_less_and_send_more():
 
 def test_measured_losses_are_mostly_their_products():
     """The model has the products alone; measured beside each other on one CPU, they are most of the loss's time."""
-    rows = json.loads((ROOT / "benchmarks/results/loss_cpu_2026-11-21.json").read_text())["rows"]
+    rows = read(ROOT / "benchmarks/results/loss_cpu_2026-11-21.jsonl").of("loss")
     shares = [
-        row["bound_fraction"]
+        row.get("of_bound")
         for row in rows
-        if row["implementation"] == "opcd_fast-native" and row["dtype"] == "float32" and row["time_ms"]
-        and row["group"] in ("main", "N", "V", "D")
+        if row.implementation == "opcd_fast-native" and row.settings["dtype"] == "float32" and "time" in row.values
+        and row.group in ("main", "N", "V", "D")
     ]  # fmt: skip
     assert len(shares) >= 7 and min(shares) > 0.6
     said = f"{min(shares):.0%} to {max(shares):.0%} of the time"

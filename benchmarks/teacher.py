@@ -1,4 +1,5 @@
-"""The ways to get the hidden states of many answers after one context that are timed side by side.
+"""The ways to get the hidden states of many answers after one context that are timed side by side, and how they are
+measured.
 
 Each returns (B * S, D), in the order of the answers. "Built" ones read the context before the clock starts, as a
 frozen teacher does once for a whole run; "rebuilt" ones read it in every call, as a teacher that moves has to.
@@ -7,16 +8,19 @@ frozen teacher does once for a whole run; "rebuilt" ones read it in every call, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.schema import BOUND
-from benchmarks.teacher_cases import Case, Setting
+from benchmarks.measure import spread, wait
+from benchmarks.schema import BOUND, Row, Values, value
+from benchmarks.session import Contender, Session, Wrong
+from benchmarks.teacher_cases import Case, Setting, make_setting
 from benchmarks.teacher_model import concat_flops, shared_flops
 from opcd_fast import ContextTeacher
 from opcd_fast.models import seam
@@ -24,47 +28,97 @@ from opcd_fast.models import seam
 OURS_BUILT, OURS_REBUILT = "opcd_fast-merge", "opcd_fast-merge-rebuilt"
 CONCAT = "concat"
 CONCAT_TOKENS = 65_536  # run at once; what they need beside the weights stays below half of a large GPU
+CHECK = "self-verification"
+
+
+def measure(session: Session, case: Case, model: Any, name: str, exact: Tensor | None, *, only: Sequence[str] = (),
+            seconds: float = 8.0, needs: float = 0.0) -> dict[str, Row]:  # fmt: skip
+    """The rows of one case, by implementation. exact: float32 hidden states of the first and the last answer."""
+    setting = make_setting(model, case)
+    chosen = [one for one in contenders(case, setting, exact) if not only or one.name in only]
+    return session.compare(
+        case.name, chosen, shape=shape_of(case, setting), settings=settings_of(setting, name), group=case.group,
+        seconds=seconds, min_rounds=2 if session.device.type == "cuda" else 3, needs=needs, derive=_of_limit,
+    )  # fmt: skip
+
+
+def measure_check(session: Session, case: Case, model: Any, name: str) -> None:
+    """How long path="auto" takes to check itself, at the first use of a teacher: three teachers, three times."""
+    setting, taken, settings = make_setting(model, case), [], settings_of(make_setting(model, case), name)
+
+    def check() -> Values:
+        for _ in range(3):
+            teacher = ContextTeacher(setting.model, setting.context)
+            begin = time.perf_counter()
+            settings["path"] = teacher.path
+            wait(setting.device)
+            taken.append(1e3 * (time.perf_counter() - begin))
+        return {"time": spread(taken)}
+
+    session.row(f"{CHECK}, opcd_fast-auto", check, shape=shape_of(case, setting), settings=settings, group="check")
+
+
+def shape_of(case: Case, setting: Setting) -> dict[str, int]:
+    return {"context": case.context, "response": case.response, "batch": case.batch, "layers": setting.shape.layers}
+
+
+def settings_of(setting: Setting, model: str) -> dict[str, str]:
+    return {"model": model, "dtype": str(next(setting.body.parameters()).dtype).removeprefix("torch.")}
+
+
+def _of_limit(row: Row, bound: Row) -> Values:
+    """The least time for what a row must compute, at the rate of the bare products, over its time."""
+    flops, rate = row.get("flops") or 0.0, (bound.get("flops") or 0.0) / (bound.get("time") or 1.0)
+    return {} if row is bound else {"of_limit": value(flops / rate / (row.get("time") or 1.0), "1")}
 
 
 @dataclass
-class Contender:
+class Forward:
     call: Callable[[], Tensor]
     held: Callable[[], int]  # bytes of the context's keys and values in the latest call
     warm: Callable[[], Any] | None = None  # a shorter call that compiles what the call needs
     at_once: int | None = None  # sequences in one forward, where not all
 
 
-@dataclass(frozen=True)
-class Implementation:
-    name: str
-    build: Callable[[Setting], Contender]
-    flops: float
-    ours: bool = False
-    skip: str | None = None  # why it cannot run here
-    note: str | None = None
-
-
-def implementations(case: Case, setting: Setting) -> list[Implementation]:
+def contenders(case: Case, setting: Setting, exact: Tensor | None) -> list[Contender]:
     """What is compared in one case, in the order in which every round runs them."""
     shape, sizes = setting.shape, (case.context, case.response, case.batch)
     built, rebuilt = (shared_flops(shape, *sizes, build=build) for build in (False, True))
-    merge = Implementation(OURS_BUILT, partial(_ours, "merge"), built, ours=True)
+    one_prefix = shape.kv_bytes(case.context, next(setting.body.parameters()).element_size())
+
+    def one(name: str, make: Callable[[Setting], Forward], flops: float) -> Contender:
+        made = cache(lambda: make(setting))
+
+        def judge(hidden: Tensor) -> Values:
+            forward = made()
+            values: Values = {"flops": value(flops, "FLOP"), "prefix": value(forward.held(), "bytes"),
+                              "one_prefix": value(one_prefix, "bytes"),
+                              "at_once": value(forward.at_once or case.batch, "1")}  # fmt: skip
+            if exact is not None:
+                ends = hidden.view(case.batch, case.response, -1)[[0, -1]]
+                values["max_error"] = value(float((ends.float() - exact).abs().max()), "1")
+                if values["max_error"].value is None:
+                    raise Wrong("hidden states hold NaN or infinities", values)
+            return values
+
+        note = None if exact is not None else "no error: float32 over so long a sequence takes minutes"
+        return Contender(name, lambda: made().call, judge, None, note, warm=lambda: (made().warm or made().call)())
+
     layer = setting.answers.numel() * shape.flops_per_token // shape.layers
-    bound = Implementation(BOUND, _gemms, layer, note="the products of one layer, for the answers' tokens alone")
-    if case.group == "flex":
-        return [merge, Implementation("flex-mask", _flex, built, skip=_no_flex(setting)), bound]
+    bound = Contender(BOUND, partial(_gemms, setting), lambda _: {"flops": value(layer, "FLOP")}, has_peak=False,
+                      note="the products of one layer, for the answers' tokens alone")  # fmt: skip
     return [
-        merge,
-        Implementation(OURS_REBUILT, partial(_ours, "merge", rebuild=True), rebuilt, ours=True),
-        Implementation("opcd_fast-pad", partial(_ours, "pad"), built, ours=True),
-        Implementation(CONCAT, _concat, concat_flops(shape, *sizes)),
-        Implementation("transformers-cache", _cache, built),
-        Implementation("transformers-cache-rebuilt", partial(_cache, rebuild=True), rebuilt),
+        one(OURS_BUILT, partial(_ours, "merge"), built),
+        one(OURS_REBUILT, partial(_ours, "merge", rebuild=True), rebuilt),
+        one("opcd_fast-pad", partial(_ours, "pad"), built),
+        one(CONCAT, _concat, concat_flops(shape, *sizes)),
+        one("transformers-cache", _cache, built),
+        one("transformers-cache-rebuilt", partial(_cache, rebuild=True), rebuilt),
         bound,
     ]
 
 
-def _ours(path: str, setting: Setting, rebuild: bool = False) -> Contender:
+def _ours(path: str, setting: Setting, rebuild: bool = False) -> Forward:
     teacher = ContextTeacher(setting.model, setting.context, path=path)
     batch, response = setting.answers.shape
     ids = setting.answers.reshape(-1)
@@ -84,11 +138,11 @@ def _ours(path: str, setting: Setting, rebuild: bool = False) -> Contender:
             teacher.invalidate()
         return nbytes
 
-    return Contender(call, held)
+    return Forward(call, held)
 
 
 @torch.no_grad()
-def _concat(setting: Setting) -> Contender:
+def _concat(setting: Setting) -> Forward:
     """Plain transformers on context and answer together; no cache, so that no keys outlive their layer."""
     batch = setting.answers.shape[0]
     start = setting.context.numel()
@@ -104,11 +158,11 @@ def _concat(setting: Setting) -> Contender:
     def call() -> Tensor:
         return torch.cat([some(answers) for answers in setting.answers.split(at_once)])
 
-    return Contender(call, lambda: 0, partial(some, setting.answers[:at_once]), at_once if at_once < batch else None)
+    return Forward(call, lambda: 0, partial(some, setting.answers[:at_once]), at_once if at_once < batch else None)
 
 
 @torch.no_grad()
-def _cache(setting: Setting, rebuild: bool = False) -> Contender:
+def _cache(setting: Setting, rebuild: bool = False) -> Forward:
     """transformers' own cache: the context once, `batch_repeat_interleave`, then the answers as a batch."""
     batch = setting.answers.shape[0]
     at_once = _repeats(setting, batch)
@@ -127,11 +181,10 @@ def _cache(setting: Setting, rebuild: bool = False) -> Contender:
             given = seam.cache_argument(setting.body, cache)
             hidden = setting.body(input_ids=answers, use_cache=True, **given).last_hidden_state
             states.append(hidden.flatten(0, 1))
-            del given
-            del cache
+            del cache, given
         return torch.cat(states)
 
-    return Contender(call, lambda: bytes_held, None, at_once if at_once < batch else None)
+    return Forward(call, lambda: bytes_held, None, at_once if at_once < batch else None)
 
 
 def _prefill(setting: Setting) -> Any:
@@ -139,7 +192,7 @@ def _prefill(setting: Setting) -> Any:
 
     cache = DynamicCache(config=setting.model.config)
     with torch.no_grad():
-        setting.body(input_ids=setting.context[None], **seam.cache_argument(setting.body, cache), use_cache=True)
+        setting.body(input_ids=setting.context[None], use_cache=True, **seam.cache_argument(setting.body, cache))
     return cache
 
 
@@ -166,45 +219,7 @@ def _repeats(setting: Setting, batch: int) -> int:
     return at_once
 
 
-def _no_flex(setting: Setting) -> str | None:
-    if setting.device.type != "cuda":
-        return "flex attention is compared on a GPU, where its kernel is compiled for it"
-    return None
-
-
-@torch.no_grad()
-def _flex(setting: Setting) -> Contender:
-    """transformers with flex attention: one packed row over a kept prefix, and a mask for who sees what."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    batch, response = setting.answers.shape
-    start, tokens = setting.context.numel(), batch * response
-    kept = _prefill(setting)
-
-    def sees(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = key - start
-        return (key < start) | ((own // response == query // response) & (own <= query) & (own >= 0))
-
-    mask = create_block_mask(sees, None, None, tokens, start + tokens, device=str(setting.device))
-    row = setting.answers.reshape(1, -1)
-    positions = start + torch.arange(response, device=setting.device).repeat(batch)[None]
-
-    @torch.no_grad()
-    def call() -> Tensor:
-        before = setting.model.config._attn_implementation
-        setting.model.set_attn_implementation("flex_attention")
-        try:
-            return setting.body(
-                input_ids=row, position_ids=positions, attention_mask=mask, use_cache=True,
-                **seam.cache_argument(setting.body, _fork(kept)),
-            ).last_hidden_state[0]  # fmt: skip
-        finally:
-            setting.model.set_attn_implementation(before)
-
-    return Contender(call, lambda: _nbytes(kept))
-
-
-def _gemms(setting: Setting) -> Contender:
+def _gemms(setting: Setting) -> Callable[[], Tensor]:
     """The matrix products of one layer for the answers' tokens, in the model's dtype, and nothing else."""
     dtype, device = next(setting.body.parameters()).dtype, setting.device
     products = setting.shape.products
@@ -217,4 +232,4 @@ def _gemms(setting: Setting) -> Contender:
             torch.mm(inputs[a], weight.T, out=outputs[b])
         return next(iter(outputs.values()))
 
-    return Contender(call, lambda: 0)
+    return call

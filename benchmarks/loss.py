@@ -1,0 +1,214 @@
+"""The ways to get the loss's gradients that are timed side by side, and how they are measured.
+
+Each computes forward and backward of the mean over the N rows once, and returns dL/dh, and dL/dW where the head is
+trained. Time, peak memory and the gradients' error against float64 are measured for every one. Other libraries are part
+of it where they are installed, and rows "skipped" with the reason where they are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.loss_cases import ORACLE_ROWS, Case, Inputs, make_inputs, oracle, oracle_rows
+from benchmarks.measure import release
+from benchmarks.schema import BOUND, Row, Value, Values, value
+from benchmarks.session import Contender, Session, Wrong
+from opcd_fast.loss import fused_linear_reverse_kl
+
+Call = Callable[[], tuple[Tensor, ...]]
+SWEPT = ("trl", "liger-fused", BOUND)  # beside ours, in the cases that vary one size
+ACCURACY = 3e-3  # of our gradients; rounding to bf16 alone is 1.7e-3
+
+
+def measure(session: Session, case: Case, *, only: Sequence[str] = (), without: Sequence[str] = (),
+            seconds: float = 8.0, needs: float = 0.0) -> dict[str, Row]:  # fmt: skip
+    """The rows of one case, by implementation."""
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch.compiler.reset()  # the next case's shapes shall not meet torch.compile's limit of graphs
+    made = functools.cache(lambda: Prepared(case, session.device))
+    chosen = [one for one in contenders(case, session.device, made) if not only or one.name in only]
+    chosen = [replace(one, skip="left out (--without)") if one.name in without else one for one in chosen]
+    rows = session.compare(
+        case.name, chosen, shape=shape_of(case), settings=settings_of(case), group=case.group,
+        seconds=seconds if case.timed else None, needs=needs,
+        derive=lambda row, bound: {"of_bound": value((bound.get("time") or 0) / (row.get("time") or 1), "1")},
+    )  # fmt: skip
+    made.cache_clear()
+    release(session.device)
+    return rows
+
+
+def shape_of(case: Case) -> dict[str, int]:
+    workspace = {} if case.workspace_bytes is None else {"workspace_bytes": case.workspace_bytes}
+    return {"N": case.N, "V": case.V, "D": case.D, **workspace}
+
+
+def settings_of(case: Case) -> dict[str, str]:
+    return {"dtype": case.dtype_name, "head": "frozen" if case.frozen else "full"}
+
+
+class Prepared:
+    """Inputs and what is right, made once for all contenders of a case."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.inputs = inputs = make_inputs(case, device)
+        # For the weight's gradient the oracle must see every row.
+        whole = not case.timed and not case.frozen
+        self.index = index = oracle_rows(inputs.h_s, case.N if whole else ORACLE_ROWS)
+        kl, *exact = oracle(inputs.h_s[index], inputs.w_s, inputs.h_t[index], inputs.w_t, weight=whole)
+        self.exact = [gradient.div_(case.N) for gradient in exact if gradient is not None]
+        self.mean_kl = float(kl.mean())
+
+    def judge(self, one: str, exact: bool, gradients: Sequence[Tensor]) -> Values:
+        """||found - exact|| / ||exact|| of dL/dh on the rows compared, and of dL/dW where there is a reference for it.
+        Raises Wrong for NaN, and where ours is too far off."""
+        found = (gradients[0][self.index], *gradients[1:])
+        values: Values = {}
+        for name, gradient, right in zip(("dL/dh", "dL/dW"), found, self.exact):
+            error = float((gradient.double() - right).norm() / right.norm())
+            values[name] = replace(value(error, "1"), count=len(self.index))
+        values["mean_kl"] = Value(self.mean_kl, "nats")
+        for name, wrong in values.items():
+            if wrong.value is None or (one.startswith("opcd_fast") and exact and name != "mean_kl"
+                                       and wrong.value > ACCURACY):  # fmt: skip
+                raise Wrong(f"{name} is off by {wrong.value}; at most {ACCURACY}", values)
+        return values
+
+
+def contenders(case: Case, device: torch.device, made: Callable[[], Prepared]) -> list[Contender]:
+    """What is compared in one case, in the order in which every round runs them.
+
+    All of it in the main cases; for accuracy all losses but the compiled twins, which err as the eager ones do; in
+    the sweeps ours, the fused peers and plain PyTorch as one would write it; for the size of the workspace, which
+    no peer has, ours alone with the bound.
+    """
+    bf16 = case.dtype == torch.bfloat16
+    no_compile = peers.why_no_compile(device)
+
+    def one(name: str, build: Callable[[Inputs], Call], exact: bool = True, skip: str | None = None) -> Contender:
+        return Contender(
+            name, lambda: build(made().inputs), lambda found: made().judge(name, exact, found), skip,
+            settings={} if exact else {"gradient": "inexact"},
+            compiles=name.startswith("compile-") or name == "liger-chunked", has_peak=case.timed,
+        )  # fmt: skip
+
+    ours = [one(f"opcd_fast-{name}", partial(_ours, name, case.workspace_bytes)) for name in _backends(case, device)]
+    bound = Contender(BOUND, lambda: _gemms(made().inputs), has_peak=False)
+    if case.group == "workspace":
+        return [*ours, bound]
+    others = [one(name, build, exact, peers.why_not(name, device)) for name, build, exact in (
+        ("trl", peers.trl, True),
+        ("liger-fused", peers.liger_fused, peers.liger_fused_is_exact(device, case.dtype)),
+        ("liger-chunked", peers.liger_chunked, not bf16),
+    )]  # fmt: skip
+    others.append(one("eager-fp32", partial(_eager, _fp32_logits)))
+    if bf16:
+        others.append(one("eager-bf16-logits", partial(_eager, _bf16_logits), exact=False))
+        others.append(one("compile-bf16-logits", partial(_compiled, _bf16_logits), exact=False, skip=no_compile))
+    else:
+        others.append(one("compile-fp32", partial(_compiled, _fp32_logits), skip=no_compile))
+    if case.group == "accuracy":
+        return [*ours, *(other for other in others if not other.name.startswith("compile-"))]
+    if case.group != "main":
+        kept = (*SWEPT, "eager-bf16-logits" if bf16 else "eager-fp32")
+        others = [other for other in others if other.name in kept and not other.skip]
+    return [*ours, *others, bound]
+
+
+def _backends(case: Case, device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return ["native", "torch"] if _has_native() else ["torch"]
+    # The reference is slow there and says nothing about speed.
+    return ["triton", "torch"] if case.group == "accuracy" else ["triton"]
+
+
+@functools.cache
+def _has_native() -> bool:
+    """Whether this installation built the compiled CPU backend; without it there is nothing to time."""
+    tiny = torch.zeros(1, 8)
+    try:
+        fused_linear_reverse_kl(tiny, tiny, tiny, tiny, backend="native")
+    except ValueError:
+        return False
+    return True
+
+
+def _ours(backend: str, workspace_bytes: int | None, inputs: Inputs) -> Call:
+    return _differentiated(partial(fused_linear_reverse_kl, backend=backend, workspace_bytes=workspace_bytes), inputs)
+
+
+def _fp32_logits(h: Tensor, weight: Tensor) -> Tensor:
+    """Exact in plain PyTorch: autograd knows no product of bf16 matrices with a float32 result, so the
+    matrices themselves are made float32."""
+    return F.linear(h.float(), weight.float())
+
+
+def _bf16_logits(h: Tensor, weight: Tensor) -> Tensor:
+    """What a trainer does that takes a bf16 model's `.logits` and calls `.float()` on them: the softmax is
+    exact, its input is not."""
+    return F.linear(h, weight).float()
+
+
+def _mean_kl(logits: Callable[[Tensor, Tensor], Tensor], h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
+    with torch.no_grad():
+        log_q = torch.log_softmax(logits(h_t, w_t), -1)
+    log_p = torch.log_softmax(logits(h_s, w_s), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _eager(logits: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
+    return _differentiated(partial(_mean_kl, logits), inputs)
+
+
+def _compiled(logits: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
+    return _differentiated(_compiled_mean_kl(logits), inputs)
+
+
+@functools.cache
+def _compiled_mean_kl(logits: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    # One graph for each shape; fullgraph makes too many of them an error instead of a silent return to eager.
+    return torch.compile(partial(_mean_kl, logits), dynamic=False, fullgraph=True)
+
+
+def _differentiated(loss: Callable[..., Tensor], inputs: Inputs) -> Call:
+    def call() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t), inputs.wanted())
+
+    return call
+
+
+def _gemms(inputs: Inputs) -> Call:
+    """The bound: both logits, dH and, unless the head is frozen, dW, in the inputs' dtype and nothing else.
+
+    One buffer holds the logits and then stands for their gradient: random numbers, not zeros, on which matrix
+    units run faster than on anything real. On a CPU the buffers are made beforehand, because there the first
+    touch of fresh memory costs time; on a GPU they would take memory from the others.
+    """
+    h_s, w_s, h_t, w_t = inputs.h_s.detach(), inputs.w_s.detach(), inputs.h_t, inputs.w_t
+    trained = inputs.w_s.requires_grad
+
+    def buffers() -> tuple[Tensor, ...]:
+        z = h_s.new_empty(h_s.shape[0], w_s.shape[0])
+        return (z, torch.empty_like(h_s), torch.empty_like(w_s)) if trained else (z, torch.empty_like(h_s))
+
+    kept = None if h_s.is_cuda else buffers()
+
+    def call() -> tuple[Tensor, ...]:
+        z, dh, *dw = buffers() if kept is None else kept
+        torch.mm(h_s, w_s.t(), out=z)
+        torch.mm(h_t, w_t.t(), out=z)
+        torch.mm(z, w_s, out=dh)
+        if dw:
+            torch.mm(z.t(), h_s, out=dw[0])
+        return (dh, *dw)
+
+    return call

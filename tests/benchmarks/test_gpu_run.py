@@ -1,0 +1,406 @@
+"""What a GPU run leaves, whatever its phases do, and that the phases ask, compare and read what is right, as far as a
+CPU can tell."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.gpu import counters, kernel_times, launches, runner, sweep
+from benchmarks.gpu.phases import DRY_SECONDS, ENDING, RUNS, SECONDS, Phase, schedule
+from benchmarks.gpu.summary import LINES
+from benchmarks.schema import BROKEN, Row, Value, read, value
+from opcd_fast.kernels.triton import launch_shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FAKE = """
+import argparse, os, subprocess, sys, time
+from pathlib import Path
+from benchmarks.schema import Row, append, marker, read, value
+parser = argparse.ArgumentParser()
+parser.add_argument("name"), parser.add_argument("--out", type=Path), parser.add_argument("--seconds", type=float)
+parser.add_argument("--dry-run", action="store_true")
+options = parser.parse_args()
+name, out = options.name, options.out
+earlier = len(read(out).of(name))
+append(out, Row(name, f"row {earlier}", values={"time": value(1.5, "ms")}))
+if name == "hangs":
+    marker(out).write_text("the row it hangs in")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (out.parent / "grandchild").write_text(str(child.pid))
+    time.sleep(600)
+if name == "crashes":
+    with out.open("a") as file:
+        file.write('{"table": "crashes", "na')
+    print("first line", file=sys.stderr)
+    sys.exit("ValueError: the reason")
+if name == "breaks" and not earlier:
+    sys.exit(75)
+if name == "dies" and not earlier:
+    marker(out).write_text("the row it dies of")
+    print("LLVM ERROR: no", file=sys.stderr, flush=True)
+    os.abort()
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A module in place of the phases, and where it is found."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "fake_phases.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    return "fake_phases"
+
+
+def run_of(folder):
+    (path,) = folder.glob("gpu_first_*.jsonl")
+    return read(path)
+
+
+# --- the runner ---------------------------------------------------------------------------------------------
+
+
+def test_a_phase_that_hangs_crashes_or_breaks_the_device_costs_no_other_its_results(
+    fake, tmp_path, monkeypatch, capsys
+):
+    names = ("first", "hangs", "crashes", "breaks", "dies", "last")
+    ends = {"first": 5, "hangs": 6, "crashes": 40, "breaks": 60, "dies": 80, "last": 100}
+    monkeypatch.setattr(runner, "schedule", lambda run: [(Phase(n, 20, "a fake"), ends[n]) for n in names])
+    monkeypatch.setattr(runner, "LEAST", 1.0)
+    start = time.monotonic()
+    assert runner.run("first", tmp_path / "out", module=fake) == 1
+    assert time.monotonic() - start < 60
+    run = run_of(tmp_path / "out")
+    found = {name: end.status for name, end in run.ends().items()}
+    assert found == {"first": "ok", "hangs": "timeout", "crashes": "failed", "breaks": "ok", "dies": "ok", "last": "ok"}
+    assert "exit status 1: ValueError: the reason" in run.ends()["crashes"].note
+    assert [row.name for row in run.of("breaks")] == ["row 0", "row 1"], "it goes on behind what broke the device"
+    dies = run.of("dies")
+    assert [row.name for row in dies] == ["row 0", "the row it dies of", "row 2"], "and behind what broke the process"
+    assert dies[1].status == "failed" and dies[1].note.endswith("status -6: LLVM ERROR: no")
+    assert [(row.name, row.status) for row in run.of("hangs")][1:] == [("the row it hangs in", "timeout")]
+    assert all(run.of(name)[0].values == {"time": Value(1.5, "ms")} for name in names)
+    assert len(run.damaged) == 1, "the line that was cut off, and no other"
+    grandchild = int((tmp_path / "out" / "grandchild").read_text())
+    assert not Path(f"/proc/{grandchild}").exists() or "Z" in Path(f"/proc/{grandchild}/stat").read_text()
+    lines = capsys.readouterr().out.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("== summary"))
+    assert "4 rows failed" in lines[begin] and len(lines) - begin <= LINES
+    assert any("crashes end: exit status 1: ValueError" in line for line in lines[begin:])
+
+
+def test_the_time_of_a_run_is_hard(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "schedule", lambda run: [(Phase(n, 60, "a fake"), 600) for n in ("hangs", "last")])
+    monkeypatch.setattr(runner, "LEAST", 2.0)
+    start = time.monotonic()
+    assert runner.run("first", tmp_path, module=fake, seconds=runner.ENDING + 3.0) == 1
+    assert time.monotonic() - start < ENDING + 3
+    ends = run_of(tmp_path).ends()
+    assert ends["hangs"].status == "timeout"
+    assert ends["last"].status == "skipped" and "s were left" in ends["last"].note
+
+
+def test_a_run_that_is_asked_to_end_leaves_its_rows_and_no_process(fake, tmp_path):
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from benchmarks.gpu import runner; from benchmarks.gpu.phases import Phase\n"
+        "runner.schedule = lambda run: [(Phase(n, 60, 'a fake'), 600) for n in ('hangs', 'last')]\n"
+        f"sys.exit(runner.run('first', Path({str(tmp_path)!r}), module={fake!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "grandchild").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=30)
+    assert child.returncode == 1
+    assert "0 of 2 phases" in out and "hangs      not reached" in out and "row 0 1.5 ms" in out
+    assert not list(tmp_path.glob("*.row"))
+    grandchild = int((tmp_path / "grandchild").read_text())
+    assert not Path(f"/proc/{grandchild}").exists() or "Z" in Path(f"/proc/{grandchild}/stat").read_text()
+
+
+def test_what_comes_back_is_small_and_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "FILE_BYTES", 1000)
+    monkeypatch.setattr(runner, "LOG_BYTES", 100)
+    sizes = {"run.jsonl": 5000, "huge.bin": 1001, "run.log": 900, **{f"f{i}": 10 + i for i in range(9)}}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    gone = runner.fit(list(tmp_path.iterdir()), tmp_path / "run.jsonl")
+    left = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert len(left) == runner.FILES == 8 and left["run.jsonl"] == 5000, "the rows are kept whatever their size"
+    assert "huge.bin" not in left and {"f0", "f1"} <= set(left) and "f8" not in left
+    assert any(text.startswith("huge.bin") for text in gone) and len(gone) == 4
+    assert left.get("run.log", 0) < 150
+
+
+def test_the_phases_fit_into_a_lease():
+    """15 minutes, of which one command may take 10; whatever hangs."""
+    assert SECONDS["first"] + SECONDS["second"] < 15 * 60 and SECONDS["first"] < 10 * 60 and DRY_SECONDS < 6 * 60
+    for name, phases in RUNS.items():
+        assert schedule(name)[-1][1] + ENDING <= SECONDS[name]
+        assert len({phase.name for phase in phases}) == len(phases)
+    script = (ROOT / "scripts" / "gpu.sh").read_text(encoding="utf-8")
+    for said in (f"total={SECONDS['first']} ", f"total={SECONDS['second']} ", f"total={DRY_SECONDS} "):
+        assert said in script
+
+
+def test_the_script_refuses_unknown_arguments():
+    done = subprocess.run([str(ROOT / "scripts" / "gpu.sh"), "third"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "usage" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_the_script_says_where_there_is_no_device():
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "gpu.sh")], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 2 and "no CUDA driver" in done.stderr
+
+
+SHELL = """#!/bin/sh
+case "$*" in
+*"pip install"*) [ -z "$NO_WHEELS" ] && touch "${10}/peer.py" ;;
+*"pip download"*) truncate -s "$WHEEL_BYTES" carried/peer-1-py3-none-any.whl ;;
+*"benchmarks.gpu"*) echo "asked: $*"; echo "path: $PYTHONPATH"; ls "${PYTHONPATH%%:*}"; exit 3 ;;
+esac
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A repository of the scripts alone, and a python that does nothing but say what it was asked."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("gpu.sh", "carry.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
+    (tmp_path / "python").write_text(SHELL)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / ".gitignore").write_text("carried/\n")
+    author = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, timeout=60)
+
+    def script(name, *arguments, **variables):
+        environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PYTHONPATH": "", **variables}
+        command = [str(tmp_path / "scripts" / name), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+    return tmp_path, script
+
+
+def test_what_is_carried_must_fit_with_the_tree(tree):
+    folder, script = tree
+    done = script("carry.sh", WHEEL_BYTES=str(60 << 20))
+    assert done.returncode == 0 and f"carried {60 << 10} KiB" in done.stdout, done.stderr
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert (folder / "carried" / "COMMIT").read_text() == head
+    (folder / "more").write_bytes(b"x" * (4 << 20))  # not committed, but it travels
+    (folder / "carried" / "old.whl").write_bytes(b"x")
+    done = script("carry.sh", WHEEL_BYTES=str(60 << 20))
+    assert done.returncode == 1 and "too large together" in done.stderr
+    assert not (folder / "carried" / "old.whl").exists()
+
+
+def test_the_script_runs_with_what_was_carried(tree):
+    (folder, script), arguments, seconds = tree, ["second", "--dry-run"], DRY_SECONDS
+    (folder / "carried").mkdir()
+    (folder / "carried" / "peer-1-py3-none-any.whl").write_bytes(b"")
+    done = script("gpu.sh", *arguments)
+    asked = done.stdout.splitlines()[0].split()
+    assert done.returncode == 3 and asked[1:4] == ["-m", "benchmarks.gpu", "second"]
+    assert "--dry-run" in asked and seconds - 10 < int(asked[asked.index("--seconds") + 1]) < seconds
+    assert "peer.py" in done.stdout
+    site = next(line for line in done.stdout.splitlines() if line.startswith("path: ")).removeprefix("path: ")
+    assert site and not Path(site).exists(), "the temporary folder goes afterwards"
+    done = script("gpu.sh", *arguments, NO_WHEELS="1")
+    assert "do not install here" in done.stdout and "asked: " in done.stdout and "peer.py" not in done.stdout
+
+
+# --- the phases --------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """A session on a device that is not there: rows are noted, not measured."""
+
+    device, dry, folder = torch.device("cuda"), False, Path("nowhere")
+
+    def __init__(self):
+        self.names = []
+
+    def row(self, name, measure, *, shape=None, settings=None, group="", needs=0.0):
+        assert callable(measure) and all(type(size) is int for size in (shape or {}).values())
+        assert name not in self.names and 0 <= needs < 60
+        self.names.append(name)
+        return {"time": value(1.0, "ms"), "flops": value(1.0, "FLOP")}
+
+    def compare(self, case, contenders, *, shape, settings, seconds, needs=0.0, **_):
+        assert all(type(size) is int for size in shape.values()) and needs < 60
+        self.names += [f"{case}, {one.name}" for one in contenders]
+        return {one.name: Row("t", case, one.name, shape=dict(shape)) for one in contenders}
+
+    def left(self):
+        return 100.0
+
+
+@pytest.mark.parametrize("phase", sorted({phase.name for phases in RUNS.values() for phase in phases}))
+def test_what_a_phase_asks_of_a_device_can_be_built(phase, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    module = __import__(f"benchmarks.gpu.{phase}", fromlist=["run"])
+    recorded, tables = Recorded(), []
+    if phase == "sweep":
+        monkeypatch.setattr(module, "_write", lambda *arguments: tables.append(arguments))
+    if phase == "teacher":
+        from benchmarks import teacher_cases
+
+        monkeypatch.setattr(module, "make_model", lambda *_: (teacher_cases.tiny_model(torch.device("cpu")), "m", "n"))
+        monkeypatch.setattr(module, "references", lambda *_: {})
+    module.run(recorded)
+    least = {"smoke": 12, "accuracy": 15, "loss": 22, "sweep": 30, "decoding": 9, "teacher": 6, "retimed": 13}
+    assert len(recorded.names) >= least.get(phase, 1), recorded.names
+    if phase == "sweep":
+        assert len(tables) == 4, "a table after every kernel, for a run that is cut off"
+    if phase == "loss":
+        for name in ("trl", "opcd_fast-triton", "gemms", "parts"):
+            assert sum(name in row for row in recorded.names) == 4
+
+
+def test_the_settings_of_the_steps_are_ones_a_run_takes(tmp_path):
+    from benchmarks.gpu.consumer import JOB, TINY
+    from benchmarks.step_cases import cases
+    from benchmarks.step_worker import opcd_settings
+    from opcd_fast import OPCDConfig
+
+    for case in (JOB, TINY, *cases(torch.device("cuda"), quick=False)):
+        settings = opcd_settings(case, tmp_path, 3, "cuda", rollout_batch=case.prompts)
+        assert OPCDConfig(**settings).micro_batch_tokens == case.micro_batch_tokens
+
+
+def test_the_cheapest_phases_run_dry(tmp_path):
+    """As on a device, in processes of their own, tiny shapes; the sweep's table is one that the launchers read."""
+    kept = sweep.KEPT.read_bytes() if sweep.KEPT.exists() else None
+    command = [sys.executable, "-m", "benchmarks.gpu", "first", "--dry-run", "--only", "ceilings,sweep",
+               "--out", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    run = run_of(tmp_path)
+    assert {name: end.status for name, end in run.ends().items()} == {"ceilings": "ok", "sweep": "ok"}
+    assert {row.name for row in run.of("ceilings") if row.status == "ok"} == {"copy", "product", "host"}
+    swept = run.of("sweep")
+    assert all(row.status == "ok" for row in swept) and len(swept) == 2 * 5 + 1
+    table = launch_shapes.read_table(tmp_path / "launch_shapes.json")
+    times = {row.name: row.get("time") for row in swept if "merge_attention" in row.name}
+    best = min(times, key=times.get).partition(", ")[2]
+    assert best == "{} x {}".format(*table.shapes["merge_attention"][-1][1:])
+    assert kept == (sweep.KEPT.read_bytes() if sweep.KEPT.exists() else None), "a dry run's table launches nothing"
+
+
+def test_the_shapes_of_a_sweep_are_ones_the_launchers_take():
+    swept = {"reverse_kl_rows": sweep.WIDE, "logprob_rows": sweep.SOME, "merge_attention": sweep.TILES}
+    for kernel, shapes in swept.items():
+        packaged = launch_shapes.read_table(launch_shapes.PACKAGED).shapes[kernel][-1]
+        assert shapes[0] == (packaged.block, packaged.warps), "the others are compared with what is launched today"
+        assert len(set(shapes)) == len(shapes)
+        for block, warps in shapes:
+            with launch_shapes.forced_shape(kernel, block, warps):
+                assert launch_shapes.launch_shape(kernel, 10) == (block, warps)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl_rows", "merge_attention", "logprob_rows", "divergence_rows"])
+def test_a_launch_that_is_wrong_is_seen(name):
+    launch = launches.large(torch.device("cpu"), dry=True)[name]()
+    launch.call()
+    rounded, exact = launch.error()
+    assert rounded <= launches.GRADIENT_ERROR and exact <= launches.VALUE_ERROR
+    launch.result[0, :3] += 0.5
+    assert launch.error()[0] > launches.GRADIENT_ERROR
+    launch.result[0, 0] = float("nan")  # what was never written
+    assert not launch.error()[0] <= launches.GRADIENT_ERROR
+
+
+TESTS = """
+import os, pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip(reason="no such kernel")
+def test_skipped(): pass
+def test_breaks(): raise RuntimeError("CUDA error")
+def test_dies():
+    os.abort()
+def test_last(): pass
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks.gpu import gpu_tests
+from benchmarks.session import Session
+Session.broken = lambda self: "breaks" in list(self._done)[-1]
+one = Session("gpu_tests", Path(sys.argv[1]), device=torch.device("cpu"), dry=True, seconds=60.0)
+one.row("pytest", lambda: gpu_tests._pytest(one, ["-p", "no:cacheprovider", "-c", "/dev/null", sys.argv[2]]))
+"""
+
+
+def test_a_test_that_breaks_the_device_or_the_process_costs_the_others_nothing(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    lines = tmp_path / "gpu.jsonl"
+    phase, statuses = Phase("gpu_tests", 60, "tests"), []
+    for _ in range(3):
+        command = [sys.executable, "-c", DRIVER, str(lines), str(tmp_path / "test_some.py")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        runner._unwritten(phase, lines, done.returncode, "Aborted")
+        statuses.append(done.returncode)
+    assert statuses == [BROKEN, -signal.SIGABRT, 0], done.stderr
+    rows = {row.name.rpartition("::")[2]: row for row in read(lines).of("gpu_tests")}
+    found = {name: row.status for name, row in rows.items()}
+    assert found == {"test_good": "ok", "test_bad": "failed", "test_skipped": "skipped", "test_breaks": "failed",
+                     "test_dies": "failed", "test_last": "ok", "pytest": "ok"}  # fmt: skip
+    assert "assert 1 == 2" in rows["test_bad"].note and rows["test_skipped"].note == "Skipped: no such kernel"
+    assert rows["test_dies"].note == "the process ended with status -6: Aborted"
+
+
+LONG = """==PROF== Connected
+a line of the program
+"ID","Process ID","Process Name","Host Name","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","python3","h","_reverse_kl_rows_kernel","Command line","dram__bytes.sum","byte","1,000"
+"1","7","python3","h","_reverse_kl_rows_kernel","Command line","dram__bytes.sum","byte","2,798,000"
+"2","7","python3","h","_merge_attention_kernel","Command line","launch__registers_per_thread","register/thread","80"
+"""
+WIDE = """"ID","Process ID","Process Name","Host Name","Kernel Name","dram__bytes.sum","launch__registers_per_thread"
+"","","","","","Mbyte","register/thread"
+"0","7","python3","h","_reverse_kl_rows_kernel(float *, int)","2.798","80"
+"""
+
+
+def test_both_forms_of_ncus_tables_are_read():
+    found = counters.parse(LONG)
+    assert found["_reverse_kl_rows_kernel"] == {"dram__bytes.sum": Value(2_798_000.0, "byte")}
+    assert found["_merge_attention_kernel"]["launch__registers_per_thread"] == Value(80.0, "register/thread")
+    found = counters.parse(WIDE)
+    assert found["_reverse_kl_rows_kernel"]["dram__bytes.sum"] == Value(2.798, "Mbyte")
+    assert counters.parse("==ERROR== LibraryNotLoaded\n") == {}
+
+
+def test_a_devices_profile_counts_what_ran_there():
+    def event(key, device, micros, count):
+        return SimpleNamespace(key=key, device_type=f"DeviceType.{device}", self_device_time_total=micros, count=count)
+
+    events = [event("_reverse_kl_rows_kernel", "CUDA", 700.0, 16), event("nvjet_tst_256x128", "CUDA", 2000.0, 64),
+              event("aten::mm", "CPU", 9e9, 64), event("flash_fwd_kernel", "CUDA", 10.0, 1)]  # fmt: skip
+    values = kernel_times.summed(SimpleNamespace(key_averages=lambda: events), torch.device("cuda"))
+    assert values["products"] == Value(2.0, "ms") and values["our kernels"] == Value(0.7, "ms")
+    assert values["attention"] == Value(0.01, "ms") and values["launches"] == Value(81.0, "1")
+    assert next(iter(values)) == "products" and "64 x nvjet_tst_256x128" in values
+    with pytest.raises(RuntimeError, match="no kernel"):
+        kernel_times.summed(SimpleNamespace(key_averages=lambda: events[2:3]), torch.device("cuda"))

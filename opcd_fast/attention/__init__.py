@@ -1,28 +1,16 @@
 """Attention over a packed row and over a shared prefix, forward and backward."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
 
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "dispatch": ("PackedCall",),
-        "kernels": ("repeat_heads",),
-        "rows": ("KeysAndValues", "PackedRow", "PrefixGroup", "on_device", "packed_row", "row_of"),
-        "sdpa": ("sdpa_without_cudnn",),
-        "shapes": ("flash_shapes",),
-        "tree": ("TreeCall", "TreeRow", "tree_row"),
-    },
-    modules=("backends",),
-)
-
 if TYPE_CHECKING:
+    from opcd_fast.attention import backends
     from opcd_fast.attention.dispatch import PackedCall
     from opcd_fast.attention.kernels import repeat_heads
     from opcd_fast.attention.rows import KeysAndValues, PackedRow, PrefixGroup, on_device, packed_row, row_of
     from opcd_fast.attention.sdpa import sdpa_without_cudnn
     from opcd_fast.attention.shapes import flash_shapes
     from opcd_fast.attention.tree import TreeCall, TreeRow, tree_row
+
+__getattr__, __dir__, __all__ = door(__name__)

@@ -1,34 +1,8 @@
 """Messages, tables, prompts, chat templates, packing."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
-
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "batch": ("Batch", "Sample", "count_tokens", "micro_batches", "pack", "prompt_runs", "total_weight"),
-        "duplicates": ("repeats",),
-        "messages": ("Context", "Message", "Prompt", "checked_messages"),
-        "prompt_order": ("prompts_of_step",),
-        "prompt_set": ("Selection", "check_folder", "select", "summary", "write"),
-        "prompt_sources": ("GENERAL", "Candidate", "from_data", "from_logs", "general_prompts"),
-        "prompts": ("read_context", "read_prompts"),
-        "rendering": (
-            "RenderedPrompt",
-            "adapt_to_tokenizer",
-            "common_prefix_length",
-            "render",
-            "student_ids",
-            "teacher_ids",
-            "whole_prompt",
-        ),
-        "tables": ("read_rows", "read_text"),
-        "tasks": ("load_task",),
-    },
-)
 
 if TYPE_CHECKING:
     from opcd_fast.data.batch import Batch, Sample, count_tokens, micro_batches, pack, prompt_runs, total_weight
@@ -39,13 +13,9 @@ if TYPE_CHECKING:
     from opcd_fast.data.prompt_sources import GENERAL, Candidate, from_data, from_logs, general_prompts
     from opcd_fast.data.prompts import read_context, read_prompts
     from opcd_fast.data.rendering import (
-        RenderedPrompt,
-        adapt_to_tokenizer,
-        common_prefix_length,
-        render,
-        student_ids,
-        teacher_ids,
-        whole_prompt,
-    )
+        RenderedPrompt, adapt_to_tokenizer, common_prefix_length, render, student_ids, teacher_ids, whole_prompt,
+    )  # fmt: skip
     from opcd_fast.data.tables import read_rows, read_text
     from opcd_fast.data.tasks import load_task
+
+__getattr__, __dir__, __all__ = door(__name__)

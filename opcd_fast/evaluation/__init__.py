@@ -1,21 +1,8 @@
 """What became of a run: check, diff, demo, and what is installed."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
-
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "check": ("CARD", "check_run", "read_card"),
-        "demo": ("run_demo",),
-        "diff": ("compare_runs",),
-        "info": ("describe", "where_it_ran"),
-        "reader": ("MICRO_BATCH_TOKENS", "Distance", "Reader", "Reading", "distances"),
-    },
-)
 
 if TYPE_CHECKING:
     from opcd_fast.evaluation.check import CARD, check_run, read_card
@@ -23,3 +10,5 @@ if TYPE_CHECKING:
     from opcd_fast.evaluation.diff import compare_runs
     from opcd_fast.evaluation.info import describe, where_it_ran
     from opcd_fast.evaluation.reader import MICRO_BATCH_TOKENS, Distance, Reader, Reading, distances
+
+__getattr__, __dir__, __all__ = door(__name__)

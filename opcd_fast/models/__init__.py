@@ -1,83 +1,28 @@
 """The one seam to transformers' and PEFT's versions: loading, names, architectures, packed forward, adapters,
 quantization, which weights these are."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
 
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "architectures": (
-            "kernels_of",
-            "moving_rope",
-            "refuses_merge",
-            "refuses_packing",
-            "refuses_pad",
-            "refuses_plain_cache",
-            "refuses_sharing",
-            "refuses_stock_attention",
-            "rope_switch",
-        ),
-        "loading": (
-            "cpu_has_bf16",
-            "first_line",
-            "load_model",
-            "load_tokenizer",
-            "pick_device",
-            "pick_dtype",
-            "refuse_unsupported",
-            "resolve",
-            "same_device",
-            "same_tokenizer",
-        ),
-        "merged": ("MergedCopy",),
-        "names": ("SMOLLM2", "SMOLLM2_ON_THE_HUB", "Place", "base_of_adapter", "cache_dir", "is_path", "place_of"),
-        "packed": ("forward_on_row", "packed_hidden_states", "padded_forward"),
-        "prefix_tuning": ("virtual_tokens", "with_prefix"),
-        "quantized": ("is_quantized", "keep_plain_layout", "quantize_4bit", "require_bitsandbytes", "unmark_4bit"),
-        "shared_prompts": ("shared_prompt_hidden_states", "shares_prompts"),
-        "weights": ("Checksum", "adapter_weights", "base_weights", "checksum", "is_sharded", "weights_of"),
-    },
-    modules=("seam",),
-)
-
 if TYPE_CHECKING:
+    from opcd_fast.models import seam
     from opcd_fast.models.architectures import (
-        kernels_of,
-        moving_rope,
-        refuses_merge,
-        refuses_packing,
-        refuses_pad,
-        refuses_plain_cache,
-        refuses_sharing,
-        refuses_stock_attention,
-        rope_switch,
-    )
+        kernels_of, moving_rope, refuses_merge, refuses_packing, refuses_pad, refuses_plain_cache, refuses_sharing,
+        refuses_stock_attention, rope_switch,
+    )  # fmt: skip
     from opcd_fast.models.loading import (
-        cpu_has_bf16,
-        first_line,
-        load_model,
-        load_tokenizer,
-        pick_device,
-        pick_dtype,
-        refuse_unsupported,
-        resolve,
-        same_device,
-        same_tokenizer,
-    )
+        cpu_has_bf16, first_line, load_model, load_tokenizer, pick_device, pick_dtype, refuse_unsupported, resolve,
+        same_device, same_tokenizer,
+    )  # fmt: skip
     from opcd_fast.models.merged import MergedCopy
     from opcd_fast.models.names import SMOLLM2, SMOLLM2_ON_THE_HUB, Place, base_of_adapter, cache_dir, is_path, place_of
     from opcd_fast.models.packed import forward_on_row, packed_hidden_states, padded_forward
     from opcd_fast.models.prefix_tuning import virtual_tokens, with_prefix
     from opcd_fast.models.quantized import (
-        is_quantized,
-        keep_plain_layout,
-        quantize_4bit,
-        require_bitsandbytes,
-        unmark_4bit,
-    )
+        is_quantized, keep_plain_layout, quantize_4bit, require_bitsandbytes, unmark_4bit,
+    )  # fmt: skip
     from opcd_fast.models.shared_prompts import shared_prompt_hidden_states, shares_prompts
     from opcd_fast.models.weights import Checksum, adapter_weights, base_weights, checksum, is_sharded, weights_of
+
+__getattr__, __dir__, __all__ = door(__name__)

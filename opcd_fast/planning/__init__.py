@@ -6,22 +6,13 @@ not seen by that; its room says it, from the plan that the kernel follows (`scra
 of attention).
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
-
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "plan": ("Plan", "asked_job", "gpu_bytes", "model_config", "plan_run"),
-        "report": ("as_json", "changes", "show"),
-        "search": ("Found", "can_extrapolate", "extrapolated", "find"),
-    },
-)
 
 if TYPE_CHECKING:
     from opcd_fast.planning.plan import Plan, asked_job, gpu_bytes, model_config, plan_run
     from opcd_fast.planning.report import as_json, changes, show
     from opcd_fast.planning.search import Found, can_extrapolate, extrapolated, find
+
+__getattr__, __dir__, __all__ = door(__name__)

@@ -1,25 +1,8 @@
 """Token ids in, token ids out: protocol, decoding loop, `generate`, server, vLLM, replay."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
-
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "choice": ("Choice",),
-        "http": ("ServerGone",),
-        "memory": ("MOST", "batch_that_fits", "first_and_last_token"),
-        "protocol": ("Completion", "Rollout", "stop_token_ids"),
-        "replay": ("ReplayRollout", "write_replay"),
-        "server": ("ServerRollout", "Weights"),
-        "transformers": ("TransformersRollout",),
-        "vllm": ("VLLMRollout",),
-        "weights": ("CommandWeights", "LoRAWeights"),
-    },
-)
 
 if TYPE_CHECKING:
     from opcd_fast.rollout.choice import Choice
@@ -31,3 +14,5 @@ if TYPE_CHECKING:
     from opcd_fast.rollout.transformers import TransformersRollout
     from opcd_fast.rollout.vllm import VLLMRollout
     from opcd_fast.rollout.weights import CommandWeights, LoRAWeights
+
+__getattr__, __dir__, __all__ = door(__name__)

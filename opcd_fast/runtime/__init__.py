@@ -1,21 +1,8 @@
 """What any program needs: seeds, whole files, timing, confidence intervals, launched ranks, doors."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
-
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "files": ("write_file", "write_folder", "write_text"),
-        "intervals": ("bootstrap", "difference", "mean_and_error", "wilson"),
-        "launch": ("launched", "launched_rank", "local_rank"),
-        "seeds": ("digest", "seeded", "stream_seed"),
-        "timing": ("Stopwatch",),
-    },
-)
 
 if TYPE_CHECKING:
     from opcd_fast.runtime.files import write_file, write_folder, write_text
@@ -23,3 +10,5 @@ if TYPE_CHECKING:
     from opcd_fast.runtime.launch import launched, launched_rank, local_rank
     from opcd_fast.runtime.seeds import digest, seeded, stream_seed
     from opcd_fast.runtime.timing import Stopwatch
+
+__getattr__, __dir__, __all__ = door(__name__)

@@ -1,29 +1,36 @@
-"""A room's door: names that load when they are first used."""
+"""A room's door: one list of imports, which type checkers read, and whose names load when they are first used."""
 
 from __future__ import annotations
 
+import ast
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable
 from typing import Any
 
 
-def door(
-    package: str, homes: Mapping[str, Sequence[str]], modules: Sequence[str] = ()
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package whose names come from its modules.
+def door(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package, from the imports under its `if TYPE_CHECKING:`.
 
-    homes: module, as seen from the package, to the names that come from it. A module may be a room with a door.
-    modules: those that are public as a whole, where their name belongs to what they hold. Importing the package imports
-        nothing. What is loaded is looked up anew each time: a test may put something else into the module.
+    Importing the package imports nothing of that. What is imported from the package itself is a module, public as a
+    whole. A name is looked up anew each time: a test may put something else into its module.
     """
-    home_of = {name: module for module, names in homes.items() for name in names}
-    names = sorted([*home_of, *modules])
+    home_of = _listed(sys.modules[package])
+    names = sorted(home_of)
 
     def load(name: str) -> Any:
-        if name in modules:
-            return importlib.import_module(f"{package}.{name}")
         if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{home_of[name]}"), name)
+        if home_of[name] == package:
+            return importlib.import_module(f"{package}.{name}")
+        return getattr(importlib.import_module(home_of[name]), name)
 
     return load, lambda: names, names
+
+
+def _listed(package: Any) -> dict[str, str]:
+    """The names under `if TYPE_CHECKING:` in a package's source, each with the module that it comes from."""
+    tree = ast.parse(package.__loader__.get_source(package.__name__))
+    checked = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for block in checked for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}

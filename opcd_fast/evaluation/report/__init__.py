@@ -1,23 +1,13 @@
 """The proof that a run worked: card, README and page."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
-
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "measurement": ("ReportOptions", "measure"),
-        "page": ("readme", "without_texts", "write_report"),
-        "scores": ("by_function", "by_pattern"),
-        "words": ("kl", "missing_arms", "rate", "rounding", "tokens"),
-    },
-)
 
 if TYPE_CHECKING:
     from opcd_fast.evaluation.report.measurement import ReportOptions, measure
     from opcd_fast.evaluation.report.page import readme, without_texts, write_report
     from opcd_fast.evaluation.report.scores import by_function, by_pattern
     from opcd_fast.evaluation.report.words import kl, missing_arms, rate, rounding, tokens
+
+__getattr__, __dir__, __all__ = door(__name__)

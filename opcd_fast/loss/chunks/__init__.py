@@ -1,37 +1,11 @@
 """The loss computed in chunks of rows: loop, products, workspace, slices of a vocabulary."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
 
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "gradients": ("accumulation_target", "placeholder"),
-        "loop": ("linear_divergence", "linear_logprobs", "logits_divergence"),
-        "products": ("exactly", "scale_into"),
-        "row_operations": ("scratch_planes",),
-        "rows": ("refuse_capture", "select_rows"),
-        "spec": ("NOTHING", "Spec", "Wanted"),
-        "workspace": (
-            "Side",
-            "compute_dtype",
-            "gradient_dtype",
-            "has_gradient_buffer",
-            "make_plan",
-            "multiprocessors_of",
-            "pitch_of",
-            "returned_dtype",
-            "runs_native",
-            "upcast_tile",
-        ),
-    },
-    modules=("sharding",),
-)
-
 if TYPE_CHECKING:
+    from opcd_fast.loss.chunks import sharding
     from opcd_fast.loss.chunks.gradients import accumulation_target, placeholder
     from opcd_fast.loss.chunks.loop import linear_divergence, linear_logprobs, logits_divergence
     from opcd_fast.loss.chunks.products import exactly, scale_into
@@ -39,14 +13,8 @@ if TYPE_CHECKING:
     from opcd_fast.loss.chunks.rows import refuse_capture, select_rows
     from opcd_fast.loss.chunks.spec import NOTHING, Spec, Wanted
     from opcd_fast.loss.chunks.workspace import (
-        Side,
-        compute_dtype,
-        gradient_dtype,
-        has_gradient_buffer,
-        make_plan,
-        multiprocessors_of,
-        pitch_of,
-        returned_dtype,
-        runs_native,
-        upcast_tile,
-    )
+        Side, compute_dtype, gradient_dtype, has_gradient_buffer, make_plan, multiprocessors_of, pitch_of,
+        returned_dtype, runs_native, upcast_tile,
+    )  # fmt: skip
+
+__getattr__, __dir__, __all__ = door(__name__)

@@ -1,52 +1,19 @@
 """A run's folder: checkpoints, records, where it came from."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
 
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "checkpoints": ("Saved", "list_checkpoints"),
-        "continual": ("start_from",),
-        "curves": ("curve", "run_settings"),
-        "folder": ("ANSWERS", "RunFolder", "identity"),
-        "provenance": (
-            "FileHashes",
-            "Files",
-            "differing",
-            "hash_of",
-            "of_code",
-            "of_model",
-            "of_tokenizer",
-            "template_hash",
-            "template_in",
-            "tokenizer_files",
-            "weight_files",
-        ),
-        "record": ("PROMPTS", "RECORD", "Origins", "kept_held_out", "read_record", "row_of", "write_record"),
-    },
-    modules=("best",),
-)
-
 if TYPE_CHECKING:
+    from opcd_fast.training.run import best
     from opcd_fast.training.run.checkpoints import Saved, list_checkpoints
     from opcd_fast.training.run.continual import start_from
     from opcd_fast.training.run.curves import curve, run_settings
     from opcd_fast.training.run.folder import ANSWERS, RunFolder, identity
     from opcd_fast.training.run.provenance import (
-        FileHashes,
-        Files,
-        differing,
-        hash_of,
-        of_code,
-        of_model,
-        of_tokenizer,
-        template_hash,
-        template_in,
-        tokenizer_files,
-        weight_files,
-    )
+        FileHashes, Files, differing, hash_of, of_code, of_model, of_tokenizer, template_hash, template_in,
+        tokenizer_files, weight_files,
+    )  # fmt: skip
     from opcd_fast.training.run.record import PROMPTS, RECORD, Origins, kept_held_out, read_record, row_of, write_record
+
+__getattr__, __dir__, __all__ = door(__name__)

@@ -1,39 +1,16 @@
 """One step: teachers, objective, likelihoods, evaluation, its numbers."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
-
-__getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "evaluate": ("divergence", "samples_of"),
-        "objective": ("Teacher", "answer_nll", "context_kl", "objective_of"),
-        "preflight": (
-            "Windows",
-            "check_context_matters",
-            "check_length",
-            "check_lengths",
-            "check_prompt_length",
-            "warn_of_known_prompts",
-        ),
-        "records": ("step_record",),
-        "teachers": ("Teachers",),
-    },
-)
 
 if TYPE_CHECKING:
     from opcd_fast.training.step.evaluate import divergence, samples_of
     from opcd_fast.training.step.objective import Teacher, answer_nll, context_kl, objective_of
     from opcd_fast.training.step.preflight import (
-        Windows,
-        check_context_matters,
-        check_length,
-        check_lengths,
-        check_prompt_length,
-        warn_of_known_prompts,
-    )
+        Windows, check_context_matters, check_length, check_lengths, check_prompt_length, warn_of_known_prompts,
+    )  # fmt: skip
     from opcd_fast.training.step.records import step_record
     from opcd_fast.training.step.teachers import Teachers
+
+__getattr__, __dir__, __all__ = door(__name__)

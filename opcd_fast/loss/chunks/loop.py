@@ -67,7 +67,7 @@ def linear_divergence(
             "are slow; hand over both in bf16 (head.weight.bfloat16()) for fast ones",
             stacklevel=2,
         )
-    sides = [Side(rows.seen(side.h)[0], side.weight, side.bias).valid(v, dtype) for side in (student, teacher)]
+    sides = [side._replace(h=rows.seen(side.h)[0]).valid(v, dtype) for side in (student, teacher)]
 
     def operate(
         z: list[Tensor], chosen: slice | Tensor, computed: Tensor, gradient: Tensor | None, scratch: Tensor

@@ -5,9 +5,9 @@ import torch
 from architectures import build
 from tiny_models import pack, random_ids
 
-from opcd_fast.attention.sdpa import sdpa_without_cudnn
+from opcd_fast.attention import sdpa_without_cudnn
 from opcd_fast.integrations.forward import hidden_states
-from opcd_fast.models.packed import packed_hidden_states
+from opcd_fast.models import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 
 SWITCHES = ("cudnn", "flash", "mem_efficient", "math")

@@ -7,12 +7,11 @@ import torch
 from torch.autograd import gradcheck
 from tree_oracle import HEADS, LENGTHS, PARENT, dense, in_given_order, make_qkv
 
+from opcd_fast.attention import TreeCall, packed_row, tree_row
 from opcd_fast.attention import kernels as attention_kernels
 from opcd_fast.attention import pairs as attention_pairs
 from opcd_fast.attention import tree as tree_attention
 from opcd_fast.attention.pairs import Spans
-from opcd_fast.attention.rows import packed_row
-from opcd_fast.attention.tree import TreeCall, tree_row
 
 CPU = torch.device("cpu")
 

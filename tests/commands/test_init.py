@@ -11,8 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 from opcd_fast.cli import main
 from opcd_fast.commands.init import EXAMPLE, EXAMPLE_FILES, config_text
 from opcd_fast.commands.train import TrainCommand, train_command
-from opcd_fast.training.settings import option_names, settings_of
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, option_names, settings_of
 
 
 @pytest.fixture

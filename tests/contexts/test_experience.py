@@ -18,9 +18,9 @@ from opcd_fast.contexts import (
     without_similar,
 )
 from opcd_fast.contexts.lessons import HEAD, as_notes, ask_for_lessons, lessons_in
-from opcd_fast.data.tasks import load_task, play
+from opcd_fast.data.tasks import Played, load_task, play
 from opcd_fast.data.tasks.episode import SPLITS, Questions
-from opcd_fast.data.tasks.player import Played, Turn
+from opcd_fast.data.tasks.player import Turn
 from opcd_fast.errors import InputError
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from opcd_fast.data.batch import Sample, micro_batches, pack
+from opcd_fast.data import Sample, micro_batches, pack
 
 
 def random_samples(count, seed=0):

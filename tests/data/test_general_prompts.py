@@ -4,8 +4,8 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training import OPCDTrainer
+from opcd_fast.training.settings import OPCDConfig
 
 CONTEXT = "always answer with zzz"
 OWN = [f"question {i}" for i in range(6)]

@@ -6,9 +6,9 @@ import random
 import numpy
 import pytest
 
-from opcd_fast.data.tasks import TASKS, load_task
+from opcd_fast.data.tasks import TASKS, final_part, load_task
 from opcd_fast.data.tasks.choice import choice_file, chosen_letter, said_yes, yes_no_file
-from opcd_fast.data.tasks.episode import SPLITS, Questions, final_part, split_of
+from opcd_fast.data.tasks.episode import SPLITS, Questions, split_of
 from opcd_fast.data.tasks.instructions import RULES
 from opcd_fast.errors import InputError
 

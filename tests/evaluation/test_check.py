@@ -14,8 +14,7 @@ from opcd_fast.data import read_context
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation import check_run
 from opcd_fast.evaluation.report import ReportOptions, measure, write_report
-from opcd_fast.training.run import provenance
-from opcd_fast.training.run.provenance import FileHashes, template_hash, template_in
+from opcd_fast.training.run import FileHashes, provenance, template_hash, template_in
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +131,7 @@ def test_large_files_of_the_hub_are_named_by_their_hash(tmp_path, monkeypatch):
 
 def test_a_snapshot_of_the_hub_is_its_commit(place, tmp_path, monkeypatch):
     """A run on a hub id; then the hub's `main` has moved on this machine."""
-    from opcd_fast.models.names import place_of
+    from opcd_fast.models import place_of
 
     cache = tmp_path / "hub" / "models--org--model"
     for commit in ("c1", "c2"):

@@ -9,20 +9,27 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.data.prompts import read_prompts
+from opcd_fast.data import read_prompts
 from opcd_fast.errors import InputError
+from opcd_fast.evaluation.compare import (
+    Comparison,
+    Yardstick,
+    as_markdown,
+    check_common,
+    parse_systems,
+    run_all,
+    summarize,
+)
 from opcd_fast.evaluation.compare import runs as runs_module
-from opcd_fast.evaluation.compare.measurement import Yardstick, behaviour_of
-from opcd_fast.evaluation.compare.runs import Comparison, run_all
+from opcd_fast.evaluation.compare.measurement import behaviour_of
 from opcd_fast.evaluation.compare.seeds import over_seeds, t_quantile
-from opcd_fast.evaluation.compare.systems import SYSTEMS, check_common, parse_systems
-from opcd_fast.evaluation.compare.table import as_markdown, interval, summarize
+from opcd_fast.evaluation.compare.systems import SYSTEMS
+from opcd_fast.evaluation.compare.table import interval
 from opcd_fast.rollout import Completion, TransformersRollout
-from opcd_fast.runtime.intervals import wilson
-from opcd_fast.runtime.seeds import stream_seed
+from opcd_fast.runtime import stream_seed, wilson
+from opcd_fast.training import HeldOutScore
 from opcd_fast.training.run import list_checkpoints
-from opcd_fast.training.scorer import HeldOutScore
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig
 
 CONTEXT = "always answer with zzz"
 HELD_OUT = [f"another {i}" for i in range(5)]

@@ -17,11 +17,11 @@ from opcd_fast.cli import main
 from opcd_fast.data import read_prompts, student_ids, teacher_ids
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation import Distance, distances
+from opcd_fast.evaluation.report import ReportOptions, by_function, by_pattern, measure, readme, write_report
 from opcd_fast.evaluation.report.estimates import agreement, first_difference, identical_greedy, share
-from opcd_fast.evaluation.report.measurement import GENERAL, ReportOptions, measure
+from opcd_fast.evaluation.report.measurement import GENERAL
 from opcd_fast.evaluation.report.models import ARMS, BASE, BOTH, SHOWN, STUDENT, load_run
-from opcd_fast.evaluation.report.page import readme, write_report
-from opcd_fast.evaluation.report.scores import Behaviour, by_function, by_pattern
+from opcd_fast.evaluation.report.scores import Behaviour
 from opcd_fast.models import load_model, load_tokenizer
 from opcd_fast.training.run import read_record, run_settings
 

@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from opcd_fast.evaluation.compare.table import as_markdown
+from opcd_fast.evaluation.compare import as_markdown
+from opcd_fast.evaluation.report import readme
 from opcd_fast.evaluation.report.models import ARMS, SHOWN, STUDENT
-from opcd_fast.evaluation.report.page import page, readme
+from opcd_fast.evaluation.report.page import page
 
 EVIL = "<script>document.title='owned'</script><img src=http://example.invalid/x onerror=alert(1)>&\"'</div></table>"
 

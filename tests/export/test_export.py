@@ -277,7 +277,7 @@ def test_a_prefix_cannot_be_merged_and_says_so(base, tmp_path):
 def test_merging_into_the_unpacked_4_bits(tmp_path, stored):
     """The sum is with the weights that the adapter was trained on. stored: the base lies there in 4 bits."""
     bnb = pytest.importorskip("bitsandbytes")
-    from opcd_fast.models.quantized import quantize_4bit
+    from opcd_fast.models import quantize_4bit
 
     base = save_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
     packed = quantize_4bit(load_model(base, dtype="float32"), torch.device("cpu"), torch.float32, "test")

@@ -7,10 +7,9 @@ import itertools
 import pytest
 import torch
 
-from opcd_fast.attention import backends, kernels
+from opcd_fast.attention import backends, kernels, packed_row
 from opcd_fast.attention.blocked import blocked_attention
 from opcd_fast.attention.kernels import Bounds
-from opcd_fast.attention.rows import packed_row
 from opcd_fast.kernels.reference import attention as specification
 
 pytestmark = pytest.mark.gpu
@@ -82,7 +81,7 @@ def test_rows_on_a_grid(run, softcap):
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("width", [64, 80, 128, 256])
 def test_merge(width, sinks):
-    from opcd_fast.kernels.triton.attention import merge_attention
+    from opcd_fast.kernels.triton import merge_attention
 
     g = torch.Generator(device="cuda").manual_seed(0)
     outs = [torch.randn(1000, 12, width, generator=g, device="cuda").bfloat16() for _ in range(2)]

@@ -9,12 +9,11 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.planning.rehearsal.job import job_of
-from opcd_fast.planning.rehearsal.phases import rehearse
+from opcd_fast.planning.rehearsal import job_of, rehearse
 from opcd_fast.runtime import timing
-from opcd_fast.training.answers.prompts import read_training_prompts
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training import OPCDTrainer
+from opcd_fast.training.answers import read_training_prompts
+from opcd_fast.training.settings import OPCDConfig
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

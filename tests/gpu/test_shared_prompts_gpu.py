@@ -8,9 +8,9 @@ from shared_prompt_runs import both, make_samples, run
 from tiny_models import CONFIGS, tiny_model
 from tree_oracle import HEADS, LENGTHS, PARENT, dense, in_given_order, make_qkv
 
+from opcd_fast.attention import tree_row
 from opcd_fast.attention.pairs import DensePair, VarlenPair, pair_for
-from opcd_fast.attention.tree import tree_row
-from opcd_fast.data.batch import pack
+from opcd_fast.data import pack
 
 pytestmark = pytest.mark.gpu
 

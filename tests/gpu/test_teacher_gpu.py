@@ -7,8 +7,8 @@ import torch
 from tiny_models import CONFIGS, pack, plain_after_context, plain_hidden, random_ids, tiny_model
 
 from opcd_fast.attention import dispatch as attention
+from opcd_fast.models import packed_hidden_states
 from opcd_fast.models.caches.stream import PrefixStream
-from opcd_fast.models.packed import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 
 pytestmark = pytest.mark.gpu

@@ -12,8 +12,8 @@ import torch
 from tiny import logprobs_by_hand, lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.rollout import TransformersRollout
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training import OPCDTrainer
+from opcd_fast.training.settings import OPCDConfig
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -18,7 +18,7 @@ def rows(request):
     if request.param == "torch":
         return specification.logprob_rows
     pytest.importorskip("triton")
-    from opcd_fast.kernels.triton.logprobs import logprob_rows
+    from opcd_fast.kernels.triton import logprob_rows
 
     return logprob_rows
 

@@ -19,7 +19,7 @@ def merge(request):
     if request.param == "torch":
         return specification.merge_attention
     pytest.importorskip("triton")
-    from opcd_fast.kernels.triton.attention import merge_attention
+    from opcd_fast.kernels.triton import merge_attention
 
     return merge_attention
 
@@ -148,7 +148,7 @@ def test_gradients_of_the_specification():
 
 def test_what_the_kernel_does_not_take():
     pytest.importorskip("triton")
-    from opcd_fast.kernels.triton.attention import merge_attention
+    from opcd_fast.kernels.triton import merge_attention
 
     outs, lses, _ = problem(3, 2, 8)
     with pytest.raises(ValueError, match="lse_b is torch.float64"):

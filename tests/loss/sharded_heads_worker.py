@@ -64,8 +64,8 @@ for name in NAMES if backend == "torch" else ("reverse_kl", "jsd"):
         for field in vars(stats):
             close(getattr(stats2, field), getattr(stats, field), f"{name} {field}")
 
-# The top token of some rows lies on the other rank for one model only, in the same place of its slice: agreement must be
-# global.
+# The top token of some rows lies on the other rank for one model only, in the same place of its slice: agreement must
+# be global.
 peaked = torch.zeros(V, D)
 peaked[5, 0] = peaked[600, 0] = peaked[SIZES[0] + 5, 1] = 50.0
 for student_row, teacher_row in ((0, 0), (0, 1), (1, 1)):

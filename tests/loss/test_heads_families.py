@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 
-from opcd_fast.loss.heads import LMHead
+from opcd_fast.loss import LMHead
 
 pytest.importorskip("transformers")
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM

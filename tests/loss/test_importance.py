@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import logprobs_by_hand, tiny_model
 
-from opcd_fast.data.batch import Sample, pack
+from opcd_fast.data import Sample, pack
 from opcd_fast.errors import InputError
-from opcd_fast.loss.heads import LMHead
-from opcd_fast.loss.importance import Drift, importance_weights, logits_of
+from opcd_fast.loss import Drift, LMHead, importance_weights
+from opcd_fast.loss.importance import logits_of
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.training.step.objective import context_kl
+from opcd_fast.training.step import context_kl
 
 PREFIX = torch.arange(20, 31)
 

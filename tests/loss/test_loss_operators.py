@@ -6,8 +6,7 @@ from loss_oracle import relative_error, states
 from torch.utils.checkpoint import checkpoint
 
 from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_logprobs, fused_linear_reverse_kl, reverse_kl
-from opcd_fast.loss.chunks import rows
-from opcd_fast.loss.chunks.spec import Spec
+from opcd_fast.loss.chunks import Spec, rows
 from opcd_fast.loss.operators import linear_divergence_op
 
 

@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from opcd_fast.loss.chunks.spec import Spec, Wanted
+from opcd_fast.loss.chunks import Side, Spec, Wanted, make_plan, pitch_of
 from opcd_fast.loss.chunks.workspace import (
     DEFAULT_DEVICE_WORKSPACE,
     DEFAULT_WORKSPACE,
     MULTIPROCESSORS,
-    Side,
-    make_plan,
     output_tiles,
-    pitch_of,
     wave_fill,
 )
 from opcd_fast.loss.scratch import Shape as Seen

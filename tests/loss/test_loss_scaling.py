@@ -6,7 +6,7 @@ from loss_oracle import relative_error, states
 from memory_record import MB, peak_bytes
 
 from opcd_fast.loss import fused_linear_reverse_kl, reverse_kl
-from opcd_fast.loss.chunks.products import scale_into
+from opcd_fast.loss.chunks import scale_into
 
 THIRD = torch.tensor(1.0) / 3  # not a bf16 number
 

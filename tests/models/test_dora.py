@@ -9,15 +9,13 @@ from resumption import check_resume
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.export.folder import ExportOptions, export
-from opcd_fast.models import load_model
+from opcd_fast.export import ExportOptions, export
+from opcd_fast.models import MergedCopy, load_model
 from opcd_fast.models import merged as merged_module
-from opcd_fast.models.merged import MergedCopy
-from opcd_fast.planning.rehearsal.job import Job
-from opcd_fast.planning.rehearsal.phases import rehearse
+from opcd_fast.planning.rehearsal import Job, rehearse
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training import OPCDTrainer
+from opcd_fast.training.settings import OPCDConfig
 
 IDS = torch.tensor([[40, 41, 42, 99, 130, 7, 250]])
 

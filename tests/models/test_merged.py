@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny import lora_model
 
-from opcd_fast.models import merged
-from opcd_fast.models.merged import MergedCopy
+from opcd_fast.models import MergedCopy, merged
 from opcd_fast.rollout import TransformersRollout
 
 IDS = torch.arange(3, 40)[None]

@@ -8,9 +8,8 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.models import load_model, load_tokenizer
+from opcd_fast.models import first_line, load_model, load_tokenizer, pick_device, pick_dtype, refuse_unsupported
 from opcd_fast.models import loading as models
-from opcd_fast.models.loading import first_line, pick_device, pick_dtype, refuse_unsupported
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,10 @@ from tiny import tiny_model, tiny_tokenizer
 from training_runs import losses, make
 
 from opcd_fast.errors import InputError
-from opcd_fast.loss.heads import LMHead
-from opcd_fast.models import load_model, quantized
-from opcd_fast.models.merged import MergedCopy
-from opcd_fast.models.quantized import is_quantized, quantize_4bit
+from opcd_fast.loss import LMHead
+from opcd_fast.models import MergedCopy, is_quantized, load_model, quantize_4bit, quantized
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.training.engines.model_pair import fingerprint
+from opcd_fast.training.engines import fingerprint
 
 CPU = torch.device("cpu")
 needs_bitsandbytes = pytest.mark.skipif(
@@ -263,7 +261,7 @@ def test_any_width_is_packed(hidden, between):
 
 
 def test_settings_of_another_packing_are_refused():
-    from opcd_fast.models.loading import refuse_unsupported
+    from opcd_fast.models import refuse_unsupported
 
     model = copy.deepcopy(tiny_model())
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}

@@ -13,11 +13,10 @@ import torch
 from shared_prompt_runs import ANSWERS, PROMPTS, both, make_samples, run
 from tiny_models import with_lora
 
-from opcd_fast.data.batch import Sample, micro_batches, pack
+from opcd_fast.data import Sample, micro_batches, pack
 from opcd_fast.models import packed as student
-from opcd_fast.models import seam
-from opcd_fast.models.shared_prompts import shared_prompt_hidden_states
-from opcd_fast.training.step.objective import context_kl
+from opcd_fast.models import seam, shared_prompt_hidden_states
+from opcd_fast.training.step import context_kl
 
 
 def check_equal(model, tolerance=4e-6, samples=None):

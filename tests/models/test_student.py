@@ -10,8 +10,7 @@ from architectures import build
 from tiny_models import CONFIGS, UNPACKABLE, pack, plain_hidden, random_ids, tiny_model, told, with_lora
 
 from opcd_fast.models import packed as student
-from opcd_fast.models.architectures import rope_switch
-from opcd_fast.models.packed import packed_hidden_states
+from opcd_fast.models import packed_hidden_states, rope_switch
 
 
 def gradients(model, hidden, weight):

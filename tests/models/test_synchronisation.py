@@ -13,9 +13,7 @@ from opcd_fast.attention import rows
 from opcd_fast.attention import tree as tree_attention
 from opcd_fast.attention import windows as windowed_attention
 from opcd_fast.models import packed as student
-from opcd_fast.models import shared_prompts
-from opcd_fast.models.packed import packed_hidden_states
-from opcd_fast.models.shared_prompts import shared_prompt_hidden_states
+from opcd_fast.models import packed_hidden_states, shared_prompt_hidden_states, shared_prompts
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.teacher import context_teacher as teacher
 from opcd_fast.teacher import parts as teacher_parts

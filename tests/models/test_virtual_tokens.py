@@ -10,18 +10,22 @@ from resumption import check_resume
 from tiny import prefixed, tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.export.folder import ExportOptions, export
-from opcd_fast.models import load_model, seam
-from opcd_fast.models.packed import packed_hidden_states
-from opcd_fast.models.prefix_tuning import virtual_tokens, with_prefix
-from opcd_fast.models.shared_prompts import shared_prompt_hidden_states
+from opcd_fast.export import ExportOptions, export
+from opcd_fast.models import (
+    load_model,
+    packed_hidden_states,
+    seam,
+    shared_prompt_hidden_states,
+    virtual_tokens,
+    with_prefix,
+)
 from opcd_fast.rollout import TransformersRollout
 from opcd_fast.rollout import generate as rollout_generate
 from opcd_fast.rollout.decoding import decode
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training import OPCDTrainer
 from opcd_fast.training.engines.parallel import refuse_sharded
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training.settings import OPCDConfig
 
 SEQUENCES = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [20], [30, 31, 32, 33]]
 IDS = torch.tensor(sum(SEQUENCES, []))

@@ -7,8 +7,7 @@ import tiny_models
 import torch
 from tiny import lora_model, tiny_model
 
-from opcd_fast.models import seam
-from opcd_fast.models.prefix_tuning import with_prefix
+from opcd_fast.models import seam, with_prefix
 from opcd_fast.rollout import BatchRun
 from opcd_fast.rollout.check import check_decoding, in_float32, scored
 from opcd_fast.rollout.decoding import decode

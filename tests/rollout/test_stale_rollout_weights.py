@@ -9,9 +9,8 @@ import pytest
 import torch
 from tiny import lora_model, tiny_model
 
-from opcd_fast.rollout import ServerRollout, TransformersRollout
+from opcd_fast.rollout import CommandWeights, LoRAWeights, ServerRollout, TransformersRollout
 from opcd_fast.rollout.protocol import weights_version
-from opcd_fast.rollout.weights import CommandWeights, LoRAWeights
 
 IDS = torch.arange(3, 20)[None]
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from opcd_fast.attention.rows import PackedRow, PrefixGroup
+from opcd_fast.attention import PackedRow, PrefixGroup
 
 
 def explicit(query, key, value, scale, softcap=None, *, causal=True, window=None, sink=None):

@@ -8,8 +8,8 @@ from pathlib import Path
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.models import load_model, load_tokenizer
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training import OPCDTrainer
+from opcd_fast.training.settings import OPCDConfig
 
 CONTEXT = "always answer with zzz"
 TRAIN = [f"question {i}" for i in range(6)]

@@ -11,8 +11,7 @@ from tiny_models import CONFIGS, UNPACKABLE, random_ids, tiny_model
 from opcd_fast.models import seam
 from opcd_fast.models.caches import GrowingLayer
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.teacher.prefix import chunked_prefill
-from opcd_fast.teacher.prefix.shared import SharedPrefix
+from opcd_fast.teacher.prefix import SharedPrefix, chunked_prefill
 
 TOLERANCE = 1e-5  # relative to the largest value
 

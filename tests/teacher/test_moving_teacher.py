@@ -9,9 +9,8 @@ from tiny import lora_model, tiny_model, tiny_tokenizer
 from training_runs import CONTEXT, losses, make
 
 from opcd_fast.errors import InputError
-from opcd_fast.teacher import ContextTeacher
-from opcd_fast.teacher.moving import MovingWeights, copy_of_trained
-from opcd_fast.training.step.evaluate import divergence
+from opcd_fast.teacher import ContextTeacher, MovingWeights, copy_of_trained
+from opcd_fast.training.step import divergence
 
 MODES = {
     "live": {"teacher_mode": "live"},

@@ -8,9 +8,9 @@ from test_chunked_prefill import assert_same_prefix, tokens_run
 from tiny_models import CONFIGS, UNPACKABLE, random_ids, tiny_model
 
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.teacher.prefix import SharedPrefix
 from opcd_fast.teacher.prefix import nested as nested_contexts
 from opcd_fast.teacher.prefix.nested import shared_beginnings
-from opcd_fast.teacher.prefix.shared import SharedPrefix
 
 
 @pytest.fixture

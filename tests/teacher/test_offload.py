@@ -11,15 +11,13 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.planning.rehearsal.job import Job
-from opcd_fast.planning.rehearsal.phases import rehearse
-from opcd_fast.teacher import ContextTeacher
-from opcd_fast.teacher.offload import Offload, OffloadedTeacher
+from opcd_fast.planning.rehearsal import Job, rehearse
+from opcd_fast.teacher import ContextTeacher, Offload, OffloadedTeacher
+from opcd_fast.training import OPCDTrainer
 from opcd_fast.training import trainer as trainer_module
 from opcd_fast.training.engines import model_pair
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import objective
-from opcd_fast.training.trainer import OPCDTrainer
 
 CPU = torch.device("cpu")
 IDS, BOUNDS = torch.tensor([3, 4, 5, 7, 8, 9]), torch.tensor([0, 3, 6], dtype=torch.int32)

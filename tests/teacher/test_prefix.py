@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import plain_hidden, random_ids, tiny_model
 
-from opcd_fast.teacher.prefix.shared import SharedPrefix
+from opcd_fast.teacher.prefix import SharedPrefix
 
 
 @pytest.mark.parametrize(("name", "kept"), [("llama", 20), ("mistral-window-below-context", 7)])

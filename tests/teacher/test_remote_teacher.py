@@ -12,9 +12,8 @@ from training_runs import losses, make
 
 from opcd_fast.commands.train import loading
 from opcd_fast.errors import InputError
-from opcd_fast.teacher import ContextTeacher
-from opcd_fast.teacher.remote import RemoteTeacher
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.teacher import ContextTeacher, RemoteTeacher
+from opcd_fast.training.settings import OPCDConfig
 
 META = torch.device("meta")
 

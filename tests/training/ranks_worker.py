@@ -19,10 +19,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.rollout import Completion
 from opcd_fast.rollout.weights import AdapterFolder
-from opcd_fast.training.engines.acceleration import shards
-from opcd_fast.training.interruption import Interrupted
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training import Interrupted, OPCDTrainer
+from opcd_fast.training.engines import shards
+from opcd_fast.training.settings import OPCDConfig
 
 faulthandler.dump_traceback_later(480, exit=True)  # a rank that waits for ever says where
 torch.set_num_threads(1)

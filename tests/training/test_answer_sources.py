@@ -12,13 +12,13 @@ from test_objective import CONTEXTS, SAMPLES, TEMPERATURE, student_model, teache
 from tiny import logprobs_by_hand, tiny_model, tiny_tokenizer
 from training_runs import CONTEXT, PROMPTS, losses, make
 
-from opcd_fast.data.batch import Sample, pack
+from opcd_fast.data import Sample, pack
 from opcd_fast.errors import InputError
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training import Interrupted
 from opcd_fast.training.answers import sampling_of
 from opcd_fast.training.answers import sources as answer_sources
-from opcd_fast.training.interruption import Interrupted
-from opcd_fast.training.run.curves import curve
+from opcd_fast.training.run import curve
 from opcd_fast.training.step import answer_nll, context_kl
 
 SYSTEMS = {

@@ -7,13 +7,12 @@ import torch
 from report_runs import CONTEXT, HELD_OUT, TRAIN, make_run, save_base, write_lines
 
 from opcd_fast.cli import main
-from opcd_fast.data.prompts import read_prompts
-from opcd_fast.data.rendering import teacher_ids
+from opcd_fast.data import read_prompts, teacher_ids
 from opcd_fast.evaluation import distances
-from opcd_fast.evaluation.report.measurement import ReportOptions, measure
+from opcd_fast.evaluation.report import ReportOptions, measure
 from opcd_fast.evaluation.report.models import load_run
 from opcd_fast.models import load_model
-from opcd_fast.training.run.curves import run_settings
+from opcd_fast.training.run import run_settings
 
 NEW = "always answer with yyy and nothing more"
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training import OPCDTrainer
+from opcd_fast.training.settings import OPCDConfig
 
 CURVE = Path(__file__).parent / "golden" / "tiny_lora.json"
 

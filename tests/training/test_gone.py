@@ -10,10 +10,9 @@ from report_runs import CONTEXT, make_run, save_base
 
 from opcd_fast.cli import main
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation.compare.systems import parse_systems
-from opcd_fast.training.run import list_checkpoints
-from opcd_fast.training.run.curves import run_settings
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.evaluation.compare import parse_systems
+from opcd_fast.training.run import list_checkpoints, run_settings
+from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.settings.gone import SETTINGS, VALUES
 
 # config.json of a run with all defaults, as an earlier version wrote it.

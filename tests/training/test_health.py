@@ -3,8 +3,9 @@
 import pytest
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.monitoring.health import check_finite, warning_before_training, warnings_of
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.monitoring import check_finite
+from opcd_fast.training.monitoring.health import warning_before_training, warnings_of
+from opcd_fast.training.settings import OPCDConfig
 
 WELL = {"response_length": 30.0, "student_entropy": 1.0, "finished": 0.9, "sampler_kl": 0.001}
 

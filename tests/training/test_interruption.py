@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from opcd_fast.training.interruption import Interrupted, Interruption
+from opcd_fast.training import Interrupted
+from opcd_fast.training.interruption import Interruption
 
 
 def send(number):

@@ -7,8 +7,7 @@ import torch
 from loss_oracle import relative_error, token_kl64
 from tiny import tiny_model
 
-from opcd_fast.data import total_weight
-from opcd_fast.data.batch import Sample, micro_batches, pack
+from opcd_fast.data import Sample, micro_batches, pack, total_weight
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.step import context_kl
 

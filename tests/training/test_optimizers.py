@@ -10,11 +10,10 @@ from tiny import tiny_model
 from tiny import tiny_tokenizer as make_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.planning.rehearsal.job import Job
-from opcd_fast.planning.rehearsal.phases import rehearse
+from opcd_fast.planning.rehearsal import Job, rehearse
+from opcd_fast.training import OPCDTrainer
 from opcd_fast.training.engines import optimizers
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training.settings import OPCDConfig
 
 HERE = ["adamw_torch", "adafactor", "adamw_8bit"]
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # matrices of 4,096 numbers and more: smaller ones keep 32 bits

@@ -22,13 +22,11 @@ from rank_runs import (
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
-from opcd_fast.data.batch import Sample
+from opcd_fast.data import Sample
 from opcd_fast.errors import InputError
-from opcd_fast.training.engines.acceleration import join, make_accelerator
-from opcd_fast.training.engines.model_pair import student_and_teacher
+from opcd_fast.training.engines import Ranks, join, make_accelerator, student_and_teacher
 from opcd_fast.training.engines.parallel import refuse_sharded
-from opcd_fast.training.engines.ranks import Ranks
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import torch
 from rank_runs import GROUP_OF_TWO, assert_same_run, checkpoint, default_runs, records, slow_runs, told
 from safetensors.torch import load_file
 
-from opcd_fast.data.batch import Sample
+from opcd_fast.data import Sample
 from opcd_fast.errors import InputError
-from opcd_fast.training.engines.ranks import OtherRankError, Ranks
-from opcd_fast.training.engines.retreat import TokenBudget
+from opcd_fast.training.engines import Ranks, TokenBudget
+from opcd_fast.training.engines.ranks import OtherRankError
 
 
 @pytest.fixture(scope="module")

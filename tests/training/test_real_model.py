@@ -6,7 +6,7 @@ import json
 import pytest
 
 from opcd_fast.evaluation import demo
-from opcd_fast.training.settings.config import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig
 
 pytestmark = [
     pytest.mark.real,
@@ -18,7 +18,7 @@ pytestmark = [
 
 def test_the_context_works_for_the_base_and_starts_to_move_in(tmp_path):
     from opcd_fast.models import load_model, load_tokenizer
-    from opcd_fast.training.trainer import OPCDTrainer
+    from opcd_fast.training import OPCDTrainer
 
     tokenizer = load_tokenizer("smollm2")
     config = OPCDConfig(

@@ -7,9 +7,10 @@ import torch
 from tiny import tiny_tokenizer
 from training_runs import make
 
-from opcd_fast.data.batch import Sample, count_tokens, micro_batches
+from opcd_fast.data import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
-from opcd_fast.training.engines.retreat import TokenBudget, is_out_of_memory
+from opcd_fast.training.engines import TokenBudget
+from opcd_fast.training.engines.retreat import is_out_of_memory
 from opcd_fast.training.step import evaluate, objective
 
 

@@ -7,8 +7,8 @@ from opcd_fast.errors import InputError
 from opcd_fast.runtime import write_folder
 from opcd_fast.training.monitoring.plots import plot_run
 from opcd_fast.training.monitoring.progress import Progress, seconds_by_part
+from opcd_fast.training.run import RunFolder
 from opcd_fast.training.run import checkpoints as checkpoint
-from opcd_fast.training.run.folder import RunFolder
 
 
 def test_a_failed_write_leaves_the_old_folder_whole(tmp_path):

@@ -14,7 +14,7 @@ from training_runs import losses, make
 
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import TransformersRollout
-from opcd_fast.training.interruption import Interrupted
+from opcd_fast.training import Interrupted
 from opcd_fast.training.monitoring.tracking import numbers_of
 from opcd_fast.training.run import checkpoints as checkpoint
 

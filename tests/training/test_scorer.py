@@ -5,7 +5,7 @@ import math
 import pytest
 
 from opcd_fast.errors import InputError
-from opcd_fast.runtime.intervals import mean_and_error, wilson
+from opcd_fast.runtime import mean_and_error, wilson
 from opcd_fast.training.scorer import load_scorer, score_record
 
 SHOWN = [[{"role": "user", "content": str(i)}] for i in range(4)]

@@ -11,12 +11,12 @@ from training_runs import losses
 from opcd_fast.cli import main
 from opcd_fast.data.tasks.episode import check_split
 from opcd_fast.errors import InputError
-from opcd_fast.runtime.intervals import wilson
+from opcd_fast.runtime import wilson
+from opcd_fast.training import OPCDTrainer
+from opcd_fast.training.answers import TaskPrompts, sampling_of
 from opcd_fast.training.answers import prompts as task_prompts
-from opcd_fast.training.answers import sampling_of
-from opcd_fast.training.answers.prompts import PROBES, TaskPrompts
-from opcd_fast.training.settings.config import OPCDConfig
-from opcd_fast.training.trainer import OPCDTrainer
+from opcd_fast.training.answers.prompts import PROBES
+from opcd_fast.training.settings import OPCDConfig
 
 CONTEXT = "always answer with zzz"
 

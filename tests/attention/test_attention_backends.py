@@ -133,8 +133,12 @@ def packages(monkeypatch):
     backends.installed.cache_clear()
     assert backends.installed() == BOTH
     yield
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
     backends.installed.cache_clear()
+
+
+def test_a_package_that_does_not_import(monkeypatch):
+    backends.installed.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert backends.installed() == NONE
     backends.installed.cache_clear()
 

@@ -11,7 +11,7 @@ from training_runs import losses, make
 
 from opcd_fast.errors import InputError
 from opcd_fast.loss import LMHead
-from opcd_fast.models import MergedCopy, is_quantized, load_model, quantize_4bit, quantized
+from opcd_fast.models import MergedCopy, is_quantized, load_model, quantize_4bit, quantized, refuse_unsupported
 from opcd_fast.teacher import ContextTeacher
 
 CPU = torch.device("cpu")
@@ -62,12 +62,17 @@ def test_without_bitsandbytes_the_package_is_named(tokenizer, tmp_path, monkeypa
 
 
 def test_contradictions_are_refused(tokenizer, tmp_path):
-    with pytest.raises(InputError, match="set quantization='4bit', which packs it for both"):
-        make(tokenizer, tmp_path / "run", teacher_quantization="4bit")
-    with pytest.raises(InputError, match="packed weights cannot follow"):
-        make(tokenizer, tmp_path / "run", teacher_quantization="4bit", lora_rank=0, teacher_mode="ema")
-    with pytest.raises(InputError, match="full fine-tuning cannot move weights of 4 bits"):
-        make(tokenizer, tmp_path / "run", quantization="4bit", lora_rank=0)
+    for settings, words in (
+        ({"teacher_quantization": "4bit"}, "set quantization='4bit', which packs it for both"),
+        ({"teacher_quantization": "4bit", "lora_rank": 0, "teacher_mode": "ema"}, "packed weights cannot follow"),
+        ({"quantization": "4bit", "lora_rank": 0}, "full fine-tuning cannot move weights of 4 bits"),
+    ):
+        with pytest.raises(InputError, match=words):
+            make(tokenizer, tmp_path / "run", **settings)
+    model = tiny_model()
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(InputError, match="not by bitsandbytes to 4 bits"):
+        refuse_unsupported(model)
 
 
 @needs_bitsandbytes

@@ -13,7 +13,7 @@ from tiny_models import (
     with_lora,
 )
 
-from opcd_fast.models import seam
+from opcd_fast.models import packed_hidden_states, seam
 from opcd_fast.teacher import ContextTeacher
 
 # --- a model shared with the student ------------------------------------------------------------------------
@@ -79,15 +79,7 @@ def test_merged_adapter_is_an_error():
 
 
 def test_student_gradients_survive_a_teacher_between_forward_and_backward():
-    from opcd_fast.models import packed_hidden_states
-
-    model = in_training()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.config.attention_dropout = 0.0
-    for layer in model.base_model.model.model.layers:
-        layer.self_attn.attention_dropout = 0.0
+    model = in_training(dropout=0.0)
     ids, bounds = pack(random_ids(5, 3))
     teacher = ContextTeacher(model, random_ids(20)[0])
     grads = []
@@ -98,9 +90,7 @@ def test_student_gradients_survive_a_teacher_between_forward_and_backward():
             teacher.hidden_states_packed(ids, bounds)
         hidden.square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert len(grads[0]) == len(grads[1]) > 0
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    assert len(grads[0]) == len(grads[1]) > 0 and all(map(torch.equal, *grads))
 
 
 # --- weights that change ------------------------------------------------------------------------------------

@@ -80,29 +80,20 @@ def test_what_torch_lacks(monkeypatch):
     assert backends.windowed(need(), NONE, with_lse=True).name == "blocked"
 
 
-def test_dropout_is_not_dropped():
-    for call in (need(dropout=True, softcap=True), need(dropout=True, lse_gradient=True)):
-        with pytest.raises(NotImplementedError, match="no dropout together"):
-            backends.phase_2(call, BOTH)
-    with pytest.raises(NotImplementedError, match="no dropout together"):
-        backends.windowed(need(dropout=True), BOTH, with_lse=True)
-
-
 def test_description():
     text = backends.describe(need(softcap=True), windows=True, sinks=True, packages=BOTH)
     assert text == (
         "phase 1 FlashAttention-4, phase 2 FlashAttention-4, with softcap, merge Triton with sinks; "
         "windowed layers: FlashAttention-4"
     )
-    text = backends.describe(need(), windows=False, sinks=False, packages=NONE)
-    assert text == "phase 1 flash, phase 2 varlen, merge Triton"
 
 
-def test_packages_that_are_not_there_or_do_not_import(monkeypatch):
-    backends.installed.cache_clear()
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert backends.installed() == NONE
-    backends.installed.cache_clear()
+def test_dropout_is_not_dropped():
+    for call in (need(dropout=True, softcap=True), need(dropout=True, lse_gradient=True)):
+        with pytest.raises(NotImplementedError, match="no dropout together"):
+            backends.phase_2(call, BOTH)
+    with pytest.raises(NotImplementedError, match="no dropout together"):
+        backends.windowed(need(dropout=True), BOTH, with_lse=True)
 
 
 # --- what the kernels are given -----------------------------------------------------------------------------
@@ -140,12 +131,16 @@ def packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", module.cute)
     backends.installed.cache_clear()
+    assert backends.installed() == BOTH
     yield
     backends.installed.cache_clear()
 
 
-def test_installed_packages_are_found(packages):
-    assert backends.installed() == BOTH
+def test_a_package_that_does_not_import(monkeypatch):
+    backends.installed.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert backends.installed() == NONE
+    backends.installed.cache_clear()
 
 
 def check_prefix(kernel, softcap):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import gradcheck
-from tree_oracle import HEADS, LENGTHS, PARENT, dense, in_given_order, make_qkv
+from tree_oracle import HEADS, LENGTHS, PARENT, Layer, dense, in_given_order, make_qkv
 
 from opcd_fast.attention import TreeCall, packed_row, tree_row
 from opcd_fast.attention import kernels as attention_kernels
@@ -75,12 +75,6 @@ def test_shapes_of_rows(lengths, parent):
     torch.testing.assert_close(in_given_order(*given, row, 0.25), expected.float(), atol=3e-6, rtol=1e-5)
 
 
-def test_positions_go_on_where_the_prompt_ends():
-    assert make_row([3, 2, 4, 1], [-1, 0, -1, 0]).positions[make_row([3, 2, 4, 1], [-1, 0, -1, 0]).back].tolist() == [
-        *(0, 1, 2), *(3, 4), *(0, 1, 2, 3), 3,
-    ]  # fmt: skip
-
-
 def on_the_cpu(tensors, cu_q, cu_k, max_q, max_k, dropout, causal):
     """What a kernel for stretches is given, (n, H, d) and bounds, as the CPU's pair takes it."""
     rows = [packed_row(bounds, int(bounds[-1]), CPU) for bounds in (cu_q, cu_k)]
@@ -146,10 +140,6 @@ def test_what_the_memory_efficient_kernels_are_given(monkeypatch):
         monkeypatch.setattr(module, "aten", Aten)
     monkeypatch.setattr(tree_attention, "pair_for", lambda query: attention_pairs._EFFICIENT)
     assert gradcheck(of_children(make_row()), make_qkv(sum(LENGTHS), d=4), fast_mode=True)
-
-
-class Layer(torch.nn.Module):
-    layer_idx = 2
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny_models import CONFIGS, pack, plain_after_context, plain_hidden, random_ids, tiny_model
 
-from opcd_fast.attention import dispatch as attention
+from opcd_fast.attention import PackedCall, packed_row
 from opcd_fast.models import packed_hidden_states
-from opcd_fast.models.caches.stream import PrefixStream
+from opcd_fast.models.caches import prefix_cache
 from opcd_fast.teacher import ContextTeacher
 
 pytestmark = pytest.mark.gpu
+
 
 def on_gpu(name, dtype):
     return tiny_model(name).to("cuda", dtype)
@@ -70,14 +71,19 @@ def test_student_gradients(name, dtype):
         assert ((x - y).float().norm() / y.float().norm().clamp_min(1e-3)).item() <= tolerance
 
 
+class Layer(torch.nn.Module):
+    layer_idx = 0
+
+
 def test_lse_layout_is_known_when_tokens_equal_heads():
+    """A sink takes its part by the logsumexp, which would fit in the wrong layout too."""
     tokens = heads = 16
-    row = attention.packed_row(torch.tensor([0, 5, tokens]), tokens, torch.device("cuda"))
+    row = packed_row(torch.tensor([0, 5, tokens]), tokens, torch.device("cuda"))
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, heads, tokens, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    out, lse = attention.causal_attention(q, k, v, row, 0.125, with_lse=True)
-    exact, exact_lse = attention.causal_attention(q.float(), k.float(), v.float(), row, 0.125, with_lse=True)
-    torch.testing.assert_close(lse, exact_lse, atol=2e-2, rtol=0)
+    given = [torch.randn(1, heads, tokens, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    options = {"scaling": 0.125, "s_aux": torch.randn(heads, device="cuda")}
+    out, _ = PackedCall(row).attend(Layer(), *given, None, **options)
+    exact, _ = PackedCall(row).attend(Layer(), *(x.float() for x in given), None, **options)
     torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
 
 
@@ -101,10 +107,10 @@ def test_slots_are_not_overwritten_while_they_are_read():
     """Many layers of slow work: the copying stream, far ahead, must wait for the computing one, and the reverse."""
     device = torch.device("cuda", torch.cuda.current_device())
     sources = [tuple(torch.full((1, 1, 1024, 1024), x).pin_memory() for x in (1.0 + i, -1.0 - i)) for i in range(12)]
-    prefixes = PrefixStream([[pair] for pair in sources])
+    layers = prefix_cache([[pair] for pair in sources]).layers
     busy, found = torch.randn(2048, 2048, device=device), []
     for i in range(len(sources)):
-        ((key, value),) = prefixes.layer(i, device)
+        ((key, value),) = layers[i].prefixes(device)
         for _ in range(10):
             busy = torch.tanh(busy @ busy)
         found.append((key.clone(), value.clone()))

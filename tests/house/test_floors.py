@@ -21,6 +21,9 @@ BESIDE_ROOMS = {"house", "support", "gpu", "benchmarks", "kernels"}  # folders o
 # Modules of other rooms than its own that a test may import, and why.
 BEHIND_DOORS = {
     "runtime.timing": "a stopwatch's parts leave marks in a profile",
+    "attention.kernels": "on a device each kernel is tried by itself",
+    "attention.blocked": "what they are compared with there",
+    "attention.pairs": "which of two kernels a device takes",
 }
 LARGE = {"commands"}  # one file a command
 HOUSE_DOORS = {"commands", "integrations"}  # whatever is in them

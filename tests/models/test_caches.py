@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import build
 from late_copies import LateCopies
+from tiny_models import assert_close, pack, random_ids, reference, tiny_model
 
 from opcd_fast.models.caches import GrowingLayer, prefix_cache, stream
 from opcd_fast.models.caches.stream import PrefixStream
+from opcd_fast.teacher import ContextTeacher
 
 CPU = torch.device("cpu")
 
@@ -33,19 +36,7 @@ def same(found, held):
     return all(map(torch.equal, (x for pair in found for x in pair), (x for pair in held for x in pair)))
 
 
-# --- which layer reads what ---------------------------------------------------------------------------------
-
-
-def test_keys_come_back_as_they_are_and_a_layer_gets_its_prefix():
-    layers = stored(3)
-    cache = prefix_cache(layers)
-    for layer in range(3):
-        key, value = torch.zeros(1, 2, 7, 4), torch.zeros(1, 2, 7, 4)
-        got = cache.update(key, value, layer)
-        assert got[0] is key and got[1] is value
-        found = cache.prefixes(Attention(layer), key)
-        assert [list(map(id, pair)) for pair in found] == [list(map(id, pair)) for pair in layers[layer]]  # no copies
-    assert cache.get_seq_length() == 5 + 6
+# --- which layer reads what -----------------------------------------------------------------------------------
 
 
 def test_a_layer_that_reads_anothers_keys_gets_that_ones_prefix():
@@ -53,19 +44,14 @@ def test_a_layer_that_reads_anothers_keys_gets_that_ones_prefix():
     cache = prefix_cache(layers)
     keys = [torch.zeros(1, 2, 7, 4) for _ in range(2)]  # the same numbers: the tensor tells whose they are
     for layer, key in enumerate(keys):
-        cache.update(key, key, layer)
+        assert cache.update(key, key, layer)[0] is key
     for layer in (2, 3, 9):
         for lender in (0, 1):
             assert same(cache.prefixes(Attention(layer), keys[lender]), layers[lender])
-
-
-def test_keys_that_did_not_pass_the_cache_are_an_error():
-    cache = prefix_cache(stored(2))
-    key = torch.zeros(1, 2, 7, 4)
-    cache.update(key, key, 0)
-    for other in (key.clone(), key[:], torch.zeros(1)):
+    for other in (keys[1].clone(), keys[1][:], torch.zeros(1)):
         with pytest.raises(RuntimeError, match="layer 1 did not get its context"):
             cache.prefixes(Attention(1), other)
+    assert cache.get_seq_length() == 5 + 6
 
 
 def test_compressed_keys_are_expanded_by_their_layer():
@@ -85,7 +71,7 @@ def test_compressed_keys_are_expanded_by_their_layer():
         cache.prefixes(attention, torch.zeros(1))
 
 
-# --- a context that grows -----------------------------------------------------------------------------------
+# --- a context that grows -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("window", "kept"), [(None, 6), (4, 3), (40, 6), (1, 0)])
@@ -114,44 +100,56 @@ def test_it_grows_on_the_device_that_keeps_it_in_the_values_type(window):
     assert {(x.device.type, x.dtype) for x in (layer.keys, layer.values)} == {("meta", torch.bfloat16)}
 
 
-# --- from the host ------------------------------------------------------------------------------------------
+# --- from the host --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def streamed(monkeypatch):
-    """A function that opens a stream of layers, as if they were on the host."""
+def from_the_host(monkeypatch):
+    """All prefixes that are kept elsewhere count as lying on the host."""
+    monkeypatch.setattr(LateCopies, "opened", [])
     monkeypatch.setattr(stream, "SideStream", LateCopies)
-
-    def open_stream(layers):
-        opened = PrefixStream(layers)
-        monkeypatch.setattr(opened, "layer", lambda index: opened._streamed(index, CPU))
-        return opened
-
-    return open_stream
+    monkeypatch.setattr(PrefixStream, "layer", PrefixStream._streamed)
 
 
-@pytest.mark.parametrize("empty", [(), (1, 4)])
-def test_the_next_layer_is_on_its_way_before_this_one_is_used(empty, streamed):
-    layers = stored(5, empty=empty)
-    opened, full = streamed(layers), [i for i in range(5) if i not in empty]
-    for index in full:
-        assert same(opened.layer(index), layers[index])
-    nbytes = opened._side.log[0]
-    assert sum(x.nbytes for pair in layers[0] for x in pair) <= nbytes <= 4 * 256  # one layer, aligned
-    assert opened._side.log == [nbytes, nbytes, "copy", *["join", "copy"] * (len(full) - 1), "join"]
-
-
-def test_any_order_is_right_and_lenders_stay(streamed):
+@pytest.mark.parametrize("order", [(2, 0, 0, 3, 1, 2), (0, 1, 2, 3, 2, 3, 3, 2)])
+def test_any_order_is_right_and_lenders_stay(order, from_the_host):
+    """Two lenders at the end, as in Gemma-3n, are there once."""
     layers = stored(4)
-    opened = streamed(layers)
-    for index in (2, 0, 0, 3, 1, 2):
-        assert same(opened.layer(index), layers[index])
-    opened = streamed(layers)
-    for index in (0, 1, 2, 3, 2, 3, 3, 2):  # two lenders at the end, as in Gemma-3n
-        assert same(opened.layer(index), layers[index])
-    assert opened._side.log.count("copy") == 4
+    opened = PrefixStream(layers)
+    for index in order:
+        assert same(opened.layer(index, CPU), layers[index])
+    assert order[0] or opened._side.log.count("copy") == 4
 
 
-def test_elsewhere_it_is_a_plain_copy():
-    ((key, value), _) = PrefixStream(stored(2)).layer(1, torch.device("meta"))
-    assert key.device.type == value.device.type == "meta"
+MODELS = {
+    "llama": tiny_model,
+    "windows": lambda: tiny_model("qwen2-mixed-window"),
+    "gemma2": lambda: tiny_model("gemma2"),  # a softcap
+    "gemma3n": lambda: build("gemma3n"),  # layers that read the keys of others
+    "gemma4": lambda: build("gemma4-shared-kv"),
+    "falcon-h1": lambda: build("falcon-h1"),  # recurrent states, on pad
+    "zamba2": lambda: build("zamba2"),
+}
+ON_PAD = ("falcon-h1", "zamba2")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_numbers_as_on_the_device(name, from_the_host):
+    model = MODELS[name]()
+    contexts, sequences, index = random_ids(20, 6, 0), random_ids(5, 1, 7, 4, 9, seed=2), [1, 0, 2, 0, 1]
+    teacher = ContextTeacher(model, contexts, prefix_device="cpu")
+    assert teacher.path == ("pad" if name in ON_PAD else "merge") and LateCopies.opened  # the check goes that way, too
+    LateCopies.opened.clear()
+    got = teacher.hidden_states_packed(*pack(sequences), context_index=index)
+    full = sum(x.numel() > 0 for x in teacher.prefixes[0].keys)
+    # pad runs context by context; one is empty
+    assert [one.log.count("copy") for one in LateCopies.opened] == [full] * (2 if name in ON_PAD else 1)
+    assert_close(got, reference(model, contexts, sequences, index))
+    assert "kept on cpu" in teacher.explain() and "MiB on cpu" in teacher.explain()
+
+
+def test_a_copy_that_is_not_waited_for_is_caught_by_the_check(from_the_host, monkeypatch):
+    monkeypatch.setattr(LateCopies, "join", lambda self: None)
+    with pytest.raises(ValueError, match="path='merge': it failed its check.*use path='auto'"):
+        _ = ContextTeacher(tiny_model(), [1, 2], path="merge", prefix_device="cpu").path
+    assert ContextTeacher(tiny_model(), [1, 2], prefix_device="cpu").path == "concat"

@@ -5,34 +5,18 @@ from functools import partial
 
 import pytest
 import torch
+import training_runs
 from resumption import check_resume
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
 from opcd_fast.export import ExportOptions, export
-from opcd_fast.models import MergedCopy, load_model
-from opcd_fast.models import merged as merged_module
-from opcd_fast.planning.rehearsal import Job, rehearse
+from opcd_fast.models import MergedCopy, load_model, merged
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.training import OPCDTrainer
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training import OPCDConfig
 
+make = partial(training_runs.make, tiny_tokenizer(), use_dora=True)
 IDS = torch.tensor([[40, 41, 42, 99, 130, 7, 250]])
-
-
-def make(folder, model=None, **settings):
-    config = OPCDConfig(
-        **{
-            "output_dir": str(folder), "steps": 4, "batch_size": 4, "max_new_tokens": 6, "lora_rank": 4,
-            "use_dora": True, "learning_rate": 1e-2, "eval_every": 2, "save_every": 2, "device": "cpu",
-            "dtype": "float32", "plots": False, **settings,
-        }
-    )  # fmt: skip
-    prompts = [f"question {i}" for i in range(6)]
-    return OPCDTrainer(
-        model or tiny_model(), tiny_tokenizer(), "always answer with zzz", prompts, config,
-        eval_prompts=["other one", "other two"], quiet=True,
-    )  # fmt: skip
 
 
 def dora_model(seed=0, dtype=torch.float32, **changes):
@@ -77,7 +61,7 @@ def test_the_folded_copy_computes_what_the_adapter_computes(changes):
 
 
 def test_in_bf16_the_copy_is_rounded_once(monkeypatch):
-    monkeypatch.setattr(merged_module, "cpu_has_bf16", lambda: True)  # elsewhere the copy is in float32
+    monkeypatch.setattr(merged, "cpu_has_bf16", lambda: True)  # elsewhere the copy is in float32
     model = dora_model(dtype=torch.bfloat16)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     exact = layer.base_layer.weight.double() + layer.scaling["default"] * (
@@ -120,9 +104,9 @@ def test_what_was_trained_is_what_is_exported(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     trainer = make(tmp_path / "run", load_model(tmp_path / "base", dtype="float32"), steps=6, eval_every=0)
     trainer.train()
-    for merged in (False, True):
-        out = tmp_path / f"out-{merged}"
-        assert export(tmp_path / "run", out, ExportOptions(merged=merged)).comparison.relative < 1e-5
+    for whole in (False, True):
+        out = tmp_path / f"out-{whole}"
+        assert export(tmp_path / "run", out, ExportOptions(merged=whole)).comparison.relative < 1e-5
         written = load_model(out, dtype="float32")
         torch.testing.assert_close(logits(written), logits(trainer.model), rtol=1e-4, atol=1e-4)
 
@@ -134,18 +118,6 @@ def test_it_needs_a_rank_and_a_sampler_that_can():
         with pytest.raises(InputError, match="use_dora: .* refuses DoRA"):
             OPCDConfig(use_dora=True, lora_rank=4, **sampler)
     OPCDConfig(use_dora=True, lora_rank=4, rollout="server", rollout_url="http://localhost:1", rollout_command="true")
-
-
-def test_it_is_planned_also_on_four_bits():
-    job, model = Job((60,), ((20, 20, 0),)), tiny_model(hidden_size=96, num_hidden_layers=3).config
-    options = {"device": "cuda", "dtype": torch.bfloat16, "backend": "torch"}
-    base = {"batch_size": 4, "max_new_tokens": 8, "lora_rank": 4}
-    plain = rehearse(OPCDConfig(**base), job, model, **options)
-    dora = rehearse(OPCDConfig(**base, use_dora=True), job, model, **options)
-    assert dora.peaks["backward"].parts["adapter"] > plain.peaks["backward"].parts["adapter"]
-    assert dora.peaks["student"].parts["student"] > plain.peaks["student"].parts["student"]
-    packed = rehearse(OPCDConfig(**base, use_dora=True, quantization="4bit"), job, model, **options)
-    assert packed.peaks["optimizer"].parts["weights"] < dora.peaks["optimizer"].parts["weights"]
 
 
 def test_on_four_bits_it_trains_unmerged(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.models import first_line, load_model, load_tokenizer, pick_device, pick_dtype, refuse_unsupported
+from opcd_fast.models import load_model, load_tokenizer, pick_device, pick_dtype, refuse_unsupported
 from opcd_fast.models import loading as models
 
 
@@ -156,12 +156,6 @@ def test_the_folder_of_a_run_is_told_from_that_of_its_weights(tmp_path):
         (tmp_path / name).write_text("{}")
     for load in (load_model, load_tokenizer):
         refused(lambda load=load: load(str(tmp_path)), "its weights are in", str(tmp_path / "final"))
-
-
-def test_an_announcement_is_followed_by_what_it_announces():
-    assert first_line(ValueError("one of: \n\t(1) this\n\t(2) that")) == "one of: (1) this"
-    assert first_line(ValueError("all is said\nand more")) == "all is said"
-    assert first_line(KeyError()) == "KeyError"
 
 
 def test_a_damaged_tokenizer_is_one_line(folder):

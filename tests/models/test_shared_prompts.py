@@ -10,13 +10,12 @@ import architectures
 import pytest
 import tiny_models
 import torch
-from shared_prompt_runs import ANSWERS, PROMPTS, both, make_samples, run
+from shared_prompt_runs import both, make_samples, run
 from tiny_models import with_lora
 
 from opcd_fast.data import Sample, micro_batches, pack
 from opcd_fast.models import packed as student
 from opcd_fast.models import seam, shared_prompt_hidden_states
-from opcd_fast.training.step import context_kl
 
 
 def check_equal(model, tolerance=4e-6, samples=None):
@@ -77,30 +76,6 @@ def test_bf16_is_as_near_to_the_exact_values_as_separate_copies(name):
     assert error(shared[1]) <= 1.25 * error(copies[1])
 
 
-def test_autocast_over_fp32_weights():
-    model, samples = tiny_models.tiny_model(), make_samples()
-    exact = run(model, pack(samples))
-    with torch.autocast("cpu", torch.bfloat16):
-        shared, copies = run(model, pack(samples, share_prompts=True)), run(model, pack(samples))
-    assert (shared - exact).norm() <= 1.25 * (copies - exact).norm()
-    shared.square().sum().backward()
-    assert all(p.grad is not None for p in model.model.layers.parameters())
-
-
-def test_the_body_reads_each_prompt_once(monkeypatch):
-    seen = []
-    inner = seam.run_body
-    monkeypatch.setattr(
-        seam, "run_body", lambda body, ids, **kwargs: seen.append(ids.shape) or inner(body, ids, **kwargs)
-    )
-    model, samples = tiny_models.tiny_model(), make_samples()
-    run(model, pack(samples, share_prompts=True))
-    run(model, pack(samples))
-    responses = sum(length - 1 for lengths in ANSWERS for length in lengths)
-    copies = sum(p * len(lengths) for p, lengths in zip(PROMPTS, ANSWERS, strict=True))
-    assert seen == [(1, sum(PROMPTS) + responses), (1, copies + responses)]
-
-
 def test_all_hidden_states_in_the_order_given():
     """A child need not stand next to its prompt, and a segment may be empty."""
     model = tiny_models.tiny_model()
@@ -154,15 +129,6 @@ def test_what_cannot_share_runs_unshared_and_says_so_once(name, changes, reason,
     check_equal(model)
 
 
-def test_settings_come_back_also_after_an_error():
-    model, batch = tiny_models.tiny_model(), pack(make_samples(), share_prompts=True)
-    before, row = seam.attention_of(model), (batch.student_cu_seqlens, batch.student_parent)
-    shared_prompt_hidden_states(model, batch.student_ids, *row)
-    with pytest.raises(IndexError):
-        shared_prompt_hidden_states(model, batch.student_ids + 10_000, *row)
-    assert seam.attention_of(model) == before
-
-
 def test_a_layer_that_skips_the_attention_is_an_error(monkeypatch):
     monkeypatch.setattr(seam, "using_attention", lambda *_: nullcontext())
     with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\]"):
@@ -183,31 +149,6 @@ def test_too_long_and_malformed():
         row = {"input_ids": ids, "cu_seqlens": torch.tensor([0, 76, 128, 180]), "parent": parent}
         with pytest.raises(ValueError, match=message):
             shared_prompt_hidden_states(model, **{**row, **change})
-
-
-@pytest.mark.parametrize("normalize", ["sequence", "token"])
-def test_loss_statistics_and_gradients_of_the_objective(normalize):
-    from opcd_fast.teacher import ContextTeacher
-
-    teacher = ContextTeacher(tiny_models.tiny_model(seed=7), list(range(20, 45)), adapter="active")
-    samples = make_samples()
-    samples = samples[::2] + samples[1::2]  # siblings apart
-    results = []
-    for share in (True, False):
-        model = tiny_models.tiny_model()
-        batch = pack(samples, normalize=normalize, share_prompts=share)
-        loss, stats = context_kl(
-            batch, model, teacher, temperature=0.8, denominator=float(len(samples)), compute_dtype=torch.float32
-        )
-        loss.backward()
-        results.append((loss.detach(), stats, [p.grad for p in model.parameters()]))
-    (loss, stats, grads), (wanted_loss, wanted_stats, wanted) = results
-    torch.testing.assert_close(loss, wanted_loss, rtol=2e-6, atol=0)
-    for name in ("token_kl", "student_entropy", "student_logsumexp", "teacher_logsumexp"):
-        torch.testing.assert_close(getattr(stats, name), getattr(wanted_stats, name), rtol=1e-4, atol=1e-5)
-    assert torch.equal(stats.top1_agreement, wanted_stats.top1_agreement)
-    for grad, reference in zip(grads, wanted, strict=True):
-        assert (grad - reference).norm() <= 1e-5 * reference.norm()
 
 
 def test_micro_batches_count_a_shared_prompt_once():

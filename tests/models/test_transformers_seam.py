@@ -9,7 +9,7 @@ from architectures import build
 from tiny_models import pack, random_ids
 
 from opcd_fast.models import seam
-from opcd_fast.rollout.decoding import decode
+from opcd_fast.rollout import TransformersRollout
 from opcd_fast.teacher import ContextTeacher
 
 
@@ -73,4 +73,4 @@ def test_no_deprecated_name_is_used(name):
     teacher.hidden_states_packed(*pack(random_ids(5, 1, 3)))
     assert teacher.path != "concat"
     if name == "qwen3":
-        decode(model, [[1, 2, 3], [4]], torch.zeros(2, 3), stop_token_ids=[0], temperature=0.0, top_p=1.0)
+        TransformersRollout(model, stop_token_ids=[0], engine="decode").generate([[1, 2, 3], [4]], max_new_tokens=3)

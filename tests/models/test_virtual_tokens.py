@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+import training_runs
 from resumption import check_resume
-from tiny import prefixed, tiny_model, tiny_tokenizer
+from tiny import logprobs_by_hand, prefixed, tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
 from opcd_fast.export import ExportOptions, export
@@ -18,14 +19,10 @@ from opcd_fast.models import (
     shared_prompt_hidden_states,
     virtual_tokens,
     with_prefix,
-)
+)  # fmt: skip
 from opcd_fast.rollout import TransformersRollout
-from opcd_fast.rollout import generate as rollout_generate
-from opcd_fast.rollout.decoding import decode
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.training import OPCDTrainer
-from opcd_fast.training.engines.parallel import refuse_sharded
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training import OPCDConfig
 
 SEQUENCES = [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13], [20], [30, 31, 32, 33]]
 IDS = torch.tensor(sum(SEQUENCES, []))
@@ -48,8 +45,6 @@ def models():
     }
 
 
-
-
 def by_peft(model):
     """(N, V) logits by PEFT's own forward, a sequence at a time."""
     return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in SEQUENCES])
@@ -58,6 +53,11 @@ def by_peft(model):
 def by_row(model, ids=IDS, bounds=BOUNDS, **options):
     hidden = packed_hidden_states(model, ids, bounds, **options)
     return seam.causal_lm(model).lm_head(hidden)
+
+
+def answers(model, prompts=SEQUENCES, *, engine="decode", temperature=0.0):
+    sampler = TransformersRollout(model, stop_token_ids=[256], engine=engine)
+    return sampler.generate(prompts, max_new_tokens=6, temperature=temperature, seed=1)
 
 
 @pytest.mark.parametrize("name", ["llama", "one key head each", "qwen2", "qwen3"])
@@ -80,17 +80,19 @@ def test_forward_and_gradients_are_pefts(name, checkpointing):
 
 
 def test_disabled_it_is_the_base():
-    model = prefixed()
-    base = by_row(tiny_model())
+    model, plain = prefixed(), tiny_model()
+    base = by_row(plain)
     with model.disable_adapter():
         assert torch.equal(by_row(model), base) and virtual_tokens(model) == 0
     with seam.without_adapters(model):
         assert torch.equal(by_row(model), base)
-        answers = decode(model, SEQUENCES, torch.zeros(4, 5), stop_token_ids=[256], temperature=0.0, top_p=1.0)
+        assert [a.token_ids for a in answers(model)] == [a.token_ids for a in answers(plain)]
     assert virtual_tokens(model) == 5
     assert (by_row(model) - base).abs().max() > 0.1
-    plain = decode(tiny_model(), SEQUENCES, torch.zeros(4, 5), stop_token_ids=[256], temperature=0.0, top_p=1.0)
-    assert [ids for ids, _ in answers] == [ids for ids, _ in plain]
+    teacher, same = ContextTeacher(model, [60, 61, 62]), ContextTeacher(plain, [60, 61, 62])
+    assert torch.equal(teacher.hidden_states_packed(IDS, BOUNDS), same.hidden_states_packed(IDS, BOUNDS))
+    with pytest.raises(ValueError, match="virtual tokens"):
+        ContextTeacher(model, [1], adapter="active")
 
 
 def test_shared_prompts_run_unshared():
@@ -105,20 +107,16 @@ def test_shared_prompts_run_unshared():
 @pytest.mark.parametrize("shared", [0, 12])
 @pytest.mark.parametrize("ragged", [True, False])
 def test_answers_are_drawn_behind_it(name, shared, ragged):
-    """Our loop, PEFT's generate, and PEFT's forward; prompts of several lengths in a batch, or of one."""
+    """By our loop, which its own check lets pass, and by PEFT's generate; against PEFT's forward."""
     model = prefixed(models()[name])
     tails = SEQUENCES if ragged else [[3, 4, 5], [3, 9, 5], [7, 8, 1], [7, 8, 2]]
     prompts = [[*range(50, 50 + shared), *ids] for ids in tails]
-    options = {"stop_token_ids": [256], "temperature": 0.7, "top_p": 1.0}
-    uniform = torch.rand(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ours = decode(model, prompts, uniform, **options)
-    theirs = rollout_generate.generate(model, prompts, uniform, **options)
-    for prompt, (ids, logprobs), (other, values) in zip(prompts, ours, theirs, strict=True):
-        assert ids == other
-        assert logprobs == pytest.approx(values, abs=1e-4)
-        whole = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].detach() / 0.7
-        exact = whole.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        assert logprobs == pytest.approx(exact.tolist(), abs=1e-4)
+    auto, ours, theirs = (answers(model, prompts, engine=e, temperature=0.7) for e in ("auto", "decode", "generate"))
+    for prompt, first, answer, other in zip(prompts, auto, ours, theirs, strict=True):
+        assert first == answer and answer.token_ids == other.token_ids
+        exact = logprobs_by_hand(model, prompt, answer.token_ids, 0.7)
+        for found in (answer, other):
+            assert list(found.logprobs) == pytest.approx(exact.tolist(), abs=1e-4)
 
 
 def test_an_engine_that_loses_it_is_an_error(monkeypatch):
@@ -126,26 +124,10 @@ def test_an_engine_that_loses_it_is_an_error(monkeypatch):
 
     model = prefixed()
     base = seam.causal_lm(model)
-    honest = base.generate
-    name = seam.takes_cache(base)
+    honest, name = base.generate, seam.takes_cache(base)
     monkeypatch.setattr(base, "generate", lambda **options: honest(**{**options, name: DynamicCache()}))
-    options = {"stop_token_ids": [256], "temperature": 0.0, "top_p": 1.0}
     with pytest.raises(RuntimeError, match="did not read the trained prefix"):
-        rollout_generate.generate(model, SEQUENCES, torch.zeros(4, 3), **options)
-
-
-@pytest.mark.parametrize(("asked", "engine"), [("auto", "decode"), ("generate", "generate")])
-def test_the_check_of_an_engine_takes_the_prefix_into_account(asked, engine):
-    """The sampler's own comparison finds no difference, and answers are those behind explicit keys and values."""
-    model = prefixed()
-    sampler = TransformersRollout(model, stop_token_ids=[256], engine=asked)
-    answers = sampler.generate(SEQUENCES, max_new_tokens=6, temperature=0.0)
-    assert sampler._kept.values["engine"] == engine
-    for prompt, answer in zip(SEQUENCES, answers, strict=True):
-        whole = [*prompt, *answer.token_ids]
-        logits = by_row(model, torch.tensor(whole), torch.tensor([0, len(whole)]))
-        exact = logits[len(prompt) - 1 : -1].log_softmax(-1).amax(-1)
-        assert list(answer.logprobs) == pytest.approx(exact.tolist(), abs=1e-4)
+        answers(model, engine="generate")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -162,34 +144,12 @@ def test_it_begins_as_the_first_tokens_of_the_context(name):
     torch.testing.assert_close(by_row(part)[3:10], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_teacher_does_not_see_it_and_keeps_its_contexts():
-    model = prefixed()
-    teacher, base = ContextTeacher(model, [60, 61, 62]), ContextTeacher(tiny_model(), [60, 61, 62])
-    assert torch.equal(teacher.hidden_states_packed(IDS, BOUNDS), base.hidden_states_packed(IDS, BOUNDS))
-    kept = teacher.prefixes[0]
-    with torch.no_grad():
-        model.prompt_encoder["default"].embedding.weight.mul_(2)  # as an optimizer step does
-    assert teacher.prefixes[0] is kept
-    with pytest.raises(ValueError, match="virtual tokens"):
-        ContextTeacher(model, [1], adapter="active")
-
-
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
 def make(folder, model=None, **settings):
-    config = OPCDConfig(
-        **{
-            "output_dir": str(folder), "steps": 4, "batch_size": 4, "max_new_tokens": 6, "num_virtual_tokens": 6,
-            "learning_rate": 1e-2, "eval_every": 2, "save_every": 2, "device": "cpu", "dtype": "float32",
-            "plots": False, **settings,
-        }
-    )  # fmt: skip
-    prompts = [f"question {i}" for i in range(6)]
-    return OPCDTrainer(
-        model or tiny_model(), tiny_tokenizer(), "always answer with zzz", prompts, config,
-        eval_prompts=["other one", "other two"], quiet=True,
-    )  # fmt: skip
+    settings = {"lora_rank": 0, "num_virtual_tokens": 6, **settings}
+    return training_runs.make(tiny_tokenizer(), folder, model, **settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -228,15 +188,15 @@ def test_peft_loads_it_and_answers_alike(tmp_path):
     while len(whole) < len(SEQUENCES[1]) + 6 and whole[-1] != 256:
         whole.append(int(loaded(input_ids=torch.tensor([whole])).logits[0, -1].argmax()))
     stock = whole[len(SEQUENCES[1]) :]
-    options = {"max_new_tokens": 6, "temperature": 0.0}
-    assert list(trainer.rollout.generate([SEQUENCES[1]], **options)[0].token_ids) == stock
+    assert list(answers(trainer.model, [SEQUENCES[1]])[0].token_ids) == stock
     done = export(tmp_path / "run", tmp_path / "out")
     assert done.kind == "adapter" and done.comparison.relative < 1e-5 < done.comparison.adapter
     torch.testing.assert_close(by_row(load_model(tmp_path / "out", dtype="float32")), by_row(loaded))
     with pytest.raises(InputError, match="a trained prefix, which no weight can take in"):
         export(tmp_path / "run", tmp_path / "merged", ExportOptions(merged=True))
     again = PeftModel.from_pretrained(tiny_model(), tmp_path / "run" / "final")
-    more = make(tmp_path / "more", again, num_virtual_tokens=0, steps=2)  # a PEFT model goes on
+    more = make(tmp_path / "more", again, num_virtual_tokens=0, steps=2, learning_rate=None)  # a PEFT model goes on
+    assert more.optimizer.param_groups[0]["lr"] == 2e-2
     assert list(more.parameters) == ["prompt_encoder.default.embedding.weight"]
     more.train()
 
@@ -257,35 +217,24 @@ def test_settings_that_do_not_go_with_it(settings, words):
         OPCDConfig(**{"num_virtual_tokens": 6, **settings})
 
 
-@pytest.mark.parametrize("settings", [{"rollout": "vllm"}, {"rollout": "server"}])
-def test_samplers_that_would_answer_without_a_given_prefix_are_refused(tmp_path, settings):
-    settings = {**settings, **({"rollout_url": "http://127.0.0.1:9"} if settings["rollout"] == "server" else {})}
-    with pytest.raises(InputError, match="cannot run the model's trained prefix"):
-        make(tmp_path / "run", prefixed(), num_virtual_tokens=0, **settings)
-
-
-def test_a_given_prefix_has_the_rate_of_a_prefix_and_is_not_sharded(tmp_path):
-    trainer = make(tmp_path / "run", prefixed(), num_virtual_tokens=0, learning_rate=None)
-    assert trainer.optimizer.param_groups[0]["lr"] == 2e-2
-    with pytest.raises(InputError, match="num_virtual_tokens does not go with sharded weights"):
-        refuse_sharded(trainer.teachers.pair, trainer.config)
-
-
 def test_what_cannot_have_one_is_refused_before_anything_is_written(tmp_path):
     from peft import PromptTuningConfig, get_peft_model
 
-    folder = tmp_path / "run"
-    with pytest.raises(InputError, match=r"num_virtual_tokens=100: .* first tokens of the context, which has \d+"):
-        make(folder, num_virtual_tokens=100)
-    with pytest.raises(InputError, match="plus max_new_tokens=6 exceeds the model's window"):
-        make(folder, tiny_model(max_position_embeddings=64), num_virtual_tokens=50)
-    with pytest.raises(InputError, match="attention_dropout"):
-        make(folder, tiny_model(attention_dropout=0.1))
-    with pytest.raises(InputError, match="already carries an adapter; set num_virtual_tokens=0"):
-        make(folder, prefixed())
-    with pytest.raises(InputError, match="plus max_new_tokens=6 exceeds the model's window"):
-        make(folder, prefixed(tiny_model(max_position_embeddings=80), 70), num_virtual_tokens=0)
+    folder, given = tmp_path / "run", {"num_virtual_tokens": 0}
     prompts = get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    with pytest.raises(InputError, match="PromptTuningConfig adds virtual tokens"):
-        make(folder, prompts, num_virtual_tokens=0)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        packed_hidden_states(prompts, IDS, BOUNDS)
+    ContextTeacher(prompts, [1]).hidden_states(torch.tensor([[3, 4]]))  # the base model has none
+    for model, settings, words in (
+        (None, {"num_virtual_tokens": 100}, r"num_virtual_tokens=100: .* first tokens of the context, which has \d+"),
+        (tiny_model(max_position_embeddings=64), {"num_virtual_tokens": 50}, "exceeds the model's window"),
+        (prefixed(tiny_model(max_position_embeddings=80), 70), given, "exceeds the model's window"),
+        (tiny_model(attention_dropout=0.1), {}, "attention_dropout"),
+        (prefixed(), {}, "already carries an adapter; set num_virtual_tokens=0"),
+        (prompts, given, "PromptTuningConfig adds virtual tokens"),
+        (prefixed(), {**given, "rollout": "vllm"}, "cannot run the model's trained prefix"),
+        (prefixed(), {**given, "rollout": "server", "rollout_url": "http://127.0.0.1:9"}, "cannot run the model's"),
+    ):
+        with pytest.raises(InputError, match=words):
+            make(folder, model, **settings)
     assert not folder.exists()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -243,9 +244,7 @@ ARCHITECTURES: dict[str, Config] = {
     ),
     "lfm2": _config("Lfm2Config", layer_types=["conv", "full_attention"]),
     "lfm2-moe": _config("Lfm2MoeConfig", _EXPERTS, layer_types=["conv", "full_attention"], num_dense_layers=1),
-    "qwen3.5-moe": _config(
-        "Qwen3_5MoeTextConfig", _EXPERTS, _LINEAR, head_dim=16, shared_expert_intermediate_size=32
-    ),
+    "qwen3.5-moe": _config("Qwen3_5MoeTextConfig", _EXPERTS, _LINEAR, head_dim=16, shared_expert_intermediate_size=32),
     "olmo-hybrid": _config("OlmoHybridConfig", _LINEAR, layer_types=["linear_attention", "full_attention"]),
     "mamba2": lambda: transformers.Mamba2Config(
         vocab_size=VOCABULARY,
@@ -292,3 +291,26 @@ def build(name: str, *, seed: int = 0, **overrides: object) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5)
     return model
+
+
+# Those that run on a packed row, which is what a teacher must choose by itself.
+# fmt: off
+MERGE = [
+    "llama", "qwen2", "qwen3", "mistral-window", "olmo", "olmo2", "olmo3", "smollm3", "phi", "phi3", "phi3-window",
+    "phi3-longrope", "llama3-rope", "yarn", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gemma", "gemma3",
+    "gemma3n", "gemma4", "gemma4-shared-kv", "granite", "glm", "glm4", "cohere", "cohere2", "starcoder2",
+    "starcoder2-window", "exaone4", "stablelm", "gpt-neox", "gemma2", "gpt-oss", "gpt2", "opt", "deepseek-v3",
+]
+# One member of every mechanism; the others are walked with -m slow.
+MECHANISMS = {
+    "qwen3", "mistral-window", "olmo3", "smollm3", "phi3-longrope", "yarn", "qwen3-moe", "gemma3",
+    "gemma4-shared-kv", "granite", "stablelm", "gemma2", "gpt-oss", "gpt2", "deepseek-v3", "falcon", "llama4",
+    "bloom", "falcon-alibi", "mpt", "llama-dynamic", "deepseek-v32", "qwen3-next", "falcon-h1", "bamba", "zamba2",
+    "lfm2", "mamba2", "jamba",
+}
+# fmt: on
+
+
+def walk(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test."""
+    return [pytest.param(name, marks=() if name in MECHANISMS else pytest.mark.slow) for name in names]

@@ -17,6 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from opcd_fast.models import seam
+
 VOCABULARY = 97
 _SHAPE = {
     "vocab_size": VOCABULARY,
@@ -106,6 +108,17 @@ def plain_after_context(model: nn.Module, context: Tensor, sequence: Tensor) -> 
     """(T, D): hidden states of `sequence` after `context`, one plain forward."""
     with torch.no_grad():
         return plain_hidden(model, torch.cat([context, sequence]))[len(context) :]
+
+
+def tokens_run(model: nn.Module) -> list[int]:
+    """A list that receives the number of tokens of every pass through the body."""
+    counts: list[int] = []
+
+    def count(_, args, kwargs):
+        counts.append(kwargs["input_ids"].numel())
+
+    seam.body_of(model).register_forward_pre_hook(count, with_kwargs=True)
+    return counts
 
 
 TOLERANCE = 1e-4

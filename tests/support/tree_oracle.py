@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opcd_fast.attention.tree import tree_attention
+from opcd_fast.attention import TreeCall
 
 # Prompts with three children, with none, with two (one of a single token); a sequence between a prompt and its child;
 # an empty child; and a child that does not stand next to its siblings.
@@ -35,6 +35,11 @@ def dense(query, key, value, scale, window=None, lengths=LENGTHS, parent=PARENT)
     return (scores.softmax(-1) @ value)[0].transpose(0, 1)
 
 
+class Layer(torch.nn.Module):
+    layer_idx = 2
+
+
 def in_given_order(query, key, value, row, scale, window=None):
-    out = tree_attention(*(x[:, :, row.order] for x in (query, key, value)), row, scale, window)
-    return out[row.back]
+    ordered = (x[:, :, row.order] for x in (query, key, value))
+    out, _ = TreeCall(row).attend(Layer(), *ordered, None, scaling=scale, sliding_window=window)
+    return out[0, row.back]

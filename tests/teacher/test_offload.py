@@ -8,16 +8,14 @@ import weakref
 
 import pytest
 import torch
+import training_runs
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
+from opcd_fast.models import seam
 from opcd_fast.planning.rehearsal import Job, rehearse
 from opcd_fast.teacher import ContextTeacher, Offload, OffloadedTeacher
-from opcd_fast.training import OPCDTrainer
-from opcd_fast.training import trainer as trainer_module
-from opcd_fast.training.engines import model_pair
 from opcd_fast.training.settings import OPCDConfig
-from opcd_fast.training.step import objective
 
 CPU = torch.device("cpu")
 IDS, BOUNDS = torch.tensor([3, 4, 5, 7, 8, 9]), torch.tensor([0, 3, 6], dtype=torch.int32)
@@ -58,14 +56,8 @@ def test_it_is_there_for_the_call_alone_and_contexts_stay():
     gc.collect()
     assert all(copy() is None for copy in copies), "what was on the device is still held"
     first, head = teacher.prefixes[0], teacher.head
-    seen = []
-    body = model.model
-    body.register_forward_pre_hook(lambda *_: seen.append(next(model.parameters()).data_ptr()))
     teacher.hidden_states_packed(IDS, BOUNDS)
-    assert seen and seen[-1] not in home
-    assert [p.data_ptr() for p in model.parameters()] == home
-    assert teacher.prefixes[0] is first, "moving is no change of the weights"
-    assert teacher.head is head
+    assert teacher.prefixes[0] is first and teacher.head is head, "moving is no change of the weights"
     with pytest.raises(RuntimeError, match="inside"), moves.on_device():
         raise RuntimeError("inside")
     assert [p.data_ptr() for p in model.parameters()] == home
@@ -76,19 +68,10 @@ def test_it_is_there_for_the_call_alone_and_contexts_stay():
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-def make(folder, teacher=None, **settings):
-    config = OPCDConfig(
-        **{
-            "output_dir": str(folder), "steps": 3, "batch_size": 4, "max_new_tokens": 6, "lora_rank": 4,
-            "learning_rate": 1e-2, "eval_every": 2, "save_every": 0, "device": "cpu", "dtype": "float32",
-            "plots": False, "micro_batch_tokens": 90, **settings,
-        }
-    )  # fmt: skip
-    prompts, context = [f"question {i}" for i in range(6)], "always answer with zzz"
-    return OPCDTrainer(
-        tiny_model(), tiny_tokenizer(), context, prompts, config, eval_prompts=["one more"], quiet=True,
-        teacher_model=teacher, teacher_tokenizer=None if teacher is None else tiny_tokenizer(),
-    )  # fmt: skip
+def make(folder, teacher_model=None, **settings):
+    if teacher_model is not None:
+        settings.update(teacher_model=teacher_model, teacher_tokenizer=tiny_tokenizer())
+    return training_runs.make(tiny_tokenizer(), folder, steps=3, micro_batch_tokens=90, save_every=0, **settings)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -99,57 +82,37 @@ def test_a_run_is_the_same_and_the_student_never_meets_the_teachers_weights(tmp_
     def teacher():
         return None if whole else frozen(hidden_size=48)
 
-    wanted = make(tmp_path / "plain", teacher(), **settings).train()
-    monkeypatch.setattr(model_pair, "refuse_useless_offload", lambda shares, device: None)
-    trainer = make(tmp_path / "run", teacher(), teacher_offload=True, **settings)
-    moves = trainer.teachers._offload
+    wanted = make(tmp_path / "plain", teacher_model=teacher(), **settings).train()
+    monkeypatch.setattr("opcd_fast.training.engines.model_pair.refuse_useless_offload", lambda shares, device: None)
+    trainer = make(tmp_path / "run", teacher_model=teacher(), teacher_offload=True, **settings)
     assert type(trainer.teacher) is OffloadedTeacher
-    seen, inner = [], objective.student_hidden_states
+    home = [p.data_ptr() for p in trainer.teacher.model.parameters()]
+    away = {"student": set(), "teacher": set()}  # whether the teacher's weights were up when these ran
 
-    def student(*arguments):
-        seen.append(moves._depth)
-        return inner(*arguments)
+    def watch(name, model):
+        def look(*_):
+            if name == "teacher" or torch.is_grad_enabled():
+                away[name].add([p.data_ptr() for p in trainer.teacher.model.parameters()] != home)
 
-    monkeypatch.setattr(objective, "student_hidden_states", student)
-    started = trainer._train_step
+        seam.body_of(model).register_forward_pre_hook(look)
 
-    def step(*arguments):
-        seen.clear()
-        record = started(*arguments)
-        assert len(seen) > 1 and set(seen) == {0}
-        return record
-
-    monkeypatch.setattr(trainer, "_train_step", step)
-    answered, generate = [], trainer.teacher_rollout.generate
-    monkeypatch.setattr(
-        trainer.teacher_rollout, "generate", lambda *a, **o: answered.append(moves._depth) or generate(*a, **o)
-    )
-    check = trainer_module.check_context_matters
-    monkeypatch.setattr(
-        trainer_module, "check_context_matters", lambda *a, **o: answered.append(moves._depth) or check(*a, **o)
-    )
+    watch("student", trainer.model)
+    watch("teacher", trainer.teacher.model)
     got = trainer.train()
-    assert answered == [1, 1], "checks or held-out answers were made without the weights on the device"
+    assert away == {"student": {False}, "teacher": {True}}
     assert [r["loss"] for r in got.history] == [r["loss"] for r in wanted.history]
     assert [e["fixed_kl"] for e in got.evaluations] == [e["fixed_kl"] for e in wanted.evaluations]
 
 
 def test_where_there_is_nothing_to_gain_it_is_refused(tmp_path):
     with pytest.raises(InputError, match="the run is on the CPU"):
-        make(tmp_path / "run", frozen(), teacher_offload=True)
+        make(tmp_path / "run", teacher_model=frozen(), teacher_offload=True)
     with pytest.raises(InputError, match="shares the student's weights"):
         make(tmp_path / "run", teacher_offload=True)
     for name, value in (("teacher_mode", "live"), ("teacher_device", "cpu"), ("teacher_quantization", "4bit")):
         with pytest.raises(InputError, match=f"teacher_offload needs {name}="):
             OPCDConfig(teacher_offload=True, **{name: value})
     assert not (tmp_path / "run").exists()
-
-
-def test_it_is_loaded_where_it_waits():
-    from opcd_fast.commands.train import loading
-
-    config = OPCDConfig(teacher_offload=True, dtype="bfloat16", device="cpu")
-    assert loading(config, "none", waits=True) == {"dtype": "bfloat16", "device": "cpu"}
 
 
 def test_the_plan_has_the_teacher_in_its_own_phase_alone():

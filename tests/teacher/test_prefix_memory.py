@@ -1,11 +1,9 @@
-"""max_prefix_bytes: the contexts used longest ago leave memory, those of the call never do, and numbers stay."""
+"""Which contexts are read and which are kept: what a call continues, once, until weights change or memory is short."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from test_chunked_prefill import tokens_run
-from tiny_models import pack, plain_after_context, random_ids, tiny_model
+from tiny_models import assert_close, pack, random_ids, reference, tiny_model, tokens_run
 
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.teacher.prefix import nested as nested_contexts
@@ -32,11 +30,38 @@ def held(teacher):
 def ask(teacher, *index):
     """One sequence of three tokens after each of the contexts, checked against plain forward passes."""
     sequences = random_ids(*[3] * len(index), seed=5)
-    ids, bounds = pack(sequences)
-    got = teacher.hidden_states_packed(ids, bounds, context_index=list(index))
+    got = teacher.hidden_states_packed(*pack(sequences), context_index=list(index))
     plain = tiny_model()
-    want = [plain_after_context(plain, teacher._contexts[i], s) for i, s in zip(index, sequences, strict=True)]
-    torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=0)
+    plain.load_state_dict(teacher.model.state_dict())
+    assert_close(got, reference(plain, teacher._contexts, sequences, index))
+
+
+def test_only_contexts_that_a_call_continues_are_read():
+    model = tiny_model()
+    counts = tokens_run(model)
+    teacher = ContextTeacher(model, [torch.arange(1, length) for length in range(2, 42)], path="merge")
+    assert "not built yet" in teacher.explain()
+    for index, read in (((30, 7, 30), 31 + 8), ((7, 7, 30), 0), ((39, 7, 0), 1 + 40)):
+        counts.clear()
+        teacher.hidden_states_packed(*pack(random_ids(3, 3, 3)), context_index=index)
+        assert sum(counts) == read + 9
+        ask(teacher, *index)
+    assert "4 of 40 contexts built" in teacher.explain()
+    kept = teacher._prefixes[7]
+    assert [len(prefix) for prefix in teacher.prefixes] == list(range(1, 41)) and teacher.prefixes[7] is kept
+
+
+def test_a_change_of_weights_forgets_all_contexts_and_reads_only_what_is_asked():
+    model = tiny_model()
+    teacher = ContextTeacher(model, random_ids(20, 6, 4), path="merge")
+    assert len(teacher.prefixes) == 3
+    for change in (lambda: model.model.layers[0].self_attn.k_proj.weight.mul_(1.5), teacher.invalidate):
+        with torch.no_grad():
+            change()
+        ask(teacher, 1, 1)
+        assert held(teacher) == [1]
+        ask(teacher, 0, 2)  # made with weights that are gone, they must not come back
+        assert held(teacher) == [0, 1, 2]
 
 
 def test_the_longest_unused_leaves():
@@ -76,15 +101,6 @@ def test_what_the_call_needs_stays_until_it_returns(monkeypatch):
     assert teacher._prefixes.nbytes == 20 * PER_TOKEN
 
 
-def test_without_a_bound_nothing_leaves():
-    contexts = random_ids(*[30] * 8)
-    teacher = ContextTeacher(tiny_model(), contexts, path="merge")
-    for index in range(8):
-        ask(teacher, index)
-    assert held(teacher) == list(range(8)) and "at most" not in teacher.explain()
-    assert "evicted: 0" in teacher.explain()
-
-
 def test_a_context_larger_than_the_bound_is_used_and_not_kept():
     model, contexts = tiny_model(), random_ids(30, 10)
     teacher = bounded(model, contexts, 20)
@@ -106,9 +122,3 @@ def test_shared_beginnings_count_and_leave(monkeypatch):
     assert sum(counts) == 30 + 3 + 10 + 3 and held(teacher) == [1] and teacher._prefixes.nbytes == 50 * PER_TOKEN
     ask(teacher, 0, 2)
     assert sum(counts) == 46 + 20 + 6 and teacher._prefixes.nbytes <= 50 * PER_TOKEN
-
-
-@pytest.mark.parametrize("bound", [0, -1, 1.5, True, "1"])
-def test_bad_bounds(bound):
-    with pytest.raises(ValueError, match="max_prefix_bytes: expected an integer >= 1"):
-        ContextTeacher(tiny_model(), [1], max_prefix_bytes=bound)

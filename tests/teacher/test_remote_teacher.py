@@ -66,15 +66,6 @@ def test_the_head_is_copied_again_when_it_changes():
     assert remote.head is not third
 
 
-def test_everything_else_is_the_teachers():
-    local = ContextTeacher(tiny_model(), torch.arange(30, 40), path="merge")
-    remote = RemoteTeacher(local, torch.device("cpu"))
-    assert remote.path == "merge" and remote.explain() == local.explain() and remote.model is local.model
-    ids, ends = torch.arange(40, 75), torch.tensor([0, 20, 35])
-    assert torch.equal(remote.hidden_states_packed(ids, ends), local.hidden_states_packed(ids, ends))
-    assert torch.equal(remote.head.weight, local.head.weight)
-
-
 @pytest.mark.parametrize("settings", [{}, {"teacher_mode": "ema", "lora_rank": 0, "teacher_ema_decay": 0.5}])
 def test_a_run_through_the_wrapper_is_the_same_run(tokenizer, tmp_path, monkeypatch, settings):
     """With the wrapper put around teachers that need none, so that the loop, evaluation and preflight go through it."""
@@ -82,9 +73,7 @@ def test_a_run_through_the_wrapper_is_the_same_run(tokenizer, tmp_path, monkeypa
     if "teacher_mode" not in settings:
         settings.update(teacher_model=tiny_model(seed=7, hidden_size=48, num_hidden_layers=3))
     plain = make(tokenizer, tmp_path / "plain", **settings).train()
-    from opcd_fast.training.step import teachers
-
-    monkeypatch.setattr(teachers, "same_device", lambda *places: False)
+    monkeypatch.setattr("opcd_fast.training.step.teachers.same_device", lambda *places: False)
     trainer = make(tokenizer, tmp_path / "wrapped", **settings)
     assert isinstance(trainer.teacher, RemoteTeacher) and isinstance(trainer.teachers.reference, RemoteTeacher)
     wrapped = trainer.train()
@@ -93,9 +82,7 @@ def test_a_run_through_the_wrapper_is_the_same_run(tokenizer, tmp_path, monkeypa
 
 
 def test_a_teacher_that_shares_the_students_weights_cannot_be_elsewhere(tokenizer, tmp_path, monkeypatch):
-    from opcd_fast.training.engines import model_pair
-
-    monkeypatch.setattr(model_pair, "pick_device", lambda *a, **o: META)
+    monkeypatch.setattr("opcd_fast.training.engines.model_pair.pick_device", lambda *a, **o: META)
     for settings in ({}, {"teacher_mode": "ema"}, {"teacher_mode": "live", "lora_rank": 0}):
         with pytest.raises(InputError, match="drop teacher_device, or give a teacher_model"):
             make(tokenizer, tmp_path / "run", teacher_device="cpu", **settings)
@@ -109,8 +96,3 @@ def test_a_device_that_is_not_there_is_named(tokenizer, tmp_path):
             make(tokenizer, tmp_path / "run", teacher_device=device, teacher_model=tiny_model(seed=7))
         with pytest.raises(InputError, match=f"^{word}"):  # before the command has loaded it
             loading(OPCDConfig(teacher_device=device), "none", elsewhere=True)
-
-
-def test_the_students_own_device_is_no_other(tokenizer, tmp_path):
-    trainer = make(tokenizer, tmp_path / "run", teacher_device="cpu")
-    assert isinstance(trainer.teacher, ContextTeacher)

@@ -42,10 +42,6 @@ class PathChoice:
         """The path in use; the first time, after its check. Raises ValueError when a path asked for fails it."""
         return self._decided()[0]
 
-    @property
-    def reason(self) -> str:
-        return self._decided()[1]
-
     def _decided(self) -> tuple[str, str]:
         if self._chosen is None:
             if self._asked != "auto":
@@ -113,12 +109,13 @@ class PathChoice:
 
     def explain(self) -> list[str]:
         """The first line names the path; what else there is to know about it follows."""
-        lines = [f"path: {self.path} ({self.reason})"]
-        if self.path == "concat":
+        path, reason = self._decided()
+        lines = [f"path: {path} ({reason})"]
+        if path == "concat":
             one = ", one at a time: a padded batch failed its check" if self._alone else ""
             lines.append(f"the context is read again for every sequence{one}")
-        if self.path == "pad":
+        if path == "pad":
             lines.append("a batch of sequences copies the context for one layer at a time")
-        if self.path != "concat" and self.rope_switch is not None:
+        if path != "concat" and self.rope_switch is not None:
             lines.append(f"calls that cross {self.rope_switch} tokens, where longrope moves positions, run on concat")
         return lines

@@ -4,20 +4,15 @@ Where a GPU is, each such question waits for all the work that is queued there. 
 a GPU: what is computed from one is one, and what the package sends there becomes one.
 """
 
+import sys
+
 import pytest
 import torch
 from architectures import build
 from tiny_models import pack, random_ids
 
-from opcd_fast.attention import rows
-from opcd_fast.attention import tree as tree_attention
-from opcd_fast.attention import windows as windowed_attention
-from opcd_fast.models import packed as student
-from opcd_fast.models import packed_hidden_states, shared_prompt_hidden_states, shared_prompts
+from opcd_fast.models import packed_hidden_states, shared_prompt_hidden_states
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.teacher import context_teacher as teacher
-from opcd_fast.teacher import parts as teacher_parts
-from opcd_fast.teacher.paths import forward as teacher_paths
 
 ASKING = {
     "tolist", "item", "numpy", "cpu", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose",
@@ -45,10 +40,9 @@ class Device(torch.Tensor):
 @pytest.fixture(autouse=True)
 def _sent_to_the_device(monkeypatch):
     asked.clear()
-    for module in (
-        rows, shared_prompts, student, teacher, teacher_parts, teacher_paths, tree_attention, windowed_attention
-    ):  # fmt: skip
-        monkeypatch.setattr(module, "on_device", lambda x, device: x.as_subclass(Device))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("opcd_fast.") and "on_device" in vars(module):
+            monkeypatch.setattr(module, "on_device", lambda x, device: x.as_subclass(Device))
 
 
 def on_device(x):

@@ -52,19 +52,6 @@ def test_bf16_logits_fail_this_criterion(kl, at_least):
     assert error > at_least * GRADIENT_ERROR
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_input_dtypes(dtype):
-    h, w, h_t = states(16, 32, 1500, 0.05, dtype)
-    h64 = h.double().requires_grad_()
-    exact = token_kl64(logits64(h64, LMHead(w)), logits64(h_t, LMHead(w)))
-    exact.mean().backward()
-    h.requires_grad_()
-    fused_linear_reverse_kl(h, w, h_t.to(dtype), w).backward()
-    assert h.grad.dtype == dtype
-    if dtype == torch.float32:
-        assert relative_error(h.grad, h64.grad) < 1e-4
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_fp16_gradients_survive_until_the_loss_scaler(reduction):
     """A mean over many tokens lies below fp16's smallest numbers; the scaler's factor arrives in backward."""
@@ -84,12 +71,3 @@ def test_fp16_gradients_survive_until_the_loss_scaler(reduction):
     (token_kl64(z64, z_t.double()).sum() / 131072 * scale).backward()
     (reverse_kl(z_s, z_t, denominator=131072.0) * scale).backward()
     assert relative_error(z_s.grad, z64.grad) < 2e-3
-
-
-def test_identical_models_have_zero_loss_and_gradient(backend):
-    h, w, _ = states(5, 32, 700, 0.0)
-    h.requires_grad_()
-    loss, stats = fused_linear_reverse_kl(h, w, h.detach(), w, return_stats=True, backend=backend)
-    loss.backward()
-    assert float(loss) == 0.0 and not h.grad.any()
-    assert (stats.top1_agreement == 1).all()

@@ -4,7 +4,6 @@ import pytest
 import torch
 from loss_oracle import logits64, relative_error, states, token_kl64
 
-from opcd_fast.kernels.reference import Logits, divergences
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl, reverse_kl
 
 # Lanes beyond the vocabulary compute inf - inf on the way to being masked; numpy says so, a device does not.
@@ -37,19 +36,6 @@ def test_gradients_and_kl_against_float64(backend, kl):
     assert (stats.token_kl >= 0).all()
     assert ((stats.token_kl - exact).abs() <= 3e-3 * exact + 1e-9).all()
     assert abs(float(loss) / float(exact.mean()) - 1) < 1e-3
-
-
-@pytest.mark.parametrize(("kl", "at_least"), [(1e-1, 1), (1e-2, 5), (1e-3, 20), (3e-5, 100)])
-def test_bf16_logits_fail_this_criterion(kl, at_least):
-    """The same row operation on logits that were stored in bf16, gradients not even rounded."""
-    h, w, h_t, exact, dh, _ = problem("torch", kl)
-    z_s = (h.float() @ w.float().T).bfloat16().float()
-    z_t = (h_t @ w.float().T).bfloat16().float()
-    statistics = torch.zeros(5, len(h))
-    weights = torch.full((len(h),), 1 / len(h))
-    divergences.divergence_rows(Logits(z_s), Logits(z_t), weights, statistics, z_s, all_statistics=False)
-    error = relative_error(z_s @ w.float(), dh)
-    assert error > at_least * GRADIENT_ERROR
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

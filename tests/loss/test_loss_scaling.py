@@ -30,27 +30,19 @@ def test_scaled_gradients_are_rounded_once(dtype):
             assert torch.equal(scaled, (before.to(wide) * THIRD.to(wide)).to(dtype))
 
 
-def test_a_graph_that_is_kept_is_scaled_anew_each_time():
+def test_a_graph_that_is_kept_is_scaled_anew_and_its_gradients_are_the_callers_own():
     h, w, h_t = leaves(torch.bfloat16)
-    loss = fused_linear_reverse_kl(h, w, h_t, w.detach())
-    first = torch.autograd.grad(loss * THIRD, (h, w), retain_graph=True)
-    second = torch.autograd.grad(loss * 2, (h, w), retain_graph=True)
-    third = torch.autograd.grad(loss * THIRD, (h, w))
     plain = torch.autograd.grad(fused_linear_reverse_kl(h, w, h_t, w.detach()), (h, w))
-    for one, two, three, unscaled in zip(first, second, third, plain, strict=True):
-        assert torch.equal(one, three) and torch.equal(two, 2 * unscaled)
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.5])
-def test_gradients_of_a_kept_graph_are_the_callers_own(factor):
-    h, w, h_t = leaves(torch.float32)
-    loss = fused_linear_reverse_kl(h, w, h_t, w.detach()) * factor
-    first = torch.autograd.grad(loss, (h, w), retain_graph=True)
-    wanted = [gradient.clone() for gradient in first]
-    for gradient in first:
-        gradient.zero_()  # as clipping changes them in place
-    second = torch.autograd.grad(loss, (h, w))
-    assert all(map(torch.equal, second, wanted))
+    loss = fused_linear_reverse_kl(h, w, h_t, w.detach())
+    kept = []
+    for factor in (THIRD, torch.tensor(1.0), torch.tensor(2.0), THIRD):
+        found = torch.autograd.grad(loss * factor, (h, w), retain_graph=True)
+        kept.append([gradient.clone() for gradient in found])
+        for gradient in found:
+            gradient.zero_()  # as clipping changes them in place
+    thirds, ones, twice, again = kept
+    for third, one, two, other, unscaled in zip(thirds, ones, twice, again, plain, strict=True):
+        assert torch.equal(third, other) and torch.equal(one, unscaled) and torch.equal(two, 2 * unscaled)
 
 
 @pytest.mark.parametrize(("dtype", "temporaries"), [(torch.float32, 0), (torch.bfloat16, 2 * 4096 * 64 * 4)])

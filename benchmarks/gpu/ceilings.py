@@ -75,8 +75,7 @@ def _texts(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found["cudnn"] = str(torch.backends.cudnn.version())
         found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    for tool in ("nvcc", "ncu"):
-        found[tool] = shutil.which(tool) or "not on PATH"
+    found["nvcc"] = shutil.which("nvcc") or "not on PATH"
     try:
         query = "--query-gpu=clocks.sm,clocks.mem,power.limit,temperature.gpu"
         done = subprocess.run(

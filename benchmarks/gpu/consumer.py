@@ -36,7 +36,7 @@ def run(session: Session) -> None:
 
 def _cap(session: Session) -> Values:
     """What of a card of 24 GB a process's tensors can have."""
-    from opcd_fast.commands.plan import RESERVED
+    from opcd_fast.planning import RESERVED
 
     session.on_device("a limit on its memory")
     total = torch.cuda.get_device_properties(session.device).total_memory

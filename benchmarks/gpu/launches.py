@@ -1,13 +1,10 @@
 """One launch of each Triton kernel: its inputs, the bytes it must move, and its error against float64.
 
-What smoke tries, the sweep times and ncu looks at is the same.
-
-    python -m benchmarks.gpu.launches [--dry-run]    each twice and nothing else, for a profiler to look at
+What smoke tries and the sweep times is the same.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import wait
 from opcd_fast.kernels.reference import DIVERGENCES, STATISTICS, Logits
 from opcd_fast.kernels.reference import attention as merge_twin
 from opcd_fast.kernels.reference import divergences as divergence_twin
@@ -134,20 +130,3 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
-
-
-def main() -> None:
-    dry = "--dry-run" in sys.argv[1:]
-    device = torch.device("cpu" if dry else "cuda")
-    for name, build in large(device, dry).items():
-        try:
-            launch = build()
-            for _ in range(2):
-                launch.call()
-            wait(device)
-        except Exception as error:  # noqa: BLE001 - the others shall be seen all the same
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

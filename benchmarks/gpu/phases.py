@@ -28,7 +28,6 @@ FIRST = (
     Phase("accuracy", 26, "dL/dh and dL/dW at mean KL 1 to 3e-5 against float64"),
     Phase("loss", 92, "the main cases beside peers, per kernel; the products by rows"),
     Phase("sweep", 56, "block and warps of every kernel into a launch table"),
-    Phase("counters", 36, "one launch of each kernel under ncu"),
     Phase("decoding", 66, "tokens a second beside transformers' generate"),
     Phase("step", 56, "training steps at Qwen3-1.7B's shape, and a trace", TRAINING),
     Phase("consumer", 42, "LoRA on a card of 24 GB, peak against the plan", TRAINING),

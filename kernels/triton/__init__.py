@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
-    from opcd_fast.kernels.triton import divergences
+    from opcd_fast.kernels.triton import divergences, launch_shapes
     from opcd_fast.kernels.triton.attention import merge_attention
     from opcd_fast.kernels.triton.logprobs import logprob_rows
     from opcd_fast.kernels.triton.reverse_kl import reverse_kl_rows

@@ -77,11 +77,14 @@ def scratch_bytes(
     of_student, of_teacher = sides = [side(student, 0), side(teacher, 0 if shared else 1)]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     size, pitch = exact.itemsize, pitch_of(v)
-    planes = sum(scratch_planes(spec))
+    scratch, own = scratch_planes(spec)
     # Of the device if it is here, else of an assumed one: a plan does not ask which kind it will be.
     place = torch.device(device if torch.cuda.is_available() else "cpu")
-    plan = make_plan(rows, sides, v, spec, wanted, planes, multiprocessors_of(place))
-    buffers = 2 * plan.logit_rows * pitch * size + upcast_tile(sides, exact, v)[1] + planes * plan.block_rows * v * size
+    plan = make_plan(rows, sides, v, spec, wanted, scratch + own, multiprocessors_of(place))
+    if device == "cpu" and spec.divergence != "topk_reverse_kl":
+        own = 0  # there only for a block in which a probability underflows, which is small and rare
+    buffers = 2 * plan.logit_rows * pitch * size + upcast_tile(sides, exact, v)[1]
+    buffers += (scratch + own) * plan.block_rows * v * size
     if has_gradient_buffer(of_student, exact, spec, wanted):
         buffers += plan.gradient_rows * pitch * gradient_dtype(of_student, exact).itemsize
 
@@ -94,8 +97,6 @@ def scratch_bytes(
     teacher_rows = min(rows, plan.logit_rows) * of_teacher.h.shape[1] * size * copied(of_teacher)
     dh = numbers * (size + (dtype.itemsize if dtype != exact else 0)) * wanted.hidden
     buffers += max(teacher_rows, dh)
-    if backend == "torch" and pitch != v:
-        buffers += plan.block_rows * v * size  # torch's softmax makes rows that are not back to back contiguous
     if wanted.weight:
         # Added up in float32 beside these buffers; rounded, into what is counted as a result, when they are gone.
         buffers += student.weight.numel() * (size - returned_dtype(dtype).itemsize)

@@ -152,11 +152,8 @@ def test_the_newest_run_of_a_device_is_shown(tmp_path, capsys):
     write(results, "step", [row("step", "opcd_fast", 5e3, answer_tokens=384.0), row("step", "trl-sdft", 1e4)])
     assert report.main(["--results", str(results), "--out", str(out)]) == 0
     text = out.read_text(encoding="utf-8")
-    assert "777" not in text and "**Nothing here was measured on a GPU.**" in text and "Not measured on a GPU" in text
-    assert "| opcd_fast-native | 50 (50 to 50) | 200% | 1 |" in text and "skipped: not here" in text
-    assert "| opcd_fast-native | dL/dh | 2.0e-03 | 2.0e-03 |" in text
-    assert "| 10.0× |" in text and "7 answers at a time" in text and "| 8,192 | 512 | 64 |" in text
-    assert "| opcd_fast | 5.00 (5.00 to 5.00, 3 steps) | 0.50 | 384 | 76.8 |" in text
+    assert "777" not in text and "**Nothing here was measured on a GPU.**" in text and "skipped: not here" in text
+    assert "| opcd_fast-native | 50 (50 to 50) | 200% | 1 |" in text
     images = [path.name for path in (out.parent / "images").iterdir()]
     assert sorted(images) == ["loss_cpu_error_kl.svg", "loss_cpu_time_n.svg"]
     assert all(f"images/{name}" in text for name in images)
@@ -219,7 +216,7 @@ def test_the_summary_is_short_and_names_what_failed(tmp_path):
     lines = summary(Run(rows=rows, damaged=[7]), [phase.name for phase in RUNS["first"]], tmp_path, 431.0, ["big.bin"])
     assert len(lines) <= LINES == 40 and max(map(len, lines)) <= WIDTH
     text = "\n".join(lines)
-    for said in ("2 of 11 phases in 431 s, 100 rows failed", "timeout 92 s", "reason 0", "and 88 more", "99 ok",
+    for said in ("2 of 10 phases in 431 s, 100 rows failed", "timeout 92 s", "reason 0", "and 88 more", "99 ok",
                  "row 0 0 ms", "teacher    not reached", "cut off: 7", "big.bin"):  # fmt: skip
         assert said in text, said
 

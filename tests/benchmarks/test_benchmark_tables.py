@@ -158,17 +158,6 @@ def anew():
 
 
 @pytest.mark.usefixtures("anew")
-def test_a_missing_peer_is_skipped_with_the_reason(monkeypatch):
-    def folder(package):
-        raise peers.Missing(f"{package} is not installed")
-
-    monkeypatch.setattr(peers, "_folder", folder)
-    found = {one.name: one.skip for one in loss.contenders(loss_cases.cases(CPU, quick=True)[0], CPU, None)}
-    assert found["trl"] == "trl is not installed"
-    assert found["liger-fused"] == found["liger-chunked"] == "liger_kernel is not installed"
-
-
-@pytest.mark.usefixtures("anew")
 def test_trl_is_loaded_without_its_package(tmp_path, monkeypatch):
     """From its own files, with neither __init__.py running: a stand-in for trl whose packages cannot be imported."""
     kernels = tmp_path / "trl" / "kernels"

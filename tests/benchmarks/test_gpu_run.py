@@ -4,7 +4,6 @@ CPU can tell."""
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.gpu import counters, kernel_times, launches, runner, sweep
+from benchmarks.gpu import kernel_times, launches, runner, sweep
 from benchmarks.gpu.phases import DRY_SECONDS, ENDING, RUNS, SECONDS, Phase, schedule
 from benchmarks.gpu.summary import LINES
 from benchmarks.schema import BROKEN, Row, Value, read, value
@@ -156,11 +155,6 @@ def test_the_phases_fit_into_a_lease():
         assert said in script
 
 
-def test_the_script_refuses_unknown_arguments():
-    done = subprocess.run([str(ROOT / "scripts" / "gpu.sh"), "third"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "usage" in done.stderr
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
 def test_the_script_says_where_there_is_no_device():
     environment = {**os.environ, "PYTHON": sys.executable}
@@ -168,64 +162,6 @@ def test_the_script_says_where_there_is_no_device():
         [str(ROOT / "scripts" / "gpu.sh")], capture_output=True, text=True, timeout=60, env=environment
     )
     assert done.returncode == 2 and "no CUDA driver" in done.stderr
-
-
-SHELL = """#!/bin/sh
-case "$*" in
-*"pip install"*) [ -z "$NO_WHEELS" ] && touch "${10}/peer.py" ;;
-*"pip download"*) truncate -s "$WHEEL_BYTES" carried/peer-1-py3-none-any.whl ;;
-*"benchmarks.gpu"*) echo "asked: $*"; echo "path: $PYTHONPATH"; ls "${PYTHONPATH%%:*}"; exit 3 ;;
-esac
-"""
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A repository of the scripts alone, and a python that does nothing but say what it was asked."""
-    (tmp_path / "scripts").mkdir()
-    for name in ("gpu.sh", "carry.sh"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
-    (tmp_path / "python").write_text(SHELL)
-    (tmp_path / "python").chmod(0o755)
-    (tmp_path / ".gitignore").write_text("carried/\n")
-    author = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "x"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True, timeout=60)
-
-    def script(name, *arguments, **variables):
-        environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PYTHONPATH": "", **variables}
-        command = [str(tmp_path / "scripts" / name), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-
-    return tmp_path, script
-
-
-def test_what_is_carried_must_fit_with_the_tree(tree):
-    folder, script = tree
-    done = script("carry.sh", WHEEL_BYTES=str(60 << 20))
-    assert done.returncode == 0 and f"carried {60 << 10} KiB" in done.stdout, done.stderr
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout
-    assert (folder / "carried" / "COMMIT").read_text() == head
-    (folder / "more").write_bytes(b"x" * (4 << 20))  # not committed, but it travels
-    (folder / "carried" / "old.whl").write_bytes(b"x")
-    done = script("carry.sh", WHEEL_BYTES=str(60 << 20))
-    assert done.returncode == 1 and "too large together" in done.stderr
-    assert not (folder / "carried" / "old.whl").exists()
-
-
-def test_the_script_runs_with_what_was_carried(tree):
-    (folder, script), arguments, seconds = tree, ["second", "--dry-run"], DRY_SECONDS
-    (folder / "carried").mkdir()
-    (folder / "carried" / "peer-1-py3-none-any.whl").write_bytes(b"")
-    done = script("gpu.sh", *arguments)
-    asked = done.stdout.splitlines()[0].split()
-    assert done.returncode == 3 and asked[1:4] == ["-m", "benchmarks.gpu", "second"]
-    assert "--dry-run" in asked and seconds - 10 < int(asked[asked.index("--seconds") + 1]) < seconds
-    assert "peer.py" in done.stdout
-    site = next(line for line in done.stdout.splitlines() if line.startswith("path: ")).removeprefix("path: ")
-    assert site and not Path(site).exists(), "the temporary folder goes afterwards"
-    done = script("gpu.sh", *arguments, NO_WHEELS="1")
-    assert "do not install here" in done.stdout and "asked: " in done.stdout and "peer.py" not in done.stdout
 
 
 # --- the phases --------------------------------------------------------------------------------------------
@@ -311,7 +247,6 @@ def test_the_shapes_of_a_sweep_are_ones_the_launchers_take():
     for kernel, shapes in swept.items():
         packaged = launch_shapes.read_table(launch_shapes.PACKAGED).shapes[kernel][-1]
         assert shapes[0] == (packaged.block, packaged.warps), "the others are compared with what is launched today"
-        assert len(set(shapes)) == len(shapes)
         for block, warps in shapes:
             with launch_shapes.forced_shape(kernel, block, warps):
                 assert launch_shapes.launch_shape(kernel, 10) == (block, warps)
@@ -368,28 +303,6 @@ def test_a_test_that_breaks_the_device_or_the_process_costs_the_others_nothing(t
                      "test_dies": "failed", "test_last": "ok", "pytest": "ok"}  # fmt: skip
     assert "assert 1 == 2" in rows["test_bad"].note and rows["test_skipped"].note == "Skipped: no such kernel"
     assert rows["test_dies"].note == "the process ended with status -6: Aborted"
-
-
-LONG = """==PROF== Connected
-a line of the program
-"ID","Process ID","Process Name","Host Name","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","7","python3","h","_reverse_kl_rows_kernel","Command line","dram__bytes.sum","byte","1,000"
-"1","7","python3","h","_reverse_kl_rows_kernel","Command line","dram__bytes.sum","byte","2,798,000"
-"2","7","python3","h","_merge_attention_kernel","Command line","launch__registers_per_thread","register/thread","80"
-"""
-WIDE = """"ID","Process ID","Process Name","Host Name","Kernel Name","dram__bytes.sum","launch__registers_per_thread"
-"","","","","","Mbyte","register/thread"
-"0","7","python3","h","_reverse_kl_rows_kernel(float *, int)","2.798","80"
-"""
-
-
-def test_both_forms_of_ncus_tables_are_read():
-    found = counters.parse(LONG)
-    assert found["_reverse_kl_rows_kernel"] == {"dram__bytes.sum": Value(2_798_000.0, "byte")}
-    assert found["_merge_attention_kernel"]["launch__registers_per_thread"] == Value(80.0, "register/thread")
-    found = counters.parse(WIDE)
-    assert found["_reverse_kl_rows_kernel"]["dram__bytes.sum"] == Value(2.798, "Mbyte")
-    assert counters.parse("==ERROR== LibraryNotLoaded\n") == {}
 
 
 def test_a_devices_profile_counts_what_ran_there():

@@ -23,14 +23,8 @@ def table(tmp_path, **changes):
     return path
 
 
-def test_every_kernel_has_shapes_and_wider_rows_take_the_last(tmp_path):
+def test_the_variable_names_another_table_whose_wider_rows_take_the_last(tmp_path, monkeypatch):
     assert set(current_table().shapes) == set(KERNELS)
-    path = table(tmp_path, logprob_rows=[[100, 128, 1], [200, 512, 2]])
-    shapes = read_table(path).shapes["logprob_rows"]
-    assert [tuple(shape) for shape in shapes] == [(100, 128, 1), (200, 512, 2)]
-
-
-def test_the_variable_names_another_table(tmp_path, monkeypatch):
     source = {"device": "a device", "date": "2026-01-01", "commit": "abc"}
     path = table(tmp_path, source=source, logprob_rows=[[100, 128, 1], [200, 512, 2]])
     monkeypatch.setenv(launch_shapes.VARIABLE, str(path))

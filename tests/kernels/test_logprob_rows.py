@@ -69,16 +69,6 @@ def test_every_remainder_of_the_block(columns, rows):
     check(rows, z, None, ids, weights)
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_transforms(softcap, rows):
-    check(rows, *inputs(3, 700), softcap=softcap, scale=0.6, temperature=0.8, tolerance=1e-5)
-
-
-def test_float64_is_exact():
-    z, bias, ids, weights = inputs(5, 700, torch.float64)
-    check(specification.logprob_rows, z, bias, ids, weights, softcap=5.0, scale=0.6, temperature=0.8, tolerance=1e-11)
-
-
 def test_blocks_of_rows_change_nothing():
     problem = inputs(5, 700)
     whole, blocks = (
@@ -114,16 +104,6 @@ def test_forbidden_tokens_and_rows_with_nan(rows):
     assert float(statistics[0, 1]) == -INF and not g[1].any()
     torch.testing.assert_close(statistics[:, finite], exact_statistics[:, finite].float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(g[finite], exact_g[finite].float(), rtol=1e-5, atol=1e-8)
-
-
-def test_in_place_and_without_a_gradient(rows):
-    z, bias, ids, weights = inputs(3, 1100)
-    statistics, g = run(rows, z, bias, ids, weights)
-    alone, none = run(rows, z, bias, ids, weights, gradient=False)
-    assert none is None and torch.equal(alone, statistics)
-    in_place, again = z.clone().to(DEVICE), torch.zeros(2, 3, device=DEVICE)
-    rows(Logits(in_place, bias.to(DEVICE)), ids.to(DEVICE), weights.to(DEVICE), again, in_place)
-    assert torch.equal(in_place.cpu(), g) and torch.equal(again.cpu(), statistics)
 
 
 def test_the_neighbours_of_a_gradient_in_memory(rows):

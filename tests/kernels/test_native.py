@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from opcd_fast.evaluation import info
+from opcd_fast.evaluation import describe
 from opcd_fast.kernels.csrc import native
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"the CPU library is {native.status()}")
@@ -28,7 +28,7 @@ def test_the_library_is_there_where_it_can_be_built():
         pytest.skip("no CMake or no C++ compiler")
     assert native.available(), native.status()
     assert native.status() == f"built, ABI {native.ABI}, {LEVELS[-1]}"
-    assert native.status() in info.describe()
+    assert native.status() in describe()
 
 
 def test_a_missing_library_is_told(monkeypatch, no_cache):

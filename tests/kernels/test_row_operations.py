@@ -65,17 +65,6 @@ def test_transforms_of_either_side(kind, case):
         check(implementation(kind), case, one, other, weights)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_float64_is_exact(case):
-    student, teacher, weights = inputs(5, 700, dtype=torch.float64)
-    bias = torch.randn(2, 700, generator=torch.Generator().manual_seed(1)).double()
-    student, teacher = Logits(student.z, bias[0], 0.5, 4.0, 0.7), Logits(teacher.z, bias[1], 1.5, 7.0, 0.7)
-    statistics, g = run(implementation("torch"), case, student, teacher, weights)
-    exact_statistics, exact_g = oracle(case, student, teacher, weights)
-    torch.testing.assert_close(statistics, exact_statistics, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(g, exact_g, rtol=1e-9, atol=1e-15)
-
-
 @each
 def test_how_the_work_is_cut_changes_nothing_but_rounding(kind, case):
     """Blocks of rows in PyTorch, splits of a row in Triton, threads in C++, where not a bit may change."""

@@ -11,20 +11,21 @@ TINY = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
-FAMILIES = {"Granite": {"logits_scaling": 8.0}}  # the others: test_heads_families.py
 
 
 def tiny(family, **changes):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**TINY, **FAMILIES.get(family, {}), **changes})
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
-def test_peft_wrapped_models_are_unwrapped_and_adapters_on_the_head_refused():
+def test_wrapped_models_are_unwrapped_and_adapters_on_the_head_refused():
     peft = pytest.importorskip("peft")
     model = tiny("Llama")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
     assert LMHead.from_model(wrapped).weight is model.lm_head.weight
+    assert LMHead.from_model(torch.compile(model)).weight is model.lm_head.weight
+    assert LMHead.from_model(tiny("Granite", logits_scaling=8.0).bfloat16()).scale == 1 / 8
     for on_head in (
         {"target_modules": ["lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
@@ -32,6 +33,13 @@ def test_peft_wrapped_models_are_unwrapped_and_adapters_on_the_head_refused():
         wrapped = peft.get_peft_model(tiny("Llama"), peft.LoraConfig(r=2, **on_head))
         with pytest.raises(ValueError, match=r"lm_head.*merge_and_unload"):
             LMHead.from_model(wrapped)
+
+
+def partitioned():
+    """As DeepSpeed ZeRO-3 leaves a parameter."""
+    parameter = torch.nn.Parameter(torch.zeros(0))
+    parameter.ds_shape = (5, 4)
+    return parameter
 
 
 def test_models_without_a_head_are_refused():
@@ -48,7 +56,10 @@ def test_models_without_a_head_are_refused():
         ({"weight": torch.zeros(3, 2), "softcap": 0.0}, ["softcap", "positive"]),
         ({"weight": torch.zeros(3, 2), "scale": float("nan")}, ["scale", "finite"]),
         ({"weight": torch.zeros(3, 2), "vocab_size": 4}, ["vocab_size", "4", "1..3"]),
-        ({"weight": torch.zeros(3, 2), "group": object()}, ["group", "ProcessGroup"]),
+        ({"weight": torch.zeros(3, 2), "group": "tp"}, ["group", "ProcessGroup"]),
+        ({"weight": torch.zeros(3, 2), "scale": torch.tensor(2.0)}, ["scale", "float"]),
+        ({"weight": torch.zeros(3, 2), "softcap": torch.tensor(2.0)}, ["softcap", "float"]),
+        ({"weight": partitioned()}, ["ZeRO-3", "GatheredParameters"]),
     ],
 )
 def test_bad_heads_say_what_and_what_instead(arguments, words):
@@ -122,27 +133,6 @@ def test_heads_that_are_no_plain_matrix_are_refused():
     model.head = type("Scaled", (torch.nn.Linear,), {"forward": lambda self, x: x @ self.weight.T * 2})(8, 12)
     with pytest.raises(ValueError, match="Scaled"):
         LMHead.from_model(model)
-
-
-def test_compiled_and_bf16_models_have_the_same_head():
-    model = tiny("Granite").bfloat16()
-    assert LMHead.from_model(model).scale == 1 / 8
-    assert LMHead.from_model(torch.compile(model)).weight is model.lm_head.weight
-
-
-def test_what_a_loss_could_not_use_is_refused():
-    weight = torch.zeros(5, 4)
-    for options, words in (
-        ({"scale": torch.tensor(2.0)}, "scale is a tensor.*float"),
-        ({"softcap": torch.tensor(2.0)}, "softcap is a tensor"),
-        ({"group": "tp"}, "group is a str.*ProcessGroup"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            LMHead(weight, **options)
-    partitioned = torch.nn.Parameter(torch.zeros(0))
-    partitioned.ds_shape = (5, 4)  # as DeepSpeed ZeRO-3 leaves a parameter
-    with pytest.raises(ValueError, match="ZeRO-3.*GatheredParameters"):
-        LMHead(partitioned)
 
 
 def test_two_heads_of_one_vocabulary_and_a_head_of_another_type():

@@ -30,23 +30,6 @@ def test_one_logit_per_row(kind):
     torch.testing.assert_close(logits_of(h, head, ids), z.gather(1, ids[:, None])[:, 0].float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("correction", ["token", "sequence"])
-def test_weights_by_hand(correction):
-    torch.manual_seed(0)
-    lengths = [3, 1, 5]
-    p, q = torch.randn(9) - 2, torch.randn(9) - 2
-    found = importance_weights(p, q, torch.tensor([0, 3, 4, 9], dtype=torch.int32), correction, 1.5)
-    expected, start = [], 0
-    for length in lengths:
-        ratios = [math.exp(float(p[i] - q[i])) for i in range(start, start + length)]
-        for t in range(length):
-            before = ratios if correction == "sequence" else ratios[:t]
-            expected.append(min(1.5, math.prod(before)))
-        start += length
-    assert found.tolist() == pytest.approx(expected, rel=1e-5)
-    assert max(expected) == 1.5 > min(expected)
-
-
 @pytest.mark.parametrize("correction", ["token", "sequence", "none"])
 def test_weights_make_up_for_another_sampler(correction):
     """All answers of two Markov chains over three tokens, one of which ends an answer: expected sums are equal."""

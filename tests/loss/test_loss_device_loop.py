@@ -58,14 +58,7 @@ def test_bf16_gradients_through_every_buffer_layout(bf16_gemms, backend, bytes_,
     (exact * weights).sum().div(18).backward()
     h.requires_grad_(), w.requires_grad_(train_head)
     loss, stats = fused_linear_reverse_kl(
-        h,
-        w,
-        h_t,
-        w.detach(),
-        token_weights=weights,
-        return_stats=True,
-        backend=backend,
-        workspace_bytes=bytes_,
+        h, w, h_t, w.detach(), token_weights=weights, return_stats=True, backend=backend, workspace_bytes=bytes_
     )
     loss.backward()
     assert ("addmm" in bf16_gemms) == train_head

@@ -1,6 +1,5 @@
 """How the loss cuts its workspace on a device that is not here: whole waves, bounded bytes, sizes without N."""
 
-import itertools
 import random
 import re
 from pathlib import Path
@@ -66,11 +65,6 @@ def test_the_buffers_stay_in_the_workspace_whatever_the_shapes():
         assert 1 <= plan.logit_rows <= plan.gradient_rows
 
 
-def test_what_is_too_small_for_one_row_is_refused():
-    with pytest.raises(ValueError, match="workspace_bytes is 1000000, too small.*at least"):
-        plan_of(16, 151_936, 64, FROZEN, bytes_=1_000_000)
-
-
 @pytest.mark.parametrize("wanted", [FROZEN, TRAINED, NOTHING])
 @pytest.mark.parametrize("bytes_", [None, 1 << 29, 1 << 26])
 def test_two_numbers_of_rows_make_the_same_buffers(bytes_, wanted):
@@ -86,13 +80,10 @@ def test_fewer_rows_than_a_chunk_take_one_of_few_sizes():
 
 
 def test_a_cpu_allocates_for_the_rows_there_are():
-    g = torch.Generator().manual_seed(0)
-    for rows, backend in itertools.product((1, 3), ("torch", "native")):
-        h, w = torch.randn(rows, 8, generator=g), torch.randn(701, 8, generator=g)
-        side = Side(h, w)
-        spec = Spec(701, backend=backend)
-        plan = make_plan(rows, [side, side], 701, spec, TRAINED, 3, 132)
-        assert plan.logit_rows == plan.gradient_rows == plan.block_rows == rows
+    side = Side(torch.randn(3, 8), torch.randn(701, 8))
+    for backend in ("torch", "native"):
+        plan = make_plan(3, [side, side], 701, Spec(701, backend=backend), TRAINED, 3, 132)
+        assert plan.logit_rows == plan.gradient_rows == plan.block_rows == 3
 
 
 def test_the_page_says_what_is_cut():

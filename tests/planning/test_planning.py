@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 
 from opcd_fast.data.tasks import as_user
 from opcd_fast.errors import InputError
-from opcd_fast.loss import LMHead, fused_linear_reverse_kl, resolve_backend, scratch_bytes
+from opcd_fast.loss import LMHead, fused_linear_divergence, resolve_backend, scratch_bytes
 from opcd_fast.models import packed_hidden_states
 from opcd_fast.planning import can_extrapolate, extrapolated
 from opcd_fast.planning.rehearsal import Job, job_of, rehearse
@@ -150,16 +150,17 @@ def test_what_is_kept_is_known_to_the_byte():
 
 
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "topk_reverse_kl"])
 @pytest.mark.parametrize(("dtype", "backend"), [("float32", "native"), ("bfloat16", "torch")])
-def test_the_loss_holds_what_it_says(dtype, backend, trained):
+def test_the_loss_holds_what_it_says(dtype, backend, divergence, trained):
     n, v, d, dtype = 500, 3000, 64, getattr(torch, dtype)
     hidden = torch.randn(n, d, dtype=dtype, requires_grad=True)
     heads = [LMHead(torch.randn(v, d, dtype=dtype, requires_grad=trained)), LMHead(torch.randn(v, d, dtype=dtype))]
-    options = {"workspace_bytes": 4 << 20, "backend": backend}
+    options = {"workspace_bytes": 4 << 20, "backend": backend, "divergence": divergence}
     teacher = torch.randn(n, d, dtype=dtype)
 
     def call():
-        return fused_linear_reverse_kl(hidden, heads[0], teacher, heads[1], return_stats=True, **options)
+        return fused_linear_divergence(hidden, heads[0], teacher, heads[1], return_stats=True, **options)
 
     call()  # what is loaded at first use
     results = (hidden.nbytes + (heads[0].weight.nbytes if trained else 0)) * 1.0

@@ -4,6 +4,8 @@ import torch
 
 from opcd_fast.loss import LMHead, fused_linear_divergence
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def logits64(hidden, head, vocab_size=None):
     """float64 logits of an LMHead whose tensors may be float64 stand-ins that require grad."""
@@ -16,12 +18,15 @@ def logits64(hidden, head, vocab_size=None):
     return z[..., : head.vocab_size]
 
 
+def kl64(log_a, log_b):
+    """KL(a || b) per row; a token to which a gives (almost) nothing counts as 0."""
+    said = log_a.exp() >= TINY
+    log_a, log_b = torch.where(said, log_a, 0.0), torch.where(said, log_b, 0.0)
+    return torch.where(said, log_a.exp() * (log_a - log_b), 0.0).sum(-1)
+
+
 def token_kl64(z_s, z_t, temperature=1.0):
-    """KL(p || q) per row; entries where both are -inf count as 0."""
-    log_p = (z_s / temperature).log_softmax(-1)
-    log_q = (z_t / temperature).log_softmax(-1)
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q).nan_to_num(0.0, torch.inf, -torch.inf), 0.0).sum(-1)
+    return kl64((z_s / temperature).log_softmax(-1), (z_t / temperature).log_softmax(-1))
 
 
 def states(rows, width, vocabulary, spread, dtype=torch.bfloat16, seed=0, boost=3.0):
@@ -40,12 +45,6 @@ def relative_error(value, reference):
     return float((value.double() - reference.double()).norm()) / (scale or 1.0)
 
 
-def kl64(log_a, log_b):
-    """KL(a || b) per row; a token that a cannot say counts as 0."""
-    a = log_a.exp()
-    return torch.where(a > 0, a * (log_a - torch.where(a > 0, log_b, 0.0)), 0.0).sum(-1)
-
-
 def divergence64(z_s, z_t, name, beta=0.5, alpha=0.1, k=256, tail="none"):
     """The textbook formula of each divergence per row, from logits / temperature."""
     log_p, log_q = z_s.log_softmax(-1), z_t.log_softmax(-1)
@@ -55,12 +54,12 @@ def divergence64(z_s, z_t, name, beta=0.5, alpha=0.1, k=256, tail="none"):
     if name == "forward_kl" or (name == "jsd" and beta == 0) or (name == "skew_forward_kl" and alpha == 0):
         return kl64(log_q, log_p)
     if name == "jsd":
-        log_m = ((1 - beta) * p + beta * q).log()
+        log_m = ((1 - beta) * p + beta * q).clamp(min=1e-300).log()
         return beta * kl64(log_q, log_m) + (1 - beta) * kl64(log_p, log_m)
     if name == "skew_reverse_kl":
-        return kl64(log_p, (alpha * p + (1 - alpha) * q).log())
+        return kl64(log_p, (alpha * p + (1 - alpha) * q).clamp(min=1e-300).log())
     if name == "skew_forward_kl":
-        return kl64(log_q, (alpha * q + (1 - alpha) * p).log())
+        return kl64(log_q, (alpha * q + (1 - alpha) * p).clamp(min=1e-300).log())
     assert name == "topk_reverse_kl"
     chosen = z_s.detach().topk(min(k, z_s.shape[-1]), dim=-1).indices
     log_p_k, log_q_k = log_p.gather(-1, chosen), log_q.gather(-1, chosen)

@@ -1,5 +1,7 @@
 """Settings: all that is known of one stands in its line, what is accepted, and that everything else is one error."""
 
+from __future__ import annotations  # as in config.py: types are read as text
+
 import dataclasses
 import json
 import math

@@ -1,5 +1,7 @@
 """Short runs of a tiny model."""
 
+import json
+
 from tiny import tiny_model
 
 from opcd_fast import OPCDConfig, OPCDTrainer
@@ -30,3 +32,9 @@ def make(tokenizer, folder, model=None, *, eval_prompts=HELD_OUT, context=CONTEX
 
 def losses(result):
     return [record["loss"] for record in result.history]
+
+
+def lines_of(folder):
+    """The records in a run's folder, but for times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]

@@ -56,6 +56,11 @@ OTHER_JOBS = {  # of which one process does not make the same
 GROUP_OF_TWO = 80  # tokens: a rank has several micro-batches, some of more than one sequence, which can be halved
 
 
+def environment():
+    """Of a process that this one starts: it finds the same modules, those of tests/support included."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def launch(jobs, world, folder):
     """Run the worker's jobs in `world` processes; raises with the ranks' last words when one fails."""
     file = folder / f"jobs-{world}-{len(list(folder.iterdir()))}.json"
@@ -65,12 +70,10 @@ def launch(jobs, world, folder):
         port = free.getsockname()[1]
     ranks = []
     for rank in range(world):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        env = environment()
         if world > 1:
-            env.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-            )  # fmt: skip
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with open(folder / f"{file.stem}.{rank}", "w") as log:
             command = [sys.executable, WORKER, file]
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
@@ -99,7 +102,7 @@ def default_runs(base):
     jobs += [job("bf16-lora", two / "bf16-lora")]
     # Checkpoints are whole: what two ranks of FSDP2 began, a single process goes on with.
     jobs += [job("fsdp2-full", two / "cut-full", kill=2)]
-    jobs += [job("ddp-full", two / "broken", fail="generate", error="the disk of this rank is gone")]
+    jobs += [job("ddp-full", two / "broken", breaks=True, error="the disk of this rank is gone")]
     jobs += [job("running-ddp", two / "stopped-ddp", signal=1)]
     jobs += [job("running-ddp", two / "stopped-ddp", settings=resume)]
     # The second of rank 1's backward passes runs out of memory.
@@ -140,6 +143,11 @@ def same_answers(folder):
 def told(folder, ranks=2):
     """What the worker wrote of a finished run, for each rank."""
     return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def words_of(folder, kind):
+    """What ended each rank: "error" or "stopped"."""
+    return [(folder / f"{kind}-{rank}").read_text() for rank in range(2)]
 
 
 def records(folder, kind="step"):

@@ -18,7 +18,6 @@ from rank_runs import PROMPTS
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.rollout import Completion
-from opcd_fast.rollout.weights import AdapterFolder
 from opcd_fast.training import Interrupted, OPCDTrainer
 from opcd_fast.training.engines import shards
 from opcd_fast.training.settings import OPCDConfig
@@ -37,7 +36,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 class Killed(Exception):
-    pass
+    """In one process."""
 
 
 def allow_sharding_on_the_cpu() -> None:
@@ -59,9 +58,8 @@ def run(job: dict) -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=False)
-    for names in ENGINES.values():
-        for name in names:
-            os.environ.pop(name, None)
+    for name in ENGINES["fsdp2"]:
+        os.environ.pop(name, None)
     os.environ.update(ENGINES[job.get("engine", "ddp")])
     config = {
         "steps": 3, "batch_size": 5, "max_new_tokens": 7, "learning_rate": 1e-2, "eval_every": 3, "save_every": 1,
@@ -95,9 +93,8 @@ def run(job: dict) -> None:
         trainer.samplers.student = trainer.samplers.held_out = served
     if job.get("stale"):
         say_other_logprobs(trainer.rollout)
-    fail = job.get("fail")
-    if fail is not None and RANK == 0:
-        break_rank(trainer, fail)
+    if job.get("breaks") and RANK == 0:
+        trainer.rollout.generate = broken
     if job.get("signal") is not None and RANK == 1:
         signal_itself(trainer, job["signal"])
     if job.get("memory") is not None and RANK == 1:
@@ -135,11 +132,12 @@ class Served:
     uses_model = "saves"
 
     def __init__(self, folder):
-        self.adapters, self.pushed = AdapterFolder(folder), []
+        self.folder, self.pushed = folder, []
 
     def sync(self, model):
         assert RANK == 0
-        self.pushed.append(str(self.adapters.write(model)))
+        self.pushed.append(f"{self.folder}/{len(self.pushed)}")
+        model.save_pretrained(self.pushed[-1], save_embedding_layers=False)
 
     def generate(self, prompts, **sampling):
         return [Completion((7, 8 + i % 2, 9), None, False) for i, _ in enumerate(prompts)]
@@ -209,11 +207,8 @@ def signal_itself(trainer, step):
     trainer._train_step = signalled
 
 
-def break_rank(trainer, where):
-    def broken(prompts, *, only=None, **sampling):
-        raise OSError("the disk of this rank is gone")
-
-    setattr(trainer.rollout, where, broken)
+def broken(prompts, *, only=None, **sampling):
+    raise OSError("the disk of this rank is gone")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Who writes the answers and what is minimised on them: each against plain forwards, and stopped runs go on."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -8,18 +7,14 @@ import signal
 
 import pytest
 import torch
-from test_objective import CONTEXTS, SAMPLES, TEMPERATURE, student_model, teacher_model
-from tiny import logprobs_by_hand, tiny_model, tiny_tokenizer
+from tiny import logprobs_by_hand, tiny_model
 from training_runs import CONTEXT, PROMPTS, losses, make
 
-from opcd_fast.data import Sample, pack
 from opcd_fast.errors import InputError
-from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training import Interrupted
 from opcd_fast.training.answers import sampling_of
 from opcd_fast.training.answers import sources as answer_sources
 from opcd_fast.training.run import curve
-from opcd_fast.training.step import answer_nll, context_kl
 
 SYSTEMS = {
     "off-policy": {"answers": "teacher", "divergence": "forward_kl"},
@@ -28,89 +23,47 @@ SYSTEMS = {
     "live": {"answers": "teacher", "teacher_mode": "live"},
     "ema": {"answers": "teacher", "teacher_mode": "ema", "teacher_ema_decay": 0.5},
 }
-EVERY_SYSTEM = pytest.mark.parametrize("system", SYSTEMS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-# --- the likelihood ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("normalize", ["sequence", "token"])
-def test_nll_and_its_gradient_are_plain_cross_entropy(normalize):
-    exact = student_model(torch.float64)
-    total, weights = torch.zeros((), dtype=torch.float64), 0.0
-    for sample in SAMPLES:
-        ids = torch.tensor([[*sample.student_prompt, *sample.response]])
-        logits = exact(ids).logits[0, len(sample.student_prompt) - 1 : -1] / TEMPERATURE
-        weight = 1 / len(sample.response) if normalize == "sequence" else 1.0
-        total = total + weight * torch.nn.functional.cross_entropy(
-            logits, torch.tensor(sample.response), reduction="sum"
-        )
-        weights += weight * len(sample.response)
-    wanted = total / weights
-    wanted.backward()
-
-    student, batch = student_model(), pack(SAMPLES, normalize=normalize)
-    loss, stats = answer_nll(
-        batch, student, temperature=TEMPERATURE, denominator=weights, compute_dtype=torch.float32
-    )
-    loss.backward()
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5) and wanted.item() > 1
-    assert float((stats.token_nll * batch.token_weights).sum() / weights) == pytest.approx(loss.item(), rel=1e-6)
-    for (name, p), q in zip(student.named_parameters(), exact.parameters(), strict=True):
-        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-6, msg=name)
-
-
-def test_on_average_over_the_teachers_answers_nll_has_the_gradient_of_the_forward_kl():
-    """All 261 one-token answers, each weighed by the teacher's probability of it."""
-    student, teacher = student_model(), teacher_model()
-    one = Sample([3, 5, 7], [2, 5, 7, 9], 0, [11])
-    options = {"temperature": TEMPERATURE, "denominator": 1.0, "compute_dtype": torch.float32}
-    context_kl(
-        pack([one]), student, ContextTeacher(teacher, CONTEXTS, adapter="active"),
-        divergence={"divergence": "forward_kl"}, **options,
-    )[0].backward()  # fmt: skip
-    wanted = [p.grad.clone() for p in student.parameters()]
-    student.zero_grad()
-    with torch.no_grad():
-        logits = teacher(torch.tensor([[*CONTEXTS[0], *one.teacher_prompt]])).logits[0, -1]
-    batch = pack([dataclasses.replace(one, response=[token]) for token in range(logits.numel())])
-    batch = dataclasses.replace(batch, token_weights=(logits / TEMPERATURE).softmax(-1))
-    answer_nll(batch, student, **options)[0].backward()
-    for got, expected in zip((p.grad for p in student.parameters()), wanted, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
 
 
 # --- the first step by hand ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["forward_kl", "nll"])
-def test_the_first_off_policy_loss_is_the_formula_on_the_teachers_answers(tokenizer, tmp_path, objective):
-    settings = {"objective": "nll"} if objective == "nll" else {"divergence": "forward_kl"}
-    trainer = make(tokenizer, tmp_path / "run", steps=1, temperature=0.8, answers="teacher", **settings)
-    result = trainer.train()
-    fresh = make(tokenizer, tmp_path / "fresh", temperature=0.8, answers="teacher", **settings)
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize(
+    "system", [{}, SYSTEMS["off-policy"], SYSTEMS["sequences"]], ids=["opcd", "off-policy", "sequences"]
+)
+def test_the_first_loss_is_the_formula_on_the_answers(tokenizer, tmp_path, system, normalize):
+    """Eq. 1 of arXiv 2602.12275 and its two baselines, from plain forward passes in float64."""
+    settings = {
+        "temperature": 0.8, "stop_tokens": tuple("abcdefghijklmnopqrst"), "normalize": normalize, "steps": 1, **system,
+    }
+    result = make(tokenizer, tmp_path / "run", eval_every=1, **settings).train()
+    fresh = make(tokenizer, tmp_path / "fresh", **settings)
     drawn, rows = fresh.source.draw(0), fresh.source.rows_of(0)
+    assert len({len(answer.token_ids) for answer in drawn.answers}) > 1, "the two means would be the same"
+    objective, of_teacher = settings.get("objective", "reverse_kl"), "answers" in system
     model, values = tiny_model(dtype=torch.float64), []
     for row, sample, answer in zip(rows, drawn.samples, drawn.answers, strict=True):
         assert (sample.student_prompt, sample.teacher_prompt) == (row.student_ids, row.teacher_ids)
-        assert tuple(sample.response) == answer.token_ids and sample.logprobs is None
+        assert tuple(sample.response) == answer.token_ids and (sample.logprobs is None) == of_teacher
         shown, response = (*fresh.prefixes[0], *row.teacher_ids), list(answer.token_ids)
-        by_hand = logprobs_by_hand(model, shown, response, 0.8)  # the one who wrote had the context in front
+        writes = shown if of_teacher else row.student_ids  # the one who wrote had this in front
+        by_hand = logprobs_by_hand(model, writes, response, 0.8)
         torch.testing.assert_close(torch.tensor(answer.logprobs).double(), by_hand, rtol=1e-4, atol=1e-4)
         p, q = (
             (model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].detach() / 0.8).log_softmax(-1)
             for prompt in (row.student_ids, shown)
         )
-        picked = p.gather(1, torch.tensor(response)[:, None])[:, 0]
-        values.append(float(-picked.mean() if objective == "nll" else (q.exp() * (q - p)).sum(-1).mean()))
+        if objective == "nll":
+            values.append(-p.gather(1, torch.tensor(response)[:, None])[:, 0])
+        else:
+            values.append(((q.exp() * (q - p)) if of_teacher else (p.exp() * (p - q))).sum(-1))
+    means = torch.stack([one.mean() for one in values]) if normalize == "sequence" else torch.cat(values)
     record = result.history[0]
-    assert record["loss"] == pytest.approx(sum(values) / len(values), rel=1e-4)
-    assert (record["objective"], record["answers_of"], record["answers"]) == (objective, "teacher", 4)
+    assert record["loss"] == pytest.approx(float(means.mean()), rel=1e-4)
+    if of_teacher:
+        named = "nll" if objective == "nll" else "forward_kl"
+        assert (record["objective"], record["answers_of"], record["answers"]) == (named, "teacher", 4)
     assert ("nll_per_token" in record) == (objective == "nll") == ("kl_per_token" not in record)
     assert ("teacher" in record["seconds"]) == (objective != "nll")
 
@@ -164,7 +117,7 @@ def test_the_teacher_writes_with_the_weights_that_its_mode_says(tokenizer, tmp_p
         assert (got - by_hand(model)).abs().max() > 1e-2, f"cannot tell {mode} from {other}"
 
 
-@EVERY_SYSTEM
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_a_stopped_run_goes_on_bit_for_bit(tokenizer, tmp_path, system):
     settings = {**SYSTEMS[system], "steps": 4, "save_every": 1, "keep_checkpoints": 9}
     whole = make(tokenizer, tmp_path / "run", **settings).train()
@@ -274,9 +227,3 @@ def test_contexts_of_rows_keep_their_own_answers(tokenizer, tmp_path):
         shown = (*trainer.prefixes[sample.context_index], *sample.teacher_prompt)
         by_hand = logprobs_by_hand(model, shown, answer.token_ids, 1.0)
         torch.testing.assert_close(torch.tensor(answer.logprobs).double(), by_hand, rtol=1e-4, atol=1e-4)
-
-
-def test_task_episodes_without_a_task_are_refused(tokenizer, tmp_path):
-    with pytest.raises(InputError, match="task_episodes"):
-        make(tokenizer, tmp_path / "run", task_episodes=3)
-    assert not (tmp_path / "run").exists()

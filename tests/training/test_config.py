@@ -1,6 +1,6 @@
 """Settings: all that is known of one stands in its line, what is accepted, and that everything else is one error."""
 
-from __future__ import annotations
+from __future__ import annotations  # as in config.py: types are read as text
 
 import dataclasses
 import json
@@ -69,11 +69,6 @@ def test_a_new_setting_is_one_line(tmp_path, capsys):
         Wider(patience=5)
 
 
-def test_config_json_makes_the_same_settings_again():
-    config = OPCDConfig(stop_tokens=["<a>", "\n"], chat_template_kwargs={"a": [1]}, lora_rank=4, trackers=["wandb"])
-    assert OPCDConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
-
-
 def test_the_papers_defaults():
     config = OPCDConfig()
     assert (config.steps, config.batch_size, config.rollouts_per_prompt) == (50, 128, 1)
@@ -137,14 +132,16 @@ def test_settings_that_do_not_go_together(settings, word):
     OPCDConfig(save_best=True, best_by="score", early_stop_patience=2, early_stop_delta=0.1, trackers=["wandb"])
 
 
-def test_lists_and_paths_are_normalised(tmp_path):
+def test_lists_and_paths_are_normalised_and_config_json_makes_the_same_settings_again(tmp_path):
     config = OPCDConfig(
-        stop_tokens=["<a>", "\n"], lora_targets=["q_proj", "v_proj"], output_dir=tmp_path, temperature=1
-    )
+        stop_tokens=["<a>", "\n"], lora_targets=["q_proj", "v_proj"], output_dir=tmp_path, temperature=1,
+        chat_template_kwargs={"a": [1]}, trackers=["wandb"],
+    )  # fmt: skip
     assert (config.stop_tokens, config.lora_targets) == (("<a>", "\n"), "q_proj,v_proj")
     assert (config.output_dir, config.temperature) == (str(tmp_path), 1)
     assert OPCDConfig(lora_targets="q_proj, v_proj").lora_targets == "q_proj,v_proj"
     assert dataclasses.replace(config, steps=3).stop_tokens == config.stop_tokens
+    assert OPCDConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -164,9 +161,8 @@ def test_a_bad_file_is_named(tmp_path, content, words):
 
 
 def test_yaml_names_are_checked_with_a_hint(tmp_path):
-    (tmp_path / "c.yaml").write_text("batch-size: 4\nlora_rank: 2\n")
-    assert read_yaml(tmp_path / "c.yaml") == {"batch_size": 4, "lora_rank": 2}
-    (tmp_path / "empty.yaml").write_text("")
-    assert read_yaml(tmp_path / "empty.yaml") == {}
+    for content, read in (("batch-size: 4\nlora_rank: 2\n", {"batch_size": 4, "lora_rank": 2}), ("", {})):
+        (tmp_path / "c.yaml").write_text(content)
+        assert read_yaml(tmp_path / "c.yaml") == read
     with pytest.raises(InputError, match="did you mean 'batch_size'"):
         check_names({"batchsize": 4}, option_names(OPCDConfig), "config")

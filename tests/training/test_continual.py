@@ -4,15 +4,13 @@ import json
 
 import pytest
 import torch
+from loss_oracle import token_kl64
 from report_runs import CONTEXT, HELD_OUT, TRAIN, make_run, save_base, write_lines
 
 from opcd_fast.cli import main
 from opcd_fast.data import read_prompts, teacher_ids
-from opcd_fast.evaluation import distances
 from opcd_fast.evaluation.report import ReportOptions, measure
-from opcd_fast.evaluation.report.models import load_run
-from opcd_fast.models import load_model
-from opcd_fast.training.run import run_settings
+from opcd_fast.models import load_model, load_tokenizer
 
 NEW = "always answer with yyy and nothing more"
 
@@ -63,19 +61,26 @@ def test_it_starts_from_the_run_and_learns_from_its_base_with_the_new_context(ba
     assert measure(files / "run", ReportOptions(max_new_tokens=4))["base_model"] == base.name
     # What the student was held to: the old run's base with the new context, read by hand from their files.
     samples = json.loads((files / "run" / "eval_fixed.json").read_text())
-    models = load_run(files / "run", record, run_settings(files / "run"), None)
-    prompts = read_prompts(HELD_OUT)
-    within = [teacher_ids(models.tokenizer, prompt, NEW) for prompt in prompts]
-    answers = [sample["response"] for sample in samples]
-    student = models.student.reader([sample["student_prompt"] for sample in samples]).read(answers)
-    found = distances(student, models.base.reader(within).read(answers), 1.0)
-    assert sum(one.kl for one in found) / len(found) == pytest.approx(evaluation["fixed_kl"], rel=1e-3)
+    student, teacher = (load_model(folder, dtype="float32", device="cpu") for folder in (old / "final", base))
+    tokenizer, kls = load_tokenizer(base), []
+    for sample, prompt in zip(samples, read_prompts(HELD_OUT), strict=True):
+        sides = []
+        for model, shown in ((student, sample["student_prompt"]), (teacher, teacher_ids(tokenizer, prompt, NEW))):
+            ids = torch.tensor([[*shown, *sample["response"]]])
+            sides.append(model(ids).logits[0, len(shown) - 1 : -1].detach().double())
+        kls.append(float(token_kl64(*sides).mean()))
+    assert sum(kls) / len(kls) == pytest.approx(evaluation["fixed_kl"], rel=1e-3)
+
+
+def prompts_of(run):
+    """All rows that it trained on, and those that bring a context of their own."""
+    rows = [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()]
+    return rows, [row for row in rows if "privileged_context" in row]
 
 
 def test_replayed_prompts_keep_the_old_context(base, old, files):
     assert train(base, old, files, "--replay", "0.5") == 0
-    rows = [json.loads(line) for line in (files / "run" / "prompts.jsonl").read_text().splitlines()]
-    replayed = [row for row in rows if "privileged_context" in row]
+    rows, replayed = prompts_of(files / "run")
     assert len(rows) == 8 and len(replayed) == 4
     assert {row["privileged_context"] for row in replayed} == {CONTEXT}
     assert {row["messages"][0]["content"] for row in replayed} < set(TRAIN)
@@ -85,33 +90,21 @@ def test_replayed_prompts_keep_the_old_context(base, old, files):
 def test_a_file_of_replayed_prompts_without_those_that_are_new(base, old, files):
     write_lines(files / "replay.jsonl", [{"prompt": "new 1"}, {"prompt": "stay"}, {"prompt": HELD_OUT[0]}])
     assert train(base, old, files, "--replay", str(files / "replay.jsonl")) == 0
-    rows = [json.loads(line) for line in (files / "run" / "prompts.jsonl").read_text().splitlines()]
-    assert [r["messages"][0]["content"] for r in rows if r.get("privileged_context") == CONTEXT] == ["stay"]
+    assert [row["messages"][0]["content"] for row in prompts_of(files / "run")[1]] == ["stay"]
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--replay", "1.5"], "share above 0"),
-        (["--lora-rank", "4"], "drop lora_rank"),
-        (["--teacher-model", "x"], "drop teacher_model"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_anything_is_written(base, old, files, more, words, capsys):
-    assert train(base, old, files, *more) == 2
-    assert words in capsys.readouterr().err
-    assert not (files / "run").exists()
-
-
-def test_another_base_is_refused(base, old, files, tmp_path, capsys):
+def test_what_does_not_fit_is_refused_before_anything_is_written(base, old, files, tmp_path, capsys):
     other = save_base(tmp_path / "other", seed=1)
-    assert train(other, old, files) == 2
-    assert "its base is not that of --model" in capsys.readouterr().err
-
-
-def test_replay_alone_and_replay_of_the_same_prompts(base, old, files, capsys):
-    write_lines(files / "prompts.jsonl", [{"prompt": text} for text in TRAIN])
-    assert train(base, old, files, "--replay", "0.5") == 2
-    assert "among the new ones" in capsys.readouterr().err
-    assert main(["train", "--model", str(base), "--prompts", str(files / "prompts.jsonl"), "--replay", "0.1"]) == 2
+    write_lines(files / "again.jsonl", [{"prompt": text} for text in TRAIN])
+    for model, more, words in (
+        (base, ["--replay", "1.5"], "share above 0"),
+        (base, ["--lora-rank", "4"], "drop lora_rank"),
+        (base, ["--teacher-model", "x"], "drop teacher_model"),
+        (other, [], "its base is not that of --model"),
+        (base, ["--prompts", str(files / "again.jsonl"), "--replay", "0.5"], "among the new ones"),
+    ):
+        assert train(model, old, files, *more) == 2
+        assert words in capsys.readouterr().err
+    assert main(["train", "--model", "m", "--prompts", str(files / "prompts.jsonl"), "--replay", "0.1"]) == 2
     assert "needs init" in capsys.readouterr().err
+    assert not (files / "run").exists()

@@ -1,17 +1,25 @@
-"""Held-out measurements against plain transformers in float64, and the warnings about them."""
+"""What is measured of a run: held-out prompts against plain transformers in float64, a user's own score, warnings, and
+which evaluation was the best."""
 
 import json
+import math
 import statistics
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model
 from training_runs import PROMPTS, make
 
 from opcd_fast.data import Sample, pack, total_weight
+from opcd_fast.errors import InputError
+from opcd_fast.runtime import mean_and_error, wilson
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.monitoring import health
+from opcd_fast.training.monitoring.health import warning_before_training, warnings_of
+from opcd_fast.training.run.best import best_step, evaluations_without_gain, stops_early
+from opcd_fast.training.scorer import load_scorer, score_record
+from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import context_kl, divergence
 
 TEMPERATURE = 0.7
@@ -54,9 +62,8 @@ def test_means_and_the_probability_of_first_tokens(tokens):
     assert "first_token" not in divergence(without, model, teacher, **options)
 
 
-def test_a_run_is_warned_before_it_trains_and_once(tmp_path, monkeypatch, caplog):
+def test_a_run_is_warned_before_it_trains_and_once(tokenizer, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(health, "UNSAID", 1.1)
-    tokenizer = tiny_tokenizer()
     first = make(tokenizer, tmp_path / "run", steps=2).train()
     assert [(warning["name"], warning["step"]) for warning in first.warnings] == [("unsaid_answers", 0)]
     assert caplog.text.count("begins as the teacher does") == 1
@@ -68,11 +75,149 @@ def test_a_run_is_warned_before_it_trains_and_once(tmp_path, monkeypatch, caplog
     assert make(tokenizer, tmp_path / "other", steps=2, divergence="forward_kl").train().warnings == []
 
 
-def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path, caplog):
-    tokenizer = tiny_tokenizer()
+def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path, caplog):
     make(tokenizer, tmp_path / "apart")
     assert "held-out" not in caplog.text
     make(tokenizer, tmp_path / "run", eval_prompts=[PROMPTS[2], "other", PROMPTS[2], PROMPTS[0]])
     assert "3 of 4 held-out prompts are among the training prompts" in caplog.text
     make(tokenizer, tmp_path / "never", eval_prompts=[PROMPTS[2]], eval_every=0)
     assert caplog.text.count("held-out") == 1
+
+
+# --- a user's own score --------------------------------------------------------------------------------------
+
+
+def record(scores):
+    values = iter(scores)
+    return score_record(lambda *_: next(values), [[]] * 4, ["a"] * 4, [{}] * 4)
+
+
+def test_mean_and_interval():
+    found = record([1.0, 2.0, 4.0, 5.0])
+    error = math.sqrt((4 + 1 + 1 + 4) / 3 / 4)
+    assert found == pytest.approx(
+        {"score": 3.0, "score_error": error, "score_low": 3 - 1.96 * error, "score_high": 3 + 1.96 * error}
+    )
+    rates = record([1, 0, True, 1])
+    assert (rates["score_low"], rates["score_high"]) == pytest.approx(wilson(3, 4)) and rates["score"] == 0.75
+    assert mean_and_error([3.0]) == (3.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "good", None])
+def test_a_bad_score_is_refused(value):
+    with pytest.raises(InputError, match="scorer .* held-out answer 0"):
+        record([value] * 4)
+
+
+def test_a_scorer_is_found_by_name(tmp_path, monkeypatch):
+    (tmp_path / "my_scores_of_this_test.py").write_text("def z(m, a, r):\n    return a.count('z')\nNOTHING = 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_scorer("my_scores_of_this_test:z")([], "zazz", {}) == 3
+    for name in ("z", "my_scores_of_this_test:", "no_such_module_here:z", "my_scores_of_this_test:other",
+                 "my_scores_of_this_test:NOTHING"):  # fmt: skip
+        with pytest.raises(InputError, match="scorer="):
+            load_scorer(name)
+
+
+# --- warnings ------------------------------------------------------------------------------------------------
+
+
+WELL = {"response_length": 30.0, "student_entropy": 1.0, "finished": 0.9, "sampler_kl": 0.001}
+
+
+def history(change=(), steps=12, from_step=7):
+    """A run that is well up to `from_step`, and changed from then on."""
+    return [{**WELL, **(dict(change) if step >= from_step else {}), "step": step} for step in range(1, steps + 1)]
+
+
+def names(records, told=(), teacher_length=None, **options):
+    return [name for name, _ in warnings_of(records, set(told), teacher_length, **options)]
+
+
+def test_a_run_that_goes_well_warns_of_nothing():
+    assert names(history()) == [] and names(history(), teacher_length=29.0) == []
+    assert names(history(steps=4, from_step=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "harmless"),
+    [
+        ("short_answers", {"response_length": 9.0}, {"response_length": 11.0}),
+        ("low_entropy", {"student_entropy": 0.09}, {"student_entropy": 0.11}),
+        ("cut_answers", {"finished": 0.4}, {"finished": 0.6}),
+        ("sampler_drift", {"sampler_kl": 0.03}, {"sampler_kl": 0.01}),
+    ],
+)
+def test_each_warning_has_its_reason(name, change, harmless):
+    found = list(warnings_of(history(change), set(), None))
+    assert [which for which, _ in found] == [name] and "\n" not in found[0][1] and "step 12" in found[0][1]
+    assert names(history(harmless)) == []
+    assert names(history(change), told=[name]) == []
+    assert names(history(change, from_step=12)) == [], "one step is no trend"
+
+
+def test_the_normal_length_is_the_teachers():
+    assert names(history(steps=8, from_step=1), teacher_length=100.0) == ["short_answers"]
+    assert names(history({"response_length": 9.0}), teacher_length=9.0) == []
+
+
+def test_a_truncated_distribution_is_no_drift():
+    assert names(history({"sampler_kl": 0.5}), full_sampling=False) == []
+    without = [{k: v for k, v in record.items() if k != "sampler_kl"} for record in history()]
+    assert names(without) == []
+
+
+UNSAID = {"step": 0, "fixed_first_token": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "found"),
+    [
+        (UNSAID, {}, True),
+        (UNSAID, {"divergence": "topk_reverse_kl", "k": 5}, True),
+        (UNSAID, {"divergence": "forward_kl"}, False),
+        (UNSAID, {"answers": "teacher"}, False),
+        (UNSAID, {"rollout": "replay", "rollout_file": "answers.jsonl"}, False),
+        ({**UNSAID, "fixed_first_token": 2e-3}, {}, False),
+        ({**UNSAID, "step": 10}, {}, False),
+        ({"step": 0}, {}, False),
+    ],
+)
+def test_answers_that_the_student_never_gives(record, settings, found):
+    told = list(warning_before_training(record, OPCDConfig(**settings)))
+    assert [name for name, _ in told] == (["unsaid_answers"] if found else [])
+    assert all("1e-06" in text and "forward_kl" in text for _, text in told)
+
+
+# --- best, and the early stop --------------------------------------------------------------------------------
+
+
+def evaluations(*values, name="own_kl", error=0.1):
+    return [{"step": 2 * i, name: value, f"{name}_error": error} for i, value in enumerate(values)]
+
+
+def test_the_best_step_is_the_lowest_kl_or_the_highest_score():
+    assert best_step(evaluations(1.0, 0.5, 0.3, 0.4), "kl") == 4
+    assert best_step(evaluations(1.0, 0.5, 0.3, 0.4, name="score"), "score") == 2
+    assert best_step(evaluations(0.1, 0.5, 0.3, 0.4, name="fixed_kl"), "fixed_kl") == 4, "step 0 trained nothing"
+    assert best_step(evaluations(1.0, 0.3, 0.3), "kl") == 2, "the first of equals"
+    assert best_step([], "kl") is None and best_step(evaluations(1.0), "kl") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "delta", "since"),
+    [
+        ((), None, 0), ((1.0,), None, 0), ((1.0, 0.8), None, 0), ((1.0, 0.95), None, 1), ((1.0, 0.95), 0.0, 0),
+        ((1.0, 0.95, 0.92, 0.89), None, 0),  # small gains add up
+        ((1.0, 0.5, 0.45, 0.6), None, 2), ((1.0, 1.5, 1.2, 0.95), 0.0, 0), ((1.0, 0.5, 0.45, 0.3), 0.3, 2),
+    ],
+)  # fmt: skip
+def test_how_long_nothing_improved(values, delta, since):
+    assert evaluations_without_gain(evaluations(*values), "kl", delta) == since
+    assert evaluations_without_gain(evaluations(*[-v for v in values], name="score"), "score", delta) == since
+
+
+def test_patience():
+    records = evaluations(1.0, 0.5, 0.45, 0.6)
+    assert stops_early(records, "kl", 2, None) and not stops_early(records, "kl", 3, None)
+    assert not stops_early(records, "kl", 0, None)

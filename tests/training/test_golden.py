@@ -9,22 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
-
-from opcd_fast.training import OPCDTrainer
-from opcd_fast.training.settings import OPCDConfig
+from tiny import tiny_tokenizer
+from training_runs import losses, make
 
 CURVE = Path(__file__).parent / "golden" / "tiny_lora.json"
 
 
 def run(folder):
-    config = OPCDConfig(
-        output_dir=str(folder), steps=8, batch_size=4, max_new_tokens=8, lora_rank=4, learning_rate=1e-2,
-        eval_every=0, save_every=0, device="cpu", dtype="float32",
-    )  # fmt: skip
     prompts = [f"what is {i} plus {i + 1}?" for i in range(8)]
-    trainer = OPCDTrainer(tiny_model(), tiny_tokenizer(), "answer in digits only", prompts, config, quiet=True)
-    return [record["loss"] for record in trainer.train().history]
+    trainer = make(
+        tiny_tokenizer(), folder, steps=8, max_new_tokens=8, eval_every=0, save_every=0, eval_prompts=None,
+        context="answer in digits only", prompts=prompts,
+    )  # fmt: skip
+    return losses(trainer.train())
 
 
 def test_the_loss_curve_is_the_recorded_one(tmp_path):

@@ -10,16 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from rank_runs import environment
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
+from training_runs import lines_of
 
+from opcd_fast.cli import main
 from opcd_fast.training.run import checkpoints as checkpoint
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +41,11 @@ def job(tmp_path_factory):
     ]  # fmt: skip
 
 
-def environment():
-    return {
-        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
-
-
 def start(arguments, **options):
     """The command in an interpreter of its own."""
     command = [sys.executable, "-m", "opcd_fast.cli", *arguments]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(), **pipes, **options)
+    return subprocess.Popen(command, env={**environment(), "CUDA_VISIBLE_DEVICES": ""}, **pipes, **options)
 
 
 class Fork:
@@ -78,8 +71,6 @@ CONTEXT.set_forkserver_preload(
 
 
 def run_forked(arguments):
-    from opcd_fast.cli import main
-
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -89,10 +80,7 @@ def run_forked(arguments):
 
 def state_of(folder):
     """Everything that a run leaves, but for times."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        for name in ("seconds", "tokens_per_second"):
-            record.pop(name, None)
+    records = lines_of(folder)
     newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
     optimizer = torch.load(newest / checkpoint.OPTIMIZER, weights_only=True)["state"]
     weights = {
@@ -115,8 +103,7 @@ def run_until_done(launch, job, folder, steps, rng, kills, patience):
         before = signs(folder)
         process = launch([*job, "--output-dir", str(folder), "--steps", str(steps), *resume])
         if killed < kills:
-            while process.poll() is None and signs(folder) == before:
-                time.sleep(0.005)
+            until_it_works(process, folder, before)
             time.sleep(rng.uniform(0, patience))
         if killed < kills and process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
@@ -131,10 +118,14 @@ def signs(folder):
     return [(path.name, path.stat().st_mtime_ns) for path in (folder, folder / "config.json") if path.exists()]
 
 
+def until_it_works(process, folder, before):
+    while process.poll() is None and signs(folder) == before:
+        time.sleep(0.005)
+
+
 def check_kills(launch, job, tmp_path, steps, kills):
     process = launch([*job, "--output-dir", str(tmp_path / "whole"), "--steps", str(steps)])
-    while process.poll() is None and not signs(tmp_path / "whole"):
-        time.sleep(0.005)
+    until_it_works(process, tmp_path / "whole", [])
     start = time.monotonic()
     assert process.wait() == 0
     patience = time.monotonic() - start  # kills fall anywhere in a run, however loaded the machine is
@@ -194,17 +185,13 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_checkpoint(job, tmp_path):
 
 
 def test_what_cannot_start_says_why(job, tmp_path, capsys):
-    from opcd_fast.cli import main
-
     (tmp_path / "occupied").write_text("mine")
-    nowhere = [*job]
-    nowhere[2] = str(tmp_path / "nowhere")
-    for arguments, folder, words in (
-        (job, tmp_path / "occupied" / "run", "occupied"),
-        (job, tmp_path / "occupied", "is a file; choose another"),
-        (nowhere, tmp_path / "run", "nowhere"),
+    for arguments, words in (
+        (["--output-dir", str(tmp_path / "occupied" / "run")], "occupied"),
+        (["--output-dir", str(tmp_path / "occupied")], "is a file; choose another"),
+        (["--output-dir", str(tmp_path / "run"), "--model", str(tmp_path / "nowhere")], "nowhere"),
     ):
-        assert main([*arguments, "--output-dir", str(folder), "--steps", "2", "--no-plots"]) == 2
+        assert main([*job, *arguments, "--steps", "2", "--no-plots"]) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert said.startswith("opcd: ") and words in said and "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["occupied"] and (tmp_path / "occupied").read_text() == "mine"

@@ -1,33 +1,19 @@
 """Optimizers: the one asked for moves the weights, goes on bit for bit, and is refused where it cannot run."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 from resumption import check_resume
 from tiny import tiny_model
-from tiny import tiny_tokenizer as make_tokenizer
+from training_runs import make
 
 from opcd_fast.errors import InputError
-from opcd_fast.planning.rehearsal import Job, rehearse
-from opcd_fast.training import OPCDTrainer
 from opcd_fast.training.engines import optimizers
 from opcd_fast.training.settings import OPCDConfig
 
 HERE = ["adamw_torch", "adafactor", "adamw_8bit"]
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # matrices of 4,096 numbers and more: smaller ones keep 32 bits
-
-
-def make(folder, **settings):
-    config = OPCDConfig(
-        **{
-            "output_dir": str(folder), "steps": 4, "batch_size": 4, "max_new_tokens": 6, "learning_rate": 3e-3,
-            "eval_every": 0, "save_every": 2, "device": "cpu", "dtype": "float32", "plots": False, **settings,
-        }
-    )  # fmt: skip
-    prompts, context = [f"question {i}" for i in range(6)], "always answer with zzz"
-    return OPCDTrainer(tiny_model(**WIDE), make_tokenizer(), context, prompts, config, quiet=True)
 
 
 def need(optimizer):
@@ -102,35 +88,30 @@ def test_bytes_of_the_state(optimizer):
 
 @pytest.mark.parametrize("lora_rank", [0, 48])
 @pytest.mark.parametrize("optimizer", HERE)
-def test_resume_is_bit_identical(tmp_path, optimizer, lora_rank):
+def test_resume_is_bit_identical(tokenizer, tmp_path, optimizer, lora_rank):
     need(optimizer)
-    settings = {"optimizer": optimizer, "lora_rank": lora_rank}
-    whole, _ = check_resume(partial(make, **settings), tmp_path)
+    settings = {"lora_rank": lora_rank, "learning_rate": 3e-3, "eval_every": 0}
+
+    def made(folder, **more):
+        return make(tokenizer, folder, tiny_model(**WIDE), **{**settings, "optimizer": optimizer, **more})
+
+    whole, _ = check_resume(made, tmp_path)
     kind = {"adamw_torch": "AdamW", "adafactor": "Adafactor", "adamw_8bit": "AdamW8bit"}[optimizer]
     assert type(whole.optimizer.optimizer).__name__ == kind
     assert json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"] == optimizer
     other = "adafactor" if optimizer == "adamw_torch" else "adamw_torch"
     with pytest.raises(InputError, match="optimizer differs"):
-        make(tmp_path / "run", resume=True, steps=6, lora_rank=lora_rank, optimizer=other).train()
+        made(tmp_path / "run", resume=True, steps=6, optimizer=other).train()
 
 
-def test_without_bitsandbytes_the_package_is_named(tmp_path, monkeypatch):
-    from opcd_fast.models import quantized
-
-    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
-    for optimizer in ("adamw_8bit", "paged_adamw_8bit"):
-        with pytest.raises(InputError, match=f"optimizer='{optimizer}' needs .*pip install 'opcd-fast\\[quant\\]'"):
-            optimizers.make_optimizer(OPCDConfig(optimizer=optimizer), [], torch.device("cpu"), adapter=False)
-
-
-def test_paging_without_a_gpu_is_refused(tmp_path):
+def test_paging_without_a_gpu_is_refused(tokenizer, tmp_path):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(InputError, match="the run is on cpu; use 'adamw_8bit'"):
-        make(tmp_path / "run", optimizer="paged_adamw_8bit")
+        make(tokenizer, tmp_path / "run", optimizer="paged_adamw_8bit")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_device_without_the_kernel_is_refused(tmp_path, monkeypatch):
+def test_a_device_without_the_kernel_is_refused(tokenizer, tmp_path, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
 
     def none(*_, **__):
@@ -138,29 +119,4 @@ def test_a_device_without_the_kernel_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bnb.functional, "optimizer_update_8bit_blockwise", none)
     with pytest.raises(InputError, match="cannot do it on cpu .*no kernel.*use 'adafactor'"):
-        make(tmp_path / "run", optimizer="adamw_8bit")
-
-
-def test_the_default_is_the_papers_and_others_are_named():
-    assert OPCDConfig().optimizer == "adamw_torch"
-    with pytest.raises(InputError, match="optimizer='sgd' is not available; use 'adamw_torch' or"):
-        OPCDConfig(optimizer="sgd")
-
-
-def test_the_planner_knows_the_states():
-    """Without bitsandbytes: of every tensor, in the bytes above."""
-    model, job = tiny_model(**WIDE).config, Job((60,), ((20, 20, 0),))
-    shapes = [p.shape for p in tiny_model(**WIDE).parameters()]
-    numbers = [shape.numel() for shape in shapes]
-
-    def state(optimizer):
-        config = OPCDConfig(batch_size=2, max_new_tokens=4, optimizer=optimizer)
-        seen = rehearse(config, job, model, device="cuda", dtype=torch.bfloat16, backend="torch")
-        return seen.peaks["optimizer"].parts.get("optimizer state", 0), seen.notes
-
-    eight = sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in numbers)
-    assert state("adamw_torch")[0] == pytest.approx(8 * sum(numbers), rel=1e-3)
-    assert state("adamw_8bit")[0] == eight
-    assert state("adafactor")[0] == pytest.approx(sum(4 * sum(shape) + 4 for shape in shapes), rel=1e-3)
-    held, notes = state("paged_adamw_8bit")
-    assert held == eight and any("paged" in note for note in notes)  # no tensor of 100,000 numbers here
+        make(tokenizer, tmp_path / "run", optimizer="adamw_8bit")

@@ -1,17 +1,21 @@
 """What a run leaves on disk and on screen: whole files or none, plain lines outside a terminal, a picture."""
 
+import io
+import sys
+
 import pytest
 import torch
 
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import write_folder
+from opcd_fast.training.engines import Ranks
 from opcd_fast.training.monitoring.plots import plot_run
 from opcd_fast.training.monitoring.progress import Progress, seconds_by_part
 from opcd_fast.training.run import RunFolder
 from opcd_fast.training.run import checkpoints as checkpoint
 
 
-def test_a_failed_write_leaves_the_old_folder_whole(tmp_path):
+def test_a_failed_write_leaves_the_old_folder_whole(tmp_path, monkeypatch):
     target = tmp_path / "final"
     write_folder(target, lambda folder: (folder / "a").write_text("old"))
 
@@ -19,13 +23,27 @@ def test_a_failed_write_leaves_the_old_folder_whole(tmp_path):
         (folder / "a").write_text("new")
         raise RuntimeError("power cut")
 
+    def check(name, text):
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
+        assert [(path.name, path.read_text()) for path in target.iterdir()] == [(name, text)]
+
     with pytest.raises(InputError, match="power cut"):
         write_folder(target, fail)
-    assert (target / "a").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    check("a", "old")
+    inner, calls = type(target).rename, []
+
+    def interrupted(self, to):  # between the two renames
+        calls.append(to)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return inner(self, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(target), "rename", interrupted)
+        write_folder(target, lambda folder: (folder / "a").write_text("new"))
+    check("a", "old")
     write_folder(target, lambda folder: (folder / "b").write_text("newer"))
-    assert [path.name for path in target.iterdir()] == ["b"]
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    check("b", "newer")
 
 
 def test_checkpoints_round_trip_and_only_the_newest_stay(tmp_path):
@@ -38,12 +56,9 @@ def test_checkpoints_round_trip_and_only_the_newest_stay(tmp_path):
     assert all(torch.equal(loaded.weights[name], weights[name]) for name in weights)
     assert torch.equal(loaded.teacher["w"], weights["w"] + 10) and set(loaded.teacher) == {"w"}
     assert loaded.optimizer == {"state": {0: {"step": 10}}} and state["step"] == 10
-
-
-def test_a_half_written_checkpoint_is_not_a_checkpoint(tmp_path):
-    (tmp_path / "step-000003").mkdir()
-    (tmp_path / "step-000003" / checkpoint.WEIGHTS).write_bytes(b"half")
-    assert checkpoint.list_checkpoints(tmp_path) == []
+    (tmp_path / "step-000011").mkdir()  # half written, it is none
+    (tmp_path / "step-000011" / checkpoint.WEIGHTS).write_bytes(b"half")
+    assert checkpoint.list_checkpoints(tmp_path)[-1].name == "step-000010"
 
 
 def test_a_killed_run_may_leave_half_a_line(tmp_path):
@@ -58,6 +73,26 @@ def test_a_killed_run_may_leave_half_a_line(tmp_path):
     assert step == 2 and [record["step"] for record in records] == [1, 2]
     with pytest.raises(InputError, match="seed differs"):
         RunFolder(tmp_path / "run", resume=True).restore({"seed": 1}, 9)
+
+
+def test_all_ranks_meet_equally_often_in_what_one_of_them_writes(tmp_path):
+    """Or else they wait for each other for ever."""
+    met = []
+    for rank in (0, 1):
+        ranks, calls = Ranks(alone=True), []
+        ranks.rank, ranks.world = rank, 2
+        ranks.gather = lambda value, calls=calls: calls.append("gather") or [None, None]
+        ranks.broadcast = lambda value, calls=calls: calls.append("broadcast")
+        folder = RunFolder(tmp_path / str(rank), resume=False, ranks=ranks)
+        folder.start({})
+        folder.write_config({})
+        folder.log({"kind": "step", "step": 1})
+        folder.save(1, checkpoint.Saved({"w": torch.zeros(1)}, {}), {}, keep=1)
+        folder.save_best({"step": 1}, lambda folder: None)
+        folder.write_samples([])
+        met.append(calls)
+    assert met[0] == met[1] == ["gather", "broadcast"] * 7
+    assert not (tmp_path / "1").exists() and (tmp_path / "0" / "config.json").exists()
 
 
 def record_of(loss, step=1, speed=100.0):
@@ -110,24 +145,6 @@ def test_plots_are_pictures_of_what_they_say(tmp_path, monkeypatch):
     plot_run(tmp_path / "nowhere", [], [])  # nothing to draw yet
 
 
-def test_an_interrupt_between_the_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
-    target = tmp_path / "final"
-    write_folder(target, lambda folder: (folder / "a").write_text("old"))
-    inner, calls = type(target).rename, []
-
-    def interrupted(self, to):
-        calls.append(to)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return inner(self, to)
-
-    monkeypatch.setattr(type(target), "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(target, lambda folder: (folder / "a").write_text("new"))
-    assert (target / "a").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
 def test_a_run_without_a_checkpoint_is_started_over(tmp_path):
     folder = RunFolder(tmp_path / "run", resume=False)
     folder.start({})
@@ -142,14 +159,8 @@ def test_a_run_without_a_checkpoint_is_started_over(tmp_path):
 
 
 def test_the_live_display_draws_one_bar_and_gives_the_cursor_back(monkeypatch):
-    import io
-    import sys
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    screen = Terminal()
+    screen = io.StringIO()
+    screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
     progress = Progress(total=2)

@@ -1,6 +1,6 @@
 """A run as a whole: early stop, best weights, warnings, scores, signals, trackers; and all of it through a resume."""
 
-import importlib.util
+import copy
 import json
 import os
 import signal
@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from tiny import tiny_model, tiny_tokenizer
-from training_runs import losses, make
+from safetensors.torch import load_file
+from tiny import tiny_model
+from training_runs import lines_of, losses, make
 
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import TransformersRollout
@@ -19,32 +20,12 @@ from opcd_fast.training.monitoring.tracking import numbers_of
 from opcd_fast.training.run import checkpoints as checkpoint
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def lines_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        for name in ("seconds", "tokens_per_second"):
-            line.pop(name, None)
-    return lines
-
-
 def weights_in(folder):
-    from safetensors.torch import load_file
-
     return load_file(next(folder.glob("*.safetensors")))
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 class Memory(GeneralTracker):
-    name = "memory"
-    requires_logging_directory = False
+    name, requires_logging_directory = "memory", False
 
     def __init__(self):
         super().__init__(_blank=True)
@@ -81,15 +62,6 @@ def test_every_number_reaches_the_trackers(tokenizer, tmp_path):
     assert numbers_of({"kind": "step", "step": 3, "loss": 1.0, "note": "x", "seconds": {"a": 2.0}}) == {
         "train/loss": 1.0, "train/seconds/a": 2.0,
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_tracker_is_named_before_anything_is_written(tokenizer, tmp_path, monkeypatch, name):
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda asked, *rest: None if asked == name else find(asked, *rest))
-    with pytest.raises(InputError, match=f"'{name}' is not installed: pip install {name}"):
-        make(tokenizer, tmp_path / "run", trackers=(name,))
-    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_files(tokenizer, tmp_path):
@@ -214,7 +186,8 @@ def test_a_scorer_sees_prompts_answers_and_rows(tokenizer, tmp_path):
     seen = []
 
     def scorer(messages, answer, row):
-        seen.append((messages, row))
+        seen.append((copy.deepcopy(messages), row))
+        messages[0]["content"] = "mine now"  # must not reach the next evaluation
         assert isinstance(answer, str) and "<|end|>" not in answer
         return len(answer)
 
@@ -225,22 +198,6 @@ def test_a_scorer_sees_prompts_answers_and_rows(tokenizer, tmp_path):
     assert record["score_low"] <= record["score"] <= record["score_high"]
     with pytest.raises(InputError, match="scorer differs"):
         make(tokenizer, tmp_path / "run", steps=3, resume=True, eval_prompts=rows).train()
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"save_best": True, "eval_prompts": None}, "give eval_prompts"),
-        ({"early_stop_patience": 2, "eval_prompts": None}, "give eval_prompts"),
-        ({"save_best": True, "best_by": "score"}, "needs a scorer"),
-        ({"scorer": lambda *_: 1, "eval_prompts": None}, "scorer needs held-out"),
-        ({"scorer": 5}, "give a function"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(tokenizer, tmp_path, settings, words):
-    with pytest.raises(InputError, match=words):
-        make(tokenizer, tmp_path / "run", **settings)
-    assert not (tmp_path / "run").exists()
 
 
 def test_warnings_are_told_once_and_kept(tokenizer, tmp_path, caplog):
@@ -255,18 +212,26 @@ def test_warnings_are_told_once_and_kept(tokenizer, tmp_path, caplog):
     assert again.warnings == result.warnings and "cut at max_new_tokens" not in caplog.text
 
 
+STOPPED = {"steps": 5, "save_every": 2, "save_best": True, "early_stop_patience": 9}
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer, tmp_path_factory):
+    """The folder and the result of a run that no signal disturbs."""
+    folder = tmp_path_factory.mktemp("signals") / "whole"
+    return folder, make(tokenizer, folder, **STOPPED).train()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["rollout", "loss", "optimizer", "evaluation", "fixed", "saving"])
-def test_a_signal_saves_and_the_rest_is_the_same(tokenizer, tmp_path, number, moment, monkeypatch):
-    settings = {"steps": 5, "save_every": 2, "save_best": True, "early_stop_patience": 9, "top_p": 1.0}
-    whole = make(tokenizer, tmp_path / "whole", **settings).train()
-    trainer = make(tokenizer, tmp_path / "run", **settings)
-    calls = {"count": 0}
+def test_a_signal_saves_and_the_rest_is_the_same(whole, tokenizer, tmp_path, number, moment, monkeypatch):
+    trainer = make(tokenizer, tmp_path / "run", **STOPPED)
+    calls = []
 
     def interrupting(inner, at):
         def wrapped(*args, **options):
-            calls["count"] += 1
-            if calls["count"] == at:
+            calls.append(0)
+            if len(calls) == at:
                 os.kill(os.getpid(), number)
                 for _ in range(1000):
                     pass
@@ -290,11 +255,12 @@ def test_a_signal_saves_and_the_rest_is_the_same(tokenizer, tmp_path, number, mo
     assert stop.value.status == 128 + number
     assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{saved:06d}"
     assert not (tmp_path / "run" / "final").exists()
-    resumed = make(tokenizer, tmp_path / "run", resume=True, **settings).train()
-    assert resumed.best_step == whole.best_step
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
-    for folder in ("final", "best"):
-        assert same(weights_in(tmp_path / "run" / folder), weights_in(tmp_path / "whole" / folder))
+    folder, result = whole
+    assert make(tokenizer, tmp_path / "run", resume=True, **STOPPED).train().best_step == result.best_step
+    assert lines_of(tmp_path / "run") == lines_of(folder)
+    for kept in ("final", "best"):
+        ours, theirs = (weights_in(run / kept) for run in (tmp_path / "run", folder))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_best_is_written_again_where_a_run_was_killed_before_it(tokenizer, tmp_path, monkeypatch):

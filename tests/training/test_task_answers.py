@@ -4,21 +4,16 @@ import json
 import shutil
 
 import pytest
-import torch
-from tiny import TEMPLATE, prefixed, tiny_model, tiny_tokenizer
-from training_runs import losses
+from tiny import TEMPLATE, prefixed, tiny_model
+from training_runs import CONTEXT, losses
+from training_runs import make as make_trainer
 
 from opcd_fast.cli import main
-from opcd_fast.data.tasks.episode import check_split
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import wilson
-from opcd_fast.training import OPCDTrainer
 from opcd_fast.training.answers import TaskPrompts, sampling_of
 from opcd_fast.training.answers import prompts as task_prompts
 from opcd_fast.training.answers.prompts import PROBES
-from opcd_fast.training.settings import OPCDConfig
-
-CONTEXT = "always answer with zzz"
 
 
 class Counting:
@@ -30,7 +25,6 @@ class Counting:
         self.asked, self._system, self._size = [], system, size
 
     def episodes(self, split, count, seed=0):
-        check_split(split)
         self.asked.append((split, count, seed))
         start = seed % 1000
         return [CountingEpisode(f"{split} {start + k}", k % 3 + 1, self._system) for k in range(min(count, self._size))]
@@ -53,23 +47,12 @@ class CountingEpisode:
             self.score = float(any(vowel in text for vowel in "aeiou"))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def make(tokenizer, folder, task=None, *, context=CONTEXT, eval_prompts=None, **settings):
-    config = OPCDConfig(
-        **{
-            "output_dir": str(folder), "steps": 3, "batch_size": 4, "max_new_tokens": 6, "lora_rank": 4,
-            "learning_rate": 1e-2, "eval_every": 3, "save_every": 1, "keep_checkpoints": 9, "device": "cpu",
-            "dtype": "float32", "eval_batch": 5, "task_episodes": 7, **settings,
-        }
-    )  # fmt: skip
-    return OPCDTrainer(
-        tiny_model(max_position_embeddings=1024), tokenizer, context, task or Counting(), config,
-        eval_prompts=eval_prompts, quiet=True,
-    )  # fmt: skip
+def make(tokenizer, folder, task=None, model=None, **settings):
+    defaults = {
+        "steps": 3, "eval_every": 3, "save_every": 1, "keep_checkpoints": 9, "eval_batch": 5, "task_episodes": 7,
+        "eval_prompts": None, "prompts": task or Counting(),
+    }  # fmt: skip
+    return make_trainer(tokenizer, folder, model or tiny_model(max_position_embeddings=1024), **defaults | settings)
 
 
 @pytest.mark.parametrize("answers", ["student", "teacher"])
@@ -191,11 +174,10 @@ def test_turns_that_do_not_fit_are_an_error_not_a_wrong_prefix(tokenizer, tmp_pa
 
 def test_a_trained_prefix_counts_in_the_window_of_every_turn(tokenizer, tmp_path):
     """The third turn alone is too long, and only by the prefix, which is longer than the teacher's context."""
-    config = OPCDConfig(str(tmp_path / "run"), 1, 4, max_new_tokens=6, eval_every=0, device="cpu", dtype="float32")
 
     def made(window):
         model = prefixed(tiny_model(max_position_embeddings=window), 200)
-        return OPCDTrainer(model, tokenizer, CONTEXT, LongTurns(), config, quiet=True)
+        return make(tokenizer, tmp_path / "run", LongTurns(), model, lora_rank=0, eval_every=0, task_episodes=0)
 
     trainer = made(2048)
     longest = max(len(s.teacher_prompt) for s in trainer.source.draw(0).samples) + len(trainer.prefixes[0])
@@ -234,4 +216,3 @@ def test_a_game_from_the_command_line(tokenizer, tmp_path, capsys):
         assert words in capsys.readouterr().err
     assert main(["train", "--model", "M", "--task-options", "{}", "--prompts", "P"]) == 2
     assert "no task" in capsys.readouterr().err
-    assert torch.get_num_threads() == 1

@@ -11,45 +11,25 @@ from tiny import tiny_model, tiny_tokenizer
 from training_runs import losses, make
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.answers import sampling_of
+from opcd_fast.models import shared_prompt_hidden_states
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def test_lora_training_moves_the_student_towards_the_teacher(tokenizer, tmp_path):
-    trainer = make(tokenizer, tmp_path / "run", steps=30, batch_size=6, eval_every=30)
-    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora" not in n}
-    result = trainer.train()
-    first, last = result.evaluations
-    assert last["fixed_kl"] < 0.7 * first["fixed_kl"] and last["own_kl"] < 0.7 * first["own_kl"]
-    for name, parameter in trainer.model.named_parameters():
-        if "lora" not in name:
-            assert torch.equal(parameter, base[name]), f"{name} moved, so the teacher moved"
-
-
-def test_full_fine_tuning_keeps_a_frozen_teacher(tokenizer, tmp_path):
-    trainer = make(tokenizer, tmp_path / "run", lora_rank=0, learning_rate=3e-3, steps=12, eval_every=12)
-    teacher = trainer.teacher_rollout.model
-    before = {n: p.detach().clone() for n, p in teacher.named_parameters()}
-    result = trainer.train()
-    assert result.evaluations[-1]["fixed_kl"] < 0.8 * result.evaluations[0]["fixed_kl"]
-    assert all(torch.equal(p, before[n]) for n, p in teacher.named_parameters())
-    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-
-
-@pytest.mark.parametrize("lora_rank", [4, 0])
-def test_bf16_training_keeps_fp32_trained_weights(tokenizer, tmp_path, lora_rank):
+@pytest.mark.parametrize(
+    ("lora_rank", "dtype", "steps", "bound"),
+    [(4, "float32", 30, 0.7), (0, "float32", 12, 0.8), (4, "bfloat16", 24, 0.8), (0, "bfloat16", 24, 0.8)],
+)
+def test_training_moves_the_student_towards_a_teacher_that_stays(tokenizer, tmp_path, lora_rank, dtype, steps, bound):
     trainer = make(
-        tokenizer, tmp_path / "run", lora_rank=lora_rank, dtype="bfloat16", steps=24, batch_size=6, eval_every=24,
+        tokenizer, tmp_path / "run", lora_rank=lora_rank, dtype=dtype, steps=steps, batch_size=6, eval_every=steps,
         learning_rate=1e-2 if lora_rank else 3e-3,
     )  # fmt: skip
-    result = trainer.train()
-    assert result.evaluations[-1]["fixed_kl"] < 0.8 * result.evaluations[0]["fixed_kl"]
-    assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
-    assert {p.dtype for p in trainer.teacher_rollout.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    still = {n: p for n, p in trainer.teacher_rollout.model.named_parameters() if "lora" not in n}
+    before = {n: p.detach().clone() for n, p in still.items()}
+    first, last = trainer.train().evaluations
+    assert last["fixed_kl"] < bound * first["fixed_kl"] and last["own_kl"] < bound * first["own_kl"]
+    assert before and all(torch.equal(p, before[n]) for n, p in still.items())
+    assert {p.dtype for p in still.values()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}, "masters"
 
 
 def test_the_divergence_that_is_asked_for_is_minimised(tokenizer, tmp_path):
@@ -150,8 +130,6 @@ def test_records_checkpoints_and_weights_on_disk(tokenizer, tmp_path):
 def test_a_teacher_with_a_padded_head_works_when_the_tokenizer_is_the_same(tokenizer, tmp_path):
     padded = tiny_model(seed=7, vocab_size=272)
     padded.lm_head.weight.data[261:] = 5 * padded.lm_head.weight.data[:11]  # padding that would be drawn
-    with pytest.raises(InputError, match="give teacher_tokenizer="):
-        make(tokenizer, tmp_path / "run", teacher_model=padded)
     settings = {"teacher_tokenizer": tiny_tokenizer(), "lora_rank": 0, "learning_rate": 3e-3, "eval_every": 8}
     trainer = make(tokenizer, tmp_path / "run", teacher_model=padded, steps=8, **settings)
     result = trainer.train()
@@ -159,8 +137,6 @@ def test_a_teacher_with_a_padded_head_works_when_the_tokenizer_is_the_same(token
     assert result.evaluations[-1]["fixed_kl"] < result.evaluations[0]["fixed_kl"]
     written = json.loads((tmp_path / "run" / "eval_fixed.json").read_text())
     assert max(max(sample["response"]) for sample in written) < 261
-    with pytest.raises(InputError, match="head only 200"):
-        make(tokenizer, tmp_path / "other", tiny_model(vocab_size=200, eos_token_id=1, pad_token_id=1))
 
 
 def test_every_epoch_visits_every_prompt(tokenizer, tmp_path):
@@ -171,46 +147,6 @@ def test_every_epoch_visits_every_prompt(tokenizer, tmp_path):
     assert [row.student_ids for row in drawn[1::2]] == ids
     assert sorted(ids[:6]) == sorted(ids[6:]) == sorted(row.student_ids for row in trainer.train_rows)
     assert ids[:6] != ids[6:]
-
-
-def test_mistakes_are_refused_before_anything_is_written(tokenizer, tmp_path):
-    folder = tmp_path / "run"
-    with pytest.raises(InputError, match="different tokenizers"):
-        other = tiny_tokenizer()
-        other.add_tokens(["hello"])
-        make(tokenizer, folder, teacher_tokenizer=other)
-    with pytest.raises(InputError, match="lora_targets"):
-        make(tokenizer, folder, lora_targets="no_such_layer")
-    with pytest.raises(InputError, match="stop_tokens"):
-        make(tokenizer, folder, stop_tokens=("nope",))
-    with pytest.raises(InputError, match="prompts is empty"):
-        make(tokenizer, folder, prompts=[])
-    with pytest.raises(InputError, match=r"exceed the teacher's window of 512 by \d+"):
-        make(tokenizer, folder, context="x" * 600)
-    with pytest.raises(InputError, match=r"exceeds the model's window of 512 by \d+"):
-        make(tokenizer, folder, max_new_tokens=505)
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("lora_rank", [4, 0])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_context_without_effect_stops_the_run_before_anything_is_written(tokenizer, tmp_path, dtype, lora_rank):
-    """Tokens differ but the model cannot see them: with all attention outputs zero, only the last token counts."""
-    model = tiny_model()
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data.zero_()
-    trainer = make(tokenizer, tmp_path / "run", model, dtype=dtype, lora_rank=lora_rank)
-    with pytest.raises(InputError, match="context changes nothing"):
-        trainer.train()
-    assert not (tmp_path / "run").exists()
-
-
-def test_nan_weights_are_found_before_anything_is_written(tokenizer, tmp_path):
-    model = tiny_model()
-    model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(InputError, match="not finite"):
-        make(tokenizer, tmp_path / "run", model).train()
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -233,30 +169,6 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_are_touched(tokeniz
         trainer.train()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002"]
     assert all(bool(p.isfinite().all()) for p in trainer.parameters.values())
-
-
-def test_first_losses_by_hand_for_both_normalisations(tokenizer, tmp_path):
-    """Eq. 1 of arXiv 2602.12275, and token means of the same answers, from plain forward passes in float64."""
-    losses_of, settings = {}, {"temperature": 0.8, "stop_tokens": tuple("abcdefghijklmnopqrst")}
-    for normalize in ("sequence", "token"):
-        trainer = make(tokenizer, tmp_path / normalize, steps=1, normalize=normalize, **settings)
-        result = trainer.train()
-        losses_of[normalize] = losses(result)[0]
-        rows = trainer.source.rows_of(0)
-    fresh = make(tokenizer, tmp_path / "fresh", **settings)
-    answers = fresh.rollout.generate([row.student_ids for row in rows], **sampling_of(fresh.config, "rollout", 0))
-    assert len({len(answer.token_ids) for answer in answers}) > 1, "the two means would be the same"
-    model = tiny_model(dtype=torch.float64)
-    kls = []
-    for row, answer in zip(rows, answers):
-        response = list(answer.token_ids)
-        p, q = (
-            (model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].detach() / 0.8).log_softmax(-1)
-            for prompt in (row.student_ids, (*fresh.prefixes[0], *row.teacher_ids))
-        )
-        kls.append((p.exp() * (p - q)).sum(-1))
-    assert losses_of["token"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
-    assert losses_of["sequence"] == pytest.approx(float(sum(kl.mean() for kl in kls)) / len(kls), rel=1e-4)
 
 
 def test_settings_reach_what_they_set(tokenizer, tmp_path, monkeypatch):
@@ -304,38 +216,9 @@ def test_a_peft_model_goes_on_training_its_adapter_against_its_base(tokenizer, t
     before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.train()
     assert any(not torch.equal(p, before[n]) for n, p in trainer.parameters.items())
-    with pytest.raises(InputError, match="already carries an adapter"):
-        make(tokenizer, tmp_path / "third", model, lora_rank=2)
 
 
-def test_models_that_cannot_be_trained_are_refused(tokenizer, tmp_path):
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = tiny_model()
-    with pytest.raises(InputError, match="teacher_model is the model"):
-        make(tokenizer, tmp_path / "run", model, teacher_model=model)
-    with pytest.raises(InputError, match="float16"):
-        make(tokenizer, tmp_path / "run", tiny_model(dtype=torch.float16), dtype="auto")
-    # What transformers' add_adapter does; that of 5.24 asks for a PEFT which is not out yet.
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
-    with pytest.raises(InputError, match="add_adapter"):
-        make(tokenizer, tmp_path / "run", model)
-    with pytest.raises(InputError, match="lm_head"):
-        make(tokenizer, tmp_path / "run", lora_targets="lm_head")
-    with pytest.raises(InputError, match="workspace_bytes"):
-        make(tokenizer, tmp_path / "run", workspace_bytes=1).train()
-    assert not (tmp_path / "run").exists()
-
-
-def test_bound_of_prefixes_is_free_on_resume(tokenizer, tmp_path):
-    make(tokenizer, tmp_path / "run", steps=2).train()
-    trainer = make(tokenizer, tmp_path / "run", steps=4, resume=True, max_prefix_bytes=1)
-    trainer.train()
-    memory = trainer.teacher._prefixes
-    assert memory.evicted and memory.built > 1  # not kept between calls
-
-
-def test_settings_of_storage_and_parts_reach_the_teacher(tokenizer, tmp_path, monkeypatch):
+def test_bounds_of_the_teacher_are_free_on_resume_and_in_effect(tokenizer, tmp_path, monkeypatch):
     make(tokenizer, tmp_path / "run", steps=1).train()
     trainer = make(tokenizer, tmp_path / "run", steps=2, resume=True, prefix_device="cpu", teacher_batch_bytes=1)
     passes, honest = [], trainer.teacher._run
@@ -346,29 +229,21 @@ def test_settings_of_storage_and_parts_reach_the_teacher(tokenizer, tmp_path, mo
 
     monkeypatch.setattr(trainer.teacher, "_run", counting)
     trainer.train()
-    assert set(passes) == {1} and len(passes) >= 4  # free on resume, and in effect: every sequence runs alone
+    assert set(passes) == {1} and len(passes) >= 4, "every sequence runs alone"
     assert "kept on cpu" in trainer.teacher.explain()
-    with pytest.raises(InputError, match="prefix_device"):
-        make(tokenizer, tmp_path / "third", prefix_device="nowhere")
-
-
-def test_a_path_that_fails_its_check_is_an_error_before_anything_is_written(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("opcd_fast.teacher.paths.choice.verify", lambda *_: ("max difference 1.0e+00 in fp32", False))
-    with pytest.raises(InputError, match="path='merge': it failed its check"):
-        make(tokenizer, tmp_path / "run", teacher_path="merge")
-    assert not (tmp_path / "run").exists()
+    trainer = make(tokenizer, tmp_path / "run", steps=3, resume=True, max_prefix_bytes=1)
+    trainer.train()
+    memory = trainer.teacher._prefixes
+    assert memory.evicted and memory.built > 1, "not kept between calls"
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 0, "learning_rate": 3e-3, "micro_batch_tokens": 700}])
 def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeypatch, settings):
-    from opcd_fast.models import shared_prompts
-
     calls = []
-    inner = shared_prompts.shared_prompt_hidden_states
 
     def counted(*args, **options):
         calls.append(0)
-        return inner(*args, **options)
+        return shared_prompt_hidden_states(*args, **options)
 
     monkeypatch.setattr("opcd_fast.training.step.objective.shared_prompt_hidden_states", counted)
 
@@ -391,9 +266,7 @@ def test_shared_prompts_change_nothing_but_the_work(tokenizer, tmp_path, monkeyp
 def test_prompts_are_shared_by_default_where_the_model_can(tokenizer, tmp_path, caplog):
     assert make(tokenizer, tmp_path / "a", rollouts_per_prompt=2).share_prompts is True
     assert make(tokenizer, tmp_path / "e", share_prompts=False).share_prompts is False
-    dropping = lambda: {"model": tiny_model(attention_dropout=0.1), "rollouts_per_prompt": 2}  # noqa: E731
     with caplog.at_level("WARNING", "opcd_fast"):
-        assert make(tokenizer, tmp_path / "c", **dropping()).share_prompts is False
+        dropping = tiny_model(attention_dropout=0.1)
+        assert make(tokenizer, tmp_path / "c", dropping, rollouts_per_prompt=2).share_prompts is False
     assert "attention_dropout=0.1" in caplog.text
-    with pytest.raises(InputError, match="share_prompts=True: .*attention_dropout=0.1"):
-        make(tokenizer, tmp_path / "d", share_prompts=True, **dropping())

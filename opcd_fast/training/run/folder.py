@@ -83,10 +83,13 @@ class RunFolder:
         for name in ("metrics.jsonl", "eval_fixed.json", "rollout.json", *ANSWERS):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "best", ignore_errors=True)
-        self.write_config(config)
+        self._write_config(config)  # not the collective one: the other ranks are not in here
 
     @_by_main
     def write_config(self, config: Mapping[str, Any]) -> None:
+        self._write_config(config)
+
+    def _write_config(self, config: Mapping[str, Any]) -> None:
         write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
 
     def clear_leftovers(self) -> None:

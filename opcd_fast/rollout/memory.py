@@ -52,7 +52,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    import psutil  # which accelerate and PEFT bring
+    import psutil
 
     return psutil.virtual_memory().available
 

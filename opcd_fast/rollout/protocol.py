@@ -168,9 +168,12 @@ def stop_token_ids(tokenizer: Any, model: Any, extra: Sequence[str] = ()) -> tup
 
 
 def weights_version(model: Any) -> Any:
-    """Compares equal as long as the weights that `save_pretrained` writes of `model` have the same values.
+    """Compares equal as long as `save_pretrained` writes the same weights, and settings of adapters, of `model`.
 
-    Where ranks hold parts of them, no rank can tell: then it equals nothing.
+    Where ranks hold parts of the weights, no rank can tell: then it equals nothing.
     """
-    weights = adapter_weights(model) if hasattr(model, "peft_config") else weights_of(model)
-    return object() if is_sharded(weights) else checksum(weights)
+    adapters = getattr(model, "peft_config", None)
+    weights = weights_of(model) if adapters is None else adapter_weights(model)
+    if is_sharded(weights):
+        return object()
+    return checksum(weights), {name: settings.to_dict() for name, settings in (adapters or {}).items()}

@@ -160,8 +160,9 @@ def _save(folder: Path, model: Any) -> None:
 
 
 def _digest(folder: Path) -> str:
-    """Of every weight file's content, 12 hexadecimal digits."""
+    """Of the content of every weight file and of the adapter's settings, 12 hexadecimal digits."""
     total = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for file in [*weights, folder / "adapter_config.json"]:
         total.update(file.read_bytes())
     return total.hexdigest()[:12]

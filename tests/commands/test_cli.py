@@ -135,20 +135,11 @@ def test_mistakes_found_after_loading_write_nothing(model_folder, files, capsys)
     assert main(train_arguments(model_folder, files)) == 2
     assert "window of 512" in capsys.readouterr().err
     assert not (files / "run").exists()
+    (files / "run").write_text("a file, not a folder")
+    assert main(train_arguments(model_folder, files)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     assert main(["generate", "--model", model_folder, "--prompt", "y" * 600]) == 2
     assert "exceeds the model's window" in capsys.readouterr().err
-
-
-def test_a_teacher_with_another_tokenizer_is_refused(model_folder, files, tmp_path_factory, capsys):
-    folder = tmp_path_factory.mktemp("other")
-    tiny_model(vocab_size=262).save_pretrained(folder)
-    other = tiny_tokenizer()
-    other.add_tokens(["hello"])
-    other.save_pretrained(folder)
-    arguments = train_arguments(model_folder, files, "--teacher-model", str(folder), "--lora-rank", "0")
-    assert main(arguments) == 2
-    assert "different tokenizers" in capsys.readouterr().err
-    assert not (files / "run").exists()
 
 
 def test_a_teacher_of_its_own_and_one_that_follows(model_folder, files):
@@ -159,13 +150,6 @@ def test_a_teacher_of_its_own_and_one_that_follows(model_folder, files):
     follows = ["--teacher-mode", "ema", "--teacher-ema-decay", "0.5", "--output-dir", str(files / "average")]
     assert main(train_arguments(model_folder, files, *follows)) == 0
     assert len(list((files / "average").glob("checkpoints/*/teacher.safetensors"))) == 1
-
-
-def test_info_names_what_is_there(capsys):
-    assert main(["info"]) == 0
-    out = capsys.readouterr().out
-    for word in ("opcd-fast", "torch", "triton", "transformers", "CPU library"):
-        assert word in out
 
 
 def test_generate_ends_at_a_stop_token(model_folder, capsys):
@@ -198,7 +182,8 @@ def without(names, *arguments):
 def test_info_works_without_any_optional_package():
     done = without((*OPTIONAL, "triton"), "info")
     assert done.returncode == 0, done.stderr
-    assert "transformers" in done.stdout and "missing" in done.stdout
+    for word in ("opcd-fast", "torch", "triton", "transformers", "CPU library", "missing"):
+        assert word in done.stdout
     assert "usage: opcd info" in without(OPTIONAL, "info", "--help").stdout
 
 
@@ -257,12 +242,6 @@ def test_no_box_in_a_terminal_that_is_not_utf8():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2 and "--stepz" in done.stderr and "---" not in done.stderr, done.stderr
-
-
-def test_unwritable_output_is_one_line(model_folder, files, capsys):
-    (files / "run").write_text("a file, not a folder")
-    assert main(train_arguments(model_folder, files)) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_demo_replaces_nothing_but_a_demo(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """From attempts to notes: nothing is lost when a step is stopped, and notes are judged on other problems."""
 
 import json
+import re
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
@@ -18,61 +19,33 @@ from opcd_fast.contexts import (
     without_similar,
 )
 from opcd_fast.contexts.lessons import HEAD, as_notes, ask_for_lessons, lessons_in
-from opcd_fast.data.tasks import Played, load_task, play
-from opcd_fast.data.tasks.episode import SPLITS, Questions
-from opcd_fast.data.tasks.player import Turn
+from opcd_fast.data.tasks import SPLITS, Played, Questions, Turn, load_task, play
 from opcd_fast.errors import InputError
+from opcd_fast.rollout import Completion
 
-
-class Words:
-    """A tokenizer whose tokens are words: enough for prompts that nobody reads."""
-
-    chat_template = None
-    eos_token_id = 0
-    bos_token_id = None
-
-    def __init__(self):
-        self.words = ["<end>"]
-
-    def __call__(self, text, **_):
-        return {"input_ids": [self._id(word) for word in text.split(" ")]}
-
-    def encode(self, text, **_):
-        return self(text)["input_ids"]
-
-    def _id(self, word):
-        if word not in self.words:
-            self.words.append(word)
-        return self.words.index(word)
-
-    def decode(self, ids, **_):
-        return " ".join(self.words[token] for token in ids)
+TOKENIZER = tiny_tokenizer()
 
 
 def scripted(answer):
-    """A player whose answers are those of `answer(text of the prompt)`; it keeps what it was asked."""
+    """A player whose model answers with `answer(text of the prompt)`."""
 
-    class Scripted(Player):
-        asked = []
-        seeds = []
+    class Scripted:
+        def __init__(self):
+            self.asked = []  # texts of prompts, a list a batch
 
-        def answers(self, questions, seed):
-            self.seeds.append(seed)
-            texts = [question[-1]["content"] for question in questions]
-            self.asked.extend(texts)
-            return [answer(text) for text in texts]
+        def generate(self, prompts, **_):
+            self.asked.append([TOKENIZER.decode(prompt) for prompt in prompts])
+            return [Completion(tuple(TOKENIZER(answer(text)).input_ids), None, True) for text in self.asked[-1]]
 
-        def play(self, task, episodes, seed, context=None):
-            played = []
-            for episode in episodes:
-                text = episode.messages()[0]["content"]
-                said = answer((context or "") + text)
-                episode.answer(said)
-                turn = Turn(episode.messages(), said, True, 1)
-                played.append(Played(episode.id, [turn], episode.score, episode.feedback))
-            return played
+    return Player(Scripted(), TOKENIZER, 8, 0.7)
 
-    return Scripted(None, Words(), 8, 0.7)
+
+def lessons_asked(player):
+    return [text for batch in player.rollout.asked for text in batch if "Write down" in text]
+
+
+def number_in(text):
+    return re.findall(r"sum (\d+)", text)[-1]
 
 
 def sums(count=120):
@@ -139,9 +112,7 @@ def test_the_newest_attempts_stay_whole_and_in_order():
 
 
 def lesson_of(text):
-    return (
-        f"- LESSON: lesson about {text.partition('sum ')[2].split()[0]} nothing else" if "Write down" in text else "?"
-    )
+    return f"- LESSON: lesson about {number_in(text)} nothing else" if "Write down" in text else "?"
 
 
 def test_extract_goes_on_where_it_stopped(tmp_path):
@@ -165,36 +136,38 @@ def test_extract_goes_on_where_it_stopped(tmp_path):
         file.write('{"repeat": 1, "id"')  # as a kill leaves it
     second = scripted(lesson_of)
     again = extract(folder, task, second, problems=6, repeats=2, batch=3)
-    assert again == whole and len(first.asked) == 6 and len(second.asked) == len(whole) - 6
+    assert again == whole and len(lessons_asked(first)) == 6 and len(lessons_asked(second)) == len(whole) - 6
     assert ExperienceFolder(tmp_path / "b").attempts() == whole
 
 
 def test_accumulate_makes_different_notes_within_the_budget(tmp_path):
     folder = ExperienceFolder(tmp_path)
     with pytest.raises(InputError, match="opcd extract"):
-        accumulate(folder, Words(), max_tokens=100)
+        accumulate(folder, TOKENIZER, max_tokens=100)
     extract(folder, sums(), scripted(lesson_of), problems=6)
     attempts = [record["lessons"][0] for record in folder.attempts()]
-    written = accumulate(folder, Words(), max_tokens=26, candidates=4, seed=1)
+    room = len(as_notes(attempts[-2:])) + 5
+    written = accumulate(folder, TOKENIZER, max_tokens=room, candidates=4, seed=1)
     notes = folder.candidates()
     assert set(notes) == set(written) and len(set(notes.values())) == len(notes) >= 2
-    assert all(len(Words()(text)["input_ids"]) <= 26 for text in notes.values())
+    assert all(len(text) <= room for text in notes.values())  # a byte a token
     assert lessons_of_notes(notes["notes_000.txt"]) == attempts[-written["notes_000.txt"]["lessons"] :]
     assert written == json.loads((folder.notes / "notes.json").read_text())
-    accumulate(folder, Words(), max_tokens=26, candidates=1, seed=1)
+    accumulate(folder, TOKENIZER, max_tokens=room, candidates=1, seed=1)
     assert len(folder.candidates()) == 1, "candidates of an earlier call would be scored as if they were new"
     with pytest.raises(InputError, match="max_tokens=3"):
-        accumulate(folder, Words(), max_tokens=3)
+        accumulate(folder, TOKENIZER, max_tokens=3)
 
 
 def test_merged_notes_are_what_the_model_wrote_or_stay(tmp_path):
     folder = ExperienceFolder(tmp_path)
     extract(folder, sums(), scripted(lesson_of), problems=6)
     merging = scripted(lambda text: "- LESSON: one for all")
-    assert accumulate(folder, Words(), max_tokens=500, candidates=1, merge=merging)["notes_000.txt"]["merged"] is True
+    options = {"max_tokens": 5000, "candidates": 1}
+    assert accumulate(folder, TOKENIZER, **options, merge=merging)["notes_000.txt"]["merged"] is True
     assert lessons_of_notes(folder.candidates()["notes_000.txt"]) == ["one for all"]
-    assert "lesson about" in merging.asked[0]
-    useless = accumulate(folder, Words(), max_tokens=500, candidates=1, merge=scripted(lambda text: "no"))
+    assert "lesson about" in merging.rollout.asked[0][0]
+    useless = accumulate(folder, TOKENIZER, **options, merge=scripted(lambda text: "no"))
     assert useless["notes_000.txt"]["merged"] is False and useless["notes_000.txt"]["lessons"] > 1
 
 
@@ -204,27 +177,25 @@ def test_select_takes_the_notes_that_help_and_never_the_problems_of_the_lessons(
     folder.notes.mkdir(parents=True)
     for number, text in enumerate(("useless", "magic", "magic, but longer")):
         (folder.notes / f"notes_{number:03}.txt").write_text(as_notes([text]))
-    seen = []
+    player, told = scripted(lambda text: f"right {number_in(text)}" if "magic" in text else "?"), []
 
-    def answer(text):
-        seen.append(text)
-        return f"right {text.rpartition('sum ')[2]}" if "magic" in text else "?"
+    def scored():
+        return select(folder, task, player, problems=10, told=lambda name, score: told.append(name))
 
-    told = []
-    scores = select(folder, task, scripted(answer), problems=10, told=lambda name, score: told.append(name))
+    scores = scored()
     assert {name: score["score"] for name, score in scores.items()} == {
         "": 0.0, "notes_000.txt": 0.0, "notes_001.txt": 1.0, "notes_002.txt": 1.0,
     }  # fmt: skip
     assert folder.best.read_text() == as_notes(["magic"])
-    asked = {text.rpartition("sum ")[2] for text in seen}
+    asked = {number_in(text) for batch in player.rollout.asked for text in batch}
     for split in SPLITS:
-        of_split = {episode.messages()[0]["content"].rpartition("sum ")[2] for episode in task.episodes(split, 120)}
+        of_split = {number_in(episode.messages()[0]["content"]) for episode in task.episodes(split, 120)}
         assert split == "selection" or not asked & of_split
     assert len(told) == 4
-    select(folder, task, scripted(answer), problems=10, told=lambda name, score: told.append(name))
+    scored()
     assert len(told) == 4, "scored again what was scored"
     (folder.notes / "notes_000.txt").write_text(as_notes(["other"]))
-    select(folder, task, scripted(answer), problems=10, told=lambda name, score: told.append(name))
+    scored()
     assert told[4:] == ["notes_000.txt"], "new notes under an old name have no score yet"
 
 
@@ -242,23 +213,13 @@ def test_play_shows_the_context_and_asks_only_those_that_go_on():
             self.left -= 1
             self.score = 1.0 if self.left == 0 else None
 
-    class Recording:
-        batches = []
-
-        def generate(self, prompts, **_):
-            from opcd_fast.rollout import Completion
-
-            self.batches.append([tokenizer.decode(prompt) for prompt in prompts])
-            return [Completion((0,), (0.0,), True) for _ in prompts]
-
-    tokenizer = tiny_tokenizer()
-    rollout = Recording()
+    player = scripted(lambda text: "x")
     played = play(
-        [Counting(1), Counting(3), Counting(9)], rollout, tokenizer,
+        [Counting(1), Counting(3), Counting(9)], player.rollout, TOKENIZER,
         context="remember", max_turns=4, max_new_tokens=4, temperature=1.0,
     )  # fmt: skip
-    assert [len(batch) for batch in rollout.batches] == [3, 2, 2, 1]
-    assert all("remember" in prompt for batch in rollout.batches for prompt in batch)
+    assert [len(batch) for batch in player.rollout.asked] == [3, 2, 2, 1]
+    assert all("remember" in prompt for batch in player.rollout.asked for prompt in batch)
     assert [one.score for one in played] == [1.0, 1.0, 0.0] and [len(one.turns) for one in played] == [1, 3, 4]
 
 

@@ -1,6 +1,7 @@
 """Prompts with an empty privileged_context: their teacher is the base model, so the student is held to it there."""
 
 import pytest
+import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
@@ -23,8 +24,7 @@ def trained(folder, prompts, eval_prompts, steps, lora_rank=4, teacher_path="aut
     return trainer.train()
 
 
-@pytest.mark.parametrize("lora_rank", [4, 0])
-@pytest.mark.parametrize("teacher_path", ["merge", "concat"])
+@pytest.mark.parametrize(("teacher_path", "lora_rank"), [("merge", 4), ("concat", 0)])
 def test_their_divergence_is_zero_before_training(tmp_path, teacher_path, lora_rank):
     """General rows fill the first places, where the check that a context matters would look."""
     more = {"teacher_path": teacher_path, "lora_rank": lora_rank}
@@ -48,8 +48,6 @@ def test_nothing_but_general_prompts_is_refused(tmp_path):
 
 def test_a_context_without_effect_is_still_found_among_them(tmp_path):
     """The context is rendered, but a model whose attention adds nothing cannot see it."""
-    import torch
-
     model = tiny_model()
     with torch.no_grad():
         for layer in model.model.layers:

@@ -42,10 +42,6 @@ def test_shared_prefix_is_the_longest_common_one_and_leaves_a_token(tokenizer):
     for group, prompts in ((first, train), (second, held_out)):
         for row, prompt in zip(group, prompts):
             assert [*prefixes[0], *row.teacher_ids] == teacher_ids(tokenizer, prompt, "ctx")
-            assert len(row.teacher_ids) >= 1
-
-
-def test_identical_prompts_still_leave_one_token_each(tokenizer):
     (rendered,), prefixes = render(tokenizer, [read_prompts(["same", "same"])], "ctx")
     assert all(len(row.teacher_ids) == 1 for row in rendered)
     assert len(prefixes[0]) == len(teacher_ids(tokenizer, read_prompts(["same"])[0], "ctx")) - 1
@@ -58,24 +54,15 @@ def test_rows_with_their_own_context_get_prefixes_of_their_own(tokenizer):
     assert "one" in tokenizer.decode(prefixes[0]) and "two" in tokenizer.decode(prefixes[1])
 
 
-def test_files_of_every_form(tmp_path):
-    (tmp_path / "c.txt").write_text("some notes")
+def test_contexts_of_every_form(tmp_path):
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfsome\r\nnotes")
     (tmp_path / "c.json").write_text(json.dumps(TURNS))
     (tmp_path / "m.json").write_text(json.dumps({"messages": TURNS}))
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, TURNS)))
-    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n\n{"prompt": [{"role": "user", "content": "y"}]}\n')
-    assert read_context(str(tmp_path / "c.txt")) == "some notes"
+    assert read_context(str(tmp_path / "c.txt")) == "some\nnotes"
     for name in ("c.json", "m.json", "c.jsonl"):
         assert read_context(tmp_path / name) == TURNS
     assert read_context("plain words") == "plain words"
-    assert [p.messages[0]["content"] for p in read_prompts(tmp_path / "p.jsonl")] == ["x", "y"]
-
-
-def test_only_a_newline_ends_a_row(tmp_path):
-    text = "one\u2028two\u0085three"
-    row = json.dumps({"prompt": text}, ensure_ascii=False)
-    (tmp_path / "p.jsonl").write_bytes(f"{row}\r\n{row}\n".encode())
-    assert [p.text for p in read_prompts(tmp_path / "p.jsonl")] == [text, text]
 
 
 def test_tokenizer_without_template_takes_plain_text_only():
@@ -98,13 +85,10 @@ def test_tokenizer_without_template_takes_plain_text_only():
         (lambda d: read_context(d / "bad.json"), "not valid JSON"),
         (lambda d: read_context([{"role": "boss", "content": "x"}]), "role 'boss'"),
         (lambda d: read_context([{"role": "user"}]), "message 0"),
-        (lambda d: read_prompts(d / "none.jsonl"), "does not exist"),
-        (lambda d: read_prompts(d / "empty.txt"), "is empty"),
         (lambda d: read_prompts([]), "is empty"),
         (lambda d: read_prompts([""]), "empty prompt"),
         (lambda d: read_prompts([{"question": "x"}]), "no column 'prompt'"),
-        (lambda d: read_prompts(TURNS and [TURNS]), "ends with an assistant"),
-        (lambda d: read_prompts(d / "bad.jsonl"), "line 2"),
+        (lambda d: read_prompts([TURNS]), "ends with an assistant"),
         (lambda d: read_context(5), "context is a int"),
         (lambda d: read_context({"role": "user", "content": "x"}), "context is a dict"),
         (lambda d: read_context(d / "string.json"), "must hold a list.*not a str"),
@@ -120,21 +104,17 @@ def test_bad_input_is_one_clear_error(tmp_path, call, message):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "string.json").write_text('"be brief"')
     (tmp_path / "object.json").write_text('{"role": "user"}')
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     with pytest.raises(InputError, match=message) as error:
         call(tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_a_context_that_changes_no_token_is_refused(tokenizer):
+def test_templates_that_cannot_show_the_context_are_refused(tokenizer):
     mute = tiny_tokenizer("{{ 'what messages say is left out' }}")
     with pytest.raises(InputError, match="changes nothing"):
         render(mute, [read_prompts(["hi"])], "ctx")
     with pytest.raises(InputError, match="context is missing"):
         render(tokenizer, [read_prompts(["hi"])], None)
-
-
-def test_a_template_that_refuses_the_roles_is_an_input_error():
     strict = tiny_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InputError, match="roles must alternate"):
         student_ids(strict, read_prompts(["hi"])[0])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from opcd_fast.data import read_context, read_prompts, read_rows
+from opcd_fast.data import read_prompts, read_rows
 from opcd_fast.errors import InputError
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4!"}]
@@ -116,10 +116,9 @@ def test_cells_of_text_hold_nested_values_as_json(tmp_path):
 def test_a_column_of_another_name_and_answers_that_are_left_out(tmp_path):
     (tmp_path / "p.csv").write_text("question,prompt\nwhy?,no\n")
     assert read_prompts(tmp_path / "p.csv", prompt_column="question")[0].text == "why?"
-    with pytest.raises(InputError, match="no column 'query'"):
-        read_prompts(tmp_path / "p.csv", prompt_column="query")
-    with pytest.raises(InputError, match="another meaning"):
-        read_prompts(tmp_path / "p.csv", prompt_column="tools")
+    for column, words in (("query", "no column 'query'"), ("tools", "another meaning")):
+        with pytest.raises(InputError, match=words):
+            read_prompts(tmp_path / "p.csv", prompt_column=column)
     with pytest.raises(InputError, match="drop_last_answer"):
         read_prompts([{"messages": TURNS}])
     (prompt,) = read_prompts([{"messages": [*TURNS, TURNS[1]]}], drop_last_answer=True)
@@ -128,22 +127,28 @@ def test_a_column_of_another_name_and_answers_that_are_left_out(tmp_path):
         read_prompts([{"messages": TURNS[1:]}], drop_last_answer=True)
 
 
-def test_errors_count_the_lines_of_the_file(tmp_path):
-    (tmp_path / "p.csv").write_text('id,prompt\n1,"two\nlines"\n\n2,"  "\n')
-    with pytest.raises(InputError, match="line 5 is an empty prompt"):
-        read_prompts(tmp_path / "p.csv")
-    (tmp_path / "p.csv").write_text('id,prompt\n1,"two\nlines"\n3,\n')
-    with pytest.raises(InputError, match="line 4 has no column 'prompt', or nothing in it"):
-        read_prompts(tmp_path / "p.csv")
-    (tmp_path / "p.csv").write_text("id,prompt\n1,hello, you\n")
-    with pytest.raises(InputError, match="line 2 has 3 cells"):
-        read_prompts(tmp_path / "p.csv")
-    (tmp_path / "p.csv").write_text("prompt,prompt\n1,2\n")
-    with pytest.raises(InputError, match="line 1 names a column twice"):
-        read_prompts(tmp_path / "p.csv")
-    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"prompt": "x"}\r\n\r\n{"prompt": ""}\r\n')
-    with pytest.raises(InputError, match="line 4 is an empty prompt"):
-        read_prompts(tmp_path / "p.jsonl")
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.csv", 'id,prompt\n1,"two\nlines"\n\n2,"  "\n', "line 5 is an empty prompt"),
+        ("p.csv", 'id,prompt\n1,"two\nlines"\n3,\n', "line 4 has no column 'prompt', or nothing in it"),
+        ("p.csv", "id,prompt\n1,hello, you\n", "line 2 has 3 cells"),
+        ("p.csv", "prompt,prompt\n1,2\n", "line 1 names a column twice"),
+        ("p.jsonl", '\ufeff\r\n{"prompt": "x"}\r\n\r\n{"prompt": ""}\r\n', "line 4 is an empty prompt"),
+        ("p.jsonl", "hello there\n", 'line 1 is not valid JSON.*a line is {"prompt": "..."}'),
+        ("p.json", "{", "not valid JSON"),
+        ("p.json", '"x"', "must hold a list of rows, not a str"),
+        ("p.json", '{"a": [1], "b": [2]}', "must hold a list of rows, not a dict"),
+        ("p.json", "", "prompts is empty"),
+        ("p.csv", "prompt\n", "prompts is empty"),
+        ("p.csv", b"prompt\n\xff\xfe\n", "UTF-8"),
+    ],
+)
+def test_errors_name_the_file_and_count_its_lines(tmp_path, name, text, words):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=words) as error:
+        read_prompts(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -169,25 +174,6 @@ def test_a_bad_row_is_named(row, words):
     assert "prompts[1]" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("p.jsonl", "hello there\n", 'not valid JSON.*a line is {"prompt": "..."}'),
-        ("p.json", "{", "not valid JSON"),
-        ("p.json", '"x"', "must hold a list of rows, not a str"),
-        ("p.json", '{"a": [1], "b": [2]}', "must hold a list of rows, not a dict"),
-        ("p.json", "", "prompts is empty"),
-        ("p.csv", "prompt\n", "prompts is empty"),
-        ("p.csv", b"prompt\n\xff\xfe\n", "UTF-8"),
-    ],
-)
-def test_a_bad_file_is_one_line(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=words) as error:
-        read_prompts(tmp_path / name)
-    assert name in str(error.value) and "\n" not in str(error.value)
-
-
 def test_other_things_that_are_no_source(tmp_path):
     (tmp_path / "empty").mkdir()
     for source, words in ((tmp_path / "empty", "holds no data"), (tmp_path / "none.csv", "does not exist"),
@@ -204,8 +190,3 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package, sourc
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"pip install 'opcd-fast\[data\]'"):
         read_rows(tmp_path / source, "prompts")
-
-
-def test_a_context_file_may_begin_with_a_byte_order_mark(tmp_path):
-    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfbe brief\r\nand kind")
-    assert read_context(tmp_path / "c.txt") == "be brief\nand kind"

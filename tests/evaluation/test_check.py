@@ -1,10 +1,12 @@
-"""`opcd check`: every kind of change is seen and named, without torch."""
+"""`opcd check` and `opcd diff`: every kind of change is seen and named, and noise is none; without torch."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from report_runs import CONTEXT, make_run, save_base
@@ -14,7 +16,8 @@ from opcd_fast.data import read_context
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation import check_run
 from opcd_fast.evaluation.report import ReportOptions, measure, write_report
-from opcd_fast.training.run import FileHashes, provenance, template_hash, template_in
+from opcd_fast.models import place_of
+from opcd_fast.training.run import FileHashes, template_hash, template_in
 
 
 @pytest.fixture(autouse=True)
@@ -102,37 +105,41 @@ def test_what_cannot_be_told_is_status_2(place, capsys, monkeypatch):
 
 
 def test_hashes_are_kept_by_size_and_times(place, own_cache, monkeypatch):
-    path, count = place / "base" / "model.safetensors", []
-    FileHashes().of(path)
-    assert not (own_cache / "file-hashes.json").exists()  # it was just written, and may be written again
-    (own_cache / "file-hashes.json").write_text("{")  # damaged
-    monkeypatch.setattr(provenance, "RACY_SECONDS", -1)
-    monkeypatch.setattr(provenance, "_digest", lambda file: count.append(file) or f"{len(count):064d}")
-    assert FileHashes().of(path) == FileHashes().of(path) and len(count) == 1
-    for number, change in enumerate((
-        lambda: os.utime(path), lambda: (change_weights(place), os.utime(path, (1e9, 1e9))),
-        lambda: (change_weights(place), os.utime(path, (1e9, 1e9))),  # the status time cannot be set back
-    )):  # fmt: skip
-        change()
-        FileHashes().of(path)
-        assert len(count) == 2 + number
-    FileHashes(again=True).of(path)
-    assert len(count) == 5
+    path, cache, now = place / "base" / "model.safetensors", own_cache / "file-hashes.json", time.time
+    right = FileHashes().of(path)
+    assert not cache.exists()  # it was just written, and may be written again
+    cache.write_text("{")  # damaged
+    monkeypatch.setattr(time, "time", lambda: now() + 60)
+
+    def kept():
+        """Whether what the cache says of the file is believed."""
+        found = FileHashes().of(path)
+        cache.write_text(cache.read_text().replace(found, "0" * 64))
+        believed = FileHashes().of(path) == "0" * 64
+        cache.write_text(cache.read_text().replace("0" * 64, found))
+        return believed
+
+    assert kept() and FileHashes().of(path) == right
+    for change in (lambda: os.utime(path), lambda: (change_weights(place), os.utime(path, (1e9, 1e9))),
+                   lambda: (change_weights(place), os.utime(path, (1e9, 1e9)))):  # fmt: skip
+        cache.write_text(cache.read_text().replace(FileHashes().of(path), "0" * 64))
+        change()  # the last one sets time and size back: the status time cannot be
+        assert FileHashes().of(path) != "0" * 64
+    assert FileHashes().of(path) == right  # changed twice, back again
+    cache.write_text(cache.read_text().replace(right, "0" * 64))
+    assert FileHashes(again=True).of(path) == right
 
 
-def test_large_files_of_the_hub_are_named_by_their_hash(tmp_path, monkeypatch):
+def test_large_files_of_the_hub_are_named_by_their_hash(tmp_path):
     name = "ab" * 32
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / name).write_text("weights")
+    (tmp_path / "blobs" / name).write_text("weights")  # of another hash: it is not read
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
-    monkeypatch.setattr(provenance, "_digest", lambda file: pytest.fail("read"))
     assert FileHashes().of(tmp_path / "model.safetensors") == name
 
 
 def test_a_snapshot_of_the_hub_is_its_commit(place, tmp_path, monkeypatch):
     """A run on a hub id; then the hub's `main` has moved on this machine."""
-    from opcd_fast.models import place_of
-
     cache = tmp_path / "hub" / "models--org--model"
     for commit in ("c1", "c2"):
         shutil.copytree(place / "base", cache / "snapshots" / commit)
@@ -189,3 +196,78 @@ def test_check_and_diff_do_not_import_torch(place, made):
     for arguments in (["check", run, "--context", str(place / "context.txt")], ["diff", run, run]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- diff -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def diff(made, tmp_path, capsys):
+    """Status and lines of `opcd diff` on the run and a copy whose card and record were changed."""
+
+    def run(change):
+        folders = [tmp_path / "a", tmp_path / "b"]
+        for folder in folders:
+            shutil.copytree(made[1], folder)
+            card, record = copy.deepcopy(made[2]), json.loads((folder / "run.json").read_text())
+            if folder == folders[1]:
+                change(card, record)
+            (folder / "run.json").write_text(json.dumps(record))
+            write_report(folder, card, CONTEXT)
+        status = main(["diff", *map(str, folders)])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_what_changes_no_result_is_no_difference(diff):
+    def change(card, record):
+        card["settings"].update(device="elsewhere", output_dir="elsewhere", prefix_dtype=None)
+        card["seconds"] = 1e6
+
+    status, out = diff(change)
+    assert status == 0 and "alike" in out
+
+
+def test_settings_hashes_and_the_context_are_compared(diff):
+    def change(card, record):
+        card["settings"].update(learning_rate=0.5, new_setting=1, prefix_dtype="float8_e4m3fn")
+        card["hashes"]["context_sha256"] = "0"
+        card["hashes"]["base"]["files"]["model.safetensors"]["sha256"] = "0"
+        record["context"] = "always answer with yyy"
+
+    status, out = diff(change)
+    assert status == 1
+    for line in (
+        "setting  learning_rate: 0.01 -> 0.5", "setting  new_setting: None -> 1", "hash     context: differs",
+        "prefix_dtype: None -> 'float8_e4m3fn'", "hash     base: model.safetensors has other content",
+        "context  -always answer with zzz", "context  +always answer with yyy",
+    ):  # fmt: skip
+        assert line in out
+
+
+@pytest.mark.parametrize(("more", "status"), [(0.01, 0), (50, 1)])
+def test_only_differences_beyond_noise_count(diff, more, status):
+    def change(card, record):
+        after = card["kl"]["own"]["after"]
+        value = after["value"] + more
+        after.update(value=value, low=value - 5, high=value + 5)
+
+    found, out = diff(change)
+    (line,) = (line for line in out.splitlines() if "KL, student's own answers" in line)
+    assert found == status and line.endswith("differs" if status else "within noise")
+
+
+def test_other_ways_of_measuring_are_said(diff):
+    def change(card, record):
+        card["measured_with"]["temperature"] = 0.5
+        card["forgetting"] = None
+        card["hashes"]["held_out_sha256"] = "0"
+
+    _, out = diff(change)
+    assert "temperature (1.0 and 0.5)" in out and "only: KL to the base" in out and "different held-out" in out
+
+
+def test_a_run_without_a_card(made, capsys):
+    assert main(["diff", str(made[1]), str(made[1])]) == 2
+    assert "opcd report" in capsys.readouterr().err

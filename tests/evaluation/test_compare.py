@@ -188,9 +188,7 @@ def test_measures_are_plain_forwards(done, tokenizer):
 
     prompts = [tokenizer(f"<|user|>general {n}<|end|><|assistant|>").input_ids for n in ("one", "two")]
     rollout = TransformersRollout(PeftModel.from_pretrained(tiny_model(), final), stop_token_ids=(256,))
-    answers = rollout.generate(
-        prompts, max_new_tokens=6, temperature=0.9, seed=stream_seed(1, "compare general", 0)
-    )
+    answers = rollout.generate(prompts, max_new_tokens=6, temperature=0.9, seed=stream_seed(1, "compare general", 0))
     by_hand = [kl(prompt, prompt, answer.token_ids) for prompt, answer in zip(prompts, answers)]
     assert run["general_kl"] == pytest.approx(sum(by_hand) / 2, rel=1e-3)
 
@@ -376,9 +374,9 @@ def test_a_system_that_does_not_go_with_a_task_is_named_before_anything_is_train
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--systems", "opcd,nobody"], "'nobody' is unknown"), (["--seeds", "0"], "seeds=0"),
-        (["--regex", "a", "--scorer", "b:c"], "drop one"), (["--divergence", "jsd"], "divergence tells systems"),
-        (["--systems", "ema:teacher_sync_every=3"], "teacher_sync_every"), (["--general", "gone.jsonl"], "gone.jsonl"),
+        (["--systems", "opcd,nobody"], "nobody"), (["--seeds", "0"], "seeds=0"), (["--divergence", "jsd"], "diverg"),
+        (["--regex", "a", "--scorer", "b:c"], "scorer"), (["--general", "gone.jsonl"], "gone.jsonl"),
+        (["--systems", "ema:teacher_sync_every=3"], "teacher_sync_every"),
         (["--context", "gone.txt"], "gone.txt"), (["--systems", "x=opcd:context=gone.txt"], "gone.txt"),
         (["--task", "sokoban"], "in its place"),
     ],

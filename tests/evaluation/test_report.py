@@ -183,17 +183,14 @@ def test_the_arms_are_base_and_student_with_and_without_the_context(lora_run, mo
     assert len({seed for _, _, seed in asked[:4]}) == 4
 
 
-def test_a_rate_of_all_or_nothing_still_has_an_interval():
-    for per_prompt in (1, 3):
+def test_intervals_of_rates():
+    for per_prompt in (1, 3):  # all or nothing has one, too
         found = share([1.0] * 12, per_prompt)
         assert found["interval"] == "wilson" and found["low"] < 0.8
     assert share([1 / 3, 1.0, 0.0, 1.0], 3)["interval"] == "bootstrap"
     assert share([0.2, 0.9])["interval"] == "bootstrap"  # scores between 0 and 1 are no successes
-
-
-def test_agreement_is_over_tokens_and_its_interval_over_prompts():
     found = agreement([Distance([0.1] * 3, [True, True, False]), Distance([0.1], [False])])
-    assert (found["value"], found["n"], found["interval"]) == (0.5, 2, "bootstrap")
+    assert (found["value"], found["n"], found["interval"]) == (0.5, 2, "bootstrap")  # over tokens, and over prompts
     assert (found["low"], found["high"]) == (0.0, pytest.approx(2 / 3))
 
 

@@ -140,6 +140,16 @@ def test_the_same_data_give_the_same_bytes(card, tmp_path):
     assert done.stdout.decode() == page(card, "c")
 
 
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float16", True), ("float32", False)])
+def test_numbers_of_16_bits_are_called_that(card, dtype, said):
+    """In the page, in the model card and under a comparison's table."""
+    card["ran"]["dtype"] = dtype
+    words = f"Computed in {dtype}"
+    assert (words in page(card, "context")) == said and (words in readme(card)) == said
+    summary = {"ran": card["ran"], "systems": {}, "baselines": {}, "differences": {}}
+    assert (words in as_markdown(summary, "title")) == said
+
+
 # ------------------------------------------------------------------------------------------------ a real browser
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -158,69 +168,49 @@ document.title = JSON.stringify({
 </script>"""
 
 
-def browse(path, profile, *options):
+def browse(html, folder, *options, policy=False):
+    """The page's elements after `html` was shown; policy: with the page's own, which forbids scripts."""
+    if not policy:
+        html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+    (folder / "page.html").write_text(html)
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-         "--disable-background-networking", f"--user-data-dir={profile}", *options, path.as_uri()],
+         "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--dump-dom", *options,
+         (folder / "page.html").as_uri()],
         capture_output=True, text=True, timeout=180, env={**os.environ, "DBUS_SESSION_BUS_ADDRESS": "disabled:"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def measured(card, tmp_path, *options):
-    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page(card, "the context"))
-    path = tmp_path / "measured.html"
-    path.write_text(html.replace("</body>", MEASURE + "</body>"))
-    dom = browse(path, tmp_path / "profile", "--dump-dom", *options)
-    title = re.search(r"<title>(\{.*?\})</title>", dom, re.DOTALL).group(1)
-    return json.loads(title.replace("&amp;", "&"))
+def brightness(color):
+    return sum(map(int, re.findall(r"\d+", color)[:3]))
 
 
 @needs_browser
 def test_a_browser_shows_plots_and_tables_and_fetches_nothing(card, tmp_path):
-    found = measured(card, tmp_path, "--window-size=1100,900")
-    assert len(found["svgs"]) == 3 and len(found["tables"]) >= 5
-    for width, height in [*found["svgs"], *found["tables"][:4]]:
+    def measured(*options):
+        dom = browse(page(card, "the context").replace("</body>", MEASURE + "</body>"), tmp_path, *options)
+        return json.loads(re.search(r"<title>(\{.*?\})</title>", dom, re.DOTALL).group(1).replace("&amp;", "&"))
+
+    wide = measured("--window-size=1100,900", "--blink-settings=preferredColorScheme=0")  # and dark
+    assert len(wide["svgs"]) == 3 and len(wide["tables"]) >= 5
+    for width, height in [*wide["svgs"], *wide["tables"][:4]]:
         assert width > 300 and height > 60
-    assert found["overflow"] <= 0 and found["outside"] == []
-    assert all(len(set(tops)) == 1 for tops in found["sides"]) and found["sides"]  # side by side
-    assert len(set(found["stroke"])) == 3 and "none" not in found["stroke"]
-
-
-@needs_browser
-def test_a_narrow_and_a_dark_screen(card, tmp_path):
-    narrow = measured(card, tmp_path, "--window-size=500,900")
-    assert narrow["overflow"] <= 0
+    assert all(len(set(tops)) == 1 for tops in wide["sides"]) and wide["sides"]  # side by side
+    assert len(set(wide["stroke"])) == 3 and "none" not in wide["stroke"]
+    narrow = measured("--window-size=500,900")
     assert all(len(set(tops)) == 2 for tops in narrow["sides"])  # below each other
-    dark = measured(card, tmp_path, "--window-size=1100,900", "--blink-settings=preferredColorScheme=0")
-    assert sum(map(int, re.findall(r"\d+", dark["background"])[:3])) < 150 < sum(
-        map(int, re.findall(r"\d+", narrow["background"])[:3])
-    )
+    assert brightness(wide["background"]) < 150 < brightness(narrow["background"])
+    for found in (wide, narrow):
+        assert found["overflow"] <= 0 and found["outside"] == []
 
 
 @needs_browser
-def test_a_script_in_an_answer_does_not_run(card, tmp_path):
-    """Without the page's policy, so that it is the escaping that is tested."""
-    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page(card, EVIL))
-    (tmp_path / "page.html").write_text(html)
-    dom = browse(tmp_path / "page.html", tmp_path / "profile", "--dump-dom")
-    assert "<script" not in dom and "<img" not in dom
-    assert "<title>owned</title>" not in dom
-
-
-@needs_browser
-def test_the_policy_stops_a_script_that_got_through(card, tmp_path):
+def test_no_script_runs(card, tmp_path):
+    """One in an answer, without the page's policy: escaped. One that got through: stopped by the policy."""
+    dom = browse(page(card, EVIL), tmp_path)
+    assert "<script" not in dom and "<img" not in dom and "<title>owned</title>" not in dom
     html = page(card, None).replace("</main>", "<script>document.title='owned'</script></main>")
-    (tmp_path / "page.html").write_text(html)
-    assert "<title>owned</title>" not in browse(tmp_path / "page.html", tmp_path / "profile", "--dump-dom")
-
-
-@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float16", True), ("float32", False)])
-def test_numbers_of_16_bits_are_called_that(card, dtype, said):
-    """In the page, in the model card and under a comparison's table."""
-    card["ran"]["dtype"] = dtype
-    words = f"Computed in {dtype}"
-    assert (words in page(card, "context")) == said and (words in readme(card)) == said
-    summary = {"ran": card["ran"], "systems": {}, "baselines": {}, "differences": {}}
-    assert (words in as_markdown(summary, "title")) == said
+    assert "<title>owned</title>" in browse(html, tmp_path), "it would run"
+    assert "<title>owned</title>" not in browse(html, tmp_path, policy=True)

@@ -221,12 +221,6 @@ def test_nothing_is_overwritten_and_nothing_bad_is_left(run, base, tmp_path, mon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["early", "free", "there"]  # no scratch folder either
 
 
-def test_a_forgotten_adapter_is_found(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "merged", lambda model: model.unload())
-    refused(lambda: export(run, tmp_path / "out", ExportOptions(merged=True)), "does not compute what was trained")
-    assert not (tmp_path / "out").exists()
-
-
 def test_rounding_that_takes_what_was_learned_is_refused(base, tmp_path):
     faint = make_run(tmp_path / "run", base, strength=2e-4)
     for dtype in ("bfloat16", "auto"):

@@ -1,9 +1,12 @@
 """The card that `opcd report` wrote goes along, fitted to the form of the weights, without context or answers."""
 
 import json
+import shutil
 
 import pytest
-from test_export import refused, save_base
+from report_runs import make_run, save_base
+from safetensors.torch import load_file, save_file
+from test_export import refused
 from test_export_hub import hub  # noqa: F401
 
 from opcd_fast.cli import main
@@ -16,15 +19,9 @@ QUESTION = "Which way is it to the harbour?"
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     root = tmp_path_factory.mktemp("measured")
-    run, base = root / "run", save_base(root / "base")
-    (root / "context.txt").write_text(CONTEXT)
-    for name, rows in (("train", ["a", "b", "c", "d"]), ("held-out", [QUESTION, "Who is there?", "Why?"])):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
-    arguments = ["--steps", "2", "--batch-size", "2", "--max-new-tokens", "4", "--lora-rank", "2", "--device", "cpu"]
-    files = ["--context", "context.txt", "--prompts", "train.jsonl", "--eval-prompts", "held-out.jsonl"]
-    files = [str(root / word) if "." in word else word for word in files]
-    more = ["--model", base, "--output-dir", str(run), "--dtype", "float32", "--learning-rate", "0.05"]
-    assert main(["train", *files, *arguments, *more]) == 0
+    held_out = [QUESTION, "Who is there?", "Why?"]
+    settings = {"context": CONTEXT, "held_out": held_out, "steps": 2, "eval_every": 0, "learning_rate": 0.05}
+    run = make_run(save_base(root / "base"), root / "run", **settings)
     assert main(["report", str(run), "--regex", "parrot"]) == 0
     return run
 
@@ -49,10 +46,6 @@ def test_the_card_goes_along(measured, tmp_path, form):
 
 
 def test_a_card_of_other_weights_is_refused(measured, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     run = tmp_path / "run"
     shutil.copytree(measured, run)
     file = run / "final" / "adapter_model.safetensors"

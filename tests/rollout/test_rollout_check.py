@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny_models
 import torch
 from tiny import lora_model, tiny_model
 
 from opcd_fast.models import seam, with_prefix
-from opcd_fast.rollout import BatchRun
 from opcd_fast.rollout.check import check_decoding, in_float32, scored
-from opcd_fast.rollout.decoding import decode
+from opcd_fast.rollout.decoding import BatchRun, decode
 
 PROMPTS = [[*range(20, 33)], [*range(20, 31), 7], [5, 6, 7], [*range(40, 90)]]
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -43,17 +41,9 @@ def make(kind, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", ["plain", "adapter", "adapter in float32", "prefix"])
 def test_the_loop_is_accepted(kind, dtype):
-    good, figures = check(make(kind, dtype))
-    assert good, figures
-
-
-@pytest.mark.parametrize("name", ["llama-mha", "qwen2", "qwen3", "olmo2", "mistral-no-window", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_loop_is_accepted_of_every_kind(name, dtype, monkeypatch):
-    model = tiny_models.tiny_model(name).to(dtype)
-    monkeypatch.setattr("test_rollout_check.PROMPTS", [row.tolist() for row in tiny_models.random_ids(5, 17, 1)])
-    good, figures = check(model)
-    assert good, figures
+    for vocab_size in (None, 50):  # the head's padding counts for neither side
+        good, figures = check(make(kind, dtype), vocab_size)
+        assert good, figures
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -102,11 +92,8 @@ def counts_positions_from_one(monkeypatch):
     monkeypatch.setattr(BatchRun, "read_prompts", wrong)
 
 
-FAULTS = [sees_the_future_of_padding, misses_the_last_key, counts_positions_from_one]
-
-
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [sees_the_future_of_padding, misses_the_last_key, counts_positions_from_one])
 def test_a_fault_is_found(fault, dtype, monkeypatch):
     model = make("adapter", dtype)
     fault(monkeypatch)
@@ -149,10 +136,6 @@ def test_a_fault_of_the_models_own_type_alone_is_found(dtype, monkeypatch):
 def test_what_is_not_a_number_is_not_accepted(monkeypatch):
     monkeypatch.setattr(BatchRun, "next", lambda self, tokens: torch.full((len(tokens), 261), float("nan")))
     assert not check(make("plain"))[0]
-
-
-def test_the_heads_padding_counts_for_neither():
-    assert check(make("plain", torch.bfloat16), vocab_size=50)[0]
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapter", "adapter in float32"])

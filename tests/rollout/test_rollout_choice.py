@@ -17,12 +17,6 @@ def sampler(model=None, **options):
     return TransformersRollout(model or lora_model(), stop_token_ids=[256], **options)
 
 
-def test_what_is_given_is_taken():
-    engine = sampler(merge_adapter=True, max_batch=3)
-    assert engine._merged is not None and "merge: True (merge_adapter=True was given)" in engine.explain()
-    assert "no LoRA adapter" in sampler(tiny_model()).explain()
-
-
 def test_the_choice_is_kept_and_comes_back(monkeypatch, tmp_path):
     file = tmp_path / "rollout.json"
     first = sampler(choice=Choice(file), max_batch=None)
@@ -55,34 +49,14 @@ def test_of_several_processes_the_first_one_writes(tmp_path, monkeypatch):
 def test_merged_on_a_cpu_that_holds_the_copy_and_not_on_a_gpu(monkeypatch):
     engine = sampler()
     assert engine._merged is not None and "merge: True (on a CPU" in engine.explain()
+    assert "no LoRA adapter" in sampler(tiny_model()).explain()
     monkeypatch.setattr(rollout_memory, "free_bytes", lambda device: 1000)
+    assert "merge: True (merge_adapter=True was given)" in sampler(merge_adapter=True, max_batch=3).explain()
     engine = sampler()
     assert engine._merged is None and "merge: False (the copy would take over half of what is free)" in engine.explain()
     monkeypatch.undo()
     engine.device = torch.device("cuda")
     assert engine._worth_merging()[0] is False
-
-
-def test_sync_and_moved_weights_fold_again(monkeypatch):
-    model = lora_model()
-    engine = sampler(model, merge_adapter=True)
-    folds = []
-    good = engine._merged._fold
-    monkeypatch.setattr(engine._merged, "_fold", lambda: folds.append(1) or good())
-    before = engine.generate(PROMPTS, max_new_tokens=6)
-    engine.generate(PROMPTS, max_new_tokens=6)
-    assert len(folds) == 1, "weights that did not move are not folded again"
-    up = next(p for n, p in model.named_parameters() if "lora_B" in n)
-    up.data.mul_(30)
-    engine.sync(model)
-    after = engine.generate(PROMPTS, max_new_tokens=6)
-    assert len(folds) == 2 and after != before
-    with torch.no_grad():
-        up.mul_(0.5)
-    engine.generate(PROMPTS, max_new_tokens=6)
-    assert len(folds) == 3
-    with pytest.raises(InputError, match="the model it was made with"):
-        engine.sync(tiny_model())
 
 
 def test_a_kept_engine_that_is_gone_is_told(tmp_path):

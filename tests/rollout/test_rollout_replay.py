@@ -1,15 +1,12 @@
 """Answers from a file: token ids or text, matched by the prompt's ids, with an error for every gap."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from tiny import tiny_tokenizer
 
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Completion, ReplayRollout, write_replay
-from opcd_fast.training import OPCDConfig
-from opcd_fast.training.samplers import make_rollout
 
 END = 256
 
@@ -74,18 +71,15 @@ def test_a_missing_prompt_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "not valid JSON"),
-        ("[]", "must be an object"),
-        ({"prompt_ids": [], "response_ids": [1]}, "prompt_ids"),
-        ({"prompt_ids": [1]}, "response_ids"),
+        ("{", "not valid JSON"), ("[]", "must be an object"), ({"prompt": "x"}, "must have prompt_ids"),
+        ({"prompt_ids": [], "response_ids": [1]}, "prompt_ids"), ({"prompt_ids": [1]}, "response_ids"),
         ({"prompt_ids": [1], "response_ids": [1.5]}, "response_ids"),
         ({"prompt_ids": [1], "response_ids": [True]}, "response_ids"),
         ({"prompt_ids": [1], "response_ids": [300]}, "token 300"),
         ({"prompt_ids": [1], "response_ids": [2], "logprobs": []}, "logprobs"),
         ({"prompt_ids": [1], "response_ids": [2], "logprobs": [True]}, "logprobs"),
-        ({"prompt": "x"}, "must have prompt_ids"),
     ],
-)
+)  # fmt: skip
 def test_bad_lines_are_named(tmp_path, row, message):
     with pytest.raises(InputError, match=f"answers.jsonl' line 1.*{message}"):
         replay(tmp_path, row, vocab_size=261, tokenizer=tiny_tokenizer())
@@ -96,17 +90,3 @@ def test_files_without_answers(tmp_path):
         replay(tmp_path)
     with pytest.raises(InputError, match="holds no answers"):
         replay(tmp_path, "")
-
-
-def test_a_correction_needs_every_answers_logprobs(tmp_path):
-    prompts, answers = [[1, 2], [3]], [Completion((4, 5), (-0.5, -0.25), False), Completion((6,), None, False)]
-    config = OPCDConfig(rollout="replay", rollout_file=str(tmp_path / "a.jsonl"), importance_correction="token")
-
-    def make(answers, config=config):
-        write_replay(tmp_path / "a.jsonl", prompts, answers)
-        make_rollout(config, None, stop_token_ids=[256], vocab_size=None, prompts=prompts)
-
-    with pytest.raises(InputError, match="importance_correction needs log-probabilities, and 1 answers of rollout_fi"):
-        make(answers)
-    make(answers, replace(config, importance_correction="none"))
-    make([answers[0], replace(answers[1], logprobs=(-0.1,))])

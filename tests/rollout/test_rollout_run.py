@@ -9,7 +9,7 @@ from test_rollout_server import Process, assert_drawn_by
 from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.errors import InputError
-from opcd_fast.rollout import ReplayRollout, ServerRollout, write_replay
+from opcd_fast.rollout import Completion, ReplayRollout, ServerRollout, write_replay
 from opcd_fast.training import OPCDConfig, OPCDTrainer
 
 TOKENIZER = tiny_tokenizer()
@@ -135,3 +135,16 @@ def test_a_resumed_run_goes_on_with_what_was_decided(tmp_path):
     again.train()
     assert again.rollout._engine == "generate" and again.rollout.max_batch == 2 and again.rollout._merged is None
     assert json.loads(file.read_text()) == kept
+
+
+def test_a_correction_needs_every_answers_logprobs(tmp_path):
+    prompts = [row.student_ids for row in trainer(tmp_path / "probe").train_rows]
+    file = tmp_path / "answers.jsonl"
+    settings = {"rollout": "replay", "rollout_file": str(file), "importance_correction": "token"}
+    known, bare = Completion((4, 5), (-0.5, -0.25), False), Completion((4, 5), None, False)
+    write_replay(file, prompts, [known] * 5 + [bare])
+    with pytest.raises(InputError, match="importance_correction needs log-probabilities, and 1 answers of rollout_fi"):
+        trainer(tmp_path / "run", **settings)
+    trainer(tmp_path / "run", **{**settings, "importance_correction": "none"})
+    write_replay(file, prompts, [known] * 6)
+    trainer(tmp_path / "run", **settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from tiny import logprobs_by_hand, lora_model, tiny_model, tiny_tokenizer
+from tiny import logprobs_by_hand, lora_model, tiny_model
 
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import CommandWeights, LoRAWeights, ServerGone, ServerRollout
@@ -155,13 +155,17 @@ def test_what_passes_is_tried_again_and_changes_nothing(server, fault):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("500", "HTTP 500: engine died of something"), ("cut", "Protocol"), ("garbage", "no JSON")]
-)
+    ("fault", "message"),
+    [
+        ("500", "HTTP 500: engine died of something"), ("cut", "Protocol"), ("garbage", "no JSON"),
+        ("slow", "no whole answer within 0.5 s"),
+    ],
+)  # fmt: skip
 def test_what_does_not_pass_is_said(server, fault, message):
     server.faults(fault, fault)
     since = len(server.log())
     with pytest.raises(ServerGone, match=f"{server.url}.*{message}.*2 tries.*rollout_url") as error:
-        rollout(server, tries=2).generate(PROMPTS[:1], max_new_tokens=4)
+        rollout(server, tries=2, timeout=0.5 if fault == "slow" else 20).generate(PROMPTS[:1], max_new_tokens=4)
     assert "\n" not in str(error.value) and len(completions(server, since)) == 2
 
 
@@ -286,21 +290,6 @@ def test_death_for_good_is_one_line(server):
     server.start()
 
 
-def test_a_port_that_accepts_and_says_nothing():
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen()
-        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
-        engine = ServerRollout(
-            url, stop_token_ids=[1], weights=FixedWeights("m"), timeout=0.3, tries=2, first_pause=0.01
-        )
-        engine.sync(None)
-        started = time.monotonic()
-        with pytest.raises(ServerGone, match=r"no whole answer within 0.3 s .*2 tries"):
-            engine.generate(PROMPTS[:1], max_new_tokens=1)
-        assert 0.5 < time.monotonic() - started < 5
-
-
 def test_other_servers_get_the_weights_by_a_command(server, tmp_path):
     model, note, script = lora_model(), tmp_path / "seen", tmp_path / "reload.py"
     script.write_text(f"import sys, os; open({str(note)!r}, 'a').write(' '.join(os.listdir(sys.argv[1])))")
@@ -341,32 +330,3 @@ def test_without_httpx_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(InputError, match=r"httpx: pip install 'opcd-fast\[train\]'"):
         ServerRollout("http://127.0.0.1:1", stop_token_ids=[1], weights=None)
-
-
-@pytest.mark.slow
-def test_transformers_serve_is_refused_because_it_knows_text_only(tmp_path):
-    """The real server of the transformers package: it takes text and gives text, so it must not be trained on."""
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package)
-    tiny_model().save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", str(tmp_path), "--host", "127.0.0.1", "--port", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        url = f"http://127.0.0.1:{port}"
-        engine = ServerRollout(url, stop_token_ids=[256], weights=FixedWeights(str(tmp_path)), tries=60)
-        text = {"model": str(tmp_path), "prompt": "abc", "max_tokens": 4}
-        said = engine.server.post("/v1/completions", text)
-        assert "token_ids" not in said["choices"][0], "it has learned to; support it"
-        engine.sync(None)
-        with pytest.raises(InputError, match="refused a prompt .* must take a prompt of token ids"):
-            engine.generate([[1, 2, 3]], max_new_tokens=4)
-    finally:
-        process.kill()
-        process.wait()

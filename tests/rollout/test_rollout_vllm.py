@@ -5,6 +5,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,24 +42,6 @@ class LoRARequest:
 
 
 @dataclass
-class Logprob:
-    logprob: float
-
-
-@dataclass
-class Output:
-    prompt_token_ids: list
-    outputs: list
-
-
-@dataclass
-class Answer:
-    token_ids: list
-    logprobs: list | None
-    finish_reason: str
-
-
-@dataclass
 class Engine:
     settings: dict
     calls: list = field(default_factory=list)
@@ -80,8 +63,9 @@ class Engine:
         outputs = []
         for prompt, settings in zip(prompts, sampling_params):
             tokens = [settings.seed % 200] * settings.max_tokens
-            logprobs = None if settings.logprobs is None else [{t: Logprob(-1.5)} for t in tokens]
-            outputs.append(Output(list(prompt["prompt_token_ids"]), [Answer(tokens, logprobs, "length")]))
+            logprobs = None if settings.logprobs is None else [{t: SimpleNamespace(logprob=-1.5)} for t in tokens]
+            answer = SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason="length")
+            outputs.append(SimpleNamespace(prompt_token_ids=list(prompt["prompt_token_ids"]), outputs=[answer]))
         if self.change:
             self.change(outputs)
         return outputs
@@ -149,7 +133,7 @@ def test_every_version_of_the_adapter_is_a_new_one(engines, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda o: 1 / 0, ZeroDivisionError, ""),
+        (lambda o: 1 / 0, ZeroDivisionError, "zero"),
         (lambda o: o.reverse(), RuntimeError, "another order"),
         (lambda o: o.pop(), RuntimeError, "answered 1 of 2"),
         (lambda o: setattr(o[0].outputs[0], "finish_reason", "abort"), InputError, "abort"),

@@ -50,6 +50,12 @@ _MAMBA2 = {
     "mamba_chunk_size": 16,
     "mamba_expand": 2,
 }
+_GEMMA4 = {
+    "head_dim": 12,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
 _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
@@ -58,8 +64,13 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_ALTERNATING_TWICE = {**_ALTERNATING, "layer_types": _ALTERNATING["layer_types"] * 2, "num_hidden_layers": 4}
 
 Config = Callable[[], Any]
+
+
+def _rope(kind: str, **options: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
 
 
 def _config(name: str, *parts: dict[str, Any], **options: Any) -> Config:
@@ -88,42 +99,16 @@ ARCHITECTURES: dict[str, Config] = {
     "phi3-window": _config("Phi3Config", sliding_window=WINDOW),
     "phi3-longrope": _config(
         "Phi3Config",
+        _rope("longrope", short_factor=[1.0] * 6, long_factor=[4.0] * 6, original_max_position_embeddings=24),
         sliding_window=None,
         original_max_position_embeddings=24,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 6,
-            "long_factor": [4.0] * 6,
-            "original_max_position_embeddings": 24,
-        },
     ),
-    "llama-dynamic": _config(
-        "LlamaConfig",
-        max_position_embeddings=24,
-        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
-    ),
+    "llama-dynamic": _config("LlamaConfig", _rope("dynamic", factor=4.0), max_position_embeddings=24),
     "llama3-rope": _config(
         "LlamaConfig",
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
     ),
-    "yarn": _config(
-        "Qwen3Config",
-        head_dim=16,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ),
+    "yarn": _config("Qwen3Config", _rope("yarn", factor=4.0, original_max_position_embeddings=32), head_dim=16),
     "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "qwen2-moe": _config("Qwen2MoeConfig", _EXPERTS, shared_expert_intermediate_size=32),
     "qwen3-moe": _config("Qwen3MoeConfig", _EXPERTS, head_dim=16),
@@ -135,10 +120,8 @@ ARCHITECTURES: dict[str, Config] = {
     "gemma3": _config("Gemma3TextConfig", _ALTERNATING, head_dim=12),
     "gemma3n": _config(
         "Gemma3nTextConfig",
-        num_hidden_layers=4,
+        _ALTERNATING_TWICE,
         head_dim=12,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=WINDOW,
         num_kv_shared_layers=2,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCABULARY,
@@ -147,27 +130,8 @@ ARCHITECTURES: dict[str, Config] = {
         intermediate_size=[64] * 4,
         activation_sparsity_pattern=[0.0] * 4,
     ),
-    "gemma4": _config(
-        "Gemma4TextConfig",
-        _ALTERNATING,
-        head_dim=12,
-        global_head_dim=16,
-        num_global_key_value_heads=2,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY,
-        num_kv_shared_layers=0,
-    ),
-    "gemma4-shared-kv": _config(
-        "Gemma4TextConfig",
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=WINDOW,
-        head_dim=12,
-        global_head_dim=16,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY,
-        num_kv_shared_layers=2,
-    ),
+    "gemma4": _config("Gemma4TextConfig", _ALTERNATING, _GEMMA4, num_global_key_value_heads=2, num_kv_shared_layers=0),
+    "gemma4-shared-kv": _config("Gemma4TextConfig", _ALTERNATING_TWICE, _GEMMA4, num_kv_shared_layers=2),
     "granite": _config("GraniteConfig", attention_multiplier=0.3, residual_multiplier=0.5, embedding_multiplier=2.0),
     "glm": _config("GlmConfig", head_dim=12),
     "glm4": _config("Glm4Config", head_dim=12),
@@ -185,10 +149,10 @@ ARCHITECTURES: dict[str, Config] = {
     "gpt-oss": _config(
         "GptOssConfig",
         _ALTERNATING,
+        _rope("default"),
         head_dim=12,
         num_local_experts=4,
         num_experts_per_tok=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
     "deepseek-v3": _config("DeepseekV3Config", _LATENT),
     "deepseek-v32": _config("DeepseekV32Config", _LATENT, index_topk=4, index_n_heads=16, index_head_dim=16),

@@ -1,15 +1,17 @@
-"""Samplers outside of this process get the weights of now, whoever changed them: no teacher lives here that would
-tell."""
+"""Samplers get the weights of now, whoever changed them: no teacher lives here that would tell."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import lora_model, tiny_model
 
-from opcd_fast.rollout import CommandWeights, LoRAWeights, ServerRollout, TransformersRollout
+from opcd_fast.errors import InputError
+from opcd_fast.rollout import CommandWeights, LoRAWeights, TransformersRollout
 from opcd_fast.rollout.protocol import weights_version
 
 IDS = torch.arange(3, 20)[None]
@@ -24,19 +26,11 @@ class Server:
         self.loaded = {}
 
     def post(self, path, body, stop=None):
-        from safetensors.torch import load_file
-
         if path == "/v1/load_lora_adapter":
             self.loaded[body["lora_name"]] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
         elif path == "/v1/unload_lora_adapter":
             del self.loaded[body["lora_name"]]
         return {}
-
-
-def sampler(weights):
-    rollout = ServerRollout("http://server", stop_token_ids=[256], weights=weights)
-    rollout.server = Server()
-    return rollout
 
 
 def fused_step(model):
@@ -51,13 +45,14 @@ def through_data(model):
             p.data.copy_(p.data * 1.5)
 
 
-def swapped(model, folder):
+def swapped(model):
     from peft.utils.hotswap import hotswap_adapter
 
     other = lora_model()
     through_data(other)
-    other.save_pretrained(folder)
-    hotswap_adapter(model, str(folder), adapter_name="default")
+    with tempfile.TemporaryDirectory() as folder:
+        other.save_pretrained(folder)
+        hotswap_adapter(model, folder, adapter_name="default")
 
 
 def adapter_of(model):
@@ -66,30 +61,34 @@ def adapter_of(model):
 
 @pytest.mark.parametrize("change", [fused_step, through_data, swapped])
 def test_a_server_has_the_adapter_of_now(tmp_path, change):
-    model, rollout = lora_model(), sampler(LoRAWeights(tmp_path / "adapters"))
-    rollout.sync(model)
-    (first,) = rollout.server.loaded
-    rollout.sync(model)
-    assert list(rollout.server.loaded) == [first], "what did not change is not sent again"
-    change(model, tmp_path / "other") if change is swapped else change(model)
-    rollout.sync(model)
-    ((name, loaded),) = rollout.server.loaded.items()
+    model, weights, server = lora_model(), LoRAWeights(tmp_path / "adapters"), Server()
+    first = weights.push(server, model)
+    assert weights.push(server, model) == first and list(server.loaded) == [first], "not sent again"
+    change(model)
+    weights.push(server, model)
+    ((name, loaded),) = server.loaded.items()
     assert name != first and loaded.keys() == adapter_of(model).keys()
     for key, weight in adapter_of(model).items():
         assert torch.equal(loaded[key], weight), key
 
 
+def test_an_adapter_of_the_same_weights_and_another_scale_is_sent(tmp_path):
+    model, weights, server = lora_model(), LoRAWeights(tmp_path / "adapters"), Server()
+    first = weights.push(server, model)
+    model.peft_config["default"].lora_alpha *= 2
+    second = weights.push(server, model)
+    assert second != first and list(server.loaded) == [second]
+
+
 @pytest.mark.parametrize("change", [fused_step, through_data])
 def test_a_command_gets_the_model_of_now(tmp_path, change):
-    from safetensors.torch import load_file
-
     seen = []
     weights = CommandWeights(tmp_path, "m", lambda folder: seen.append(load_file(folder / "model.safetensors")))
-    model, rollout = tiny_model().requires_grad_(True), sampler(weights)
+    model = tiny_model().requires_grad_(True)
     for _ in range(2):
-        rollout.sync(model)
+        weights.push(Server(), model)
     change(model)
-    rollout.sync(model)
+    weights.push(Server(), model)
     first, last = seen
     assert not torch.equal(first["lm_head.weight"], last["lm_head.weight"])
     for name, weight in model.state_dict().items():
@@ -116,15 +115,24 @@ def test_where_ranks_hold_parts_none_can_tell(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("change", [fused_step, through_data])
-def test_the_merged_copy_folds_the_adapter_of_now(change):
+@pytest.mark.parametrize("change", [fused_step, through_data, swapped])
+def test_the_merged_copy_folds_the_adapter_of_now(change, monkeypatch):
     model = lora_model()
     plain, merged = (TransformersRollout(model, stop_token_ids=[256], merge_adapter=on) for on in (False, True))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" not in name}
+    folds, fold = [], merged._merged._fold
+    monkeypatch.setattr(merged._merged, "_fold", lambda: folds.append(1) or fold())
 
     def answers(rollout):
         return rollout.generate([[7, 9, 11], [13, 17]], max_new_tokens=6, temperature=0)
 
-    before = answers(merged)
+    first = answers(merged)
+    assert answers(merged) == first and len(folds) == 1, "weights that did not move are not folded again"
     change(model)
-    after = answers(merged)
-    assert [a.token_ids for a in after] == [a.token_ids for a in answers(plain)] != [a.token_ids for a in before]
+    found, wanted = answers(merged), answers(plain)
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted] != [a.token_ids for a in first]
+    for one, other in zip(found, wanted):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if "lora" not in name)
+    with pytest.raises(InputError, match="the model it was made with"):
+        merged.sync(tiny_model())

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import lora_model
+from tiny import lora_model, tiny_model
 
 from opcd_fast.models import MergedCopy, merged
 from opcd_fast.rollout import TransformersRollout
@@ -93,3 +93,10 @@ def test_answers_come_from_the_copy_in_that_type(has_bf16):
     answers = sampler.generate([[*range(20, 40)], [*range(30, 36)]], max_new_tokens=5, seed=3)
     assert [len(answer.token_ids) for answer in answers] == [5, 5] and sampler._merged is not None
     assert sampler._merged.model.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+
+
+def test_lora_with_bias_is_not_merged():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_bias=True)
+    assert not MergedCopy.supports(get_peft_model(tiny_model(attention_bias=True), config))

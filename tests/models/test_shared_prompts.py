@@ -164,3 +164,13 @@ def test_micro_batches_count_a_shared_prompt_once():
     assert split(None, True) == [7]
     for bound in (20, 90, 129, 200):
         assert [s for g in micro_batches(samples, bound, share_prompts=True) for s in g] == samples
+
+
+def test_autocast_over_fp32_weights():
+    model, samples = tiny_models.tiny_model(), make_samples()
+    exact = run(model, pack(samples))
+    with torch.autocast("cpu", torch.bfloat16):
+        shared, copies = run(model, pack(samples, share_prompts=True)), run(model, pack(samples))
+    assert (shared - exact).norm() <= 1.25 * (copies - exact).norm()
+    shared.square().sum().backward()
+    assert all(p.grad is not None for p in model.model.layers.parameters())

@@ -178,3 +178,22 @@ def test_layer_that_skips_packed_attention_is_an_error(monkeypatch):
     ids, bounds = pack(random_ids(5, 3))
     with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\]"):
         packed_hidden_states(tiny_model(), ids, bounds)
+
+
+def test_no_tensor_has_a_vocabulary_dimension():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        seen: set[int] = set()  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and "embedding" not in str(func):
+                self.seen.update(out.shape)
+            return out
+
+    model = tiny_model()
+    ids, bounds = pack(random_ids(5, 3))
+    with Shapes() as shapes:
+        packed_hidden_states(model, ids, bounds)
+    assert 97 not in shapes.seen and 48 in shapes.seen

@@ -122,3 +122,12 @@ def test_longrope_that_moves_the_context(context, tokens, fits):
         logits = model(torch.cat([ids, continuations[0]])[None, :-1]).logits[0, context - 1 :]
     exact = logits.double().log_softmax(-1).gather(1, continuations[0][:, None])[:, 0]
     check(score_continuations(teacher, continuations), [exact])
+
+
+def test_equal_continuations_tie():
+    """Whatever stands between them: a ranking must not depend on the order of the answers."""
+    model, (context,) = tiny_model(), random_ids(12)
+    same, other = random_ids(6, seed=3)[0], random_ids(9, seed=4)[0]
+    scores = score_continuations(ContextTeacher(model, context), [same, other, same.tolist(), same.int()])
+    first, _, *rest = scores.sums.tolist()
+    assert rest == pytest.approx([first] * 2, abs=1e-5)

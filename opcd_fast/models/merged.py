@@ -34,14 +34,14 @@ class MergedCopy:
     def __init__(self, peft_model: Any, device: str | None = None, *, frozen_base: bool = False) -> None:
         self._source, self._frozen_base = peft_model, frozen_base
         self._on_cpu = (device or next(peft_model.parameters()).device.type) == "cpu"
-        self._copied_from: Checksum | None = None
-        self._folded: Any = None
         self.model: Any = None
         self._copy()
 
     def _copy(self) -> None:
         peft_model, on_cpu = self._source, self._on_cpu
         self.model = None  # never two
+        self._copied_from = self._base()
+        self._folded: Any = None
         dtype = self.type_of(peft_model) if on_cpu else None
         self._pairs: list[tuple[Any, nn.Parameter]] = []
         adapted = {name: layer for name, layer in peft_model.named_modules() if _is_lora(layer)}
@@ -100,16 +100,16 @@ class MergedCopy:
     @torch.no_grad()
     def refresh(self) -> Any:
         """The plain model with the weights and the adapter of this moment; what did not change is not made again."""
-        base = () if self._frozen_base else checksum(base_weights(self._source))
-        if base != self._copied_from:
-            if self._copied_from is not None:
-                self._copy()
-            self._copied_from, self._folded = base, None
+        if self._base() != self._copied_from:
+            self._copy()
         adapter = checksum(adapter_weights(self._source)), seam.adapter_state(self._source)
         if adapter != self._folded:
             self._fold()
             self._folded = adapter
         return self.model
+
+    def _base(self) -> Checksum:
+        return () if self._frozen_base else checksum(base_weights(self._source))
 
     def _fold(self) -> None:
         for layer, weight in self._pairs:

@@ -100,3 +100,12 @@ def test_lora_with_bias_is_not_merged():
 
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_bias=True)
     assert not MergedCopy.supports(get_peft_model(tiny_model(attention_bias=True), config))
+
+
+def test_a_base_that_changed_before_the_first_answer_is_copied_again():
+    model = lora_model(torch.float32)
+    copied = MergedCopy(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    got, wanted = (one(input_ids=IDS).logits for one in (copied.refresh(), model))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

@@ -136,7 +136,7 @@ class Step:
         if config.rollout not in ("transformers", "generate") or not merges or not MergedCopy.supports(student):
             return student
         with self.meter.phase("other", "merged copy"):
-            return MergedCopy(student, self.device).refresh()
+            return MergedCopy(student, self.device, frozen_base=True).refresh()
 
     def _draw_answers(self, answering: Any) -> int:
         """By the student, or by the teacher with the context in front; how many at once."""

@@ -36,7 +36,7 @@ class Divergence:
     ends: Mapping[float, str] = field(default_factory=dict)  # values of its number at which it is another divergence
     two_passes: bool = False  # E_p[phi] is known before the terms, so that the gradient needs no pass of its own
     infinite: str = ""  # the side that makes it infinite by forbidding what the other may say
-    mode_seeking: bool = False  # hardly any gradient for what the student never says, however likely for the teacher
+    blind: bool = False  # hardly any gradient for what the student never says, however likely for the teacher
 
 
 PARAMETERS = {
@@ -52,13 +52,13 @@ PARAMETERS = {
 DIVERGENCES = {
     row.name: row
     for row in (
-        Divergence("reverse_kl", 0, two_passes=True, infinite="teacher", mode_seeking=True),
+        Divergence("reverse_kl", 0, two_passes=True, infinite="teacher", blind=True),
         Divergence("forward_kl", 1, two_passes=True, infinite="student"),
-        Divergence("jsd", 2, ("beta",), {0.0: "forward_kl", 1.0: "reverse_kl"}),
-        Divergence("skew_reverse_kl", 3, ("alpha",), {0.0: "reverse_kl"}),
-        Divergence("skew_forward_kl", 4, ("alpha",), {0.0: "forward_kl"}),
+        Divergence("jsd", 2, ("beta",), {0.0: "forward_kl", 1.0: "reverse_kl"}, blind=True),
+        Divergence("skew_reverse_kl", 3, ("alpha",), {0.0: "reverse_kl"}, blind=True),
+        Divergence("skew_forward_kl", 4, ("alpha",), {0.0: "forward_kl"}, blind=True),
         Divergence("gated_kl", 5, ("gate",), two_passes=True, infinite="student"),  # a pass more for the gate "tv"
-        Divergence("topk_reverse_kl", None, ("k", "tail"), mode_seeking=True),
+        Divergence("topk_reverse_kl", None, ("k", "tail"), blind=True),
     )
 }
 

@@ -175,7 +175,10 @@ UNSAID = {"step": 0, "fixed_first_token": 1e-6}
     [
         (UNSAID, {}, True),
         (UNSAID, {"divergence": "topk_reverse_kl", "k": 5}, True),
+        (UNSAID, {"divergence": "jsd"}, True),
+        (UNSAID, {"divergence": "jsd", "beta": 0.0}, False),
         (UNSAID, {"divergence": "forward_kl"}, False),
+        (UNSAID, {"divergence": "gated_kl"}, False),
         (UNSAID, {"answers": "teacher"}, False),
         (UNSAID, {"rollout": "replay", "rollout_file": "answers.jsonl"}, False),
         ({**UNSAID, "fixed_first_token": 2e-3}, {}, False),
@@ -186,7 +189,7 @@ UNSAID = {"step": 0, "fixed_first_token": 1e-6}
 def test_answers_that_the_student_never_gives(record, settings, found):
     told = list(warning_before_training(record, OPCDConfig(**settings)))
     assert [name for name, _ in told] == (["unsaid_answers"] if found else [])
-    assert all("1e-06" in text and "forward_kl" in text for _, text in told)
+    assert all("1e-06" in text and "gated_kl" in text for _, text in told)
 
 
 # --- best, and the early stop --------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments import record
+from experiments.variants import VARIANTS
 from opcd_fast.commands.compare import CompareCommand, compare
 from opcd_fast.commands.train import TrainOptions
 from opcd_fast.data import GENERAL
@@ -28,6 +30,9 @@ SYSTEMS = {
     "gated": "opcd:divergence=gated_kl,gate=kl",
     "gated-tv": "opcd:divergence=gated_kl,gate=tv",
     "gated-begun": "opcd:divergence=gated_kl,gate=kl,teacher_tokens=8",
+    # These two are no part of the package: variants.py says what they compute in the gated KL's place.
+    "forward-then-reverse": "opcd:divergence=gated_kl,gate=kl,loss_backend=torch",
+    "todi": "opcd:divergence=gated_kl,gate=kl,loss_backend=torch",
     "off-policy": "off-policy:divergence=forward_kl",
     "sft": "sft",
     "live": "live:divergence=reverse_kl",
@@ -35,7 +40,7 @@ SYSTEMS = {
     "ema": "ema:divergence=reverse_kl,teacher_ema_decay=0.9",
 }
 """By label, as `opcd compare` takes a system. Each names its divergence, whatever the package's default is."""
-SCREENED = ("reverse", "forward", "gated", "gated-tv", "gated-begun", "off-policy")
+SCREENED = tuple(SYSTEMS)[: 1 + tuple(SYSTEMS).index("off-policy")]
 """Systems that take part in the decision (experiments/README.md)."""
 
 
@@ -82,7 +87,9 @@ def run_missing(experiment: Experiment, given: argparse.Namespace) -> None:
     if experiment.prepare is not None:
         experiment.prepare()
     if given.smoke:
-        compare(command(experiment, given.systems[0], 0, name, steps=2, device=given.device, smoke=True))
+        label = given.systems[0]
+        with VARIANTS[label](2) if label in VARIANTS else nullcontext():
+            compare(command(experiment, label, 0, name, steps=2, device=given.device, smoke=True))
         return
     file = RESULTS / f"{name}.json"
     kept = record.read(file)
@@ -99,7 +106,8 @@ def run_missing(experiment: Experiment, given: argparse.Namespace) -> None:
             if made_before:
                 shutil.rmtree(folder, ignore_errors=True)
             made = _begun(RUNS / name / "made" / f"{label}-seed-{seed}.json", again=made_before)
-            found = compare(wanted)
+            with VARIANTS[label](wanted.run.steps) if label in VARIANTS else nullcontext():
+                found = compare(wanted)
             kept = record.merge(kept, found, settings, label, SYSTEMS[label], made)
             record.write(file, kept)
             print(f"saved: {file}, .md and .png")

@@ -174,9 +174,11 @@ class OPCDTrainer:
         with watch("optimizer"):
             norm = self.engine.clip(config.max_grad_norm or math.inf)
             check_finite(step + 1, loss, norm)  # before the weights are touched
-            self.engine.step()
+            rate = self.engine.step(step)
             self.teachers.after_step(step + 1)
-        record = step_record(step + 1, config, loss, norm, samples, drawn.answers, statistics, watch.seconds, drift)
+        record = step_record(
+            step + 1, config, loss, norm, rate, samples, drawn.answers, statistics, watch.seconds, drift
+        )
         return record | drawn.more
 
     def save(self, path: str | Path) -> None:

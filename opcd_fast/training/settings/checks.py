@@ -95,6 +95,10 @@ def _check_system(config: OPCDConfig) -> None:
 
 def _check_running(config: OPCDConfig) -> None:
     """What is kept, chosen and weighed while it runs."""
+    if config.warmup_steps >= config.steps:
+        raise InputError(
+            f"warmup_steps={config.warmup_steps} of steps={config.steps}: the rate would not be reached; set fewer"
+        )
     if config.early_stop_delta is not None and not config.early_stop_patience:
         raise InputError("early_stop_delta is set, but early_stop_patience is 0; set it, or drop the delta")
     chooses = config.save_best or config.early_stop_patience

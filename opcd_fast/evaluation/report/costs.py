@@ -10,7 +10,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.evaluation import Abilities, Arm, distances, tried
 from opcd_fast.evaluation.report.arms import Answers, HeldOut
 from opcd_fast.evaluation.report.estimates import agreement, kl_summary, share
-from opcd_fast.evaluation.report.models import BOTH, SHOWN, RunModels
+from opcd_fast.evaluation.report.models import BOTH, SHOWN, RunModels, Side
 from opcd_fast.evaluation.report.scores import Behaviour
 from opcd_fast.runtime import stream_seed
 from opcd_fast.training import scorer
@@ -28,20 +28,23 @@ def forgetting(
     seed: int,
     windows: Windows,
 ) -> dict[str, Any]:
-    """KL(student || base) and KL(student || base + context) on the student's answers to unrelated prompts, and the
-    yardstick KL(base + context || base) on those of base + context.
+    """Distances on unrelated prompts, each on the first named model's own answers: KL(student || base), KL(student ||
+    base + context) with what it was before, KL(base || base + context), and the yardstick KL(base + context || base).
 
-    The last two are None where the context is not one for all prompts, or does not fit the window with these.
+    All but the first are None where the context is not one for all prompts, or does not fit the window with these.
     """
     prompts, temperature = adapt_to_tokenizer(models.tokenizer, general), sampling["temperature"]
     without: list[Sequence[int]] = [student_ids(models.tokenizer, prompt, variables) for prompt in prompts]
-    drawn = models.student.answers(without, seed=stream_seed(seed, "report general", 0), **sampling)
-    answers = [one.token_ids for one in drawn]
+
+    def written(side: Side, ids: Sequence[Sequence[int]], name: str) -> list[tuple[int, ...]]:
+        return [one.token_ids for one in side.answers(ids, seed=stream_seed(seed, name, 0), **sampling)]
+
+    answers = written(models.student, without, "report general")
     base = models.base.reader(without)
     student = models.student.reader(without).read(answers)
     found = distances(student, base.read(answers), temperature)
     numbers: dict[str, Any] = {"kl": kl_summary(found), "top1_agreement": agreement(found), "prompts": len(found)}
-    numbers |= {"context_kl": None, "yardstick": None}
+    numbers |= {"context_kl": None, "context_kl_before": None, "yardstick": None}
     if context is None:
         return numbers
     (rows,), prefixes = render(models.tokenizer, [prompts], context, variables)
@@ -49,11 +52,14 @@ def forgetting(
     if windows.teacher is not None and max(map(len, within)) + sampling["max_new_tokens"] > windows.teacher:
         return numbers
     shown = models.teacher.reader(within)
-    drawn = models.teacher.answers(within, seed=stream_seed(seed, "report general context", 0), **sampling)
-    taught = [one.token_ids for one in drawn]
-    yardstick = distances(shown.read(taught), base.read(taught), temperature)
-    to_context = distances(student, shown.read(answers), temperature)
-    return numbers | {"context_kl": kl_summary(to_context), "yardstick": kl_summary(yardstick)}
+    taught = written(models.teacher, within, "report general context")
+    plain = written(models.base, without, "report general base")
+    more = {
+        "context_kl": (student, shown.read(answers)),
+        "context_kl_before": (base.read(plain), shown.read(plain)),
+        "yardstick": (shown.read(taught), base.read(taught)),
+    }
+    return numbers | {name: kl_summary(distances(p, q, temperature)) for name, (p, q) in more.items()}
 
 
 def arms_of(

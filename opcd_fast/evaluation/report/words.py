@@ -57,8 +57,10 @@ def uncounted(saved: Mapping[str, Any]) -> str:
 
 def distances_of(card: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Distances on unrelated prompts, in words, in the order in which they are read; older cards have one."""
-    names = {"context_kl": "KL(student || base + context)", "yardstick": "KL(base + context || base), the yardstick",
-             "kl": "KL(student || base)"}  # fmt: skip
+    names = {
+        "context_kl": "KL(student || base + context)", "context_kl_before": "KL(base || base + context), before",
+        "kl": "KL(student || base)", "yardstick": "KL(base + context || base), the yardstick",
+    }  # fmt: skip
     found = card["forgetting"] or {}
     return [(words, found[name]) for name, words in names.items() if found.get(name)]
 

@@ -83,10 +83,10 @@ class OPCDConfig:
     objective: str = loss("divergence", """"divergence" (between student and teacher at every token, see `divergence`),
         or "nll" (negative log-likelihood of the answers' tokens, which takes no teacher: supervised fine-tuning).""",
         OneOf("divergence", "nll"), belongs="system")
-    divergence: str = loss("reverse_kl", """"reverse_kl" (KL(student || teacher), the paper's), "forward_kl",
-        "gated_kl" (the reverse KL, and the forward one where the student is far from the teacher), "jsd",
-        "skew_reverse_kl", "skew_forward_kl", or "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations
-        always report the reverse KL.""", belongs=("divergence", "system"))
+    divergence: str = loss("gated_kl", """"gated_kl" (the reverse KL, and the forward one where the student is far
+        from the teacher), "reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl",
+        "skew_forward_kl", or "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations always report the
+        reverse KL. A resumed run keeps its own.""", belongs=("divergence", "system"))
     beta: float = loss(BETA, """Of "jsd": weight of the teacher's half; 0 is the forward, 1 the reverse KL.""",
         belongs=("divergence", "system"))
     alpha: float = loss(ALPHA, "Of the skewed divergences: share of the first model in the mixture.",

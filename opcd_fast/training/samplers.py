@@ -90,6 +90,8 @@ class Samplers:
     def _written(
         self, sampler: Rollout, model: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]
     ) -> list[Completion]:
+        if not prompts:  # all answers are another's
+            return []
         shared = shared_sampler(sampler, self._engine)
         shared.sync(model)
         return shared.generate(prompts, **sampling)

@@ -1,6 +1,7 @@
 """Where a step's answers come from: what is asked, and who answers.
 
     PromptAnswers   prompts of a list in the order of the run, fresh answers at every step
+    MixedAnswers    the same, some of them by the teacher
     KeptAnswers     the same prompts, answers drawn once before the first step and kept on disk
     TaskAnswers     episodes of a task, every turn of which is one prompt with its answer
 """
@@ -8,6 +9,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -53,6 +56,8 @@ def answer_source(
         return TaskAnswers(config, asked.task, write, student, windows)
     if config.kept_answers:
         return KeptAnswers(config, asked.rows, write, ranks)
+    if config.off_policy_share:
+        return MixedAnswers(config, asked.rows, student, teacher)
     return PromptAnswers(config, asked.rows, write)
 
 
@@ -107,6 +112,37 @@ class PromptAnswers(AnswerSource):
     def draw(self, step: int) -> Drawn:
         rows = self.rows_of(step)
         return self._drawn(rows, self._write(rows, sampling_of(self._config, "rollout", step)))
+
+
+class MixedAnswers(PromptAnswers):
+    """`off_policy_share` of the answers by the teacher, the rest by the student: GKD's lambda (arXiv 2306.13649), drawn
+    for each row of a step by itself."""
+
+    def __init__(
+        self, config: OPCDConfig, prompts: Sequence[RenderedPrompt], student: Writer, teacher: Writer
+    ) -> None:
+        super().__init__(config, prompts, student)
+        self._teacher = teacher
+
+    def draw(self, step: int) -> Drawn:
+        rows, share = self.rows_of(step), self._config.off_policy_share
+        sampling = sampling_of(self._config, "rollout", step)
+        chance = random.Random(stream_seed(self._config.seed, "off-policy", step))
+        off = [chance.random() < share for _ in rows]
+        theirs = iter(self._teachers([row for row, one in zip(rows, off) if one], sampling))
+        own = iter(self._write([row for row, one in zip(rows, off) if not one], sampling))
+        answers = [next(theirs if one else own) for one in off]
+        name = "teacher" if share == 1 else "both"
+        return self._drawn(rows, answers, off_policy_answers=sum(off), answers_of=name)
+
+    def _teachers(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
+        """Its log-probabilities are not those of the distribution that is trained."""
+        return [unknown(answer) for answer in self._teacher(rows, sampling)]
+
+
+def unknown(answer: Completion) -> Completion:
+    """The answer with NaN for its log-probabilities."""
+    return replace(answer, logprobs=(math.nan,) * len(answer.token_ids))
 
 
 class KeptAnswers(PromptAnswers):

@@ -1,29 +1,47 @@
-"""What the experiments share: four systems, one budget, three seeds, and a file of results that says where it ran."""
+"""What the experiments share: the registered systems, one budget, and runs that are merged into one file of results."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from experiments import record
+from experiments.variants import VARIANTS
 from opcd_fast.commands.compare import CompareCommand, compare
 from opcd_fast.commands.train import TrainOptions
+from opcd_fast.data import GENERAL
+from opcd_fast.errors import InputError
+from opcd_fast.evaluation import where_it_ran
 from opcd_fast.runtime import write_text
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+RUNS = Path("runs/experiments")
 SYSTEMS = {
-    "opcd": "opcd",
-    "off-policy": "off-policy",
-    "live": "live",
+    "reverse": "opcd:divergence=reverse_kl",
+    "forward": "opcd:divergence=forward_kl",
+    "gated": "opcd:divergence=gated_kl,gate=kl",
+    "gated-tv": "opcd:divergence=gated_kl,gate=tv",
+    "gated-begun": "opcd:divergence=gated_kl,gate=kl,teacher_tokens=8",
+    # These two are no part of the package: variants.py says what they compute in the gated KL's place.
+    "forward-then-reverse": "opcd:divergence=gated_kl,gate=kl,loss_backend=torch",
+    "todi": "opcd:divergence=gated_kl,gate=kl,loss_backend=torch",
+    "off-policy": "off-policy:divergence=forward_kl",
+    "sft": "sft",
+    "live": "live:divergence=reverse_kl",
     # It looks back over 1 / (1 - 0.9) = 10 steps; the default's 100 are more than a run has.
-    "ema": "ema:teacher_ema_decay=0.9",
+    "ema": "ema:divergence=reverse_kl,teacher_ema_decay=0.9",
 }
+"""By label, as `opcd compare` takes a system. Each names its divergence, whatever the package's default is."""
+SCREENED = tuple(SYSTEMS)[: 1 + tuple(SYSTEMS).index("off-policy")]
+"""Systems that take part in the decision (experiments/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class Experiment:
     """A context, prompts, and what a good answer is: a pattern, or "module:function" (see `opcd_fast.training.Scorer`).
 
     temperature: of all answers, and of the loss. general: unrelated prompts on which forgetting is measured, if not the
-    hundred that come along.
+    hundred that come along. prepare: writes the files first, where they come from an installed package.
     """
 
     name: str
@@ -46,68 +64,97 @@ class Experiment:
     steps: int = 40
     batch_size: int = 16
     general: Path | None = None
-    more_systems: Mapping[str, str] = field(default_factory=dict)
-    """Beside the four: name on the command line, and system as `opcd compare` takes it."""
-
-    @property
-    def systems(self) -> dict[str, str]:
-        return {**SYSTEMS, **self.more_systems}
+    systems: tuple[str, ...] = SCREENED
+    prepare: Callable[[], None] | None = None
 
 
 def run(experiment: Experiment) -> None:
     """Run it from the command line."""
-    parser = argparse.ArgumentParser(description=f"The experiment {experiment.name}.")
-    parser.add_argument("--systems", default=",".join(experiment.systems), help="some of them, with commas between")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each system")
-    parser.add_argument("--steps", type=int, help="another budget, in a folder and a file of results of its own")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--smoke", action="store_true", help="a short run of OPCD alone; its numbers mean nothing")
-    given = parser.parse_args()
-    unknown = set(given.systems.split(",")) - set(experiment.systems)
-    if unknown:
-        parser.error(f"--systems: {', '.join(sorted(unknown))} unknown; use some of {', '.join(experiment.systems)}")
+    given = _arguments(experiment)
+    try:
+        run_missing(experiment, given)
+    except InputError as error:
+        raise SystemExit(f"experiments.{experiment.name}: {error}") from error
+
+
+def run_missing(experiment: Experiment, given: argparse.Namespace) -> None:
+    """Make what the file of results does not have yet, one system and seed after the other; each is saved at once."""
     name = experiment.name
     if given.steps is not None:
         name += f"_{given.steps}_steps"
     if given.smoke:
         name += "_smoke"
-    folder = Path("runs/experiments") / name
-    started = time.perf_counter()
-    found = compare(_command(experiment, folder, given))
-    command = " ".join(["python -m", f"experiments.{experiment.name}", *sys.argv[1:]])
-    found["ran"] |= {"commit": _commit(), "command": command}
-    found["ran"]["seconds_in_all"] = round(time.perf_counter() - started)  # of this call; finished runs are skipped
+    if experiment.prepare is not None:
+        experiment.prepare()
     if given.smoke:
+        label = given.systems[0]
+        with VARIANTS[label](2) if label in VARIANTS else nullcontext():
+            compare(command(experiment, label, 0, name, steps=2, device=given.device, smoke=True))
         return
-    results = HERE / "results"
-    write_text(results / f"{name}.json", json.dumps(found, indent=1) + "\n")
-    for kind in ("md", "png"):
-        shutil.copyfile(folder / f"compare.{kind}", results / f"{name}.{kind}")
-    print(f"saved: {results / name}.json, .md and .png")
+    file = RESULTS / f"{name}.json"
+    kept = record.read(file)
+    for seed in range(given.seeds):
+        for label in given.systems:
+            made_before = record.has(kept, label, seed)
+            if made_before and not given.again:
+                print(f"{label}, seed {seed}: in {file.name} already")
+                continue
+            wanted = command(experiment, label, seed, name, given.steps or experiment.steps, given.device)
+            settings = settings_of(wanted)
+            record.check(kept, settings, label, SYSTEMS[label], file)
+            folder = RUNS / name / label / f"seed-{seed}"
+            if made_before:
+                shutil.rmtree(folder, ignore_errors=True)
+            made = _begun(RUNS / name / "made" / f"{label}-seed-{seed}.json", again=made_before)
+            with VARIANTS[label](wanted.run.steps) if label in VARIANTS else nullcontext():
+                found = compare(wanted)
+            kept = record.merge(kept, found, settings, label, SYSTEMS[label], made)
+            record.write(file, kept)
+            print(f"saved: {file}, .md and .png")
 
 
-def _command(experiment: Experiment, folder: Path, given: argparse.Namespace) -> CompareCommand:
-    steps = 2 if given.smoke else given.steps or experiment.steps
-    systems = ["opcd"] if given.smoke else given.systems.split(",")
+def _arguments(experiment: Experiment) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"The experiment {experiment.name}.")
+    parser.add_argument("--systems", default=",".join(experiment.systems), help=f"some of {', '.join(SYSTEMS)}")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each system; 3: the seeds 0, 1 and 2")
+    parser.add_argument("--steps", type=int, help="another budget, in a folder and a file of results of its own")
+    parser.add_argument("--again", action="store_true", help="also make runs that the results have, and replace them")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--smoke", action="store_true", help="a short run of the first system, without results")
+    given = parser.parse_args()
+    given.systems = given.systems.split(",")
+    unknown = [label for label in given.systems if label not in SYSTEMS]
+    if unknown:
+        parser.error(f"--systems: {', '.join(unknown)} unknown; use some of {', '.join(SYSTEMS)}")
+    if given.seeds < 1:
+        parser.error(f"--seeds: {given.seeds} must be at least 1")
+    return given
+
+
+def command(
+    experiment: Experiment, label: str, seed: int, name: str, steps: int, device: str = "auto", smoke: bool = False
+) -> CompareCommand:
+    """One run, as `opcd compare` takes it. In float32: in bfloat16 machines would round differently."""
     held_out = _shown(experiment.eval_prompts)
     general = "builtin" if experiment.general is None else _shown(experiment.general)
-    if given.smoke:
-        held_out = _first_lines(experiment.eval_prompts, folder.with_name(f"{folder.name}_prompts"))
-        general = held_out
+    if smoke:
+        held_out = general = _first_lines(experiment.eval_prompts, RUNS / f"{name}_prompts")
+    system = SYSTEMS[label]
     return CompareCommand(
         model="smollm2",
         context=_shown(experiment.context),
         prompts=_shown(experiment.prompts),
         eval_prompts=held_out,
         general=general,
-        systems=tuple(system for name, system in experiment.systems.items() if name in systems),
-        seeds=1 if given.smoke else given.seeds,
+        systems=(f"{label}={system}" if ":" in system else system,),
+        seeds=1,
         regex=experiment.regex,
         answers_per_prompt=experiment.answers_per_prompt,
         run=TrainOptions(
-            output_dir=str(folder),
+            output_dir=str(RUNS / name),
+            seed=seed,
             steps=steps,
-            batch_size=4 if given.smoke else experiment.batch_size,
+            batch_size=4 if smoke else experiment.batch_size,
             max_new_tokens=experiment.max_new_tokens,
             temperature=experiment.temperature,
             scorer=experiment.scorer,
@@ -115,9 +162,27 @@ def _command(experiment: Experiment, folder: Path, given: argparse.Namespace) ->
             eval_every=steps,
             save_every=10,
             keep_checkpoints=1,
-            device=given.device,
+            dtype="float32",
+            device=device,
         ),
     )
+
+
+def settings_of(wanted: CompareCommand) -> dict[str, Any]:
+    """What all runs of a file of results have in common, and the contents of the files they read."""
+    names = ("context", "prompts", "eval_prompts", "general")
+    files = {name: HERE.parent / getattr(wanted, name) for name in names}
+    if wanted.general == "builtin":
+        files["general"] = Path(GENERAL)
+    return record.settings_of(wanted, files)
+
+
+def _begun(path: Path, again: bool) -> dict[str, str]:
+    """With what a run is made, kept beside it from its beginning: it may be finished by a later call."""
+    if again or not path.is_file():
+        this = " ".join(["python -m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+        write_text(path, record.as_json({**where_it_ran(), "commit": _commit(), "command": this}))
+    return record.read(path)
 
 
 def _first_lines(path: Path, folder: Path, count: int = 8) -> str:
@@ -135,7 +200,9 @@ def _commit() -> str:
     """Of this checkout, "+" behind it where files differ from it; "unknown" outside of one."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=HERE, capture_output=True, text=True)
+        # What a finished run changed does not make the next one another.
+        status = ["git", "status", "--porcelain", "-uno", "--", ".", ":!results"]
+        changed = subprocess.run(status, cwd=HERE, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -16,6 +16,7 @@ EXPERIMENT = Experiment(
     max_new_tokens=16,
     regex=FORM,
     general=MIXED / "general.jsonl",
+    systems=("reverse",),
 )
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ EXPERIMENT = Experiment(
     max_new_tokens=24,
     temperature=0.7,
     regex=r"^Arr matey! [^\n]+ Aye!$",
-    # The reverse KL hardly teaches what the student never samples: the base begins no answer with "Arr".
-    more_systems={"opcd-forward": "opcd-forward=opcd:divergence=forward_kl"},
 )
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 namespace opcd {
 
 // The codes of DIVERGENCES in kernels/reference/table.py.
-enum { REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, SKEW_REVERSE_KL, SKEW_FORWARD_KL, DIVERGENCES };
+enum { REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, SKEW_REVERSE_KL, SKEW_FORWARD_KL, GATED_KL, DIVERGENCES };
 
 // A divergence of n rows of logits. Mirrored field by field by `RowsCall` in kernels/csrc/native.py.
 struct RowsCall {
@@ -15,7 +15,7 @@ struct RowsCall {
   const float* bias_s;  // (columns,) or null
   const float* bias_t;
   const float* row_weights;  // (n,)
-  float* statistics;         // (5, n), unit column stride
+  float* statistics;         // (6, n), unit column stride
   void* gradient;            // (n, columns) float32 or bf16, or null; may be z_s where the dtypes agree
   int64_t rows, columns;
   int64_t stride_s, stride_t, stride_gradient, stride_statistics;  // elements
@@ -27,6 +27,7 @@ struct RowsCall {
   int32_t bf16_s, bf16_t, bf16_gradient;
   int32_t softcap_s, softcap_t;
   int32_t all_statistics;
+  int32_t total_variation_gate;  // gated_kl: 1 for the gate "tv", 0 for "kl"
 };
 
 // out = h @ weight.T with float32 accumulation. Mirrored by `ProductCall` in kernels/csrc/native.py.

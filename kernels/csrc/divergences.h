@@ -43,6 +43,17 @@ struct ForwardKL {
   }
 };
 
+// (1 - gate) KL(p || q) + gate KL(q || p), with a constant gate.
+struct GatedKL {
+  static constexpr bool MOMENT_IS_KNOWN = true;
+  const float gate, rest;
+  GatedKL(float gate, float rest) : gate(gate), rest(rest) {}
+  Floats value(Floats p, Floats q, Floats l) const { return rest * kl_terms(p, q, l) + gate * kl_terms(q, p, -l); }
+  Floats p_phi(Floats p, Floats q, Floats l) const {
+    return rest * (p * l) + gate * (p < SMALLEST ? -q : -p * exponential_minus_one(-clamped(l)));
+  }
+};
+
 struct JSD {
   static constexpr bool MOMENT_IS_KNOWN = false;
   const float beta;

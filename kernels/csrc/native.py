@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from opcd_fast.kernels.reference import Logits
 
-ABI = 4
+ABI = 5
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # numbered as in native.cpp; each includes those before it
 LEVEL_VARIABLE = "OPCD_NATIVE_LEVEL"  # forces one of them
 BF16_DOT_LEVEL = "avx512bf16"
@@ -40,7 +40,7 @@ class RowsCall(ctypes.Structure):
         ("parameter", ctypes.c_float),
         ("divergence", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in ("bf16_s", "bf16_t", "bf16_gradient", "softcap_s", "softcap_t")),
-        ("all_statistics", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("all_statistics", "total_variation_gate")),
     )
 
 
@@ -115,7 +115,7 @@ def available() -> bool:
 
 
 def status() -> str:
-    """One line: "built, ABI 4, avx512", or what is missing and how to get it."""
+    """One line: "built, ABI 5, avx512", or what is missing and how to get it."""
     path = library_path()
     if path is None:
         tools = {"CMake": shutil.which("cmake"), "a C++ compiler": shutil.which("c++") or shutil.which("g++")}
@@ -151,11 +151,12 @@ def divergence_rows(
     student: Logits,  # z (n, V) float32 or bf16, unit column stride; bias float32
     teacher: Logits,
     row_weights: Tensor,  # (n,) float32
-    statistics: Tensor,  # (5, n) float32
+    statistics: Tensor,  # (6, n) float32
     gradient: Tensor | None,  # (n, V) float32 or bf16; may be the student's z, but no other view of the logits' memory
     *,
     divergence: str = "reverse_kl",
     parameter: float = 0.0,
+    gate: str = "kl",
     all_statistics: bool = True,
     scratch: Tensor | None = None,  # the reference's; unused
 ) -> None:
@@ -164,14 +165,14 @@ def divergence_rows(
     The result does not depend on the number of threads (torch.get_num_threads()). A row that holds NaN has NaN
     statistics and gradient.
 
-    Raises ValueError for an unknown divergence, a parameter outside (0, 1) where one is needed, and a tensor of
+    Raises ValueError for an unknown divergence or gate, a parameter outside (0, 1) where one is needed, and a tensor of
     another dtype, layout or device; RuntimeError without the library, or where it does not know the divergence.
     """
     import torch
 
     from opcd_fast.kernels.reference import row_of
 
-    row = row_of(divergence, parameter)
+    row = row_of(divergence, parameter, gate)
     rows, columns = student.z.shape
     logit_dtypes = (torch.float32, torch.bfloat16)
     fields: dict[str, Any] = {}
@@ -187,7 +188,7 @@ def divergence_rows(
             f"inner_{name}": inner, f"outer_{name}": outer, f"softcap_{name}": side.softcap is not None,
         }  # fmt: skip
     _check("row_weights", row_weights, (rows,), (torch.float32,))
-    _check("statistics", statistics, (5, rows), (torch.float32,))
+    _check("statistics", statistics, (6, rows), (torch.float32,))
     if gradient is not None:
         _check("gradient", gradient, (rows, columns), logit_dtypes)
         fields |= {
@@ -199,7 +200,7 @@ def divergence_rows(
     call = RowsCall(
         **fields, rows=rows, columns=columns, row_weights=row_weights.data_ptr(), statistics=statistics.data_ptr(),
         stride_statistics=statistics.stride(0), derivative=student.derivative, parameter=parameter,
-        divergence=row.code, all_statistics=all_statistics,
+        divergence=row.code, all_statistics=all_statistics, total_variation_gate=gate == "tv",
     )  # fmt: skip
     _run("divergence_rows", call, level())
 

@@ -3,7 +3,8 @@
 //
 // The reverse KL, and the forward one, read a row twice, in blocks that fit the first cache; the second time it still
 // lies in the second. The first pass finds the maxima, the normalisers and E_p[z_s - z_t]; the second sums the
-// divergence and writes G. The other divergences learn E_p[phi] only in the second pass and write G in a third. Sums
+// divergence and writes G. So does the gated one, whose gate "tv" takes a pass of its own in between. The other
+// divergences learn E_p[phi] only in the second pass and write G in a third. Sums
 // run in float lanes within a block and in double across blocks, so that a row of 152 thousand columns loses no
 // digits to its length.
 #include "calls.h"
@@ -67,14 +68,44 @@ double passes(const Work& work, const Divergence& divergence, double known_momen
   return sums.value;
 }
 
-double value_and_gradient(const Work& work, int divergence, float parameter) {
+double total_variation(const Work& work, float lse_s, float lse_t) {
+  double total = 0.0;
+  for (int64_t first = 0; first < work.row_s.columns; first += BLOCK) {
+    const int64_t end = work.row_s.end_of_block(first);
+    const float* z_s = work.row_s.logits(first, work.buffer_s);
+    const float* z_t = work.row_t.logits(first, work.buffer_t);
+    Floats differences{};
+    for (int64_t i = 0; i < end; i += WIDTH)
+      differences += magnitude(exponential(read_logits(z_s + i) - lse_s) - exponential(read_logits(z_t + i) - lse_t));
+    total += sum(differences);
+  }
+  return total / 2.0;
+}
+
+// reverse_kl: as the first pass knows it. Rounding may leave the gate outside of its range; NaN stays.
+double gate_of(const Work& work, bool by_total_variation, double reverse_kl, float lse_s, float lse_t) {
+  if (work.found.t.has_infinity && forbidden(work.row_s, lse_s, work.row_t, work.buffer_s, work.buffer_t)) return 1.0;
+  if (!by_total_variation) return -::expm1(reverse_kl < 0.0 ? 0.0 : -reverse_kl);
+  const double found = total_variation(work, lse_s, lse_t);
+  return found > 1.0 ? 1.0 : found;
+}
+
+double value_and_gradient(const Work& work, const RowsCall& call, float* gate_statistic) {
+  const int divergence = call.divergence;
+  const float parameter = call.parameter;
   const FirstPass& found = work.found;
   const double lse_s = found.s.logsumexp(), lse_t = found.t.logsumexp();
+  const double reverse_kl = found.weighted_difference / found.s.total - (lse_s - lse_t);
+  double gate = 0.0;
+  if (divergence == GATED_KL) {
+    gate = gate_of(work, call.total_variation_gate, reverse_kl, float(lse_s), float(lse_t));
+    if (call.all_statistics) *gate_statistic = float(gate);
+  }
   bool infinite = false;
   if (found.s.total > 0.0 && found.t.total > 0.0) {
     if (divergence == REVERSE_KL && found.t.has_infinity)
       infinite = forbidden(work.row_s, float(lse_s), work.row_t, work.buffer_s, work.buffer_t);
-    if (divergence == FORWARD_KL && found.s.has_infinity)
+    if ((divergence == FORWARD_KL || divergence == GATED_KL) && found.s.has_infinity)
       infinite = forbidden(work.row_t, float(lse_t), work.row_s, work.buffer_t, work.buffer_s);
   }
   if (infinite) {
@@ -83,9 +114,12 @@ double value_and_gradient(const Work& work, int divergence, float parameter) {
   }
   switch (divergence) {
     case REVERSE_KL:
-      return passes(work, ReverseKL(parameter), found.weighted_difference / found.s.total - (lse_s - lse_t));
+      return passes(work, ReverseKL(parameter), reverse_kl);
     case FORWARD_KL:
       return passes(work, ForwardKL(parameter), 0.0);
+    case GATED_KL:  // closed for the reverse KL, it keeps even an infinite one out
+      if (gate == 1.0) return passes(work, ForwardKL(parameter), 0.0);
+      return passes(work, GatedKL(float(gate), float(1.0 - gate)), (1.0 - gate) * reverse_kl);
     case JENSEN_SHANNON:
       return passes(work, JSD(parameter), 0.0);
     case SKEW_REVERSE_KL:
@@ -129,7 +163,7 @@ void divergence_rows(const RowsCall& call, int64_t begin, int64_t end) {
       gradient.inverse_outer = 1.0f / call.outer_s;
     }
     const Work work{row_s, row_t, found, gradient, buffer_s, buffer_t};
-    statistics[0] = float(value_and_gradient(work, call.divergence, call.parameter));
+    statistics[0] = float(value_and_gradient(work, call, statistics + 5 * call.stride_statistics));
   }
 }
 

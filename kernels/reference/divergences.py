@@ -14,10 +14,14 @@ mixture m each sum to one. With psi(x) = exp(-x) - 1 + x:
     jsd (beta)                 m = (1 - beta) p + beta q     beta q psi(y) + (1 - beta) p psi(x)    (1 - beta) x
     skew_reverse_kl (alpha)    m = alpha p + (1 - alpha) q   p psi(x)                               x - alpha expm1(x)
     skew_forward_kl (alpha)    m = alpha q + (1 - alpha) p   q psi(y)                               (alpha - 1) expm1(y)
+    gated_kl (gate)                                          (1 - w) p psi(l) + w q psi(-l)  (1 - w) l + w (1 - q / p)
 
 x = log(p / m) and y = log(q / m). For m = (1 - w) p + w q, x = -log1p(w expm1(-l)). Where p or q underflows, its
 term is the limit: the other one's contribution to m. In 32 bits the sum of p l alone would not do: where p is close to
 q, which is where distillation ends up, its terms are a thousand times larger than their sum.
+
+w, a constant for the gradient, is 1 - exp(-KL(p || q)) (gate "kl") or the total variation sum |p - q| / 2 ("tv"), and 1
+where KL(p || q) is infinite.
 
 Sources: the Jensen-Shannon divergence is that of generalized knowledge distillation (arXiv 2306.13649, with TRL's
 meaning of beta: it weighs KL(q || m)), the skewed ones are DistiLLM's (arXiv 2402.03898).
@@ -35,12 +39,16 @@ from opcd_fast.kernels.reference.statistics import (
     TERMS,
     Gather,
     Rows,
+    gate_from,
     merge_normalisers,
     merge_terms,
     normalise,
     write_statistics,
 )
 from opcd_fast.kernels.reference.table import row_of
+
+# Those that know p phi where p is 0 and phi is not; the others know phi.
+TIMES_P = ("forward_kl", "gated_kl")
 
 
 def scratch_planes(softcap_s: float | None) -> int:
@@ -56,11 +64,12 @@ def divergence_rows(
     student: Logits,  # z (n, V) float32 or float64; destroyed
     teacher: Logits,  # z (n, V), same dtype; destroyed
     row_weights: Tensor,  # (n,) multiplied into the gradient, not into the statistics
-    statistics: Tensor,  # (5, n) written; see STATISTICS, plane 0 is the divergence
+    statistics: Tensor,  # (6, n) written; see STATISTICS, plane 0 is the divergence
     gradient: Tensor | None,  # (n, V) written; may be the student's z itself. None: statistics only
     *,
     divergence: str = "reverse_kl",
     parameter: float = 0.0,
+    gate: str = "kl",
     all_statistics: bool = True,
     scratch: Tensor | None = None,  # (scratch_planes(student.softcap), block, V) same dtype as z; None: its own
     gather: Gather = None,
@@ -68,18 +77,19 @@ def divergence_rows(
 ) -> None:
     """Write the statistics of n rows and d(sum_n w_n D_n)/d(raw student product) into `gradient`.
 
-    parameter: beta or alpha, ignored by what has none. Without all_statistics only plane 0 is written.
+    parameter: beta or alpha, gate: that of gated_kl; ignored by what has none. Without all_statistics only plane 0 is
+    written.
 
     gather: for a head whose vocabulary is sharded; this call sees the columns from `first_column` on. It is called
-    twice, for all n rows together, on every rank alike. The statistics written are then those of the whole
-    vocabulary, the gradient is the slice's.
+    twice (with a gate three times), for all n rows together, on every rank alike. The statistics written are then
+    those of the whole vocabulary, the gradient is the slice's.
 
     Infinite rows, value inf and gradient 0: reverse_kl where the teacher forbids what the student may say, forward_kl
-    the other way round. A token that both forbid does not exist. NaN inputs give NaN outputs.
+    and gated_kl the other way round. A token that both forbid does not exist. NaN inputs give NaN outputs.
 
-    Raises ValueError for an unknown divergence and for a jsd or skew parameter outside (0, 1).
+    Raises ValueError for an unknown divergence or gate and for a jsd or skew parameter outside (0, 1).
     """
-    row_of(divergence, parameter)
+    row_of(divergence, parameter, gate)
     n = len(student.z)
     if n == 0:
         return
@@ -89,8 +99,8 @@ def divergence_rows(
     for rows in blocks if gather is None else [slice(0, n)]:
         _passes(
             student.rows(rows), teacher.rows(rows), row_weights[rows], statistics[:, rows],
-            None if gradient is None else gradient[rows], divergence, parameter, all_statistics, scratch, gather,
-            first_column,
+            None if gradient is None else gradient[rows], divergence, parameter, gate, all_statistics, scratch,
+            gather, first_column,
         )  # fmt: skip
 
 
@@ -102,6 +112,7 @@ def _passes(
     gradient: Tensor | None,
     divergence: str,
     parameter: float,
+    gate: str,
     all_statistics: bool,
     scratch: Tensor,
     gather: Gather,
@@ -120,15 +131,25 @@ def _passes(
         normalisers = merge_normalisers(gather(normalisers))
     rows = normalise(normalisers)
 
+    gates = None
+    if divergence == "gated_kl":
+        distance = z_s.new_empty(1, n)
+        for block in blocks:
+            distance[0, block] = _distance(z_s[block], z_t[block], rows.part(block), gate, scratch)
+        if gather is not None:
+            distance = gather(distance).sum(0)
+        gates = torch.stack(gate_from(distance[0], gate))
+
     terms = z_s.new_empty(len(TERMS), n)
     for block in blocks:
         terms[:, block] = _terms(
-            student.rows(block), teacher.rows(block), rows.part(block), divergence, parameter, all_statistics,
-            gradient is not None, scratch[:, : block.stop - block.start], first_column,
+            student.rows(block), teacher.rows(block), rows.part(block), divergence, parameter,
+            None if gates is None else gates[:, block], all_statistics, gradient is not None,
+            scratch[:, : block.stop - block.start], first_column,
         )  # fmt: skip
     if gather is not None:
         terms = merge_terms(gather(terms))
-    write_statistics(statistics, rows, terms, all_statistics)
+    write_statistics(statistics, rows, terms, all_statistics, None if gates is None else gates[0])
     if gradient is None:
         return
 
@@ -137,21 +158,37 @@ def _passes(
     for block in blocks:
         # The second pass has left phi, and p times the softcap's derivative, where the logits were. Centring with the
         # same phi that is centred makes the gradient's row sum vanish whatever the rounding of the normalisers was.
-        phi = z_t[block]
-        if divergence != "forward_kl":
-            phi.sub_(column(terms[4, block]))
-        g = phi.mul_(z_s[block]).mul_(column(weights[block]))
+        if divergence in TIMES_P:
+            g = z_t[block].addcmul_(z_s[block], column(terms[4, block]), value=-1.0)
+        else:
+            g = z_t[block].sub_(column(terms[4, block])).mul_(z_s[block])
+        g.mul_(column(weights[block]))
         if g.is_cuda or bool(infinite[block].any()):
             g.masked_fill_(column(infinite[block]), 0.0)
         gradient[block] = g
 
 
+def _distance(z_s: Tensor, z_t: Tensor, rows: Rows, gate: str, scratch: Tensor) -> Tensor:
+    """What opens the gate, KL(p || q) or the total variation of one block, (rows,); of a slice, its part of the sum."""
+    l, a, b, *_ = scratch[:, : len(z_s)]
+    log_p = torch.sub(z_s, column(rows.lse_s), out=b)
+    p = log_p.exp_()
+    if gate == "tv":
+        q = torch.sub(z_t, column(rows.lse_t), out=l).exp_()
+        terms = torch.sub(p, q, out=a).abs_().mul_(0.5)
+        return terms.masked_fill_((z_t == float("-inf")) & (p >= torch.finfo(p.dtype).tiny), float("inf")).sum(-1)
+    torch.sub(z_s, z_t, out=l).sub_(column(rows.log_ratio)).mul_(p)
+    none_p = _underflown(p)
+    return (l if none_p is None else l.masked_fill_(none_p, 0.0)).sum(-1)
+
+
 def _terms(
     student: Logits,  # z is logits / temperature; becomes p times the softcap's derivative
-    teacher: Logits,  # likewise; becomes phi
+    teacher: Logits,  # likewise; becomes phi, or for TIMES_P p phi, times that derivative
     rows: Rows,
     divergence: str,
     parameter: float,
+    gates: Tensor | None,  # (2, rows): w and 1 - w
     all_statistics: bool,
     with_phi: bool,
     scratch: Tensor,
@@ -178,24 +215,52 @@ def _terms(
     else:
         q = z_t.sub_(column(rows.lse_t)).exp_()
         none_q = _underflown(q)
-        if divergence == "forward_kl":
-            # p phi = p - q in place of phi, because p may be 0; its sum is 0.
+        if divergence in TIMES_P:
             out[0] = _total(torch.expm1(l, out=a).sub_(l).mul_(q), none_q, p)
-            phi = l.neg_().expm1_().neg_().mul_(p)
+            # p phi = p - q; its sum is 0.
+            phi = torch.neg(l, out=a).expm1_().neg_().mul_(p)
             if none_p is not None:
                 phi = torch.where(none_p, -q, phi)
-            p.fill_(1.0)
+            if gates is not None:
+                out[0], out[4] = _gated(gates, out[0], p, q, l, b, none_p, phi)
         else:
             out[0], phi = _mixture(divergence, parameter, p, q, l, a, b, none_p, none_q)
     if with_phi:
-        if none_p is not None and divergence != "forward_kl":
-            phi.masked_fill_(none_p, 0.0)
-        if divergence != "forward_kl":
+        if divergence not in TIMES_P:
+            if none_p is not None:
+                phi.masked_fill_(none_p, 0.0)
             out[4] = torch.mul(phi, p, out=z_t).sum(-1)
+        elif slope is not None:
+            phi.mul_(slope)
         if slope is not None:
             p.mul_(slope)
         z_t.copy_(phi)
     return out
+
+
+def _gated(
+    gates: Tensor,  # (2, rows): w and 1 - w
+    forward: Tensor,  # (rows,) KL(q || p)
+    p: Tensor,  # (rows, V), like all that follow
+    q: Tensor,
+    l: Tensor,  # overwritten
+    b: Tensor,  # scratch
+    none_p: Tensor | None,  # where p underflows; None: nowhere
+    phi: Tensor,  # p - q; becomes (1 - w) p l + w (p - q)
+) -> tuple[Tensor, Tensor]:
+    """The gated divergence and (1 - w) E_p[l], (rows,) each."""
+    w, rest = gates
+    reverse = _total(torch.neg(l, out=b).expm1_().add_(l).mul_(p), none_p, q)
+    # Closed, it lets through neither an infinite KL(p || q) nor hides that the student forbids what the teacher says.
+    value = w * forward + torch.where(rest == 0.0, 0.0, rest * reverse)
+    value = torch.where(forward == float("inf"), forward, value)
+    p_l = l.mul_(p).mul_(column(rest))
+    if none_p is not None:
+        p_l.masked_fill_(none_p, 0.0)
+    if p_l.is_cuda or bool((rest == 0.0).any()):
+        p_l.masked_fill_(column(rest == 0.0), 0.0)
+    phi.mul_(column(w)).add_(p_l)
+    return value, p_l.sum(-1)
 
 
 def _mixture(

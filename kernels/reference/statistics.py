@@ -15,8 +15,8 @@ from torch import Tensor
 # (planes, n) of this rank -> (ranks, planes, n) of all of them, in rank order
 Gather = Callable[[Tensor], Tensor] | None
 
-# The planes of the statistics tensor, in order. One float per row each.
-STATISTICS = ("token_kl", "student_entropy", "student_logsumexp", "teacher_logsumexp", "top1_agreement")
+# The planes of the statistics tensor, in order. One float per row each; "gate" is left as it is where there is none.
+STATISTICS = ("token_kl", "student_entropy", "student_logsumexp", "teacher_logsumexp", "top1_agreement", "gate")
 # Planes of a piece's first pass. The last two are left out where nobody needs them.
 NORMALISERS = ("max_s", "sum_s", "max_t", "sum_t", "difference", "forbidden")
 # Planes of a piece's second pass.
@@ -90,10 +90,11 @@ def merge_terms(pieces: Tensor) -> Tensor:
 
 
 def write_statistics(
-    statistics: Tensor,  # (5, n) written; see STATISTICS
+    statistics: Tensor,  # (6, n) written; see STATISTICS
     rows: Rows,
     terms: Tensor,  # merged TERMS
     all_statistics: bool,
+    gate: Tensor | None = None,  # (n,)
 ) -> None:
     """The planes of STATISTICS from what all pieces together say."""
     statistics[0] = terms[0].clamp(min=0.0)
@@ -102,3 +103,17 @@ def write_statistics(
         statistics[2] = rows.lse_s
         statistics[3] = rows.lse_t
         statistics[4] = terms[2] == terms[3]
+        if gate is not None:
+            statistics[5] = gate
+
+
+def gate_from(total: Tensor, gate: str) -> tuple[Tensor, Tensor]:
+    """The gate w and 1 - w of `gated_kl`, (n,) each, from KL(p || q) ("kl") or the total variation ("tv"), (n,).
+
+    Infinite where the teacher forbids what the student may say; the gate is 1 there.
+    """
+    if gate == "tv":
+        w = total.clamp(0.0, 1.0)
+        return w, 1.0 - w
+    rest = torch.exp(-total.clamp(min=0.0))
+    return -torch.expm1(-total.clamp(min=0.0)), rest

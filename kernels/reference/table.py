@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TAILS = ("none", "renormalize", "bucket")
+GATES = ("kl", "tv")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Divergence:
     ends: Mapping[float, str] = field(default_factory=dict)  # values of its number at which it is another divergence
     two_passes: bool = False  # E_p[phi] is known before the terms, so that the gradient needs no pass of its own
     infinite: str = ""  # the side that makes it infinite by forbidding what the other may say
-    mode_seeking: bool = False  # hardly any gradient for what the student never says, however likely for the teacher
+    blind: bool = False  # hardly any gradient for what the student never says, however likely for the teacher
 
 
 PARAMETERS = {
@@ -45,25 +46,28 @@ PARAMETERS = {
         Parameter("alpha", 0.1, lambda x: 0 <= x < 1, "in 0..1, 1 excluded (0: no skew)"),
         Parameter("k", 256, lambda x: type(x) is int and x > 0, "a positive integer"),
         Parameter("tail", "none", TAILS.__contains__, f"one of {', '.join(map(repr, TAILS))}"),
+        Parameter("gate", "kl", GATES.__contains__, f"one of {', '.join(map(repr, GATES))}"),
     )
 }
 DIVERGENCES = {
     row.name: row
     for row in (
-        Divergence("reverse_kl", 0, two_passes=True, infinite="teacher", mode_seeking=True),
+        Divergence("reverse_kl", 0, two_passes=True, infinite="teacher", blind=True),
         Divergence("forward_kl", 1, two_passes=True, infinite="student"),
-        Divergence("jsd", 2, ("beta",), {0.0: "forward_kl", 1.0: "reverse_kl"}),
-        Divergence("skew_reverse_kl", 3, ("alpha",), {0.0: "reverse_kl"}),
-        Divergence("skew_forward_kl", 4, ("alpha",), {0.0: "forward_kl"}),
-        Divergence("topk_reverse_kl", None, ("k", "tail"), mode_seeking=True),
+        Divergence("jsd", 2, ("beta",), {0.0: "forward_kl", 1.0: "reverse_kl"}, blind=True),
+        Divergence("skew_reverse_kl", 3, ("alpha",), {0.0: "reverse_kl"}, blind=True),
+        Divergence("skew_forward_kl", 4, ("alpha",), {0.0: "forward_kl"}, blind=True),
+        Divergence("gated_kl", 5, ("gate",), two_passes=True, infinite="student"),  # a pass more for the gate "tv"
+        Divergence("topk_reverse_kl", None, ("k", "tail"), blind=True),
     )
 }
 
 
-def row_of(divergence: str, parameter: float) -> Divergence:
+def row_of(divergence: str, parameter: float, gate: str = "kl") -> Divergence:
     """The row of a divergence that has a kernel.
 
-    Raises ValueError for a name or a number that the kernels do not know: at its ends a divergence is another one.
+    Raises ValueError for what the kernels do not know: a name, a gate, or a number (at its ends a divergence is another
+    one).
     """
     row = DIVERGENCES.get(divergence)
     if row is None or row.code is None:
@@ -71,4 +75,6 @@ def row_of(divergence: str, parameter: float) -> Divergence:
         raise ValueError(f"divergence is {divergence!r}; expected one of {known}")
     if row.ends and not 0.0 < parameter < 1.0:
         raise ValueError(f"parameter is {parameter}; {divergence} needs one between 0 and 1, both excluded")
+    if "gate" in row.parameters:
+        PARAMETERS["gate"].check(gate)
     return row

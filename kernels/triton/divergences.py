@@ -278,11 +278,12 @@ def divergence_rows(
     student: Logits,  # z (n, V) float32, unit column stride
     teacher: Logits,
     row_weights: Tensor,  # (n,) float32
-    statistics: Tensor,  # (5, n) float32
+    statistics: Tensor,  # (6, n) float32
     gradient: Tensor | None,  # (n, V) float32 or bf16; may be the student's z, but no other view of the logits' memory
     *,
     divergence: str = "reverse_kl",
     parameter: float = 0.0,
+    gate: str = "kl",
     all_statistics: bool = True,
     scratch: Tensor | None = None,  # the reference's; unused
     gather: Gather = None,
@@ -291,7 +292,7 @@ def divergence_rows(
 ) -> None:
     """Arguments as in `reference.divergences.divergence_rows`; splits as in `split_blocks`. The logits survive unless
     the gradient is the student's z. Two gathers; scratch is 11 floats per row and split."""
-    row = row_of(divergence, parameter)
+    row = row_of(divergence, parameter, gate)
     pair = Pair.of(student, teacher)
     n, columns = student.z.shape
     if n == 0:

@@ -167,7 +167,7 @@ def reverse_kl_rows(
     student: Logits,  # z (n, V) float32, unit column stride
     teacher: Logits,
     row_weights: Tensor,  # (n,) float32
-    statistics: Tensor,  # (5, n) float32
+    statistics: Tensor,  # (6, n) float32
     gradient: Tensor | None,  # (n, V) float32 or bf16; may be the student's z, but no other view of the logits' memory
     *,
     all_statistics: bool = True,

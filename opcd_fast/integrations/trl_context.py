@@ -38,9 +38,8 @@ class ContextDistillationTrainer(DistillationTrainer):
     """TRL's DistillationTrainer with a teacher that sees a context and a student that does not.
 
     The student answers the data set's prompts (TRL's sampling: transformers or vLLM). The teacher reads the context
-    once (`ContextTeacher`) and scores those answers after it. The loss is the divergence of `DistillationConfig.beta`
-    over the full vocabulary at its `temperature`, from hidden states of packed rows; beta=1.0, TRL's default, is the
-    reverse KL.
+    once (`ContextTeacher`) and scores those answers after it. The loss is over the full vocabulary at the config's
+    `temperature`, from hidden states of packed rows.
 
     Args:
         model: a name or a model, PEFT-wrapped or not, as for DistillationTrainer.
@@ -51,6 +50,8 @@ class ContextDistillationTrainer(DistillationTrainer):
             everywhere in TRL), and perhaps `privileged_context` (text or messages).
         teacher_model: a frozen model with the same vocabulary. None: the student without its adapter, which needs a
             PEFT model or `peft_config`.
+        distillation: the divergence, as keywords of `fused_linear_divergence`: {"divergence": "reverse_kl"}. None: the
+            gated KL, or with another `DistillationConfig.beta` than TRL's default of 1 the JSD of that beta.
         teacher_path: how the teacher reads its context, see `ContextTeacher`.
         others: as for DistillationTrainer.
 
@@ -78,6 +79,7 @@ class ContextDistillationTrainer(DistillationTrainer):
         teacher_model: Any = None,
         peft_config: Any = None,
         teacher_path: str = "auto",
+        distillation: dict[str, Any] | None = None,
         **others: Any,
     ) -> None:
         if teacher_model is None and peft_config is None and not hasattr(model, "peft_config"):
@@ -93,6 +95,10 @@ class ContextDistillationTrainer(DistillationTrainer):
         )  # fmt: skip
         refuse_settings(self)
         refuse_sharding(self)
+        if distillation and self.beta != 1.0:
+            raise InputError(f"args.beta={self.beta} and distillation= both choose a divergence; leave one of them out")
+        own = {"divergence": "gated_kl"} if self.beta == 1.0 else {"divergence": "jsd", "beta": self.beta}
+        self._distillation = distillation or own
         self._context = None if context is None else read_context(context)
         self._prefixes: dict[str, tuple[int, tuple[int, ...]]] = {}  # by context, as JSON
         groups = self._read_all(train_dataset, eval_dataset)
@@ -176,11 +182,13 @@ class ContextDistillationTrainer(DistillationTrainer):
 
         h_t = score() if self.teacher_model is None else inside_forward(self.teacher_model, teacher.model, score)
         loss, stats = divergence(
-            h_s, self._heads(unwrapped_student), h_t, teacher.head, divergence="jsd", beta=self.beta,
-            temperature=self.temperature, denominator=num_items_in_batch, return_stats=True,
+            h_s, self._heads(unwrapped_student), h_t, teacher.head, temperature=self.temperature,
+            denominator=num_items_in_batch, return_stats=True, **self._distillation,
         )  # fmt: skip
         mode = "train" if unwrapped_student.training else "eval"
         self._metrics[mode]["top1_agreement"].append(stats.top1_agreement.mean().item())
+        if stats.gate is not None:
+            self._metrics[mode]["gate"].append(stats.gate.mean().item())
         return loss, stats.student_entropy.sum(), torch.tensor(len(batch.response_ids), device=loss.device)
 
 

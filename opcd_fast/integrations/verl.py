@@ -1,4 +1,4 @@
-"""verl 0.9: the exact reverse KL to a teacher that sees a context, as a distillation loss of its own name.
+"""verl 0.9: the exact KL to a teacher that sees a context, reverse or gated, as a distillation loss of its own name.
 
 verl's teacher is a server that sends log-probabilities of some tokens, so its losses are over those. Here the teacher
 is the actor itself without its LoRA adapter and with the context in front, run inside the actor's own forward, and the
@@ -27,8 +27,8 @@ from opcd_fast.loss import LMHead
 from opcd_fast.models import load_tokenizer, seam
 from opcd_fast.teacher import ContextTeacher
 
-LOSS = "opcd_reverse_kl"
-"""verl's `distillation.distillation_loss.loss_mode` for it."""
+LOSSES = {"opcd_reverse_kl": "reverse_kl", "opcd_gated_kl": "gated_kl"}
+"""verl's `distillation.distillation_loss.loss_mode`, and the divergence that it is."""
 
 Teach = Callable[[Any, Tensor, Tensor], tuple[Tensor, LMHead | None, Tensor]]
 """(model, ids (N,), cu_seqlens (B + 1,)) -> (hidden states (M, D), their head, positions in the row (M,)); None for the
@@ -36,54 +36,68 @@ head of the model that is trained."""
 
 
 def register() -> None:
-    """Make `LOSS` known to verl in this process. A second call does nothing."""
+    """Make `LOSSES` known to verl in this process. A second call does nothing."""
     from verl.trainer.distillation import losses
 
-    if LOSS not in losses.DISTILLATION_LOSS_REGISTRY:
-        settings = losses.DistillationLossSettings(names=[LOSS], use_topk=True)  # the kind that is computed in forward
-        losses.register_distillation_loss(settings)(reverse_kl_of_response)
+    if not LOSSES.keys() & losses.DISTILLATION_LOSS_REGISTRY.keys():
+        # of the kind that is computed in forward
+        settings = losses.DistillationLossSettings(names=list(LOSSES), use_topk=True)
+        losses.register_distillation_loss(settings)(kl_of_response)
 
 
-def reverse_kl_of_response(
+def kl_of_response(
     config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any
 ) -> tuple[Tensor, dict[str, Any]]:
     """The distillation loss function that verl calls: ((B, response length) losses, metrics).
 
     Nothing is clamped, `topk` and `log_prob_min_clamp` do not enter. Raises RuntimeError when what the forward left is
-    not the reverse KL of `with_reverse_kl`.
+    not of `with_divergence`, or of another divergence.
     """
-    from verl.workers.utils.padding import no_padding_2_padding
-
-    strategy = getattr(config, "strategy", None)
+    strategy, name = getattr(config, "strategy", None), distillation_config.distillation_loss.loss_mode
     if "distillation_losses" not in model_output or "overlap_count" in model_output or strategy not in _STRATEGIES:
         raise RuntimeError(
-            f"loss_mode={LOSS}: the actor's forward did not compute it (strategy {strategy!r}). It needs "
+            f"loss_mode={name}: the actor's forward did not compute it (strategy {strategy!r}). It needs "
             "OPCD_VERL_CONTEXT (or teach_with_context) in every worker, an fsdp or fsdp2 actor, use_fused_kernels=True "
             "and use_remove_padding=True"
         )
+    if LOSSES[name] != _computed:
+        raise RuntimeError(
+            f"loss_mode={name}, but the actor's forward computed {_computed!r}; set in every worker "
+            f"OPCD_VERL_DIVERGENCE={LOSSES[name]}"
+        )
+    from verl.workers.utils.padding import no_padding_2_padding
+
     losses = no_padding_2_padding(model_output["distillation_losses"], data)
     mask = data["response_mask"]
     mask = (mask.to_padded_tensor(0) if mask.is_nested else mask).bool()
     scored = losses.detach()[mask]
-    return losses, {"distillation/reverse_kl": scored.mean().item() if scored.numel() else 0.0}
+    return losses, {f"distillation/{_computed}": scored.mean().item() if scored.numel() else 0.0}
 
 
 _STRATEGIES = ("fsdp", "fsdp2")
+_computed: str | None = None  # by the last forward of this process
 
 
-def with_reverse_kl(forward: Callable[..., Any], teach: Teach, head_of: Callable[[Any], LMHead]) -> Callable[..., Any]:
-    """verl's fused forward of a …ForCausalLM, with the reverse KL of each token in its output while it is trained.
+def with_divergence(
+    forward: Callable[..., Any], teach: Teach, head_of: Callable[[Any], LMHead], which: str = "reverse_kl"
+) -> Callable[..., Any]:
+    """verl's fused forward of a …ForCausalLM, with the divergence of each token in its output while it is trained.
 
     forward: as in `verl.models.transformers.dense_common`: packed `input_ids` and `position_ids` (1, N), one
-    temperature, no logits. teach: the teacher; runs without gradients. head_of: the model's own head.
+    temperature, no logits. teach: the teacher; runs without gradients. head_of: the model's own head. which: the
+    divergence, of those in `LOSSES`; ValueError for another.
 
     Where gradients are wanted the output has `fused_linear_aux` with `distillation_losses`, `student_mass` and
-    `teacher_mass`, each (1, N), which verl's FSDP engine collects: the KL in nats, 0 where `teach` gives no position,
-    and masses of 1, because all tokens of the vocabulary are compared.
+    `teacher_mass`, each (1, N), which verl's FSDP engine collects: the value in nats, 0 where `teach` gives no
+    position, and masses of 1, because all tokens of the vocabulary are compared.
     """
+
+    if which not in LOSSES.values():
+        raise ValueError(f"divergence is {which!r}; with verl it must be one of {', '.join(LOSSES.values())}")
 
     @wraps(forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _computed
         if not (self.training and torch.is_grad_enabled()):  # verl's log-probabilities of old answers
             return forward(self, *args, **kwargs)
         states: list[Tensor] = []
@@ -98,13 +112,15 @@ def with_reverse_kl(forward: Callable[..., Any], teach: Teach, head_of: Callable
             h_t, head_t, positions = teach(self, ids, cu_seqlens)
         h_s = states[0][0].index_select(0, positions)
         head = head_of(self)
-        kl = divergence(h_s, head, h_t, head_t or head, temperature=temperature, reduction="none")
+        options = {"divergence": which, "temperature": temperature, "reduction": "none"}
+        kl = divergence(h_s, head, h_t, head_t or head, **options)
+        _computed = which
         row = kl.new_zeros(ids.numel()).index_copy(0, positions, kl).unsqueeze(0)
         mass = torch.ones_like(row)
         output.fused_linear_aux = SimpleNamespace(distillation_losses=row, student_mass=mass, teacher_mass=mass)
         return output
 
-    wrapped.computes_reverse_kl = True  # type: ignore[attr-defined]
+    wrapped.computes_divergence = True  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -211,10 +227,13 @@ class HeadBehind:
         return replace(self._known[model], weight=layer.weight, bias=layer.bias)
 
 
-def teach_with_context(context: str | Path | Sequence[Message], *, tokenizer: Any = None) -> Callable[[], None]:
+def teach_with_context(
+    context: str | Path | Sequence[Message], *, tokenizer: Any = None, which: str = "reverse_kl"
+) -> Callable[[], None]:
     """Every model to which verl gives a fused forward from now on, in this process, learns from itself with `context`.
 
     Call it before verl builds its models, in every worker. tokenizer: None loads the one beside the model's weights.
+    which: the divergence, see `with_divergence`.
     Returns a function that takes it back (models that have their forward keep it).
     """
     from verl.models.transformers import monkey_patch
@@ -230,10 +249,10 @@ def teach_with_context(context: str | Path | Sequence[Message], *, tokenizer: An
         give_forward(model, use_fused_kernels, fused_kernels_backend)
         if kind.forward is before:
             return  # no fused forward was asked for; the loss will say that it needs one
-        if not hasattr(before, "computes_reverse_kl"):
+        if not hasattr(before, "computes_divergence"):
             plain[kind] = before
         words = tokenizer or load_tokenizer(model.config._name_or_path)
-        kind.forward = with_reverse_kl(kind.forward, ContextInFront(words, told), HeadBehind(plain[kind]))
+        kind.forward = with_divergence(kind.forward, ContextInFront(words, told), HeadBehind(plain[kind]), which)
 
     def take_back() -> None:
         monkey_patch.patch_forward_with_backends = give_forward

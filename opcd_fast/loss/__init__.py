@@ -7,7 +7,7 @@ from opcd_fast.runtime.doors import door
 if TYPE_CHECKING:
     from opcd_fast.loss.api import LossStats, fused_linear_divergence, fused_linear_reverse_kl, reverse_kl
     from opcd_fast.loss.divergences import (
-        ALPHA, BETA, DIVERGENCES, PARAMETERS, TAIL, K, check_divergence, unused_parameter,
+        ALPHA, BETA, DIVERGENCES, GATE, PARAMETERS, TAIL, K, check_divergence, unused_parameter,
     )  # fmt: skip
     from opcd_fast.loss.heads import LMHead, same_vocabulary
     from opcd_fast.loss.importance import Drift, importance_weights, trainer_logprobs

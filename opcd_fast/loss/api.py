@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast.loss.chunks import Spec, Wanted, accumulation_target, compute_dtype, sharding
-from opcd_fast.loss.divergences import ALPHA, BETA, DIVERGENCES, TAIL, K, check_divergence
+from opcd_fast.loss.divergences import ALPHA, BETA, DIVERGENCES, GATE, TAIL, K, check_divergence
 from opcd_fast.loss.heads import LMHead
 from opcd_fast.loss.inputs import (
     as_head,
@@ -61,6 +61,7 @@ class LossStats:
     student_logsumexp: Tensor  # of logits / temperature over the valid vocabulary
     teacher_logsumexp: Tensor
     top1_agreement: Tensor  # 1.0 where both models rank the same token first, else 0.0
+    gate: Tensor | None = None  # "gated_kl": the forward KL's share, in 0..1; None for other divergences
 
 
 def fused_linear_reverse_kl(
@@ -133,6 +134,7 @@ def fused_linear_divergence(
     alpha: float = ALPHA,
     k: int = K,
     tail: str = TAIL,
+    gate: str = GATE,
     token_weights: Tensor | None = None,
     temperature: float = 1.0,
     reduction: str = "mean",
@@ -156,15 +158,19 @@ def fused_linear_divergence(
                            with both models normalised over the whole vocabulary (what the OPCD authors' code
                            minimises with k=256; it can be negative), "renormalize" normalises over them, "bucket"
                            counts all other tokens as one more
+        "gated_kl"         (1 - w) KL(p || q) + w KL(q || p), w held constant. gate="kl": w = 1 - exp(-KL(p || q));
+                           gate="tv": w = sum |p - q| / 2, a pass more. Near the teacher it is the reverse KL; where the
+                           teacher wants what the student never says, where that has no gradient, the forward one. w is
+                           1 where KL(p || q) is infinite
 
-    The forward KL is infinite, with gradient 0, where the student gives probability 0 to a token that the teacher
-    gives more; the JSD and the skewed divergences are always finite. A parameter of another divergence is checked and
-    not used. All other arguments, the result and the errors as in `fused_linear_reverse_kl`; `LossStats.token_kl`
-    holds the value of the divergence asked for.
+    The forward KL and the gated one are infinite, with gradient 0, where the student gives probability 0 to a token
+    that the teacher gives more; the JSD and the skewed divergences are always finite. A parameter of another divergence
+    is checked and not used. All other arguments, the result and the errors as in `fused_linear_reverse_kl`;
+    `LossStats.token_kl` holds the value of the divergence asked for.
     """
     student, teacher = as_head(student_head, "student_head"), as_head(teacher_head, "teacher_head")
     leading = check_pair(student_hidden, student, teacher_hidden, teacher)
-    chosen = check_divergence(divergence, {"beta": beta, "alpha": alpha, "k": k, "tail": tail})
+    chosen = check_divergence(divergence, {"beta": beta, "alpha": alpha, "k": k, "tail": tail, "gate": gate})
     if DIVERGENCES[chosen.divergence].code is None and student.group is not None:
         raise ValueError(
             f"divergence={divergence!r} needs the whole vocabulary on every rank; gather the head, and leave its "
@@ -204,7 +210,8 @@ def fused_linear_divergence(
         loss = loss.reshape(leading)
     if not return_stats:
         return loss
-    return loss, LossStats(*(plane.reshape(leading) for plane in statistics.float()))
+    stats = LossStats(*(plane.reshape(leading) for plane in statistics.float()))
+    return loss, stats if chosen.divergence == "gated_kl" else replace(stats, gate=None)
 
 
 def reverse_kl(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from opcd_fast.kernels.reference import DIVERGENCES, PARAMETERS
 
 # What a caller gets who names no parameter.
-BETA, ALPHA, K, TAIL = (PARAMETERS[name].default for name in ("beta", "alpha", "k", "tail"))
+BETA, ALPHA, K, TAIL, GATE = (PARAMETERS[name].default for name in ("beta", "alpha", "k", "tail", "gate"))
 
 
 class Chosen(NamedTuple):

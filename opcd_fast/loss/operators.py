@@ -53,7 +53,7 @@ def linear_divergence_op(
     numbers: Sequence[float],
     words: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics (5, N), dH, dW, db); a gradient that is not wanted is empty. The last parameters, from
+    """(loss, statistics (6, N), dH, dW, db); a gradient that is not wanted is empty. The last parameters, from
     vocab_size on, are `Spec.packed()`; its backend may be "auto"."""
     student, teacher = Side(h_s, w_s, b_s), Side(h_t, w_t, b_t)
     dtype = compute_dtype(h_s, w_s, h_t, w_t)

@@ -21,7 +21,7 @@ from opcd_fast.loss.chunks import (
     scratch_planes,
     upcast_tile,
 )
-from opcd_fast.loss.divergences import ALPHA, BETA, TAIL, K, check_divergence
+from opcd_fast.loss.divergences import ALPHA, BETA, GATE, TAIL, K, check_divergence
 from opcd_fast.loss.heads import LMHead
 
 
@@ -55,6 +55,7 @@ def scratch_bytes(
     alpha: float = ALPHA,
     k: int = K,
     tail: str = TAIL,
+    gate: str = GATE,
 ) -> int:
     """Bytes at the worst moment of one call of `fused_linear_divergence` on `rows` rows, statistics included.
 
@@ -63,7 +64,7 @@ def scratch_bytes(
     where it is trained. The other arguments are those of the loss.
     """
     v = min(student.valid_size, teacher.valid_size)
-    chosen = check_divergence(divergence, {"beta": beta, "alpha": alpha, "k": k, "tail": tail})
+    chosen = check_divergence(divergence, {"beta": beta, "alpha": alpha, "k": k, "tail": tail, "gate": gate})
     spec = Spec(
         v, workspace_bytes, backend, True, student.scale, teacher.scale, student.softcap, teacher.softcap, 1.0, *chosen
     )

@@ -1,9 +1,9 @@
 """On-policy context distillation, the loop.
 
 Each step: the student answers prompts without the context; the teacher, which sees the context, and the student
-score every token of those answers; the student's weights move down the full-vocabulary reverse KL to the teacher
-(arXiv 2602.12275, Eq. 1). `OPCDTrainer._train_step` is the method; everything above it prepares and repeats it,
-everything below it keeps records.
+score every token of those answers; the student's weights move down the full-vocabulary KL to the teacher, the reverse
+one (arXiv 2602.12275, Eq. 1) where they are near it. `OPCDTrainer._train_step` is the method; everything above it
+prepares and repeats it, everything below it keeps records.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from opcd_fast.training.answers import answer_source, sampling_of
 from opcd_fast.training.assembly import Given, assemble
 from opcd_fast.training.interruption import Interrupted, Interruption
 from opcd_fast.training.monitoring import Journal, TrainResult, check_finite, fixed_sequences, held_out_record
-from opcd_fast.training.run import Saved, write_record
+from opcd_fast.training.run import Saved, as_started, write_record
 from opcd_fast.training.scorer import Scorer
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import check_context_matters, objective_of, step_record
@@ -71,7 +71,7 @@ class OPCDTrainer:
         trackers: Sequence[Any] = (),
         quiet: bool = False,
     ) -> None:
-        self.config = config = config or OPCDConfig()
+        self.config = config = as_started(config or OPCDConfig())
         self.tokenizer, self.callbacks, self.quiet = tokenizer, tuple(callbacks), quiet
         given = Given(
             model, tokenizer, context, prompts, teacher_model, eval_prompts, teacher_tokenizer, scorer, trackers

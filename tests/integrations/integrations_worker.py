@@ -91,7 +91,7 @@ def verl_forward(folder):
     sequences = alone.rows(tokenizer)
     wanted = torch.cat([kl.detach() for kl in alone.response_kl(lora_model(), sequences, 1.0)])
     teach, head = verl.ContextInFront(tokenizer, alone.CONTEXT), verl.HeadBehind(LlamaForCausalLM.forward)
-    LlamaForCausalLM.forward = verl.with_reverse_kl(alone.fused, teach, head)
+    LlamaForCausalLM.forward = verl.with_divergence(alone.fused, teach, head)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from loss_oracle import token_kl64
+from loss_oracle import divergence64
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -30,7 +30,7 @@ def chats(**columns):
     )
 
 
-def make(tmp_path, model=None, *, context=CONTEXT, train=None, tokenizer=None, others=None, **more):
+def make(tmp_path, model=None, *, context=CONTEXT, train=None, tokenizer=None, others=None, distillation=None, **more):
     import trl
 
     options = {"max_completion_length": 6, "learning_rate": 2e-2, **more}
@@ -38,7 +38,7 @@ def make(tmp_path, model=None, *, context=CONTEXT, train=None, tokenizer=None, o
         tiny_model(1) if model is None else model, context,
         trl.DistillationConfig(**settings(tmp_path, **options)), chats() if train is None else train,
         processing_class=tokenizer or tiny_tokenizer(),
-        **({"peft_config": lora()} if others is None else others),
+        distillation=distillation, **({"peft_config": lora()} if others is None else others),
     )  # fmt: skip
 
 
@@ -55,17 +55,17 @@ def oracle(trainer, student, teacher, inputs, context_of):
         for model, before in ((student, prompt), (teacher, seen)):
             ids = torch.tensor([[*before, *answer]])
             z.append(model(ids).logits[0, len(before) - 1 : -1].double() / trainer.temperature)
-        total = total + token_kl64(z[0], z[1].detach()).sum()
+        total = total + divergence64(z[0], z[1].detach(), trainer._distillation["divergence"]).sum()
         count += len(answer)
     return total, count
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_loss_and_gradients_are_those_of_plain_forwards(tmp_path, accumulate):
+@pytest.mark.parametrize(("accumulate", "distillation"), [(1, {"divergence": "reverse_kl"}), (2, None)])
+def test_loss_and_gradients_are_those_of_plain_forwards(tmp_path, accumulate, distillation):
     model = lora_model()
     trainer = make(
         tmp_path, model, others={}, temperature=0.8, gradient_accumulation_steps=accumulate,
-        gradient_checkpointing=True, max_steps=2,
+        gradient_checkpointing=True, max_steps=2, distillation=distillation,
     )  # fmt: skip
     ours, seen, prefixes = trainer._compute_loss, [], []
 
@@ -93,6 +93,8 @@ def test_loss_and_gradients_are_those_of_plain_forwards(tmp_path, accumulate):
         assert error < 1e-4 and tokens == count
     assert all(read == prefixes[0] for read in prefixes)  # the context is read once
     assert trainer.context_teacher.path == "merge"
+    gates = [entry["gate"] for entry in trainer.state.log_history if "gate" in entry]
+    assert bool(gates) == (distillation is None) and all(0 < gate < 1 for gate in gates)
 
 
 class _Base:
@@ -183,6 +185,7 @@ def test_refuses_before_a_step(tmp_path):
         ({"context": None}, "context is missing"),
         ({"context": " "}, "context is empty"),
         ({"train": stream}, "train_dataset is a stream"),
+        ({"distillation": {"divergence": "gated_kl"}, "beta": 0.5}, "args.beta=0.5 and distillation="),
         ({"train": long}, "by [0-9]+; shorten the prompt"),
         ({"others": {"peft_config": lora(), "tools": [print]}}, "tools are not supported"),
         (

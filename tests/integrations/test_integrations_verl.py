@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from loss_oracle import relative_error, token_kl64
+from loss_oracle import divergence64, relative_error
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -51,14 +51,14 @@ def packed(sequences):
     return {"input_ids": torch.cat(ids)[None], "position_ids": positions[None]}
 
 
-def response_kl(model, sequences, temperature):
-    """[(T,) KL of every token of every answer], float64 and differentiable in the student, by plain forwards."""
+def response_kl(model, sequences, temperature, which="reverse_kl"):
+    """[(T,) value at every token of every answer], float64 and differentiable in the student, by plain forwards."""
     result = []
     for prompt, seen, answer in sequences:
         z_s = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         with torch.no_grad(), model.disable_adapter():
             z_t = model(torch.tensor([[*seen, *answer]])).logits[0, len(seen) - 1 : -1]
-        result.append(token_kl64(z_s.double() / temperature, z_t.double() / temperature))
+        result.append(divergence64(z_s.double() / temperature, z_t.double() / temperature, which))
     return result
 
 
@@ -77,20 +77,22 @@ def answers_of(row, sequences):
     return parts
 
 
-@pytest.mark.parametrize("temperature", [1.0, torch.full((1, 3), 0.7)], ids=["one", "tensor"])
-def test_the_forwards_kl_is_that_of_plain_forwards(temperature):
+@pytest.mark.parametrize(
+    ("temperature", "which"), [(1.0, "reverse_kl"), (torch.full((1, 3), 0.7), "gated_kl")], ids=["one", "tensor"]
+)
+def test_the_forwards_kl_is_that_of_plain_forwards(temperature, which):
     model, tokenizer = lora_model(), tiny_tokenizer()
     sequences = rows(tokenizer)
     base = model.get_base_model()
     head = LMHead.from_model(base)
-    forward = ours.with_reverse_kl(fused, ours.ContextInFront(tokenizer, CONTEXT), lambda _: head)
+    forward = ours.with_divergence(fused, ours.ContextInFront(tokenizer, CONTEXT), lambda _: head, which)
     model.train()
     output = forward(base, **packed(sequences), temperature=temperature, return_dict=True)
     aux = output.fused_linear_aux
     assert aux.distillation_losses.shape == aux.student_mass.shape == packed(sequences)["input_ids"].shape
     assert bool((aux.student_mass == 1).all() and (aux.teacher_mass == 1).all())
     got = answers_of(aux.distillation_losses, sequences)
-    wanted = response_kl(model, sequences, float(torch.as_tensor(temperature).flatten()[0]))
+    wanted = response_kl(model, sequences, float(torch.as_tensor(temperature).flatten()[0]), which)
     for mine, theirs in zip(got, wanted, strict=True):
         assert float(theirs.detach().max()) > 1e-2
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-6)
@@ -100,12 +102,21 @@ def test_the_forwards_kl_is_that_of_plain_forwards(temperature):
     assert relative_error(*flat) < 1e-4
 
 
+def test_another_divergence_than_the_losss_is_refused(monkeypatch):
+    monkeypatch.setattr(ours, "_computed", "reverse_kl")
+    settings = SimpleNamespace(distillation_loss=SimpleNamespace(loss_mode="opcd_gated_kl"))
+    with pytest.raises(RuntimeError, match="OPCD_VERL_DIVERGENCE=gated_kl"):
+        ours.kl_of_response(SimpleNamespace(strategy="fsdp"), settings, {"distillation_losses": None}, {})
+    with pytest.raises(ValueError, match="divergence is 'jsd'"):
+        ours.with_divergence(fused, None, None, "jsd")
+
+
 def test_old_answers_are_scored_without_the_teacher():
     def teach(*_):
         raise AssertionError("the teacher ran")
 
     model = lora_model().get_base_model()
-    forward = ours.with_reverse_kl(fused, teach, LMHead.from_model)
+    forward = ours.with_divergence(fused, teach, LMHead.from_model)
     row = packed(rows(tiny_tokenizer()))
     with torch.no_grad():
         assert not hasattr(forward(model.train(), **row), "fused_linear_aux")
@@ -141,7 +152,7 @@ def test_refuses_what_would_be_wrong():
     teach = ours.ContextInFront(tokenizer, CONTEXT)
     row = packed(rows(tokenizer))
     model = tiny_model(1).train()
-    forward = ours.with_reverse_kl(fused, teach, LMHead.from_model)
+    forward = ours.with_divergence(fused, teach, LMHead.from_model)
     with pytest.raises(RuntimeError, match="set actor_rollout_ref.model.lora_rank"):
         forward(model, **row)
     own = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
@@ -200,7 +211,7 @@ def test_registers_its_own_name_once(monkeypatch):
     registry = stub(monkeypatch)
     ours.register()
     ours.register()
-    assert registry == {"opcd_reverse_kl": ours.reverse_kl_of_response}
+    assert registry == dict.fromkeys(("opcd_reverse_kl", "opcd_gated_kl"), ours.kl_of_response)
 
 
 def test_a_plugin_that_fails_says_so(monkeypatch, caplog):

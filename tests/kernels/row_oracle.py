@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from loss_oracle import divergence64
+from loss_oracle import divergence64, gate64
 
 from opcd_fast.kernels.csrc import native
 from opcd_fast.kernels.reference import Logits
@@ -16,9 +16,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")
 CASES = [
     ("reverse_kl", 0.0), ("forward_kl", 0.0), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.97), ("skew_reverse_kl", 0.1),
-    ("skew_reverse_kl", 0.9), ("skew_forward_kl", 0.1), ("skew_forward_kl", 0.9),
+    ("skew_reverse_kl", 0.9), ("skew_forward_kl", 0.1), ("skew_forward_kl", 0.9), ("gated_kl", "kl"),
+    ("gated_kl", "tv"),
 ]  # fmt: skip
-FEW = [CASES[0], CASES[1], CASES[3], CASES[5], CASES[7]]  # one of each divergence
+FEW = [CASES[0], CASES[1], CASES[3], CASES[5], CASES[7], *CASES[9:]]  # one of each divergence, both gates
 LEVELS = native.supported_levels() if native.available() else ()
 KINDS = ["torch", "triton", "triton, a program a row", *LEVELS]
 
@@ -58,6 +59,12 @@ def logits64(side, z):
     return (z if side.softcap is None else torch.tanh(z / side.softcap) * side.softcap) / side.temperature
 
 
+def keywords(case):
+    """A case as a row operation takes it."""
+    name, parameter = case
+    return {"divergence": name, "gate" if name == "gated_kl" else "parameter": parameter}
+
+
 def oracle(case, student, teacher, weights):
     """Statistics and gradient in float64."""
     leaf = student.z.double().clone().requires_grad_()
@@ -65,14 +72,17 @@ def oracle(case, student, teacher, weights):
     exists = ~(torch.isinf(z_s.detach()) & torch.isinf(z_t))  # a token that both forbid does not
     low = torch.finfo(torch.float64).min / 4
     z_s, z_t = torch.where(exists, z_s, low), torch.where(exists, z_t, low)
-    value = divergence64(z_s, z_t, case[0], beta=case[1], alpha=case[1])
+    value = divergence64(z_s, z_t, case[0], beta=case[1], alpha=case[1], gate=case[1])
     (value * weights.double()).sum().backward()
     gradient = leaf.grad.masked_fill((value == INF).unsqueeze(-1), 0.0)
     log_p = z_s.detach().log_softmax(-1)
     entropy = -torch.where(log_p > -700, log_p.exp() * log_p, 0.0).sum(-1)
     agreement = z_s.argmax(-1) == z_t.argmax(-1)
     lse_s, lse_t = z_s.detach().logsumexp(-1), z_t.logsumexp(-1)
-    return torch.stack([value.detach(), entropy, lse_s, lse_t, agreement.double()]), gradient
+    gate = torch.zeros_like(lse_s)
+    if case[0] == "gated_kl":
+        gate = gate64(z_s.detach().log_softmax(-1), z_t.log_softmax(-1), case[1])
+    return torch.stack([value.detach(), entropy, lse_s, lse_t, agreement.double(), gate]), gradient
 
 
 def run(rows, case, student, teacher, weights, gradient=True, dtype=None, **options):
@@ -82,9 +92,9 @@ def run(rows, case, student, teacher, weights, gradient=True, dtype=None, **opti
         for side in (student, teacher)
     ]
     kind = torch.float64 if student.z.dtype == torch.float64 else torch.float32
-    statistics = torch.zeros(5, len(student.z), dtype=kind, device=DEVICE)
+    statistics = torch.zeros(6, len(student.z), dtype=kind, device=DEVICE)
     g = torch.full(student.z.shape, 7.0, dtype=dtype or kind, device=DEVICE) if gradient else None
-    rows(*copies, weights.to(DEVICE, kind), statistics, g, divergence=case[0], parameter=case[1], **options)
+    rows(*copies, weights.to(DEVICE, kind), statistics, g, **keywords(case), **options)
     return statistics.cpu(), None if g is None else g.cpu()
 
 

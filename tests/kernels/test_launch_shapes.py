@@ -87,7 +87,7 @@ def test_kernels_start_with_a_forced_shape():
         found = []
         for shape in ((512, 2), (128, 1), (256, 1)):
             with forced_shape("reverse_kl_rows", *shape):
-                statistics = torch.empty(5, 3)
+                statistics = torch.empty(6, 3)
                 kernel.reverse_kl_rows(z_s, z_t, torch.ones(3), statistics, None)
             found.append(statistics)
     finally:

@@ -5,10 +5,25 @@ import itertools
 
 import pytest
 import torch
-from row_oracle import CASES, DEVICE, FEW, INF, KINDS, LEVELS, check, error, implementation, inputs, oracle, pairs, run
+from row_oracle import (
+    CASES,
+    DEVICE,
+    FEW,
+    INF,
+    KINDS,
+    LEVELS,
+    check,
+    error,
+    implementation,
+    inputs,
+    keywords,
+    oracle,
+    pairs,
+    run,
+)
 
 from opcd_fast.kernels.csrc import native
-from opcd_fast.kernels.reference import DIVERGENCES, Logits, row_of
+from opcd_fast.kernels.reference import DIVERGENCES, Logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 each = pytest.mark.parametrize(("kind", "case"), pairs(FEW), ids=str)
@@ -115,7 +130,7 @@ def test_forbidden_tokens(kind, case):
     z_s[4, 4], z_t[4, 4] = -200.0, -INF
     z_s[5, 4], z_t[5, 4] = -INF, -200.0
     statistics, g = check(implementation(kind), case, student, teacher, weights)
-    infinite = {"teacher": 0, "student": 1}.get(row_of(*case).infinite)
+    infinite = {"teacher": 0, "student": 1}.get(DIVERGENCES[case[0]].infinite)
     for row in range(6):
         assert (float(statistics[0, row]) == INF) == (row == infinite)
         assert bool(g[row].any()) != (row == infinite)
@@ -167,9 +182,8 @@ def test_in_place_without_gradient_and_without_statistics(kind, case):
     assert none is None and not value_only[1:].any()
     torch.testing.assert_close(value_only[0], statistics[0], rtol=1e-6, atol=0)
     in_place, other = student.z.clone().to(DEVICE), teacher.z.clone().to(DEVICE)
-    again = torch.zeros(5, 2, device=DEVICE)
-    options = {"divergence": case[0], "parameter": case[1]}
-    rows(Logits(in_place), Logits(other), weights.to(DEVICE), again, in_place, **options)
+    again = torch.zeros(6, 2, device=DEVICE)
+    rows(Logits(in_place), Logits(other), weights.to(DEVICE), again, in_place, **keywords(case))
     assert torch.equal(in_place.cpu(), g) and torch.equal(again.cpu(), statistics)
     if kind != "torch":
         assert torch.equal(other.cpu(), teacher.z)
@@ -183,11 +197,11 @@ def test_wider_buffers_and_a_gradient_of_another_dtype(kind):
     # bf16 stores truncate in Triton's interpreter; fp16 rounds
     dtype = torch.bfloat16 if kind in LEVELS else torch.float16
     wide, buffer = torch.full((2, 768), 9.0, device=DEVICE), torch.full((2, 704), 9.0, device=DEVICE, dtype=dtype)
-    planes = torch.full((5, 8), 9.0, device=DEVICE)
+    planes = torch.full((6, 8), 9.0, device=DEVICE)
     wide[:, :700] = student.z
     implementation(kind)(
         Logits(wide[:, :700]), Logits(teacher.z.to(DEVICE)), weights.to(DEVICE), planes[:, 2:4], buffer[:, :700],
-        divergence=case[0], parameter=case[1],
+        **keywords(case),
     )  # fmt: skip
     assert (buffer[:, 700:] == 9).all() and (planes[:, :2] == 9).all() and (planes[:, 4:] == 9).all()
     assert error(buffer[:, :700].cpu(), exact) < (2e-3 if dtype == torch.float16 else 4e-3)
@@ -203,13 +217,13 @@ def test_cpp_reads_and_writes_bf16(level, case):
         _, rounded = run(rows, case, *both, weights, dtype=torch.bfloat16)
         assert torch.equal(rounded, g.bfloat16()), "not rounded to nearest even"
     z = student.z.bfloat16()
-    native.divergence_rows(Logits(z), both[1], weights, torch.zeros(5, 3), z, divergence=case[0], parameter=case[1])
+    native.divergence_rows(Logits(z), both[1], weights, torch.zeros(6, 3), z, **keywords(case))
     torch.testing.assert_close(z, rounded, rtol=2**-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_parameters_next_to_the_ends_give_numbers(level):
-    for (name, _), parameter in itertools.product(FEW[2:], (1e-9, 1 - 1e-9)):
+    for (name, _), parameter in itertools.product(FEW[2:5], (1e-9, 1 - 1e-9)):
         statistics, g = run(implementation(level), (name, parameter), *inputs(2, 300, 30.0))
         assert statistics[0].isfinite().all() and (statistics[0] >= 0).all() and g.isfinite().all()
 
@@ -232,7 +246,7 @@ def test_a_divergence_or_parameter_that_is_not_known_is_refused(kind, monkeypatc
     rows, problem = implementation(kind), inputs(1, 8)
     for case, words in (
         (("kl", 0.0), "'kl'"), (("topk_reverse_kl", 3.0), "'topk_reverse_kl'"), (("jsd", 0.0), "parameter is 0.0"),
-        (("skew_reverse_kl", 1.0), "parameter is 1.0"),
+        (("skew_reverse_kl", 1.0), "parameter is 1.0"), (("gated_kl", "lk"), "gate is 'lk'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             run(rows, case, *problem)
@@ -251,7 +265,7 @@ def test_no_rows(kind):
     for case in FEW if "a row" not in kind else FEW[:1]:
         nothing = Logits(torch.empty(0, 8))
         statistics, g = run(implementation(kind), case, nothing, nothing, torch.empty(0))
-        assert statistics.shape == (5, 0) and g.shape == (0, 8)
+        assert statistics.shape == (6, 0) and g.shape == (0, 8)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "torch"])
@@ -260,14 +274,14 @@ def test_tensors_that_a_kernel_cannot_read_are_refused(kind):
     bias = torch.zeros(64)
     good = {
         "z_s": student.z, "z_t": teacher.z, "bias_s": bias, "bias_t": bias, "row_weights": weights,
-        "statistics": torch.zeros(5, 4), "gradient": torch.empty(4, 64),
+        "statistics": torch.zeros(6, 4), "gradient": torch.empty(4, 64),
     }  # fmt: skip
     wrong = {"z_s": [student.z.double(), student.z.T.contiguous().T], "z_t": [teacher.z.half()]}
     if kind in LEVELS:
         wrong |= {
             "z_t": [teacher.z[:, :63], teacher.z[:3]], "bias_s": [bias.bfloat16(), bias[:5]],
             "bias_t": [torch.zeros(128)[::2]], "row_weights": [weights.double(), torch.zeros(8)[::2]],
-            "statistics": [torch.zeros(4, 5).T, torch.zeros(4, 4)],
+            "statistics": [torch.zeros(4, 6).T, torch.zeros(5, 4)],
             "gradient": [torch.empty(4, 64, dtype=torch.half), torch.empty(4, 128)[:, ::2]],
         }  # fmt: skip
     for name, value in ((name, value) for name, values in wrong.items() for value in values):

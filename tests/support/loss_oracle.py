@@ -45,7 +45,7 @@ def relative_error(value, reference):
     return float((value.double() - reference.double()).norm()) / (scale or 1.0)
 
 
-def divergence64(z_s, z_t, name, beta=0.5, alpha=0.1, k=256, tail="none"):
+def divergence64(z_s, z_t, name, beta=0.5, alpha=0.1, k=256, tail="none", gate="kl"):
     """The textbook formula of each divergence per row, from logits / temperature."""
     log_p, log_q = z_s.log_softmax(-1), z_t.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
@@ -60,6 +60,12 @@ def divergence64(z_s, z_t, name, beta=0.5, alpha=0.1, k=256, tail="none"):
         return kl64(log_p, (alpha * p + (1 - alpha) * q).clamp(min=1e-300).log())
     if name == "skew_forward_kl":
         return kl64(log_q, (alpha * q + (1 - alpha) * p).clamp(min=1e-300).log())
+    if name == "gated_kl":
+        w = gate64(log_p.detach(), log_q, gate)
+        forward = kl64(log_q, log_p)
+        # Where the gate is 1 the reverse KL, which may be infinite, has no part in it, nor in the gradient.
+        reverse = kl64(log_p, torch.where((w == 1).unsqueeze(-1), log_p.detach(), log_q))
+        return torch.where(forward == float("inf"), forward, (1 - w) * reverse + w * forward)
     assert name == "topk_reverse_kl"
     chosen = z_s.detach().topk(min(k, z_s.shape[-1]), dim=-1).indices
     log_p_k, log_q_k = log_p.gather(-1, chosen), log_q.gather(-1, chosen)
@@ -71,6 +77,13 @@ def divergence64(z_s, z_t, name, beta=0.5, alpha=0.1, k=256, tail="none"):
         rest_p, rest_q = (p * rest).sum(-1), (q * rest).sum(-1)
         value = value + rest_p * (rest_p / rest_q).log()
     return value
+
+
+def gate64(log_p, log_q, gate):
+    """The gate of "gated_kl" per row, from its definition."""
+    reverse = kl64(log_p, log_q)
+    w = -torch.expm1(-reverse) if gate == "kl" else (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    return torch.where(reverse == float("inf"), 1.0, w)
 
 
 def leaf(tensor, dtype=None):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import TEMPLATE, tiny_model, tiny_tokenizer
 from training_runs import PROMPTS, make
 
 from opcd_fast.data import Sample, pack, total_weight
@@ -64,7 +64,7 @@ def test_means_and_the_probability_of_first_tokens(tokens):
 
 def test_a_run_is_warned_before_it_trains_and_once(tokenizer, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(health, "UNSAID", 1.1)
-    first = make(tokenizer, tmp_path / "run", steps=2).train()
+    first = make(tokenizer, tmp_path / "run", steps=2, divergence="reverse_kl").train()
     assert [(warning["name"], warning["step"]) for warning in first.warnings] == [("unsaid_answers", 0)]
     assert caplog.text.count("begins as the teacher does") == 1
     again = make(tokenizer, tmp_path / "run", steps=4, resume=True).train()
@@ -72,7 +72,7 @@ def test_a_run_is_warned_before_it_trains_and_once(tokenizer, tmp_path, monkeypa
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["name"] for record in records if record["kind"] == "warning"] == ["unsaid_answers"]
     assert 0 < records[0]["fixed_first_token"] < 1
-    assert make(tokenizer, tmp_path / "other", steps=2, divergence="forward_kl").train().warnings == []
+    assert make(tokenizer, tmp_path / "other", steps=2).train().warnings == []
 
 
 def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path, caplog):
@@ -82,6 +82,25 @@ def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path, c
     assert "3 of 4 held-out prompts are among the training prompts" in caplog.text
     make(tokenizer, tmp_path / "never", eval_prompts=[PROMPTS[2]], eval_every=0)
     assert caplog.text.count("held-out") == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "settings", "warned"),
+    [
+        ("<think>", {}, True),  # as DeepSeek-R1's
+        ("{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}", {}, True),  # Qwen3's
+        (
+            "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}",
+            {"chat_template_kwargs": '{"enable_thinking": false}'},
+            False,
+        ),
+        ("", {}, False),
+    ],
+)
+def test_a_model_that_thinks_is_warned_of(tmp_path, caplog, ending, settings, warned):
+    tokenizer = tiny_tokenizer(TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{ending}{{% endif %}}"))
+    make(tokenizer, tmp_path / "run", **settings)
+    assert caplog.text.count("thinks before it answers") == warned
 
 
 # --- a user's own score --------------------------------------------------------------------------------------
@@ -167,26 +186,29 @@ def test_a_truncated_distribution_is_no_drift():
     assert names(without) == []
 
 
-UNSAID = {"step": 0, "fixed_first_token": 1e-6}
+UNSAID, BLIND = {"step": 0, "fixed_first_token": 1e-6}, {"divergence": "reverse_kl"}
 
 
 @pytest.mark.parametrize(
     ("record", "settings", "found"),
     [
-        (UNSAID, {}, True),
+        (UNSAID, {}, False),
+        (UNSAID, BLIND, True),
         (UNSAID, {"divergence": "topk_reverse_kl", "k": 5}, True),
+        (UNSAID, {"divergence": "jsd"}, True),
+        (UNSAID, {"divergence": "jsd", "beta": 0.0}, False),
         (UNSAID, {"divergence": "forward_kl"}, False),
-        (UNSAID, {"answers": "teacher"}, False),
-        (UNSAID, {"rollout": "replay", "rollout_file": "answers.jsonl"}, False),
-        ({**UNSAID, "fixed_first_token": 2e-3}, {}, False),
-        ({**UNSAID, "step": 10}, {}, False),
-        ({"step": 0}, {}, False),
+        (UNSAID, {**BLIND, "answers": "teacher"}, False),
+        (UNSAID, {**BLIND, "rollout": "replay", "rollout_file": "answers.jsonl"}, False),
+        ({**UNSAID, "fixed_first_token": 2e-3}, BLIND, False),
+        ({**UNSAID, "step": 10}, BLIND, False),
+        ({"step": 0}, BLIND, False),
     ],
 )
 def test_answers_that_the_student_never_gives(record, settings, found):
     told = list(warning_before_training(record, OPCDConfig(**settings)))
     assert [name for name, _ in told] == (["unsaid_answers"] if found else [])
-    assert all("1e-06" in text and "forward_kl" in text for _, text in told)
+    assert all("1e-06" in text and "gated_kl" in text for _, text in told)
 
 
 # --- best, and the early stop --------------------------------------------------------------------------------

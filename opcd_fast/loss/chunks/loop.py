@@ -46,7 +46,7 @@ def linear_divergence(
     wanted: Wanted,
     dw_into: Tensor | None = None,  # (V_s, D_s) float32: dW is added there and not returned
 ) -> Results:
-    """Statistics (5, N) of every row and the gradients (dH, dW, db) of factor * sum(row_weights * D).
+    """Statistics (6, N) of every row and the gradients (dH, dW, db) of factor * sum(row_weights * D).
 
     Rows that are not active have statistics 0 and gradient 0 and cost nothing. Gradients come in the dtype of
     what they belong to; dW is accumulated in the compute dtype and rounded once. With a sharded head every rank

@@ -43,6 +43,8 @@ def divergence_rows(
         topk.topk_reverse_kl_rows(*arguments, k=int(spec.parameter), tail=spec.option, **options)
         return
     options |= {"divergence": spec.divergence, "parameter": spec.parameter}
+    if spec.divergence == "gated_kl":
+        options["gate"] = spec.option
     if spec.group:
         options |= {"gather": sharding.gather(spec.group), "first_column": first_column}
     if spec.backend == "triton":

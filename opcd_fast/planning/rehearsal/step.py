@@ -18,7 +18,7 @@ from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer, works_in
 from opcd_fast.rollout import MOST, batch_that_fits, first_and_last_token
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.engines import ModelPair
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, settings_with
 from opcd_fast.training.step import context_kl
 
 Rows = Sequence[tuple[int, int, int]]
@@ -204,7 +204,7 @@ class Step:
         return filled if size(filled) <= size(largest) + room else largest
 
     def _micro_batch(self, group: list[Sample], denominator: float) -> None:
-        names = ("divergence", "beta", "alpha", "k", "tail")
+        names = settings_with(belongs="divergence")
         loss, _ = self._context_kl(
             group, self.teacher, denominator, share_prompts=self.shares,
             divergence={name: getattr(self.config, name) for name in names},

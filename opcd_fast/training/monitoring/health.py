@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.loss import DIVERGENCES
+from opcd_fast.loss import DIVERGENCES, PARAMETERS, check_divergence
 from opcd_fast.training.settings import OPCDConfig
 
 WINDOW = 5  # steps that a mean is taken over
@@ -30,11 +30,12 @@ def warning_before_training(evaluation: Mapping[str, Any], config: OPCDConfig) -
     """Name and text of the warning that the held-out evaluation of the first weights gives reason for, if any."""
     probability = evaluation.get("fixed_first_token", 1.0)
     on_policy = config.answers == "student" and config.rollout != "replay"
-    if evaluation["step"] == 0 and on_policy and DIVERGENCES[config.divergence].mode_seeking and probability < UNSAID:
+    chosen = check_divergence(config.divergence, {name: getattr(config, name) for name in PARAMETERS})
+    if evaluation["step"] == 0 and on_policy and DIVERGENCES[chosen.divergence].blind and probability < UNSAID:
         yield "unsaid_answers", (
             f"the student begins as the teacher does with probability {probability:.1g} (median of held-out prompts): "
             f"divergence={config.divergence!r} on its own answers hardly teaches what it never says; set "
-            "divergence='forward_kl'"
+            "divergence='gated_kl'"
         )
 
 

@@ -34,7 +34,13 @@ def plot_kl(path: Path, history: Records, evaluations: Records) -> None:
                 axes.plot(*zip(*points), marker="o", ls="--", lw=1, label=label)
         axes.set(xlabel="step", ylabel="KL to the teacher, nats per token", yscale="log")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False)
+        lines, labels = axes.get_legend_handles_labels()
+        if "gate" in history[-1]:
+            other = axes.twinx()
+            lines += other.plot([r["step"] for r in history], [r["gate"] for r in history], color="C7", lw=1)
+            labels.append("gate")
+            other.set(ylabel="gate: share of the forward KL", ylim=(0, 1))
+        axes.legend(lines, labels, frameon=False)
 
     save_plot(path, draw)
 

@@ -37,6 +37,9 @@ def goes_with(config: OPCDConfig, name: str) -> bool:
     return all(wanted.allows(getattr(config, other)) for other, wanted in known.needs.items())
 
 
+DEFAULTS = ("gated_kl", "reverse_kl")  # of this version and the ones before
+
+
 def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, OneOf]) -> None:
     for other, wanted in needs.items():
         found = getattr(config, other)
@@ -66,7 +69,7 @@ def _check_system(config: OPCDConfig) -> None:
                 "objective='nll' on the student's own answers teaches nothing: its gradient is zero on average; "
                 "set answers='teacher', or rollout='replay' for those of a file"
             )
-        if config.divergence != "reverse_kl":
+        if config.divergence not in DEFAULTS:
             raise InputError(f"divergence={config.divergence!r} is set, but objective='nll' has none; drop one")
         if config.answers != "teacher" and config.teacher_mode != "frozen":
             raise InputError(f"teacher_mode={config.teacher_mode!r}: with objective='nll' the teacher scores nothing")

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.loss import ALPHA, BETA, TAIL, K
+from opcd_fast.loss import ALPHA, BETA, GATE, TAIL, K
 from opcd_fast.training.settings.checks import check
 from opcd_fast.training.settings.gone import refuse_gone
 from opcd_fast.training.settings.options import comma_separated, json_object, typed_values
@@ -94,9 +94,10 @@ class OPCDConfig:
     objective: str = loss("divergence", """"divergence" (between student and teacher at every token, see `divergence`),
         or "nll" (negative log-likelihood of the answers' tokens, which takes no teacher: supervised fine-tuning).""",
         OneOf("divergence", "nll"), belongs="system")
-    divergence: str = loss("reverse_kl", """"reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd",
-        "skew_reverse_kl", "skew_forward_kl", or "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations
-        always report the reverse KL.""", belongs=("divergence", "system"))
+    divergence: str = loss("gated_kl", """"gated_kl" (the reverse KL, and the forward one where the student is far
+        from the teacher), "reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl",
+        "skew_forward_kl", or "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations always report the
+        reverse KL. A resumed run keeps its own.""", belongs=("divergence", "system"))
     beta: float = loss(BETA, """Of "jsd": weight of the teacher's half; 0 is the forward, 1 the reverse KL.""",
         belongs=("divergence", "system"))
     alpha: float = loss(ALPHA, "Of the skewed divergences: share of the first model in the mixture.",
@@ -105,6 +106,8 @@ class OPCDConfig:
         belongs=("divergence", "system"))
     tail: str = loss(TAIL, """Of "topk_reverse_kl": what becomes of the other tokens: "none" (left out), "renormalize"
         or "bucket".""", belongs=("divergence", "system"))
+    gate: str = loss(GATE, """Of "gated_kl": what opens it to the forward KL, "kl" (1 - exp(-reverse KL)) or "tv" (the
+        total variation, a pass more over the logits).""", belongs=("divergence", "system"))
     normalize: str = loss("sequence", """"sequence": mean over answers of the mean over their tokens (the paper's Eq.
         1); "token": mean over tokens.""", OneOf("sequence", "token"))
     teacher_mode: str = model("frozen", """"frozen": the teacher keeps the weights it starts with. "live": it has the

@@ -48,6 +48,8 @@ def _per_token(statistics: Sequence[Any], tokens: int) -> dict[str, float]:
     names = {"token_kl": "kl_per_token", "top1_agreement": "top1_agreement", "student_entropy": "student_entropy"}
     if isinstance(statistics[0], AnswerStats):
         names = {"token_nll": "nll_per_token"}
+    elif statistics[0].gate is not None:
+        names |= {"gate": "gate"}
     return {
         name: sum(float(getattr(stats, field).float().sum()) for stats in statistics) / tokens
         for field, name in names.items()

@@ -177,15 +177,20 @@ def test_the_second_table_has_base_and_base_with_context_on_top(compared):
     assert numbers["answers"] == 2 and 0 < numbers["answers_low"] < 0.1
 
 
-def test_results_of_an_earlier_version_are_read(compared):
+@pytest.mark.parametrize("which", [("opcd", "off-policy"), ("off-policy",)])
+def test_results_of_an_earlier_version_are_read(compared, which):
+    """All of them, or a system's that were there before the others."""
     results = json.loads(json.dumps(compared[1]))
-    runs = [run for found in results["runs"].values() for run in found]
+    runs = [run for label in which for run in results["runs"][label]]
     for numbers in (*runs, *(arm for found in results["baselines"].values() for arm in found.values())):
         for name in ("own_kls", "fixed_kls", "general_kls", "general_context_kl", "general_context_kls", "abilities",
                      "other_context", "second_turn"):  # fmt: skip
             numbers.pop(name, None)
     page = as_markdown(summarize(results), "title")
-    assert "KL to the base, unrelated prompts" in page and "base + context, unrelated" not in page
+    assert "KL to the base, unrelated prompts" in page and ("ability: arithmetic" in page) == (len(which) == 1)
+    if len(which) == 1:
+        row = next(line for line in page.partition("Beyond")[2].splitlines() if line.startswith("| off-policy"))
+        assert row.count("not measured") == 4 and "not measured" not in page.partition("| opcd |")[2].split("\n")[0]
 
 
 # ------------------------------------------------------------------------------------------------ report

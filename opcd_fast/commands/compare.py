@@ -50,6 +50,12 @@ class CompareCommand:
     """Unrelated prompts for the distance to the base: a file, "builtin" or "none"."""
     task_problems: int = 128
     """Episodes of the task's split "test" when measuring."""
+    abilities: tuple[str, ...] = ()
+    """Tasks of opcd, played greedily by each model on their test split: arithmetic (nothing to install), ifbench ..."""
+    ability_problems: int = 64
+    """Problems of each ability."""
+    ability_tokens: int = 64
+    """Longest answer to them, in tokens; ifbench needs 256 or so."""
     run: TrainOptions = dataclasses.field(default_factory=lambda: TrainOptions(output_dir="runs/compare"))
 
 
@@ -63,7 +69,8 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     config = OPCDConfig(**dataclasses.asdict(command.run))
     if launched() > 1:
         raise InputError("compare: it runs in one process, and was started in several; start it without a launcher")
-    check_at_least(1, command, "seeds", "answers_per_prompt", "task_problems")
+    counts = ("seeds", "answers_per_prompt", "task_problems", "ability_problems", "ability_tokens")
+    check_at_least(1, command, *counts)
     from opcd_fast.data import read_context
     from opcd_fast.evaluation import where_it_ran
     from opcd_fast.evaluation.compare import (
@@ -128,6 +135,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
 def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> tuple[Any, Any]:
     """The held-out prompts (None for a task, which has its own) and what is measured on them."""
     from opcd_fast.data import GENERAL, read_prompts
+    from opcd_fast.evaluation import Abilities
     from opcd_fast.evaluation.compare import Yardstick
     from opcd_fast.training import HeldOutScore, scorer
 
@@ -138,6 +146,8 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
         raise InputError("task: it has held-out problems and a score of its own; drop eval_prompts, regex and scorer")
     if command.task is None and command.eval_prompts is None:
         raise InputError("eval_prompts is missing: held-out prompts are what everything is measured on")
+    abilities = Abilities(command.abilities, command.ability_problems, command.ability_tokens)
+    abilities.check()
     held_out = None
     if command.eval_prompts is not None:
         held_out = read_prompts(command.eval_prompts, "eval_prompts", **config.columns())
@@ -162,4 +172,5 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
         {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p},
         config.micro_batch_tokens or 8192,
         command.task_problems if command.task is not None else 0,
+        abilities,
     )

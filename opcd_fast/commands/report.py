@@ -33,6 +33,12 @@ class ReportCommand:
     """Functions as module:function, of the messages, the answer and the prompt's row, as in training; from 0 to 1."""
     task: tuple[str, ...] = ()
     """Tasks of opcd, scored on their test split: instructions, math:FILE, frozen-lake, ..."""
+    abilities: tuple[str, ...] = ()
+    """Tasks of opcd, played greedily on their test split: arithmetic (nothing to install), ifbench, instructions, ..."""
+    ability_problems: int = 64
+    """Problems of each ability."""
+    ability_tokens: int = 64
+    """Longest answer to them, in tokens; ifbench needs 256 or so."""
     model: str | None = None
     """Where the base model is now; default: where the run found it."""
     max_prompts: int = 32
@@ -51,7 +57,8 @@ class ReportCommand:
 
 def run(arguments: list[str]) -> int:
     command = parse(ReportCommand, "report", arguments)
-    for name, least in (("max_prompts", 2), ("samples", 1), ("max_new_tokens", 1), ("examples", 0)):
+    for name, least in (("max_prompts", 2), ("samples", 1), ("max_new_tokens", 1), ("examples", 0),
+                        ("ability_problems", 2), ("ability_tokens", 1)):  # fmt: skip
         check_at_least(least, command, name)
     if command.temperature is not None and not 0 < command.temperature < 100:
         raise InputError(f"temperature={command.temperature} must be above 0 and below 100")
@@ -59,6 +66,7 @@ def run(arguments: list[str]) -> int:
     folder = Path(command.run)
     from opcd_fast.data import read_context, read_prompts
     from opcd_fast.data.tasks import load_task
+    from opcd_fast.evaluation import Abilities
     from opcd_fast.evaluation.report import ReportOptions, by_function, by_pattern, measure, write_report
     from opcd_fast.training.run import read_record, run_settings
 
@@ -74,8 +82,10 @@ def run(arguments: list[str]) -> int:
         general=None if command.general is None else read_prompts(command.general, "general"),
         behaviours=[*map(by_pattern, command.regex), *map(by_function, command.scorer)],
         tasks=command.task,
+        abilities=Abilities(command.abilities, command.ability_problems, command.ability_tokens),
         **{name: getattr(command, name) for name in passed},
     )
+    options.abilities.check()
     for name in command.task:
         load_task(name)  # a missing package or file must not cost the loading of a model
     quiet_libraries()

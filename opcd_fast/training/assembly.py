@@ -31,7 +31,7 @@ from opcd_fast.training.run import Origins, RunFolder, best, identity
 from opcd_fast.training.samplers import Samplers
 from opcd_fast.training.scorer import HeldOutScore, Scorer
 from opcd_fast.training.settings import OPCDConfig
-from opcd_fast.training.step import Teachers, Windows, check_lengths, warn_of_known_prompts
+from opcd_fast.training.step import Teachers, Windows, check_lengths, warn_of_known_prompts, warn_of_thinking
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ def _questions(given: Given, context: Context | None, config: OPCDConfig, ranks:
     check_lengths((*asked.rows, *asked.held_out_rows), asked.prefixes, config.max_new_tokens, windows)
     if evaluates and asked.task is None and ranks.main:
         warn_of_known_prompts(asked.rows, eval_rows)
+    if ranks.main and config.objective == "divergence":
+        warn_of_thinking(given.tokenizer, asked.rows[0], config.template_variables())
     return Questions(asked, eval_rows, windows, score)
 
 

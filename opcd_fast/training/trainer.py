@@ -25,7 +25,7 @@ from opcd_fast.training.answers import answer_source, sampling_of
 from opcd_fast.training.assembly import Given, assemble
 from opcd_fast.training.interruption import Interrupted, Interruption
 from opcd_fast.training.monitoring import Journal, TrainResult, check_finite, fixed_sequences, held_out_record
-from opcd_fast.training.run import Saved, write_record
+from opcd_fast.training.run import Saved, as_started, write_record
 from opcd_fast.training.scorer import Scorer
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import check_context_matters, objective_of, step_record
@@ -71,7 +71,7 @@ class OPCDTrainer:
         trackers: Sequence[Any] = (),
         quiet: bool = False,
     ) -> None:
-        self.config = config = config or OPCDConfig()
+        self.config = config = as_started(config or OPCDConfig())
         self.tokenizer, self.callbacks, self.quiet = tokenizer, tuple(callbacks), quiet
         given = Given(
             model, tokenizer, context, prompts, teacher_model, eval_prompts, teacher_tokenizer, scorer, trackers
@@ -174,9 +174,11 @@ class OPCDTrainer:
         with watch("optimizer"):
             norm = self.engine.clip(config.max_grad_norm or math.inf)
             check_finite(step + 1, loss, norm)  # before the weights are touched
-            self.engine.step()
+            rate = self.engine.step(step)
             self.teachers.after_step(step + 1)
-        record = step_record(step + 1, config, loss, norm, samples, drawn.answers, statistics, watch.seconds, drift)
+        record = step_record(
+            step + 1, config, loss, norm, rate, samples, drawn.answers, statistics, watch.seconds, drift
+        )
         return record | drawn.more
 
     def save(self, path: str | Path) -> None:

@@ -21,7 +21,11 @@ RUNNING = {
     "early_stop_delta": 100.0, "importance_correction": "token",
 }  # fmt: skip
 JOBS = {
-    "ddp-lora": {"engine": "ddp", "settings": {"lora_rank": 4, "normalize": "token", "rollouts_per_prompt": 2}},
+    "ddp-lora": {
+        "engine": "ddp", "settings": {
+            "lora_rank": 4, "normalize": "token", "rollouts_per_prompt": 2, "lr_scheduler_type": "linear",
+        },
+    },
     "ddp-full": {"engine": "ddp", "settings": UNEVEN},
     "fsdp2-lora": {
         "engine": "fsdp2", "settings": {
@@ -29,7 +33,7 @@ JOBS = {
             "gradient_checkpointing": True,
         },
     },
-    "fsdp2-full": {"engine": "fsdp2", "settings": UNEVEN, "tied": True},
+    "fsdp2-full": {"engine": "fsdp2", "settings": {**UNEVEN, "lr_scheduler_type": "cosine"}, "tied": True},
     "kept-answers": {
         "engine": "ddp", "settings": {**UNEVEN, "answers": "teacher", "objective": "nll", "kept_answers": 2},
     },

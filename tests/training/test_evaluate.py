@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import TEMPLATE, tiny_model, tiny_tokenizer
 from training_runs import PROMPTS, make
 
 from opcd_fast.data import Sample, pack, total_weight
@@ -82,6 +82,25 @@ def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path, c
     assert "3 of 4 held-out prompts are among the training prompts" in caplog.text
     make(tokenizer, tmp_path / "never", eval_prompts=[PROMPTS[2]], eval_every=0)
     assert caplog.text.count("held-out") == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "settings", "warned"),
+    [
+        ("<think>", {}, True),  # as DeepSeek-R1's
+        ("{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}", {}, True),  # Qwen3's
+        (
+            "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}",
+            {"chat_template_kwargs": '{"enable_thinking": false}'},
+            False,
+        ),
+        ("", {}, False),
+    ],
+)
+def test_a_model_that_thinks_is_warned_of(tmp_path, caplog, ending, settings, warned):
+    tokenizer = tiny_tokenizer(TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{ending}{{% endif %}}"))
+    make(tokenizer, tmp_path / "run", **settings)
+    assert caplog.text.count("thinks before it answers") == warned
 
 
 # --- a user's own score --------------------------------------------------------------------------------------

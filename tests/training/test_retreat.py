@@ -70,6 +70,7 @@ NLL = {"answers": "teacher", "objective": "nll"}
     [
         *((where, {"lora_rank": rank}, 0.0) for where in ("teacher", "student", "loss", "backward") for rank in (0, 4)),
         *(("student", {**NLL, "kept_answers": kept}, 0.0) for kept in (0, 1)),
+        ("loss", {"lora_rank": 4, "lr_scheduler_type": "linear"}, 0.0),
         ("loss", {"learning_rate": 1e-3}, 0.3),  # random numbers are those of the smaller budget as well
     ],
 )

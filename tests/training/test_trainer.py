@@ -1,6 +1,7 @@
 """The loop on a tiny model: it learns, it counts right, it resumes bit for bit, and it refuses what cannot work."""
 
 import json
+import math
 import shutil
 from functools import partial
 
@@ -39,18 +40,41 @@ def test_the_divergence_that_is_asked_for_is_minimised(tokenizer, tmp_path):
         shutil.rmtree(tmp_path / "run")
         return losses(result)[0], result.evaluations[0]["own_kl"]
 
-    plain, own_kl = first_loss()
+    plain, own_kl = first_loss(divergence="reverse_kl")
     assert first_loss(divergence="jsd", beta=1.0) == (plain, own_kl)
     assert first_loss(divergence="skew_reverse_kl", alpha=0.0) == (plain, own_kl)
     assert first_loss(divergence="topk_reverse_kl", k=10_000)[0] == pytest.approx(plain, rel=1e-4)
     others = [
-        {"divergence": "forward_kl"}, {"divergence": "jsd"}, {"divergence": "jsd", "beta": 0.1},
+        {"divergence": "gated_kl"}, {"divergence": "gated_kl", "gate": "tv"}, {"divergence": "forward_kl"},
+        {"divergence": "jsd"}, {"divergence": "jsd", "beta": 0.1},
         {"divergence": "skew_reverse_kl"}, {"divergence": "skew_forward_kl", "alpha": 0.4},
         {"divergence": "topk_reverse_kl", "k": 3}, {"divergence": "topk_reverse_kl", "k": 3, "tail": "bucket"},
     ]  # fmt: skip
     found = [first_loss(**settings) for settings in others]
     assert len({round(loss, 5) for loss, _ in found} | {round(plain, 5)}) == len(others) + 1
     assert {kl for _, kl in found} == {own_kl}  # evaluations always report the reverse KL
+
+
+def test_the_gate_is_recorded_where_there_is_one(tokenizer, tmp_path):
+    settings = {"steps": 1, "batch_size": 1, "max_new_tokens": 1}
+    (gated,) = make(tokenizer, tmp_path / "gated", divergence="gated_kl", **settings).train().history
+    (reverse,) = make(tokenizer, tmp_path / "reverse", divergence="reverse_kl", **settings).train().history
+    (forward,) = make(tokenizer, tmp_path / "forward", divergence="forward_kl", **settings).train().history
+    assert gated["gate"] == pytest.approx(1 - math.exp(-reverse["loss"]), rel=1e-4)  # of one token
+    mixed = (1 - gated["gate"]) * reverse["loss"] + gated["gate"] * forward["loss"]
+    assert 0.01 < gated["gate"] < 0.99 and gated["loss"] == pytest.approx(mixed, rel=1e-4)
+    assert "gate" not in reverse and "gate" not in forward
+
+
+def test_a_resumed_run_keeps_its_divergence(tokenizer, tmp_path):
+    for name, settings in (("jsd", {"divergence": "jsd", "beta": 0.3}), ("plain", {"divergence": "reverse_kl"})):
+        run = partial(make, tokenizer, tmp_path / name)
+        run(steps=2, **settings).train()
+        again = run(steps=4, resume=True)
+        assert {key: getattr(again.config, key) for key in settings} == settings
+        assert losses(again.train()) == losses(make(tokenizer, tmp_path / f"{name}-whole", steps=4, **settings).train())
+        with pytest.raises(InputError, match="divergence differs"):
+            run(steps=6, resume=True, divergence="forward_kl").train()
 
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])

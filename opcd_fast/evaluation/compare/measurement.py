@@ -6,18 +6,18 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import Prompt, RenderedPrompt, Sample, adapt_to_tokenizer, student_ids, whole_prompt
+from opcd_fast.data import Prompt, RenderedPrompt, Sample, whole_prompt
 from opcd_fast.errors import InputError
-from opcd_fast.models import seam, virtual_tokens
+from opcd_fast.evaluation import Abilities
 from opcd_fast.runtime import digest, stream_seed, write_text
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training import HeldOutScore, OPCDTrainer
 from opcd_fast.training.engines import is_peft
-from opcd_fast.training.step import check_prompt_length, divergence, samples_of
+from opcd_fast.training.step import divergence, samples_of
 
 
 @dataclass(frozen=True)
@@ -31,56 +31,55 @@ class Yardstick:
     sampling: dict[str, Any]  # max_new_tokens, temperature, top_p
     micro_batch_tokens: int = 8192
     task_episodes: int = 0  # of the split "test", where the prompts are a task's
+    abilities: Abilities = field(default_factory=Abilities)
 
     def identity(self) -> dict[str, Any]:
         """What results of the same comparison have in common."""
+        # Named only where there are any: results of an earlier version are without, and stay good.
+        asked = {"abilities": asdict(self.abilities)} if self.abilities.names else {}
         return {
             "scorer": self.behaviour.name if self.behaviour else None,
             "general prompts": digest([repr(prompt) for prompt in self.general]),
             "held-out prompts": digest([repr(prompt) for prompt in self.held_out]),
             "answers per prompt": self.answers, "sampling": self.sampling, "task episodes": self.task_episodes,
+            **asked,
         }  # fmt: skip
 
 
 def measure(
-    trainer: OPCDTrainer, yardstick: Yardstick, fixed: Sequence[Sample], base: ContextTeacher, seed: int
-) -> dict[str, Any]:
-    """Numbers of the student as it is now.
+    trainer: OPCDTrainer, yardstick: Yardstick, fixed: Sequence[Sample], seed: int
+) -> tuple[dict[str, Any], list[Any]]:
+    """Numbers of the student as it is now, on the held-out prompts; and its answers to them, in rounds over all.
 
     Args:
         trainer: its student is measured, against its teacher's first weights with the context.
         fixed: answers that these wrote; the same ones for all.
-        base: reader without context of the student's first weights, see `base_reader`.
         seed: of the student's answers.
     Returns:
-        own_kl, fixed_kl (mean over answers of the mean token KL, nats), own_top1, fixed_top1; score and its count of
-        answers (None without a scorer); general_kl on the student's own answers to unrelated prompts (None without);
-        length, finished.
+        own_kl, fixed_kl (mean over answers of the mean token KL, nats; each answer's in own_kls, fixed_kls), own_top1,
+        fixed_top1; score (None without a scorer) and each answer's; length, finished.
     """
-    options, reference = _options(trainer, yardstick), trainer.teachers.reference
+    options, reference = loss_options(trainer, yardstick), trainer.teachers.reference
     assert reference is not None, "check_common lets no run through that keeps none"
     rows = list(trainer.held_out_rows) * yardstick.answers
     trainer.eval_rollout.sync(trainer.model)
     answers = trainer.eval_rollout.generate(
         [row.student_ids for row in rows], **yardstick.sampling, seed=stream_seed(seed, "compare own", 0)
     )
-    own = divergence(samples_of(rows, answers), trainer.model, reference, **options)
-    taught = divergence(fixed, trainer.model, reference, **options)
+    own_kls: list[float] = []
+    fixed_kls: list[float] = []
+    own = divergence(samples_of(rows, answers), trainer.model, reference, each=own_kls, **options)
+    taught = divergence(fixed, trainer.model, reference, each=fixed_kls, **options)
     found: dict[str, Any] = {
-        "own_kl": own["kl"], "own_top1": own["top1_agreement"], "fixed_kl": taught["kl"],
-        "fixed_top1": taught["top1_agreement"], "length": statistics.fmean(len(a.token_ids) for a in answers),
+        "own_kl": own["kl"], "own_kls": own_kls, "own_top1": own["top1_agreement"],
+        "fixed_kl": taught["kl"], "fixed_kls": fixed_kls, "fixed_top1": taught["top1_agreement"],
+        "length": statistics.fmean(len(a.token_ids) for a in answers),
         "finished": statistics.fmean(a.finished for a in answers),
-        **behaviour_of(yardstick, answers), "general_kl": None,
+        **behaviour_of(yardstick, answers),
     }  # fmt: skip
-    if yardstick.general:
-        general = _without_context(trainer, yardstick.general)
-        answers = trainer.eval_rollout.generate(
-            [row.student_ids for row in general], **yardstick.sampling, seed=stream_seed(seed, "compare general", 0)
-        )
-        found["general_kl"] = divergence(samples_of(general, answers), trainer.model, base, **options)["kl"]
     if yardstick.task_episodes:
         found |= task_score(trainer, yardstick, trainer.samplers.student_writes)
-    return found
+    return found, list(answers)
 
 
 def behaviour_of(yardstick: Yardstick, answers: Sequence[Any]) -> dict[str, Any]:
@@ -143,19 +142,7 @@ def base_reader(trainer: OPCDTrainer, load_base: Callable[[], Any] | None = None
         raise InputError(str(error)) from error
 
 
-def _without_context(trainer: OPCDTrainer, prompts: Sequence[Prompt]) -> list[RenderedPrompt]:
-    variables = trainer.config.template_variables()
-    ids = [
-        tuple(student_ids(trainer.tokenizer, prompt, variables))
-        for prompt in adapt_to_tokenizer(trainer.tokenizer, prompts)
-    ]
-    window = seam.longest_input(seam.body_of(trainer.model))
-    for row in ids:
-        check_prompt_length(len(row) + virtual_tokens(trainer.model), trainer.config.max_new_tokens, window)
-    return [RenderedPrompt(row, row, 0, has_context=False) for row in ids]
-
-
-def _options(trainer: OPCDTrainer, yardstick: Yardstick) -> dict[str, Any]:
+def loss_options(trainer: OPCDTrainer, yardstick: Yardstick) -> dict[str, Any]:
     """How a run computes its loss, at the yardstick's temperature."""
     return {
         **trainer.loss_options(), "temperature": yardstick.sampling["temperature"],

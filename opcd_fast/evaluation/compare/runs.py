@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import Context, read_context
+from opcd_fast.data import Context, Sample, read_context
 from opcd_fast.errors import InputError
+from opcd_fast.evaluation.compare.costs import NOT_MEASURED, Told, Unrelated, context_arm, probes, student_arm
 from opcd_fast.evaluation.compare.measurement import Yardstick, base_reader, fixed_answers, measure
 from opcd_fast.evaluation.compare.systems import System
 from opcd_fast.models import pick_device, pick_dtype
@@ -79,8 +80,10 @@ def _baseline(comparison: Comparison, context: Context, key: str, told: Callable
         told(f"base model, with and without the context: {folder}")
         trainer, again = _trainer(comparison, context, dataclasses.replace(comparison.common, output_dir=str(folder)))
         fixed, shown = fixed_answers(trainer, comparison.yardstick, folder)
-        base = base_reader(trainer, again)
-        found = {"base": measure(trainer, comparison.yardstick, fixed, base, 0), "base + context": shown}
+        unrelated = _unrelated(comparison, trainer, again)
+        shown |= unrelated.of_context() if unrelated else {"general_kl": None, "general_kls": []}
+        shown |= probes(context_arm(trainer), comparison.yardstick, [one.response for one in fixed], 0, told)
+        found = {"base": _measured(comparison, trainer, unrelated, fixed, 0, told), "base + context": shown}
         _keep(folder, wanted, found)
     return found
 
@@ -102,11 +105,27 @@ def _run(
     key = digest(context)[:12]
     fixed, _ = fixed_answers(trainer, comparison.yardstick, comparison.folder / "baseline" / key)
     found = {"seed": seed, "context": key, **_budget(folder, result.history)}
-    found |= measure(trainer, comparison.yardstick, fixed, base_reader(trainer, again), seed)
+    found |= _measured(comparison, trainer, _unrelated(comparison, trainer, again), fixed, seed, told)
     _keep(folder, wanted, found)
     del trainer
     gc.collect()
     return found
+
+
+def _measured(
+    comparison: Comparison, trainer: OPCDTrainer, unrelated: Unrelated | None, fixed: Sequence[Sample], seed: int,
+    told: Told,
+) -> dict[str, Any]:  # fmt: skip
+    """All numbers of the student as it is now."""
+    found, answers = measure(trainer, comparison.yardstick, fixed, seed)
+    found |= unrelated.of_student(seed) if unrelated else NOT_MEASURED
+    firsts = [one.token_ids for one in answers]
+    return found | probes(student_arm(trainer), comparison.yardstick, firsts, seed, told)
+
+
+def _unrelated(comparison: Comparison, trainer: OPCDTrainer, again: Callable[[], Any] | None) -> Unrelated | None:
+    yardstick = comparison.yardstick
+    return Unrelated(trainer, yardstick, base_reader(trainer, again)) if yardstick.general else None
 
 
 def _trainer(

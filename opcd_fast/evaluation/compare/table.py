@@ -15,11 +15,12 @@ from opcd_fast.training.monitoring import save_plot
 
 @dataclass(frozen=True)
 class Measure:
-    """A column. `share`: shown in per cent."""
+    """A column. `share`: shown in per cent. `cost`: in the second table, beside the base and base + context."""
 
     name: str
     title: str
     share: bool = False
+    cost: bool = False
 
 
 MEASURES = (
@@ -27,10 +28,31 @@ MEASURES = (
     Measure("fixed_gap_closed", "KL gap closed, fixed answers", share=True),
     Measure("score", "behaviour", share=True),
     Measure("task_score", "task score", share=True),
-    Measure("general_kl", "KL to the base, unrelated prompts"),
+    Measure("general_context_kl", "KL to base + context, unrelated prompts", cost=True),
+    Measure("general_kl", "KL to the base, unrelated prompts", cost=True),
+    Measure("other_context", "obeys another context", share=True, cost=True),
+    Measure("second_turn", "behaviour, second turn", share=True, cost=True),
 )
+ABILITY = "ability "  # before the name of each, in a summary
 COUNTS = ("drawn_answers", "drawn_tokens", "trained_tokens", "seconds")
-COMPARED = ("own_gap_closed", "fixed_gap_closed", "score", "task_score", "general_kl")
+
+
+def measures_of(runs: Sequence[Mapping[str, Any]]) -> list[Measure]:
+    """Those of every comparison, and the abilities of this one."""
+    names = dict.fromkeys(name for run in runs for name in run.get("abilities", {}))
+    return [*MEASURES, *(Measure(ABILITY + name, f"ability: {name}", share=True, cost=True) for name in names)]
+
+
+def _found(run: Mapping[str, Any], name: str) -> Any:
+    """A measure of a run: a number, or {"score": their mean, "scores": of each answer}; None where it was not taken."""
+    if name.startswith(ABILITY):
+        return run.get("abilities", {}).get(name.removeprefix(ABILITY))
+    return run.get(name)
+
+
+def value(run: Mapping[str, Any], name: str) -> float | None:
+    found = _found(run, name)
+    return found["score"] if isinstance(found, Mapping) else found
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,15 +81,17 @@ def _with_shares(run: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, A
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in (*(measure.name for measure in MEASURES), *COUNTS, "own_kl", "fixed_kl", "own_top1", "length"):
-        values = [run.get(name) for run in runs]
-        if all(value is not None for value in values):
-            found[name] = over_seeds([float(value) for value in values])  # type: ignore[arg-type]
-    for name in ("score", "task_score"):  # from 0 to 1, which Student's t does not know
-        if name in found and found[name]["low"] is not None:
+    measures = measures_of(runs)
+    for name in (*(measure.name for measure in measures), *COUNTS, "own_kl", "fixed_kl", "own_top1", "length"):
+        values = [value(run, name) for run in runs]
+        if all(one is not None for one in values):
+            found[name] = over_seeds([float(one) for one in values])  # type: ignore[arg-type]
+    for name in (one.name for one in measures if one.share and not one.name.endswith("gap_closed")):
+        if name in found and found[name]["low"] is not None:  # from 0 to 1, which Student's t does not know
             found[name] |= {"low": max(found[name]["low"], 0.0), "high": min(found[name]["high"], 1.0)}
-    if "score" in found:
-        found["score"] |= _over_answers([score for run in runs for score in run["scores"]])
+        taken = [run if name == "score" else _found(run, name) for run in runs]
+        if name in found and all(isinstance(one, Mapping) for one in taken):
+            found[name] |= _over_answers([score for one in taken for score in one["scores"]])
     return found
 
 
@@ -82,8 +106,8 @@ def _over_answers(scores: Sequence[float]) -> dict[str, Any]:
 def _differences(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Per seed: this system minus the first one. Runs of one seed have the same prompts in the same order."""
     found = {}
-    for name in COMPARED:
-        pairs = [(run.get(name), other.get(name)) for run, other in zip(runs, first, strict=True)]
+    for name in (measure.name for measure in measures_of(runs)):
+        pairs = [(value(run, name), value(other, name)) for run, other in zip(runs, first, strict=True)]
         if all(a is not None and b is not None for a, b in pairs):
             found[name] = over_seeds([a - b for a, b in pairs])  # type: ignore[operator]
     return found
@@ -98,7 +122,9 @@ def interval(found: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def as_markdown(summary: Mapping[str, Any], title: str) -> str:
     """The page compare.md."""
-    shown = [m for m in MEASURES if any(m.name in s["summary"] for s in summary["systems"].values())]
+    every = measures_of([run for found in summary["systems"].values() for run in found["runs"]])
+    every = [m for m in every if any(m.name in s["summary"] for s in summary["systems"].values())]
+    shown = [m for m in every if not m.cost]
     head = ["system", "seeds", *(m.title for m in shown), "answers drawn", "tokens drawn", "seconds"]
     lines = [f"# {title}", "", _row(head), _row(["---"] * len(head))]
     for label, found in summary["systems"].items():
@@ -108,15 +134,33 @@ def as_markdown(summary: Mapping[str, Any], title: str) -> str:
         lines.append(_row([label, str(seeds), *cells, *counts]))
     lines += ["", "Mean over seeds [95 % interval]: Student's t over seeds; for the behaviour the wider of that and "
               "Wilson's over answers. The gap is the KL of the base model without the context to the teacher with it.",
-              "", *_baseline_lines(summary["baselines"])]  # fmt: skip
+              "", *_baseline_lines(summary["baselines"]), *_costs(summary, [m for m in every if m.cost])]  # fmt: skip
     rounded = rounding(summary.get("ran", {}))
     lines += ["", rounded] if rounded else []
     if summary["differences"]:
         lines += ["", f"Differences from {summary['compared_with']}, seed by seed:", "",
-                  _row(["system", *(m.title for m in shown)]), _row(["---"] * (len(shown) + 1))]  # fmt: skip
+                  _row(["system", *(m.title for m in every)]), _row(["---"] * (len(every) + 1))]  # fmt: skip
         for label, found in summary["differences"].items():
-            lines.append(_row([label, *(_cell(found.get(m.name), m.share, sign=True) for m in shown)]))
+            lines.append(_row([label, *(_cell(found.get(m.name), m.share, sign=True) for m in every)]))
     return "\n".join(lines) + "\n"
+
+
+def _costs(summary: Mapping[str, Any], shown: Sequence[Measure]) -> list[str]:
+    """The second table: what it cost, and whether it lasts; the base and base + context on top, to read it by."""
+    if not shown:
+        return []
+    lines = ["", "Beyond the held-out prompts, each on the model's own answers:", "",
+             _row(["", *(m.title for m in shown)]), _row(["---"] * (len(shown) + 1))]  # fmt: skip
+    for key, found in summary["baselines"].items():
+        which = "" if len(summary["baselines"]) == 1 else f" ({key})"
+        for arm, numbers in found.items():
+            if arm == "base + context" and numbers.get("general_kl") is not None:
+                numbers = {**numbers, "general_context_kl": 0.0}  # from itself
+            cells = [_cell(_summary([numbers]).get(m.name), m.share) for m in shown]
+            lines.append(_row([arm + which, *cells]))
+    for label, system in summary["systems"].items():
+        lines.append(_row([label, *(_cell(system["summary"].get(m.name), m.share) for m in shown)]))
+    return lines
 
 
 def _baseline_lines(baselines: Mapping[str, Any]) -> list[str]:
@@ -151,7 +195,8 @@ def plot_comparison(path: Path, summary: Mapping[str, Any]) -> None:
     from matplotlib.ticker import PercentFormatter
 
     systems = summary["systems"]
-    shown = [m for m in MEASURES if all(m.name in s["summary"] for s in systems.values())]
+    drawn = [m for m in MEASURES if not (m.cost and m.share)]
+    shown = [m for m in drawn if all(m.name in s["summary"] for s in systems.values())]
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]

@@ -26,13 +26,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Engine:
-    """`pair`'s models and the `optimizer` of what is trained, prepared by `accelerator`."""
+    """`pair`'s models and the `optimizer` of what is trained, prepared by `accelerator`. schedule: of its rate, see
+    `schedule_of`."""
 
     sharded = False
     """Whether ranks meet inside of every pass."""
 
-    def __init__(self, accelerator: Any, ranks: Ranks, pair: ModelPair, optimizer: Any) -> None:
+    def __init__(
+        self, accelerator: Any, ranks: Ranks, pair: ModelPair, optimizer: Any, schedule: Callable[[int], float]
+    ) -> None:
         self.accelerator, self.ranks, self.student = accelerator, ranks, pair.student
+        self._rate, self._schedule = optimizer.param_groups[0]["lr"], schedule
         self._prepare(pair, optimizer)
         self.parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         """What is trained, by name."""
@@ -81,8 +85,13 @@ class Engine:
         norm = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def step(self) -> None:
+    def step(self, number: int) -> float:
+        """Move the weights; returns the learning rate of this step, counted from 0."""
+        rate = self._rate * self._schedule(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
+        return rate
 
     def total(
         self, loss: float, statistics: list[LossStats], drift: Drift

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,6 +48,17 @@ def make_optimizer(
     kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit
     _refuse_without_kernel(kind, device, setting)
     return kind(parameters, lr=rate, weight_decay=decay)
+
+
+def schedule_of(config: OPCDConfig) -> Callable[[int], float]:
+    """What the learning rate is multiplied by at a step, counted from 0: transformers' schedule, without a state."""
+    from transformers import get_scheduler
+
+    kind = config.lr_scheduler_type
+    if kind == "constant" and config.warmup_steps:
+        kind = "constant_with_warmup"
+    any_optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    return get_scheduler(kind, any_optimizer, config.warmup_steps, config.steps).lr_lambdas[0]
 
 
 def _refuse_without_kernel(kind: Any, device: torch.device, setting: str) -> None:

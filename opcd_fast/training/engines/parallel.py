@@ -18,7 +18,7 @@ from opcd_fast.training.engines.acceleration import shards
 from opcd_fast.training.engines.engine import Engine
 from opcd_fast.training.engines.fsdp2 import FSDP2Engine
 from opcd_fast.training.engines.model_pair import ModelPair, is_peft
-from opcd_fast.training.engines.optimizers import make_optimizer
+from opcd_fast.training.engines.optimizers import make_optimizer, schedule_of
 from opcd_fast.training.engines.ranks import Ranks
 from opcd_fast.training.settings import OPCDConfig, settings_of
 
@@ -37,7 +37,7 @@ def make_engine(accelerator: Any, ranks: Ranks, pair: ModelPair, config: OPCDCon
     trained = [p for p in student.parameters() if p.requires_grad]
     prefix = virtual_tokens(student) > 0
     optimizer = make_optimizer(config, trained, device, adapter=is_peft(student), prefix=prefix)
-    return (FSDP2Engine if sharded else Engine)(accelerator, ranks, pair, optimizer)
+    return (FSDP2Engine if sharded else Engine)(accelerator, ranks, pair, optimizer, schedule_of(config))
 
 
 def shared_sampler(sampler: Any, engine: Engine) -> Any:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from opcd_fast.training.run import best
     from opcd_fast.training.run.checkpoints import Saved, list_checkpoints
     from opcd_fast.training.run.continual import start_from
-    from opcd_fast.training.run.curves import curve, run_settings
+    from opcd_fast.training.run.curves import as_started, curve, run_settings
     from opcd_fast.training.run.folder import ANSWERS, RunFolder, identity
     from opcd_fast.training.run.provenance import (
         FileHashes, Files, differing, hash_of, of_code, of_model, of_tokenizer, template_hash, template_in,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import without_gone
+from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
 
 
 def run_settings(run: Path) -> dict[str, Any]:
@@ -21,6 +22,18 @@ def run_settings(run: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or "output_dir" not in settings:
         raise InputError(f"{str(run)!r} is not a run of `opcd train`: its config.json holds other things")
     return without_gone(settings, repr(str(path)), "take it out of that file to go on with what runs do now")
+
+
+def as_started(config: OPCDConfig) -> OPCDConfig:
+    """With resume, the divergence and its parameters that the run was started with, where none are chosen now: the
+    default may have been another one."""
+    names, plain = settings_with(belongs="divergence"), OPCDConfig()
+    path = Path(config.output_dir)
+    chosen = any(getattr(config, name) != getattr(plain, name) for name in names)
+    if not config.resume or chosen or not (path / "config.json").is_file():
+        return config
+    kept = run_settings(path)
+    return replace(config, **{name: kept[name] for name in names if name in kept})
 
 
 def curve(run: Path) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def identity(config: OPCDConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a run that goes on must share with its beginning: settings that are not free to change, and `facts` about
     data and weights, as JSON values."""
     settings = {name: getattr(config, name) for name in settings_with(belongs="result")}
+    if config.plans_steps:
+        settings["steps"] = config.steps
     return json.loads(json.dumps({**settings, **facts}))
 
 

@@ -37,6 +37,9 @@ def goes_with(config: OPCDConfig, name: str) -> bool:
     return all(wanted.allows(getattr(config, other)) for other, wanted in known.needs.items())
 
 
+DEFAULTS = ("gated_kl", "reverse_kl")  # of this version and the ones before
+
+
 def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, OneOf]) -> None:
     for other, wanted in needs.items():
         found = getattr(config, other)
@@ -66,7 +69,7 @@ def _check_system(config: OPCDConfig) -> None:
                 "objective='nll' on the student's own answers teaches nothing: its gradient is zero on average; "
                 "set answers='teacher', or rollout='replay' for those of a file"
             )
-        if config.divergence != "reverse_kl":
+        if config.divergence not in DEFAULTS:
             raise InputError(f"divergence={config.divergence!r} is set, but objective='nll' has none; drop one")
         if config.answers != "teacher" and config.teacher_mode != "frozen":
             raise InputError(f"teacher_mode={config.teacher_mode!r}: with objective='nll' the teacher scores nothing")
@@ -92,6 +95,10 @@ def _check_system(config: OPCDConfig) -> None:
 
 def _check_running(config: OPCDConfig) -> None:
     """What is kept, chosen and weighed while it runs."""
+    if config.warmup_steps >= config.steps:
+        raise InputError(
+            f"warmup_steps={config.warmup_steps} of steps={config.steps}: the rate would not be reached; set fewer"
+        )
     if config.early_stop_delta is not None and not config.early_stop_patience:
         raise InputError("early_stop_delta is set, but early_stop_patience is 0; set it, or drop the delta")
     chooses = config.save_best or config.early_stop_patience

@@ -67,8 +67,12 @@ class OPCDConfig:
         it such a prompt is refused.""")
     chat_template_kwargs: str | None = prompt(None, """Variables of the chat template, as a JSON object:
         '{"enable_thinking": false}'. A row's own win.""", read=json_object)
-    learning_rate: float | None = optimizing(None, """Constant rate. None: 5e-6 for full fine-tuning (the paper's), 1e-3
-        for LoRA (the demo's), 2e-2 for a trained prefix (of Cartridges' authors).""", Within(0, 1, open_low=True))
+    learning_rate: float | None = optimizing(None, """The highest rate. None: 5e-6 for full fine-tuning (the paper's),
+        1e-3 for LoRA (the demo's), 2e-2 for a trained prefix (of Cartridges' authors).""", Within(0, 1, open_low=True))
+    lr_scheduler_type: str = optimizing("constant", """The rate after the warm-up: "constant", or falling to zero over
+        the run as a "linear" or "cosine" function of the step (transformers' schedules).""",
+        OneOf("constant", "linear", "cosine"))
+    warmup_steps: int = optimizing(0, "Steps over which the rate rises from 0 in a line.", AtLeast(0))
     optimizer: str = optimizing("adamw_torch", """"adamw_torch", "adamw_8bit" (state in 8 bits), "paged_adamw_8bit" (and
         on the host when the GPU is full; both need bitsandbytes), or "adafactor" (hardly any state).""",
         OneOf("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor"),
@@ -237,6 +241,11 @@ class OPCDConfig:
     def sends_adapter(self) -> bool:
         """Whether answers come from a program that is sent the adapter alone."""
         return self.rollout == "vllm" or (self.rollout == "server" and self.rollout_command is None)
+
+    @property
+    def plans_steps(self) -> bool:
+        """Whether what a step does depends on how many there will be."""
+        return self.lr_scheduler_type != "constant"
 
     def learning_rate_for(self, adapter: bool, prefix: bool = False) -> float:
         """The rate of a run that trains an adapter (a new one, or a PEFT model's; `prefix`: a trained one), or all."""

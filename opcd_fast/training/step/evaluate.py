@@ -28,12 +28,14 @@ def divergence(
     micro_batch_tokens: int | None = None,
     budget: TokenBudget | None = None,
     engine: Engine | None = None,
+    each: list[float] | None = None,
     **loss_options: Any,
 ) -> dict[str, float]:
     """Divergence of student and teacher on given sequences, without gradients.
 
     budget: in place of `micro_batch_tokens`, one that is shared with training, so that both keep what fits; its ranks
-    share the sequences out, and all get the same numbers. engine: where the models' weights can be read.
+    share the sequences out, and all get the same numbers. engine: where the models' weights can be read. each: gets
+    the mean token KL of every sequence, in order.
 
     Returns:
         kl: mean over sequences of the mean token KL(student || teacher), nats;
@@ -84,7 +86,10 @@ def divergence(
         by_sequence, first_tokens, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
     finally:
         student.train(was_training)
-    kl, error = mean_and_error(ranks.gather_lists(by_sequence))
+    by_sequence = ranks.gather_lists(by_sequence)
+    if each is not None:
+        each += by_sequence
+    kl, error = mean_and_error(by_sequence)
     by_token, agreement, tokens = map(sum, zip(*ranks.gather((by_token, agreement, tokens))))
     first_tokens = ranks.gather_lists(first_tokens)
     record = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +76,20 @@ def warn_of_known_prompts(rows: Sequence[RenderedPrompt], held_out: Sequence[Ren
             "and early stop, says nothing about other prompts",
             known, len(held_out),
         )  # fmt: skip
+
+
+def warn_of_thinking(tokenizer: Any, row: RenderedPrompt, variables: Mapping[str, Any]) -> None:
+    """Says in the log when the model will think before it answers `row`.
+
+    A context that only the teacher sees lowered the accuracy of thinking models by up to 17 % (arXiv 2607.05184).
+    """
+    end = tokenizer.decode(list(row.student_ids)[-20:]).rstrip()
+    can = "enable_thinking" in str(getattr(tokenizer, "chat_template", ""))
+    if end.endswith("<think>") or (can and variables.get("enable_thinking", True) and not end.endswith("</think>")):
+        logger.warning(
+            "this model thinks before it answers, and a context that only the teacher sees can make such a model worse "
+            "at reasoning: measure that, or set chat_template_kwargs='{\"enable_thinking\": false}'"
+        )
 
 
 @torch.no_grad()

@@ -38,16 +38,15 @@ class Teachers:
     ) -> None:
         self.pair = pair
         self._offload: Offload | None = None  # with it there is one teacher, and it is frozen
-        contexts = [torch.tensor(prefix, dtype=torch.int64) for prefix in prefixes]
 
-        def reader(model: Any, adapter: str, masters: bool = False) -> Reader:
-            if config.teacher_offload:
+        def reader(model: Any, adapter: str, masters: bool = False, contexts: Any = prefixes) -> Reader:
+            if config.teacher_offload and self._offload is None:
                 self._offload = Offload(model, device)
             try:
                 with self.at_work():
                     made = ContextTeacher(
                         model,
-                        contexts,
+                        [torch.tensor(context, dtype=torch.int64) for context in contexts],
                         path=config.teacher_path,
                         adapter=adapter,
                         max_prefix_bytes=config.max_prefix_bytes,
@@ -63,6 +62,7 @@ class Teachers:
                 return OffloadedTeacher(made, self._offload)
             return made if same_device(next(model.parameters()).device, device) else RemoteTeacher(made, device)
 
+        self._reader = reader
         self._moves = config.teacher_mode != "frozen"
         self.reference: Reader | None = None
         if not self._moves or pair.reference is not None:
@@ -102,6 +102,11 @@ class Teachers:
             self.pair.moving.restore(state)
         if self._moves:
             self.teacher.invalidate()
+
+    def reference_on(self, contexts: Sequence[Sequence[int]]) -> Reader:
+        """The reference as a reader of other contexts, with settings as its own."""
+        assert self.reference is not None
+        return self._reader(self.pair.reference, self.pair.reference_adapter, contexts=contexts)
 
     def first_weights(self) -> tuple[ContextTeacher, str]:
         """Before training: some reader of the contexts with the first weights, where its model is, and its adapter."""

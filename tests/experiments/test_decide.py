@@ -143,7 +143,8 @@ def test_what_is_still_to_be_run():
     second = missing(screened)  # all pass alike: the first three are the best
     assert "python -m experiments.persona --systems gated --seeds 2" in second
     assert "python -m experiments.policy --systems reverse,forward,gated,off-policy --seeds 2" in second
-    two = table(**{label.replace("-", "_"): outcome(seeds=2) for label in SCREENED}, gated=outcome(0.99, seeds=2))
+    twice = {label.replace("-", "_"): outcome(seeds=2) for label in SCREENED}
+    two = table(**{**twice, "gated": outcome(0.99, seeds=2)})
     assert missing(two)[0] == "python -m experiments.few_shot_form --systems gated,reverse --seeds 3"
     assert missing(table()) == []
     assert "Not decided yet" in page(screened) and "winner" not in page(screened)

@@ -111,16 +111,19 @@ def run_missing(experiment: Experiment, given: argparse.Namespace) -> None:
             with VARIANTS[label](wanted.run.steps) if label in VARIANTS else nullcontext():
                 found = compare(wanted)
             if experiment.also is not None:
-                _add_abilities(found, label, experiment.also, folder)
+                _add_abilities(found, label, experiment.also, folder, first=not kept)
             kept = record.merge(kept, found, settings, label, SYSTEMS[label], made)
             record.write(file, kept)
             print(f"saved: {file}, .md and .png")
 
 
-def _add_abilities(found: dict[str, Any], label: str, also: Callable[[Path | None], Any], folder: Path) -> None:
+def _add_abilities(
+    found: dict[str, Any], label: str, also: Callable[[Path | None], dict[str, Any]], folder: Path, first: bool
+) -> None:
+    """To the run, and to the baseline's arms where it is the first run in its file."""
     (run,) = found["systems"][label]["runs"]
     (baseline,) = found["baselines"].values()
-    arms = also(None)
+    arms = also(None) if first else {}
     for measured, more in ((run, also(folder)), *((baseline[name], arms[name]) for name in arms)):
         measured["abilities"] = {**measured.get("abilities", {}), **more}
 

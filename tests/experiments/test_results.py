@@ -25,7 +25,7 @@ def found(label, seed, own_kl=0.2, base=BASE):
         "general_kl": 2.0, "own_top1": 0.9, "length": 5.0, "drawn_answers": 640, "drawn_tokens": 9, "trained_tokens": 9,
         "seconds": 1.0,
     }  # fmt: skip
-    baselines = {"key": {"base": base, "base + context": SHOWN}}
+    baselines = {"key": {"base": {**base}, "base + context": {**SHOWN}}}
     return {"baselines": baselines, "systems": {label: {"runs": [run], "summary": {}}}}
 
 
@@ -168,3 +168,24 @@ def test_differences_are_over_seeds_in_common():
 
 def test_every_registered_system_names_its_divergence():
     assert all("divergence=" in system for label, system in SYSTEMS.items() if label != "sft")
+
+
+def test_more_abilities_of_a_run_and_of_the_arms(calls, tmp_path):
+    asked_for = []
+
+    def also(folder):
+        asked_for.append(folder)
+        if folder is None:
+            return {"base": ability(0.1), "base + context": ability(0.9)}
+        return ability(0.5 if folder == experiment.RUNS / "persona" / "reverse" / "seed-0" else 0)
+
+    def ability(score):
+        return {"F1": {"score": score, "scores": [score]}}
+
+    run_missing(replace(EXPERIMENT, also=also), asked("reverse", "forward"))
+    assert asked_for.count(None) == 1 and len(asked_for) == 3
+    kept = record.read(tmp_path / "persona.json")
+    assert kept["systems"]["reverse"]["runs"][0]["abilities"] == ability(0.5)
+    (baseline,) = kept["baselines"].values()
+    assert [baseline[arm]["abilities"] for arm in ("base", "base + context")] == [ability(0.1), ability(0.9)]
+    assert "F1" in (tmp_path / "persona.md").read_text()

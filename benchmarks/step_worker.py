@@ -87,7 +87,8 @@ def opcd_settings(case: Case, folder: Path, steps: int, device: str, **settings:
     return {
         "output_dir": str(folder / "run"), "steps": steps, "batch_size": case.prompts, "max_new_tokens": case.tokens,
         "lora_rank": RANK, "learning_rate": LEARNING_RATE, "gradient_checkpointing": case.checkpointing,
-        "dtype": case.dtype, "micro_batch_tokens": case.micro_batch_tokens, "eval_every": 0, "save_every": 0,
+        "divergence": "reverse_kl", "dtype": case.dtype, "micro_batch_tokens": case.micro_batch_tokens,
+        "eval_every": 0, "save_every": 0,
         "plots": False, "device": device, **settings,
     }  # fmt: skip
 

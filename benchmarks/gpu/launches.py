@@ -33,13 +33,16 @@ class Launch:
     result: Tensor  # what the last call wrote
 
 
-def reverse_kl(device: torch.device, rows: int, columns: int, softcap: float | None = None) -> Launch:
-    """As the trainer asks for it: all statistics, a bf16 gradient; with a softcap a bias too."""
+def reverse_kl(
+    device: torch.device, rows: int, columns: int, softcap: float | None = None, gated: bool = False
+) -> Launch:
+    """As the trainer asks for it: all statistics, a bf16 gradient; with a softcap a bias too. Gated: gated_kl."""
+    name = "gated_kl" if gated else "reverse_kl"
     z_s, z_t, bias, weights, statistics, gradient = _row_inputs(device, rows, columns, softcap is not None)
     arguments = (_logits(z_s, bias, softcap), _logits(z_t, bias, softcap), weights, statistics, gradient)
     # Two passes over both logits, one write.
-    return Launch("reverse_kl_rows", partial(reverse_kl_rows, *arguments),
-                  partial(_error, arguments, lambda given: divergence_twin.divergence_rows(*given)),
+    return Launch("reverse_kl_rows", partial(reverse_kl_rows, *arguments, gated=gated),
+                  partial(_error, arguments, lambda given: divergence_twin.divergence_rows(*given, divergence=name)),
                   rows * columns * (4 * 4 + 2), gradient)  # fmt: skip
 
 

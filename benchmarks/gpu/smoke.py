@@ -17,7 +17,7 @@ from benchmarks.step_cases import SHAPES, cases, make_job, random_model
 from benchmarks.step_worker import Steps, opcd
 from opcd_fast import TransformersRollout
 
-OTHERS = ("forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
+OTHERS = ("forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", "gated_kl")
 
 
 def run(session: Session) -> None:
@@ -36,6 +36,7 @@ def _kernels(session: Session, n: int, v: int) -> None:
     rows: list[tuple[str, Callable[[], Launch], dict[str, int]]] = [
         ("reverse KL", lambda: launches.reverse_kl(device, n, v), {"n": n, "V": v}),
         ("reverse KL, softcap and bias", lambda: launches.reverse_kl(device, few, v, 5.0), {"n": few, "V": v}),
+        ("gated KL, a program a row", lambda: launches.reverse_kl(device, n, v, gated=True), {"n": n, "V": v}),
         ("reverse KL, split rows", lambda: launches.divergence(device, few, v, "reverse_kl"), {"n": few, "V": v}),
         *((name.replace("_", " "), partial(launches.divergence, device, few, v, name), {"n": few, "V": v})
           for name in OTHERS),

@@ -17,8 +17,8 @@ Gather = Callable[[Tensor], Tensor] | None
 
 # The planes of the statistics tensor, in order. One float per row each; "gate" is left as it is where there is none.
 STATISTICS = ("token_kl", "student_entropy", "student_logsumexp", "teacher_logsumexp", "top1_agreement", "gate")
-# Planes of a piece's first pass. The last two are left out where nobody needs them.
-NORMALISERS = ("max_s", "sum_s", "max_t", "sum_t", "difference", "forbidden")
+# Planes of a piece's first pass. The last three are left out where nobody needs them.
+NORMALISERS = ("max_s", "sum_s", "max_t", "sum_t", "difference", "forbidden_s", "forbidden_t")
 # Planes of a piece's second pass.
 TERMS = ("value", "negative_entropy", "top_s", "top_t", "moment")
 
@@ -32,7 +32,8 @@ class Rows(NamedTuple):
     lse_t: Tensor
     log_ratio: Tensor  # lse_s - lse_t without the rounding of either
     difference: Tensor | None  # E_p[z_s - z_t]
-    forbidden: Tensor | None  # the largest logit of a token that the other side forbids
+    forbidden_s: Tensor | None  # the student's largest logit of a token that the teacher forbids
+    forbidden_t: Tensor | None  # the teacher's largest logit of a token that the student forbids
 
     def part(self, rows: slice) -> Rows:
         return Rows(*(None if plane is None else plane[rows] for plane in self))  # type: ignore[arg-type]
@@ -51,7 +52,7 @@ def merge_normalisers(pieces: Tensor) -> Tensor:
     top_t, scale_t = _common_scale(max_t)
     merged = [top_s, (sum_s * scale_s).sum(0), top_t, (sum_t * scale_t).sum(0)]
     if rest:
-        merged += [(rest[0] * scale_s).sum(0), rest[1].amax(0)]
+        merged += [(rest[0] * scale_s).sum(0), *(forbidden.amax(0) for forbidden in rest[1:])]
     return torch.stack(merged)
 
 
@@ -71,8 +72,7 @@ def normalise(merged: Tensor) -> Rows:
         # A difference of two logsumexps errs by their rounding, which is 1e-6 where they are around 10. The
         # gradient at a KL of 1e-6 is made of l around 1e-3.
         (max_s - max_t) + torch.log(sum_s / sum_t),
-        rest[0] / sum_s if rest else None,
-        rest[1] if rest else None,
+        *([rest[0] / sum_s, *rest[1:]] if rest else [None] * 3),
     )
 
 

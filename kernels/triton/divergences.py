@@ -1,15 +1,16 @@
 """Statistics and gradient of every divergence from two rows of float32 logits, a row split over programs (Triton).
 
-The twin of `reference.divergences.divergence_rows`, where the formulas are. Two kernels over (rows, splits):
+The twin of `reference.divergences.divergence_rows`, where the formulas are. Kernels over (rows, splits):
 
 - `_normaliser_kernel`: maximum and sum of exponentials of each side and, for the reverse KL, the sum of differences
-  that gives its gradient; and the largest logit of a token that the other side forbids, so that infinite rows are
-  known before any gradient is written.
+  that gives its gradient and its value for a gate; and the largest logit of a token that the other side forbids, so
+  that infinite rows are known before any gradient is written.
 - `_terms_kernel`: the terms of value and entropy, the gradient, or both.
+- `total_variation`, between them for the gate "tv" alone, is in variation.py.
 
-In between, a few floats per row and split are merged by reference/statistics.py. The reverse and the forward KL
-take these two passes, 18 bytes per logit with a bf16 gradient. The others know c = E_p[phi] only after their terms, so
-they read the logits a third time: 26 bytes.
+In between, a few floats per row and split are merged by reference/statistics.py. The reverse, the forward and the gated
+KL take the first two passes, 18 bytes per logit with a bf16 gradient; the gate "tv" reads the logits a third time, 26
+bytes. So do the others, which know c = E_p[phi] only after their terms.
 
 As in reverse_kl.py, accumulators are per lane, loops have no barrier, and the columns beyond the last whole
 block are peeled off to keep all other loads 128 bits wide.
@@ -26,10 +27,10 @@ from opcd_fast.kernels.reference import (
     DIVERGENCES,
     NORMALISERS,
     TERMS,
-    Divergence,
     Gather,
     Logits,
     Rows,
+    gate_from,
     merge_normalisers,
     merge_terms,
     normalise,
@@ -45,10 +46,12 @@ from opcd_fast.kernels.triton.logits import (
     accumulate,
     difference_of,
     expm1,
+    gated_terms,
     load_logits,
     psi_terms,
     store_gradient,
 )
+from opcd_fast.kernels.triton.variation import total_variation
 
 # Programs that keep a large device busy: two on each of 128 multiprocessors.
 PROGRAMS = 256
@@ -58,22 +61,23 @@ _FORWARD_KL = tl.constexpr(DIVERGENCES["forward_kl"].code)
 _JSD = tl.constexpr(DIVERGENCES["jsd"].code)
 _SKEW_REVERSE_KL = tl.constexpr(DIVERGENCES["skew_reverse_kl"].code)
 _SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES["skew_forward_kl"].code)
+_GATED_KL = tl.constexpr(DIVERGENCES["gated_kl"].code)
 # exp(87.8) and its inverse are normal numbers; a probability whose ratio to the other is beyond has underflown
 _LIMIT = tl.constexpr(87.8)
 
 
 @triton.jit
-def _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden, DIVERGENCE):
-    if DIVERGENCE == _REVERSE_KL:
+def _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE):
+    if DIVERGENCE == _REVERSE_KL or DIVERGENCE == _GATED_KL:  # noqa: SIM109 (Triton knows no membership)
         shrink = tl.exp(-tl.abs(z_s - m_s))
         difference = difference_of(z_s, z_t)
         a = tl.where(z_s > m_s, a * shrink + difference, a + shrink * difference)
-        forbidden = tl.maximum(forbidden, tl.where(z_t == float("-inf"), z_s, float("-inf")))
-    if DIVERGENCE == _FORWARD_KL:
-        forbidden = tl.maximum(forbidden, tl.where(z_s == float("-inf"), z_t, float("-inf")))
+        forbidden_s = tl.maximum(forbidden_s, tl.where(z_t == float("-inf"), z_s, float("-inf")))
+    if DIVERGENCE == _FORWARD_KL or DIVERGENCE == _GATED_KL:  # noqa: SIM109
+        forbidden_t = tl.maximum(forbidden_t, tl.where(z_s == float("-inf"), z_t, float("-inf")))
     m_s, d_s = accumulate(z_s, m_s, d_s)
     m_t, d_t = accumulate(z_t, m_t, d_t)
-    return m_s, d_s, m_t, d_t, a, forbidden
+    return m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t
 
 
 @triton.jit
@@ -97,30 +101,35 @@ def _normaliser_kernel(
     d_s = tl.zeros([BLOCK], tl.float32)
     d_t = tl.zeros([BLOCK], tl.float32)
     a = tl.zeros([BLOCK], tl.float32)
-    forbidden = tl.full([BLOCK], float("-inf"), tl.float32)
+    forbidden_s = tl.full([BLOCK], float("-inf"), tl.float32)
+    forbidden_t = tl.full([BLOCK], float("-inf"), tl.float32)
     for block in range(first, last):
         columns = block * BLOCK + lanes
         z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
         z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
-        m_s, d_s, m_t, d_t, a, forbidden = _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden, DIVERGENCE)
+        m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t = _first_pass(
+            z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE
+        )
     if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
         columns = whole * BLOCK + lanes
         z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
         z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
-        m_s, d_s, m_t, d_t, a, forbidden = _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden, DIVERGENCE)
+        m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t = _first_pass(
+            z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE
+        )
 
     pieces_ptr += split.to(tl.int64) * PLANES * n_rows + row
     top = tl.max(m_s, 0)
     scaled = tl.exp(m_s - top)
     tl.store(pieces_ptr, top)
     tl.store(pieces_ptr + n_rows, tl.sum(d_s * scaled, 0))
-    if DIVERGENCE == _REVERSE_KL:
+    if PLANES > 4:
         tl.store(pieces_ptr + 4 * n_rows, tl.sum(a * scaled, 0))
+        tl.store(pieces_ptr + 5 * n_rows, tl.max(forbidden_s, 0))
+        tl.store(pieces_ptr + 6 * n_rows, tl.max(forbidden_t, 0))
     top = tl.max(m_t, 0)
     tl.store(pieces_ptr + 2 * n_rows, top)
     tl.store(pieces_ptr + 3 * n_rows, tl.sum(d_t * tl.exp(m_t - top), 0))
-    if DIVERGENCE == _REVERSE_KL or DIVERGENCE == _FORWARD_KL:  # noqa: SIM109 (Triton knows no membership)
-        tl.store(pieces_ptr + 5 * n_rows, tl.max(forbidden, 0))
 
 
 @triton.jit
@@ -136,8 +145,8 @@ def _log_ratio_to_mixture(l, w, rest):
 
 
 @triton.jit
-def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE):
-    """Terms of the value, and p times (phi - shift)."""
+def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, gate, rest, parameter, DIVERGENCE):
+    """Terms of the value, and p times (phi - shift); of the gated KL the shift is that of its reverse part."""
     if DIVERGENCE == _REVERSE_KL:
         # E_p[z_s - z_t] is the shift, so the two logsumexps cancel in l - KL.
         difference = difference_of(z_s, z_t)
@@ -148,6 +157,10 @@ def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE):
         l = difference_of(z_s, z_t) - log_ratio
         terms = tl.where(q < SMALLEST, p, psi_terms(q, p, -l))
         p_phi = tl.where((tl.abs(l) < 0.25) & (q >= SMALLEST), -p * expm1(-l), p - q)
+    elif DIVERGENCE == _GATED_KL:
+        difference = difference_of(z_s, z_t)
+        terms, share, excess = gated_terms(p, q, difference - log_ratio, gate, rest)
+        p_phi = share * (difference - shift) + gate * excess
     else:
         # Finite also where one is forbidden, or both (where the difference is not a number, and p = q = 0).
         l = z_s - z_t - log_ratio
@@ -174,12 +187,12 @@ def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE):
 @triton.jit
 def _second_pass(
     z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
-    m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, parameter, inverse_outer,
+    m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, gate, rest, parameter, inverse_outer,
     SOFTCAP, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, MASKED,
 ):  # fmt: skip
     p = tl.exp(z_s - lse_s)
     q = tl.exp(z_t - lse_t)
-    terms, p_phi = _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, parameter, DIVERGENCE)
+    terms, p_phi = _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, gate, rest, parameter, DIVERGENCE)
     if WRITE_TERMS:
         value += terms
         if WRITE_MOMENT:
@@ -220,6 +233,11 @@ def _terms_kernel(
     log_ratio = tl.load(rows_ptr + 4 * n_rows)
     shift = tl.load(rows_ptr + 5 * n_rows)
     row_factor = tl.load(rows_ptr + 6 * n_rows)
+    gate = 0.0
+    rest = 1.0
+    if DIVERGENCE == _GATED_KL:
+        gate = tl.load(rows_ptr + 7 * n_rows)
+        rest = tl.load(rows_ptr + 8 * n_rows)
     inverse_outer = 0.0
     if SOFTCAP_S:
         inverse_outer = 1.0 / outer_s
@@ -236,7 +254,7 @@ def _terms_kernel(
         z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
         value, negative_entropy, top_s, top_t, moment = _second_pass(
             z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
-            m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, parameter, inverse_outer,
+            m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, gate, rest, parameter, inverse_outer,
             SOFTCAP_S, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, True,
         )  # fmt: skip
     for block in range(first, last):
@@ -245,7 +263,7 @@ def _terms_kernel(
         z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
         value, negative_entropy, top_s, top_t, moment = _second_pass(
             z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
-            m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, parameter, inverse_outer,
+            m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, gate, rest, parameter, inverse_outer,
             SOFTCAP_S, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, False,
         )  # fmt: skip
 
@@ -291,7 +309,7 @@ def divergence_rows(
     splits: int | None = None,
 ) -> None:
     """Arguments as in `reference.divergences.divergence_rows`; splits as in `split_blocks`. The logits survive unless
-    the gradient is the student's z. Two gathers; scratch is 11 floats per row and split."""
+    the gradient is the student's z. Two gathers, for the gate "tv" three; scratch is 12 floats per row and split."""
     row = row_of(divergence, parameter, gate)
     pair = Pair.of(student, teacher)
     n, columns = student.z.shape
@@ -299,51 +317,62 @@ def divergence_rows(
         return
     block, warps = launch_shape("divergence_rows", columns)
     splits, blocks = split_blocks(n, columns, block, splits)
-    options = {**pair.options, "DIVERGENCE": row.code, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+    tuning = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
     planes = len(NORMALISERS) if row.infinite else 4
     pieces = student.z.new_zeros(splits, planes, n)
     _normaliser_kernel[(n, splits)](
-        *pair.pointers, pieces, *pair.strides, n, columns, blocks, *pair.transforms, PLANES=planes, **options
-    )
+        *pair.pointers, pieces, *pair.strides, n, columns, blocks, *pair.transforms, DIVERGENCE=row.code, PLANES=planes,
+        **pair.options, **tuning,
+    )  # fmt: skip
     merged = merge_normalisers(pieces)
     if gather is not None:
         merged = merge_normalisers(gather(merged))
     rows = normalise(merged)
-    infinite = _infinite(rows, row)
+    infinite = _infinite(rows, row.infinite)
+    shift = rows.difference if divergence == "reverse_kl" else None
+    gates: tuple[Tensor, ...] = ()
+    if divergence == "gated_kl":
+        closed = _infinite(rows, "teacher")
+        assert rows.difference is not None and closed is not None
+        total = rows.difference - rows.log_ratio
+        if gate == "tv":
+            variation = total_variation(pair, torch.stack([rows.lse_s, rows.lse_t]), columns, splits, blocks, tuning)
+            total = (variation if gather is None else gather(variation)).sum(0)
+        gates = gate_from(total.masked_fill(closed, float("inf")), gate)
+        # Closed, the gate keeps out whatever the reverse KL is.
+        shift = rows.difference.masked_fill(gates[1] == 0.0, 0.0)
 
     def launch(shift: Tensor, written: Tensor | None, with_terms: bool) -> Tensor:
         factor = row_weights * student.derivative
         if infinite is not None:
             factor = factor.masked_fill(infinite, 0.0)
-        known = torch.stack([rows.max_s, rows.max_t, rows.lse_s, rows.lse_t, rows.log_ratio, shift, factor])
+        known = torch.stack([rows.max_s, rows.max_t, rows.lse_s, rows.lse_t, rows.log_ratio, shift, factor, *gates])
         pieces = student.z.new_zeros(splits, len(TERMS), n)
         _terms_kernel[(n, splits)](
             *pair.pointers, known, pieces, student.z if written is None else written,
             *pair.strides, 0 if written is None else written.stride(0), n, columns, blocks,
-            *pair.transforms, parameter, PLANES=len(TERMS), WRITE_TERMS=with_terms,
+            *pair.transforms, parameter, DIVERGENCE=row.code, PLANES=len(TERMS), WRITE_TERMS=with_terms,
             WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
-            WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms, **options,
+            WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms,
+            **pair.options, **tuning,
         )  # fmt: skip
         return pieces
 
-    nothing = torch.zeros_like(rows.lse_s)
-    shift = rows.difference if divergence == "reverse_kl" and rows.difference is not None else nothing
+    shift = torch.zeros_like(rows.lse_s) if shift is None else shift
     terms = merge_terms(launch(shift, gradient if row.two_passes else None, True))
     terms[2:4] += first_column
     if gather is not None:
         terms = merge_terms(gather(terms))
     if infinite is not None:
         terms[0].masked_fill_(infinite, float("inf"))
-    write_statistics(statistics, rows, terms, all_statistics)
+    write_statistics(statistics, rows, terms, all_statistics, gates[0] if gates else None)
     if gradient is not None and not row.two_passes:
         # A teacher's NaN reaches every term, but phi only through here.
         launch(torch.where(terms[0].isnan(), terms[0], terms[4]), gradient, False)
 
 
-def _infinite(rows: Rows, row: Divergence) -> Tensor | None:
-    """Rows in which one side forbids what the other may say."""
-    if rows.forbidden is None:
-        return None
-    lse = rows.lse_s if row.infinite == "teacher" else rows.lse_t
-    return torch.exp(rows.forbidden - lse) >= torch.finfo(lse.dtype).tiny
+def _infinite(rows: Rows, forbids: str) -> Tensor | None:
+    """Rows in which this side, "student" or "teacher", forbids what the other may say."""
+    forbidden, lse = (rows.forbidden_s, rows.lse_s) if forbids == "teacher" else (rows.forbidden_t, rows.lse_t)
+    return None if forbidden is None else torch.exp(forbidden - lse) >= torch.finfo(lse.dtype).tiny

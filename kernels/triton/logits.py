@@ -68,6 +68,25 @@ def expm1(x):
 
 
 @triton.jit
+def gated_terms(p, q, l, gate, rest):
+    """rest p psi(l) + gate q psi(-l), rest p and p - q, without cancellation where |l| is small.
+
+    Where one side is -inf, l is wrong, but finite: it does no harm where the other's probability underflows, nor where
+    the teacher forbids and the gate is 1.
+    """
+    square = l * l
+    even = 0.5 + square * (1.0 / 24 + square * (1.0 / 720))
+    odd = l * (1.0 / 6 + square * (1.0 / 120))  # psi(l) = square (even - odd)
+    near = (tl.abs(l) < 0.25) & (q >= SMALLEST)
+    excess = tl.where(near, p * (l - square * (even - odd)), p - q)
+    share = rest * p
+    both = gate * q
+    far_terms = l * (share - both) + (gate - rest) * excess
+    terms = tl.where(near, square * (even * (share + both) - odd * (share - both)), far_terms)
+    return terms, share, excess
+
+
+@triton.jit
 def store_gradient(g_ptr, g, z, columns, n_columns, inverse_outer, SOFTCAP, MASKED):
     """g, of one block, times the softcap's derivative at its logits."""
     if SOFTCAP:

@@ -1,11 +1,12 @@
-"""Statistics and gradient of the reverse KL from two rows of float32 logits, one program per row (Triton).
+"""Statistics and gradient of the reverse KL, or the gated one, from two rows of float32 logits (Triton).
 
-The twin of `reference.divergences.divergence_rows` for the reverse KL. What differs here:
+The twin of `reference.divergences.divergence_rows` for these two, one program per row. What differs here:
 
 - Two passes over the row. The first keeps a running maximum, normaliser and sum of differences per lane and
   combines the lanes once at the end, so its loop has no barrier and no shuffle. The second writes G and sums
   the KL.
-- G needs c = E_p[z_s - z_t], known after the first pass; the two logsumexps cancel in l - KL.
+- G needs c = E_p[z_s - z_t], known after the first pass; the two logsumexps cancel in l - KL. The gate 1 - exp(-KL) is
+  then known as well.
 - expm1 does not exist here. Where |l| < 1/4 the term p (expm1(-l) + l) is a polynomial of relative error
   4e-7, elsewhere q - p + p l, which has lost at most a factor 30 of float32's precision there.
 - The columns beyond the last whole block are peeled off: with a mask in the loop, or with rows that do not
@@ -27,15 +28,21 @@ from opcd_fast.kernels.triton.logits import (
     Pair,
     accumulate,
     difference_of,
+    expm1,
+    gated_terms,
     load_logits,
     psi_terms,
     store_gradient,
 )
 
+# Left to itself, ptxas takes 150 for the gate, so that one program of 8 warps has a multiprocessor for itself.
+GATED_REGISTERS = 128
+
 
 @triton.jit
-def _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t):
-    """Online max, sum of exponentials and their sum weighted with z_s - z_t: one exponential a side."""
+def _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t, forbidden, GATED):
+    """Online max, sum of exponentials and their sum weighted with z_s - z_t: one exponential a side. For the gate also
+    the largest logit of a token that the teacher forbids."""
     shrink = tl.exp(-tl.abs(z_s - m_s))
     grows = z_s > m_s
     difference = difference_of(z_s, z_t)
@@ -43,7 +50,9 @@ def _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t):
     a = tl.where(grows, a * shrink + difference, a + shrink * difference)
     m_s = tl.where(grows, z_s, m_s)
     m_t, d_t = accumulate(z_t, m_t, d_t)
-    return m_s, d_s, a, m_t, d_t
+    if GATED:
+        forbidden = tl.maximum(forbidden, tl.where(z_t == float("-inf"), z_s, float("-inf")))
+    return m_s, d_s, a, m_t, d_t, forbidden
 
 
 @triton.jit
@@ -56,19 +65,26 @@ def _kl_terms(p, q, l, forbidden):
 @triton.jit
 def _second_pass(
     z_s, z_t, columns, n_columns, g_ptr, kl, negative_entropy, top_s, top_t,
-    lse_s, lse_t, m_s, m_t, center, row_factor, inverse_outer,
-    SOFTCAP, WRITE_GRADIENT, ALL_STATISTICS, MASKED,
+    lse_s, lse_t, log_ratio, m_s, m_t, center, gate, rest, row_factor, inverse_outer,
+    GATED, SOFTCAP, WRITE_GRADIENT, ALL_STATISTICS, MASKED,
 ):  # fmt: skip
     p = tl.exp(z_s - lse_s)
     q = tl.exp(z_t - lse_t)
     difference = difference_of(z_s, z_t)
-    kl += _kl_terms(p, q, difference - (lse_s - lse_t), z_t == float("-inf"))
+    if GATED:
+        terms, share, excess = gated_terms(p, q, difference - log_ratio, gate, rest)
+        kl += tl.where((z_s == float("-inf")) & (q >= SMALLEST), float("inf"), terms)
+    else:
+        kl += _kl_terms(p, q, difference - (lse_s - lse_t), z_t == float("-inf"))
     if ALL_STATISTICS:
         negative_entropy += tl.where(z_s == float("-inf"), 0.0, p * (z_s - lse_s))
         top_s = tl.minimum(top_s, tl.where(z_s >= m_s, columns, NO_COLUMN))
         top_t = tl.minimum(top_t, tl.where(z_t >= m_t, columns, NO_COLUMN))
     if WRITE_GRADIENT:
-        g = p * (difference - center) * row_factor
+        if GATED:
+            g = (share * (difference - center) + gate * excess) * row_factor
+        else:
+            g = p * (difference - center) * row_factor
         store_gradient(g_ptr, g, z_s, columns, n_columns, inverse_outer, SOFTCAP, MASKED)
     return kl, negative_entropy, top_s, top_t
 
@@ -79,7 +95,7 @@ def _reverse_kl_rows_kernel(
     stride_s, stride_t, stride_g, stride_statistics, n_columns,
     inner_s, inner_t, outer_s, outer_t, derivative,
     HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
-    WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows * stride passes 2^31
     z_s_ptr += row * stride_s
@@ -93,15 +109,16 @@ def _reverse_kl_rows_kernel(
     d_s = tl.zeros([BLOCK], tl.float32)
     d_t = tl.zeros([BLOCK], tl.float32)
     a = tl.zeros([BLOCK], tl.float32)
+    forbidden = tl.full([BLOCK], float("-inf"), tl.float32)
     for block in range(0, whole):
         columns = block * BLOCK + lanes
         z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
         z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
-        m_s, d_s, a, m_t, d_t = _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t)
+        m_s, d_s, a, m_t, d_t, forbidden = _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t, forbidden, GATED)
     if whole * BLOCK < n_columns:
         z_s = load_logits(z_s_ptr, bias_s_ptr, tail, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
         z_t = load_logits(z_t_ptr, bias_t_ptr, tail, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
-        m_s, d_s, a, m_t, d_t = _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t)
+        m_s, d_s, a, m_t, d_t, forbidden = _accumulate(z_s, z_t, m_s, d_s, a, m_t, d_t, forbidden, GATED)
 
     top = tl.max(m_s, 0)
     scaled = tl.exp(m_s - top)
@@ -110,8 +127,22 @@ def _reverse_kl_rows_kernel(
     lse_s = top + tl.log(total)
     m_s = top
     top = tl.max(m_t, 0)
-    lse_t = top + tl.log(tl.sum(d_t * tl.exp(m_t - top), 0))
+    total_t = tl.sum(d_t * tl.exp(m_t - top), 0)
+    lse_t = top + tl.log(total_t)
     m_t = top
+    log_ratio = 0.0
+    gate = 0.0
+    rest = 1.0
+    if GATED:
+        log_ratio = (m_s - m_t) + tl.log(total / total_t)  # lse_s - lse_t without the rounding of either
+        # Rounding leaves the KL below 0 at times; NaN stays.
+        distance = center - log_ratio
+        distance = tl.where(distance < 0.0, 0.0, distance)
+        distance = tl.where(tl.exp(tl.max(forbidden, 0) - lse_s) >= SMALLEST, float("inf"), distance)
+        gate = -expm1(-distance)
+        rest = tl.exp(-distance)
+        # Closed, the gate keeps out whatever the reverse KL is.
+        center = tl.where(rest == 0.0, 0.0, center)
 
     row_factor = 0.0
     inverse_outer = 0.0
@@ -131,8 +162,8 @@ def _reverse_kl_rows_kernel(
         z_t = load_logits(z_t_ptr, bias_t_ptr, tail, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
         kl, negative_entropy, top_s, top_t = _second_pass(
             z_s, z_t, tail, n_columns, g_ptr, kl, negative_entropy, top_s, top_t,
-            lse_s, lse_t, m_s, m_t, center, row_factor, inverse_outer,
-            SOFTCAP_S, WRITE_GRADIENT, ALL_STATISTICS, True,
+            lse_s, lse_t, log_ratio, m_s, m_t, center, gate, rest, row_factor, inverse_outer,
+            GATED, SOFTCAP_S, WRITE_GRADIENT, ALL_STATISTICS, True,
         )  # fmt: skip
     for block in range(0, whole):
         columns = (whole - 1 - block) * BLOCK + lanes
@@ -140,8 +171,8 @@ def _reverse_kl_rows_kernel(
         z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
         kl, negative_entropy, top_s, top_t = _second_pass(
             z_s, z_t, columns, n_columns, g_ptr, kl, negative_entropy, top_s, top_t,
-            lse_s, lse_t, m_s, m_t, center, row_factor, inverse_outer,
-            SOFTCAP_S, WRITE_GRADIENT, ALL_STATISTICS, False,
+            lse_s, lse_t, log_ratio, m_s, m_t, center, gate, rest, row_factor, inverse_outer,
+            GATED, SOFTCAP_S, WRITE_GRADIENT, ALL_STATISTICS, False,
         )  # fmt: skip
 
     total = tl.sum(kl, 0)
@@ -161,6 +192,8 @@ def _reverse_kl_rows_kernel(
         tl.store(statistics_ptr + 2 * stride_statistics, lse_s)
         tl.store(statistics_ptr + 3 * stride_statistics, lse_t)
         tl.store(statistics_ptr + 4 * stride_statistics, agree.to(tl.float32))
+        if GATED:
+            tl.store(statistics_ptr + 5 * stride_statistics, gate)
 
 
 def reverse_kl_rows(
@@ -170,11 +203,12 @@ def reverse_kl_rows(
     statistics: Tensor,  # (6, n) float32
     gradient: Tensor | None,  # (n, V) float32 or bf16; may be the student's z, but no other view of the logits' memory
     *,
+    gated: bool = False,
     all_statistics: bool = True,
     scratch: Tensor | None = None,  # the reference's; unused
 ) -> None:
-    """One program per row. `reference.divergences.divergence_rows` of the reverse KL; the logits survive unless the
-    gradient is the student's z."""
+    """One program per row. `reference.divergences.divergence_rows` of the reverse KL, or where it is gated of gated_kl
+    with the gate "kl"; the logits survive unless the gradient is the student's z."""
     pair = Pair.of(student, teacher)
     rows, columns = student.z.shape
     if rows == 0:
@@ -184,6 +218,6 @@ def reverse_kl_rows(
         *pair.pointers, row_weights, statistics, student.z if gradient is None else gradient,
         *pair.strides, 0 if gradient is None else gradient.stride(0), statistics.stride(0),
         columns, *pair.transforms, student.derivative, **pair.options,
-        WRITE_GRADIENT=gradient is not None, ALL_STATISTICS=all_statistics, BLOCK=block,
-        num_warps=warps, enable_fp_fusion=True,
+        GATED=gated, WRITE_GRADIENT=gradient is not None, ALL_STATISTICS=all_statistics, BLOCK=block,
+        num_warps=warps, enable_fp_fusion=True, maxnreg=GATED_REGISTERS if gated else None,
     )  # fmt: skip

@@ -34,7 +34,7 @@ class ReportCommand:
     task: tuple[str, ...] = ()
     """Tasks of opcd, scored on their test split: instructions, math:FILE, frozen-lake, ..."""
     abilities: tuple[str, ...] = ()
-    """Tasks of opcd, played greedily on their test split: arithmetic (nothing to install), ifbench, instructions, ..."""
+    """Tasks of opcd, played greedily on their test split: arithmetic (nothing to install), ifbench ..."""
     ability_problems: int = 64
     """Problems of each ability."""
     ability_tokens: int = 64
@@ -101,7 +101,7 @@ def _show(card: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opcd_fast.evaluation.report import kl, missing_arms, rate, tokens
+    from opcd_fast.evaluation.report import beyond, distances_of, kl, missing_arms, rate, tokens
 
     console = Console()
     table = Table(title="KL to the teacher with the context, nats per token (95 % interval)")
@@ -117,9 +117,10 @@ def _show(card: dict) -> None:
         table.add_column(column)
     for score in card["scores"]:
         table.add_row(score["name"].replace("[", "\\["), *(rate(score["arms"][arm]) for arm in arms))
+    for name, found in beyond(card):
+        table.add_row(name.replace("[", "\\["), *(rate(found[arm]) for arm in arms))
     table.add_row("tokens per answer", *(tokens(found["length"]) for found in arms.values()))
     console.print(table)
-    if card["forgetting"]:
-        forgot = card["forgetting"]
-        console.print(f"KL to the base on {forgot['prompts']} unrelated prompts: {kl(forgot['kl'])}")
+    for name, found in distances_of(card):
+        console.print(f"{name}, {card['forgetting']['prompts']} unrelated prompts: {kl(found)}", highlight=False)
     console.print(f"prompt tokens saved per call: {card['saved']['tokens']:.1f}")

@@ -37,7 +37,7 @@ class Batch:
     token_weights: Tensor  # (N,) float32
     response_ids: Tensor  # (N,) int64
     response_cu_seqlens: Tensor  # (B + 1,) int32
-    behaviour_logprobs: Tensor | None  # (N,) float32: log-probability under the sampler, or None
+    behaviour_logprobs: Tensor | None  # (N,) float32: log-probability under the sampler, NaN of others' tokens; or None
     student_parent: Tensor | None = None  # (S,) int64: index of the segment before it, -1 for none; None: not shared
 
     def to(self, device: torch.device) -> Batch:
@@ -67,7 +67,7 @@ class Sample:
     teacher_prompt: Sequence[int]  # after the shared prefix; never empty
     context_index: int
     response: Sequence[int]  # up to and including the stop token
-    logprobs: Sequence[float] | None = None  # of the response under the sampler
+    logprobs: Sequence[float] | None = None  # of the response under the sampler; NaN: another one wrote it
 
 
 def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompts: bool = False) -> Batch:

@@ -152,3 +152,9 @@ def _scores(card: Mapping[str, Any]) -> Iterator[tuple[str, tuple[dict[str, Any]
             yield f"{score['name']}, {arm}", (found, True)
     if card["forgetting"]:
         yield "KL to the base, unrelated prompts", (card["forgetting"]["kl"], False)
+        if card["forgetting"].get("context_kl"):  # which older cards have not
+            yield "KL to base + context, unrelated prompts", (card["forgetting"]["context_kl"], False)
+    for one in card.get("abilities", []):
+        for arm, found in one["arms"].items():
+            if found is not None:
+                yield f"ability {one['name']}, {arm}", (found, True)

@@ -101,18 +101,20 @@ class Arm:
         self, prompts: Sequence[Prompt], firsts: Sequence[Sequence[int]], seed: int, **sampling: Any
     ) -> list[Completion]:
         """To each of `prompts` as the second question of a chat, which began with the prompt before it (the last one
-        before the first) and the arm's own answer to that. firsts: its answers to `prompts`, as token ids."""
+        before the first) and the arm's own answer to that. firsts: its answers to `prompts`, as token ids; more, as
+        of further rounds, are not looked at."""
         chats = []
         for index, prompt in enumerate(prompts):
-            said: Message = {"role": "assistant", "content": self.text(firsts[index - 1])}
-            chats.append(replace(prompts[index - 1], messages=(*_said(prompts[index - 1]), said, *_asked(prompt))))
+            before = (index - 1) % len(prompts)
+            said: Message = {"role": "assistant", "content": self.text(firsts[before])}
+            chats.append(replace(prompts[before], messages=(*_said(prompts[before]), said, *_asked(prompt))))
         return self.answers(chats, **sampling, seed=stream_seed(seed, "second turn", 0))
 
 
-def tried(ask: Callable[[], Any], what: str, told: Callable[[str], None]) -> Any:
+def tried(what: str, told: Callable[[str], None], ask: Callable[..., Any], *given: Any, **options: Any) -> Any:
     """What `ask` returns; None, and a line about it, where the template or the window has no place for the chat."""
     try:
-        return ask()
+        return ask(*given, **options)
     except InputError as error:
         told(f"{what} not measured: {error}")
         return None

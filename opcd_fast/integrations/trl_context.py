@@ -51,7 +51,7 @@ class ContextDistillationTrainer(DistillationTrainer):
         teacher_model: a frozen model with the same vocabulary. None: the student without its adapter, which needs a
             PEFT model or `peft_config`.
         distillation: the divergence, as keywords of `fused_linear_divergence`: {"divergence": "reverse_kl"}. None: the
-            reverse KL, or with another `DistillationConfig.beta` than TRL's default of 1 the JSD of that beta.
+            gated KL, or with another `DistillationConfig.beta` than TRL's default of 1 the JSD of that beta.
         teacher_path: how the teacher reads its context, see `ContextTeacher`.
         others: as for DistillationTrainer.
 
@@ -97,7 +97,8 @@ class ContextDistillationTrainer(DistillationTrainer):
         refuse_sharding(self)
         if distillation and self.beta != 1.0:
             raise InputError(f"args.beta={self.beta} and distillation= both choose a divergence; leave one of them out")
-        self._distillation = distillation or {"divergence": "jsd", "beta": self.beta}
+        own = {"divergence": "gated_kl"} if self.beta == 1.0 else {"divergence": "jsd", "beta": self.beta}
+        self._distillation = distillation or own
         self._context = None if context is None else read_context(context)
         self._prefixes: dict[str, tuple[int, tuple[int, ...]]] = {}  # by context, as JSON
         groups = self._read_all(train_dataset, eval_dataset)

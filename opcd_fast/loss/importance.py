@@ -51,8 +51,9 @@ class Drift:
     factors: float | None = None
 
     def add(self, logprobs: Tensor, behaviour: Tensor, factors: Tensor | None = None) -> None:
-        """logprobs, behaviour: (N,) log p and log q of the same tokens. factors: (N,) importance weights, if used."""
-        ratio = (logprobs - behaviour).double()
+        """logprobs, behaviour: (N,) log p and log q of the same tokens; tokens whose log q is NaN, which somebody else
+        wrote, do not count. factors: (N,) importance weights, if used."""
+        ratio = (logprobs - behaviour).double()[~behaviour.isnan()]
         self.tokens += ratio.numel()
         self.distance += float(ratio.abs().sum())
         self.kl += float((ratio.expm1() - ratio).sum())

@@ -106,7 +106,7 @@ class _Worst:
     def teacher_away(self) -> Changes:
         """On the host between its turns."""
         config, worst = self.config, self.seen.worst
-        at_work = worst in _TEACHER_AT_WORK or (worst == "rollout" and config.answers == "teacher")
+        at_work = worst in _TEACHER_AT_WORK or (worst == "rollout" and config.teacher_writes)
         if self.device != "cuda" or at_work or not self.matters("teacher weights"):
             return {}
         if config.teacher_offload or not goes_with(config, "teacher_offload"):

@@ -44,6 +44,7 @@ class TransformersRollout(Sampler):
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
         engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the model's
             forward pass.
+        sized_for: with max_batch None, tokens of the longest answers there will be, where a call may ask for fewer.
         choice: what was chosen earlier, kept in a file, so that a resumed run rounds as it did before.
         frozen_base: the caller knows that nothing but the adapter changes. False: the weights that it was folded into
             are compared at each call, which reads all of them.
@@ -55,6 +56,7 @@ class TransformersRollout(Sampler):
         *,
         stop_token_ids: Sequence[int],
         max_batch: int | None = 64,
+        sized_for: int = 0,
         merge_adapter: bool | None = None,
         vocab_size: int | None = None,
         engine: str = "auto",
@@ -72,6 +74,7 @@ class TransformersRollout(Sampler):
         refusal = refuses_decoding(model)
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
+        self._sized_for = sized_for
         self.model, self.device = model, next(model.parameters()).device
         self._kept = kept = choice or Choice()
         self._engine = kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
@@ -177,7 +180,7 @@ class TransformersRollout(Sampler):
             self._engine, reason = self._verified(rows, max_new_tokens)
             self._kept.set("engine", self._engine, reason)
         if self.max_batch is None:
-            longest = max(map(len, rows))
+            longest, max_new_tokens = max(map(len, rows)), max(max_new_tokens, self._sized_for)
             answering = self.model if self._merged is None else self._merged.model  # whose type the cache has
             self.max_batch = rollout_memory.batch_that_fits(answering, longest, max_new_tokens)
             self._kept.set("batch", self.max_batch, f"free memory, {longest} + {max_new_tokens} tokens a sequence")

@@ -55,7 +55,8 @@ class Samplers:
         self.held_out = local_rollout(config, model, **common) if config.rollout == "replay" else self.student
 
         def reads(other: Any) -> Rollout:
-            return TransformersRollout(other, max_batch=config.rollout_batch, merge_adapter=False, **common)
+            sizes = {"max_batch": config.rollout_batch, "sized_for": config.max_new_tokens}
+            return TransformersRollout(other, merge_adapter=False, **sizes, **common)
 
         self.first: Any = None if self._pair.reference is None else reads(self._pair.reference)
         shares_base = self._pair.reference_adapter == "disabled"
@@ -90,6 +91,8 @@ class Samplers:
     def _written(
         self, sampler: Rollout, model: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]
     ) -> list[Completion]:
+        if not prompts:  # all answers are another's
+            return []
         shared = shared_sampler(sampler, self._engine)
         shared.sync(model)
         return shared.generate(prompts, **sampling)
@@ -149,6 +152,7 @@ def local_rollout(config: OPCDConfig, model: Any, **common: Any) -> Transformers
         model,
         engine=ENGINE_OF.get(config.rollout, "auto"),
         max_batch=config.rollout_batch,
+        sized_for=config.max_new_tokens,
         merge_adapter=config.merge_for_rollout,
         choice=Choice.of_file(file) if config.resume else Choice(file),
         frozen_base=True,

@@ -1,9 +1,9 @@
 """On-policy context distillation, the loop.
 
 Each step: the student answers prompts without the context; the teacher, which sees the context, and the student
-score every token of those answers; the student's weights move down the full-vocabulary reverse KL to the teacher
-(arXiv 2602.12275, Eq. 1). `OPCDTrainer._train_step` is the method; everything above it prepares and repeats it,
-everything below it keeps records.
+score every token of those answers; the student's weights move down the full-vocabulary KL to the teacher, the reverse
+one (arXiv 2602.12275, Eq. 1) where they are near it. `OPCDTrainer._train_step` is the method; everything above it
+prepares and repeats it, everything below it keeps records.
 """
 
 from __future__ import annotations

@@ -265,7 +265,8 @@ def test_other_ways_of_measuring_are_said(diff):
         card["hashes"]["held_out_sha256"] = "0"
 
     _, out = diff(change)
-    assert "temperature (1.0 and 0.5)" in out and "only: KL to the base" in out and "different held-out" in out
+    assert "temperature (1.0 and 0.5)" in out and "different held-out" in out
+    assert "only: KL to base + context, unrelated prompts, KL to the base, unrelated prompts" in out
 
 
 def test_a_run_without_a_card(made, capsys):

@@ -144,9 +144,12 @@ def test_scores_and_regressions_are_those_of_the_answers(base, tmp_path):
     run = make_run(base, tmp_path / "r", held_out=given)
     card = measure(run, ReportOptions(behaviours=[Behaviour("odd", "function", scorer)], samples=2))
     # Rows as training's scorers see them; what JSON cannot hold is not kept.
-    assert rows[::2] == [{"prompt": text, "tone": index} for index, text in enumerate(HELD_OUT)] * len(ARMS)
-    (score,) = card["scores"]
+    wanted = [{"prompt": text, "tone": index} for index, text in enumerate(HELD_OUT)]
     per_arm = len(HELD_OUT) * 2
+    assert rows[: len(ARMS) * per_arm : 2] == wanted * len(ARMS)
+    assert rows[len(ARMS) * per_arm :] == wanted * len(ARMS)  # second turns
+    assert [asked for _, asked in seen[len(ARMS) * per_arm :]] == HELD_OUT * len(ARMS)
+    (score,) = card["scores"]
     assert [asked for _, asked in seen[:per_arm]] == [text for text in HELD_OUT for _ in range(2)]
     for index, arm in enumerate(ARMS):
         answers = [answer for answer, _ in seen[index * per_arm : (index + 1) * per_arm]]

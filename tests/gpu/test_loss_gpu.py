@@ -80,6 +80,8 @@ OTHERS = [
     ("skew_reverse_kl", {"alpha": 0.1}),
     ("skew_forward_kl", {"alpha": 0.2}),
     ("topk_reverse_kl", {"k": 64, "tail": "bucket"}),
+    ("gated_kl", {}),
+    ("gated_kl", {"gate": "tv"}),
 ]
 
 

@@ -18,6 +18,7 @@ COMPANIONS = (
     {"divergence": "jsd"},
     {"divergence": "skew_reverse_kl"},
     {"divergence": "topk_reverse_kl"},
+    {"divergence": "gated_kl"},
     {"teacher_mode": "ema"},
     {"teacher_mode": "periodic"},
     {"answers": "teacher"},

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opcd_fast.kernels.reference import DIVERGENCES, NORMALISERS, TERMS
-from opcd_fast.kernels.triton import attention, divergences, logprobs, reverse_kl
+from opcd_fast.kernels.triton import attention, divergences, logprobs, reverse_kl, variation
 from opcd_fast.kernels.triton.launch_shapes import current_table
 
 # The others are float32 (row kernels) or, of the merge's outputs, bf16.
@@ -50,15 +50,18 @@ class Kernel(NamedTuple):
 
 
 def _reverse_kl() -> Kernel:
-    flags = {**PLAIN, "ALL_STATISTICS": False, "WRITE_GRADIENT": True}
-    variants = {
-        "plain": flags,
-        "statistics": {**flags, "ALL_STATISTICS": True},
-        "loss_only": {**flags, "WRITE_GRADIENT": False},
-        "everything": {**flags, **TRANSFORMED, "ALL_STATISTICS": True},
-    }
+    variants = {}
+    for prefix, gated in (("", False), ("gated_", True)):
+        flags = {**PLAIN, "GATED": gated, "ALL_STATISTICS": False, "WRITE_GRADIENT": True}
+        variants |= {
+            prefix + "plain": flags,
+            prefix + "statistics": {**flags, "ALL_STATISTICS": True},
+            prefix + "loss_only": {**flags, "WRITE_GRADIENT": False},
+            prefix + "everything": {**flags, **TRANSFORMED, "ALL_STATISTICS": True},
+        }
     shapes = launch_shapes_of("reverse_kl_rows")
-    return Kernel(reverse_kl._reverse_kl_rows_kernel, variants, ("everything",), lambda _: 2, shapes)
+    default = ("everything", "gated_everything")
+    return Kernel(reverse_kl._reverse_kl_rows_kernel, variants, default, lambda _: 2, shapes)
 
 
 def _normalisers() -> Kernel:
@@ -67,7 +70,13 @@ def _normalisers() -> Kernel:
         planes = len(NORMALISERS) if row.infinite else 4
         variants[row.name + suffix] = {**flags, "DIVERGENCE": row.code, "PLANES": planes}
     shapes = launch_shapes_of("divergence_rows")
-    return Kernel(divergences._normaliser_kernel, variants, ("reverse_kl_everything",), lambda _: 1, shapes)
+    return Kernel(divergences._normaliser_kernel, variants, ("gated_kl_everything",), lambda _: 1, shapes)
+
+
+def _variation() -> Kernel:
+    shapes = launch_shapes_of("divergence_rows")
+    variants = {"plain": PLAIN, "everything": TRANSFORMED}
+    return Kernel(variation._variation_kernel, variants, ("everything",), lambda _: 1, shapes)
 
 
 def _terms() -> Kernel:
@@ -85,7 +94,8 @@ def _terms() -> Kernel:
         for suffix, extra in {**passes, "_loss_only": {}}.items():
             variants[row.name + suffix + "_everything" * everything] = {**flags, **extra}
     shapes = launch_shapes_of("divergence_rows")
-    return Kernel(divergences._terms_kernel, variants, ("jsd_terms_everything",), lambda _: 1, shapes)
+    default = ("jsd_terms_everything", "gated_kl_everything")
+    return Kernel(divergences._terms_kernel, variants, default, lambda _: 1, shapes)
 
 
 def _logprob() -> Kernel:
@@ -116,8 +126,8 @@ def _merge() -> Kernel:
 
 
 KERNELS = {
-    "reverse_kl": _reverse_kl(), "normalisers": _normalisers(), "terms": _terms(), "logprob": _logprob(),
-    "merge": _merge(),
+    "reverse_kl": _reverse_kl(), "normalisers": _normalisers(), "variation": _variation(), "terms": _terms(),
+    "logprob": _logprob(), "merge": _merge(),
 }  # fmt: skip
 
 
@@ -160,10 +170,11 @@ def count(pattern: str, text: str) -> int:
 def report(capability: int, kernel: str, variant: str, shape: tuple[dict, int]) -> dict:
     entry = KERNELS[kernel]
     constants, warps = {**entry.variants[variant], **shape[0]}, shape[1]
+    registers = reverse_kl.GATED_REGISTERS if constants.get("GATED") else None
     compiled = triton.compile(
         source(entry.function, constants),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": True},
+        options={"num_warps": warps, "enable_fp_fusion": True, "maxnreg": registers},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -41,16 +41,17 @@ def implementation(kind):
     if kind == "triton":
         return functools.partial(triton.divergences.divergence_rows, splits=2)
 
-    def a_program_a_row(*arguments, divergence, parameter, **options):
-        assert divergence == "reverse_kl"
-        triton.reverse_kl_rows(*arguments, **options)
+    def a_program_a_row(*arguments, divergence, parameter=0.0, gate=None, **options):
+        assert (divergence, gate) in (("reverse_kl", None), ("gated_kl", "kl"))
+        triton.reverse_kl_rows(*arguments, gated=gate is not None, **options)
 
     return a_program_a_row
 
 
 def pairs(cases, kinds=KINDS):
     """Every implementation with every case it has."""
-    return [(kind, case) for kind in kinds for case in cases if case[0] == "reverse_kl" or "a row" not in kind]
+    a_row = (("reverse_kl", 0.0), ("gated_kl", "kl"))
+    return [(kind, case) for kind in kinds for case in cases if case in a_row or "a row" not in kind]
 
 
 def logits64(side, z):

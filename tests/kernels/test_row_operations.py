@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from opcd_fast.kernels.csrc import native
 from opcd_fast.kernels.reference import DIVERGENCES, Logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+GATED = [case for case in CASES if case[0] == "gated_kl"]
 each = pytest.mark.parametrize(("kind", "case"), pairs(FEW), ids=str)
 
 
@@ -60,7 +62,7 @@ def test_a_kl_of_1e_minus_9_keeps_its_digits_in_cpp(level, columns):
 
 
 @pytest.mark.parametrize("columns", [1, 3, 16, 17, 511, 512, 513, 1025, 4097])
-@pytest.mark.parametrize(("kind", "case"), pairs([CASES[0], CASES[2]]), ids=str)
+@pytest.mark.parametrize(("kind", "case"), pairs([CASES[0], CASES[2], *GATED]), ids=str)
 def test_every_remainder_of_the_block(kind, case, columns):
     student, teacher, weights = inputs(2, columns)
     statistics, g = run(implementation(kind), case, student, teacher, weights)
@@ -135,6 +137,42 @@ def test_forbidden_tokens(kind, case):
         assert (float(statistics[0, row]) == INF) == (row == infinite)
         assert bool(g[row].any()) != (row == infinite)
     assert not statistics.isnan().any() and not g[2, 10:900].any()
+
+
+@pytest.mark.parametrize(("kind", "case"), pairs(GATED), ids=str)
+def test_the_gate_is_closed_by_the_least_likely_of_forbidden_tokens(kind, case):
+    """Rows, of equal models but for one token at 1e-35: the teacher forbids it, the student does, neither; and one at
+    which the student's probability is no normal number, which the teacher forbids."""
+    student, teacher, weights = inputs(4, 1050, spread=0.0)
+    lse = student.z.logsumexp(-1)
+    student.z[:, 1049] = teacher.z[:, 1049] = lse + math.log(1e-35)
+    student.z[3, 1049] = teacher.z[3, 1049] = lse[3] - 95.0
+    teacher.z[0, 1049] = teacher.z[3, 1049] = student.z[1, 1049] = -INF
+    statistics, g = run(implementation(kind), case, student, teacher, weights)
+    assert statistics[5, 0] == 1.0 and (statistics[5, 1:] < 1e-5).all()
+    assert statistics[0, 1] == INF and (statistics[0, [0, 2, 3]] < 1e-6).all()
+    assert not g[1].any() and g.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "case"), pairs(GATED), ids=str)
+def test_where_the_gate_is_one_the_reverse_kl_has_no_part(kind, case):
+    """It is infinite in the first row. In the second, of the gate "kl", it is beyond what exp and float32 hold."""
+    student, teacher, weights = inputs(2, 1050, spread=3.0)
+    teacher.z[0, 3] = -INF
+    teacher.z[1, 500:] = torch.finfo(torch.float32).min
+    student.z[1, 500] += 20.0
+    statistics, g = run(implementation(kind), case, student, teacher, weights)
+    forward, exact = oracle(CASES[1], student, teacher, weights)
+    rows = slice(0, 2 if case[1] == "kl" else 1)
+    assert (statistics[5, rows] == 1.0).all() and g[rows].isfinite().all()
+    torch.testing.assert_close(statistics[0, rows], forward[0, rows].float(), rtol=1e-5, atol=0)
+    assert error(g[rows], exact[rows]) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "case"), pairs(GATED), ids=str)
+def test_without_all_statistics_the_gate_is_not_written(kind, case):
+    statistics, _ = run(implementation(kind), case, *inputs(2, 700), all_statistics=False)
+    assert statistics[0].all() and not statistics[1:].any()
 
 
 @each
@@ -262,7 +300,7 @@ def test_codes_are_those_of_the_library_and_are_given_once():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows(kind):
-    for case in FEW if "a row" not in kind else FEW[:1]:
+    for _, case in pairs(FEW, [kind]):
         nothing = Logits(torch.empty(0, 8))
         statistics, g = run(implementation(kind), case, nothing, nothing, torch.empty(0))
         assert statistics.shape == (6, 0) and g.shape == (0, 8)

@@ -46,23 +46,29 @@ def run(hidden, head, teacher_head, **options):
     return hidden.grad, loss.detach(), stats
 
 
-NAMES = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
-for name in NAMES:
+CASES = [
+    *({"divergence": name} for name in ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")),
+    *({"divergence": "gated_kl", "gate": gate} for gate in ("kl", "tv")),
+]
+for case in CASES:
+    name = " ".join(case.values())
     # Triton's interpreter is slow.
     for options in ({}, {"workspace_bytes": 60_000}) if backend == "torch" else ({"workspace_bytes": 60_000},):
         whole_w, whole_b = w.clone().requires_grad_(), bias.clone().requires_grad_()
         head = LMHead(whole_w, whole_b, softcap=8.0)
-        dh, loss, stats = run(h, head, LMHead(w), divergence=name, backend=backend, **options)
+        dh, loss, stats = run(h, head, LMHead(w), backend=backend, **case, **options)
         part_w, part_b = w[mine].clone().requires_grad_(), bias[mine].clone().requires_grad_()
         head = LMHead(part_w, part_b, softcap=8.0, group=group)
         sharded = LMHead(w[mine].clone(), group=group)
-        dh2, loss2, stats2 = run(h, head, sharded, divergence=name, backend=backend, **options)
+        dh2, loss2, stats2 = run(h, head, sharded, backend=backend, **case, **options)
         close(loss2, loss, f"{name} loss")
         close(dh2, dh, f"{name} dH")
         close(part_w.grad, whole_w.grad[mine], f"{name} dW")
         close(part_b.grad, whole_b.grad[mine], f"{name} db")
-        for field in vars(stats):
-            close(getattr(stats2, field), getattr(stats, field), f"{name} {field}")
+        assert ("gate" in case) == (stats.gate is not None) == (stats2.gate is not None)
+        for field, value in vars(stats).items():
+            if value is not None:
+                close(getattr(stats2, field), value, f"{name} {field}")
 
 # The top token of some rows lies on the other rank for one model only, in the same place of its slice: agreement must
 # be global.
@@ -81,9 +87,10 @@ for student_row, teacher_row in ((0, 0), (0, 1), (1, 1)):
 # Tokens that exist in one rank's slice alone.
 absent = bias.clone()
 absent[: SIZES[0]] = -float("inf")
-for name in NAMES:
+for case in CASES:
+    name = " ".join(case.values())
     heads = LMHead(w, absent), LMHead(w[mine].clone(), absent[mine].clone(), group=group)
-    (dh, loss, _), (dh2, loss2, _) = (run(h, head, head, divergence=name, backend=backend) for head in heads)
+    (dh, loss, _), (dh2, loss2, _) = (run(h, head, head, backend=backend, **case) for head in heads)
     assert loss2.isfinite()
     close(loss2, loss, f"{name} loss")
     close(dh2, dh, f"{name} dH")
@@ -94,6 +101,13 @@ forbidden[650] = -float("inf")
 part = w[mine].clone()
 dh, loss, _ = run(h, LMHead(part, group=group), LMHead(part, forbidden[mine].clone(), group=group))
 assert loss == float("inf") and not dh.any()
+for gate in ("kl", "tv"):
+    options = {"divergence": "gated_kl", "gate": gate, "backend": backend}
+    some = LMHead(part, forbidden[mine].clone(), group=group)
+    dh, loss, _ = run(h, some, LMHead(part, group=group), **options)
+    assert loss == float("inf") and not dh.any()
+    dh, loss, stats = run(h, LMHead(part, group=group), some, **options)
+    assert loss.isfinite() and (stats.gate == (weights != 0)).all()
 
 # A gradient known only in backward.
 for divergence in ("reverse_kl", "jsd"):

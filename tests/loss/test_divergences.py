@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_oracle import compare, problem
+from loss_oracle import compare, divergence64, logits64, problem
 
 from opcd_fast.loss import (
     DIVERGENCES,
@@ -32,7 +32,10 @@ PLAIN = [
     ("skew_reverse_kl", {"alpha": 0.0}),
     ("skew_forward_kl", {"alpha": 0.3}),
     ("skew_forward_kl", {"alpha": 0.0}),
+    ("gated_kl", {"gate": "kl"}),
+    ("gated_kl", {"gate": "tv"}),
 ]
+EACH = [PLAIN[i] for i in (0, 1, 2, 6, 8, 10, 11)]  # none at its ends
 TRUNCATED = [
     ("topk_reverse_kl", {"k": k, "tail": tail})
     for k in (1, 7, 10_000)
@@ -47,7 +50,7 @@ def test_value_and_gradients(name, options, backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*(PLAIN[i] for i in (0, 1, 2, 6, 8)), TRUNCATED[3], TRUNCATED[5]], ids=lambda x: str(x)
+    ("name", "options"), [*EACH, TRUNCATED[3], TRUNCATED[5]], ids=lambda x: str(x)
 )
 def test_with_every_transform(name, options, backend):
     student, h, teacher, h_t = problem()
@@ -60,14 +63,14 @@ def test_with_every_transform(name, options, backend):
 
 @pytest.mark.parametrize("spread", [0.03, 0.003])
 @pytest.mark.parametrize(
-    ("name", "options"), [PLAIN[1], PLAIN[2], TRUNCATED[4]], ids=lambda x: str(x)
+    ("name", "options"), [PLAIN[1], PLAIN[2], *PLAIN[10:], TRUNCATED[4]], ids=lambda x: str(x)
 )
 def test_small_divergences_keep_their_digits(name, options, spread, backend):
     stats = compare(*problem(spread=spread), backend, name, options, tolerance=3e-3)
     assert (stats.token_kl >= 0).all() and float(stats.token_kl.mean()) < 3e-3
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_forward_kl", "topk_reverse_kl"])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_forward_kl", "gated_kl", "topk_reverse_kl"])
 def test_small_workspaces_and_the_late_reduction_give_the_same(name, backend):
     student, h, teacher, h_t = problem(rows=11)
     upstream = torch.linspace(0.5, 2.0, 11)
@@ -87,7 +90,8 @@ def test_small_workspaces_and_the_late_reduction_give_the_same(name, backend):
             torch.testing.assert_close(ours, first, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+# A numerical derivative would go through the gate too: test_value_and_gradients compares it with autograd instead.
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "gated_kl"])
 def test_gradcheck_in_float64(name):
     g = torch.Generator().manual_seed(0)
     h, h_t = (torch.randn(3, 4, generator=g, dtype=torch.float64) for _ in range(2))
@@ -111,20 +115,39 @@ def test_infinities_of_each_divergence(backend):
     student, h, teacher, h_t = problem(rows=3, vocabulary=64)
     bias = torch.zeros(64)
     bias[5] = -INF
-    for forbids, name in itertools.product(
-        ("student", "teacher"), ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl")
-    ):
+    for forbids, (name, options) in itertools.product(("student", "teacher"), EACH):
         h_leaf = h.clone().requires_grad_()
         loss, stats = fused_linear_divergence(
             h_leaf, LMHead(student.weight, bias if forbids == "student" else None), h_t,
             LMHead(teacher.weight, bias if forbids == "teacher" else None),
-            divergence=name, return_stats=True, backend=backend,
+            divergence=name, return_stats=True, backend=backend, **options,
         )  # fmt: skip
         loss.backward()
-        infinite = (name, forbids) in (("reverse_kl", "teacher"), ("forward_kl", "student"))
+        infinite = forbids == {"reverse_kl": "teacher", "forward_kl": "student", "gated_kl": "student"}.get(name)
         assert (stats.token_kl == INF).all() == infinite, (name, forbids)
         assert h_leaf.grad.isfinite().all() and h_leaf.grad.any() != infinite
         assert not stats.token_kl.isnan().any()
+        if name == "gated_kl":
+            assert ((stats.gate == 1).all() if forbids == "teacher" else (stats.gate < 1).all()), options
+
+
+@pytest.mark.parametrize("gate", ["kl", "tv"])
+def test_gradients_of_the_gated_kl_in_float64(gate):
+    """Those of (1 - w) KL(p || q) + w KL(q || p) with a constant w, to rounding; with the late reduction too."""
+    student, h, teacher, h_t = problem(rows=4, vocabulary=50, spread=1.0, dtype=torch.float64, softcap=3.0)
+    h_t = h_t.double()
+    twin = h.clone().requires_grad_()
+    z_s, z_t = logits64(twin, student) / 0.8, logits64(h_t, teacher) / 0.8
+    value = divergence64(z_s, z_t, "gated_kl", gate=gate)
+    value.sum().backward()
+    for reduction in ("sum", "none"):
+        leaf = h.clone().requires_grad_()
+        loss = fused_linear_divergence(
+            leaf, student, h_t, teacher, divergence="gated_kl", gate=gate, temperature=0.8, reduction=reduction
+        )
+        loss.sum().backward()
+        torch.testing.assert_close(loss.detach().sum(), value.detach().sum(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("tail", ["none", "renormalize", "bucket"])
@@ -142,7 +165,7 @@ def test_a_teacher_that_forbids_all_of_the_students_top_is_infinite(tail, backen
     assert not h_leaf.grad[0].any() and h_leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"])
+@pytest.mark.parametrize("name", [name for name, row in DIVERGENCES.items() if row.code is not None])
 def test_identical_models_have_no_loss_and_no_gradient(name, backend):
     student, h, _, _ = problem()
     h_leaf = h.clone().requires_grad_()
@@ -152,6 +175,7 @@ def test_identical_models_have_no_loss_and_no_gradient(name, backend):
     loss.backward()
     assert abs(float(loss.detach())) < 1e-9 and h_leaf.grad.abs().max() < 1e-7
     assert (stats.top1_agreement == 1).all()
+    assert stats.gate is None or (stats.gate < 1e-6).all()
     if name == "reverse_kl":
         assert loss == 0 and not h_leaf.grad.any()
 
@@ -192,6 +216,7 @@ def test_the_papers_truncated_loss_is_what_their_code_computes():
         ({"divergence": "topk_reverse_kl", "k": 0}, ["k is 0", "positive"]),
         ({"divergence": "topk_reverse_kl", "k": 2.5}, ["k is 2.5"]),
         ({"divergence": "topk_reverse_kl", "tail": "drop"}, ["tail", "'bucket'"]),
+        ({"divergence": "gated_kl", "gate": "js"}, ["gate is 'js'", "'kl', 'tv'"]),
     ],
 )
 def test_bad_options_say_what_and_what_instead(options, words):
@@ -219,5 +244,7 @@ def test_a_parameter_of_another_divergence_is_told():
     assert unused_parameter("jsd", defaults | {"beta": 0.3}) is None
     assert unused_parameter("jsd", defaults | {"alpha": 0.3}) == "alpha"
     assert unused_parameter("topk_reverse_kl", defaults | {"k": 3, "tail": "bucket"}) is None
+    assert unused_parameter("gated_kl", defaults | {"gate": "tv"}) is None
+    assert unused_parameter("jsd", defaults | {"gate": "tv"}) == "gate"
     assert check_divergence("jsd", defaults | {"beta": 1}) == ("reverse_kl", 0.0, "")
     assert check_divergence("topk_reverse_kl", defaults | {"k": 3}) == ("topk_reverse_kl", 3.0, "none")

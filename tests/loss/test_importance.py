@@ -93,6 +93,15 @@ def test_drift_is_what_the_logprobs_say(correction):
     assert Drift().record() == {}
 
 
+def test_tokens_that_another_model_wrote_do_not_count_in_the_drift():
+    shift = [0.1, -0.3, math.nan, 0.0, math.nan]
+    model, samples = answers(shift)
+    drift = Drift()
+    _, (loss, _) = objective(samples, model, drift=drift)
+    assert math.isfinite(float(loss)) and drift.tokens == 5
+    assert drift.record()["sampler_distance"] == pytest.approx((0.1 + 0.3 + 0.1 + 0.3) / 5, rel=1e-4)
+
+
 @pytest.mark.parametrize("correction", ["token", "sequence"])
 def test_the_corrected_loss_and_gradient_by_hand(correction):
     shift = [0.5, -0.9, 0.2, 0.6, 0.4]

@@ -66,6 +66,7 @@ def test_peak_with_a_trained_head_in_bf16():
         {"divergence": "forward_kl"},
         {"divergence": "jsd"},
         {"divergence": "skew_reverse_kl"},
+        {"divergence": "gated_kl"},
         {"divergence": "topk_reverse_kl"},
         {"divergence": "topk_reverse_kl", "k": 8192, "tail": "bucket"},
         {"divergence": "topk_reverse_kl", "k": 4096, "tail": "renormalize"},

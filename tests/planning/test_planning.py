@@ -42,6 +42,7 @@ CASES = {
     "full, average": {"teacher_mode": "ema"},
     "full, adafactor": {"optimizer": "adafactor"},
     "full, bf16, adamw_8bit": {"dtype": "bfloat16", "optimizer": "adamw_8bit"},
+    "lora, the teacher writes": {"lora_rank": 8, "off_policy_share": 1.0},
     "other teacher": {"lora_rank": 8, "teacher": OTHER},
     "wide vocabulary": {"lora_rank": 8, "vocabulary": 4096, "workspace_bytes": 4 << 20},
     "task": {"lora_rank": 8, "task": True, "batch_size": 4, "rollouts_per_prompt": 2},
@@ -87,7 +88,8 @@ def compared(case, tmp_path, monkeypatch):
         prompts = Asking() if task else [f"question number {i}" for i in range(9)]
         trainer = OPCDTrainer(model, tiny_tokenizer(), CONTEXT, prompts, config, teacher_model=other, quiet=True)
         # All answers have their full length, and are drawn from all of the vocabulary but its last token.
-        trainer.rollout.stop_token_ids, trainer.rollout.vocab_size = (vocabulary - 1,), vocabulary - 1
+        for sampler in (trainer.rollout, trainer.teacher_rollout):
+            sampler.stop_token_ids, sampler.vocab_size = (vocabulary - 1,), vocabulary - 1
         job.append(job_of(read_training_prompts(prompts, None, CONTEXT, trainer.tokenizer, config), config))
         trainer.train()
 

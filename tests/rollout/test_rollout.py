@@ -145,6 +145,9 @@ def test_the_batch_is_sized_to_memory(monkeypatch):
     engine = sampler(model, max_batch=None)
     engine.generate([list(range(10))] * 3, max_new_tokens=20)
     assert engine.max_batch == 2 and "batch: 2 (free memory" in engine.explain()
+    engine = sampler(model, max_batch=None, sized_for=20)  # longer answers will be asked for later
+    engine.generate([list(range(10))] * 3, max_new_tokens=1)
+    assert engine.max_batch == 2
 
 
 def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch, caplog):

@@ -118,6 +118,8 @@ def compare(
     exact, used = (w * value).sum() / options.get("denominator", w.sum()), w != 0
     exact.backward()
     z_s = z_s.detach()
+    assert (stats.gate is None) == (name != "gated_kl")
+    gate = (stats.gate, gate64(z_s.log_softmax(-1), z_t.log_softmax(-1), parameters.get("gate", "kl")), 3e-3, 1e-6)
 
     assert abs(float(loss.detach()) - float(exact.detach())) <= 1e-3 * abs(float(exact.detach())) + 1e-7
     for found, wanted, rtol, atol in (
@@ -126,6 +128,7 @@ def compare(
         (stats.student_logsumexp, z_s.logsumexp(-1), 1e-5, 1e-5),
         (stats.teacher_logsumexp, z_t.logsumexp(-1), 1e-5, 1e-5),
         (stats.top1_agreement, z_s.argmax(-1) == z_t.argmax(-1), 0, 0),
+        *([gate] if name == "gated_kl" else []),
     ):
         torch.testing.assert_close(found.double(), torch.where(used, wanted.double(), 0), rtol=rtol, atol=atol)
     for ours, theirs in ((h_leaf, h_twin), (head.weight, twin.weight), (head.bias, twin.bias)):

@@ -40,6 +40,9 @@ JOBS = {
     "teacher-writes": {
         "engine": "fsdp2", "settings": {**UNEVEN, "lora_rank": 4, "answers": "teacher", "divergence": "forward_kl"},
     },
+    "both-write": {
+        "engine": "fsdp2", "settings": {**UNEVEN, "lora_rank": 4, "off_policy_share": 0.5, "teacher_tokens": 4},
+    },
     "one-prompt": {"engine": "ddp", "settings": {"lora_rank": 4, "batch_size": 1, "eval_every": 0, "steps": 2}},
     "running-ddp": {"engine": "ddp", "settings": RUNNING, "scores": True, "stale": True},
     "running-fsdp2": {"engine": "fsdp2", "settings": RUNNING, "scores": True, "stale": True},

@@ -39,7 +39,7 @@ def test_every_setting_says_what_it_is_and_where_it_belongs(name):
 
 
 def test_belongings():
-    assert settings_with(belongs="divergence") == ("divergence", "beta", "alpha", "k", "tail")
+    assert settings_with(belongs="divergence") == ("divergence", "beta", "alpha", "k", "tail", "gate")
     assert settings_with(belongs="comparison") == ("output_dir", "seed", "resume")
     free = settings_with(belongs="resume")
     assert {"output_dir", "steps", "device", "share_prompts", "rollout_url", "plots"} <= {*free}

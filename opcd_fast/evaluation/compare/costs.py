@@ -1,4 +1,4 @@
-"""What a context in the weights costs, and whether it lasts: on unrelated prompts, and what `evaluation.probes` asks."""
+"""What a context in the weights costs, and whether it lasts: unrelated prompts, and what `evaluation.probes` asks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from opcd_fast.training import OPCDTrainer
 from opcd_fast.training.step import check_prompt_length, divergence, samples_of
 
 Told = Callable[[str], None]
-NOT_MEASURED = {"general_kl": None, "general_kls": [], "general_context_kl": None, "general_context_kls": []}
+NOT_MEASURED: dict[str, Any] = {
+    "general_kl": None, "general_kls": [], "general_context_kl": None, "general_context_kls": [],
+}  # fmt: skip
 
 
 class Unrelated:
@@ -98,14 +100,14 @@ def context_arm(trainer: OPCDTrainer) -> Arm:
 def probes(arm: Arm, yardstick: Yardstick, firsts: Sequence[Sequence[int]], seed: int, told: Told) -> dict[str, Any]:
     """firsts: the arm's own answers to the held-out prompts, one each, as token ids."""
     prompts, found = yardstick.held_out, dict[str, Any]()
-    plays = tried(lambda: arm.plays(yardstick.abilities), "abilities", told) or {}
+    plays = tried("abilities", told, arm.plays, yardstick.abilities) or {}
     found["abilities"] = {name: _mean(scores) for name, scores in plays.items()}
     found["other_context"] = found["second_turn"] = None
     if prompts:
         ask = {"seed": seed, **yardstick.sampling}
-        found["other_context"] = _mean(tried(lambda: arm.obeys(prompts, **ask), "another context", told))
+        found["other_context"] = _mean(tried("another context", told, arm.obeys, prompts, **ask))
         if yardstick.behaviour is not None:
-            second = tried(lambda: arm.second_answers(prompts, firsts, **ask), "a second turn", told)
+            second = tried("a second turn", told, arm.second_answers, prompts, firsts, **ask)
             found["second_turn"] = _mean(second and yardstick.behaviour.shares(second))
     return found
 

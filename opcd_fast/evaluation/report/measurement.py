@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import GENERAL, Context, Prompt, adapt_to_tokenizer, read_prompts, render, student_ids
+from opcd_fast.data import GENERAL, Context, Prompt, adapt_to_tokenizer, read_prompts, render
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation import Distance, distances, where_it_ran
+from opcd_fast.evaluation import Abilities, Distance, distances, where_it_ran
 from opcd_fast.evaluation.report.arms import Answers, HeldOut, draw_arms, transcript
-from opcd_fast.evaluation.report.estimates import agreement, gap, identical_greedy, kl_summary
+from opcd_fast.evaluation.report.costs import abilities, arms_of, forgetting, other_context, second_turn
+from opcd_fast.evaluation.report.estimates import agreement, gap, identical_greedy
 from opcd_fast.evaluation.report.models import BASE, SHOWN, STUDENT, RunModels, load_run
 from opcd_fast.evaluation.report.scores import Behaviour, behaviour_scores, task_scores
 from opcd_fast.evaluation.report.speed import saved
 from opcd_fast.models import SMOLLM2, Place, is_path, virtual_tokens
-from opcd_fast.runtime import stream_seed
 from opcd_fast.training.run import (
     PROMPTS,
     FileHashes,
@@ -52,6 +52,7 @@ class ReportOptions:
     general: Sequence[Prompt] | None = None
     behaviours: Sequence[Behaviour] = ()
     tasks: Sequence[str] = ()
+    abilities: Abilities = field(default_factory=Abilities)
     model: str | None = None
     max_prompts: int = 32
     samples: int = 1
@@ -91,11 +92,18 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     answers = draw_arms(models, held_out, arms, options.seed, sampling)
     told("KL to the teacher")
     own, fixed, greedy = _against_teacher(models, held_out, answers, sampling, told)
-    told("distance to the base on unrelated prompts")
-    forgot = _forgetting(models, general, variables, sampling, options.seed) if general else None
+    told("unrelated prompts")
+    forgot = forgetting(models, general, context, variables, sampling, options.seed, windows) if general else None
     told("scores")
     scores = [behaviour_scores(behaviour, answers, options.examples) for behaviour in options.behaviours]
     scores += [task_scores(name, models, context, arms, options, sampling) for name in options.tasks]
+    told("abilities, another context, a second turn")
+    asked, seed = arms_of(models, arms, context, variables, windows), options.seed
+    costs = {
+        "abilities": abilities(options.abilities, asked, context, told),
+        "other_context": other_context(asked, held_out, seed, sampling, told),
+        "second_turn": second_turn(options.behaviours, asked, answers, seed, sampling, held_out, told),
+    }
     told("prefill time")
     time_saved = saved(models, held_out)
     return {
@@ -122,6 +130,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "arms": {arm: answers[arm].lengths() for arm in arms},
         "scores": scores,
         "forgetting": None if forgot is None else {**forgot, "left_out_as_trained_on": trained_on},
+        **costs,
         "saved": time_saved,
         "furthest": _furthest(answers, own[1]),
         "training": curve(run),
@@ -167,19 +176,6 @@ def _against_teacher(
         for when, reader in (("before", base), ("after", student))
     }
     return (before, after), (fixed_before, fixed_after), greedy
-
-
-def _forgetting(
-    models: RunModels, general: Sequence[Prompt], variables: dict[str, Any], sampling: Mapping[str, Any], seed: int
-) -> dict[str, Any]:
-    """KL(student || base) without any context, on the student's answers to unrelated prompts."""
-    prompts = adapt_to_tokenizer(models.tokenizer, general)
-    ids = [student_ids(models.tokenizer, prompt, variables) for prompt in prompts]
-    drawn = models.student.answers(ids, seed=stream_seed(seed, "report general", 0), **sampling)
-    answers = [one.token_ids for one in drawn]
-    student, base = (side.reader(ids).read(answers) for side in (models.student, models.base))
-    found = distances(student, base, sampling["temperature"])
-    return {"kl": kl_summary(found), "top1_agreement": agreement(found), "prompts": len(found)}
 
 
 def public_name(name: str | None) -> str | None:

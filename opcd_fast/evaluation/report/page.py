@@ -74,7 +74,7 @@ def _rendered(name: str, card: Mapping[str, Any], finalize: Callable[[Any], str]
     for shown in (words.percent, words.nats, words.rate, words.kl, words.tokens, words.seconds):
         environment.filters[shown.__name__] = shown
     environment.filters["json"] = json.dumps
-    sentences = (words.rounding, words.uncounted, words.missing_arms, words.hashes)
+    sentences = (words.rounding, words.uncounted, words.missing_arms, words.hashes, words.distances_of, words.beyond)
     return environment.get_template(name).render(card=card, **{one.__name__: one for one in sentences}, **values)
 
 

@@ -18,8 +18,10 @@ def nats(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.4f}"
 
 
-def rate(estimate: Mapping[str, Any]) -> str:
+def rate(estimate: Mapping[str, Any] | None) -> str:
     """A share with its 95 % interval."""
+    if estimate is None:
+        return "not measured"
     return f"{percent(estimate['value'])} ({percent(estimate['low'])} to {percent(estimate['high'])})"
 
 
@@ -51,6 +53,24 @@ def uncounted(saved: Mapping[str, Any]) -> str:
     """What the card's "saved" leaves out, a sentence, or nothing."""
     count = saved.get("virtual_tokens", 0)  # older cards have no such key
     return f" The trained prefix of {count} virtual tokens, kept as keys and values, is not counted." if count else ""
+
+
+def distances_of(card: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Distances on unrelated prompts, in words, in the order in which they are read; older cards have one."""
+    names = {
+        "context_kl": "KL(student || base + context)", "context_kl_before": "KL(base || base + context), before",
+        "kl": "KL(student || base)", "yardstick": "KL(base + context || base), the yardstick",
+    }  # fmt: skip
+    found = card["forgetting"] or {}
+    return [(words, found[name]) for name, words in names.items() if found.get(name)]
+
+
+def beyond(card: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Scores of the arms beyond the held-out prompts: what is asked, and each arm's; older cards have none."""
+    rows = [(f"ability: {one['name']}", one["arms"]) for one in card.get("abilities", [])]
+    if card.get("other_context"):
+        rows.append(("obeys another context", card["other_context"]))
+    return rows + [(f"second turn: {one['name']}", one["arms"]) for one in card.get("second_turn", [])]
 
 
 def missing_arms(card: Mapping[str, Any]) -> str | None:

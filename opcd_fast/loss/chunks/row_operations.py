@@ -50,8 +50,9 @@ def divergence_rows(
     if spec.backend == "triton":
         from opcd_fast.kernels import triton
 
-        if spec.divergence == "reverse_kl" and not spec.group and len(student.z) > FEW_ROWS:
-            triton.reverse_kl_rows(*arguments, all_statistics=spec.all_statistics)
+        gated = (spec.divergence, spec.option) == ("gated_kl", "kl")
+        if (gated or spec.divergence == "reverse_kl") and not spec.group and len(student.z) > FEW_ROWS:
+            triton.reverse_kl_rows(*arguments, gated=gated, all_statistics=spec.all_statistics)
         else:
             triton.divergences.divergence_rows(*arguments, **options)
     elif spec.backend == "native" and not spec.group:

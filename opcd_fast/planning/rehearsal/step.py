@@ -139,14 +139,16 @@ class Step:
             return MergedCopy(student, self.device, frozen_base=True).refresh()
 
     def _draw_answers(self, answering: Any) -> int:
-        """By the student, or by the teacher with the context in front; how many at once."""
-        config, rows = self.config, self._rows()
-        if config.answers == "student":
-            return self._rollout("rollout", answering, self._ids([student for student, _, _ in rows]))
+        """By the student, by the teacher with the context in front, or by one after the other; how many at once."""
+        config, rows, at_once = self.config, self._rows(), MOST
+        if config.answers == "student" and config.off_policy_share < 1:
+            at_once = self._rollout("rollout", answering, self._ids([student for student, _, _ in rows]))
+        if not config.teacher_writes:
+            return at_once
         kept = [row for row in self.job.prompts for _ in range(config.kept_answers)]  # drawn all in one go
         model = answering if config.teacher_mode == "live" else self.pair.teacher
         with self._teacher_at_work():
-            return self._rollout("rollout", model, self._with_context(max(rows, kept, key=len)))
+            return min(at_once, self._rollout("rollout", model, self._with_context(max(rows, kept, key=len))))
 
     def _rollout(self, phase: str, model: Any, prompts: Sequence[Sequence[int]]) -> int:
         """`TransformersRollout.generate` at its largest batch; returns that."""

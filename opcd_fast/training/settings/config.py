@@ -27,6 +27,11 @@ EMA_DECAY, SYNC_EVERY = 0.99, 10
 IMPORTANCE_CLIP = 2.0
 FULL_LEARNING_RATE = 5e-6  # the paper's (arXiv 2602.12275, searched 1e-6 ... 5e-6)
 
+BOTH_WRITE = {  # where student and teacher share a step's answers
+    "answers": OneOf("student"), "objective": OneOf("divergence"), "importance_correction": OneOf("none"),
+    "rollout": OneOf("transformers", "generate"),
+}  # fmt: skip
+
 run = group_of("The run")
 answer = group_of("Answers")
 prompt = group_of("Prompts and the chat template")
@@ -58,6 +63,12 @@ class OPCDConfig:
     kept_answers: int = answer(0, """Of answers="teacher": so many answers to each prompt are drawn before the first
         step, kept in answers.jsonl and used again and again. 0: fresh ones at every step.""", AtLeast(0),
         belongs="system", needs={"answers": OneOf("teacher")})
+    off_policy_share: float = answer(0.0, """Share of a step's answers that the teacher writes, with the context in
+        front; who writes which is drawn by the seed. 1 is answers="teacher".""", Within(0, 1), belongs="system",
+        needs=BOTH_WRITE)
+    teacher_tokens: int = answer(0, """How many tokens of each answer of the student's the teacher writes at first, with
+        the context in front, before the student goes on; a cosine takes them to zero over the run.""", AtLeast(0),
+        belongs="system", needs=BOTH_WRITE)
     task_episodes: int = answer(16, """Where prompts come from a task: episodes of its split "selection" that the
         student plays at each evaluation; 0: none.""", AtLeast(0))
     stop_tokens: tuple[str, ...] = answer((), """Tokens that end an answer besides the tokenizer's and the model's end
@@ -83,10 +94,10 @@ class OPCDConfig:
     objective: str = loss("divergence", """"divergence" (between student and teacher at every token, see `divergence`),
         or "nll" (negative log-likelihood of the answers' tokens, which takes no teacher: supervised fine-tuning).""",
         OneOf("divergence", "nll"), belongs="system")
-    divergence: str = loss("reverse_kl", """"reverse_kl" (KL(student || teacher), the paper's), "forward_kl",
-        "gated_kl" (the reverse KL, and the forward one where the student is far from the teacher), "jsd",
-        "skew_reverse_kl", "skew_forward_kl", or "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations
-        always report the reverse KL.""", belongs=("divergence", "system"))
+    divergence: str = loss("gated_kl", """"gated_kl" (the reverse KL, and the forward one where the student is far
+        from the teacher), "reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl",
+        "skew_forward_kl", or "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations always report the
+        reverse KL. A resumed run keeps its own.""", belongs=("divergence", "system"))
     beta: float = loss(BETA, """Of "jsd": weight of the teacher's half; 0 is the forward, 1 the reverse KL.""",
         belongs=("divergence", "system"))
     alpha: float = loss(ALPHA, "Of the skewed divergences: share of the first model in the mixture.",
@@ -243,9 +254,14 @@ class OPCDConfig:
         return self.rollout == "vllm" or (self.rollout == "server" and self.rollout_command is None)
 
     @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher writes answers in training, or parts of them."""
+        return self.answers == "teacher" or self.off_policy_share > 0 or self.teacher_tokens > 0
+
+    @property
     def plans_steps(self) -> bool:
         """Whether what a step does depends on how many there will be."""
-        return self.lr_scheduler_type != "constant"
+        return self.lr_scheduler_type != "constant" or self.teacher_tokens > 0
 
     def learning_rate_for(self, adapter: bool, prefix: bool = False) -> float:
         """The rate of a run that trains an adapter (a new one, or a PEFT model's; `prefix`: a trained one), or all."""

@@ -1,0 +1,60 @@
+"""The total variation of two rows of float32 logits, sum |p - q| / 2, a row split over programs (Triton)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opcd_fast.kernels.triton.logits import Pair, load_logits
+
+
+@triton.jit
+def _variation_kernel(
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, lses_ptr, pieces_ptr,
+    stride_s, stride_t, n_rows, n_columns, blocks, inner_s, inner_t, outer_s, outer_t,
+    HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum |p - q| / 2 of every row and split."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    z_s_ptr += row * stride_s
+    z_t_ptr += row * stride_t
+    lanes = tl.arange(0, BLOCK)
+    whole = n_columns // BLOCK
+    first = split * blocks
+    last = tl.minimum(first + blocks, whole)
+    lse_s = tl.load(lses_ptr + row)
+    lse_t = tl.load(lses_ptr + n_rows + row)
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in range(first, last):
+        columns = block * BLOCK + lanes
+        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        total += tl.abs(tl.exp(z_s - lse_s) - tl.exp(z_t - lse_t))
+    if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
+        columns = whole * BLOCK + lanes
+        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
+        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        total += tl.abs(tl.exp(z_s - lse_s) - tl.exp(z_t - lse_t))
+    tl.store(pieces_ptr + split.to(tl.int64) * n_rows + row, 0.5 * tl.sum(total, 0))
+
+
+def total_variation(
+    pair: Pair,
+    lses: Tensor,  # (2, n) float32: of student and teacher, over the whole vocabulary
+    columns: int,
+    splits: int,  # of a row, and whole blocks in each
+    blocks: int,
+    tuning: dict[str, Any],  # BLOCK and the launch's options
+) -> Tensor:
+    """(1, n): of a slice of the vocabulary its part of the sum."""
+    n = lses.shape[1]
+    pieces = lses.new_empty(splits, n)
+    _variation_kernel[(n, splits)](
+        *pair.pointers, lses, pieces, *pair.strides, n, columns, blocks, *pair.transforms, **pair.options, **tuning
+    )
+    return pieces.sum(0, keepdim=True)

@@ -216,7 +216,7 @@ def _commit() -> str:
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
         # What a finished run changed does not make the next one another.
-        status = ["git", "status", "--porcelain", "-uno", "--", ".", ":!results"]
+        status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(exclude)results"]
         changed = subprocess.run(status, cwd=HERE, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

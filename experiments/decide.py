@@ -18,8 +18,8 @@ CONTEXTS = ("few_shot_form", "persona", "made_up_money", "answer_tag", "identity
 SCREENING = ("persona", "made_up_money", "identity")
 YARDSTICK, BEFORE = "off-policy", "reverse"
 GO_ON_ANYWAY = (BEFORE, "forward", YARDSTICK)
-# Reads of the logits in a step; an answer begun by the teacher needs a second model's turn, and counts as more.
-COST = {"reverse": 2, "forward": 2, "gated": 2, "gated-tv": 3, "gated-begun": 4}
+# Reads of the logits in a step; answers begun by the teacher count as more.
+COST = {"reverse": 2, "forward": 2, "gated": 2, "forward-then-reverse": 2, "todi": 2, "gated-tv": 3, "gated-begun": 4}
 GAP, BEHAVIOUR, SHOWN = 0.90, 0.95, 0.80
 MEASURES = {"own_kls": "gap, own answers", "fixed_kls": "gap, fixed answers", "scores": "behaviour"}
 SUMMARY = {"own_kls": "own_gap_closed", "fixed_kls": "fixed_gap_closed", "scores": "score"}
@@ -158,7 +158,8 @@ def page(table: Mapping[str, Mapping[str, Outcome]]) -> str:
     lines = ["| context | system | seeds | " + " | ".join(MEASURES.values()) + " | fails |"]
     lines.append("|" + "---|" * (len(MEASURES) + 4))
     for context in CONTEXTS:
-        for label, found in table.get(context, {}).items():
+        for label in (label for label in SCREENED if label in table.get(context, {})):
+            found = table[context][label]
             cells = [str(found.measured.get(name, "")) for name in MEASURES]
             lines.append(f"| {context} | {label} | {found.seeds} | {' | '.join(cells)} | {'; '.join(found.failures)} |")
     to_do, best = missing(table), ranked(table, CONTEXTS, one_cost=False)

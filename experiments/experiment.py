@@ -49,7 +49,8 @@ class Experiment:
     """A context, prompts, and what a good answer is: a pattern, or "module:function" (see `opcd_fast.training.Scorer`).
 
     temperature: of all answers, and of the loss. general: unrelated prompts on which forgetting is measured, if not the
-    hundred that come along. prepare: writes the files first, where they come from an installed package.
+    hundred that come along. prepare: writes the files first, where they come from an installed package. also: more
+    `abilities` of a finished run, from its folder; with None those of the arms of the baseline, by name.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Experiment:
     general: Path | None = None
     systems: tuple[str, ...] = SCREENED
     prepare: Callable[[], None] | None = None
+    also: Callable[[Path | None], dict[str, Any]] | None = None
 
 
 def run(experiment: Experiment) -> None:
@@ -108,9 +110,22 @@ def run_missing(experiment: Experiment, given: argparse.Namespace) -> None:
             made = _begun(RUNS / name / "made" / f"{label}-seed-{seed}.json", again=made_before)
             with VARIANTS[label](wanted.run.steps) if label in VARIANTS else nullcontext():
                 found = compare(wanted)
+            if experiment.also is not None:
+                _add_abilities(found, label, experiment.also, folder, first=not kept)
             kept = record.merge(kept, found, settings, label, SYSTEMS[label], made)
             record.write(file, kept)
             print(f"saved: {file}, .md and .png")
+
+
+def _add_abilities(
+    found: dict[str, Any], label: str, also: Callable[[Path | None], dict[str, Any]], folder: Path, first: bool
+) -> None:
+    """To the run, and to the baseline's arms where it is the first run in its file."""
+    (run,) = found["systems"][label]["runs"]
+    (baseline,) = found["baselines"].values()
+    arms = also(None) if first else {}
+    for measured, more in ((run, also(folder)), *((baseline[name], arms[name]) for name in arms)):
+        measured["abilities"] = {**measured.get("abilities", {}), **more}
 
 
 def _arguments(experiment: Experiment) -> argparse.Namespace:
@@ -201,7 +216,7 @@ def _commit() -> str:
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
         # What a finished run changed does not make the next one another.
-        status = ["git", "status", "--porcelain", "-uno", "--", ".", ":!results"]
+        status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(exclude)results"]
         changed = subprocess.run(status, cwd=HERE, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,7 +1,7 @@
 """Two systems that the package does not have, tried by putting other formulas where it computes its gated KL.
 
-p is the student's distribution, q the teacher's. Both need the loss in plain PyTorch (loss_backend=torch); one that was not
-asked for is an error.
+p is the student's distribution, q the teacher's. Both need the loss in plain PyTorch (loss_backend=torch); a formula
+that nobody asked for is an error.
 """
 
 from __future__ import annotations

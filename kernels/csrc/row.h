@@ -138,7 +138,8 @@ struct FirstPass {
         const Floats depth = top_s - x_s;
         const Floats e_s = exponential(-depth);
         sum_s += e_s;
-        differences += e_s * (x_s - x_t);
+        // 0 for what the teacher forbids: `forbidden` looks at it apart, where it matters.
+        differences += read<Floats>(z_t + i) == -INFINITE ? Floats{} : e_s * (x_s - x_t);
         depths += e_s * depth;
         sum_t += exponential(x_t - top_t);
       }

@@ -84,6 +84,7 @@ double total_variation(const Work& work, float lse_s, float lse_t) {
 
 // reverse_kl: as the first pass knows it. Rounding may leave the gate outside of its range; NaN stays.
 double gate_of(const Work& work, bool by_total_variation, double reverse_kl, float lse_s, float lse_t) {
+  if (!(work.found.s.total > 0.0 && work.found.t.total > 0.0)) return __builtin_nan("");
   if (work.found.t.has_infinity && forbidden(work.row_s, lse_s, work.row_t, work.buffer_s, work.buffer_t)) return 1.0;
   if (!by_total_variation) return -::expm1(reverse_kl < 0.0 ? 0.0 : -reverse_kl);
   const double found = total_variation(work, lse_s, lse_t);

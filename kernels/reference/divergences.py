@@ -176,7 +176,10 @@ def _distance(z_s: Tensor, z_t: Tensor, rows: Rows, gate: str, scratch: Tensor) 
     if gate == "tv":
         q = torch.sub(z_t, column(rows.lse_t), out=l).exp_()
         terms = torch.sub(p, q, out=a).abs_().mul_(0.5)
-        return terms.masked_fill_((z_t == float("-inf")) & (p >= torch.finfo(p.dtype).tiny), float("inf")).sum(-1)
+        never = z_t == float("-inf")
+        if never.is_cuda or bool(never.any()):
+            terms.masked_fill_(never & (q == 0.0) & (p >= torch.finfo(p.dtype).tiny), float("inf"))
+        return terms.sum(-1)
     torch.sub(z_s, z_t, out=l).sub_(column(rows.log_ratio)).mul_(p)
     none_p = _underflown(p)
     return (l if none_p is None else l.masked_fill_(none_p, 0.0)).sum(-1)

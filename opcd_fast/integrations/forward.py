@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast.errors import InputError
-from opcd_fast.loss import LMHead, fused_linear_divergence
+from opcd_fast.loss import PARAMETERS, LMHead, check_divergence, fused_linear_divergence, unused_parameter
 from opcd_fast.models import seam
 
 Result = TypeVar("Result")
@@ -77,6 +77,24 @@ def divergence(h_s: Tensor, head_s: LMHead, h_t: Tensor, head_t: LMHead, **optio
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
         return fused_linear_divergence(h_s.to(dtype), head_s.to(dtype), h_t.to(dtype), head_t.to(dtype), **options)
+
+
+def chosen_divergence(distillation: dict[str, Any]) -> dict[str, Any]:
+    """`distillation=` of a trainer: a divergence and its own parameters. Raises InputError for anything else."""
+    parameters = {name: parameter.default for name, parameter in PARAMETERS.items()}
+    unknown = distillation.keys() - parameters.keys() - {"divergence"}
+    if unknown:
+        known = ", ".join(["divergence", *parameters])
+        raise InputError(f"distillation has {', '.join(sorted(unknown))}; it takes {known}")
+    parameters |= {name: value for name, value in distillation.items() if name in parameters}
+    try:
+        check_divergence(distillation["divergence"], parameters)
+    except ValueError as error:
+        raise InputError(f"distillation: {error}") from error
+    unused = unused_parameter(distillation["divergence"], parameters)
+    if unused is not None:
+        raise InputError(f"distillation: {distillation['divergence']!r} has no {unused}; drop one of them")
+    return distillation
 
 
 def refuse_settings(trainer: Any) -> None:

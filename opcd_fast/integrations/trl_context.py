@@ -23,7 +23,14 @@ from opcd_fast.data import (
     teacher_ids,
 )
 from opcd_fast.errors import InputError
-from opcd_fast.integrations.forward import Heads, divergence, inside_forward, refuse_settings, refuse_sharding
+from opcd_fast.integrations.forward import (
+    Heads,
+    chosen_divergence,
+    divergence,
+    inside_forward,
+    refuse_settings,
+    refuse_sharding,
+)
 from opcd_fast.integrations.trl_loss import check_trl
 from opcd_fast.models import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
@@ -97,8 +104,9 @@ class ContextDistillationTrainer(DistillationTrainer):
         refuse_sharding(self)
         if distillation and self.beta != 1.0:
             raise InputError(f"args.beta={self.beta} and distillation= both choose a divergence; leave one of them out")
-        jsd = {"divergence": "jsd", "beta": self.beta}
-        self._distillation: dict[str, Any] = distillation or ({"divergence": "gated_kl"} if self.beta == 1.0 else jsd)
+        if self.beta != 1.0:
+            distillation = {"divergence": "jsd", "beta": self.beta}
+        self._distillation = chosen_divergence({"divergence": "gated_kl", **(distillation or {})})
         self._context = None if context is None else read_context(context)
         self._prefixes: dict[str, tuple[int, tuple[int, ...]]] = {}  # by context, as JSON
         groups = self._read_all(train_dataset, eval_dataset)

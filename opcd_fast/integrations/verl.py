@@ -92,8 +92,7 @@ def with_divergence(
     position, and masses of 1, because all tokens of the vocabulary are compared.
     """
 
-    if which not in LOSSES.values():
-        raise ValueError(f"divergence is {which!r}; with verl it must be one of {', '.join(LOSSES.values())}")
+    _check(which)
 
     @wraps(forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -227,6 +226,12 @@ class HeadBehind:
         return replace(self._known[model], weight=layer.weight, bias=layer.bias)
 
 
+def _check(which: str) -> None:
+    if which not in LOSSES.values():
+        known = ", ".join(LOSSES.values())
+        raise ValueError(f"the divergence (OPCD_VERL_DIVERGENCE) is {which!r}; with verl it must be one of {known}")
+
+
 def teach_with_context(
     context: str | Path | Sequence[Message], *, tokenizer: Any = None, which: str = "reverse_kl"
 ) -> Callable[[], None]:
@@ -236,6 +241,7 @@ def teach_with_context(
     which: the divergence, see `with_divergence`.
     Returns a function that takes it back (models that have their forward keep it).
     """
+    _check(which)
     from verl.models.transformers import monkey_patch
 
     give_forward = monkey_patch.patch_forward_with_backends

@@ -186,6 +186,9 @@ def test_refuses_before_a_step(tmp_path):
         ({"context": " "}, "context is empty"),
         ({"train": stream}, "train_dataset is a stream"),
         ({"distillation": {"divergence": "gated_kl"}, "beta": 0.5}, "args.beta=0.5 and distillation="),
+        ({"distillation": {"divergence": "reverse_kl", "gate": "tv"}}, "distillation: 'reverse_kl' has no gate"),
+        ({"distillation": {"gate": "open"}}, "distillation: gate is 'open'"),
+        ({"distillation": {"temperature": 2.0}}, "distillation has temperature; it takes divergence, beta"),
         ({"train": long}, "by [0-9]+; shorten the prompt"),
         ({"others": {"peft_config": lora(), "tools": [print]}}, "tools are not supported"),
         (

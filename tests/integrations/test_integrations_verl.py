@@ -107,7 +107,7 @@ def test_another_divergence_than_the_losss_is_refused(monkeypatch):
     settings = SimpleNamespace(distillation_loss=SimpleNamespace(loss_mode="opcd_gated_kl"))
     with pytest.raises(RuntimeError, match="OPCD_VERL_DIVERGENCE=gated_kl"):
         ours.kl_of_response(SimpleNamespace(strategy="fsdp"), settings, {"distillation_losses": None}, {})
-    with pytest.raises(ValueError, match="divergence is 'jsd'"):
+    with pytest.raises(ValueError, match="OPCD_VERL_DIVERGENCE.*'jsd'"):
         ours.with_divergence(fused, None, None, "jsd")
 
 

@@ -124,16 +124,18 @@ def test_far_apart(kind, case):
 @each
 def test_forbidden_tokens(kind, case):
     """Rows: only the teacher forbids; only the student; both the same tokens; neither; the teacher forbids a token to
-    which the student gives less than the smallest normal number, and the other way round."""
-    student, teacher, weights = inputs(6, 1050)
+    which the student gives less than the smallest normal number, and the other way round; the same where e^(z - max) is
+    a normal number still."""
+    student, teacher, weights = inputs(7, 1050)
     z_s, z_t = student.z, teacher.z
     z_t[0, 3] = z_s[1, 1049] = -INF
     z_s[2, 10:900] = z_t[2, 10:900] = -INF
     z_s[4, 4], z_t[4, 4] = -200.0, -INF
     z_s[5, 4], z_t[5, 4] = -INF, -200.0
+    z_s[6, 4], z_t[6, 4] = (float(z_s[6].max()) + float(z_s[6].logsumexp(0))) / 2 - 87.34, -INF
     statistics, g = check(implementation(kind), case, student, teacher, weights)
     infinite = {"teacher": 0, "student": 1}.get(DIVERGENCES[case[0]].infinite)
-    for row in range(6):
+    for row in range(7):
         assert (float(statistics[0, row]) == INF) == (row == infinite)
         assert bool(g[row].any()) != (row == infinite)
     assert not statistics.isnan().any() and not g[2, 10:900].any()

@@ -19,6 +19,7 @@ UNEVEN = {"micro_batch_tokens": 1, "batch_size": 5}  # shares of 3 and 2 answers
 RUNNING = {
     **UNEVEN, "eval_every": 1, "steps": 4, "save_best": True, "best_by": "score", "early_stop_patience": 2,
     "early_stop_delta": 100.0, "importance_correction": "token",
+    "divergence": "reverse_kl",  # Adam's second step makes 1e-7 of the gated KL's gradient 1e-5
 }  # fmt: skip
 JOBS = {
     "ddp-lora": {

@@ -73,8 +73,10 @@ def test_a_resumed_run_keeps_its_divergence(tokenizer, tmp_path):
         again = run(steps=4, resume=True)
         assert {key: getattr(again.config, key) for key in settings} == settings
         assert losses(again.train()) == losses(make(tokenizer, tmp_path / f"{name}-whole", steps=4, **settings).train())
-        with pytest.raises(InputError, match="divergence differs"):
-            run(steps=6, resume=True, divergence="forward_kl").train()
+        for other in ("forward_kl", "gated_kl"):
+            with pytest.raises(InputError, match="divergence differs"):
+                run(steps=6, resume=True, divergence=other).train()
+    assert OPCDConfig().divergence == "gated_kl"
 
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])

@@ -23,7 +23,7 @@ def scratch_planes(spec: Spec) -> tuple[int, int]:
         return topk.scratch_planes(spec.softcap_s), 2 + -(-8 * k // spec.vocab_size)
     if spec.backend == "triton" or (spec.backend == "native" and not spec.group):
         return 0, 0
-    return divergences.scratch_planes(spec.softcap_s), 3
+    return divergences.scratch_planes(spec.softcap_s), 4 if spec.divergence == "gated_kl" else 3
 
 
 def divergence_rows(

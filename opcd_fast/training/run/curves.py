@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
+from opcd_fast.training.settings import AUTO, OPCDConfig, settings_with, without_gone
 
 
 def run_settings(run: Path) -> dict[str, Any]:
@@ -25,15 +25,14 @@ def run_settings(run: Path) -> dict[str, Any]:
 
 
 def as_started(config: OPCDConfig) -> OPCDConfig:
-    """With resume, the divergence and its parameters that the run was started with, where none are chosen now: the
-    default may have been another one."""
-    names, plain = settings_with(belongs="divergence"), OPCDConfig()
-    path = Path(config.output_dir)
-    chosen = any(getattr(config, name) != getattr(plain, name) for name in names)
-    if not config.resume or chosen or not (path / "config.json").is_file():
+    """With resume and no divergence chosen, that of the run, with its parameters: the default may have been another."""
+    if config.divergence != AUTO:
         return config
-    kept = run_settings(path)
-    return replace(config, **{name: kept[name] for name in names if name in kept})
+    path, plain = Path(config.output_dir), OPCDConfig()
+    kept = run_settings(path) if (path / "config.json").is_file() else {}
+    names = [name for name in settings_with(belongs="divergence") if name != "divergence"]
+    parameters = {name: kept[name] for name in names if name in kept and getattr(config, name) == getattr(plain, name)}
+    return replace(config, **parameters, divergence=kept.get("divergence", plain.divergence))
 
 
 def curve(run: Path) -> dict[str, Any]:

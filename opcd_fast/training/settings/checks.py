@@ -37,7 +37,8 @@ def goes_with(config: OPCDConfig, name: str) -> bool:
     return all(wanted.allows(getattr(config, other)) for other, wanted in known.needs.items())
 
 
-DEFAULTS = ("gated_kl", "reverse_kl")  # of this version and the ones before
+AUTO = "auto"  # a divergence that is not chosen
+DEFAULT, BEFORE = "gated_kl", "reverse_kl"  # what it is then, and was in earlier versions
 
 
 def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, OneOf]) -> None:
@@ -52,13 +53,18 @@ def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, OneOf]) -> N
 
 def _check_divergence(config: OPCDConfig) -> None:
     parameters = {name: getattr(config, name) for name in PARAMETERS}
+    if config.divergence == AUTO:  # whatever it was in the run that goes on: it will be checked then
+        return
     try:
         check_divergence(config.divergence, parameters)
     except ValueError as error:
         raise InputError(str(error)) from error
     unused = unused_parameter(config.divergence, parameters)
+    if config.objective == "nll" and config.divergence in (DEFAULT, BEFORE):
+        unused = next((name for name, value in parameters.items() if value != PARAMETERS[name].default), None)
     if unused is not None:
-        raise InputError(f"{unused} is set, but divergence={config.divergence!r} has no {unused}; drop one of them")
+        what = "objective='nll'" if config.objective == "nll" else f"divergence={config.divergence!r}"
+        raise InputError(f"{unused} is set, but {what} has no {unused}; drop one of them")
 
 
 def _check_system(config: OPCDConfig) -> None:
@@ -69,7 +75,7 @@ def _check_system(config: OPCDConfig) -> None:
                 "objective='nll' on the student's own answers teaches nothing: its gradient is zero on average; "
                 "set answers='teacher', or rollout='replay' for those of a file"
             )
-        if config.divergence not in DEFAULTS:
+        if config.divergence not in (AUTO, DEFAULT, BEFORE):
             raise InputError(f"divergence={config.divergence!r} is set, but objective='nll' has none; drop one")
         if config.answers != "teacher" and config.teacher_mode != "frozen":
             raise InputError(f"teacher_mode={config.teacher_mode!r}: with objective='nll' the teacher scores nothing")

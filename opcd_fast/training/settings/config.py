@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.loss import ALPHA, BETA, GATE, TAIL, K
-from opcd_fast.training.settings.checks import check
+from opcd_fast.training.settings.checks import AUTO, DEFAULT, check
 from opcd_fast.training.settings.gone import refuse_gone
 from opcd_fast.training.settings.options import comma_separated, json_object, typed_values
 from opcd_fast.training.settings.setting import (
@@ -96,10 +96,11 @@ class OPCDConfig:
     objective: str = loss("divergence", """"divergence" (between student and teacher at every token, see `divergence`),
         or "nll" (negative log-likelihood of the answers' tokens, which takes no teacher: supervised fine-tuning).""",
         OneOf("divergence", "nll"), belongs="system")
-    divergence: str = loss("gated_kl", """"gated_kl" (the reverse KL, and the forward one where the student is far
-        from the teacher), "reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl",
-        "skew_forward_kl", or "topk_reverse_kl" (the truncated sum of the paper's code). Evaluations always report the
-        reverse KL. A resumed run keeps its own.""", belongs=("divergence", "system"))
+    divergence: str = loss(AUTO, """"gated_kl" (the reverse KL, and the forward one where the student is far from the
+        teacher), "reverse_kl" (KL(student || teacher), the paper's), "forward_kl", "jsd", "skew_reverse_kl",
+        "skew_forward_kl", or "topk_reverse_kl" (the truncated sum of the paper's code). "auto": gated_kl, and in a
+        resumed run that of its beginning. Evaluations always report the reverse KL.""",
+        belongs=("divergence", "system"))
     beta: float = loss(BETA, """Of "jsd": weight of the teacher's half; 0 is the forward, 1 the reverse KL.""",
         belongs=("divergence", "system"))
     alpha: float = loss(ALPHA, "Of the skewed divergences: share of the first model in the mixture.",
@@ -234,7 +235,8 @@ class OPCDConfig:
     def __post_init__(self) -> None:
         for name, value in typed_values(OPCDConfig, vars(self)).items():
             object.__setattr__(self, name, value)  # frozen for everyone else
-
+        if self.divergence == AUTO and not self.resume:
+            object.__setattr__(self, "divergence", DEFAULT)
         check(self)
 
     def columns(self) -> dict[str, Any]:

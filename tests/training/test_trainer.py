@@ -11,6 +11,7 @@ from resumption import cut_and_resumed
 from tiny import tiny_model, tiny_tokenizer
 from training_runs import losses, make
 
+from opcd_fast import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.models import shared_prompt_hidden_states
 

@@ -124,8 +124,9 @@ def summary(kept: Mapping[str, Any], first: str = "reverse") -> dict[str, Any]:
         if label != first and seeds:
             part = {one: [run for run in runs[one] if run["seed"] in seeds] for one in (first, label)}
             differences[label] = of(part)["differences"][label]
+    arms = {key: {arm: found[arm] for arm in found if arm != "made"} for key, found in kept["baselines"].items()}
     return {
-        "baselines": kept["baselines"], "systems": systems, "differences": differences, "compared_with": first,
+        "baselines": arms, "systems": systems, "differences": differences, "compared_with": first,
     }  # fmt: skip
 
 

@@ -97,8 +97,8 @@ class ContextDistillationTrainer(DistillationTrainer):
         refuse_sharding(self)
         if distillation and self.beta != 1.0:
             raise InputError(f"args.beta={self.beta} and distillation= both choose a divergence; leave one of them out")
-        own = {"divergence": "gated_kl"} if self.beta == 1.0 else {"divergence": "jsd", "beta": self.beta}
-        self._distillation = distillation or own
+        jsd = {"divergence": "jsd", "beta": self.beta}
+        self._distillation: dict[str, Any] = distillation or ({"divergence": "gated_kl"} if self.beta == 1.0 else jsd)
         self._context = None if context is None else read_context(context)
         self._prefixes: dict[str, tuple[int, tuple[int, ...]]] = {}  # by context, as JSON
         groups = self._read_all(train_dataset, eval_dataset)

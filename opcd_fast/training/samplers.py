@@ -55,7 +55,7 @@ class Samplers:
         self.held_out = local_rollout(config, model, **common) if config.rollout == "replay" else self.student
 
         def reads(other: Any) -> Rollout:
-            sizes = {"max_batch": config.rollout_batch, "sized_for": config.max_new_tokens}
+            sizes: dict[str, Any] = {"max_batch": config.rollout_batch, "sized_for": config.max_new_tokens}
             return TransformersRollout(other, merge_adapter=False, **sizes, **common)
 
         self.first: Any = None if self._pair.reference is None else reads(self._pair.reference)

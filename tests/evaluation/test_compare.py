@@ -71,10 +71,10 @@ def test_systems_are_what_their_names_say():
     settings = {name: (c.answers, c.objective, c.divergence, c.teacher_mode, c.kept_answers)
                 for name, c in configs.items()}  # fmt: skip
     assert settings["off-policy"] == ("teacher", "divergence", "forward_kl", "frozen", 0)
-    assert settings["seq-kd"] == ("teacher", "nll", "reverse_kl", "frozen", 0)
-    assert settings["sft"] == ("teacher", "nll", "reverse_kl", "frozen", 1)
+    assert settings["seq-kd"] == ("teacher", "nll", "gated_kl", "frozen", 0)
+    assert settings["sft"] == ("teacher", "nll", "gated_kl", "frozen", 1)
     for mode in ("live", "ema", "periodic"):
-        assert settings[mode] == ("student", "divergence", "reverse_kl", mode, 0)
+        assert settings[mode] == ("student", "divergence", "gated_kl", mode, 0)
 
 
 def test_a_system_with_settings_of_its_own():
@@ -154,7 +154,7 @@ def test_all_runs_are_there_and_differ(done):
     (base,) = found["baselines"].values()
     assert abs(base["base"]["general_kl"]) < 1e-6  # the base has not moved from itself
     assert base["base"]["own_kl"] > 0.01 and base["base + context"]["score"] is not None
-    for label, objective in (("opcd", "reverse_kl"), ("off-policy", "forward_kl")):
+    for label, objective in (("opcd", "gated_kl"), ("off-policy", "forward_kl")):
         lines = (folder / label / "seed-1" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line).get("objective") for line in lines][1] == objective
 
@@ -195,12 +195,13 @@ def test_measures_are_plain_forwards(done, tokenizer):
 
 @pytest.mark.parametrize("gone", [None, "float8_e4m3fn"])
 def test_finished_runs_are_not_made_again(done, tokenizer, tmp_path, monkeypatch, gone):
-    """Nor those of an earlier version where a setting that is gone had its default."""
+    """Nor those of an earlier version, where a setting that is gone, or was not there yet, had its default."""
     folder, found, _ = done
     shutil.copytree(folder, tmp_path / "copy")
     for path in (tmp_path / "copy").glob("*/*/measured.json"):
         kept = json.loads(path.read_text())
         kept["of"]["settings"]["prefix_dtype"] = gone
+        kept["of"]["settings"].pop("gate", None)
         path.write_text(json.dumps(kept))
     monkeypatch.setattr(runs_module, "OPCDTrainer", None)  # would fail
     told = []

@@ -41,7 +41,9 @@ JOBS = {
         "engine": "fsdp2", "settings": {**UNEVEN, "lora_rank": 4, "answers": "teacher", "divergence": "forward_kl"},
     },
     "both-write": {
-        "engine": "fsdp2", "settings": {**UNEVEN, "lora_rank": 4, "off_policy_share": 0.5, "teacher_tokens": 4},
+        "engine": "fsdp2", "settings": {
+            **UNEVEN, "lora_rank": 4, "off_policy_share": 0.5, "teacher_tokens": 4, "answer_growth": 1.0,
+        },
     },
     "one-prompt": {"engine": "ddp", "settings": {"lora_rank": 4, "batch_size": 1, "eval_every": 0, "steps": 2}},
     "running-ddp": {"engine": "ddp", "settings": RUNNING, "scores": True, "stale": True},

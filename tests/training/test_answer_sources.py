@@ -30,7 +30,9 @@ SYSTEMS = {
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize(
-    "system", [{"divergence": "reverse_kl"}, SYSTEMS["off-policy"], SYSTEMS["sequences"]], ids=["opcd", "off-policy", "sequences"]
+    "system",
+    [{"divergence": "reverse_kl"}, SYSTEMS["off-policy"], SYSTEMS["sequences"]],
+    ids=["opcd", "off-policy", "sequences"],
 )
 def test_the_first_loss_is_the_formula_on_the_answers(tokenizer, tmp_path, system, normalize):
     """Eq. 1 of arXiv 2602.12275 and its two baselines, from plain forward passes in float64."""

@@ -189,8 +189,9 @@ def _kept(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     for name in wanted:
         if name != "settings" and before.get(name) != wanted[name]:
             raise InputError(_differs(folder, name, before.get(name), wanted[name]))
+    plain = json.loads(json.dumps(asdict(OPCDConfig())))  # a setting that came later had its default
     for name in wanted["settings"].keys() | before["settings"].keys():
-        old, new = before["settings"].get(name), wanted["settings"].get(name)
+        old, new = (settings.get(name, plain.get(name)) for settings in (before["settings"], wanted["settings"]))
         if old != new:
             raise InputError(_differs(folder, name, old, new))
     return kept["found"]

@@ -109,9 +109,20 @@ class PromptAnswers(AnswerSource):
         config = self._config
         return prompts_of_step(self._all, step, config.batch_size, config.rollouts_per_prompt, config.seed)
 
+    def sampling_at(self, step: int) -> dict[str, Any]:
+        """With the bound that `answer_growth` has reached."""
+        config, sampling = self._config, sampling_of(self._config, "rollout", step)
+        if config.answer_growth:
+            grown = min(1.0, (step + 1) / (config.answer_growth * config.steps))
+            sampling["max_new_tokens"] = math.ceil(grown * config.max_new_tokens)
+        return sampling
+
     def draw(self, step: int) -> Drawn:
-        rows = self.rows_of(step)
-        return self._drawn(rows, self._write(rows, sampling_of(self._config, "rollout", step)))
+        rows, sampling = self.rows_of(step), self.sampling_at(step)
+        return self._drawn(rows, self._write(rows, sampling), **self._bound(sampling))
+
+    def _bound(self, sampling: Sampling) -> dict[str, Any]:
+        return {"max_new_tokens": sampling["max_new_tokens"]} if self._config.answer_growth else {}
 
 
 class MixedAnswers(PromptAnswers):
@@ -127,14 +138,14 @@ class MixedAnswers(PromptAnswers):
 
     def draw(self, step: int) -> Drawn:
         config, rows = self._config, self.rows_of(step)
-        sampling = sampling_of(config, "rollout", step)
+        sampling = self.sampling_at(step)
         begun = round(config.teacher_tokens * (1 + math.cos(math.pi * step / config.steps)) / 2)
         chance = random.Random(stream_seed(config.seed, "off-policy", step))
         off = [chance.random() < config.off_policy_share for _ in rows]
         theirs = iter(self._theirs([row for row, one in zip(rows, off) if one], sampling))
         own = iter(self._continued([row for row, one in zip(rows, off) if not one], sampling, begun, step))
         answers = [next(theirs if one else own) for one in off]
-        more: dict[str, Any] = {"teacher_tokens": begun} if config.teacher_tokens else {}
+        more = self._bound(sampling) | ({"teacher_tokens": begun} if config.teacher_tokens else {})
         if config.off_policy_share:
             name = "teacher" if config.off_policy_share == 1 else "both"
             more |= {"off_policy_answers": sum(off), "answers_of": name}

@@ -83,8 +83,9 @@ class Journal:
         self._note(record, self.history)
         self._progress.step(record)
         self._made += 1
-        told = {warning["name"] for warning in self.warnings}
-        self._warn(record, warnings_of(self.history, told, self._teacher_length, self._config.top_p == 1))
+        told, most = {warning["name"] for warning in self.warnings}, self._config.max_new_tokens
+        grown = [one for one in self.history if one.get("max_new_tokens", most) == most]  # shorter ones are meant to be
+        self._warn(record, warnings_of(grown, told, self._teacher_length, self._config.top_p == 1))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Note a held-out evaluation, what that of the first weights warns of, and draw the run so far."""

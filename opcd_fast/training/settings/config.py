@@ -54,6 +54,8 @@ class OPCDConfig:
     batch_size: int = run(128, "Prompts per step.", AtLeast(1))
     rollouts_per_prompt: int = run(1, "Answers drawn for each prompt.", AtLeast(1))
     max_new_tokens: int = answer(512, "Longest answer, in tokens; longer ones are cut there.", AtLeast(1))
+    answer_growth: float = answer(0.0, """Share of the run over which the bound on training answers grows in a line to
+        max_new_tokens; 0: it is there at once.""", Within(0, 1), needs={"kept_answers": OneOf(0)})
     temperature: float = answer(1.0, """Sampling temperature of the answers; it also divides both models' logits in the
         loss.""", Within(0, 100, open_low=True))
     top_p: float = answer(1.0, "Nucleus sampling of the answers; the paper trains with 1.", Within(0, 1, open_low=True))
@@ -261,7 +263,7 @@ class OPCDConfig:
     @property
     def plans_steps(self) -> bool:
         """Whether what a step does depends on how many there will be."""
-        return self.lr_scheduler_type != "constant" or self.teacher_tokens > 0
+        return self.lr_scheduler_type != "constant" or self.teacher_tokens > 0 or self.answer_growth > 0
 
     def learning_rate_for(self, adapter: bool, prefix: bool = False) -> float:
         """The rate of a run that trains an adapter (a new one, or a PEFT model's; `prefix`: a trained one), or all."""

@@ -34,6 +34,10 @@ SYSTEMS = {
     "forward-then-reverse": "opcd:divergence=gated_kl,gate=kl,loss_backend=torch",
     "todi": "opcd:divergence=gated_kl,gate=kl,loss_backend=torch",
     "off-policy": "off-policy:divergence=forward_kl",
+    # What other trainers have, each by itself.
+    "gated-linear": "opcd:divergence=gated_kl,gate=kl,lr_scheduler_type=linear",
+    "gated-shared": "opcd:divergence=gated_kl,gate=kl,off_policy_share=0.25",
+    "gated-growing": "opcd:divergence=gated_kl,gate=kl,answer_growth=0.5",
     "sft": "sft",
     "live": "live:divergence=reverse_kl",
     # It looks back over 1 / (1 - 0.9) = 10 steps; the default's 100 are more than a run has.

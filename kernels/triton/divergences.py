@@ -338,7 +338,7 @@ def divergence_rows(
         total = rows.difference - rows.log_ratio
         if gate == "tv":
             variation = total_variation(pair, torch.stack([rows.lse_s, rows.lse_t]), columns, splits, blocks, tuning)
-            total = (variation if gather is None else gather(variation)).sum(0)
+            total = (variation if gather is None else gather(variation).squeeze(1)).sum(0)
         gates = gate_from(total.masked_fill(closed, float("inf")), gate)
         # Closed, the gate keeps out whatever the reverse KL is.
         shift = rows.difference.masked_fill(gates[1] == 0.0, 0.0)

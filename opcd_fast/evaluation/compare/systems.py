@@ -51,14 +51,14 @@ def parse_systems(given: Sequence[str]) -> list[System]:
 
 def check_common(config: OPCDConfig) -> None:
     """Raises InputError for a setting that belongs to the systems, or that leaves nothing to measure with."""
+    if config.resume:
+        raise InputError("resume: a comparison goes on by itself where it was stopped; drop resume")
     plain = OPCDConfig()
     for name in settings_with(belongs="system"):
         if getattr(config, name) != getattr(plain, name):
             raise InputError(
                 f"{name} tells systems from each other; give it to one of them: --systems LABEL=NAME:{name}=..."
             )
-    if config.resume:
-        raise InputError("resume: a comparison goes on by itself where it was stopped; drop resume")
     if not config.eval_every:
         raise InputError("eval_every=0 keeps no first weights to measure against; set it to the number of steps")
 

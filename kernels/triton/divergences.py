@@ -39,6 +39,7 @@ from opcd_fast.kernels.reference import (
 )
 from opcd_fast.kernels.triton.launch_shapes import launch_shape
 from opcd_fast.kernels.triton.logits import (
+    GATED_REGISTERS,
     NO_COLUMN,
     SMALLEST,
     UNSEEN,
@@ -355,7 +356,7 @@ def divergence_rows(
             *pair.transforms, parameter, DIVERGENCE=row.code, PLANES=len(TERMS), WRITE_TERMS=with_terms,
             WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
             WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms,
-            **pair.options, **tuning,
+            maxnreg=GATED_REGISTERS if gates else None, **pair.options, **tuning,
         )  # fmt: skip
         return pieces
 

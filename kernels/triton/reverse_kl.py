@@ -22,6 +22,7 @@ from torch import Tensor
 from opcd_fast.kernels.reference import Logits
 from opcd_fast.kernels.triton.launch_shapes import launch_shape
 from opcd_fast.kernels.triton.logits import (
+    GATED_REGISTERS,
     NO_COLUMN,
     SMALLEST,
     UNSEEN,
@@ -34,9 +35,6 @@ from opcd_fast.kernels.triton.logits import (
     psi_terms,
     store_gradient,
 )
-
-# Left to itself, ptxas takes 150 for the gate, so that one program of 8 warps has a multiprocessor for itself.
-GATED_REGISTERS = 128
 
 
 @triton.jit

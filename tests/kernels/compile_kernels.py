@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from opcd_fast.kernels.reference import DIVERGENCES, NORMALISERS, TERMS
 from opcd_fast.kernels.triton import attention, divergences, logprobs, reverse_kl, variation
 from opcd_fast.kernels.triton.launch_shapes import current_table
+from opcd_fast.kernels.triton.logits import GATED_REGISTERS
 
 # The others are float32 (row kernels) or, of the merge's outputs, bf16.
 POINTERS = {
@@ -170,7 +171,8 @@ def count(pattern: str, text: str) -> int:
 def report(capability: int, kernel: str, variant: str, shape: tuple[dict, int]) -> dict:
     entry = KERNELS[kernel]
     constants, warps = {**entry.variants[variant], **shape[0]}, shape[1]
-    registers = reverse_kl.GATED_REGISTERS if constants.get("GATED") else None
+    gated = constants.get("GATED") or (kernel == "terms" and constants["DIVERGENCE"] == DIVERGENCES["gated_kl"].code)
+    registers = GATED_REGISTERS if gated else None
     compiled = triton.compile(
         source(entry.function, constants),
         target=GPUTarget("cuda", capability, 32),

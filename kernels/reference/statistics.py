@@ -115,5 +115,5 @@ def gate_from(total: Tensor, gate: str) -> tuple[Tensor, Tensor]:
     if gate == "tv":
         w = total.clamp(0.0, 1.0)
         return w, 1.0 - w
-    rest = torch.exp(-total.clamp(min=0.0))
-    return -torch.expm1(-total.clamp(min=0.0)), rest
+    minus = -total.clamp(min=0.0)
+    return -torch.expm1(minus), torch.exp(minus)

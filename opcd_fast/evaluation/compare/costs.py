@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from opcd_fast.data import RenderedPrompt, adapt_to_tokenizer, micro_batches, pack, render, whole_prompt
 from opcd_fast.evaluation import Arm, Reading, distances, tried
-from opcd_fast.evaluation.compare.measurement import Yardstick, loss_options
+from opcd_fast.evaluation.compare.measurement import Yardstick, loss_options, with_first_weights
 from opcd_fast.models import virtual_tokens
 from opcd_fast.runtime import stream_seed
 from opcd_fast.training import OPCDTrainer
@@ -65,7 +66,7 @@ class Unrelated:
         trainer, yardstick = self._trainer, self._yardstick
         whole = [whole_prompt(row, self.prefixes) for row in self.rows]
         seed = stream_seed(0, "compare general fixed", 0)
-        samples = samples_of(self.rows, _writes_with_context(trainer)(whole, **yardstick.sampling, seed=seed))
+        samples = samples_of(self.rows, with_first_weights(trainer, whole, **yardstick.sampling, seed=seed))
         hidden: tuple[list[Any], list[Any]] = ([], [])
         for some in micro_batches(samples, yardstick.micro_batch_tokens):
             batch = pack(some).to(trainer.device)
@@ -92,8 +93,8 @@ def student_arm(trainer: OPCDTrainer) -> Arm:
 def context_arm(trainer: OPCDTrainer) -> Arm:
     """base + context."""
     return Arm(
-        trainer.tokenizer, _writes_with_context(trainer), trainer.origins.context, trainer.config.template_variables(),
-        trainer.parts.questions.windows.teacher,
+        trainer.tokenizer, partial(with_first_weights, trainer), trainer.origins.context,
+        trainer.config.template_variables(), trainer.parts.questions.windows.teacher,
     )  # fmt: skip
 
 
@@ -114,11 +115,3 @@ def probes(arm: Arm, yardstick: Yardstick, firsts: Sequence[Sequence[int]], seed
 
 def _mean(scores: list[float] | None) -> dict[str, Any] | None:
     return None if scores is None else {"score": statistics.fmean(scores), "scores": scores}
-
-
-def _writes_with_context(trainer: OPCDTrainer) -> Any:
-    def generate(prompts: Sequence[Sequence[int]], **sampling: Any) -> Any:
-        with trainer.base_weights():
-            return trainer.teacher_rollout.generate(prompts, **sampling)
-
-    return generate

@@ -111,9 +111,7 @@ def fixed_answers(trainer: OPCDTrainer, yardstick: Yardstick, folder: Path) -> t
     rows = list(trainer.held_out_rows) * yardstick.answers
 
     def write(rows: Sequence[RenderedPrompt], sampling: Any) -> Any:
-        with trainer.base_weights():
-            prompts = [whole_prompt(row, trainer.prefixes) for row in rows]
-            return trainer.teacher_rollout.generate(prompts, **sampling)
+        return with_first_weights(trainer, [whole_prompt(row, trainer.prefixes) for row in rows], **sampling)
 
     answers = write(rows, {**yardstick.sampling, "seed": stream_seed(0, "compare fixed", 0)})
     samples = samples_of(rows, answers)
@@ -122,6 +120,12 @@ def fixed_answers(trainer: OPCDTrainer, yardstick: Yardstick, folder: Path) -> t
         found |= task_score(trainer, yardstick, write)
     write_text(path, json.dumps({"found": found, "samples": [asdict(sample) for sample in samples]}))
     return samples, found
+
+
+def with_first_weights(trainer: OPCDTrainer, prompts: Sequence[Sequence[int]], **sampling: Any) -> Any:
+    """Answers of the model as it was before training."""
+    with trainer.base_weights():
+        return trainer.teacher_rollout.generate(prompts, **sampling)
 
 
 def base_reader(trainer: OPCDTrainer, load_base: Callable[[], Any] | None = None) -> ContextTeacher:

@@ -29,8 +29,7 @@ def check_finite(step: int, loss: float, norm: float) -> None:
 def warning_before_training(evaluation: Mapping[str, Any], config: OPCDConfig) -> Iterator[tuple[str, str]]:
     """Name and text of the warning that the held-out evaluation of the first weights gives reason for, if any."""
     probability = evaluation.get("fixed_first_token", 1.0)
-    others_write = config.answers != "student" or config.off_policy_share or config.teacher_tokens
-    on_policy = not others_write and config.rollout != "replay"
+    on_policy = not config.teacher_writes and config.rollout != "replay"
     chosen = check_divergence(config.divergence, {name: getattr(config, name) for name in PARAMETERS})
     if evaluation["step"] == 0 and on_policy and DIVERGENCES[chosen.divergence].blind and probability < UNSAID:
         yield "unsaid_answers", (

@@ -114,18 +114,19 @@ def liger_fused_is_exact(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """The reason why a peer cannot run here, or None."""
+    """The reason why an implementation cannot run here, or None."""
     try:
         if name == "trl":
             load_trl()
         elif name == "liger-fused":
             _folder("liger_kernel")
             if device.type != "cuda":
-                return "Liger-Kernel's fused loss is a Triton kernel and needs a GPU"
+                raise Missing("Liger-Kernel's fused loss is a Triton kernel and needs a GPU")
             load_liger("ops.fused_linear_jsd", "LigerFusedLinearJSDFunction")
         elif name == "liger-chunked":
             load_liger("chunked_loss.jsd_loss", "LigerFusedLinearJSDLoss")
-            return why_no_compile(device)
+        if name == "liger-chunked" or name.startswith("compile-"):
+            _compiler(device)
     except Missing as missing:
         return str(missing)
     except Exception as error:  # noqa: BLE001 - whatever their import raises is a row, not the end of the table
@@ -133,13 +134,12 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
-def why_no_compile(device: torch.device) -> str | None:
+def _compiler(device: torch.device) -> None:
     """torch.compile needs a C++ compiler for CPU kernels, and Triton a C compiler for GPU ones."""
     if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "gcc", "clang")):
-        return "torch.compile needs a C++ compiler, and none is on PATH"
+        raise Missing("torch.compile needs a C++ compiler, and none is on PATH")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "torch.compile needs Triton on a GPU, and it is not installed"
-    return None
+        raise Missing("torch.compile needs Triton on a GPU, and it is not installed")
 
 
 def _folder(package: str) -> Path:

@@ -67,5 +67,5 @@ if [ -z "${OPCD_GIT_COMMIT:-}" ] && [ -f carried/COMMIT ] && ! git rev-parse HEA
 fi
 
 # The runner keeps its own time; timeout is for the case that it does not.
-timeout --kill-after=3 $((total - SECONDS - 4)) "$python" -m benchmarks.gpu "$run" --out "$out" \
+timeout --kill-after=3 $((total - SECONDS - 4)) "$python" -m benchmarks "$run" --out "$out" \
     --seconds $((total - SECONDS - 6)) $dry_run

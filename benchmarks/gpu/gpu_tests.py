@@ -76,7 +76,7 @@ class RowsOfTests:
         if report.when != "call" and (report.when != "setup" or report.passed):
             return
         self.passed += report.passed
-        status = {"passed": "ok", "failed": "failed"}.get(report.outcome, "skipped")
+        status = "ok" if report.passed else report.outcome
         self.session.write(Row(self.session.table, _name(report.nodeid), status=status, note=_reason(report),
                                values={"time": value(1e3 * report.duration, "ms")}))  # fmt: skip
         if report.failed and self.session.broken():

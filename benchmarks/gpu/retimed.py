@@ -29,7 +29,7 @@ def run(session: Session) -> None:
         chosen = [_with_table(ours, name, path) for name, path in tables.items()]
         bound = next(one for one in found if one.name == BOUND)
         session.compare(case.name, [bound, *chosen], shape=loss.shape_of(case), settings=loss.settings_of(case),
-                        seconds=SECONDS, needs=4)  # fmt: skip
+                        seconds=SECONDS)  # fmt: skip
         made.cache_clear()
         release(session.device)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import session as runner
-from benchmarks.measure import Failure, interleaved, with_peak
-from benchmarks.schema import BOUND, BROKEN, Value, read, value
-from benchmarks.session import Contender, Session, Skip, Wrong, error_row
+from benchmarks.measure import interleaved, with_peak
+from benchmarks.schema import BOUND, BROKEN, Row, Value, read, value
+from benchmarks.session import Contender, Session, Skip, Wrong, in_groups
 
 CPU = torch.device("cpu")
 SHAPE, SETTINGS = {"N": 4}, {"dtype": "float32"}
@@ -56,13 +56,13 @@ def test_rounds():
 
     def sample(name):
         done.append(name)
-        return Failure("failed", "no") if name == "c" else [1.0 * len(done)]
+        return None if name == "c" else [1.0 * len(done)]
 
     samples = {name: (lambda name=name: sample(name)) for name in "abc"}
     found = interleaved(samples, seconds=0.0, at_most={"a": 1})
     assert done == ["a", "b", "c", "b", "b"]
     assert found["a"] == Value(1.0, "ms", 1.0, 1.0, 1) and found["b"] == Value(4.0, "ms", 2.0, 5.0, 3)
-    assert found["c"] == Failure("failed", "no")
+    assert "c" not in found, "it failed"
     assert interleaved({"b": lambda: sample("b")}, seconds=9.0, left=0.0)["b"].count == 1, "no more than fits"
     assert "a" not in interleaved(samples, seconds=0.0, at_most={"a": 0})
 
@@ -81,7 +81,7 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(make):
     assert one.row("broken", lambda: 1 / 0) is None
     assert one.row("nan", lambda: {"error": value(float("nan"), "1")}) is None
     assert one.row("missing", raises(Skip("no such thing"))) is None
-    assert one.row("wrong", lambda: error_row(0.5, 0.1)) is None
+    assert one.row("wrong", raises(Wrong("0.5 is above 0.1", {"error": value(0.5, "1")}))) is None
     assert one.row("late", measure, needs=1000.0) is None
     one.finish()
     run = read(one.out)
@@ -121,7 +121,7 @@ def test_a_table_is_not_finished_with_other_versions_or_threads(make, monkeypatc
     device.count_of_processors += 1
     for name, found in (("versions", {**versions, "torch": "0.1"}), ("describe", device)):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="another run"):
-            patch.setattr(runner.environment, name, lambda *_, found=found, **__: found)
+            patch.setattr(runner.environment, name, lambda *_, found=found: found)
             make()
     make()
 
@@ -178,6 +178,15 @@ def test_a_case_goes_on_behind_what_broke_the_device(make, monkeypatch):
     assert {name: row.status for name, row in rows.items()} == {"before": "ok", "breaks": "failed", "after": "ok"}
     assert len(read(one.out).rows) == 3
     assert compare(make(), works("before", called))["before"] == read(one.out).of("loss")[1], "it is there already"
+
+
+def test_groups_and_names_are_what_is_measured(make):
+    called = []
+    assert set(compare(make(), works("a", called), works("b", called), only=("b",))) == set(called) == {"b"}
+    cases = [Row("t", "a case", group=group) for group in ("main", "N")]
+    assert in_groups(cases, ["N"]) == cases[1:] and in_groups(cases, []) == cases
+    with pytest.raises(ValueError, match="'speed' is none of main, N"):
+        in_groups(cases, ["speed"])
 
 
 def test_nothing_is_begun_too_late(make):

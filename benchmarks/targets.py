@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.gpu.summary import number
-from benchmarks.schema import BAD, BOUND, OURS, Device, Head, Row, Value
+from benchmarks.schema import BAD, BOUND, OURS, Device, Head, Row
 
 CPU = ("cpu",)  # the devices of a target: every CPU
 HOPPER = ("H100", "H200")  # parts of the devices' names
@@ -26,12 +26,8 @@ CLAIMS = {  # by measure: what is promised, and whether the measured number must
     "copies": ("keys and values of the context are held exactly once, for any batch", False),
 }
 
-Found = Sequence[tuple[Head, Sequence[Row]]]  # the newest run of each device
+UNMEASURED = ("unmeasured", None, "no report of such a device")
 Outcome = tuple[str, "float | None", str]  # "met", "missed" or "unmeasured"; the number; what was compared
-
-
-class Unmeasured(Exception):
-    """The message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -90,99 +86,82 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 }
 
 
-def markdown(table: str, found: Found) -> list[str]:
+def markdown(table: str, found: Sequence[tuple[Head, Sequence[Row]]]) -> list[str]:
+    """found: the newest run of each device."""
     lines = ["| target | case | device | | measured | from |", "|---|---|---|---|---|---|"]
-    for target, device, (status, measured, why) in verdicts(TARGETS[table], found):
-        told = "" if measured is None else f"{measured:.2g}" if target.measure == "error" else f"{measured:.2f}"
-        lines.append(f"| {target.claim} | {target.case} | {device} | **{status}** | {told} | {why} |")
+    for target in TARGETS[table]:
+        outcomes = [
+            (head.device.name, judge(target, head, rows)) for head, rows in found if _is_of(target, head.device)
+        ]
+        wanted = "CPU" if target.devices == CPU else " or ".join(target.devices)
+        for device, (status, measured, why) in outcomes or [(wanted, UNMEASURED)]:
+            told = "" if measured is None else f"{measured:.2g}" if target.measure == "error" else f"{measured:.2f}"
+            lines.append(f"| {target.claim} | {target.case} | {device} | **{status}** | {told} | {why} |")
     return lines
 
 
-def verdicts(targets: Sequence[Target], found: Found) -> list[tuple[Target, str, Outcome]]:
-    """(target, device, outcome) per target and matching device; "unmeasured" where no device matches."""
-    judged = []
-    for target in targets:
-        matching = [(head, rows) for head, rows in found if _matches(target.devices, head.device)]
-        judged += [(target, head.device.name, judge(target, head, rows)) for head, rows in matching]
-        if not matching:
-            wanted = "CPU" if target.devices == CPU else " or ".join(target.devices)
-            judged.append((target, wanted, ("unmeasured", None, "no report of such a device")))
-    return judged
-
-
-def _matches(devices: Sequence[str], device: Device) -> bool:
-    if device.kind == "cpu":
-        return devices == CPU
-    return any(name in device.name for name in devices)
+def _is_of(target: Target, device: Device) -> bool:
+    return target.devices == CPU if device.kind == "cpu" else any(name in device.name for name in target.devices)
 
 
 def judge(target: Target, head: Head, rows: Sequence[Row]) -> Outcome:
     """A failure of ours misses every target."""
-    measures = {"copies": _copies, "error": _error}
-    mine = _ours(target, rows) if target.measure != "copies" else []
-    if bad := next((row for row in mine if row.status in BAD), None):
-        return "missed", None, f"{bad.implementation} {bad.status}: {bad.note}"
-    try:
-        if target.measure in measures:
-            measured, why = measures[target.measure](target, mine or rows)
-        else:
-            measured, why = _ratio(target, head, mine, rows)
-    except Unmeasured as reason:
-        return "unmeasured", None, str(reason)
-    at_least = CLAIMS[target.measure][1]
-    return ("met" if (measured >= target.bound if at_least else measured <= target.bound) else "missed"), measured, why
-
-
-def _ours(target: Target, rows: Sequence[Row]) -> list[Row]:
     of_case = [row for row in rows if row.case.partition(", KL")[0] == target.case]
-    name = next((name for name in target.ours if any(row.implementation == name for row in of_case)), None)
-    return [row for row in of_case if row.implementation == name]
+    present = [name for name in target.ours if any(row.implementation == name for row in of_case)]
+    mine = [row for row in of_case if row.implementation in present[:1]]
+    other = next((row for row in of_case if row.implementation == target.against), None)
+    bad = next((row for row in mine if row.status in BAD), None)
+    if bad:
+        return "missed", None, f"{bad.implementation} {bad.status}: {bad.note}"
+    if target.measure == "copies":
+        measured, why = _copies(rows)
+    elif not mine or mine[0].status != "ok":
+        return "unmeasured", None, f"skipped: {mine[0].note}" if mine else "the case is not in the report"
+    elif target.measure == "error":
+        measured, why = _error(mine)
+    elif target.measure == "seconds":
+        time = mine[0].values["time"]
+        measured, why = (time.high or 0.0) / 1e3, f"the longest of {time.count}"
+    elif other is None or other.status != "ok":
+        state = "is not in the report" if other is None else f"{other.status}: {other.note}"
+        return "unmeasured", None, f"{target.against} {state}"
+    else:
+        measured, why = _ratio(target.measure, mine[0], other, head)
+    if measured is None:
+        return "unmeasured", None, why
+    reached = measured >= target.bound if CLAIMS[target.measure][1] else measured <= target.bound
+    return ("met" if reached else "missed"), measured, why
 
 
-def _ratio(target: Target, head: Head, mine: Sequence[Row], rows: Sequence[Row]) -> tuple[float, str]:
-    if not mine:
-        raise Unmeasured("the case is not in the report")
-    (ours,) = mine
-    if ours.status == "skipped":
-        raise Unmeasured(f"{ours.implementation} skipped: {ours.note}")
-    if target.measure == "seconds":
-        return (ours.values["time"].high or 0.0) / 1e3, f"the longest of {ours.values['time'].count}"
-    other = next((row for row in rows if (row.case, row.implementation) == (target.case, target.against)), None)
-    if other is None or other.status != "ok":
-        state = "not in the report" if other is None else f"{other.status}: {other.note}"
-        raise Unmeasured(f"{target.against} {state}")
-    what = "peak" if target.measure == "peak" else "time"
-    both = ours.values.get(what, Value()), other.values.get(what, Value())
-    if not both[0].value or not both[1].value:
-        raise Unmeasured(f"{what} is missing")
-    package = PACKAGES.get(target.against)
+def _ratio(measure: str, ours: Row, other: Row, head: Head) -> tuple[float | None, str]:
+    what = "peak" if measure == "peak" else "time"
+    mine, theirs = ours.get(what), other.get(what)
+    if not mine or not theirs:
+        return None, f"{what} is missing"
+    package = PACKAGES.get(other.implementation)
     version = f" {head.versions.get(package)}" if package else ""
-    why = f"{ours.implementation} {number(both[0])}, {target.against}{version} {number(both[1])}"
-    if target.measure in ("time", "peak"):
-        return both[0].value / both[1].value, why
-    tokens = 1.0
-    if target.measure == "rate":
-        tokens = (ours.get("answer_tokens") or 0.0) / (other.get("answer_tokens") or 1.0)
-    return tokens * both[1].value / both[0].value, why
+    why = (f"{ours.implementation} {number(ours.values[what])}, {other.implementation}{version} "
+           f"{number(other.values[what])}")  # fmt: skip
+    if measure in ("time", "peak"):
+        return mine / theirs, why
+    tokens = (ours.get("answer_tokens") or 0.0) / (other.get("answer_tokens") or 1.0)
+    return theirs / mine * (tokens if measure == "rate" else 1.0), why
 
 
-def _copies(target: Target, rows: Sequence[Row]) -> tuple[float, str]:
+def _copies(rows: Sequence[Row]) -> tuple[float | None, str]:
     """The context's keys and values during a call over those of batch size 1, the worst of all rows."""
-    ours = [row for row in rows if row.implementation.startswith("opcd_fast") and row.get("prefix") is not None]
-    if not ours:
-        raise Unmeasured("no row says what it held")
+    ours = [row for row in rows if row.implementation.startswith("opcd_fast") and row.get("prefix")]
     copies = [(row.get("prefix") or 0.0) / (row.get("one_prefix") or float("inf")) for row in ours]
-    if not min(copies):
-        raise Unmeasured("a row held nothing")
     batches = ", ".join(str(batch) for batch in sorted({row.shape["batch"] for row in ours}))
-    return max(copies), f"{len(ours)} rows, batches of {batches}"
+    why = f"{len(ours)} rows, batches of {batches}" if ours else "no row says what it held"
+    return max(copies, default=None), why
 
 
-def _error(target: Target, mine: Sequence[Row]) -> tuple[float, str]:
+def _error(mine: Sequence[Row]) -> tuple[float | None, str]:
     """The largest gradient error over the accuracy rows of the case."""
-    kls = [kl for row in mine if (kl := row.get("mean_kl")) is not None]
-    if not kls or min(kls) > 1.2 * KL_RANGE[0] or max(kls) < 0.8 * KL_RANGE[1]:
-        raise Unmeasured("no errors over that range")
-    errors = {(row.case, of): error for row in mine for of in ("dL/dh", "dL/dW") if (error := row.get(of)) is not None}
-    of = " and ".join(dict.fromkeys(name for _, name in errors))
-    return max(errors.values()), f"{mine[0].implementation}, {of}, {len(errors)} comparisons"
+    kls = [row.get("mean_kl") or 0.0 for row in mine]
+    if min(kls) > 1.2 * KL_RANGE[0] or max(kls) < 0.8 * KL_RANGE[1]:
+        return None, "no errors over that range"
+    of = [name for name in ("dL/dh", "dL/dW") if name in mine[0].values]
+    errors = [row.get(name) or 0.0 for row in mine for name in of]
+    return max(errors), f"{mine[0].implementation}, {' and '.join(of)}, {len(errors)} comparisons"

@@ -45,7 +45,7 @@ def losses(case: loss_cases.Case) -> list[Contender]:
 
 def ways(case: teacher_cases.Case) -> list[Contender]:
     setting = teacher_cases.make_setting(model(), case)
-    return teacher.contenders(case, setting, teacher_cases.reference(setting))
+    return teacher.contenders(setting, teacher_cases.reference(setting))
 
 
 CASES = {f"{case.group}: {case.name}": partial(losses, case) for case in LOSSES}

@@ -199,7 +199,7 @@ def test_each_way_gives_the_same_states_from_the_tokens_that_its_limit_counts(se
     copies, seen = {"concat": 0, "transformers-cache": 3, "transformers-cache-rebuilt": 3}, []
     hook = body.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
     try:
-        for one in teacher.contenders(SMALL, setting, exact):
+        for one in teacher.contenders(setting, exact):
             call = one.build()
             for _ in range(2):
                 seen.clear()
@@ -233,7 +233,7 @@ def test_concat_in_parts(setting, monkeypatch):
     whole = teacher._concat(setting)
     monkeypatch.setattr(teacher, "CONCAT_TOKENS", 51)
     parts = teacher._concat(setting)
-    assert (whole.at_once, parts.at_once) == (None, 2)
+    assert (whole.at_once, parts.at_once) == (3, 2)
     torch.testing.assert_close(parts.call(), whole.call(), atol=1e-5, rtol=0)
 
 

@@ -45,17 +45,17 @@ def git_state() -> tuple[str | None, bool | None]:
     named = os.environ.get("OPCD_GIT_COMMIT")
     if named:
         return named, None
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    commit = output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    return commit, _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") != ""
+    return commit, output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") != ""
 
 
 def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device("cpu", _cpu_name(), torch.get_num_threads())
     found = torch.cuda.get_device_properties(device)
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return Device("cuda", found.name, found.multi_processor_count, found.total_memory,
                   driver.splitlines()[0] if driver else None, torch.version.cuda)  # fmt: skip
 
@@ -70,7 +70,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -104,7 +104,7 @@ def contenders(case: Case, device: torch.device, made: Callable[[], Prepared]) -
     def one(name: str, loss: Callable[..., Tensor], exact: bool = True) -> Contender:
         return Contender(
             name, lambda: _differentiated(loss, made().inputs), lambda found: made().judge(name, found),
-            peers.why_not(name, device), settings={} if exact else {"gradient": "inexact"},
+            settings={} if exact else {"gradient": "inexact"},
             compiles=name.startswith("compile-") or name == "liger-chunked", has_peak=case.timed,
         )  # fmt: skip
 
@@ -126,7 +126,7 @@ def contenders(case: Case, device: torch.device, made: Callable[[], Prepared]) -
         return [*ours, *others]
     others.append(one(f"compile-{usual}", lambda *inputs: _compiled(logits)(*inputs), exact=not bf16))
     if case.group != "main":
-        others = [other for other in others if other.name in (*SWEPT, f"eager-{usual}") and not other.skip]
+        others = [other for other in others if other.name in (*SWEPT, f"eager-{usual}")]
     return [*ours, *others, bound]
 
 
@@ -161,6 +161,7 @@ def _mean_kl(logits: Callable[[Tensor, Tensor], Tensor], h_s: Tensor, w_s: Tenso
 
 @functools.cache
 def _compiled(logits: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    peers.needs_compiler()
     # One graph for each shape; fullgraph makes too many of them an error instead of a silent return to eager.
     return torch.compile(partial(_mean_kl, logits), dynamic=False, fullgraph=True)
 

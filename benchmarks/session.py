@@ -59,9 +59,8 @@ class Contender:
     """One way to do what a case asks for."""
 
     name: str
-    build: Callable[[], Callable[[], Any]]  # makes the call that is timed
+    build: Callable[[], Callable[[], Any]]  # makes the call that is timed; either raises Skip where it cannot run
     judge: Callable[[Any], Values] | None = None  # values of a call's result; raises Wrong
-    skip: str | None = None  # why it cannot run here
     note: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     warm: Callable[[], Any] | None = None  # a shorter call that compiles what the call needs
@@ -150,8 +149,8 @@ class Session:
             rows[one.name] = self._done.get(row.name, row)
             if row.name in self._done:
                 continue
-            if one.skip or (self.dry and one.compiles):
-                row.status, row.note = "skipped", one.skip or "nothing is compiled in a dry run"
+            if self.dry and one.compiles:
+                row.status, row.note = "skipped", "nothing is compiled in a dry run"
                 continue
             call = self._tried(row, partial(self._first, one, row, first_ms), needs)
             if call is not None:

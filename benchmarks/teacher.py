@@ -105,7 +105,7 @@ def contenders(setting: Setting, exact: Tensor | None) -> list[Contender]:
             return values
 
         note = None if exact is not None else "no error: float32 over so long a sequence takes minutes"
-        return Contender(name, lambda: made().call, judge, None, note, warm=lambda: (made().warm or made().call)())
+        return Contender(name, lambda: made().call, judge, note, warm=lambda: (made().warm or made().call)())
 
     layer = setting.answers.numel() * shape.flops_per_token // shape.layers
     return [

@@ -7,9 +7,9 @@
 #   scripts/gpu.sh --dry-run [second]   every phase on the CPU with tiny shapes: checks the flow, measures nothing
 #
 # The phases, their order and their seconds are in benchmarks/gpu/phases.py; each is a process of its own. Results are
-# JSON lines in $OUT (default: benchmarks/results/gpu; for a dry run a temporary folder), written row by row: at most 8
-# files, none above 16 MiB. The last lines of the output, 40 at most, are the summary. `python -m benchmarks.report`
-# puts what came back, whole or not, into docs/performance.md.
+# JSON lines in $OUT (default: benchmarks/results/gpu; for a dry run a temporary folder), written row by row,
+# beside a log, the launch table and a trace of at most 12 MiB. The last lines of the output, 40 at most, are the summary.
+# `python -m benchmarks.report` puts what came back, whole or not, into docs/performance.md.
 #
 # It runs with $PYTHON, else .venv/bin/python, else python3, and imports opcd_fast from this tree. Peers that are not
 # installed are skipped rows; `scripts/carry.sh` fetches their wheels into carried/ beforehand, and they are used from a

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks import environment
 from benchmarks.measure import timed, wait
 from benchmarks.schema import Values, value
 from benchmarks.session import Session
@@ -74,26 +74,16 @@ def _host(session: Session) -> Values:
 
 def _versions(session: Session, texts: dict[str, str]) -> Values:
     """Numbers of the device; `texts` gets what is text."""
-    texts.update(torch=torch.__version__, cpu_threads=str(torch.get_num_threads()),
-                 nvcc=shutil.which("nvcc") or "not on PATH", clocks=_clocks())  # fmt: skip
+    texts.update(cpu_threads=str(torch.get_num_threads()), nvcc=shutil.which("nvcc") or "not on PATH")
     session.on_device("its properties")
-    texts["cudnn"] = str(torch.backends.cudnn.version())
-    texts["capability"] = ".".join(map(str, torch.cuda.get_device_capability(session.device)))
     found = torch.cuda.get_device_properties(session.device)
     free, total = torch.cuda.mem_get_info(session.device)
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit,temperature.gpu", "--format=csv,noheader"]
+    texts.update(cudnn=str(torch.backends.cudnn.version()), capability=f"{found.major}.{found.minor}",
+                 clocks=environment.output(*query) or "nvidia-smi does not say")  # fmt: skip
     return {
         "multiprocessors": value(found.multi_processor_count, "1"),
         "memory": value(total, "bytes"),
         "free": value(free, "bytes"),
         "L2": value(getattr(found, "L2_cache_size", 0), "bytes"),
     }
-
-
-def _clocks() -> str:
-    query = "--query-gpu=clocks.sm,clocks.mem,power.limit,temperature.gpu"
-    try:
-        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True,
-                              timeout=10, check=True)  # fmt: skip
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi: {type(error).__name__}"
-    return done.stdout.strip()

@@ -23,7 +23,6 @@ from benchmarks.schema import BAD, BROKEN, Row, append, end, marker, read
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = 6.0  # seconds; a process with less would not get through its imports
 GRACE = 2.0  # from asking to end to ending
-FILE_BYTES = 16 << 20  # of a file that may come back; the trace is bounded by who writes it
 
 
 class Stopped(Exception):
@@ -64,7 +63,6 @@ def run(
         marker(lines).unlink(missing_ok=True)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    shorten(log)
     found = read(lines)
     print("\n".join(summary(found, [phase.name for phase, _ in chosen], folder, time.monotonic() - start)))
     sys.stdout.flush()
@@ -160,10 +158,3 @@ def _last(log: Path, offset: int) -> str:
         file.seek(max(offset, log.stat().st_size - 8192))
         text = file.read().decode("utf-8", "replace")
     return next((line.strip()[:400] for line in reversed(text.splitlines()) if line.strip()), "no message")
-
-
-def shorten(log: Path) -> None:
-    """A log keeps its beginning and its end."""
-    if log.exists() and log.stat().st_size > FILE_BYTES:
-        text = log.read_bytes()
-        log.write_bytes(text[: FILE_BYTES // 3] + b"\n[...]\n" + text[-FILE_BYTES // 3 :])

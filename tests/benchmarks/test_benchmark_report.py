@@ -38,7 +38,8 @@ def row(table, implementation, ms, case=MAIN, note="not here", status=None, **va
 
 def judged(table, rows, against, measure=None, device=CPU):
     return [(target, targets.judge(target, head(table, device), rows)) for target in targets.TARGETS[table]
-            if targets._is_of(target, device) and target.against == against and measure in (None, target.measure)]  # fmt: skip
+            if targets._is_of(target, device) and target.against == against
+            and measure in (None, target.measure)]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from benchmarks import __main__ as command_line
 from benchmarks import loss, loss_cases, models, peers, step, step_cases, step_worker, targets, teacher, teacher_cases
 from benchmarks.loss_cases import Case, make_inputs, oracle
 from benchmarks.schema import BOUND, OURS, read
-from benchmarks.session import Failed, Session
+from benchmarks.session import Failed, Session, Skip
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -101,8 +101,11 @@ def test_contenders_compute_the_same_gradient(dtype, frozen):
     case = Case("c", 70, 4_100, 64, dtype, frozen, "accuracy", mean_kl=1e-2)
     made = loss.Prepared(case, CPU)
     for one in loss.contenders(replace(case, group="main"), CPU, lambda: made):
-        if not one.skip and one.name != BOUND:
-            gradients = one.build()()
+        if one.name != BOUND:
+            try:
+                gradients = one.build()()
+            except Skip:
+                continue
             values = one.judge(gradients)
             assert len(gradients) == (1 if frozen else 2) and ("dL/dW" in values) == (not frozen), one.name
             limit = 0.5 if "gradient" in one.settings else loss.ACCURACY
@@ -175,7 +178,6 @@ def test_trl_is_loaded_without_its_package(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "trl", raising=False)
     with peers.load_trl().gather(None, None):
         pass
-    assert peers.why_not("trl", CPU) is None
 
 
 # --- the teacher --------------------------------------------------------------------------------------------

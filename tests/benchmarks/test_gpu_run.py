@@ -133,15 +133,6 @@ def test_a_run_that_is_asked_to_end_leaves_its_rows_and_no_process(fake, tmp_pat
     assert not Path(f"/proc/{grandchild}").exists() or "Z" in Path(f"/proc/{grandchild}/stat").read_text()
 
 
-def test_a_long_log_keeps_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "FILE_BYTES", 30)
-    log = tmp_path / "run.log"
-    log.write_text("first" + "x" * 90 + "last.")
-    runner.shorten(log)
-    text = log.read_text()
-    assert text.startswith("first") and text.endswith("last.") and "[...]" in text and len(text) < 30
-
-
 def test_the_phases_fit_into_a_lease():
     """15 minutes, of which one command may take 10; whatever hangs."""
     assert SECONDS["first"] + SECONDS["second"] < 15 * 60 and SECONDS["first"] < 10 * 60 and DRY_SECONDS < 6 * 60

@@ -156,7 +156,7 @@ def test_what_a_contender_does_costs_no_other_its_row(make, monkeypatch):
         make(), works("good"), works("far", judge=far), works("judged", judge=lambda _: {"error": value(0.1, "1")}),
         Contender("poor", lambda: raises(torch.OutOfMemoryError("80 GiB"))),
         Contender("unbuilt", raises(ValueError("x"))),
-        Contender("absent", works, skip="not installed"), Contender("later", lambda: later),
+        Contender("absent", raises(Skip("not installed"))), Contender("later", lambda: later),
     )  # fmt: skip
     assert {name: row.status for name, row in rows.items()} == {
         "good": "ok", "far": "failed", "judged": "ok", "poor": "out of memory", "unbuilt": "failed",

@@ -70,6 +70,8 @@ def _table(given: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures CPU memory is talkative
     on_gpu = not given.dry_run and (given.phase or torch.cuda.is_available())  # a phase measures nothing elsewhere
     device = torch.device("cuda" if on_gpu else "cpu")
+    if given.dry_run:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 would time Triton's interpreter; unset it")
     run = importlib.import_module(f"benchmarks.{given.name}").run

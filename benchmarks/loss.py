@@ -45,15 +45,11 @@ def measure(session: Session, case: Case, *, only: Sequence[str] = (), seconds: 
     made = functools.cache(lambda: Prepared(case, session.device))
     rows = session.compare(
         case.name, contenders(case, session.device, made), shape=shape_of(case), settings=settings_of(case),
-        group=case.group, seconds=seconds if case.timed else None, derive=_of_bound, only=only,
+        group=case.group, seconds=seconds if case.timed else None, only=only,
     )  # fmt: skip
     made.cache_clear()
     release(session.device)
     return rows
-
-
-def _of_bound(row: Row, bound: Row) -> Values:
-    return {"of_bound": value((bound.get("time") or 0.0) / (row.get("time") or 1.0), "1")}
 
 
 def shape_of(case: Case) -> dict[str, int]:

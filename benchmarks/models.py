@@ -23,12 +23,9 @@ class Shape:
     @classmethod
     def of(cls, config: Any) -> Shape:
         """From a transformers configuration of a Llama-like model."""
-        heads = config.num_attention_heads
-        return cls(
-            config.num_hidden_layers, config.hidden_size, heads, getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or config.hidden_size // heads, config.intermediate_size,
-            config.vocab_size,
-        )  # fmt: skip
+        width = config.head_dim or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+                   config.num_key_value_heads, width, config.intermediate_size, config.vocab_size)  # fmt: skip
 
     @property
     def products(self) -> tuple[tuple[int, int], ...]:

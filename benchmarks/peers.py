@@ -1,16 +1,7 @@
 """Other libraries' fused reverse KL: the mean over rows of (h_s, w_s, h_t, w_t), whose gradients autograd gets.
 
 Nothing of theirs is part of this repository and none is needed: each loader imports what the machine has, and
-raises `Skip` with the reason where it has not.
-
-Which are exact, read from the versions named here and checked by the gradient error that stands in the same row:
-
-- TRL 1.16 (`ChunkedDivergenceFunction`, beta = 1): float32 logits from bf16 inputs on every device. Exact.
-- Liger-Kernel 0.8.5, fused (`LigerFusedLinearJSDFunction`, jsd_beta = 1; Triton): float32 logits on CUDA devices
-  of compute capability 8 and up, so dL/dh is exact there. By default dL/dW is summed over its chunks in the
-  weight's dtype.
-- Liger-Kernel 0.8.5, chunked (`LigerFusedLinearJSDLoss`, beta = 1; torch.compile): logits in the inputs' dtype,
-  so inexact in bf16. It computes dL/dW for a frozen head too.
+raises `Skip` with the reason where it has not. README.md says which are exact, read from the versions named there.
 """
 
 from __future__ import annotations

@@ -35,9 +35,10 @@ ABOUT = {
     "`dL/dW`: relative errors against float64 at that mean KL. "
     "[What is compared](../benchmarks/README.md#what-is-compared).",
     "teacher": "One call gives the hidden states of a batch of answers after one context. `of concat`: the row's time "
-    "over that of plain transformers reading context and answer together. `of_limit`: the least time for what that row "
-    "must compute, at the rate of bare products in the same run, over its time. `prefix`: keys and values of the "
-    "context in all layers; `one_prefix`: once. `max_error`: of hidden states, against float32, each answer alone. "
+    "over that of plain transformers reading context and answer together. `of_bound` (once `of_limit`): the least time "
+    "for what that row must compute, at the rate of bare products in the same run, over its time. `prefix`: keys and "
+    "values of the context in all layers; `one_prefix`: once. `max_error`: of hidden states, against float32, each "
+    "answer alone. "
     "[What is compared](../benchmarks/README.md#the-teacher).",
     "step": "One optimizer step: fresh answers, both models' forwards, loss, backward, update. `trl-sdft` is TRL's "
     "SDFTTrainer with the full vocabulary, the reverse KL and the base model as the teacher, the context in every "

@@ -72,6 +72,14 @@ class Contender:
         return self.name.startswith("opcd_fast")
 
 
+def _of_bound(row: Row, bound: Row) -> Value:
+    """The time for what a row must compute at the rate of the bare products, or for these where nobody counts its
+    FLOPs, over the row's time."""
+    mine, theirs = row.get("flops"), bound.get("flops")
+    work = mine / theirs if mine and theirs else 1.0
+    return value(work * (bound.get("time") or 0.0) / (row.get("time") or 1.0), "1")
+
+
 class Session:
     """One table's share of a run: its device, its time and its rows.
 
@@ -132,13 +140,12 @@ class Session:
     def compare(
         self, case: str, contenders: Sequence[Contender], *, shape: Mapping[str, int], settings: Mapping[str, str],
         group: str = "main", seconds: float | None = 8.0, min_rounds: int = 3, needs: float = 3.0,
-        derive: Callable[[Row, Row], Values] | None = None, only: Sequence[str] = (),
+        only: Sequence[str] = (),
     ) -> dict[str, Row]:  # fmt: skip
         """A row for each contender: first one call of each, its peak memory and what `judge` says of it, then the
         interleaved times.
 
-        seconds: of timing; None: nothing is timed. derive: values of an ok row that follow from it and the bound's row.
-        only: names of contenders; default: all of them.
+        seconds: of timing; None: nothing is timed. only: names of contenders; default: all of them.
         """
         rows: dict[str, Row] = {}
         calls: dict[str, Callable[[], Any]] = {}
@@ -158,10 +165,9 @@ class Session:
             release(self.device)
         if seconds is not None:
             self._time(rows, calls, first_ms, seconds, min_rounds)
-        bound = rows.get(BOUND)
         for row in rows.values():
-            if derive is not None and bound is not None and row.status == bound.status == "ok":
-                row.values.update(derive(row, bound))
+            if BOUND in rows and "time" in row.values and "time" in rows[BOUND].values:
+                row.values["of_bound"] = _of_bound(row, rows[BOUND])
             self.write(row)
         return rows
 

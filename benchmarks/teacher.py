@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import spread, wait
-from benchmarks.schema import BOUND, Row, Values, value
+from benchmarks.schema import BOUND, Values, value
 from benchmarks.session import Contender, Session, in_groups
 from benchmarks.teacher_cases import Setting, cases, make_model, make_setting, reference
 from benchmarks.teacher_model import concat_flops, shared_flops
@@ -40,7 +40,7 @@ def run(session: Session, *, groups: tuple[str, ...] = (), only: tuple[str, ...]
         session.compare(
             case.name, contenders(setting, reference(setting)), shape=shape_of(setting),
             settings=settings_of(setting, name), group=case.group, seconds=case_seconds,
-            min_rounds=2 if session.device.type == "cuda" else 3, derive=_of_limit, only=only,
+            min_rounds=2 if session.device.type == "cuda" else 3, only=only,
         )  # fmt: skip
     if not groups:
         _check(session, make_setting(model, chosen[0]), name)
@@ -70,12 +70,6 @@ def shape_of(setting: Setting) -> dict[str, int]:
 
 def settings_of(setting: Setting, model: str) -> dict[str, str]:
     return {"model": model, "dtype": str(setting.dtype).removeprefix("torch.")}
-
-
-def _of_limit(row: Row, bound: Row) -> Values:
-    """The least time for what a row must compute, at the rate of the bare products, over its time."""
-    flops, rate = row.get("flops") or 0.0, (bound.get("flops") or 0.0) / (bound.get("time") or 1.0)
-    return {} if row is bound else {"of_limit": value(flops / rate / (row.get("time") or 1.0), "1")}
 
 
 @dataclass

@@ -248,7 +248,7 @@ def test_the_teachers_table_has_every_row(tmp_path):
         bound = mine[BOUND].get("time") / mine[BOUND].get("flops")
         for row in (row for name, row in mine.items() if name != BOUND):
             assert row.shape["batch"] == case.batch and row.get("max_error") <= 1e-5
-            assert row.get("of_limit") == pytest.approx(row.get("flops") * bound / row.get("time"))
+            assert row.get("of_bound") == pytest.approx(row.get("flops") * bound / row.get("time"))
         grown = mine["opcd_fast-merge-rebuilt"].get("peak") - mine["opcd_fast-merge"].get("peak")
         assert grown >= 0.9 * mine["opcd_fast-merge"].get("one_prefix"), "the prefix is part of the call that builds it"
     (check,) = (row for row in rows if row.group == "check")

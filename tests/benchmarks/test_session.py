@@ -131,12 +131,15 @@ def test_a_table_is_not_finished_with_other_versions_or_threads(make, monkeypatc
 
 def test_contenders_take_turns(make):
     called = []
-    rows = compare(make(), works("opcd_fast-torch", called), works(BOUND, called),
-                   derive=lambda row, bound: {"of_bound": value(bound.get("time") / row.get("time"), "1")})  # fmt: skip
+    counted = works("counted", judge=lambda _: {"flops": value(6.0, "FLOP")})
+    bound = works(BOUND, called, lambda _: {"flops": value(2.0, "FLOP")})
+    rows = compare(make(), works("opcd_fast-torch", called), counted, bound)
     assert called == ["opcd_fast-torch", BOUND] * 4  # once for the memory, three times timed
     mine = rows["opcd_fast-torch"]
     assert mine.values["time"].count == 3 and mine.shape == SHAPE and mine.settings == SETTINGS
     assert mine.get("of_bound") == pytest.approx(rows[BOUND].get("time") / mine.get("time"))
+    other, least = rows["counted"], rows[BOUND].get("time")
+    assert other.get("of_bound") == pytest.approx(3 * least / other.get("time")), "three times what the bound computes"
     assert next(iter(mine.values)) == "time" and mine.get("peak") >= 400
 
 

@@ -44,17 +44,18 @@ class Job:
     sharded: bool = True  # FSDP2; otherwise DDP
 
     @property
-    def layer_parameters(self) -> int:
+    def head(self) -> int:
+        """Weights of the lm-head; the embeddings have as many, untied."""
+        return self.shape.vocabulary * self.shape.hidden
+
+    @property
+    def layer(self) -> int:
+        """Weights of one layer."""
         return sum(a * b for a, b in self.shape.products)
 
     @property
-    def outer_parameters(self) -> int:
-        """Embeddings and lm-head, untied."""
-        return 2 * self.shape.vocabulary * self.shape.hidden
-
-    @property
     def parameters(self) -> int:
-        return self.shape.layers * self.layer_parameters + self.outer_parameters
+        return self.shape.layers * self.layer + 2 * self.head
 
     @property
     def trained(self) -> int:
@@ -63,15 +64,9 @@ class Job:
         return self.shape.layers * self.lora_rank * sum(a + b for a, b in self.shape.products)
 
     @property
-    def models(self) -> int:
-        """Sets of weights: the base under an adapter teaches as well."""
-        return 1 if self.lora_rank else 2
-
-    @property
-    def loss_products(self) -> int:
-        return 3 if self.lora_rank else 4
-
-    # ----------------------------------------------------------------------------------------------- FLOPs
+    def batch(self) -> int:
+        """Answers of a rank."""
+        return -(-self.answers // self.ranks)
 
     def flops(self) -> dict[str, float]:
         """Of one step on all ranks, with gradient checkpointing."""
@@ -80,11 +75,9 @@ class Job:
         return {
             "teacher": shared_flops(self.shape, self.context, length, self.answers, build=False),
             "student": forward,
-            "loss": self.loss_products * 2.0 * self.answers * self.response * self.shape.vocabulary * self.shape.hidden,
+            "loss": (3 if self.lora_rank else 4) * 2.0 * self.answers * self.response * self.head,
             "backward": forward * (2 if self.lora_rank else 3),
         }
-
-    # ----------------------------------------------------------------------------------------------- seconds
 
     def seconds(self) -> dict[str, float]:
         """Of one step, each part by itself; nothing overlaps."""
@@ -93,14 +86,10 @@ class Job:
 
     def rollout_seconds(self) -> float:
         """All of a rank's answers at once, on whole weights in bf16."""
-        batch = -(-self.answers // self.ranks)
-        keys = self.shape.kv_bytes(self.prompt + self.response // 2, 2) * batch
-        head = self.shape.vocabulary * self.shape.hidden
-        weights = 2 * (self.parameters - head)  # embeddings are looked up, not read
-        arithmetic = batch * (self.shape.flops_per_token + 2 * head) / FLOPS
+        keys = self.shape.kv_bytes(self.prompt + self.response // 2, 2) * self.batch
+        weights = 2 * (self.parameters - self.head)  # embeddings are looked up, not read
+        arithmetic = self.batch * (self.shape.flops_per_token + 2 * self.head) / FLOPS
         return self.response * max((weights + keys) / BANDWIDTH, arithmetic)
-
-    # ----------------------------------------------------------------------------------------------- bytes
 
     def sent_bytes(self) -> dict[str, float]:
         """By one rank in one step. "all" is the sum."""
@@ -119,28 +108,27 @@ class Job:
     def held_bytes(self) -> dict[str, float]:
         """By one rank while it scores and trains, by part."""
         over = self.ranks if self.sharded else 1
-        master = 2.0 if self.lora_rank else 4.0  # a frozen base stays in bf16
-        adapter = 4.0 * self.trained if self.lora_rank else 0.0
+        # A frozen base stays in bf16, and teaches as well; a model that is trained has a frozen copy.
+        student = 2.0 * self.parameters + 4.0 * self.trained if self.lora_rank else 4.0 * self.parameters
+        copies = 0 if self.lora_rank else 1
         tokens = -(-self.answers // (self.ranks * self.micro_batches)) * (self.prompt + self.response)
-        frozen_copy = 0.0 if self.models == 1 else 2.0 * self.parameters
         parts = {
-            "student's weights": (master * self.parameters + adapter) / over,
-            "teacher's weights": frozen_copy / over,
+            "student's weights": student / over,
+            "teacher's weights": copies * 2.0 * self.parameters / over,
             "gradients": 4.0 * self.trained / over,
             "optimizer": 8.0 * self.trained / over,
             "context": float(self.shape.kv_bytes(self.context, 2)),
             "activations": 2.0 * tokens * self.shape.hidden * self.shape.layers,
         }
         if self.sharded:  # two layers, one of them on its way, and what lies outside of the layers
-            outer = self.models * 2.0 * self.outer_parameters
-            parts["gathered weights"] = 2 * 2.0 * self.layer_parameters + outer
+            parts["gathered weights"] = 2 * 2.0 * self.layer + (1 + copies) * 2 * 2.0 * self.head
         return parts
 
     def rollout_bytes(self) -> dict[str, float]:
         """By one rank in addition to its shards while it answers: whole weights in bf16, and keys of its answers."""
-        batch = -(-self.answers // self.ranks)
         whole = 2.0 * self.parameters if self.sharded else 0.0
-        return {"whole weights": whole, "keys": float(batch * self.shape.kv_bytes(self.prompt + self.response, 2))}
+        keys = self.batch * self.shape.kv_bytes(self.prompt + self.response, 2)
+        return {"whole weights": whole, "keys": float(keys)}
 
 
 QWEN_8B = Job(SHAPES["Qwen3-8B"], ranks=8, answers=128, response=512, lora_rank=16, sharded=False)

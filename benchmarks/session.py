@@ -131,7 +131,7 @@ class Session:
         """
         if name not in self._done:
             row = Row(self.table, name, group=group, shape=dict(shape or {}))
-            self._tried(row, lambda: row.values.update(measure()), needs)
+            self.tried(row, lambda: row.values.update(measure()), needs)
             row.settings = {key: str(found) for key, found in (settings or {}).items()}
             self.write(row)
         done = self._done[name]
@@ -159,7 +159,7 @@ class Session:
             if self.dry and one.compiles:
                 row.status, row.note = "skipped", "nothing is compiled in a dry run"
                 continue
-            call = self._tried(row, partial(self._first, one, row, first_ms), needs)
+            call = self.tried(row, partial(self._first, one, row, first_ms), needs)
             if call is not None:
                 calls[one.name] = call
             release(self.device)
@@ -212,14 +212,14 @@ class Session:
 
     # ------------------------------------------------------------------------------------ whatever goes wrong
 
-    def _tried(self, row: Row, measure: Callable[[], Any], needs: float) -> Any:
+    def tried(self, row: Row, measure: Callable[[], Any], needs: float = 0.0) -> Any:
         """What `measure` returns, or None; the row says why, and how long it took."""
         begin = time.monotonic()
         if self.left() < needs:
             row.status, row.note = "skipped", f"{max(0.0, self.left()):.0f} s were left, it takes {needs:.0f}"
             return None
         found = self.guarded(row, measure)
-        row.seconds = time.monotonic() - begin
+        row.seconds += time.monotonic() - begin
         return found
 
     def guarded(self, row: Row, measure: Callable[[], Any]) -> Any:

@@ -11,7 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,9 +19,9 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.gpu.phases import PEERS, TRAINING
-from benchmarks.measure import interleaved
+from benchmarks.measure import spread
 from benchmarks.schema import Row, value
-from benchmarks.session import Failed, Session, Skip, in_groups
+from benchmarks.session import Failed, Session, in_groups
 from benchmarks.step_cases import Case, cases
 
 OURS, PEER = "opcd_fast", "trl-sdft"
@@ -43,35 +42,23 @@ def run(session: Session, *, groups: tuple[str, ...] = (), trainers: tuple[str, 
 
 def measure(session: Session, case: Case, trainers: Sequence[str], steps: int, rounds: int) -> dict[str, Row]:
     """A row for each trainer."""
-    shape = {"prompts": case.prompts, "tokens": case.tokens}
     settings = {"model": case.model, "dtype": case.dtype, "checkpointing": "yes" if case.checkpointing else "no"}
-    rows = {name: Row(session.table, case.name, name, case.group, shape=dict(shape), settings=dict(settings))
-            for name in trainers}  # fmt: skip
+    shape = {"prompts": case.prompts, "tokens": case.tokens}
+    every = [Row(session.table, case.name, name, case.group, shape=dict(shape), settings=dict(settings))
+             for name in trainers]  # fmt: skip
     done = {row.name for row in session.rows}
-    rows = {name: row for name, row in rows.items() if row.name not in done}
+    rows = {row.implementation: row for row in every if row.name not in done}
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
-
-    def process(name: str) -> dict[str, Any]:
-        if session.left() <= 0:
-            raise Skip("no time was left (--seconds)")
-        return one_process(case, name, session.device, steps, timeout=session.left() + 300)
-
-    def sample(name: str) -> list[float] | None:
-        if told[name] and session.left() <= 0:
-            return []
-        begin = time.monotonic()
-        outcome = session.guarded(rows[name], partial(process, name))
-        rows[name].seconds += time.monotonic() - begin
-        told[name] += [] if outcome is None else [outcome]
-        return None if outcome is None else outcome["ms"]
-
-    times = interleaved({name: partial(sample, name) for name in rows}, seconds=0.0, min_rounds=rounds,
-                        max_rounds=rounds)  # fmt: skip
+    for turn in range(rounds):
+        for name, row in rows.items():
+            if row.status == "ok" and (turn == 0 or session.left() > 0):
+                ask = partial(one_process, case, name, session.device, steps, timeout=session.left() + 300)
+                outcome = session.tried(row, ask)
+                told[name] += [] if outcome is None else [outcome]
     for name, row in rows.items():
         if told[name]:
             if row.status != "ok":
                 row.status, row.note = "ok", f"a later process {row.status}: {row.note}"
-            row.values["time"] = times[name]
             _fill(row, told[name], session.head().device.count_of_processors)
         session.write(row)
     return rows
@@ -82,11 +69,13 @@ def _fill(row: Row, told: list[dict[str, Any]], threads: int | None) -> None:
     row.shape["context"] = told[0]["context"]
     if others := {one["threads"] for one in told} - {threads}:
         raise ValueError(f"{row.name} ran on {others.pop()} threads, the table on {threads}")
-    row.values["answer_tokens"] = value(statistics.mean(t for one in told for t in one["answer_tokens"]), "1")
-    row.values["peak"] = value(max(one["peak_bytes"] for one in told), "bytes")
     parts = [part for one in told for part in one["parts"]]
-    for name in parts[0] if parts else ():
-        row.values[name] = value(1e3 * statistics.mean(part[name] for part in parts), "ms")
+    row.values = {
+        "time": spread([ms for one in told for ms in one["ms"]]),
+        "answer_tokens": value(statistics.mean(t for one in told for t in one["answer_tokens"]), "1"),
+        "peak": value(max(one["peak_bytes"] for one in told), "bytes"),
+        **{name: value(1e3 * statistics.mean(part[name] for part in parts), "ms") for name in (parts or [{}])[0]},
+    }
 
 
 def one_process(case: Case, trainer: str, device: torch.device, steps: int, timeout: float) -> dict[str, Any]:

@@ -30,20 +30,14 @@ AGAINST = {"loss": BOUND, "teacher": "concat", "step": "trl-sdft"}  # in every c
 Runs = list[tuple[str, Head, list[Row]]]  # (file, head, rows)
 TITLES = {"loss": "Targets", "teacher": "The shared-prefix teacher", "step": "Whole training steps"}
 ABOUT = {
-    "loss": "One call of the loss is forward and backward of the mean reverse KL over N rows. `of_bound`: the time of "
-    "the bare matrix products in the inputs' dtype, which need not be the fastest one here, over the row's. `dL/dh`, "
-    "`dL/dW`: relative errors against float64 at that mean KL. "
-    "[What is compared](../benchmarks/README.md#what-is-compared).",
-    "teacher": "One call gives the hidden states of a batch of answers after one context. `of concat`: the row's time "
-    "over that of plain transformers reading context and answer together. `of_bound` (once `of_limit`): the least time "
-    "for what that row must compute, at the rate of bare products in the same run, over its time. `prefix`: keys and "
-    "values of the context in all layers; `one_prefix`: once. `max_error`: of hidden states, against float32, each "
-    "answer alone. "
+    "loss": "One call of the loss is forward and backward of the mean reverse KL over N rows. `dL/dh`, `dL/dW`: "
+    "relative errors against float64 at that mean KL. [What is compared](../benchmarks/README.md#what-is-compared).",
+    "teacher": "One call gives the hidden states of a batch of answers after one context. `of concat`: the time over "
+    "that of plain transformers reading context and answer together. "
     "[What is compared](../benchmarks/README.md#the-teacher).",
     "step": "One optimizer step: fresh answers, both models' forwards, loss, backward, update. `trl-sdft` is TRL's "
-    "SDFTTrainer with the full vocabulary, the reverse KL and the base model as the teacher, the context in every "
-    "teacher prompt; `of trl-sdft`: the row's time over its. `peak`: of a run, above what was held once the model was "
-    "loaded. [What is compared](../benchmarks/README.md#whole-training-steps).",
+    "SDFTTrainer with the full vocabulary and the reverse KL, `of trl-sdft` the time over its. "
+    "[What is compared](../benchmarks/README.md#whole-training-steps).",
 }
 
 
@@ -118,7 +112,7 @@ def page(found: dict[str, Runs], on_gpus: Sequence[tuple[str, Run]] = ()) -> str
         "Written by `python -m benchmarks.report` from the files named below; do not edit. First "
         "the loss, then [the teacher](#the-shared-prefix-teacher), [whole steps](#whole-training-steps) and [what one "
         "lease of a GPU gave](#gpu-runs). "
-        "[How it is measured](../benchmarks/README.md).",
+        "[How it is measured, and what the columns are](../benchmarks/README.md).",
         "",
     ]
     heads = [head for runs in found.values() for _, head, _ in runs]

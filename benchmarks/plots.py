@@ -5,7 +5,7 @@ The same run gives the same bytes: no dates and no random identifiers in the fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,36 +35,29 @@ class Plot:
 
 def of(head: Head, rows: Sequence[Row]) -> list[Plot]:
     """The plots for which a run has at least two points."""
-    stem = f"{head.table}_{head.device.slug}"
-    timed = [row for row in rows if row.group in ("main", *SIZES.get(head.table, ()))]
-    plots = []
-    for size in SIZES.get(head.table, ()):
-        for name, unit, scale in (("time", "ms", 1.0), ("peak", "MiB", 2.0**20)):
-            panels = _panels(timed, lambda row: row.shape[size], name, scale, _others(head.table, size))  # noqa: B023
-            plots.append(Plot(f"{name} against {size}", f"{stem}_{name}_{size.lower()}.svg", size, f"{name}, {unit}",
-                              panels))  # fmt: skip
+    if head.table not in (*SIZES, "bf16_logits"):
+        return []
+    stem, sizes = f"{head.table}_{head.device.slug}", SIZES.get(head.table, ())
+    timed = [row for row in rows if row.group in ("main", *sizes)]
     errors = [row for row in rows if row.group == "accuracy"]
-    panels = _panels(errors, lambda row: row.get("mean_kl") or 0.0, "dL/dh", 1.0, _others("loss"))
-    plots.append(Plot("error against the mean KL", f"{stem}_error_kl.svg", "mean KL", "error of dL/dh", panels))
+    plots = [Plot(f"{name} against {size}", f"{stem}_{name}_{size.lower()}.svg", size, f"{name}, {unit}",
+                  _panels(timed, size, name, scale))
+             for size in sizes for name, unit, scale in (("time", "ms", 1.0), ("peak", "MiB", 2.0**20))]  # fmt: skip
+    plots.append(Plot("error against the mean KL", f"{stem}_error_kl.svg", "mean KL", "error of dL/dh",
+                      _panels(errors, "mean_kl", "dL/dh")))  # fmt: skip
     return [plot for plot in plots if plot.panels]
 
 
-def _others(table: str, size: str = "") -> Callable[[Row], str]:
-    """A panel's title: what its rows have in common."""
-    names = [name for name in SIZES[table] if name != size and (size or name != "N")]
-    settings = ("model", "dtype", "head")
-    return lambda row: ", ".join([*(f"{name} {row.shape[name]:,}" for name in names),
-                                  *(row.settings[name] for name in settings if name in row.settings)])  # fmt: skip
-
-
-def _panels(
-    rows: Sequence[Row], x: Callable[[Row], float], name: str, scale: float, title: Callable[[Row], str]
-) -> dict[str, Points]:
-    """Those with at least two values of x, their points sorted."""
+def _panels(rows: Sequence[Row], x: str, y: str, scale: float = 1.0) -> dict[str, Points]:
+    """Of rows that have all but x in common, where at least two values of x were measured; points sorted."""
     panels: dict[str, Points] = {}
     for row in rows:
-        if row.status == "ok" and (y := row.get(name)) is not None:
-            panels.setdefault(title(row), {}).setdefault(row.implementation, []).append((x(row), y / scale))
+        at, found = row.shape.get(x, row.get(x)), row.get(y)
+        if row.status == "ok" and at is not None and found is not None:
+            common = [f"{name} {size:,}" for name, size in row.shape.items() if name != x]
+            common += [text for name, text in row.settings.items() if name != "gradient"]
+            lines = panels.setdefault(", ".join(common), {})
+            lines.setdefault(row.implementation, []).append((at, found / scale))
     return {panel: {name: sorted(set(points)) for name, points in lines.items()} for panel, lines in panels.items()
             if len({x for points in lines.values() for x, _ in points}) > 1}  # fmt: skip
 

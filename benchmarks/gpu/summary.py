@@ -33,7 +33,8 @@ def summary(run: Run, phases: Sequence[str], folder: Path, seconds: float) -> li
         status = "not reached" if end is None else f"{end.status} {end.seconds:.0f} s"
         counts = ", ".join(f"{count} {status}" for status in STATUSES
                            if (count := sum(row.status == status for row in rows)))  # fmt: skip
-        told = wrap(f"{name:10} {status:12} {counts:28} {_shown(rows)}", WIDTH, subsequent_indent=" " * 11)
+        told = wrap(f"{name:10} {status:12} {counts:28} {_shown(rows)}", WIDTH, subsequent_indent=" " * 11,
+                    break_on_hyphens=False)  # fmt: skip
         left = LINES - len(last) - len(lines) - (len(phases) - place)  # after a line for each phase to come
         lines += told[: max(1, min(OF_A_PHASE, left))]
     return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines + last][:LINES]

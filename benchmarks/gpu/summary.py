@@ -58,6 +58,8 @@ def number(found: Value) -> str:
         return "NaN"
     if found.unit == "bytes":
         return f"{found.value / 2**20:,.0f} MiB"
+    if found.unit == "FLOP":
+        return f"{found.value / 1e12:.4g} TFLOP"
     size = abs(found.value)
     text = f"{found.value:,.0f}" if size >= 1e3 or found.value == int(found.value) else f"{found.value:.4g}"
     return text if found.unit == "1" else f"{text} {found.unit}"

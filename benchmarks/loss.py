@@ -104,9 +104,8 @@ def contenders(case: Case, device: torch.device, made: Callable[[], Prepared]) -
             compiles=name.startswith("compile-") or name == "liger-chunked", has_peak=case.timed,
         )  # fmt: skip
 
-    options = {"workspace_bytes": case.workspace_bytes}
-    ours = [one(f"opcd_fast-{backend}", partial(fused_linear_reverse_kl, backend=backend, **options))
-            for backend in _backends(case, device)]  # fmt: skip
+    reverse_kl = partial(fused_linear_reverse_kl, workspace_bytes=case.workspace_bytes)
+    ours = [one(f"opcd_fast-{backend}", partial(reverse_kl, backend=backend)) for backend in _backends(case, device)]
     bound = Contender(BOUND, lambda: _gemms(made().inputs), has_peak=False)
     if case.group == "workspace":
         return [*ours, bound]

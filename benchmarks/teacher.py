@@ -195,7 +195,7 @@ def _prefill(setting: Setting) -> Any:
 
 def _gemms(setting: Setting) -> Callable[[], Tensor]:
     """The matrix products of one layer for the answers' tokens, in the model's dtype, and nothing else."""
-    like = {"dtype": setting.dtype, "device": setting.device}
+    like: dict[str, Any] = {"dtype": setting.dtype, "device": setting.device}
     products = setting.shape.products
     inputs = {a: torch.randn(setting.answers.numel(), a, **like) for a, _ in products}
     weights = [torch.randn(b, a, **like) for a, b in products]

@@ -161,5 +161,5 @@ def _row_inputs(device: torch.device, rows: int, columns: int) -> tuple[Logits, 
     weights = torch.rand(rows, device=device) + 0.5
     gradient = torch.empty(rows, pitch, dtype=torch.bfloat16, device=device)
     statistics = torch.zeros(len(STATISTICS), rows, device=device)
-    logits = (Logits(z[:, :columns], temperature=0.9) for z in (z_s, z_t))
-    return *logits, weights, statistics, gradient[:, :columns]
+    student, teacher = (Logits(z[:, :columns], temperature=0.9) for z in (z_s, z_t))
+    return student, teacher, weights, statistics, gradient[:, :columns]

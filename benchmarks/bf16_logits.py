@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.loss_cases import move_to_kl, oracle
+from benchmarks.loss_cases import oracle
 from benchmarks.schema import Row, Value
 from benchmarks.session import Session
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl
@@ -58,10 +58,10 @@ def measure(
 
     h_s, h_t: (N, D) and weight (V, D), of one dtype. L is the mean over the N rows.
     """
-    whole = float(oracle(h_s, weight, h_t, weight, gradient=False)[0].mean())
+    whole = _mean_kl(h_s, h_t, weight)
     found = []
     for fraction in fractions:
-        moved = move_to_kl(h_s, h_t.float() - h_s.float(), weight, whole * fraction)
+        moved = _teacher_at(h_s, h_t, weight, whole * fraction)
         kl, exact, _ = oracle(h_s, weight, moved, weight)
         assert exact is not None
         gradients = {name: oracle(h_s, weight, moved, weight, logits=dtype)[1] for name, dtype in FORMATS.items()}
@@ -71,6 +71,20 @@ def measure(
         errors = {name: float((dh - exact).norm() / exact.norm()) for name, dh in gradients.items()}
         found.append((float(kl.mean()), errors))
     return found
+
+
+@torch.no_grad()
+def _mean_kl(h_s: Tensor, h_t: Tensor, weight: Tensor) -> float:
+    return float(fused_linear_reverse_kl(h_s, weight, h_t, weight))
+
+
+def _teacher_at(h_s: Tensor, h_t: Tensor, weight: Tensor, kl: float) -> Tensor:
+    """Teacher states on the line from the student's to the teacher's, at about this mean KL (it grows as step²)."""
+    step, moved = 1.0, h_t
+    for _ in range(3):
+        step *= (kl / _mean_kl(h_s, moved, weight)) ** 0.5
+        moved = (h_s.double() + step * (h_t.double() - h_s.double())).to(h_t.dtype)
+    return moved
 
 
 @torch.no_grad()

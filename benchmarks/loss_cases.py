@@ -120,11 +120,11 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         h += strength * torch.nn.functional.normalize(weight[token].float(), dim=-1)
     h_s = h.to(case.dtype)
     direction = torch.randn(case.N, case.D, generator=generator, device=device)
-    h_t = move_to_kl(h_s, direction, weight, case.mean_kl)
+    h_t = _move_to_kl(h_s, direction, weight, case.mean_kl)
     return Inputs(h_s.requires_grad_(), weight.requires_grad_(not case.frozen), h_t, teacher_weight)
 
 
-def move_to_kl(h_s: Tensor, direction: Tensor, weight: Tensor, mean_kl: float) -> Tensor:
+def _move_to_kl(h_s: Tensor, direction: Tensor, weight: Tensor, mean_kl: float) -> Tensor:
     """h_s + step * direction, rounded to h_s's dtype, with step such that the mean KL is within 5 %."""
     rows = oracle_rows(h_s)
     step, h_t = (1.25 * mean_kl) ** 0.5, h_s  # right at once for most random shapes

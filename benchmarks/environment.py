@@ -6,19 +6,27 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import opcd_fast
-from benchmarks.measure import wait
-from benchmarks.schema import Device
+from benchmarks.schema import Device, Head
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel")
+VARIABLES = (
+    "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CUDNN_SDPA_DEPRIORITIZED", "TRITON_INTERPRET", "OPCD_LAUNCH_SHAPES",
+    "OMP_NUM_THREADS",
+)  # fmt: skip
+
+
+def head(table: str, device: torch.device, command: str, notes: list[str]) -> Head:
+    commit, dirty = git_state()
+    set_here = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Head(table, now, command, commit, dirty, describe(device), versions(), set_here, notes)
 
 
 def versions() -> dict[str, str | None]:
@@ -37,56 +45,19 @@ def git_state() -> tuple[str | None, bool | None]:
     named = os.environ.get("OPCD_GIT_COMMIT")
     if named:
         return named, None
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    commit = output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    return commit, _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") != ""
+    return commit, output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") != ""
 
 
-def describe(device: torch.device, ceilings: bool = True) -> Device:
-    """ceilings: measure a large product and a large copy too, which takes seconds."""
+def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device("cpu", _cpu_name(), torch.get_num_threads())
-    properties = torch.cuda.get_device_properties(device)
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return Device(
-        kind="cuda",
-        name=properties.name,
-        count_of_processors=properties.multi_processor_count,
-        memory_bytes=properties.total_memory,
-        driver=driver.splitlines()[0] if driver else None,
-        cuda=torch.version.cuda,
-        matmul_flops_per_second=matmul_ceiling(device) if ceilings else None,
-        copy_bytes_per_second=copy_ceiling(device) if ceilings else None,
-    )
-
-
-def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
-    """FLOP/s of a square product of that size, bf16."""
-    # Random data: a matrix unit fed zeros draws less power and runs faster than it ever will in use.
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    out = torch.empty_like(a)
-    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
-
-
-def copy_ceiling(device: torch.device, size: int = 1 << 31) -> float:
-    """Bytes read plus written in a second, copying that many bytes."""
-    source = torch.empty(size, device=device, dtype=torch.uint8).random_()
-    target = torch.empty_like(source)
-    return 2 * size / _seconds(lambda: target.copy_(source), device)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Mean of ten calls in a row, after three."""
-    for _ in range(3):
-        call()
-    wait(device)
-    start = time.perf_counter()
-    for _ in range(10):
-        call()
-    wait(device)
-    return (time.perf_counter() - start) / 10
+    found = torch.cuda.get_device_properties(device)
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return Device("cuda", found.name, found.multi_processor_count, found.total_memory,
+                  driver.splitlines()[0] if driver else None, torch.version.cuda)  # fmt: skip
 
 
 def _cpu_name() -> str:
@@ -99,7 +70,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

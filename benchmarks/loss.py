@@ -1,4 +1,4 @@
-"""The ways to get the loss's gradients that are timed side by side, and how they are measured.
+"""The loss: ways to get its gradients, timed side by side, and how far each is from the exact ones.
 
 Each computes forward and backward of the mean over the N rows once, and returns dL/dh, and dL/dW where the head is
 trained. Time, peak memory and the gradients' error against float64 are measured for every one. Other libraries are part
@@ -18,29 +18,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.loss_cases import ORACLE_ROWS, Case, Inputs, make_inputs, oracle, oracle_rows
+from benchmarks.loss_cases import ORACLE_ROWS, Case, Inputs, cases, make_inputs, oracle, oracle_rows
 from benchmarks.measure import release
 from benchmarks.schema import BOUND, Row, Value, Values, value
-from benchmarks.session import Contender, Session, Wrong
+from benchmarks.session import Contender, Session, Wrong, in_groups
+from opcd_fast.kernels.csrc import native
 from opcd_fast.loss import fused_linear_reverse_kl
 
 Call = Callable[[], tuple[Tensor, ...]]
-SWEPT = ("trl", "liger-fused", BOUND)  # beside ours, in the cases that vary one size
+SWEPT = ("trl", "liger-fused")  # beside ours, in the cases that vary one size
 ACCURACY = 3e-3  # of our gradients; rounding to bf16 alone is 1.7e-3
 
 
-def measure(session: Session, case: Case, *, only: Sequence[str] = (), without: Sequence[str] = (),
-            seconds: float = 8.0, needs: float = 0.0) -> dict[str, Row]:  # fmt: skip
+def run(session: Session, *, groups: tuple[str, ...] = (), only: tuple[str, ...] = (),
+        case_seconds: float = 8.0) -> None:  # fmt: skip
+    """groups: main, accuracy, N, V, D, workspace. only: implementations. case_seconds: of timing a case; 3 rounds at
+    least."""
+    for case in in_groups(cases(session.device, session.dry), groups):
+        measure(session, case, only=only, seconds=case_seconds)
+
+
+def measure(session: Session, case: Case, *, only: Sequence[str] = (), seconds: float = 8.0) -> dict[str, Row]:
     """The rows of one case, by implementation."""
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()  # the next case's shapes shall not meet torch.compile's limit of graphs
     made = functools.cache(lambda: Prepared(case, session.device))
-    chosen = [one for one in contenders(case, session.device, made) if not only or one.name in only]
-    chosen = [replace(one, skip="left out (--without)") if one.name in without else one for one in chosen]
     rows = session.compare(
-        case.name, chosen, shape=shape_of(case), settings=settings_of(case), group=case.group,
-        seconds=seconds if case.timed else None, needs=needs,
-        derive=lambda row, bound: {"of_bound": value((bound.get("time") or 0) / (row.get("time") or 1), "1")},
+        case.name, contenders(case, session.device, made), shape=shape_of(case), settings=settings_of(case),
+        group=case.group, seconds=seconds if case.timed else None, only=only,
     )  # fmt: skip
     made.cache_clear()
     release(session.device)
@@ -68,19 +73,18 @@ class Prepared:
         self.exact = [gradient.div_(case.N) for gradient in exact if gradient is not None]
         self.mean_kl = float(kl.mean())
 
-    def judge(self, one: str, exact: bool, gradients: Sequence[Tensor]) -> Values:
+    def judge(self, one: str, gradients: Sequence[Tensor]) -> Values:
         """||found - exact|| / ||exact|| of dL/dh on the rows compared, and of dL/dW where there is a reference for it.
-        Raises Wrong for NaN, and where ours is too far off."""
+        Raises Wrong where ours is too far off."""
         found = (gradients[0][self.index], *gradients[1:])
         values: Values = {}
         for name, gradient, right in zip(("dL/dh", "dL/dW"), found, self.exact):
             error = float((gradient.double() - right).norm() / right.norm())
             values[name] = replace(value(error, "1"), count=len(self.index))
+        worst = max(error.value or 0.0 for error in values.values())
         values["mean_kl"] = Value(self.mean_kl, "nats")
-        for name, wrong in values.items():
-            if wrong.value is None or (one.startswith("opcd_fast") and exact and name != "mean_kl"
-                                       and wrong.value > ACCURACY):  # fmt: skip
-                raise Wrong(f"{name} is off by {wrong.value}; at most {ACCURACY}", values)
+        if one.startswith("opcd_fast") and worst > ACCURACY:
+            raise Wrong(f"the gradient is off by {worst:.1e}; at most {ACCURACY}", values)
         return values
 
 
@@ -92,58 +96,43 @@ def contenders(case: Case, device: torch.device, made: Callable[[], Prepared]) -
     no peer has, ours alone with the bound.
     """
     bf16 = case.dtype == torch.bfloat16
-    no_compile = peers.why_no_compile(device)
 
-    def one(name: str, build: Callable[[Inputs], Call], exact: bool = True, skip: str | None = None) -> Contender:
+    def one(name: str, loss: Callable[..., Tensor], exact: bool = True) -> Contender:
         return Contender(
-            name, lambda: build(made().inputs), lambda found: made().judge(name, exact, found), skip,
+            name, lambda: _differentiated(loss, made().inputs), lambda found: made().judge(name, found),
             settings={} if exact else {"gradient": "inexact"},
             compiles=name.startswith("compile-") or name == "liger-chunked", has_peak=case.timed,
         )  # fmt: skip
 
-    ours = [one(f"opcd_fast-{name}", partial(_ours, name, case.workspace_bytes)) for name in _backends(case, device)]
+    reverse_kl = partial(fused_linear_reverse_kl, workspace_bytes=case.workspace_bytes)
+    ours = [one(f"opcd_fast-{backend}", partial(reverse_kl, backend=backend)) for backend in _backends(case, device)]
     bound = Contender(BOUND, lambda: _gemms(made().inputs), has_peak=False)
     if case.group == "workspace":
         return [*ours, bound]
-    others = [one(name, build, exact, peers.why_not(name, device)) for name, build, exact in (
-        ("trl", peers.trl, True),
-        ("liger-fused", peers.liger_fused, peers.liger_fused_is_exact(device, case.dtype)),
-        ("liger-chunked", peers.liger_chunked, not bf16),
-    )]  # fmt: skip
-    others.append(one("eager-fp32", partial(_eager, _fp32_logits)))
-    if bf16:
-        others.append(one("eager-bf16-logits", partial(_eager, _bf16_logits), exact=False))
-        others.append(one("compile-bf16-logits", partial(_compiled, _bf16_logits), exact=False, skip=no_compile))
-    else:
-        others.append(one("compile-fp32", partial(_compiled, _fp32_logits), skip=no_compile))
+    usual, logits = ("bf16-logits", _bf16_logits) if bf16 else ("fp32", _fp32_logits)
+    others = [
+        one("trl", peers.trl),
+        one("liger-fused", peers.liger_fused, peers.liger_fused_is_exact(device, case.dtype)),
+        one("liger-chunked", peers.liger_chunked, exact=not bf16),
+        one("eager-fp32", partial(_mean_kl, _fp32_logits)),
+        *([one("eager-bf16-logits", partial(_mean_kl, _bf16_logits), exact=False)] if bf16 else []),
+    ]
     if case.group == "accuracy":
-        return [*ours, *(other for other in others if not other.name.startswith("compile-"))]
+        return [*ours, *others]
+    others.append(one(f"compile-{usual}", lambda *inputs: _compiled(logits)(*inputs), exact=not bf16))
     if case.group != "main":
-        kept = (*SWEPT, "eager-bf16-logits" if bf16 else "eager-fp32")
-        others = [other for other in others if other.name in kept and not other.skip]
+        others = [other for other in others if other.name in (*SWEPT, f"eager-{usual}")]
     return [*ours, *others, bound]
 
 
 def _backends(case: Case, device: torch.device) -> list[str]:
     if device.type != "cuda":
-        return ["native", "torch"] if _has_native() else ["torch"]
+        return ["native", "torch"] if native.available() else ["torch"]
     # The reference is slow there and says nothing about speed.
     return ["triton", "torch"] if case.group == "accuracy" else ["triton"]
 
 
-@functools.cache
-def _has_native() -> bool:
-    """Whether this installation built the compiled CPU backend; without it there is nothing to time."""
-    tiny = torch.zeros(1, 8)
-    try:
-        fused_linear_reverse_kl(tiny, tiny, tiny, tiny, backend="native")
-    except ValueError:
-        return False
-    return True
-
-
-def _ours(backend: str, workspace_bytes: int | None, inputs: Inputs) -> Call:
-    return _differentiated(partial(fused_linear_reverse_kl, backend=backend, workspace_bytes=workspace_bytes), inputs)
+# --- ways to compute the mean reverse KL: called with (h_s, w_s, h_t, w_t) ------------------------------------
 
 
 def _fp32_logits(h: Tensor, weight: Tensor) -> Tensor:
@@ -165,16 +154,9 @@ def _mean_kl(logits: Callable[[Tensor, Tensor], Tensor], h_s: Tensor, w_s: Tenso
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def _eager(logits: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
-    return _differentiated(partial(_mean_kl, logits), inputs)
-
-
-def _compiled(logits: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
-    return _differentiated(_compiled_mean_kl(logits), inputs)
-
-
 @functools.cache
-def _compiled_mean_kl(logits: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _compiled(logits: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    peers.needs_compiler()
     # One graph for each shape; fullgraph makes too many of them an error instead of a silent return to eager.
     return torch.compile(partial(_mean_kl, logits), dynamic=False, fullgraph=True)
 

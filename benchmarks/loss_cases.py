@@ -19,7 +19,6 @@ ACCURACY_KLS = (1.0, 1e-1, 1e-2, 1e-3, 3e-5)
 ORACLE_ROWS = 64
 _VOCABULARY_TILE = 16384  # rows of the head that are float64 at one time
 _MIB = 1 << 20
-GROUPS = ("main", "accuracy", "N", "V", "D", "workspace")
 
 
 @dataclass(frozen=True)
@@ -64,18 +63,16 @@ class Inputs:
         return (self.h_s, self.w_s) if self.w_s.requires_grad else (self.h_s,)
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
+def cases(device: torch.device, dry: bool) -> list[Case]:
     """The table's cases, what matters most first: a run that is stopped leaves the best part."""
-    chosen = _quick_cases() if quick else _gpu_cases() if device.type == "cuda" else _cpu_cases()
+    chosen = _dry_cases() if dry else _gpu_cases() if device.type == "cuda" else _cpu_cases()
     return [
-        replace(case, mean_kl=mean_kl)
-        for case in chosen
-        for mean_kl in ((MEAN_KL,) if case.timed else ACCURACY_KLS)
+        replace(case, mean_kl=mean_kl) for case in chosen for mean_kl in ((MEAN_KL,) if case.timed else ACCURACY_KLS)
     ]
 
 
-def _quick_cases() -> list[Case]:
-    shapes = [("quick", 96, 4_100, 64, dtype) for dtype in (torch.float32, torch.bfloat16)]
+def _dry_cases() -> list[Case]:
+    shapes = [("tiny", 96, 4_100, 64, dtype) for dtype in (torch.float32, torch.bfloat16)]
     chosen = [Case(*shape, frozen) for shape in shapes for frozen in (False, True)]
     chosen.append(Case(*shapes[-1], False, "accuracy"))
     # Too little for all rows at once, so that chunks are cut.
@@ -95,7 +92,6 @@ def _cpu_cases() -> list[Case]:
     smollm, v, d = "smollm2-135m", 49_152, 576
     chosen = [Case(smollm, 512, v, d, dtype, False) for dtype in (fp32, bf16)]
     chosen.append(Case(smollm, 32, v, d, bf16, False, "accuracy"))  # few rows: the oracle takes the time
-    sizes = {"N": (64, 256, 1024), "D": (128, 2048), "V": (4096, 65_536)}
     base = {"N": 256, "V": 16_384, "D": 512}
     for group, sizes in {"N": (64, 256, 1024), "D": (128, 2048), "V": (4096, 65_536)}.items():
         for size in sizes:
@@ -108,23 +104,12 @@ def _cpu_cases() -> list[Case]:
     return chosen
 
 
-def small_cases() -> list[Case]:
-    """For pytest-benchmark on a CPU, which follows our own code from commit to commit."""
-    dtypes = (torch.float32, torch.bfloat16)
-    return [Case("small", 128, 8192, 256, dtype, frozen) for dtype in dtypes for frozen in (False, True)]
-
-
-def random_weight(v: int, d: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    """(V, D) with rows of length about 2: logits of unit hidden states have standard deviation 2."""
-    generator = torch.Generator(device).manual_seed(seed)
-    weight = torch.empty(v, d, dtype=dtype, device=device)
-    for rows in weight.split(_VOCABULARY_TILE):
-        rows.copy_(torch.randn(rows.shape, generator=generator, device=device) * (2.0 / d**0.5))
-    return weight
-
-
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    weight = random_weight(case.V, case.D, case.dtype, device, seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    # Rows of length about 2: logits of unit hidden states have standard deviation 2.
+    weight = torch.empty(case.V, case.D, dtype=case.dtype, device=device)
+    for rows in weight.split(_VOCABULARY_TILE):
+        rows.copy_(torch.randn(rows.shape, generator=generator, device=device) * (2.0 / case.D**0.5))
     teacher_weight = weight if case.frozen else weight.clone()
     generator = torch.Generator(device).manual_seed(seed + 1)
     h = torch.randn(case.N, case.D, generator=generator, device=device)
@@ -142,7 +127,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 def _move_to_kl(h_s: Tensor, direction: Tensor, weight: Tensor, mean_kl: float) -> Tensor:
     """h_s + step * direction, rounded to h_s's dtype, with step such that the mean KL is within 5 %."""
     rows = oracle_rows(h_s)
-    step, h_t = (1.25 * mean_kl) ** 0.5, h_s  # right at once for most shapes
+    step, h_t = (1.25 * mean_kl) ** 0.5, h_s  # right at once for most random shapes
     for _ in range(8):
         h_t = (h_s.float() + step * direction).to(h_s.dtype)
         found = float(oracle(h_s[rows], weight, h_t[rows], weight, gradient=False)[0].mean())
@@ -160,14 +145,16 @@ def oracle_rows(h: Tensor, most: int = ORACLE_ROWS) -> Tensor:
 
 @torch.no_grad()
 def oracle(
-    h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, *, gradient: bool = True, weight: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, *, gradient: bool = True, weight: bool = False,
+    logits: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Per-row KL (n,), d(sum KL)/dh_s (n, D) and, if asked for, d(sum KL)/dw_s (V, D).
 
-    In float64 from the given inputs, whatever their dtype; dL/dw_s is that of these rows alone.
+    In float64 from the given inputs, whatever their dtype; dL/dw_s is that of these rows alone. logits: a dtype that
+    the logits are rounded to.
     """
-    log_p = torch.log_softmax(_logits(h_s, w_s), -1)
-    ratio = log_p - torch.log_softmax(_logits(h_t, w_t), -1)
+    log_p = torch.log_softmax(_logits(h_s, w_s, logits), -1)
+    ratio = log_p - torch.log_softmax(_logits(h_t, w_t, logits), -1)
     p = log_p.exp_()
     kl = (p * ratio).sum(-1)
     if not gradient:
@@ -179,11 +166,11 @@ def oracle(
     return kl, dh, g.t() @ h_s.double() if weight else None
 
 
-def _logits(h: Tensor, weight: Tensor) -> Tensor:
+def _logits(h: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     z = torch.empty(h.shape[0], weight.shape[0], dtype=torch.float64, device=h.device)
     for columns, tile in zip(z.split(_VOCABULARY_TILE, dim=1), _tiles(weight), strict=True):
         torch.mm(h.double(), tile.t(), out=columns)
-    return z
+    return z.to(dtype).double()
 
 
 def _tiles(weight: Tensor) -> Iterable[Tensor]:

@@ -6,45 +6,17 @@ meet all of them alike. Medians, because one disturbed round must not move the r
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.schema import Value
 
-
-@dataclass
-class Failure:
-    status: str  # a status of the schema
-    note: str
-
-
-Sample = Callable[[], "Sequence[float] | Failure"]  # milliseconds of one call or of several
-
-
-def attempt(call: Callable[[], Any], device: torch.device) -> Any:
-    """What the call returns, or a `Failure`: a contender that runs out of memory must not end the table."""
-    try:
-        result = call()
-        wait(device)
-    except Exception as error:  # noqa: BLE001 - a kernel that does not compile is a row, not the end
-        text = " ".join(str(error).split()) or type(error).__name__
-        out = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-        failure = Failure("out of memory" if out else "failed", f"{type(error).__name__}: {text}"[:400])
-    else:
-        return result
-    # After the handler, so that the traceback's frames no longer hold the tensors that did not fit. A device
-    # that a kernel has broken fails again here; what comes after it will say so in its own rows.
-    with contextlib.suppress(RuntimeError):
-        release(device)
-    return failure
+Sample = Callable[[], "Sequence[float] | None"]  # milliseconds of one call or of several; None: it failed
 
 
 def release(device: torch.device) -> None:
@@ -67,31 +39,31 @@ def interleaved(
     max_rounds: int = 20,
     at_most: Mapping[str, int] | None = None,
     left: float = float("inf"),
-) -> dict[str, Value | Failure]:
+) -> dict[str, Value]:
     """Milliseconds of each, from as many rounds as fit in `seconds`: at least min_rounds, or one where no more than
     that fits into what is `left` of everything.
 
     A contender that fails leaves the rounds; so does one that was taken as often as `at_most` says, because it is too
-    slow for more.
+    slow for more. What was never taken is not in the result.
     """
     limits = at_most or {}
-    failed: dict[str, Failure] = {}
+    failed: set[str] = set()
     taken: dict[str, list[float]] = {name: [] for name in samples}
     start = time.perf_counter()
     for done in range(max_rounds):
-        each = (time.perf_counter() - start) / max(done, 1)
-        after = time.perf_counter() - start + each
+        elapsed = time.perf_counter() - start
+        after = elapsed + elapsed / max(done, 1)
         if done and after > left or done >= min_rounds and after > seconds:
             break
         for name, sample in samples.items():
             if name in failed or done >= limits.get(name, max_rounds):
                 continue
-            outcome = sample()
-            if isinstance(outcome, Failure):
-                failed[name] = outcome
+            milliseconds = sample()
+            if milliseconds is None:
+                failed.add(name)
             else:
-                taken[name] += outcome
-    return {**{name: spread(found) for name, found in taken.items() if found}, **failed}
+                taken[name] += milliseconds
+    return {name: spread(found) for name, found in taken.items() if found}
 
 
 def spread(milliseconds: Sequence[float]) -> Value:
@@ -99,38 +71,20 @@ def spread(milliseconds: Sequence[float]) -> Value:
 
 
 def timed(call: Callable[[], Any], device: torch.device, seconds: float) -> Value:
-    """One contender alone, at least three calls. Raises RuntimeError where it fails."""
-    found = interleaved({"": in_process(call, device)}, seconds=seconds)[""]
-    if isinstance(found, Failure):
-        raise RuntimeError(found.note)
-    return found
+    """One contender alone, at least three calls. Raises what it raises."""
+    return interleaved({"it": lambda: [clocked(call, device)]}, seconds=seconds)["it"]
 
 
-def in_process(call: Callable[[], Any], device: torch.device, *, untimed: bool = True) -> Sample:
-    """One call in this process: on a CPU with perf_counter, on a GPU between events.
+def clocked(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one call: on a CPU by perf_counter, on a GPU between events.
 
-    There each timed call follows an untimed one of the same contender, which lets the allocator settle after the
-    contender before, unless calls are so long that this does not matter (`untimed` false).
+    There the timed call follows an untimed one, which lets the allocator settle after the contender before.
     """
-
-    def sample() -> Sequence[float] | Failure:
-        if device.type == "cuda":
-            if torch.cuda.memory_reserved() > 0.7 * torch.cuda.get_device_properties(device).total_memory:
-                # Otherwise the allocator would give back and take memory again inside somebody's timed call.
-                release(device)
-            outcome = attempt(call, device) if untimed else None
-            if isinstance(outcome, Failure):
-                return outcome
-            outcome = None  # frees the untimed call's gradients before the timed one
-        outcome = attempt(partial(_one, call, device), device)
-        return outcome if isinstance(outcome, Failure) else [outcome]
-
-    return sample
-
-
-def _one(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call."""
     if device.type == "cuda":
+        if torch.cuda.memory_reserved() > 0.7 * torch.cuda.get_device_properties(device).total_memory:
+            # Otherwise the allocator would give back and take memory again inside somebody's timed call.
+            release(device)
+        call()
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
         result = call()

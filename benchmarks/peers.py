@@ -1,17 +1,7 @@
-"""Other libraries' fused reverse KL, as calls on the benchmark's inputs.
+"""Other libraries' fused reverse KL: the mean over rows of (h_s, w_s, h_t, w_t), whose gradients autograd gets.
 
 Nothing of theirs is part of this repository and none is needed: each loader imports what the machine has, and
-raises `Missing` with the reason where it has not, which becomes a row "skipped" in the table.
-
-What "exact" means for each (Row.exact), read from the versions named here and checked by the tests and by the
-gradient error that stands in the same row:
-
-- TRL 1.16 (`ChunkedDivergenceFunction`, beta = 1): float32 logits from bf16 inputs on every device. Exact.
-- Liger-Kernel 0.8.5, fused (`LigerFusedLinearJSDFunction`, jsd_beta = 1; Triton): float32 logits on CUDA devices
-  of compute capability 8 and up, so dL/dh is exact there. By default dL/dW is summed over its chunks in the
-  weight's dtype.
-- Liger-Kernel 0.8.5, chunked (`LigerFusedLinearJSDLoss`, beta = 1; torch.compile): logits in the inputs' dtype,
-  so inexact in bf16. It computes dL/dW for a frozen head too.
+raises `Skip` with the reason where it has not. README.md says which are exact, read from the versions named there.
 """
 
 from __future__ import annotations
@@ -19,92 +9,45 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.machinery
 import importlib.util
 import shutil
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.loss_cases import Inputs
+from benchmarks.session import Skip
 
-Call = Callable[[], tuple[Tensor, ...]]
 _TRL_ALIAS = "_benchmarked_trl"
 
 
-class Missing(Exception):
-    """A peer that this machine cannot run; the message is the reason."""
+def trl(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
+    divergence, _entropy = load_trl().apply(h_s, w_s, None, h_t, w_t, None, 1.0)
+    return divergence.mean()
 
 
-def trl(inputs: Inputs) -> Call:
-    function = load_trl()
-    h_s, w_s, h_t, w_t = inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t
-
-    def call() -> tuple[Tensor, ...]:
-        divergence, _entropy = function.apply(h_s, w_s, None, h_t, w_t, None, 1.0)
-        return torch.autograd.grad(divergence.mean(), inputs.wanted())
-
-    return call
+def liger_fused(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
+    if not h_s.is_cuda:
+        raise Skip("Liger-Kernel's fused loss is a Triton kernel and needs a GPU")
+    return load_liger("ops.fused_linear_jsd", "LigerFusedLinearJSDFunction").apply(h_s, w_s, h_t, w_t, None, 1.0)
 
 
-@functools.cache
-def load_trl() -> Any:
-    """TRL's autograd function, from its own files but without TRL's package: importing that takes datasets,
-    accelerate and more, of which the function needs nothing.
-
-    The one name it takes from there, a context that gathers weights sharded by DeepSpeed ZeRO-3 and does
-    nothing otherwise, is a context that does nothing.
-    """
-    folder = _folder("trl")
-    if not (folder / "kernels" / "chunked_divergence.py").exists():
-        raise Missing("this trl has no kernels/chunked_divergence.py (it came with 1.16)")
-    _namespace(_TRL_ALIAS, folder)
-    _namespace(f"{_TRL_ALIAS}.trainer", folder / "trainer")
-    _namespace(f"{_TRL_ALIAS}.kernels", folder / "kernels")
-    utils = types.ModuleType(f"{_TRL_ALIAS}.trainer.utils")
-    utils.maybe_gather_lm_head_ctx = lambda *parameters: contextlib.nullcontext()  # type: ignore[attr-defined]
-    sys.modules[utils.__name__] = utils
-    try:
-        module = importlib.import_module(f"{_TRL_ALIAS}.kernels.chunked_divergence")
-    except ImportError as error:
-        raise Missing(f"trl: {error}") from None
-    return module.ChunkedDivergenceFunction
-
-
-def liger_fused(inputs: Inputs) -> Call:
-    function = load_liger("ops.fused_linear_jsd", "LigerFusedLinearJSDFunction")
-    h_s, w_s, h_t, w_t = inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t
-
-    def call() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function.apply(h_s, w_s, h_t, w_t, None, 1.0), inputs.wanted())
-
-    return call
-
-
-def liger_chunked(inputs: Inputs) -> Call:
+def liger_chunked(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
     # Chunks and compilation are its defaults; the soft loss alone is the mean reverse KL.
     loss = load_liger("chunked_loss.jsd_loss", "LigerFusedLinearJSDLoss")(0.0, 1.0, beta=1.0)
-    labels = torch.zeros(inputs.h_s.shape[0], dtype=torch.long, device=inputs.h_s.device)  # none is ignored
-
-    def call() -> tuple[Tensor, ...]:
-        value = loss(inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t, labels)
-        return torch.autograd.grad(value, inputs.wanted())
-
-    return call
+    needs_compiler()
+    return loss(h_s, w_s, h_t, w_t, torch.zeros(len(h_s), dtype=torch.long, device=h_s.device))  # no label is ignored
 
 
 @functools.cache
 def load_liger(module: str, name: str) -> Any:
-    _folder("liger_kernel")
     try:
         return getattr(importlib.import_module(f"liger_kernel.{module}"), name)
     except ImportError as error:
-        raise Missing(f"liger_kernel: {error}") from None
+        raise Skip(f"liger_kernel: {error}") from None
 
 
 def liger_fused_is_exact(device: torch.device, dtype: torch.dtype) -> bool:
@@ -113,45 +56,30 @@ def liger_fused_is_exact(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def why_not(name: str, device: torch.device) -> str | None:
-    """The reason why a peer cannot run here, or None."""
-    try:
-        if name == "trl":
-            load_trl()
-        elif name == "liger-fused":
-            _folder("liger_kernel")
-            if device.type != "cuda":
-                return "Liger-Kernel's fused loss is a Triton kernel and needs a GPU"
-            load_liger("ops.fused_linear_jsd", "LigerFusedLinearJSDFunction")
-        elif name == "liger-chunked":
-            load_liger("chunked_loss.jsd_loss", "LigerFusedLinearJSDLoss")
-            return why_no_compile(device)
-    except Missing as missing:
-        return str(missing)
-    except Exception as error:  # noqa: BLE001 - whatever their import raises is a row, not the end of the table
-        return f"{name} does not load: {type(error).__name__}: {error}"[:300]
-    return None
-
-
-def why_no_compile(device: torch.device) -> str | None:
-    """torch.compile needs a C++ compiler for CPU kernels, and Triton a C compiler for GPU ones."""
+def needs_compiler() -> None:
+    """torch.compile takes a C++ compiler for CPU kernels, and Triton a C compiler for GPU ones."""
     if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "gcc", "clang")):
-        return "torch.compile needs a C++ compiler, and none is on PATH"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "torch.compile needs Triton on a GPU, and it is not installed"
-    return None
+        raise Skip("torch.compile needs a C++ compiler, and none is on PATH")
 
 
-def _folder(package: str) -> Path:
-    """Where a package is installed, without importing it."""
-    spec = importlib.util.find_spec(package)
+@functools.cache
+def load_trl() -> Any:
+    """TRL's autograd function, from its own files but without TRL's package: importing that takes datasets,
+    accelerate and more, and seconds, of which the function needs nothing.
+
+    The one name it takes from there, a context that gathers weights sharded by DeepSpeed ZeRO-3 and does
+    nothing otherwise, is a context that does nothing.
+    """
+    spec = importlib.util.find_spec("trl")
     if spec is None or not spec.submodule_search_locations:
-        raise Missing(f"{package} is not installed")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _namespace(name: str, folder: Path) -> None:
-    """A package whose modules are the files in `folder` and whose __init__.py does not run."""
-    package = types.ModuleType(name)
-    package.__path__ = [str(folder)]
-    sys.modules[name] = package
+        raise Skip("trl is not installed")
+    folder = Path(spec.submodule_search_locations[0])
+    for name in ("", ".kernels", ".trainer", ".trainer.utils"):  # packages whose __init__.py does not run
+        package = types.ModuleType(_TRL_ALIAS + name)
+        package.__path__ = [str(folder.joinpath(*name.split(".")))]
+        sys.modules[package.__name__] = package
+    package.maybe_gather_lm_head_ctx = lambda *_: contextlib.nullcontext()  # type: ignore[attr-defined]
+    try:
+        return importlib.import_module(f"{_TRL_ALIAS}.kernels.chunked_divergence").ChunkedDivergenceFunction
+    except ImportError as error:
+        raise Skip(f"trl, of which 1.16 is compared: {error}") from None

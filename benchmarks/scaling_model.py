@@ -19,15 +19,14 @@ computing, waiting for the longest answer.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.teacher_model import Shape, shared_flops
+from benchmarks.models import SHAPES, Shape
+from benchmarks.teacher_model import shared_flops
 
 FLOPS, BANDWIDTH = 800e12, 3.0e12  # of an H100, assumed: of a large bf16 product; bytes read and written per second
 LINK = 50e9  # bytes per second that one GPU sends to another machine: a port of 400 Gbit/s for each GPU
-LLAMA_70B = Shape(layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, intermediate=28672)
-LLAMA_70B_VOCABULARY = 128_256
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Job:
     """One step: W `ranks`, B `answers` of S `response` tokens to `prompt` tokens after a `context`."""
 
     shape: Shape
-    vocabulary: int
     ranks: int
     answers: int
     response: int
@@ -46,17 +44,18 @@ class Job:
     sharded: bool = True  # FSDP2; otherwise DDP
 
     @property
-    def layer_parameters(self) -> int:
+    def head(self) -> int:
+        """Weights of the lm-head; the embeddings have as many, untied."""
+        return self.shape.vocabulary * self.shape.hidden
+
+    @property
+    def layer(self) -> int:
+        """Weights of one layer."""
         return sum(a * b for a, b in self.shape.products)
 
     @property
-    def outer_parameters(self) -> int:
-        """Embeddings and lm-head, untied."""
-        return 2 * self.vocabulary * self.shape.hidden
-
-    @property
     def parameters(self) -> int:
-        return self.shape.layers * self.layer_parameters + self.outer_parameters
+        return self.shape.layers * self.layer + 2 * self.head
 
     @property
     def trained(self) -> int:
@@ -65,15 +64,9 @@ class Job:
         return self.shape.layers * self.lora_rank * sum(a + b for a, b in self.shape.products)
 
     @property
-    def models(self) -> int:
-        """Sets of weights: the base under an adapter teaches as well."""
-        return 1 if self.lora_rank else 2
-
-    @property
-    def loss_products(self) -> int:
-        return 3 if self.lora_rank else 4
-
-    # ----------------------------------------------------------------------------------------------- FLOPs
+    def batch(self) -> int:
+        """Answers of a rank."""
+        return -(-self.answers // self.ranks)
 
     def flops(self) -> dict[str, float]:
         """Of one step on all ranks, with gradient checkpointing."""
@@ -82,11 +75,9 @@ class Job:
         return {
             "teacher": shared_flops(self.shape, self.context, length, self.answers, build=False),
             "student": forward,
-            "loss": self.loss_products * 2.0 * self.answers * self.response * self.vocabulary * self.shape.hidden,
+            "loss": (3 if self.lora_rank else 4) * 2.0 * self.answers * self.response * self.head,
             "backward": forward * (2 if self.lora_rank else 3),
         }
-
-    # ----------------------------------------------------------------------------------------------- seconds
 
     def seconds(self) -> dict[str, float]:
         """Of one step, each part by itself; nothing overlaps."""
@@ -95,13 +86,10 @@ class Job:
 
     def rollout_seconds(self) -> float:
         """All of a rank's answers at once, on whole weights in bf16."""
-        batch = -(-self.answers // self.ranks)
-        keys = self.shape.kv_bytes(self.prompt + self.response // 2, 2) * batch
-        weights = 2 * (self.parameters - self.vocabulary * self.shape.hidden)  # embeddings are looked up, not read
-        arithmetic = batch * (self.shape.flops_per_token + 2 * self.vocabulary * self.shape.hidden) / FLOPS
+        keys = self.shape.kv_bytes(self.prompt + self.response // 2, 2) * self.batch
+        weights = 2 * (self.parameters - self.head)  # embeddings are looked up, not read
+        arithmetic = self.batch * (self.shape.flops_per_token + 2 * self.head) / FLOPS
         return self.response * max((weights + keys) / BANDWIDTH, arithmetic)
-
-    # ----------------------------------------------------------------------------------------------- bytes
 
     def sent_bytes(self) -> dict[str, float]:
         """By one rank in one step. "all" is the sum."""
@@ -120,61 +108,53 @@ class Job:
     def held_bytes(self) -> dict[str, float]:
         """By one rank while it scores and trains, by part."""
         over = self.ranks if self.sharded else 1
-        master = 2.0 if self.lora_rank else 4.0  # a frozen base stays in bf16
-        adapter = 4.0 * self.trained if self.lora_rank else 0.0
+        # A frozen base stays in bf16, and teaches as well; a model that is trained has a frozen copy.
+        student = 2.0 * self.parameters + 4.0 * self.trained if self.lora_rank else 4.0 * self.parameters
+        copies = 0 if self.lora_rank else 1
         tokens = -(-self.answers // (self.ranks * self.micro_batches)) * (self.prompt + self.response)
-        frozen_copy = 0.0 if self.models == 1 else 2.0 * self.parameters
         parts = {
-            "student's weights": (master * self.parameters + adapter) / over,
-            "teacher's weights": frozen_copy / over,
+            "student's weights": student / over,
+            "teacher's weights": copies * 2.0 * self.parameters / over,
             "gradients": 4.0 * self.trained / over,
             "optimizer": 8.0 * self.trained / over,
             "context": float(self.shape.kv_bytes(self.context, 2)),
             "activations": 2.0 * tokens * self.shape.hidden * self.shape.layers,
         }
         if self.sharded:  # two layers, one of them on its way, and what lies outside of the layers
-            outer = self.models * 2.0 * self.outer_parameters
-            parts["gathered weights"] = 2 * 2.0 * self.layer_parameters + outer
+            parts["gathered weights"] = 2 * 2.0 * self.layer + (1 + copies) * 2 * 2.0 * self.head
         return parts
 
     def rollout_bytes(self) -> dict[str, float]:
         """By one rank in addition to its shards while it answers: whole weights in bf16, and keys of its answers."""
-        batch = -(-self.answers // self.ranks)
         whole = 2.0 * self.parameters if self.sharded else 0.0
-        return {"whole weights": whole, "keys": float(batch * self.shape.kv_bytes(self.prompt + self.response, 2))}
+        keys = self.batch * self.shape.kv_bytes(self.prompt + self.response, 2)
+        return {"whole weights": whole, "keys": float(keys)}
 
 
-LORA_70B = Job(LLAMA_70B, LLAMA_70B_VOCABULARY, ranks=64, answers=512, response=1024, lora_rank=16)
-FULL_70B = Job(LLAMA_70B, LLAMA_70B_VOCABULARY, ranks=64, answers=512, response=1024, micro_batches=2)
-QWEN_SHAPE = Shape(layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=12288)
-QWEN_8B = Job(QWEN_SHAPE, 151_936, ranks=8, answers=128, response=512, lora_rank=16, sharded=False)
+QWEN_8B = Job(SHAPES["Qwen3-8B"], ranks=8, answers=128, response=512, lora_rank=16, sharded=False)
+LORA_70B = Job(SHAPES["Llama-3-70B"], ranks=64, answers=512, response=1024, lora_rank=16)
+FULL_70B = Job(SHAPES["Llama-3-70B"], ranks=64, answers=512, response=1024, micro_batches=2)
+JOBS = {"8B, LoRA, DDP on 8": QWEN_8B, "70B, LoRA, FSDP2 on 64": LORA_70B, "70B, full, FSDP2 on 64": FULL_70B}
 
 
 def markdown() -> list[str]:
     """The tables of docs/scaling.md."""
-    jobs = {"8B, LoRA, DDP on 8": QWEN_8B, "70B, LoRA, FSDP2 on 64": LORA_70B, "70B, full, FSDP2 on 64": FULL_70B}
-    lines = ["| GiB held by a rank | " + " | ".join(jobs) + " |", "|---|" + "---|" * len(jobs)]
-    parts = list(dict.fromkeys(part for job in jobs.values() for part in job.held_bytes()))
-    for part in parts:
-        lines.append(f"| {part} | " + " | ".join(_gib(job.held_bytes().get(part, 0)) for job in jobs.values()) + " |")
-    cells = " | ".join(_gib(sum(job.held_bytes().values())) for job in jobs.values())
-    lines.append(f"| **while training** | {cells} |")
-    for part in ("whole weights", "keys"):
-        cells = " | ".join(_gib(job.rollout_bytes()[part]) for job in jobs.values())
-        lines.append(f"| rollouts in this process: {part} | {cells} |")
-    lines += ["", "| seconds of a step | " + " | ".join(jobs) + " |", "|---|" + "---|" * len(jobs)]
-    for part in ("rollout", "teacher", "student", "loss", "backward", "sending"):
-        lines.append(f"| {part} | " + " | ".join(f"{job.seconds()[part]:.2f}" for job in jobs.values()) + " |")
-    lines += ["", "| GiB sent by a rank in a step | " + " | ".join(jobs) + " |", "|---|" + "---|" * len(jobs)]
-    for part in (*FULL_70B.sent_bytes(),):
-        lines.append(f"| {part} | " + " | ".join(_gib(job.sent_bytes().get(part, 0)) for job in jobs.values()) + " |")
-    return lines
 
+    def table(title: str, parts_of: Callable[[Job], dict[str, float]], unit: float) -> list[str]:
+        lines = [f"| {title} | {' | '.join(JOBS)} |", "|---|" + "---|" * len(JOBS)]
+        for part in parts_of(FULL_70B) | parts_of(QWEN_8B):
+            cells = [f"{parts_of(job).get(part, 0) / unit:.2f}" for job in JOBS.values()]
+            lines.append(f"| {part} | {' | '.join(cells)} |")
+        return lines
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+    def held(job: Job) -> dict[str, float]:
+        training = job.held_bytes()
+        rollouts = {f"rollouts in this process: {part}": size for part, size in job.rollout_bytes().items()}
+        return {**training, "**while training**": sum(training.values()), **rollouts}
+
+    return [*table("GiB held by a rank", held, 2**30), "", *table("seconds of a step", Job.seconds, 1.0), "",
+            *table("GiB sent by a rank in a step", Job.sent_bytes, 2**30)]  # fmt: skip
 
 
 if __name__ == "__main__":
     print("\n".join(markdown()))
-    sys.exit(0)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,10 @@ OURS = ("opcd_fast-triton", "opcd_fast-native", "opcd_fast-torch")  # in the ord
 class Device:
     kind: str  # "cuda" or "cpu"
     name: str
-    count_of_processors: int | None  # multiprocessors of a GPU, threads torch uses on a CPU
+    count_of_processors: int | None = None  # multiprocessors of a GPU, threads torch uses on a CPU
     memory_bytes: int | None = None
     driver: str | None = None
     cuda: str | None = None  # the CUDA version torch was built with
-    # Measured in the same run, so that rows can be compared across cards; None where they were not.
-    matmul_flops_per_second: float | None = None  # one large bf16 product of random data
-    copy_bytes_per_second: float | None = None  # a large device-to-device copy, bytes read plus written
 
     @property
     def slug(self) -> str:
@@ -46,8 +43,8 @@ class Device:
 
 @dataclass
 class Value:
-    value: float | None  # None: it was NaN or infinite; of several measurements the median
-    unit: str  # "1" for a ratio or a count
+    value: float | None = None  # None: it was NaN or infinite; of several measurements the median
+    unit: str = ""  # "1" for a ratio or a count
     low: float | None = None
     high: float | None = None
     count: int | None = None  # of the measurements, or of the rows that were compared
@@ -135,7 +132,7 @@ def by_case(rows: Iterable[Row]) -> list[list[Row]]:
 def append(path: Path, line: Head | Row) -> None:
     """One whole line, on the disk when this returns. A line that a killed process left open is closed first."""
     check(line)
-    text = json.dumps(_without_defaults(line), allow_nan=False) + "\n"
+    text = json.dumps(dataclasses.asdict(line, dict_factory=_without_empty), allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         if file.tell():
@@ -165,12 +162,12 @@ def read(path: Path) -> Run:
         if key in seen:
             raise ValueError(f"{where}: {' '.join(filter(None, key))} is there twice")
         seen.add(key)
-        if isinstance(line, Head):
-            if what := difference(next(iter(run.heads.values()), line), line):
-                raise ValueError(f"{where}: {what} is another than in the head before: not one run")
-            run.heads[line.table] = line
-        else:
+        if isinstance(line, Row):
             run.rows.append(line)
+        elif what := difference(next(iter(run.heads.values()), line), line):
+            raise ValueError(f"{where}: {what} is another than in the head before: not one run")
+        else:
+            run.heads[line.table] = line
     for table, last in run.ends().items():
         if not run.damaged and last.get("rows") != len(run.of(table)):
             raise ValueError(f"{path.name}: {table} has {len(run.of(table))} rows; its end says {last.get('rows'):g}")
@@ -178,11 +175,9 @@ def read(path: Path) -> Run:
 
 
 def difference(first: Head, second: Head) -> str:
-    """The field, if any, for which two heads are not of one run. Threads are part of the device; its ceilings, which
-    are measurements, do not count."""
-    plain = {"matmul_flops_per_second": None, "copy_bytes_per_second": None}
-    one, two = (dataclasses.replace(head, device=dataclasses.replace(head.device, **plain)) for head in (first, second))
-    return next((what for what in ("versions", "device", "git_commit") if getattr(one, what) != getattr(two, what)), "")
+    """The field, if any, for which two heads are not of one run. Threads are part of the device."""
+    fields = ("versions", "device", "git_commit")
+    return next((what for what in fields if getattr(first, what) != getattr(second, what)), "")
 
 
 def parse(data: Any, where: str = "the line") -> Head | Row:
@@ -192,7 +187,7 @@ def parse(data: Any, where: str = "the line") -> Head | Row:
     try:
         line: Head | Row
         if data["kind"] == "head":
-            line = Head(**{**data, "device": Device(**data["device"])})
+            line = Head(**{"git_commit": None, "git_dirty": None, **data, "device": Device(**data["device"])})
         else:
             line = Row(**{**data, "values": {name: Value(**found) for name, found in data.get("values", {}).items()}})
     except (KeyError, TypeError) as error:  # a field that is missing, or one that nobody knows
@@ -202,39 +197,35 @@ def parse(data: Any, where: str = "the line") -> Head | Row:
 
 
 def check(line: Head | Row, where: str = "the line") -> None:
-    """Schema, signs and spreads, that what is not ok says why, and that what is ok holds no NaN."""
+    """Raises ValueError for the first thing that is wrong: what is not ok must say why, what is ok may hold no NaN."""
+    if wrong := next(_wrong(line), None):
+        raise ValueError(f"{where}: {wrong}")
+
+
+def _wrong(line: Head | Row) -> Iterator[str]:
     if isinstance(line, Head):
         if line.schema != SCHEMA:
-            raise ValueError(f"{where}: schema is {line.schema!r}; this code reads {SCHEMA!r}")
+            yield f"schema is {line.schema!r}; this code reads {SCHEMA!r}"
         return
     if not line.case or not line.table:
-        raise ValueError(f"{where} needs a table and a case")
+        yield "it needs a table and a case"
     if line.status not in STATUSES:
-        raise ValueError(f"{where}.status is {line.status!r}; expected one of {', '.join(STATUSES)}")
+        yield f"status is {line.status!r}; expected one of {', '.join(STATUSES)}"
     if line.status != "ok" and not line.note:
-        raise ValueError(f"{where}.note must say why status is {line.status!r}")
+        yield f"note must say why status is {line.status!r}"
     if not all(type(size) is int and size > 0 for size in line.shape.values()):
-        raise ValueError(f"{where}.shape needs positive integers: {line.shape}")
+        yield f"shape needs positive integers: {line.shape}"
     for name, found in line.values.items():
         spread = [x for x in (found.low, found.value, found.high) if x is not None]
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) and x >= 0 for x in spread):
-            raise ValueError(f"{where}.values[{name!r}] is not finite and not negative: {spread}")
+        if not all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in spread):
+            yield f"values[{name!r}] is not finite and not negative: {spread}"
         if spread != sorted(spread):
-            raise ValueError(f"{where}.values[{name!r}] is not low <= value <= high: {spread}")
+            yield f"values[{name!r}] is not low <= value <= high: {spread}"
         if not found.unit:
-            raise ValueError(f"{where}.values[{name!r}] needs a unit; '1' for a ratio or a count")
+            yield f"values[{name!r}] needs a unit; '1' for a ratio or a count"
         if found.value is None and line.status == "ok":
-            raise ValueError(f"{where}.values[{name!r}] is NaN although status is 'ok'")
+            yield f"values[{name!r}] is NaN although status is 'ok'"
 
 
-def _without_defaults(line: Any) -> dict[str, Any]:
-    """Of a line or a part of it, what its reader cannot know."""
-    kept = {}
-    for f in dataclasses.fields(line):
-        found = getattr(line, f.name)
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if f.name in ("kind", "schema") or found != default:
-            kept[f.name] = _without_defaults(found) if dataclasses.is_dataclass(found) else found
-    if "values" in kept:
-        kept["values"] = {name: _without_defaults(found) for name, found in kept["values"].items()}
-    return kept
+def _without_empty(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: found for name, found in fields if found not in (None, [], {})}

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-GROUPS = ("main", "dtype", "checkpointing")
+from benchmarks.models import SHAPES, random_model
+
 RANK = 16
 LEARNING_RATE = 1e-3
 _WORDS_TEMPLATE = (
@@ -24,7 +25,7 @@ class Case:
     """One optimizer step: `prompts` fresh answers of at most `tokens` tokens each, LoRA on every linear map."""
 
     name: str
-    group: str  # one of GROUPS
+    group: str  # what it is for
     model: str  # "SmolLM2-135M", "Qwen3-1.7B" (random weights) or "tiny Llama" (random weights)
     prompts: int
     tokens: int
@@ -45,9 +46,9 @@ class Job:
     questions: list[str]
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
+def cases(device: torch.device, dry: bool) -> list[Case]:
     """The table's cases, what matters most first: a run that is stopped leaves the best part."""
-    if quick:
+    if dry:
         return [Case("tiny", "main", "tiny Llama", 4, 6, "float32", False, 4, context_words=24)]
     if device.type == "cuda":
         large = {"model": "Qwen3-1.7B", "prompts": 64, "tokens": 512, "dtype": "bfloat16", "context_words": 4080}
@@ -80,35 +81,13 @@ def make_job(case: Case, device: torch.device) -> Job:
         )
     shape = SHAPES[case.model]
     draw = random.Random(0)
-    words = [f"w{draw.randrange(shape['vocab_size'] - 100)}" for _ in range(case.context_words)]
-    questions = [" ".join(f"w{draw.randrange(shape['vocab_size'] - 100)}" for _ in range(24)) for _ in range(256)]
-    context = [{"role": "system", "content": " ".join(words)}]
-    return Job(random_model(shape, dtype, device), _word_tokenizer(shape["vocab_size"]), context, questions)
 
+    def text(words: int) -> str:
+        return " ".join(f"w{draw.randrange(shape.vocabulary - 100)}" for _ in range(words))
 
-SHAPES: dict[str, dict[str, int]] = {
-    "Qwen3-1.7B": {  # its config.json on the Hub
-        "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,
-    },
-    "tiny Llama": {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
-    },
-}  # fmt: skip
-
-
-def random_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of that shape in eval mode, weights drawn on the device."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
-
-    kind = Qwen3Config if shape["head_dim"] == 128 else LlamaConfig
-    torch.manual_seed(0)
-    with torch.device(device):
-        # Wide enough that a context changes the answers; no token is an end token, so that all answers are whole.
-        config = kind(**shape, tie_word_embeddings=True, initializer_range=0.05, bos_token_id=None,
-                      eos_token_id=shape["vocab_size"] - 1, pad_token_id=shape["vocab_size"] - 1)  # fmt: skip
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    context = [{"role": "system", "content": text(case.context_words)}]
+    questions = [text(24) for _ in range(256)]
+    return Job(random_model(shape, dtype, device), _word_tokenizer(shape.vocabulary), context, questions)
 
 
 def _word_tokenizer(size: int) -> Any:

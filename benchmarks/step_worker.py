@@ -1,15 +1,13 @@
-"""`python -m benchmarks.step_worker CASE TRAINER --steps N`: one trainer's steps in a process of its own.
+"""`python -m benchmarks.step_worker CASE TRAINER STEPS DEVICE`: one trainer's steps in a process of its own.
 
-The last line on stdout is a JSON object: milliseconds of each step but the first, answer tokens of those steps, peak
-bytes, parts of a step, threads. `benchmarks.step` starts these processes in turn.
+One more step is run before them. The last line on stdout is a JSON object: milliseconds of each step but the first,
+answer tokens of those steps, peak bytes, parts of a step, threads. `benchmarks.step` starts these processes in turn.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
-import os
 import re
 import sys
 import tempfile
@@ -34,31 +32,24 @@ class Steps:
     parts: list[dict[str, float]] = field(default_factory=list)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_worker", description=__doc__)
-    parser.add_argument("case")
-    parser.add_argument("trainer", choices=sorted(TRAINERS))
-    parser.add_argument("--steps", type=int, required=True, help="timed ones; one more is run before them")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    every = {case.name: case for quick in (True, False) for case in cases(device, quick)}
-    case, found = every[options.case], Steps()
+def main() -> None:
+    case_name, trainer, steps, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), torch.device(sys.argv[4])
+    every = {case.name: case for dry in (True, False) for case in cases(device, dry)}
+    case, found = every[case_name], Steps()
     job = make_job(case, device)
     with tempfile.TemporaryDirectory() as folder:
-        train = TRAINERS[options.trainer](case, job, Path(folder), options.steps + 1, found)
+        train = TRAINERS[trainer](case, job, Path(folder), steps + 1, found)
         base = _reset_peak(device)
         train()
         peak = _peak(device) - base
-    if len(found.ended) != options.steps + 1:
-        raise RuntimeError(f"{options.trainer} made {len(found.ended)} steps instead of {options.steps + 1}")
+    if len(found.ended) != steps + 1:
+        raise RuntimeError(f"{trainer} made {len(found.ended)} steps instead of {steps + 1}")
     print(json.dumps({
         "ms": [1e3 * (after - before) for before, after in zip(found.ended, found.ended[1:], strict=False)],
         "answer_tokens": found.tokens[1:], "peak_bytes": peak, "parts": found.parts[1:],
         "context": len(job.tokenizer.apply_chat_template(job.context, return_dict=False)),
         "threads": torch.get_num_threads(),
     }))  # fmt: skip
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------- the trainers
@@ -88,14 +79,11 @@ def opcd_settings(case: Case, folder: Path, steps: int, device: str, **settings:
         "output_dir": str(folder / "run"), "steps": steps, "batch_size": case.prompts, "max_new_tokens": case.tokens,
         "lora_rank": RANK, "learning_rate": LEARNING_RATE, "gradient_checkpointing": case.checkpointing,
         "divergence": "reverse_kl", "dtype": case.dtype, "micro_batch_tokens": case.micro_batch_tokens,
-        "eval_every": 0, "save_every": 0,
-        "plots": False, "device": device, **settings,
+        "eval_every": 0, "save_every": 0, "plots": False, "device": device, **settings,
     }  # fmt: skip
 
 
-def sdft(
-    case: Case, job: Job, folder: Path, steps: int, found: Steps, fused: bool = False
-) -> Callable[[], Any]:
+def sdft(case: Case, job: Job, folder: Path, steps: int, found: Steps, fused: bool = False) -> Callable[[], Any]:
     """TRL's self-distillation with a context: base model as the teacher, full vocabulary, reverse KL."""
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
@@ -207,6 +195,4 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.exit(main())
+    main()

@@ -9,29 +9,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.gpu.summary import number
 from benchmarks.schema import BAD, BOUND, OURS, Device, Head, Row
 
 CPU = ("cpu",)  # the devices of a target: every CPU
 HOPPER = ("H100", "H200")  # parts of the devices' names
 KL_RANGE = (3e-5, 1.0)  # mean KLs that the accuracy rows must reach, within 20 %
 PACKAGES = {"trl": "trl", "liger-fused": "liger-kernel", "liger-chunked": "liger-kernel"}
-_RATIOS = {"speed": ("time", True), "time": ("time", False), "memory": ("peak", False)}  # of which value; over ours?
+CLAIMS = {  # by measure: what is promised, and whether the measured number must reach the bound or stay below it
+    "speed": ("at least {bound:g} times as fast as {against}", True),  # its time over ours
+    "rate": ("at least {bound:g} times {against}'s scored and trained tokens per second", True),
+    "time": ("at most {bound:g} of the time of {against}", False),  # our time over its
+    "peak": ("at most {bound:.2g} of the peak memory of {against}", False),
+    "error": ("gradient error at most {bound:g} at every mean KL from 1 to 3e-5", False),
+    "seconds": ("the check at first use takes at most {bound:g} s", False),
+    "copies": ("keys and values of the context are held exactly once, for any batch", False),
+}
 
-Found = Sequence[tuple[Head, Sequence[Row]]]  # the newest run of each device
-Outcome = tuple[str, "float | None", str]  # "met", "missed" or "unmeasured"; the measure; what was compared
+UNMEASURED = ("unmeasured", None, "no report of such a device")
+Outcome = tuple[str, "float | None", str]  # "met", "missed" or "unmeasured"; the number; what was compared
 
 
 @dataclass(frozen=True)
 class Target:
-    """One promise about one case.
+    """One promise about one case."""
 
-    measure: "speed", `against`'s time over ours, and "rate", our answer tokens a second over `against`'s: at least
-    `bound`; "time", our time over `against`'s, "memory", our peak over its, "error", our largest gradient error over
-    the accuracy rows of the case, "seconds", the longest of our calls: at most `bound`; "copies", the context's keys
-    and values during a call over those of batch size 1: exactly `bound` in every row.
-    """
-
-    measure: str
+    measure: str  # of CLAIMS
     bound: float
     devices: tuple[str, ...]
     case: str
@@ -40,33 +43,25 @@ class Target:
 
     @property
     def claim(self) -> str:
-        name = "the bare products" if self.against == BOUND else self.against
+        text, _ = CLAIMS[self.measure]
         who = f"{self.ours[0]}: " if self.measure == "speed" and self.ours != OURS else ""
-        return who + {
-            "speed": f"at least {self.bound:.0%} of the speed of {name}" if self.bound < 1
-            else f"at least {self.bound:g} times as fast as {name}",
-            "time": f"at most {self.bound:g} of the time of {name}" if self.bound != 1 else f"no slower than {name}",
-            "rate": f"at least {self.bound:g} times {name}'s scored and trained tokens per second",
-            "memory": f"at most {self.bound:.2g} of {name}'s peak memory",
-            "error": f"gradient error at most {self.bound:g} at every mean KL from 1 to 3e-5",
-            "copies": "keys and values of the context are held exactly once, for any batch",
-            "seconds": f"the check at first use takes at most {self.bound:g} s",
-        }[self.measure]  # fmt: skip
-
-
-def _loss(size: str, head: str, *promises: tuple[float, str]) -> tuple[Target, ...]:
-    case = f"{size}-n16384-bfloat16-{head}"
-    return tuple(Target("speed", bound, HOPPER, case, against) for bound, against in promises)
+        against = "the bare products" if self.against == BOUND else self.against
+        return who + text.format(bound=self.bound, against=against)
 
 
 _SMALL, _KEPT, _REBUILT = "smollm2-135m-n512", ("opcd_fast-merge",), ("opcd_fast-merge-rebuilt",)
+_LARGE, _MEDIUM = "qwen3-8b-n16384-bfloat16", "qwen3-0.6b-n16384-bfloat16"
 _STEP = "1.7b-4k-64x512-checkpointed"
 TARGETS: dict[str, tuple[Target, ...]] = {
     "loss": (
-        *_loss("qwen3-8b", "full", (0.75, BOUND), (1.4, "trl"), (2.0, "liger-fused")),
-        *_loss("qwen3-0.6b", "full", (0.52, BOUND), (1.4, "trl"), (4.0, "liger-fused")),
-        *_loss("qwen3-8b", "frozen", (1.5, "trl")),
-        *_loss("qwen3-0.6b", "frozen", (1.5, "trl")),
+        Target("speed", 0.75, HOPPER, f"{_LARGE}-full", BOUND),
+        Target("speed", 1.4, HOPPER, f"{_LARGE}-full", "trl"),
+        Target("speed", 2.0, HOPPER, f"{_LARGE}-full", "liger-fused"),
+        Target("speed", 0.52, HOPPER, f"{_MEDIUM}-full", BOUND),
+        Target("speed", 1.4, HOPPER, f"{_MEDIUM}-full", "trl"),
+        Target("speed", 4.0, HOPPER, f"{_MEDIUM}-full", "liger-fused"),
+        Target("speed", 1.5, HOPPER, f"{_LARGE}-frozen", "trl"),
+        Target("speed", 1.5, HOPPER, f"{_MEDIUM}-frozen", "trl"),
         Target("error", 3e-3, HOPPER, "qwen3-0.6b-n256-bfloat16-full-accuracy"),
         Target("time", 1.4, CPU, f"{_SMALL}-float32-full", BOUND),
         Target("time", 0.6, CPU, f"{_SMALL}-float32-full", "trl"),
@@ -86,106 +81,87 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "step": (
         Target("time", 0.5, CPU, "demo-bf16-checkpointed", "trl-sdft", ("opcd_fast",)),
         Target("rate", 3.0, HOPPER, _STEP, "trl-sdft", ("opcd_fast",)),
-        Target("memory", 1 / 3, HOPPER, _STEP, "trl-sdft", ("opcd_fast",)),
+        Target("peak", 1 / 3, HOPPER, _STEP, "trl-sdft", ("opcd_fast",)),
     ),
 }
 
 
-def verdicts(targets: Sequence[Target], found: Found) -> list[tuple[Target, str, Outcome]]:
-    """(target, device, outcome) per target and matching device; "unmeasured" where no device matches."""
-    judged = []
-    for target in targets:
-        matching = [(head, rows) for head, rows in found if _matches(target.devices, head.device)]
-        judged += [(target, head.device.name, judge(target, head, rows)) for head, rows in matching]
-        if not matching:
-            wanted = "CPU" if target.devices == CPU else " or ".join(target.devices)
-            judged.append((target, wanted, ("unmeasured", None, "no report of such a device")))
-    return judged
-
-
-def markdown(table: str, found: Found) -> list[str]:
+def markdown(table: str, found: Sequence[tuple[Head, Sequence[Row]]]) -> list[str]:
+    """found: the newest run of each device."""
     lines = ["| target | case | device | | measured | from |", "|---|---|---|---|---|---|"]
-    for target, device, (status, measured, why) in verdicts(TARGETS[table], found):
-        told = "" if measured is None else f"{measured:.2g}" if target.measure == "error" else f"{measured:.2f}"
-        lines.append(f"| {target.claim} | {target.case} | {device} | **{status}** | {told} | {why} |")
+    for target in TARGETS[table]:
+        outcomes = [
+            (head.device.name, judge(target, head, rows)) for head, rows in found if _is_of(target, head.device)
+        ]
+        wanted = "CPU" if target.devices == CPU else " or ".join(target.devices)
+        for device, (status, measured, why) in outcomes or [(wanted, UNMEASURED)]:
+            told = "" if measured is None else f"{measured:.2g}" if target.measure == "error" else f"{measured:.2f}"
+            lines.append(f"| {target.claim} | {target.case} | {device} | **{status}** | {told} | {why} |")
     return lines
 
 
+def _is_of(target: Target, device: Device) -> bool:
+    return target.devices == CPU if device.kind == "cpu" else any(name in device.name for name in target.devices)
+
+
 def judge(target: Target, head: Head, rows: Sequence[Row]) -> Outcome:
-    if target.measure == "copies":
-        return _copies(target, rows)
-    if target.measure == "error":
-        return _error(target, rows)
-    of_case = {row.implementation: row for row in rows if row.case == target.case}
-    mine = next((of_case[name] for name in target.ours if name in of_case), None)
-    if mine is None:
-        return "unmeasured", None, "the case is not in the report"
-    if mine.status == "skipped":
-        return "unmeasured", None, f"{mine.implementation} skipped: {mine.note}"
-    if mine.status in BAD:
-        return "missed", None, f"{mine.implementation} {mine.status}: {mine.note}"
-    if target.measure == "seconds":
-        time = mine.values["time"]
-        return _at_most(target, (time.high or 0.0) / 1e3, f"the longest of {time.count}")
-    other = of_case.get(target.against)
-    if other is None or other.status != "ok":
-        return "unmeasured", None, f"{target.against} " + (
-            "not in the report" if other is None else f"{other.status}: {other.note}"
-        )
-    what, over_ours = _RATIOS.get(target.measure, ("time", True))
-    ours, theirs = mine.get(what), other.get(what)
-    if not ours or not theirs:
-        return "unmeasured", None, f"{what} is missing"
-    why = f"{mine.implementation} {_told(mine, what)}, {_versioned(head, other)} {_told(other, what)}"
-    if not over_ours:
-        return _at_most(target, ours / theirs, why)
-    times = theirs / ours
-    if target.measure == "rate":
-        times *= (mine.get("answer_tokens") or 0.0) / (other.get("answer_tokens") or 1.0)
-    return ("met" if times >= target.bound else "missed"), times, why
-
-
-def _at_most(target: Target, measured: float, why: str) -> Outcome:
-    return ("met" if measured <= target.bound else "missed"), measured, why
-
-
-def _copies(target: Target, rows: Sequence[Row]) -> Outcome:
-    ours = [row for row in rows if row.implementation.startswith("opcd_fast") and row.get("prefix") is not None]
-    copies = [(row.get("prefix") or 0.0) / (row.get("one_prefix") or float("inf")) for row in ours]
-    if not ours:
-        return "unmeasured", None, "no row says what it held"
-    worst = max(copies, key=lambda value: abs(value - target.bound))
-    batches = ", ".join(str(batch) for batch in sorted({row.shape["batch"] for row in ours}))
-    return ("met" if worst == target.bound else "missed"), worst, f"{len(ours)} rows, batches of {batches}"
-
-
-def _error(target: Target, rows: Sequence[Row]) -> Outcome:
+    """A failure of ours misses every target."""
     of_case = [row for row in rows if row.case.partition(", KL")[0] == target.case]
-    name = next((name for name in target.ours if any(row.implementation == name for row in of_case)), "ours")
-    mine = [row for row in of_case if row.implementation == name]
-    if bad := next((row for row in mine if row.status in BAD), None):
-        return "missed", None, f"{name} {bad.status}: {bad.note}"
-    kls = [kl for row in mine if (kl := row.get("mean_kl")) is not None]
-    if not kls or min(kls) > 1.2 * KL_RANGE[0] or max(kls) < 0.8 * KL_RANGE[1]:
-        return "unmeasured", None, f"{name} has no errors over that range"
-    errors = [error for row in mine for of in ("dL/dh", "dL/dW") if (error := row.get(of)) is not None]
-    of = [of for of in ("dL/dh", "dL/dW") if any(of in row.values for row in mine)]
-    return _at_most(target, max(errors), f"{name}, {' and '.join(of)}, {len(errors)} comparisons")
+    present = [name for name in target.ours if any(row.implementation == name for row in of_case)]
+    mine = [row for row in of_case if row.implementation in present[:1]]
+    other = next((row for row in of_case if row.implementation == target.against), None)
+    bad = next((row for row in mine if row.status in BAD), None)
+    if bad:
+        return "missed", None, f"{bad.implementation} {bad.status}: {bad.note}"
+    if target.measure == "copies":
+        measured, why = _copies(rows)
+    elif not mine or mine[0].status != "ok":
+        return "unmeasured", None, f"skipped: {mine[0].note}" if mine else "the case is not in the report"
+    elif target.measure == "error":
+        measured, why = _error(mine)
+    elif target.measure == "seconds":
+        time = mine[0].values["time"]
+        measured, why = (time.high or 0.0) / 1e3, f"the longest of {time.count}"
+    elif other is None or other.status != "ok":
+        state = "is not in the report" if other is None else f"{other.status}: {other.note}"
+        return "unmeasured", None, f"{target.against} {state}"
+    else:
+        measured, why = _ratio(target.measure, mine[0], other, head)
+    if measured is None:
+        return "unmeasured", None, why
+    reached = measured >= target.bound if CLAIMS[target.measure][1] else measured <= target.bound
+    return ("met" if reached else "missed"), measured, why
 
 
-def _matches(devices: Sequence[str], device: Device) -> bool:
-    if device.kind == "cpu":
-        return devices == CPU
-    return any(name in device.name for name in devices)
+def _ratio(measure: str, ours: Row, other: Row, head: Head) -> tuple[float | None, str]:
+    what = "peak" if measure == "peak" else "time"
+    mine, theirs = ours.get(what), other.get(what)
+    if not mine or not theirs:
+        return None, f"{what} is missing"
+    package = PACKAGES.get(other.implementation)
+    version = f" {head.versions.get(package)}" if package else ""
+    why = (f"{ours.implementation} {number(ours.values[what])}, {other.implementation}{version} "
+           f"{number(other.values[what])}")  # fmt: skip
+    if measure in ("time", "peak"):
+        return mine / theirs, why
+    tokens = (ours.get("answer_tokens") or 0.0) / (other.get("answer_tokens") or 1.0)
+    return theirs / mine * (tokens if measure == "rate" else 1.0), why
 
 
-def _told(row: Row, what: str) -> str:
-    found = row.get(what) or 0.0
-    if what == "peak":
-        return f"{found / 2**20:,.0f} MiB"
-    return f"{found / 1e3:,.2f} s" if row.table == "step" else f"{found:,.1f} ms"
+def _copies(rows: Sequence[Row]) -> tuple[float | None, str]:
+    """The context's keys and values during a call over those of batch size 1, the worst of all rows."""
+    ours = [row for row in rows if row.implementation.startswith("opcd_fast") and row.get("prefix")]
+    copies = [(row.get("prefix") or 0.0) / (row.get("one_prefix") or float("inf")) for row in ours]
+    batches = ", ".join(str(batch) for batch in sorted({row.shape["batch"] for row in ours}))
+    why = f"{len(ours)} rows, batches of {batches}" if ours else "no row says what it held"
+    return max(copies, default=None), why
 
 
-def _versioned(head: Head, row: Row) -> str:
-    package = PACKAGES.get(row.implementation)
-    return f"{row.implementation} {head.versions.get(package)}" if package else row.implementation
+def _error(mine: Sequence[Row]) -> tuple[float | None, str]:
+    """The largest gradient error over the accuracy rows of the case."""
+    kls = [row.get("mean_kl") or 0.0 for row in mine]
+    if min(kls) > 1.2 * KL_RANGE[0] or max(kls) < 0.8 * KL_RANGE[1]:
+        return None, "no errors over that range"
+    of = [name for name in ("dL/dh", "dL/dW") if name in mine[0].values]
+    errors = [row.get(name) or 0.0 for row in mine for name in of]
+    return max(errors), f"{mine[0].implementation}, {' and '.join(of)}, {len(errors)} comparisons"

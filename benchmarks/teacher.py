@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -18,35 +18,40 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import spread, wait
-from benchmarks.schema import BOUND, Row, Values, value
-from benchmarks.session import Contender, Session, Wrong
-from benchmarks.teacher_cases import Case, Setting, make_setting
+from benchmarks.schema import BOUND, Values, value
+from benchmarks.session import Contender, Session, in_groups
+from benchmarks.teacher_cases import Setting, cases, make_model, make_setting, reference
 from benchmarks.teacher_model import concat_flops, shared_flops
 from opcd_fast import ContextTeacher
 from opcd_fast.models import seam
 
-OURS_BUILT, OURS_REBUILT = "opcd_fast-merge", "opcd_fast-merge-rebuilt"
-CONCAT = "concat"
 CONCAT_TOKENS = 65_536  # run at once; what they need beside the weights stays below half of a large GPU
 CHECK = "self-verification"
 
 
-def measure(session: Session, case: Case, model: Any, name: str, exact: Tensor | None, *, only: Sequence[str] = (),
-            seconds: float = 8.0, needs: float = 0.0) -> dict[str, Row]:  # fmt: skip
-    """The rows of one case, by implementation. exact: float32 hidden states of the first and the last answer."""
-    setting = make_setting(model, case)
-    chosen = [one for one in contenders(case, setting, exact) if not only or one.name in only]
-    return session.compare(
-        case.name, chosen, shape=shape_of(case, setting), settings=settings_of(setting, name), group=case.group,
-        seconds=seconds, min_rounds=2 if session.device.type == "cuda" else 3, needs=needs, derive=_of_limit,
-    )  # fmt: skip
+def run(session: Session, *, groups: tuple[str, ...] = (), only: tuple[str, ...] = (), layers: int = 0,
+        case_seconds: float = 8.0) -> None:  # fmt: skip
+    """groups: main, context, response, batch. only: implementations. layers: of the model on a GPU; 0: all of them.
+    case_seconds: of timing a case; 3 rounds at least."""
+    chosen = in_groups(cases(session.device, session.dry), groups)
+    model, name = make_model(session.device, session.dry, layers)
+    for case in chosen:
+        setting = make_setting(model, case)
+        session.compare(
+            case.name, contenders(setting, reference(setting)), shape=shape_of(setting),
+            settings=settings_of(setting, name), group=case.group, seconds=case_seconds,
+            min_rounds=2 if session.device.type == "cuda" else 3, only=only,
+        )  # fmt: skip
+    if not groups:
+        _check(session, make_setting(model, chosen[0]), name)
 
 
-def measure_check(session: Session, case: Case, model: Any, name: str) -> None:
+def _check(session: Session, setting: Setting, name: str) -> None:
     """How long path="auto" takes to check itself, at the first use of a teacher: three teachers, three times."""
-    setting, taken, settings = make_setting(model, case), [], settings_of(make_setting(model, case), name)
+    settings = settings_of(setting, name)
 
     def check() -> Values:
+        taken = []
         for _ in range(3):
             teacher = ContextTeacher(setting.model, setting.context)
             begin = time.perf_counter()
@@ -55,67 +60,58 @@ def measure_check(session: Session, case: Case, model: Any, name: str) -> None:
             taken.append(1e3 * (time.perf_counter() - begin))
         return {"time": spread(taken)}
 
-    session.row(f"{CHECK}, opcd_fast-auto", check, shape=shape_of(case, setting), settings=settings, group="check")
+    session.row(f"{CHECK}, opcd_fast-auto", check, shape=shape_of(setting), settings=settings, group="check")
 
 
-def shape_of(case: Case, setting: Setting) -> dict[str, int]:
-    return {"context": case.context, "response": case.response, "batch": case.batch, "layers": setting.shape.layers}
+def shape_of(setting: Setting) -> dict[str, int]:
+    batch, response = setting.answers.shape
+    return {"context": setting.context.numel(), "response": response, "batch": batch, "layers": setting.shape.layers}
 
 
 def settings_of(setting: Setting, model: str) -> dict[str, str]:
-    return {"model": model, "dtype": str(next(setting.body.parameters()).dtype).removeprefix("torch.")}
-
-
-def _of_limit(row: Row, bound: Row) -> Values:
-    """The least time for what a row must compute, at the rate of the bare products, over its time."""
-    flops, rate = row.get("flops") or 0.0, (bound.get("flops") or 0.0) / (bound.get("time") or 1.0)
-    return {} if row is bound else {"of_limit": value(flops / rate / (row.get("time") or 1.0), "1")}
+    return {"model": model, "dtype": str(setting.dtype).removeprefix("torch.")}
 
 
 @dataclass
 class Forward:
     call: Callable[[], Tensor]
     held: Callable[[], int]  # bytes of the context's keys and values in the latest call
+    at_once: int  # sequences in one forward
     warm: Callable[[], Any] | None = None  # a shorter call that compiles what the call needs
-    at_once: int | None = None  # sequences in one forward, where not all
 
 
-def contenders(case: Case, setting: Setting, exact: Tensor | None) -> list[Contender]:
-    """What is compared in one case, in the order in which every round runs them."""
-    shape, sizes = setting.shape, (case.context, case.response, case.batch)
+def contenders(setting: Setting, exact: Tensor | None) -> list[Contender]:
+    """What is compared in one case, in the order in which every round runs them. exact: of `reference`."""
+    shape, (batch, response) = setting.shape, setting.answers.shape
+    sizes = setting.context.numel(), response, batch
     built, rebuilt = (shared_flops(shape, *sizes, build=build) for build in (False, True))
-    one_prefix = shape.kv_bytes(case.context, next(setting.body.parameters()).element_size())
 
     def one(name: str, make: Callable[[Setting], Forward], flops: float) -> Contender:
         made = cache(lambda: make(setting))
 
         def judge(hidden: Tensor) -> Values:
-            forward = made()
-            values: Values = {"flops": value(flops, "FLOP"), "prefix": value(forward.held(), "bytes"),
-                              "one_prefix": value(one_prefix, "bytes"),
-                              "at_once": value(forward.at_once or case.batch, "1")}  # fmt: skip
+            values: Values = {"flops": value(flops, "FLOP"), "prefix": value(made().held(), "bytes"),
+                              "one_prefix": value(setting.kv_bytes, "bytes"),
+                              "at_once": value(made().at_once, "1")}  # fmt: skip
             if exact is not None:
-                ends = hidden.view(case.batch, case.response, -1)[[0, -1]]
+                ends = hidden.view(batch, response, -1)[[0, -1]]
                 values["max_error"] = value(float((ends.float() - exact).abs().max()), "1")
-                if values["max_error"].value is None:
-                    raise Wrong("hidden states hold NaN or infinities", values)
             return values
 
         note = None if exact is not None else "no error: float32 over so long a sequence takes minutes"
-        return Contender(name, lambda: made().call, judge, None, note, warm=lambda: (made().warm or made().call)())
+        return Contender(name, lambda: made().call, judge, note, warm=lambda: (made().warm or made().call)())
 
     layer = setting.answers.numel() * shape.flops_per_token // shape.layers
-    bound = Contender(BOUND, partial(_gemms, setting), lambda _: {"flops": value(layer, "FLOP")}, has_peak=False,
-                      note="the products of one layer, for the answers' tokens alone")  # fmt: skip
     return [
-        one(OURS_BUILT, partial(_ours, "merge"), built),
-        one(OURS_REBUILT, partial(_ours, "merge", rebuild=True), rebuilt),
+        one("opcd_fast-merge", partial(_ours, "merge"), built),
+        one("opcd_fast-merge-rebuilt", partial(_ours, "merge", rebuild=True), rebuilt),
         one("opcd_fast-pad", partial(_ours, "pad"), built),
-        one(CONCAT, _concat, concat_flops(shape, *sizes)),
+        one("concat", _concat, concat_flops(shape, *sizes)),
         one("transformers-cache", _cache, built),
         one("transformers-cache-rebuilt", partial(_cache, rebuild=True), rebuilt),
-        bound,
-    ]
+        Contender(BOUND, partial(_gemms, setting), lambda _: {"flops": value(layer, "FLOP")}, has_peak=False,
+                  note="the products of one layer, for the answers' tokens alone"),
+    ]  # fmt: skip
 
 
 def _ours(path: str, setting: Setting, rebuild: bool = False) -> Forward:
@@ -138,34 +134,33 @@ def _ours(path: str, setting: Setting, rebuild: bool = False) -> Forward:
             teacher.invalidate()
         return nbytes
 
-    return Forward(call, held)
+    return Forward(call, held, batch)
 
 
-@torch.no_grad()
 def _concat(setting: Setting) -> Forward:
     """Plain transformers on context and answer together; no cache, so that no keys outlive their layer."""
-    batch = setting.answers.shape[0]
-    start = setting.context.numel()
-    length = start + setting.answers.shape[1]
-    at_once = max(1, min(batch, CONCAT_TOKENS // length))
+    (batch, response), start = setting.answers.shape, setting.context.numel()
+    at_once = max(1, min(batch, CONCAT_TOKENS // (start + response)))
 
+    @torch.no_grad()
     def some(answers: Tensor) -> Tensor:
         ids = torch.cat([setting.context.expand(len(answers), -1), answers], 1)
-        with torch.no_grad():
-            hidden = setting.body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        hidden = setting.body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         return hidden.last_hidden_state[:, start:].flatten(0, 1)
 
     def call() -> Tensor:
         return torch.cat([some(answers) for answers in setting.answers.split(at_once)])
 
-    return Forward(call, lambda: 0, partial(some, setting.answers[:at_once]), at_once if at_once < batch else None)
+    return Forward(call, lambda: 0, at_once, partial(some, setting.answers[:at_once]))
 
 
-@torch.no_grad()
 def _cache(setting: Setting, rebuild: bool = False) -> Forward:
-    """transformers' own cache: the context once, `batch_repeat_interleave`, then the answers as a batch."""
-    batch = setting.answers.shape[0]
-    at_once = _repeats(setting, batch)
+    """transformers' own cache: the context once, `batch_repeat_interleave`, then the answers as a batch, or as many of
+    them as half of a GPU's memory holds the context's keys for."""
+    at_once = len(setting.answers)
+    if setting.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(setting.device).total_memory
+        at_once = max(1, min(at_once, memory // 2 // setting.kv_bytes))
     kept = None if rebuild else _prefill(setting)
     bytes_held = 0
 
@@ -175,57 +170,36 @@ def _cache(setting: Setting, rebuild: bool = False) -> Forward:
         prefix = _prefill(setting) if kept is None else kept
         states = []
         for answers in setting.answers.split(at_once):
-            cache = _fork(prefix)
+            # A cache of its own over the same tensors: transformers' layers replace theirs, they do not fill them.
+            cache = copy.copy(prefix)
+            cache.layers = [copy.copy(layer) for layer in prefix.layers]
             cache.batch_repeat_interleave(len(answers))
-            bytes_held = _nbytes(cache)
+            bytes_held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
             given = seam.cache_argument(setting.body, cache)
             hidden = setting.body(input_ids=answers, use_cache=True, **given).last_hidden_state
             states.append(hidden.flatten(0, 1))
             del cache, given
         return torch.cat(states)
 
-    return Forward(call, lambda: bytes_held, None, at_once if at_once < batch else None)
+    return Forward(call, lambda: bytes_held, at_once)
 
 
+@torch.no_grad()
 def _prefill(setting: Setting) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=setting.model.config)
-    with torch.no_grad():
-        setting.body(input_ids=setting.context[None], use_cache=True, **seam.cache_argument(setting.body, cache))
+    setting.body(input_ids=setting.context[None], use_cache=True, **seam.cache_argument(setting.body, cache))
     return cache
-
-
-def _fork(cache: Any) -> Any:
-    """A cache of its own over the same tensors: transformers' layers replace their tensors, they do not fill them."""
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
-
-
-def _nbytes(cache: Any) -> int:
-    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-
-
-def _repeats(setting: Setting, batch: int) -> int:
-    """How often the context's keys can be repeated within half of a GPU's memory; always for the batch on a CPU."""
-    if setting.device.type != "cuda":
-        return batch
-    memory = torch.cuda.get_device_properties(setting.device).total_memory
-    one = setting.shape.kv_bytes(setting.context.numel(), next(setting.body.parameters()).element_size())
-    at_once = batch
-    while at_once > 1 and at_once * one > memory / 2:
-        at_once //= 2
-    return at_once
 
 
 def _gemms(setting: Setting) -> Callable[[], Tensor]:
     """The matrix products of one layer for the answers' tokens, in the model's dtype, and nothing else."""
-    dtype, device = next(setting.body.parameters()).dtype, setting.device
+    like: dict[str, Any] = {"dtype": setting.dtype, "device": setting.device}
     products = setting.shape.products
-    inputs = {a: torch.randn(setting.answers.numel(), a, dtype=dtype, device=device) for a, _ in products}
-    weights = [torch.randn(b, a, dtype=dtype, device=device) for a, b in products]
-    outputs = {b: torch.empty(setting.answers.numel(), b, dtype=dtype, device=device) for _, b in products}
+    inputs = {a: torch.randn(setting.answers.numel(), a, **like) for a, _ in products}
+    weights = [torch.randn(b, a, **like) for a, b in products]
+    outputs = {b: torch.empty(setting.answers.numel(), b, **like) for _, b in products}
 
     def call() -> Tensor:
         for (a, b), weight in zip(products, weights):

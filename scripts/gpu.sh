@@ -7,9 +7,9 @@
 #   scripts/gpu.sh --dry-run [second]   every phase on the CPU with tiny shapes: checks the flow, measures nothing
 #
 # The phases, their order and their seconds are in benchmarks/gpu/phases.py; each is a process of its own. Results are
-# JSON lines in $OUT (default: benchmarks/results/gpu; for a dry run a temporary folder), written row by row: at most 8
-# files, none above 16 MiB. The last lines of the output, 40 at most, are the summary. `python -m benchmarks.report`
-# puts what came back, whole or not, into docs/performance.md.
+# JSON lines in $OUT (default: benchmarks/results/gpu; for a dry run a temporary folder), written row by row,
+# beside a log, the launch table and a trace of at most 12 MiB. The last lines of the output, 40 at most, are the summary.
+# `python -m benchmarks.report` puts what came back, whole or not, into docs/performance.md.
 #
 # It runs with $PYTHON, else .venv/bin/python, else python3, and imports opcd_fast from this tree. Peers that are not
 # installed are skipped rows; `scripts/carry.sh` fetches their wheels into carried/ beforehand, and they are used from a
@@ -67,5 +67,5 @@ if [ -z "${OPCD_GIT_COMMIT:-}" ] && [ -f carried/COMMIT ] && ! git rev-parse HEA
 fi
 
 # The runner keeps its own time; timeout is for the case that it does not.
-timeout --kill-after=3 $((total - SECONDS - 4)) "$python" -m benchmarks.gpu "$run" --out "$out" \
+timeout --kill-after=3 $((total - SECONDS - 4)) "$python" -m benchmarks "$run" --out "$out" \
     --seconds $((total - SECONDS - 6)) $dry_run

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,64 +25,65 @@ def run(session: Session) -> None:
     session.row("host", lambda: _host(session), settings={"call": "add_ of one element"})
 
 
+def _rate(session: Session, call: Callable[[], Any], work: float, unit: str) -> Values:
+    """`work` is what one call does, in 1e12 of the unit's things."""
+    found = timed(call, session.device, 1.0)
+    return {"rate": value(1e3 * work / (found.value or 1.0), unit), "time": found}
+
+
 def _copy(session: Session, size: int) -> Values:
-    rate = environment.copy_ceiling(session.device, size)
-    return {"rate": value(rate / 1e12, "TB/s")}
+    """Bytes read plus written in a second."""
+    source = torch.empty(size, device=session.device, dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    return _rate(session, lambda: target.copy_(source), 2 * size / 1e12, "TB/s")
+
+
+def _matrices(session: Session, size: int) -> list[torch.Tensor]:
+    """Random: a matrix unit fed zeros draws less power and runs faster than it ever will in use."""
+    return [torch.randn(size, size, device=session.device, dtype=torch.bfloat16) for _ in range(2)]
 
 
 def _product(session: Session, size: int) -> Values:
-    rate = environment.matmul_ceiling(session.device, size)
-    return {"rate": value(rate / 1e12, "TFLOP/s")}
+    a, b = _matrices(session, size)
+    out = torch.empty_like(a)
+    return _rate(session, lambda: torch.mm(a, b, out=out), 2 * size**3 / 1e12, "TFLOP/s")
 
 
 def _wide_product(session: Session, size: int) -> Values:
     """As the logits are made."""
     session.on_device("a product of bf16 matrices with a float32 result")
-    a, b = (torch.randn(size, size, device=session.device, dtype=torch.bfloat16) for _ in range(2))
-    found = timed(lambda: torch.mm(a, b, out_dtype=torch.float32), session.device, 1.0)
-    return {"rate": value(2 * size**3 / (found.value or 1.0) / 1e9, "TFLOP/s"), "time": found}
+    a, b = _matrices(session, size)
+    return _rate(session, lambda: torch.mm(a, b, out_dtype=torch.float32), 2 * size**3 / 1e12, "TFLOP/s")
 
 
 def _host(session: Session) -> Values:
     """Microseconds from one call to the next when the device has nothing to do: the pace of decoding."""
     x = torch.zeros(1, device=session.device)
     calls = 200 if session.dry else 20_000
-    for _ in range(100):
-        x.add_(1.0)
-    wait(session.device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        x.add_(1.0)
-    wait(session.device)
-    return {"call": value(1e6 * (time.perf_counter() - start) / calls, "µs")}
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            x.add_(1.0)
+        wait(session.device)
+        return time.perf_counter() - start
+
+    seconds(100)
+    return {"call": value(1e6 * seconds(calls) / calls, "µs")}
 
 
 def _versions(session: Session, texts: dict[str, str]) -> Values:
     """Numbers of the device; `texts` gets what is text."""
-    texts.update(_texts(session.device))
+    texts.update(cpu_threads=str(torch.get_num_threads()), nvcc=shutil.which("nvcc") or "not on PATH")
     session.on_device("its properties")
     found = torch.cuda.get_device_properties(session.device)
     free, total = torch.cuda.mem_get_info(session.device)
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit,temperature.gpu", "--format=csv,noheader"]
+    texts.update(cudnn=str(torch.backends.cudnn.version()), capability=f"{found.major}.{found.minor}",
+                 clocks=environment.output(*query) or "nvidia-smi does not say")  # fmt: skip
     return {
         "multiprocessors": value(found.multi_processor_count, "1"),
         "memory": value(total, "bytes"),
         "free": value(free, "bytes"),
         "L2": value(getattr(found, "L2_cache_size", 0), "bytes"),
     }
-
-
-def _texts(device: torch.device) -> dict[str, str]:
-    found = {"torch": torch.__version__, "cpu_threads": str(torch.get_num_threads())}
-    if device.type == "cuda":
-        found["cudnn"] = str(torch.backends.cudnn.version())
-        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    found["nvcc"] = shutil.which("nvcc") or "not on PATH"
-    try:
-        query = "--query-gpu=clocks.sm,clocks.mem,power.limit,temperature.gpu"
-        done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10, check=True
-        )
-        found["clocks"] = done.stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        found["clocks"] = f"nvidia-smi: {type(error).__name__}"
-    return found

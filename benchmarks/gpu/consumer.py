@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.step import Steps
+from benchmarks.models import SHAPES
 from benchmarks.schema import Values, value
 from benchmarks.session import Session
-from benchmarks.step_cases import SHAPES, Case, make_job
+from benchmarks.step_cases import Case, cases, make_job
 from benchmarks.step_worker import opcd_settings
 
 CARD = 24 << 30
@@ -22,11 +23,10 @@ JOB = Case(
     "lora on 24 GB", "main", "Qwen3-1.7B", prompts=32, tokens=128, dtype="bfloat16", checkpointing=False,
     micro_batch=8, micro_batch_tokens=8192, context_words=2048,  # about 19 GiB by the plan
 )  # fmt: skip
-TINY = Case("lora", "main", "tiny Llama", 4, 6, "float32", False, 4, context_words=24)
 
 
 def run(session: Session) -> None:
-    case = TINY if session.dry else JOB
+    case = cases(session.device, dry=True)[0] if session.dry else JOB
     session.row("cap", lambda: _cap(session))
     with tempfile.TemporaryDirectory() as folder:
         steps = Steps(session, case, Path(folder), traced=False, rollout_batch=case.prompts)
@@ -53,14 +53,13 @@ def _plan(session: Session, case: Case, folder: Path, measured: int) -> Values:
 
     job = make_job(case, torch.device("meta"))
     config = OPCDConfig(**opcd_settings(case, folder, 1, "cuda", rollout_batch=case.prompts))
-    asked = read_training_prompts(job.questions, None, job.context, job.tokenizer, config)
-    planned = job_of(asked, config)
-    dtype = getattr(torch, case.dtype)
+    planned = job_of(read_training_prompts(job.questions, None, job.context, job.tokenizer, config), config)
 
     def whole(layers: int) -> Any:
-        return rehearse(config, planned, job.model.config, device="cuda", dtype=dtype, backend="triton", layers=layers)
+        return rehearse(config, planned, job.model.config, device="cuda", dtype=getattr(torch, case.dtype),
+                        backend="triton", layers=layers)  # fmt: skip
 
-    found = extrapolated(whole, SHAPES[case.model]["num_hidden_layers"])
+    found = extrapolated(whole, SHAPES[case.model].layers)
     values = {"plan": value(found.nbytes, "bytes")}
     if measured:
         values = {"plan over measured": value(found.nbytes / measured, "1"), "measured": value(measured, "bytes"),

@@ -28,10 +28,8 @@ def run(session: Session) -> None:
 
 def rows_of(session: Session, files: Sequence[str], chosen: str = "") -> None:
     """A row for every test in these files of tests/ that has none yet, in any phase; `chosen` by their names (-k)."""
-    arguments = ["-m", "gpu and not slow", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+    arguments = ["-m", "gpu and not slow", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-k", chosen,
                  *(str(ROOT / "tests" / f"{name}.py") for name in files)]  # fmt: skip
-    if chosen:
-        arguments += ["-k", chosen]
     if importlib.util.find_spec("pytest_timeout"):
         arguments += ["-o", f"timeout={SECONDS}", "-o", "timeout_method=signal"]
     if session.dry:
@@ -76,8 +74,8 @@ class RowsOfTests:
         if report.when != "call" and (report.when != "setup" or report.passed):
             return
         self.passed += report.passed
-        status = {"passed": "ok", "failed": "failed"}.get(report.outcome, "skipped")
-        self.session.write(Row(self.session.table, _name(report.nodeid), status=status, note=_reason(report),
+        self.session.write(Row(self.session.table, _name(report.nodeid), note=_reason(report),
+                               status="ok" if report.passed else report.outcome,
                                values={"time": value(1e3 * report.duration, "ms")}))  # fmt: skip
         if report.failed and self.session.broken():
             os._exit(BROKEN)

@@ -1,7 +1,8 @@
-"""Where a call's time goes on the device, kernel by kernel, from torch's profiler."""
+"""Where a call's time goes on the device, kernel by kernel, from torch's profiler; on a CPU operator by operator."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from benchmarks.measure import wait
 from benchmarks.schema import Values, value
 
-PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "aten::mm", "aten::addmm", "aten::bmm")
-ATTENTION = ("flash", "fmha", "attention", "sdpa")
-OURS = ("_rows_kernel", "_terms_kernel", "_normaliser_kernel", "_merge_attention_kernel", "opcd")
+KINDS = {  # of kernels, by parts of their names; the first that fits
+    "our kernels": ("_rows_kernel", "_terms_kernel", "_normaliser_kernel", "_merge_attention_kernel", "opcd"),
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "aten::mm", "aten::addmm", "aten::bmm"),
+    "copies": ("memcpy", "memset"),
+}
 MOST = 12  # kernels named
 
 
 def profiled(call: Callable[[], Any], device: torch.device) -> Values:
-    """Milliseconds of one call after one that warms up, by kind and by kernel; on a CPU by operator."""
+    """Milliseconds of one call after one that warms up, by kind and by kernel."""
     call()
     wait(device)
     with profiler(device) as found:
@@ -32,35 +36,26 @@ def profiler(device: torch.device) -> Any:
 
 
 def summed(found: Any, device: torch.device) -> Values:
-    times: dict[str, tuple[float, int]] = {}
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     for event in found.key_averages():
-        if device.type == "cuda":
-            # What ran on the device, not the host's calls that started it.
-            if "CUDA" not in str(getattr(event, "device_type", "")):
-                continue
-            micros = getattr(event, "self_device_time_total", 0.0) or getattr(event, "self_cuda_time_total", 0.0)
-        else:
+        if device.type != "cuda":
             micros = event.self_cpu_time_total
-        before = times.get(event.key, (0.0, 0))
-        times[event.key] = before[0] + micros / 1e3, before[1] + event.count
+        elif "CUDA" in str(event.device_type):  # what ran on the device, not the host's calls that started it
+            micros = event.self_device_time_total
+        else:
+            continue
+        times[event.key] += micros / 1e3
+        counts[event.key] += event.count
+        kinds[kind_of(event.key)] += micros / 1e3
     if not times:
         raise RuntimeError("the profiler saw no kernel")
-    kinds: dict[str, float] = {}
-    for name, (ms, _) in times.items():
-        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + ms
-    values = {kind: value(ms, "ms") for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])}
-    values["launches"] = value(sum(count for _, count in times.values()), "1")
-    for name, (ms, count) in sorted(times.items(), key=lambda item: -item[1][0])[:MOST]:
-        values[f"{count} x {name[:90]}"] = value(ms, "ms")
-    return values
+    values = {kind: value(ms, "ms") for kind, ms in kinds.most_common()}
+    values["launches"] = value(counts.total(), "1")
+    return values | {f"{counts[name]} x {name[:90]}": value(ms, "ms") for name, ms in times.most_common(MOST)}
 
 
 def kind_of(name: str) -> str:
     lower = name.lower()
-    if any(part in lower for part in OURS):
-        return "our kernels"
-    if any(part in lower for part in ATTENTION):
-        return "attention"
-    if any(part in lower for part in PRODUCTS):
-        return "products"
-    return "copies" if "memcpy" in lower or "memset" in lower else "other"
+    return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), "other")

@@ -23,8 +23,6 @@ from benchmarks.schema import BAD, BROKEN, Row, append, end, marker, read
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = 6.0  # seconds; a process with less would not get through its imports
 GRACE = 2.0  # from asking to end to ending
-FILES, FILE_BYTES = 8, 16 << 20  # what may come back
-LOG_BYTES = 4 << 20
 
 
 class Stopped(Exception):
@@ -36,17 +34,21 @@ def run(
     folder: Path,
     *,
     dry: bool = False,
-    seconds: float | None = None,
+    seconds: float = 1e6,
     only: Sequence[str] = (),
-    module: str = "benchmarks.gpu",
+    module: str = "benchmarks",
 ) -> int:
     """All phases of a run, or those of `only`; 0 if nothing failed. The last lines printed are the summary.
 
-    seconds: for everything; default: what the run has. module: what a phase's process runs.
+    seconds: for everything; never more than the run has. module: what a phase's process runs.
+    Raises ValueError for a phase that the run does not have.
     """
-    start, began = time.monotonic(), time.time() - 1
-    total = min(filter(None, (seconds, DRY_SECONDS if dry else SECONDS[name])))
+    start = time.monotonic()
+    total = min(seconds, DRY_SECONDS if dry else SECONDS[name])
     hard = start + total - ENDING
+    phases = [phase.name for phase, _ in schedule(name)]
+    if unknown := sorted(set(only) - set(phases)):
+        raise ValueError(f"--only: {unknown[0]!r} is none of {', '.join(phases)}")
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%S")
     lines, log = folder / f"gpu_{name}_{stamp}.jsonl", folder / f"gpu_{name}_{stamp}.log"
@@ -61,9 +63,8 @@ def run(
         marker(lines).unlink(missing_ok=True)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    dropped = fit([path for path in folder.iterdir() if path.stat().st_mtime >= began], keep=lines)
     found = read(lines)
-    print("\n".join(summary(found, [phase.name for phase, _ in chosen], folder, time.monotonic() - start, dropped)))
+    print("\n".join(summary(found, [phase.name for phase, _ in chosen], folder, time.monotonic() - start)))
     sys.stdout.flush()
     bad = [row for row in found.rows if row.status in BAD]
     return int(bool(bad) or len(found.ends()) < len(chosen))
@@ -114,8 +115,8 @@ def _unwritten(phase: Phase, lines: Path, status: int | None, said: str) -> bool
 def _process(phase: Phase, lines: Path, log: Path, limit: float, dry: bool, module: str) -> int | None:
     """Its exit status, or None when it had to be killed. It leaves no process behind."""
     left = limit - time.monotonic()
-    command = [sys.executable, "-m", module, phase.name, "--out", str(lines), "--seconds", f"{left - GRACE:.1f}",
-               *(["--dry-run"] if dry else [])]  # fmt: skip
+    command = [sys.executable, "-m", module, *phase.command, "--phase", phase.name, "--out", str(lines),
+               "--seconds", f"{left - GRACE:.1f}", *(["--dry-run"] if dry else [])]  # fmt: skip
     with log.open("ab") as output:
         # A group of its own, not a session: whoever ends this process's session ends the phase as well.
         child = subprocess.Popen(
@@ -157,24 +158,3 @@ def _last(log: Path, offset: int) -> str:
         file.seek(max(offset, log.stat().st_size - 8192))
         text = file.read().decode("utf-8", "replace")
     return next((line.strip()[:400] for line in reversed(text.splitlines()) if line.strip()), "no message")
-
-
-def fit(written: Sequence[Path], keep: Path) -> list[str]:
-    """Make the files that a run has written small and few enough to come back; the names of files that had to go.
-
-    A log keeps its beginning and its end; other files that are too large go, and beyond eight the largest ones. `keep`
-    stays whatever it is.
-    """
-    gone = []
-    for path in sorted(p for p in written if p.is_file() and p != keep):
-        if path.suffix == ".log" and path.stat().st_size > LOG_BYTES:
-            text = path.read_bytes()
-            path.write_bytes(text[: LOG_BYTES // 2] + b"\n[...]\n" + text[-LOG_BYTES // 2 :])
-        if path.stat().st_size > FILE_BYTES:
-            gone.append(f"{path.name} ({path.stat().st_size >> 20} MiB)")
-            path.unlink()
-    others = sorted((p for p in written if p.is_file() and p != keep), key=lambda p: p.stat().st_size)
-    for path in others[FILES - 1 :]:
-        gone.append(f"{path.name} (more than {FILES} files)")
-        path.unlink()
-    return gone

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.kernel_times import profiler, summed
 from benchmarks.measure import wait
-from benchmarks.schema import Row, Values, value
+from benchmarks.schema import Row, Value, Values, value
 from benchmarks.session import Session
 from benchmarks.step_cases import Case, cases, make_job
 from benchmarks.step_worker import opcd_trainer
@@ -33,26 +33,26 @@ def run(session: Session) -> None:
 
 
 class Steps:
-    """A training run whose steps are rows as soon as they are made."""
+    """A training run whose steps are rows as soon as they are made. `settings` go before those of the case."""
 
     def __init__(self, session: Session, case: Case, folder: Path, *, traced: bool, **settings: Any) -> None:
         self.session, self.case, self.folder, self.settings = session, case, folder, settings
-        self.steps = STEPS if traced else STEPS - 1
         self.traced = traced
-        self.shape = {"prompts": case.prompts, "tokens": case.tokens, "context": case.context_words}
-        self.made = 0
-        self.trace: Any = None
-        self.recording = False
-        self.peak = 0
+        self.made = self.peak = 0
+        self.trace: Any = None  # of the last step, once it has begun
 
     def run(self) -> None:
         """Build, train, and tell what was chosen."""
+        shape = {"prompts": self.case.prompts, "tokens": self.case.tokens, "context": self.case.context_words}
+        about = {"model": self.case.model, "dtype": self.case.dtype, "checkpointing": self.case.checkpointing,
+                 **self.settings}  # fmt: skip
         trainer: Any = None
 
         def build() -> Values:
             nonlocal trainer
             job = make_job(self.case, self.session.device)
-            trainer = opcd_trainer(self.case, job, self.folder, self.steps, self.note, **self.settings)
+            steps = STEPS if self.traced else STEPS - 1
+            trainer = opcd_trainer(self.case, job, self.folder, steps, self.note, **self.settings)
             trainer.rollout.generate = self.watched(trainer.rollout.generate)
             return {"held": self.held()}
 
@@ -60,34 +60,29 @@ class Steps:
             trainer.train()
             return {"steps": value(self.made, "1"), "peak": value(self.peak, "bytes")}
 
-        if self.session.row("build", build, shape=self.shape, settings=self.about()) is None or trainer is None:
-            return
-        self.reset()
-        found = self.session.row("run", train, shape=self.shape)
-        if found is not None and self.trace is not None:
-            self.session.row("profile", lambda: summed(self.trace, self.session.device), settings={"step": STEPS})
-            self.session.row("trace", self.keep_trace, settings={"file": TRACE})
         chosen: dict[str, str] = {}
 
         def choices() -> Values:
             chosen.update(rollout=trainer.rollout.explain(), teacher=trainer.teacher.explain())
             return {"batch": value(trainer.rollout.max_batch or 0, "1")}
 
+        if self.session.row("build", build, shape=shape, settings=about) is None or trainer is None:
+            return
+        if self.session.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if self.session.row("run", train, shape=shape) is not None and self.trace is not None:
+            self.session.row("profile", lambda: summed(self.trace, self.session.device), settings={"step": STEPS})
+            self.session.row("trace", self.keep_trace, settings={"file": TRACE})
         self.session.row("choices", choices, settings=chosen)
-
-    def about(self) -> dict[str, str]:
-        return {"model": self.case.model, "dtype": self.case.dtype, "checkpointing": str(self.case.checkpointing),
-                **{name: str(found) for name, found in self.settings.items()}}  # fmt: skip
 
     def watched(self, generate: Any) -> Any:
         """The last step is profiled from the end of its rollout on, whose calls are too many for a trace."""
 
         def drawn(*args: Any, **options: Any) -> Any:
             answers = generate(*args, **options)
-            if self.traced and self.made == STEPS - 1 and not self.recording and self.session.left() > 12:
+            if self.traced and self.made == STEPS - 1 and self.trace is None and self.session.left() > 12:
                 self.trace = profiler(self.session.device)
                 self.trace.start()
-                self.recording = True
             return answers
 
         return drawn
@@ -96,10 +91,9 @@ class Steps:
         if record.get("kind") != "step":
             return
         wait(self.session.device)
-        if self.recording:
-            self.trace.stop()
-            self.recording = False
         self.made += 1
+        if self.trace is not None and self.made == STEPS:
+            self.trace.stop()
         parts = {part: value(1e3 * seconds, "ms") for part, seconds in record["seconds"].items()}
         tokens, total = float(record["response_tokens"]), sum(record["seconds"].values())
         self.session.write(Row(self.session.table, f"step {self.made}", values={
@@ -107,16 +101,13 @@ class Steps:
             "answer_tokens": value(tokens, "1"), "peak": self.held(peak=True),
         }))  # fmt: skip
 
-    def held(self, peak: bool = False) -> Any:
-        if self.session.device.type != "cuda":
-            return value(0, "bytes")
-        found = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    def held(self, peak: bool = False) -> Value:
+        """What the allocator holds, or held at most since training began."""
+        found = 0
+        if self.session.device.type == "cuda":
+            found = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
         self.peak = max(self.peak, found)
         return value(found, "bytes")
-
-    def reset(self) -> None:
-        if self.session.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
 
     def keep_trace(self) -> Values:
         plain, path = self.folder / "trace.json", self.session.folder / TRACE

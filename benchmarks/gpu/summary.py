@@ -4,50 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 from benchmarks.schema import BAD, STATUSES, Row, Run, Value
 
 LINES, WIDTH = 40, 190
 FAILURES = 12
-MORE = 3  # further lines of a phase
+OF_A_PHASE = 4  # lines
 
 
-def summary(run: Run, phases: Sequence[str], folder: Path, seconds: float, dropped: Sequence[str]) -> list[str]:
+def summary(run: Run, phases: Sequence[str], folder: Path, seconds: float) -> list[str]:
     """First how each phase ended and what it measured, in as many lines as are left, then what failed."""
     ends = run.ends()
-    ended = [name for name in phases if name in ends]
     bad = [row for row in run.rows if row.status in BAD]
-    last = []
-    if bad:
-        last.append("failed:")
-        last += [_cut(f"  {row.table} {row.name}: {row.note}") for row in bad[:FAILURES]]
-        if len(bad) > FAILURES:
-            last.append(f"  and {len(bad) - FAILURES} more")
+    last = ["failed:"] if bad else []
+    last += [f"  {row.table} {row.name}: {row.note}" for row in bad[:FAILURES]]
+    if len(bad) > FAILURES:
+        last.append(f"  and {len(bad) - FAILURES} more")
     if run.damaged:
         last.append(f"lines cut off: {', '.join(map(str, run.damaged))}")
-    if dropped:
-        last.append(_cut(f"did not fit and went: {', '.join(dropped)}"))
     files = sorted(f"{path.name} {path.stat().st_size >> 10} KiB" for path in folder.iterdir() if path.is_file())
-    last.append(_cut(f"files in {folder}: {', '.join(files)}"))
+    last.append(f"files in {folder}: {', '.join(files)}")
 
-    lines = [f"== summary: {len(ended)} of {len(phases)} phases in {seconds:.0f} s, {len(bad)} rows failed"]
-    spare = LINES - 1 - len(phases) - len(last)  # for further lines of phases
-    for name in phases:
+    ended = sum(name in ends for name in phases)
+    lines = [f"== summary: {ended} of {len(phases)} phases in {seconds:.0f} s, {len(bad)} rows failed"]
+    for place, name in enumerate(phases, 1):
         rows, end = run.of(name), ends.get(name)
         status = "not reached" if end is None else f"{end.status} {end.seconds:.0f} s"
-        counts = ", ".join(
-            f"{count} {status}" for status in STATUSES
-            if (count := sum(row.status == status for row in rows))
-        )  # fmt: skip
-        start, shown = f"{name:10} {status:12} {counts:28} ", _shown(rows)
-        more = 0
-        while len(start + shown) > WIDTH and more < MORE and spare:
-            first = shown[: WIDTH - len(start)].rpartition("; ")[0]
-            lines.append(start + first)
-            start, shown = " " * 11, shown[len(first) :].removeprefix("; ")
-            spare, more = spare - 1, more + 1
-        lines.append(_cut(start + shown))
-    return [line.rstrip() for line in lines + last][:LINES]
+        counts = ", ".join(f"{count} {status}" for status in STATUSES
+                           if (count := sum(row.status == status for row in rows)))  # fmt: skip
+        told = wrap(f"{name:10} {status:12} {counts:28} {_shown(rows)}", WIDTH, subsequent_indent=" " * 11,
+                    break_on_hyphens=False)  # fmt: skip
+        left = LINES - len(last) - len(lines) - (len(phases) - place)  # after a line for each phase to come
+        lines += told[: max(1, min(OF_A_PHASE, left))]
+    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines + last][:LINES]
 
 
 def _shown(rows: Sequence[Row]) -> str:
@@ -66,13 +56,10 @@ def number(found: Value) -> str:
     """Four significant digits and the unit."""
     if found.value is None:
         return "NaN"
-    unit = "" if found.unit == "1" else f" {found.unit}"
     if found.unit == "bytes":
         return f"{found.value / 2**20:,.0f} MiB"
+    if found.unit == "FLOP":
+        return f"{found.value / 1e12:.4g} TFLOP"
     size = abs(found.value)
-    text = f"{found.value:,.0f}" if size >= 1e4 or found.value == int(found.value) else f"{found.value:.4g}"
-    return text + unit
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+    text = f"{found.value:,.0f}" if size >= 1e3 or found.value == int(found.value) else f"{found.value:.4g}"
+    return text if found.unit == "1" else f"{text} {found.unit}"

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plots, report, targets, teacher_model
+from benchmarks import models, plots, report, targets, teacher_model
 from benchmarks.gpu.phases import RUNS
 from benchmarks.gpu.summary import LINES, WIDTH, summary
 from benchmarks.schema import BOUND, END, Device, Head, Row, Run, Value, append, end, value
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, H100 = Device("cpu", "A CPU", 2), Device("cuda", "NVIDIA H100 80GB HBM3", 132, None, "580.1", "13.0")
+UNITS = {"peak": "bytes", "prefix": "bytes", "one_prefix": "bytes"}
 MAIN, KLS = "smollm2-135m-n512-float32-full", (1.0, 1e-1, 1e-2, 1e-3, 3e-5)
 
 
@@ -30,14 +31,15 @@ def row(table, implementation, ms, case=MAIN, note="not here", status=None, **va
     if ms is None:
         found.status, found.note = status or "skipped", note
     else:
-        found.values = {"time": Value(ms, "ms", ms, ms, 3), **{name: value(x, "1") for name, x in values.items()}}
+        found.values = {"time": Value(ms, "ms", ms, ms, 3)}
+        found.values |= {name: value(x, UNITS.get(name, "1")) for name, x in values.items()}
     return found
 
 
 def judged(table, rows, against, measure=None, device=CPU):
-    found = targets.verdicts(targets.TARGETS[table], [(head(table, device), rows)])
-    return [(target, outcome) for target, name, outcome in found
-            if name == device.name and target.against == against and measure in (None, target.measure)]  # fmt: skip
+    return [(target, targets.judge(target, head(table, device), rows)) for target in targets.TARGETS[table]
+            if targets._is_of(target, device) and target.against == against
+            and measure in (None, target.measure)]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_rate_counts_tokens_and_memory_counts_bytes():
             row("step", "trl-sdft", 25.0, targets._STEP, answer_tokens=384.0, peak=1 << 30)]  # fmt: skip
     found = {target.measure: outcome for target, outcome in judged("step", rows, "trl-sdft", device=H100)}
     assert found["rate"][:2] == ("missed", pytest.approx((300 / 10) / (384 / 25)))
-    assert found["memory"][:2] == ("missed", 0.5) and "512 MiB" in found["memory"][2]
+    assert found["peak"][:2] == ("missed", 0.5) and "512 MiB" in found["peak"][2]
 
 
 def test_what_was_not_measured_is_neither_met_nor_missed():
@@ -79,7 +81,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed():
     assert "missed" in {outcome[0] for _, outcome in judged("loss", [failed, peer], "trl")}, "a failure of ours"
     a100 = dataclasses.replace(H100, name="NVIDIA A100")
     assert not judged("loss", [mine, peer], "trl", device=a100), "another card says nothing about an H100"
-    assert {outcome[0] for *_, outcome in targets.verdicts(targets.TARGETS["loss"], [])} == {"unmeasured"}
+    assert all("**unmeasured**" in line for line in targets.markdown("loss", [])[2:])
 
 
 def test_ours_is_the_backend_that_auto_takes():
@@ -105,8 +107,10 @@ def test_accuracy(found, kls, status):
 
 
 def test_copies_and_the_check_at_first_use():
-    held = [row("teacher", name, 1.0, prefix=prefix, one_prefix=100.0)
-            for name, prefix in (("opcd_fast-merge", 100.0), ("opcd_fast-pad", 100.0), ("transformers-cache", 1600.0))]
+    held = [
+        row("teacher", name, 1.0, prefix=prefix, one_prefix=100.0)
+        for name, prefix in (("opcd_fast-merge", 100.0), ("opcd_fast-pad", 100.0), ("transformers-cache", 1600.0))
+    ]
     assert judged("teacher", held, "", "copies")[0][1][:2] == ("met", 1.0)
     held[1].values["prefix"] = value(200.0, "bytes")
     assert judged("teacher", held, "", "copies")[0][1][:2] == ("missed", 2.0)
@@ -135,9 +139,9 @@ def test_the_page_is_that_of_the_stored_results():
     found = report.newest(results)
     text = report.page(found, report.gpu_runs(results))
     assert text == (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    runs = [(table, head, rows) for table, of in found.items() for _, head, rows in of]
-    drawn = [plot.file for run in runs for plot in plots.of(*run)]
-    assert len(drawn) >= 5 and all((ROOT / "docs" / "images" / name).exists() for name in drawn)
+    runs = [(head, rows) for of in found.values() for _, head, rows in of]
+    drawn = {plot.file for run in runs for plot in plots.of(*run)}
+    assert len(drawn) >= 5 and drawn == {path.name for path in (ROOT / "docs" / "images").glob("*_cpu_*.svg")}
 
 
 def test_the_newest_run_of_a_device_is_shown(tmp_path, capsys):
@@ -152,8 +156,10 @@ def test_the_newest_run_of_a_device_is_shown(tmp_path, capsys):
     write(results, "step", [row("step", "opcd_fast", 5e3, answer_tokens=384.0), row("step", "trl-sdft", 1e4)])
     assert report.main(["--results", str(results), "--out", str(out)]) == 0
     text = out.read_text(encoding="utf-8")
-    assert "777" not in text and "**Nothing here was measured on a GPU.**" in text and "skipped: not here" in text
-    assert "| opcd_fast-native | 50 (50 to 50) | 200% | 1 |" in text
+    assert "777" not in text and "**Nothing here was measured on a GPU.**" in text and "**skipped**: not here" in text
+    assert "| opcd_fast-native | 50 ms (50 to 50, 3 times) | of_bound 2, peak 1 MiB |" in text
+    assert "| opcd_fast-merge | 50 ms (50 to 50, 3 times) | 7 | 0.1 |" in text, "its share of concat's time"
+    assert "| opcd_fast | 5,000 ms (5,000 to 5,000, 3 times) | 384 | 0.5 | 76.8 tokens/s |" in text
     images = [path.name for path in (out.parent / "images").iterdir()]
     assert sorted(images) == ["loss_cpu_error_kl.svg", "loss_cpu_time_n.svg"]
     assert all(f"images/{name}" in text for name in images)
@@ -203,21 +209,21 @@ def test_whatever_part_of_a_gpu_run_came_back_is_shown(tmp_path):
     text = report.page(report.newest(tmp_path), report.gpu_runs(tmp_path))
     assert "Nothing here was measured on a GPU" not in text and "NVIDIA H100 80GB HBM3; commit abc" in text
     assert f"{main} | NVIDIA H100 80GB HBM3 | **met** | 0.70 | opcd_fast-triton 128.4 ms" in text
-    assert f"| {main}, opcd_fast-triton | N 512, V 49,152, D 576; dtype float32" in text and "time 128.4 ms |" in text
+    assert f"| {main}; N 512, V 49,152, D 576, dtype float32" in text and "| opcd_fast-triton | 128.4 ms (" in text
     assert "**failed**: OutOfMemoryError: tried \\| 80 GiB |" in text
     assert "Cut off in the file: line 11." in text and "**Not finished**: the run ended before it." in text
-    assert "| 3 tests | | passed |" in text and "test_it" not in text and "test_other |  | **failed**" in text
+    assert "| 3 tests passed |" in text and "::test_it" not in text and "test_other |  | **failed**" in text
 
 
 def test_the_summary_is_short_and_names_what_failed(tmp_path):
     rows = [Row("loss", f"a case with a long name {i}", status="failed", note=f"reason {i} " * 40) for i in range(99)]
     rows += [Row("smoke", f"row {i}", values={"time": value(i, "ms")}) for i in range(99)]
     rows += [Row("smoke", END, seconds=3.0), Row("loss", END, status="timeout", note="stopped", seconds=92.0)]
-    lines = summary(Run(rows=rows, damaged=[7]), [phase.name for phase in RUNS["first"]], tmp_path, 431.0, ["big.bin"])
+    lines = summary(Run(rows=rows, damaged=[7]), [phase.name for phase in RUNS["first"]], tmp_path, 431.0)
     assert len(lines) <= LINES == 40 and max(map(len, lines)) <= WIDTH
     text = "\n".join(lines)
     for said in ("2 of 10 phases in 431 s, 100 rows failed", "timeout 92 s", "reason 0", "and 88 more", "99 ok",
-                 "row 0 0 ms", "teacher    not reached", "cut off: 7", "big.bin"):  # fmt: skip
+                 "row 0 0 ms", "teacher    not reached", "cut off: 7"):  # fmt: skip
         assert said in text, said
 
 
@@ -226,7 +232,7 @@ def test_the_summary_is_short_and_names_what_failed(tmp_path):
 
 @pytest.mark.parametrize(("context", "response", "batch"), [(7, 3, 4), (1, 1, 1), (2, 9, 2)])
 def test_pairs_are_counted_one_by_one(context, response, batch):
-    shape = teacher_model.Shape(layers=1, hidden=1, heads=1, kv_heads=1, head_dim=1, intermediate=1)
+    shape = models.Shape(layers=1, hidden=1, heads=1, kv_heads=1, head_dim=1, intermediate=1)
     pairs = sum(key <= query for query in range(context + response) for key in range(context + response))
     of_context = sum(key <= query for query in range(context) for key in range(context))
     whole = teacher_model.concat_flops(shape, context, response, batch)
@@ -243,5 +249,5 @@ def test_figures_in_the_docs_are_the_models():
     assert len(found) == 4
     for context, batch, response, kept, rebuilt in found:
         sizes = [int(size.replace(",", "")) for size in (context, response, batch)]
-        quoted = [f"{value:.1f}" for value in teacher_model.speedups(teacher_model.QWEN3_8B, *sizes)]
+        quoted = [f"{value:.1f}" for value in teacher_model.speedups(models.SHAPES["Qwen3-8B"], *sizes)]
         assert quoted == [rebuilt, kept]

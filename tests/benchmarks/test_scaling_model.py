@@ -8,16 +8,16 @@ import torch
 from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.models import Shape
 from benchmarks.scaling_model import Job, markdown
 from benchmarks.schema import read
-from benchmarks.teacher_model import Shape
 
 ROOT = Path(__file__).parents[2]
 
 
 def tiny_job(model, **changes):
     shape = Shape.of(model.config)
-    return Job(shape, model.config.vocab_size, **{"ranks": 1, "answers": 3, "response": 12, "prompt": 5, **changes})
+    return Job(shape, **{"ranks": 1, "answers": 3, "response": 12, "prompt": 5, **changes})
 
 
 def test_parameters_are_those_of_a_model():
@@ -35,7 +35,7 @@ def test_flops_are_those_that_torch_counts():
     model = tiny_model(attn_implementation="eager")
     job = tiny_job(model, context=0)
     length = job.prompt + job.response
-    ids = torch.randint(0, job.vocabulary, (job.answers, length))
+    ids = torch.randint(0, job.shape.vocabulary, (job.answers, length))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(input_ids=ids)
     # Eager attention computes all T x T scores, the model counts the T (T + 1) / 2 that the mask leaves.

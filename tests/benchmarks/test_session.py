@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import session as runner
-from benchmarks.measure import Failure, interleaved, with_peak
-from benchmarks.schema import BOUND, BROKEN, Value, read, value
-from benchmarks.session import Contender, Session, Skip, Wrong, error_row
+from benchmarks.measure import interleaved, with_peak
+from benchmarks.schema import BOUND, BROKEN, Row, Value, read, value
+from benchmarks.session import Contender, Session, Skip, Wrong, in_groups
 
 CPU = torch.device("cpu")
 SHAPE, SETTINGS = {"N": 4}, {"dtype": "float32"}
@@ -56,13 +56,13 @@ def test_rounds():
 
     def sample(name):
         done.append(name)
-        return Failure("failed", "no") if name == "c" else [1.0 * len(done)]
+        return None if name == "c" else [1.0 * len(done)]
 
     samples = {name: (lambda name=name: sample(name)) for name in "abc"}
     found = interleaved(samples, seconds=0.0, at_most={"a": 1})
     assert done == ["a", "b", "c", "b", "b"]
     assert found["a"] == Value(1.0, "ms", 1.0, 1.0, 1) and found["b"] == Value(4.0, "ms", 2.0, 5.0, 3)
-    assert found["c"] == Failure("failed", "no")
+    assert "c" not in found, "it failed"
     assert interleaved({"b": lambda: sample("b")}, seconds=9.0, left=0.0)["b"].count == 1, "no more than fits"
     assert "a" not in interleaved(samples, seconds=0.0, at_most={"a": 0})
 
@@ -81,7 +81,7 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(make):
     assert one.row("broken", lambda: 1 / 0) is None
     assert one.row("nan", lambda: {"error": value(float("nan"), "1")}) is None
     assert one.row("missing", raises(Skip("no such thing"))) is None
-    assert one.row("wrong", lambda: error_row(0.5, 0.1)) is None
+    assert one.row("wrong", raises(Wrong("0.5 is above 0.1", {"error": value(0.5, "1")}))) is None
     assert one.row("late", measure, needs=1000.0) is None
     one.finish()
     run = read(one.out)
@@ -121,7 +121,7 @@ def test_a_table_is_not_finished_with_other_versions_or_threads(make, monkeypatc
     device.count_of_processors += 1
     for name, found in (("versions", {**versions, "torch": "0.1"}), ("describe", device)):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="another run"):
-            patch.setattr(runner.environment, name, lambda *_, found=found, **__: found)
+            patch.setattr(runner.environment, name, lambda *_, found=found: found)
             make()
     make()
 
@@ -131,12 +131,15 @@ def test_a_table_is_not_finished_with_other_versions_or_threads(make, monkeypatc
 
 def test_contenders_take_turns(make):
     called = []
-    rows = compare(make(), works("opcd_fast-torch", called), works(BOUND, called),
-                   derive=lambda row, bound: {"of_bound": value(bound.get("time") / row.get("time"), "1")})  # fmt: skip
+    counted = works("counted", judge=lambda _: {"flops": value(6.0, "FLOP")})
+    bound = works(BOUND, called, lambda _: {"flops": value(2.0, "FLOP")})
+    rows = compare(make(), works("opcd_fast-torch", called), counted, bound)
     assert called == ["opcd_fast-torch", BOUND] * 4  # once for the memory, three times timed
     mine = rows["opcd_fast-torch"]
     assert mine.values["time"].count == 3 and mine.shape == SHAPE and mine.settings == SETTINGS
     assert mine.get("of_bound") == pytest.approx(rows[BOUND].get("time") / mine.get("time"))
+    other, least = rows["counted"], rows[BOUND].get("time")
+    assert other.get("of_bound") == pytest.approx(3 * least / other.get("time")), "three times what the bound computes"
     assert next(iter(mine.values)) == "time" and mine.get("peak") >= 400
 
 
@@ -156,7 +159,7 @@ def test_what_a_contender_does_costs_no_other_its_row(make, monkeypatch):
         make(), works("good"), works("far", judge=far), works("judged", judge=lambda _: {"error": value(0.1, "1")}),
         Contender("poor", lambda: raises(torch.OutOfMemoryError("80 GiB"))),
         Contender("unbuilt", raises(ValueError("x"))),
-        Contender("absent", works, skip="not installed"), Contender("later", lambda: later),
+        Contender("absent", raises(Skip("not installed"))), Contender("later", lambda: later),
     )  # fmt: skip
     assert {name: row.status for name, row in rows.items()} == {
         "good": "ok", "far": "failed", "judged": "ok", "poor": "out of memory", "unbuilt": "failed",
@@ -178,6 +181,15 @@ def test_a_case_goes_on_behind_what_broke_the_device(make, monkeypatch):
     assert {name: row.status for name, row in rows.items()} == {"before": "ok", "breaks": "failed", "after": "ok"}
     assert len(read(one.out).rows) == 3
     assert compare(make(), works("before", called))["before"] == read(one.out).of("loss")[1], "it is there already"
+
+
+def test_groups_and_names_are_what_is_measured(make):
+    called = []
+    assert set(compare(make(), works("a", called), works("b", called), only=("b",))) == set(called) == {"b"}
+    cases = [Row("t", "a case", group=group) for group in ("main", "N")]
+    assert in_groups(cases, ["N"]) == cases[1:] and in_groups(cases, []) == cases
+    with pytest.raises(ValueError, match="'speed' is none of main, N"):
+        in_groups(cases, ["speed"])
 
 
 def test_nothing_is_begun_too_late(make):

@@ -43,11 +43,14 @@ def test_two_runs_give_the_same_bits(backend):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("transform", [{"softcap": 5.0}, {"scale": 0.5}, {"bias": True}, {"vocab_size": 31_990}])
-def test_transforms(transform):
-    h, w, h_t = (x.cuda() for x in states(40, WIDTH, VOCABULARY, 0.1))
+@pytest.mark.parametrize("rows", [40, ROWS])  # rows split over programs, and not
+@pytest.mark.parametrize(
+    "transform", [{"softcap": 5.0, "bias": True}, {"scale": 0.5}, {"bias": True}, {"vocab_size": 31_990}]
+)
+def test_transforms(transform, rows):
+    h, w, h_t = (x.cuda() for x in states(rows, WIDTH, VOCABULARY, 0.1))
     if "bias" in transform:
-        transform = {"bias": torch.randn(VOCABULARY, device="cuda", dtype=torch.bfloat16)}
+        transform = {**transform, "bias": torch.randn(VOCABULARY, device="cuda", dtype=torch.bfloat16)}
     h.requires_grad_()
     h64 = h.detach().double().requires_grad_()
     head = LMHead(w, **transform)

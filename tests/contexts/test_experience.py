@@ -32,9 +32,10 @@ def scripted(answer):
 
     class Scripted:
         def __init__(self):
-            self.asked = []  # texts of prompts, a list a batch
+            self.asked, self.seeds = [], []  # texts of prompts, a list a batch
 
-        def generate(self, prompts, **_):
+        def generate(self, prompts, seed, **_):
+            self.seeds.append(seed)
             self.asked.append([TOKENIZER.decode(prompt) for prompt in prompts])
             return [Completion(tuple(TOKENIZER(answer(text)).input_ids), None, True) for text in self.asked[-1]]
 
@@ -217,7 +218,7 @@ def test_play_shows_the_context_and_asks_only_those_that_go_on():
     player = scripted(lambda text: "x")
     task = SimpleNamespace(max_turns=4)
     played = player.play(task, [Counting(1), Counting(3), Counting(9)], 0, context="remember")
-    assert [len(batch) for batch in player.rollout.asked] == [3, 2, 2, 1]
+    assert [len(batch) for batch in player.rollout.asked] == [3, 2, 2, 1] and len(set(player.rollout.seeds)) == 4
     assert all("remember" in prompt for batch in player.rollout.asked for prompt in batch)
     assert [one.score for one in played] == [1.0, 1.0, 0.0] and [len(one.turns) for one in played] == [1, 3, 4]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, check_at_least, check_seed, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, check_at_least, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
 
 
@@ -41,7 +41,6 @@ def run(arguments: list[str]) -> int:
     check_at_least(1, command, "max_tokens", "candidates", "max_new_tokens")
     if not 0 < command.duplicates <= 1:
         raise InputError(f"duplicates={command.duplicates} must be a number above 0 up to 1")
-    check_seed(command.seed)
     from functools import partial
 
     from opcd_fast.contexts import ExperienceFolder, Player, accumulate, without_similar

@@ -17,7 +17,7 @@ from opcd_fast.training.settings import refuse_gone, settings_of
 
 
 def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
-    """Arguments to a command's dataclass. Raises InputError with tyro's complaint in one line."""
+    """Arguments to a command's dataclass. Raises InputError with tyro's complaint in one line, or for a bad seed."""
     import tyro
 
     refuse_gone({word[2:].partition("=")[0].replace("-", "_"): None for word in arguments if word[:2] == "--"})
@@ -25,13 +25,18 @@ def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(flat, prog=f"opcd {name}", args=arguments, **settings)
+            command = tyro.cli(flat, prog=f"opcd {name}", args=arguments, **settings)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         # tyro's boxes: drawn characters, or rules of dashes where the terminal is not UTF-8.
         words = re.sub(r"[╭╮╰╯│─]+|(?<!\S)-{3,}(?!\S)", " ", complaint.getvalue()).split("For full helptext")[0]
-        raise InputError(f"{name}: {' '.join(words.split())}; see `opcd {name} --help`") from stop
+        words = re.sub(r".*Error parsing \w+: ", "", " ".join(words.split()))  # a dataclass's own complaint
+        raise InputError(f"{name}: {words}; see `opcd {name} --help`") from stop
+    seed = getattr(command, "seed", 0)
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed} must be a whole number from 0 up to 2**63 - 1")
+    return command
 
 
 @cache
@@ -77,14 +82,23 @@ def check_at_least(least: int, command: Any, *names: str) -> None:
             raise InputError(f"{name}={value} must be at least {least}")
 
 
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed={seed} must be a whole number from 0 up to 2**63 - 1")
+def check_sampling(command: Any, *counts: str) -> None:
+    """Raises InputError for a temperature or top_p out of range, and for one of `counts` below 1."""
+    check_at_least(1, command, *counts)
+    if not 0 <= command.temperature < 100:  # refuses NaN too
+        raise InputError(f"temperature={command.temperature} must be a number from 0 up to 100")
+    if not 0 < command.top_p <= 1:
+        raise InputError(f"top_p={command.top_p} must be a number above 0 up to 1")
 
 
-def as_file(context: str | None) -> Path | None:
-    """On the command line a context is always a file: a mistyped name must not become the context's text."""
-    return None if context is None else Path(context)
+def context_in(file: str | None) -> Any:
+    """What the file of a context holds; None for none. Raises InputError.
+
+    On the command line a context is always a file: a mistyped name must not become the context's text.
+    """
+    from opcd_fast.data import read_context
+
+    return None if file is None else read_context(Path(file))
 
 
 def sampler(model: Any, tokenizer: Any, max_batch: int = 64, stop_tokens: Sequence[str] = ()) -> Any:

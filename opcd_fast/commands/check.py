@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from opcd_fast.commands.arguments import parse
+from opcd_fast.commands.arguments import context_in, parse
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,9 @@ class CheckCommand:
 
 def run(arguments: list[str]) -> int:
     command = parse(CheckCommand, "check", arguments)
-    from opcd_fast.data import read_context
     from opcd_fast.evaluation import check_run
 
-    findings = check_run(Path(command.run), read_context(Path(command.context)), command.model, command.rehash)
+    findings = check_run(Path(command.run), context_in(command.context), command.model, command.rehash)
     width = max(len(finding.part) for finding in findings)
     for finding in findings:
         print(f"{finding.part:<{width}}  {finding.state:<7}  {finding.detail}")

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import as_file, check_at_least, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_at_least, context_in, parse, quiet_libraries
 from opcd_fast.commands.train import TrainOptions, load_teacher, loading, prompts_or_task
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import launched
@@ -71,7 +71,6 @@ def compare(command: CompareCommand) -> dict[str, Any]:
         raise InputError("compare: it runs in one process, and was started in several; start it without a launcher")
     counts = ("seeds", "answers_per_prompt", "task_problems", "ability_problems", "ability_tokens")
     check_at_least(1, command, *counts)
-    from opcd_fast.data import read_context
     from opcd_fast.evaluation import where_it_ran
     from opcd_fast.evaluation.compare import (
         Comparison,
@@ -89,13 +88,13 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     quiet_libraries()
     check_common(config)
     systems = parse_systems(command.systems)
+    context, prompts = context_in(command.context), prompts_or_task(command, config)
     for system in systems:
-        system.config(config, config.seed, config.output_dir, resume=False)  # contradictions are errors now
-        read_context(as_file(command.context if system.context is None else system.context))  # type: ignore[arg-type]
-    prompts = prompts_or_task(command, config)
-    for system in systems if command.task is not None else ():
+        own = system.config(config, config.seed, config.output_dir, resume=False)  # contradictions are errors now
+        context_in(system.context)
         try:
-            check_goes_with_task(system.config(config, config.seed, config.output_dir, resume=False))
+            if command.task is not None:
+                check_goes_with_task(own)
         except InputError as error:
             raise InputError(f"systems: {system.label!r} does not go with a task: {error}") from error
     tokenizer = load_tokenizer(command.model)
@@ -110,7 +109,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
         f"{command.model} {command.teacher_model or ''}".strip(),
         tokenizer,
         None if command.teacher_model is None else load_tokenizer(command.teacher_model),
-        read_context(as_file(command.context)),  # type: ignore[arg-type]
+        context,
         prompts,
         held_out,
         config,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, check_at_least, check_seed, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, check_at_least, context_in, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
 
 
@@ -61,14 +61,13 @@ def run(arguments: list[str]) -> int:
         check_at_least(least, command, *names)
     if not 0 < command.temperature < 100 or not 0 <= command.max_kl < float("inf"):
         raise InputError("temperature must be above 0 and below 100, max_kl 0 or more")
-    check_seed(command.seed)
     from opcd_fast.contexts import Candidate, Player, cut_candidates, rank, written_candidates
-    from opcd_fast.data import adapt_to_tokenizer, read_context, read_prompts
+    from opcd_fast.data import adapt_to_tokenizer, read_prompts
     from opcd_fast.models import load_model, load_tokenizer
 
     quiet_libraries()
-    full = read_context(Path(command.context))
-    own = [Candidate(read_context(Path(name)), f"file {name}") for name in command.candidates]
+    full = context_in(command.context)
+    own = [Candidate(context_in(name), f"file {name}") for name in command.candidates]
     prompts = read_prompts(command.prompts)[: command.max_prompts]
     tokenizer = load_tokenizer(command.model)
     prompts = adapt_to_tokenizer(tokenizer, prompts)
@@ -123,9 +122,7 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
         (folder / old).unlink(missing_ok=True)
     good = [one for one in ranked if one.kl <= command.max_kl and 0 < one.tokens < most]
     if not good:
-        print(
-            f"no shorter candidate has a KL of at most {command.max_kl}; raise max_kl, or `opcd train` with it"
-        )
+        print(f"no shorter candidate has a KL of at most {command.max_kl}; raise max_kl, or `opcd train` with it")
         return
     context = good[0].candidate.context
     is_text = isinstance(context, str)

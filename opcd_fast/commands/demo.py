@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from opcd_fast.commands.arguments import check_at_least, check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_at_least, parse, quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class DemoCommand:
 def run(arguments: list[str]) -> int:
     command = parse(DemoCommand, "demo", arguments)
     check_at_least(1, command, "steps", "samples")
-    check_seed(command.seed)
     import matplotlib  # noqa: F401  the plot comes last: minutes too late to learn that it cannot be drawn
 
     from opcd_fast.evaluation import run_demo

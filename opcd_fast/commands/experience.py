@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, check_at_least, check_seed, quiet_libraries, sampler
-from opcd_fast.errors import InputError
+from opcd_fast.commands.arguments import ComputeOptions, check_sampling, quiet_libraries, sampler
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,13 @@ class PlayOptions(ComputeOptions):
     """Fixes problems and samples."""
 
 
-def check(options: PlayOptions) -> None:
-    """Raises InputError for numbers out of range, before anything is loaded."""
-    check_at_least(1, options, "problems", "max_new_tokens", "rollout_batch")
-    if not 0 <= options.temperature < 100:
-        raise InputError(f"temperature={options.temperature} must be a number from 0 up to 100")
-    if not 0 < options.top_p <= 1:
-        raise InputError(f"top_p={options.top_p} must be a number above 0 up to 1")
-    check_seed(options.seed)
-
-
 def begin(options: PlayOptions, step: str) -> tuple[Any, Any, Any]:
     """The folder, which remembers what decides the step's results; the task; and the model, ready to answer.
 
-    Raises InputError for a task, file or option that is not there, or results of other settings in the folder.
+    Raises InputError for numbers out of range, a task, file or option that is not there, or results of other settings
+    in the folder.
     """
+    check_sampling(options, "problems", "max_new_tokens", "rollout_batch")
     from opcd_fast.contexts import ExperienceFolder, Player
     from opcd_fast.data.tasks import load_task, options_of
     from opcd_fast.models import load_model, load_tokenizer

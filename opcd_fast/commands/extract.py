@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opcd_fast.commands.arguments import check_at_least, parse
-from opcd_fast.commands.experience import PlayOptions, begin, check
+from opcd_fast.commands.experience import PlayOptions, begin
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class ExtractCommand(PlayOptions):
 
 def run(arguments: list[str]) -> int:
     command = parse(ExtractCommand, "extract", arguments)
-    check(command)
     check_at_least(1, command, "repeats", "lessons")
     from opcd_fast.contexts import extract, lessons_of_notes
     from opcd_fast.data import read_text

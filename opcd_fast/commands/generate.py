@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 
-from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, check_sampling, context_in, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
 
 
 @dataclass(frozen=True)
-class GenerateCommand:
+class GenerateCommand(ComputeOptions):
     """Print a model's answer to a prompt, or to each prompt of a file.
 
     Of a file: one line of JSON per prompt, with "prompt" (the row's text or messages), "answer", and "finished" (false:
@@ -42,32 +41,20 @@ class GenerateCommand:
     """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'."""
     seed: int = 0
     """Fixes the samples."""
-    dtype: str = "auto"
-    """"auto" | "float32" | "bfloat16"."""
-    device: str = "auto"
-    """"auto" | "cpu" | "cuda" | "cuda:N"."""
 
 
 def run(arguments: list[str]) -> int:
     command = parse(GenerateCommand, "generate", arguments)
     if (command.prompt is None) == (command.prompts is None):
         raise InputError("give either a prompt (--prompt TEXT) or a file of them (--prompts FILE)")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(command, name) < 1:
-            raise InputError(f"{name}={getattr(command, name)} must be at least 1")
-    if not 0 <= command.temperature < math.inf:  # refuses NaN too
-        raise InputError(f"temperature={command.temperature} must be a number, 0 or more")
-    if not 0 < command.top_p <= 1:
-        raise InputError(f"top_p={command.top_p} must be a number above 0 up to 1")
-    check_seed(command.seed)
+    check_sampling(command, "max_new_tokens", "batch_size")
     variables = OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables()
-    from opcd_fast.data import adapt_to_tokenizer, read_context, read_prompts, teacher_ids
+    from opcd_fast.data import adapt_to_tokenizer, read_prompts, teacher_ids
     from opcd_fast.models import load_model, load_tokenizer, seam
     from opcd_fast.training.step import check_prompt_length
 
     quiet_libraries()
-    file = as_file(command.context)
-    context = None if file is None else read_context(file)
+    context = context_in(command.context)
     tokenizer = load_tokenizer(command.model)
     read = read_prompts([command.prompt], "prompt") if command.prompt is not None else read_prompts(command.prompts)
     ids = []

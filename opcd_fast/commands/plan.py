@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
-from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_at_least, context_in, parse, quiet_libraries
 from opcd_fast.commands.train import TrainOptions, prompts_or_task, read_defaults
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
@@ -51,26 +52,45 @@ class PlanCommand:
 def run(arguments: list[str]) -> int:
     command, config = plan_command(arguments)
     quiet_libraries()
-    from opcd_fast.planning import as_json, asked_job, model_config, plan_run, show
+    from opcd_fast.planning import as_json, model_config, plan_run, show
 
     student = model_config(command.model)
     teacher = None if command.teacher_model is None else model_config(command.teacher_model)
-    without = not (command.prompts or command.task or command.task_options)
-    job = asked_job(
-        config,
-        command.model,
-        context=as_file(command.context),
-        context_tokens=command.context_tokens,
-        prompts=None if without else prompts_or_task(command, config),
-        prompt_tokens=command.prompt_tokens,
-        eval_prompts=command.eval_prompts,
-    )
-    plan = plan_run(config, job, student, teacher, gpu=command.gpu, search=command.search)
+    plan = plan_run(config, _job(command, config), student, teacher, gpu=command.gpu, search=command.search)
     if command.json:
         print(json.dumps(as_json(plan), indent=1))
     else:
         show(plan)
     return 0 if plan.found.fits else 1
+
+
+def _job(command: PlanCommand, config: OPCDConfig) -> Any:
+    """From files and a task, read with the model's tokenizer, or from numbers of tokens."""
+    from opcd_fast.models import load_tokenizer
+    from opcd_fast.planning.rehearsal import Job, job_of
+    from opcd_fast.training.answers import read_training_prompts
+
+    prompts: Any = None
+    if command.prompts or command.task or command.task_options:
+        prompts = prompts_or_task(command, config)
+    tokens = command.context_tokens
+    if (command.context and tokens is not None) or (command.context is tokens is prompts is None):
+        raise InputError(
+            "plan: give context, a file, or context_tokens, a number; one of them, or neither where every row of "
+            "prompts has a privileged_context"
+        )
+    check_at_least(1, command, "context_tokens", "prompt_tokens")
+    if tokens is not None:
+        if prompts is not None or command.eval_prompts is not None:
+            raise InputError(
+                "plan: prompts and tasks are rendered with their context; give context, the file, in place of its "
+                "tokens"
+            )
+        return Job((tokens,), ((command.prompt_tokens, command.prompt_tokens, 0),))
+    tokenizer = load_tokenizer(command.model)
+    prompts = ["word " * command.prompt_tokens] if prompts is None else prompts
+    context = context_in(command.context)
+    return job_of(read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config), config)
 
 
 def plan_command(arguments: list[str]) -> tuple[PlanCommand, OPCDConfig]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from opcd_fast.commands.arguments import as_file, check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import ComputeOptions, context_in, parse, quiet_libraries, sampler
+from opcd_fast.data import Candidate, Selection
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
 
-GENERAL_SHARE = 0.2
+say = partial(print, flush=True)
 
 
-@dataclass(frozen=True)
-class PromptsCommand:
+@dataclass(frozen=True, kw_only=True)
+class PromptsCommand(Selection, ComputeOptions):
     """Make files of training and held-out prompts for a context.
 
     Sources, which may be combined: a model is asked what users would ask (--ask N), logs of past chats (--logs), a
@@ -43,62 +46,96 @@ class PromptsCommand:
     general: str | None = None
     """Prompts to mix into the training ones as a guard against forgetting: a file, or "builtin" (a hundred). Their
     teacher sees no context, so that the student stays what it was there."""
-    general_share: float | None = None
-    """Share of general prompts among the training prompts; default 0.2."""
-    held_out: float = 0.1
-    """Share of the prompts that is kept for evaluation; 0: none."""
-    similarity: float = 0.7
-    """From this similarity on the later of two prompts is dropped; 1: only equal ones (case and punctuation aside)."""
-    min_characters: int = 3
-    """Shorter prompts are dropped."""
-    max_characters: int = 8000
-    """Longer prompts are dropped."""
-    max_tokens: int | None = None
-    """Longer prompts are dropped; needs --model."""
-    max_prompts: int | None = None
-    """Use so many at most, drawn at random; default: all."""
     temperature: float = 0.8
     """Sampling temperature of the asked model."""
     chat_template_kwargs: str | None = None
     """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'."""
     overwrite: bool = False
     """Replace earlier prompts in the output folder."""
-    seed: int = 0
-    """Fixes questions, split and mixture."""
-    dtype: str = "auto"
-    """"auto" | "float32" | "bfloat16"."""
-    device: str = "auto"
-    """"auto" | "cpu" | "cuda" | "cuda:N"."""
 
 
 def run(arguments: list[str]) -> int:
     command = parse(PromptsCommand, "prompts", arguments)
     _check(command)
-    from opcd_fast.contexts import make_prompts
-    from opcd_fast.data import Selection, read_context
+    from opcd_fast.data import (
+        adapt_to_tokenizer,
+        check_folder,
+        from_data,
+        from_logs,
+        general_prompts,
+        select,
+        student_ids,
+        summary,
+        write,
+    )
+    from opcd_fast.models import load_tokenizer
 
-    names = ("held_out", "similarity", "min_characters", "max_characters", "max_tokens", "max_prompts", "seed")
-    share = GENERAL_SHARE if command.general_share is None else command.general_share
-    selection = Selection(general_share=share, **{name: getattr(command, name) for name in names})
-    file = as_file(command.context)
+    folder = Path(command.output_dir)
+    variables = OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables()
+    # Small files first: a wrong name must not cost the loading of a model.
+    context = context_in(command.context)
+    check_folder(folder, command.overwrite)
+    candidates: list[Candidate] = []
+    if command.logs is not None:
+        candidates, empty = from_logs(command.logs, command.turns, command.keep_system)
+        say(f"logs: {len(candidates)} prompts" + (f"; {empty} chats without a user's message" if empty else ""))
+    if command.data is not None:
+        rows = from_data(command.data, command.column)
+        say(f"data: {len(rows)} prompts")
+        candidates += rows
+    general = general_prompts(None if command.general == "builtin" else command.general) if command.general else []
+    count_tokens = None
     if command.model is not None:
         quiet_libraries()
-    passed = ("model", "logs", "turns", "keep_system", "data", "column", "general", "temperature", "dtype", "device")
-    make_prompts(
-        Path(command.output_dir),
-        selection,
-        context=None if file is None else read_context(file),
-        ask_for=command.ask,
-        variables=OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables(),
-        overwrite=command.overwrite,
-        told=partial(print, flush=True),
-        **{name: getattr(command, name) for name in passed},
-    )
+        tokenizer = load_tokenizer(command.model)
+
+        def count_tokens(candidate: Candidate) -> int:
+            (prompt,) = adapt_to_tokenizer(tokenizer, [candidate.prompt])
+            return len(student_ids(tokenizer, prompt, variables))
+
+        if command.ask is not None:
+            candidates += _asked(command, command.model, command.ask, tokenizer, context, variables)
+    chat = [] if context is None or isinstance(context, str) else context
+    shown = [message["content"] for message in chat if message["role"] == "user"]
+    chosen = select(candidates, general, command, shown=shown, count_tokens=count_tokens)
+    report = summary(chosen, count_tokens)
+    write(folder, chosen, report)
+    _tell(report, folder)
     return 0
 
 
+def _asked(
+    command: PromptsCommand, name: str, count: int, tokenizer: Any, context: Any, variables: dict[str, Any]
+) -> list[Candidate]:
+    from opcd_fast.contexts import ask
+    from opcd_fast.models import load_model, seam
+
+    model = load_model(name, dtype=command.dtype, device=command.device)
+    found = ask(
+        sampler(model, tokenizer), tokenizer, context, count, similarity=command.similarity,
+        temperature=command.temperature, seed=command.seed, template_kwargs=variables,
+        window=seam.longest_input(seam.body_of(model)),
+        report=lambda found, requests: say(f"asked {requests} times: {found} of {count} different prompts"),
+    )  # fmt: skip
+    if len(found) < count:
+        say(f"the model repeats itself: {len(found)} different prompts; a larger one, or --temperature, gives more")
+    return found
+
+
+def _tell(report: dict[str, Any], folder: Path) -> None:
+    kind = "tokens" if "median_tokens" in report else "words"
+    say(f"{report['train']} training and {report['held_out']} held-out prompts in {str(folder)!r}")
+    if report["general_wanted"]:
+        short = report["general_wanted"] - report["general"]
+        more = f"; {short} more were wanted, give a larger file" if short > 0 else ""
+        say(f"{report['general']} general prompts mixed in{more}")
+    if report["dropped"]:
+        say("dropped: " + ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()))
+    say(f"median length: {report[f'median_{kind}']:g} {kind}")
+    say(f"from: {json.dumps(report['sources'], ensure_ascii=False)}")
+
+
 def _check(command: PromptsCommand) -> None:
-    check_seed(command.seed)
     if command.ask is None and command.logs is None and command.data is None:
         raise InputError("no source: give --ask N (with --context and --model), --logs FILE or --data FILE")
     if command.ask is not None:
@@ -114,7 +151,7 @@ def _check(command: PromptsCommand) -> None:
         ("turns", "last", "logs"),
         ("keep_system", False, "logs"),
         ("column", None, "data"),
-        ("general_share", None, "general"),
+        ("general_share", 0.2, "general"),
         ("max_tokens", None, "model"),
         ("chat_template_kwargs", None, "model"),
         ("temperature", 0.8, "ask"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from opcd_fast.commands.arguments import check_at_least, check_seed, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_at_least, context_in, parse, quiet_libraries
 from opcd_fast.errors import InputError
 
 
@@ -62,12 +62,14 @@ def run(arguments: list[str]) -> int:
         check_at_least(least, command, name)
     if command.temperature is not None and not 0 < command.temperature < 100:
         raise InputError(f"temperature={command.temperature} must be above 0 and below 100")
-    check_seed(command.seed)
     folder = Path(command.run)
-    from opcd_fast.data import read_context, read_prompts
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from opcd_fast.data import read_prompts
     from opcd_fast.data.tasks import load_task
     from opcd_fast.evaluation import Abilities
-    from opcd_fast.evaluation.report import ReportOptions, by_function, by_pattern, measure, write_report
+    from opcd_fast.evaluation.report import ReportOptions, by_function, by_pattern, measure, readme, write_report
     from opcd_fast.training.run import read_record, run_settings
 
     settings, record = run_settings(folder), read_record(folder)
@@ -77,7 +79,7 @@ def run(arguments: list[str]) -> int:
     }
     passed = ("model", "max_prompts", "samples", "max_new_tokens", "temperature", "examples", "seed")
     options = ReportOptions(
-        context=None if command.context is None else read_context(Path(command.context)),
+        context=context_in(command.context),
         prompts=None if command.prompts is None else read_prompts(command.prompts, **columns),
         general=None if command.general is None else read_prompts(command.general, "general"),
         behaviours=[*map(by_pattern, command.regex), *map(by_function, command.scorer)],
@@ -92,35 +94,6 @@ def run(arguments: list[str]) -> int:
     card = measure(folder, options, told=lambda line: print(f"{line} ...", flush=True))
     context = record["context"] if record and record["context"] is not None else options.context
     written = write_report(folder, card, context)
-    _show(card)
+    Console().print(Markdown("".join(f"\n## {part}" for part in readme(card).split("\n## ")[1:-1])))  # not the hashes
     print(f"saved: {', '.join(map(str, written))} ({card['seconds']:.0f} s)")
     return 0
-
-
-def _show(card: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from opcd_fast.evaluation.report import beyond, distances_of, kl, missing_arms, rate, tokens
-
-    console = Console()
-    table = Table(title="KL to the teacher with the context, nats per token (95 % interval)")
-    for column in ("on", "before", "after", "gap closed"):
-        table.add_column(column)
-    for key, name in (("own", "the student's own answers"), ("fixed", "answers of base + context")):
-        found = card["kl"][key]
-        table.add_row(name, kl(found["before"]), kl(found["after"]), rate(found["gap_closed"]))
-    console.print(table)
-    arms = card["arms"]
-    table = Table(title="the arms", caption=missing_arms(card))
-    for column in ("", *arms):
-        table.add_column(column)
-    for score in card["scores"]:
-        table.add_row(score["name"].replace("[", "\\["), *(rate(score["arms"][arm]) for arm in arms))
-    for name, found in beyond(card):
-        table.add_row(name.replace("[", "\\["), *(rate(found[arm]) for arm in arms))
-    table.add_row("tokens per answer", *(tokens(found["length"]) for found in arms.values()))
-    console.print(table)
-    for name, found in distances_of(card):
-        console.print(f"{name}, {card['forgetting']['prompts']} unrelated prompts: {kl(found)}", highlight=False)
-    console.print(f"prompt tokens saved per call: {card['saved']['tokens']:.1f}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.commands.arguments import parse
-from opcd_fast.commands.experience import PlayOptions, begin, check
+from opcd_fast.commands.experience import PlayOptions, begin
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,6 @@ class SelectCommand(PlayOptions):
 
 def run(arguments: list[str]) -> int:
     command = parse(SelectCommand, "select", arguments)
-    check(command)
     from opcd_fast.contexts import select
 
     folder, task, player = begin(command, "select")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import as_file, parse, quiet_libraries
+from opcd_fast.commands.arguments import context_in, parse, quiet_libraries
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import launched_rank
 from opcd_fast.training.settings import OPCDConfig, check_names, group_of, option_names, read_yaml, typed_values
@@ -52,7 +53,7 @@ class TrainCommand:
 
 def run(arguments: list[str]) -> int:
     command, config = train_command(arguments)
-    from opcd_fast.data import read_context, read_prompts
+    from opcd_fast.data import read_prompts
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.training import OPCDTrainer
     from opcd_fast.training.engines import join
@@ -61,9 +62,7 @@ def run(arguments: list[str]) -> int:
     quiet_libraries()
     join(config.device)
     # Small files first: a wrong name must not cost the loading of a model.
-    context = as_file(command.context)
-    if context is not None:
-        read_context(context)
+    context_in(command.context)
     prompts = prompts_or_task(command, config)
     general = sum(prompt.privileged_context == "" for prompt in prompts) if isinstance(prompts, list) else 0
     if general and not launched_rank():
@@ -97,7 +96,7 @@ def run(arguments: list[str]) -> int:
     trainer = OPCDTrainer(
         model,
         tokenizer,
-        context,
+        None if command.context is None else Path(command.context),
         [*prompts, *replayed] if replayed else prompts,
         config,
         teacher_model=teacher,

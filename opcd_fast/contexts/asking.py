@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opcd_fast.contexts.player import Player
-from opcd_fast.data import Candidate, Context, Message, Prompt, repeats
+from opcd_fast.data import Candidate, Context, Message, Prompt, repeats, transcript
 from opcd_fast.data.tasks import as_user, final_part
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Rollout
@@ -70,21 +70,23 @@ def ask(
     *,
     similarity: float = 0.7,
     temperature: float = 0.8,
-    top_p: float = 0.95,
     seed: int = 0,
     template_kwargs: Mapping[str, Any] | None = None,
+    window: int | None = None,
     report: Callable[[int, int], None] = lambda found, requests: None,
 ) -> list[Candidate]:
     """At most `count` different prompts for an assistant with this context; fewer when the model repeats itself.
 
     The same seed gives the same prompts. `report(found, requests)` is called after every round of 8 requests.
-    Raises InputError: a tokenizer without chat template, or a model none of whose answers could be used.
+    window: longest input of the model, in tokens; None: no limit.
+    Raises InputError: a tokenizer without chat template, a context too long for the window, or a model none of whose
+    answers could be used.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("asking for prompts needs a model with a chat template; give --logs or --data instead")
     examples = [text for *_, texts in EXAMPLES for text in texts]
     found: list[Candidate] = []
-    player = Player(rollout, tokenizer, ANSWER_TOKENS, temperature, top_p, template_kwargs)
+    player = Player(rollout, tokenizer, ANSWER_TOKENS, temperature, 0.95, template_kwargs, window)
     rounds = 2 + 4 * -(-count // (REQUESTS * PER_REQUEST))  # a quarter of the lines is enough
     for number in range(rounds):
         users = [USERS[(number * REQUESTS + place) % len(USERS)] for place in range(REQUESTS)]
@@ -141,13 +143,6 @@ def listed(text: str, finished: bool = True) -> list[str]:
 def _question(context: Context, users: str) -> str:
     head = "" if isinstance(context, str) else "It has answered like this:\n"
     return (
-        f"The instruction of an assistant:\n\n{head}{as_text(context)}\n\n"
+        f"The instruction of an assistant:\n\n{head}{transcript(context)}\n\n"
         f"Write {PER_REQUEST} messages that different users send to this assistant, one per line, numbered. {users}"
     )
-
-
-def as_text(context: Context) -> str:
-    """A context as a text to be shown to a model."""
-    if isinstance(context, str):
-        return context
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in context)

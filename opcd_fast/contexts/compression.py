@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.contexts.asking import as_text
-from opcd_fast.data import Context, Message, Prompt, teacher_ids
+from opcd_fast.data import Context, Message, Prompt, teacher_ids, transcript
 from opcd_fast.data.tasks import as_user, final_part
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation import MICRO_BATCH_TOKENS, Reader, Reading, distances
@@ -66,7 +65,7 @@ def written_candidates(
 
     answers: texts to questions, as `Player.answers`.
     """
-    text = as_text(context)
+    text = transcript(context)
     words = len(text.split())
     asked = [(share, style) for share in SHARES for style in STYLES for _ in range(copies)]
     questions = [
@@ -156,9 +155,7 @@ def plot_ranked(path: Path, ranked: Sequence[Ranked]) -> None:
         axes.errorbar(tokens, kl, yerr=errors, fmt="o", ms=3, lw=0.8, alpha=0.5, color="grey")
         front = [one for one in ranked if one.front]
         axes.plot([one.tokens for one in front], [one.kl for one in front], marker="o", lw=1.5, label="best so far")
-        axes.set(
-            xlabel="tokens of the context", ylabel="KL(full context || candidate), nats per token", ylim=(0, None)
-        )
+        axes.set(xlabel="tokens of the context", ylabel="KL(full context || candidate), nats per token", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
 

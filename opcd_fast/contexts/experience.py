@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def extract(
         played = player.play(task, [episode for _, episode in part], own)
         texts = player.answers([ask_for_lessons(one, most, known) for one in played], stream_seed(own, "lessons", 0))
         records = [
-            {"repeat": repeat, **one.as_json(), "written": text, "lessons": lessons_in(text, most)}
+            {"repeat": repeat, **asdict(one), "written": text, "lessons": lessons_in(text, most)}
             for (repeat, _), one, text in zip(part, played, texts, strict=True)
         ]
         folder.append(records)

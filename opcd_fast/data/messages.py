@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -56,6 +56,15 @@ def checked_messages(value: Any, where: str) -> list[Message]:
         check_text(content or "", f"{where}: message {index}")
         messages.append({key: item for key, item in message.items() if item is not None or key == "content"})
     return messages
+
+
+def transcript(context: Context | Sequence[Message]) -> str:
+    """A context or a chat as text; a single message is its text alone."""
+    if isinstance(context, str):
+        return context
+    if len(context) == 1:
+        return context[0].get("content") or ""
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in context)
 
 
 def check_text(text: str, where: str) -> None:

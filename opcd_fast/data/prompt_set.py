@@ -24,18 +24,21 @@ class Selection:
     """What of the candidates is used, and how."""
 
     held_out: float = 0.1
-    """Share of the prompts that is kept for evaluation."""
+    """Share of the prompts that is kept for evaluation; 0: none."""
     general_share: float = 0.2
     """Share of general prompts among the training prompts."""
     similarity: float = 0.7
     """From this Jaccard similarity of character 4-grams on, the later of two prompts is dropped; 1: only the same."""
     min_characters: int = 3
+    """Shorter prompts are dropped."""
     max_characters: int = 8000
+    """Longer prompts are dropped."""
     max_tokens: int | None = None
-    """Longest prompt in tokens, as the student will see it."""
+    """Prompts of more tokens, as the student will see them, are dropped; needs a model."""
     max_prompts: int | None = None
-    """Prompts used, training and held-out together, without the general ones; None: all."""
+    """Use so many at most, drawn at random, the general ones not counted; None: all."""
     seed: int = 0
+    """Fixes questions, split and mixture."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("held_out", 0, 0.9), ("general_share", 0, 0.9), ("similarity", 0.1, 1)):

@@ -140,7 +140,7 @@ def _csv_rows(text: str, where: str) -> list[Row]:
 def _parquet_rows(path: Path, where: str) -> list[Row]:
     if not path.is_file():
         raise InputError(f"{where} does not exist")
-    parquet = _package("pyarrow.parquet", "parquet files")
+    parquet = require("pyarrow.parquet", "reading parquet files", "data")
     try:
         rows = parquet.ParquetFile(path).read().to_pylist()
     except Exception as error:  # pyarrow's own, and OSError
@@ -151,7 +151,7 @@ def _parquet_rows(path: Path, where: str) -> list[Row]:
 def _folder_rows(path: Path, name: str, columns: Sequence[str] | None) -> list[Row]:
     where = f"{name} folder {str(path)!r}"
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        datasets = _package("datasets", "folders of Hugging Face datasets")
+        datasets = require("datasets", "reading a folder of a data set", "data")
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:
@@ -206,9 +206,10 @@ def _parsed_cells(row: dict[str, Any], where: str) -> dict[str, Any]:
     return row
 
 
-def _package(module: str, what: str) -> Any:
+def require(module: str, what: str, extra: str) -> Any:
+    """The module. Raises InputError where its package, or one that it needs, is missing: `extra` brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise InputError(f"reading {what} needs the package {package!r}: pip install 'opcd-fast[data]'") from error
+        package = (error.name or module).partition(".")[0]
+        raise InputError(f"{what} needs the package {package!r}: pip install 'opcd-fast[{extra}]'") from error

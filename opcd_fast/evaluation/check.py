@@ -25,6 +25,7 @@ from opcd_fast.training.run import (
 )
 
 CARD = "opcd_card.json"
+WEIGHTS = ("config.json", "adapter_config.json")  # a folder with one of them holds weights
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _files(part: str, before: Files, place: Place | None, read: Callable[[Place]
 
 def _weights(card: Mapping[str, Any], record: Mapping[str, Any] | None, run: Path, hashes: FileHashes) -> list[Finding]:
     """The card measured one set of weights; these may have been trained since."""
-    folder = next((f for f in (run / "final", run) if (f / "config.json").is_file() or _has_adapter(f)), None)
+    folder = next((f for f in (run / "final", run) if any((f / name).is_file() for name in WEIGHTS)), None)
     if folder is None:
         return []
     changes = differing(card["hashes"]["weights"], weight_files(Place(folder), hashes))
@@ -132,7 +133,3 @@ def _weights(card: Mapping[str, Any], record: Mapping[str, Any] | None, run: Pat
         remedy = "measure again: `opcd report RUN`"
         return [Finding("weights", "changed", f"the card is about others: {', '.join(changes) or 'a new run'}", remedy)]
     return [Finding("weights", "same", "those that the card measured")]
-
-
-def _has_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()

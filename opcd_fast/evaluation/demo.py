@@ -7,7 +7,6 @@ ones, and every rate comes from sampled answers.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -170,8 +169,6 @@ def _show(report: dict[str, Any], questions: list[str], answers: dict[str, list[
         console.print("The context is in the weights: the student answers in the form without being shown it.")
     else:
         console.print("The form did NOT move in as it should (base + context and student >= 90 %, base <= 10 %).")
-    with contextlib.suppress(OSError):
-        console.file.flush()
 
 
 def _check_room(root: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import platform
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -90,7 +89,3 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "present, version unknown"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(describe())

@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opcd_fast.data import Context, Message, Prompt, adapt_to_tokenizer, student_ids, teacher_ids
-from opcd_fast.data.tasks import load_task, play_with
+from opcd_fast.data import SYSTEM_ROLES, Context, Message, Prompt, adapt_to_tokenizer, student_ids, teacher_ids
+from opcd_fast.data.tasks import Episode, Played, Task, load_task, play_with
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Completion
 from opcd_fast.runtime import stream_seed
 from opcd_fast.training.step import check_prompt_length
 
-SYSTEM_ROLES = ("system", "developer")
 # Turns, because a small model follows them where it does not follow a sentence; capital letters, because they go with
 # whatever else a context asks for.
 OTHER_CONTEXT: tuple[Message, ...] = (
@@ -77,17 +76,22 @@ class Arm:
             return student_ids(self.tokenizer, prompt, self.variables)
         return teacher_ids(self.tokenizer, prompt, own, self.variables)
 
+    def play(self, task: Task, episodes: Sequence[Episode], *, seed: int = 0, **sampling: Any) -> list[Played]:
+        """Episodes of `task` to their end; each turn is one batch of all that go on."""
+
+        def answer(chats: Sequence[list[Message]], turn: int) -> list[Completion]:
+            prompts = [Prompt(tuple(chat)) for chat in chats]
+            return self.answers(prompts, **sampling, seed=stream_seed(seed, "turn", turn))
+
+        return play_with(episodes, answer, self.tokenizer, task.max_turns)
+
     def plays(self, abilities: Abilities) -> dict[str, list[float]]:
         """Score of each problem, from 0 to 1, the same problems for every arm."""
         found = {}
         for name in abilities.names:
             task = load_task(name)
-
-            def answer(chats: Sequence[list[Message]], turn: int) -> list[Completion]:
-                prompts = [Prompt(tuple(chat)) for chat in chats]
-                return self.answers(prompts, max_new_tokens=abilities.tokens, temperature=0.0)
-
-            played = play_with(task.episodes("test", abilities.problems), answer, self.tokenizer, task.max_turns)
+            problems = task.episodes("test", abilities.problems)
+            played = self.play(task, problems, max_new_tokens=abilities.tokens, temperature=0.0)
             found[name] = [episode.score for episode in played]
         return found
 

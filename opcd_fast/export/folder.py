@@ -199,9 +199,7 @@ def base_for_others(source: Source) -> str:
     return str(Path(place).resolve()) if Path(place).is_dir() else place
 
 
-def _compared(
-    folder: Path, source: Source, options: ExportOptions, asked: Probe, dtype: torch.dtype
-) -> LogitError:
+def _compared(folder: Path, source: Source, options: ExportOptions, asked: Probe, dtype: torch.dtype) -> LogitError:
     """What lies in `folder`, loaded as a user would, against the trained model. Raises InputError when it differs."""
     if source.is_adapter and not options.merged:
         again = load_source(Source(folder, source.base, source.settings), options.device, unpack=False)

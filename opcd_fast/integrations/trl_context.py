@@ -13,7 +13,6 @@ from torch import Tensor
 from opcd_fast.data import (
     Message,
     Prompt,
-    RenderedPrompt,
     Sample,
     pack,
     read_context,
@@ -116,8 +115,11 @@ class ContextDistillationTrainer(DistillationTrainer):
                 index = row.context_index
                 own = self._context if prompt.privileged_context is None else prompt.privileged_context
                 self._prefixes[json.dumps(own)] = index, prefixes[index]
-        self._check_lengths(rendered, prefixes)
         teacher = self.accelerator.unwrap_model(self.model if self.teacher_model is None else self.teacher_model)
+        windows = Windows.of(self.accelerator.unwrap_model(self.model), teacher)
+        for rows in rendered:
+            # Without a limit an answer ends at the window; then a prompt must leave room for one token.
+            check_lengths(rows, prefixes, self.max_completion_length or 1, windows)
         self.context_teacher = ContextTeacher(
             teacher, [torch.tensor(prefix, dtype=torch.int64) for prefix in prefixes], path=teacher_path,
             adapter="disabled" if self.teacher_model is None else "active",
@@ -144,13 +146,6 @@ class ContextDistillationTrainer(DistillationTrainer):
             columns = [column for column in ("prompt", "privileged_context") if column in rows.column_names]
             groups.append([_prompt(row, f"{name}[{i}]") for i, row in enumerate(rows.select_columns(columns))])
         return groups
-
-    def _check_lengths(self, rendered: list[tuple[RenderedPrompt, ...]], prefixes: Any) -> None:
-        models: list[Any] = [self.model, self.model if self.teacher_model is None else self.teacher_model]
-        windows = Windows.of(*map(self.accelerator.unwrap_model, models))
-        for rows in rendered:
-            # Without a limit an answer ends at the window; then a prompt must leave room for one token.
-            check_lengths(rows, prefixes, self.max_completion_length or 1, windows)
 
     # ---------------------------------------------------------------------------------------------- one batch
 

@@ -8,11 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from types import MethodType
 from typing import Any
 
-from opcd_fast.integrations.forward import Heads
+from opcd_fast.integrations.forward import Heads, refuse_settings
 from opcd_fast.integrations.trl_objectives import (
     Options,
     check_distillation,
-    check_gkd,
     check_sdft,
     distillation_loss,
     gkd_loss,
@@ -29,7 +28,7 @@ _KINDS: dict[tuple[str, str], tuple[Callable[[Any], None], dict[str, Callable[..
         check_distillation,
         {"_compute_loss": distillation_loss},
     ),
-    ("trl.experimental.gkd.gkd_trainer", "GKDTrainer"): (check_gkd, {"compute_loss": gkd_loss}),
+    ("trl.experimental.gkd.gkd_trainer", "GKDTrainer"): (refuse_settings, {"compute_loss": gkd_loss}),
     ("trl.experimental.sdft.sdft_trainer", "SDFTTrainer"): (
         check_sdft,
         {"compute_loss": sdft_loss, "_compute_rollout_logps": sdft_rollout_logps},

@@ -67,10 +67,6 @@ def distillation_loss(
 # ------------------------------------------------------------------------------------------------ GKDTrainer
 
 
-def check_gkd(trainer: Any) -> None:
-    refuse_settings(trainer)
-
-
 def gkd_loss(
     options: Options, trainer: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
     num_items_in_batch: Any = None,

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from opcd_fast.data import read_context
 from opcd_fast.errors import InputError
 from opcd_fast.loss import resolve_backend
-from opcd_fast.models import load_tokenizer, pick_dtype, resolve, seam
-from opcd_fast.planning.rehearsal import Job, Rehearsal, job_of, rehearse
+from opcd_fast.models import pick_dtype, resolve, seam
+from opcd_fast.planning.rehearsal import Job, Rehearsal, rehearse
 from opcd_fast.planning.search import Found, can_extrapolate, extrapolated, find
 from opcd_fast.rollout import MOST
 from opcd_fast.teacher import default_batch_bytes
-from opcd_fast.training.answers import read_training_prompts
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import Windows, check_length
 
@@ -43,6 +40,8 @@ def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
 
     Raises InputError for a memory that is no size, prompts that no window holds, and what `rehearse` refuses.
     """
+    from transformers import AutoModelForCausalLM
+
     on_cpu, available = config.device == "cpu", gpu_bytes(gpu)
     limit = int(available if on_cpu else (available - RESERVED) * USABLE)
     if limit <= 0:
@@ -57,7 +56,9 @@ def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
     device, settings = "cpu" if on_cpu else "cuda", config
     if config.teacher_batch_bytes is None:
         # Its default is a share of the weights: of all layers, also in a rehearsal of a few.
-        settings = replace(config, teacher_batch_bytes=default_batch_bytes(_body_of(teacher or student, dtype)))
+        with torch.device("meta"):
+            body = seam.body_of(AutoModelForCausalLM.from_config(teacher or student, dtype=dtype))
+        settings = replace(config, teacher_batch_bytes=default_batch_bytes(body))
 
     def whole(settings: OPCDConfig, layers: int | None = None) -> Rehearsal:
         backend = settings.loss_backend
@@ -87,36 +88,6 @@ def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
     return Plan(settings, find(whole, start, limit, device=device), available, limit)
 
 
-def asked_job(
-    config: OPCDConfig, model: str, *, context: Path | None, context_tokens: int | None, prompts: Any,
-    prompt_tokens: int, eval_prompts: str | None,
-) -> Job:  # fmt: skip
-    """From files and a task, read with the tokenizer of `model`, or from numbers of tokens.
-
-    prompts: as for `OPCDTrainer`, or None for one of `prompt_tokens`. Raises InputError for a context given twice or
-    not at all, and for numbers of tokens where text has to be rendered.
-    """
-    if (context is not None and context_tokens is not None) or (context is context_tokens is prompts is None):
-        raise InputError(
-            "plan: give context, a file, or context_tokens, a number; one of them, or neither where every row of "
-            "prompts has a privileged_context"
-        )
-    for name, value in (("context_tokens", context_tokens), ("prompt_tokens", prompt_tokens)):
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
-    if context_tokens is not None:
-        if prompts is not None or eval_prompts is not None:
-            raise InputError(
-                "plan: prompts and tasks are rendered with their context; give context, the file, in place of its "
-                "tokens"
-            )
-        return Job((context_tokens,), ((prompt_tokens, prompt_tokens, 0),))
-    tokenizer = load_tokenizer(model)
-    prompts = ["word " * prompt_tokens] if prompts is None else prompts
-    shown = None if context is None else read_context(context)
-    return job_of(read_training_prompts(prompts, eval_prompts, shown, tokenizer, config), config)
-
-
 def model_config(name: str) -> Any:
     """Of transformers, by folder, hub id or "smollm2"; no weights are read. Raises InputError."""
     from transformers import AutoConfig
@@ -133,11 +104,3 @@ def gpu_bytes(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise InputError(f"gpu={text!r} is no size of memory; write 24GB or 800MB")
     return int(float(match[1]) * (2**30 if match[2].upper() == "G" else 2**20))
-
-
-def _body_of(source: Any, dtype: torch.dtype) -> Any:
-    """Without data."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return seam.body_of(AutoModelForCausalLM.from_config(source, dtype=dtype))

@@ -11,8 +11,6 @@ from opcd_fast.training.settings import OPCDConfig
 NAMES = {
     "teacher weights": "teacher's weights",
     "teacher average": "teacher's average",
-    "merged copy": "merged copy",
-    "context KV": "context KV",
     "teacher": "teacher forward",
     "student": "student activations",
     "loss": "loss results",

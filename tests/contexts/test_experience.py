@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
@@ -19,7 +20,7 @@ from opcd_fast.contexts import (
     without_similar,
 )
 from opcd_fast.contexts.lessons import HEAD, as_notes, ask_for_lessons, lessons_in
-from opcd_fast.data.tasks import SPLITS, Played, Questions, Turn, load_task, play
+from opcd_fast.data.tasks import SPLITS, Played, Questions, Turn, load_task
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Completion
 
@@ -31,9 +32,10 @@ def scripted(answer):
 
     class Scripted:
         def __init__(self):
-            self.asked = []  # texts of prompts, a list a batch
+            self.asked, self.seeds = [], []  # texts of prompts, a list a batch
 
-        def generate(self, prompts, **_):
+        def generate(self, prompts, seed, **_):
+            self.seeds.append(seed)
             self.asked.append([TOKENIZER.decode(prompt) for prompt in prompts])
             return [Completion(tuple(TOKENIZER(answer(text)).input_ids), None, True) for text in self.asked[-1]]
 
@@ -214,11 +216,9 @@ def test_play_shows_the_context_and_asks_only_those_that_go_on():
             self.score = 1.0 if self.left == 0 else None
 
     player = scripted(lambda text: "x")
-    played = play(
-        [Counting(1), Counting(3), Counting(9)], player.rollout, TOKENIZER,
-        context="remember", max_turns=4, max_new_tokens=4, temperature=1.0,
-    )  # fmt: skip
-    assert [len(batch) for batch in player.rollout.asked] == [3, 2, 2, 1]
+    task = SimpleNamespace(max_turns=4)
+    played = player.play(task, [Counting(1), Counting(3), Counting(9)], 0, context="remember")
+    assert [len(batch) for batch in player.rollout.asked] == [3, 2, 2, 1] and len(set(player.rollout.seeds)) == 4
     assert all("remember" in prompt for batch in player.rollout.asked for prompt in batch)
     assert [one.score for one in played] == [1.0, 1.0, 0.0] and [len(one.turns) for one in played] == [1, 3, 4]
 

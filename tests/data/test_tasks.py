@@ -278,16 +278,15 @@ def test_yes_and_no(text, yes):
 
 
 def test_labels(tmp_path):
-    rows = [{"text": f"Is {n} even?", "safe": ["unsafe", "safe", 0, True][n % 4]} for n in range(20)]
-    path = write_rows(tmp_path / "l.jsonl", rows)
-    task = yes_no_file(path, prompt_column="text", label_column="safe")
+    rows = [{"prompt": f"Is {n} even?", "label": ["unsafe", "safe", 0, True][n % 4]} for n in range(20)]
+    task = yes_no_file(write_rows(tmp_path / "l.jsonl", rows))
     for episodes in all_episodes(task).values():
         for episode in episodes:
             number = int(episode.messages()[0]["content"].split()[1])
             episode.answer("yes" if number % 4 in (1, 3) else "no")
             assert episode.score == 1.0
     with pytest.raises(InputError, match="no column 'prompt'"):
-        yes_no_file(path)
+        yes_no_file(write_rows(tmp_path / "c.jsonl", [{"label": "yes"}]))
     with pytest.raises(InputError, match="must be yes or no"):
         yes_no_file(write_rows(tmp_path / "b.jsonl", [{"prompt": "?", "label": "perhaps"}]))
 

@@ -19,12 +19,7 @@ from opcd_fast.evaluation.report import ReportOptions, measure, write_report
 from opcd_fast.models import place_of
 from opcd_fast.training.run import FileHashes, template_hash, template_in
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("OPCD_CACHE", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model
 
 from opcd_fast.cli import main
 from opcd_fast.data import read_prompts
@@ -25,19 +25,14 @@ from opcd_fast.evaluation.compare.measurement import behaviour_of
 from opcd_fast.evaluation.compare.seeds import over_seeds, t_quantile
 from opcd_fast.evaluation.compare.systems import SYSTEMS
 from opcd_fast.evaluation.compare.table import interval
-from opcd_fast.rollout import Completion, TransformersRollout
-from opcd_fast.runtime import stream_seed, wilson
+from opcd_fast.rollout import Completion
+from opcd_fast.runtime import wilson
 from opcd_fast.training import HeldOutScore
 from opcd_fast.training.run import list_checkpoints
 from opcd_fast.training.settings import OPCDConfig
 
 CONTEXT = "always answer with zzz"
 HELD_OUT = [f"another {i}" for i in range(5)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 # --- intervals -----------------------------------------------------------------------------------------------
@@ -157,40 +152,6 @@ def test_all_runs_are_there_and_differ(done):
     for label, objective in (("opcd", "gated_kl"), ("off-policy", "forward_kl")):
         lines = (folder / label / "seed-1" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line).get("objective") for line in lines][1] == objective
-
-
-def test_measures_are_plain_forwards(done, tokenizer):
-    """fixed_kl and general_kl of one run, float64, from its adapter on disk."""
-    from peft import PeftModel
-
-    folder, found, _ = done
-    run = found["runs"]["off-policy"][1]
-    final = folder / "off-policy" / "seed-1" / "final"
-    student = PeftModel.from_pretrained(tiny_model(), final).double()
-    base = tiny_model(dtype=torch.float64)
-    kept = json.loads(next(folder.glob("baseline/*/fixed.json")).read_text())
-    context = tokenizer("<|system|>" + CONTEXT + "<|end|><|user|>").input_ids
-
-    def kl(prompt, shown, response):
-        p, q = (
-            (model(torch.tensor([[*ids, *response]])).logits[0, len(ids) - 1 : -1].detach() / 0.9).log_softmax(-1)
-            for model, ids in ((student, prompt), (base, shown))
-        )
-        return float((p.exp() * (p - q)).sum(-1).mean())
-
-    values = []
-    for sample in kept["samples"]:
-        text = tokenizer.decode(sample["student_prompt"]).removeprefix("<|user|>")
-        shown = [*context, *tokenizer(text).input_ids]
-        values.append(kl(sample["student_prompt"], shown, sample["response"]))
-    assert len(values) == 10
-    assert run["fixed_kl"] == pytest.approx(sum(values) / 10, rel=1e-3)
-
-    prompts = [tokenizer(f"<|user|>general {n}<|end|><|assistant|>").input_ids for n in ("one", "two")]
-    rollout = TransformersRollout(PeftModel.from_pretrained(tiny_model(), final), stop_token_ids=(256,))
-    answers = rollout.generate(prompts, max_new_tokens=6, temperature=0.9, seed=stream_seed(1, "compare general", 0))
-    by_hand = [kl(prompt, prompt, answer.token_ids) for prompt, answer in zip(prompts, answers)]
-    assert run["general_kl"] == pytest.approx(sum(by_hand) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("gone", [None, "float8_e4m3fn"])

@@ -1,14 +1,13 @@
 """What a context costs, in comparisons and reports: KLs against dense float64 ones, scores of answers drawn again."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from report_runs import CONTEXT, HELD_OUT, make_run, save_base
+from report_runs import CONTEXT, HELD_OUT, make_run
 from test_compare import comparison, has_a_vowel
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model
 
 from opcd_fast.cli import main
 from opcd_fast.data import read_prompts, student_ids, teacher_ids
@@ -23,16 +22,7 @@ from opcd_fast.runtime import stream_seed
 
 GENERAL = read_prompts(["general one", "general two"])
 SAMPLING = {"max_new_tokens": 6, "temperature": 0.9, "top_p": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("OPCD_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rollout(model):
@@ -139,15 +129,6 @@ def test_probes_are_of_the_arms_own_answers(compared, tokenizer, arm):
     assert numbers["abilities"]["arithmetic"] == {"score": 0.0, "scores": [0.0] * 5}
 
 
-def test_a_run_is_measured_again_from_its_checkpoint(compared, tokenizer, tmp_path):
-    folder, found = compared
-    shutil.copytree(folder, tmp_path / "copy")
-    (tmp_path / "copy" / "opcd" / "seed-0" / "measured.json").unlink()
-    again = run_all(asked(tokenizer, tmp_path / "copy"), lambda text: None)["runs"]["opcd"][0]
-    wanted = found["runs"]["opcd"][0]
-    assert {n: v for n, v in again.items() if n != "seconds"} == {n: v for n, v in wanted.items() if n != "seconds"}
-
-
 def test_results_with_other_abilities_are_not_mixed_in(compared, tokenizer):
     other = asked(tokenizer, compared[0])
     other = replace(other, yardstick=replace(other.yardstick, abilities=Abilities(("arithmetic",), 6, 4)))
@@ -194,11 +175,6 @@ def test_results_of_an_earlier_version_are_read(compared, which):
 
 
 # ------------------------------------------------------------------------------------------------ report
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 def measured(run, **options):
@@ -260,7 +236,8 @@ def test_the_reports_arms_answer_by_themselves(card, run, base, tokenizer):
     assert card["abilities"][0]["arms"][BASE]["n"] == 6 and list(card["other_context"]) == list(ARMS)
 
 
-def test_the_command_shows_them_all(run, capsys):
+def test_the_command_shows_them_all(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
     options = ["--abilities", "arithmetic", "--ability-problems", "3", "--ability-tokens", "2", "--regex", "a"]
     assert main(["report", str(run), *options]) == 0
     out = capsys.readouterr().out
@@ -270,10 +247,3 @@ def test_the_command_shows_them_all(run, capsys):
     for text in (page.replace("\\", "") for page in pages):
         assert "ability: arithmetic" in text and "obeys another context" in text and "second turn: a" in text
     assert json.loads((run / "opcd_card.json").read_text())["abilities"][0]["arms"][BASE]["n"] == 3
-
-
-@pytest.mark.parametrize("more", [["--abilities", "no-such"], ["--ability-problems", "1"], ["--ability-tokens", "0"]])
-def test_mistakes_are_one_line_before_anything_is_loaded(run, more, capsys, monkeypatch):
-    monkeypatch.setattr("opcd_fast.evaluation.report.measurement.load_run", lambda *a: pytest.fail("loaded"))
-    assert main(["report", str(run), *more]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -25,17 +25,7 @@ from opcd_fast.evaluation.report.scores import Behaviour
 from opcd_fast.models import load_model, load_tokenizer
 from opcd_fast.training.run import read_record, run_settings
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("OPCD_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 KINDS = {
     "lora": {"lora_rank": 4, "learning_rate": 1e-2},
     "full": {"lora_rank": 0, "learning_rate": 3e-3},
@@ -324,7 +314,8 @@ def test_what_gets_published_holds_no_context_and_no_answers(card, tmp_path):
     assert CONTEXT in (tmp_path / "report.html").read_text()
 
 
-def test_the_command_writes_all_files_and_says_so(lora_run, tmp_path, capsys):
+def test_the_command_writes_all_files_and_says_so(lora_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
     general = write_lines(tmp_path / "general.jsonl", [{"prompt": f"general {i}"} for i in range(3)])
     status = main(["report", str(lora_run), "--general", str(general), "--regex", "[a-z]", "^z", "--max-prompts", "3"])
     out = capsys.readouterr().out
@@ -351,7 +342,9 @@ def test_a_trained_prefix_is_reported_and_not_counted_as_prompt(base, tmp_path):
 
 
 @pytest.mark.parametrize("argument", [["--max-prompts", "1"], ["--samples", "0"], ["--temperature", "0"],
-                                      ["--task", "nothing"], ["--regex", "("], ["--scorer", "x"]])  # fmt: skip
+                                      ["--task", "nothing"], ["--regex", "("], ["--scorer", "x"],
+                                      ["--abilities", "no-such"], ["--ability-problems", "1"],
+                                      ["--ability-tokens", "0"]])  # fmt: skip
 def test_bad_arguments_are_one_line_before_anything_is_loaded(lora_run, argument, capsys, monkeypatch):
     monkeypatch.setattr("opcd_fast.evaluation.report.measurement.load_run", lambda *a: pytest.fail("loaded"))
     assert main(["report", str(lora_run), *argument]) == 2

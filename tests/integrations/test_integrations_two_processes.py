@@ -64,9 +64,7 @@ def test_trls_trainers_make_trls_steps(tmp_path, kind):
     for ours, theirs in zip(results["ours"], results["theirs"], strict=True):
         assert ours["differ"] == 0 and theirs["differ"] == 0
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        torch.testing.assert_close(
-            torch.tensor(ours["weights"]), torch.tensor(theirs["weights"]), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(torch.tensor(ours["weights"]), torch.tensor(theirs["weights"]), rtol=1e-4, atol=1e-5)
 
 
 def test_context_distillation_averages_over_all_tokens_of_both(tmp_path):

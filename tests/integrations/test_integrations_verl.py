@@ -290,9 +290,7 @@ def verl_loss(model_output, data, **changes):
     settings = DistillationLossConfig(
         loss_mode="opcd_reverse_kl", use_task_rewards=False, use_policy_gradient=False, loss_max_clamp=None, **changes
     )
-    actor = SimpleNamespace(
-        strategy="fsdp2", loss_agg_mode="token-mean", global_batch_info={}, loss_scale_factor=None
-    )
+    actor = SimpleNamespace(strategy="fsdp2", loss_agg_mode="token-mean", global_batch_info={}, loss_scale_factor=None)
     return distillation_ppo_loss(actor, DistillationConfig(distillation_loss=settings), model_output, data)
 
 

@@ -119,17 +119,19 @@ def heads_that_refuse(*models):
 
 
 def compare(trainer, name, original):
-    """Make `trainer` compute the loss by ours and by TRL's on every batch; returns the list of what was compared.
+    """Make `trainer` compute the loss by ours and by `original` on every batch; returns the list of what was compared.
 
-    Each entry: (ours, theirs, largest relative error of a parameter's gradient). Training goes on with ours.
+    Each entry: (ours, theirs, largest relative error of a parameter's gradient, all of ours, all of theirs). Training
+    goes on with ours, in which no lm-head may run.
     """
     ours, entries = getattr(trainer, name), []
-    first = (lambda value: value[0]) if name == "_compute_loss" else (lambda value: value)
+
+    def first(value):
+        return value[0] if isinstance(value, tuple) else value
 
     def both(model, inputs, *args, **kwargs):
-        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
-        unwrapped = trainer.accelerator.unwrap_model(model)
-        with heads_that_refuse(unwrapped, teacher):
+        models = [one for one in (model, getattr(trainer, "teacher_model", None)) if one is not None]
+        with heads_that_refuse(*map(trainer.accelerator.unwrap_model, models)):
             got = ours(model, inputs, *args, **kwargs)
         if not torch.is_grad_enabled():
             wanted = original(trainer, model, inputs, *args, **kwargs)
@@ -149,5 +151,3 @@ def compare(trainer, name, original):
 
     setattr(trainer, name, both)
     return entries
-
-

@@ -49,8 +49,10 @@ def test_all_weights_trained_beside_a_teacher_of_its_own():
         teacher = {**kept, "teacher weights": 4 * gib}
         student = {**kept, "student": gib} if away else {**teacher, "student": gib}
         optimizer = {**kept, "gradients": 4 * gib} if away else {**teacher, "gradients": 4 * gib}
-        peaks = {name: Peak(sum(parts.values()), parts)
-                 for name, parts in {"teacher": teacher, "student": student, "optimizer": optimizer}.items()}
+        peaks = {
+            name: Peak(sum(parts.values()), parts)
+            for name, parts in {"teacher": teacher, "student": student, "optimizer": optimizer}.items()
+        }
         return Rehearsal(peaks, "merge", 0, 512, 512)
 
     first = OPCDConfig(gradient_checkpointing=True)

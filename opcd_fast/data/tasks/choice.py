@@ -73,25 +73,23 @@ def chosen_letter(text: str) -> str | None:
     return None
 
 
-def yes_no_file(path: str, prompt_column: str = "prompt", label_column: str = "label") -> Questions:
-    """Rows of a text and a label that is yes or no (also true/false, 1/0, safe/unsafe)."""
+def yes_no_file(path: str) -> Questions:
+    """Rows of `prompt` and a `label` that is yes or no (also true/false, 1/0, safe/unsafe)."""
     questions = []
     for where, row in read_rows(path, "yes/no file"):
-        text, right = _labelled(row, where, prompt_column, label_column)
+        text, right = _labelled(row, where)
         questions.append((as_user(f"{text}\n\n{ASK_YES}"), lambda answer, right=right: said_yes(answer) is right))
     return Questions("yes-no", questions)
 
 
-def _labelled(row: Any, where: str, prompt_column: str, label_column: str) -> tuple[str, bool]:
-    for name in (prompt_column, label_column):
+def _labelled(row: Any, where: str) -> tuple[str, bool]:
+    for name in ("prompt", "label"):
         if not isinstance(row, Mapping) or name not in row:
-            raise InputError(f"{where} has no column {name!r}; say which with prompt_column= and label_column=")
-    label = str(row[label_column]).strip().lower()
+            raise InputError(f"{where} has no column {name!r}; its rows have prompt and label")
+    label = str(row["label"]).strip().lower()
     if label not in YES | NO:
-        raise InputError(
-            f"{where}: {label_column}={row[label_column]!r} must be yes or no (true/false, 1/0, safe/unsafe)"
-        )
-    prompt = row[prompt_column]
+        raise InputError(f"{where}: label={row['label']!r} must be yes or no (true/false, 1/0, safe/unsafe)")
+    prompt = row["prompt"]
     return prompt if isinstance(prompt, str) else json.dumps(prompt), label in YES
 
 

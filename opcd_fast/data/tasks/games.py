@@ -7,7 +7,6 @@ those of the caller are left as they were.
 
 from __future__ import annotations
 
-import importlib
 import random
 import re
 from abc import ABC, abstractmethod
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from opcd_fast.data import Message
+from opcd_fast.data import Message, require
 from opcd_fast.data.tasks.episode import as_user, check_split, final_part, identity, split_of
 from opcd_fast.errors import InputError
 
@@ -56,7 +55,7 @@ def sokoban(boxes: int = 1, max_turns: int = 15) -> Games:
 def gymnasium_frozen_lake(size: int = 3, max_turns: int = 5) -> Games:
     """gymnasium's FrozenLake-v1 without slipping, drawn as text; boards of `size` x `size`."""
     _at_least("size", size, 3)
-    _package("gymnasium")
+    require("gymnasium", "the game FrozenLake-v1", "tasks")
     return Games("frozen-lake-gymnasium", max_turns, lambda seed, index: GymnasiumLake(size, seed, max_turns))
 
 
@@ -144,7 +143,7 @@ class GymnasiumLake(Game):
     """A game of gymnasium's FrozenLake-v1."""
 
     def __init__(self, size: int, seed: int, max_turns: int) -> None:
-        gymnasium = _package("gymnasium")
+        import gymnasium
         from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 
         with _own_random_streams():
@@ -177,14 +176,7 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 
 def _textarena(game: str, **options: Any) -> Any:
-    return _package("textarena").make(game, **options)
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{name}'s games need the package {error.name}: pip install 'opcd-fast[tasks]'") from error
+    return require("textarena", f"the game {game}", "tasks").make(game, **options)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from opcd_fast.data import Message, checked_messages, read_rows
+from opcd_fast.data import Message, checked_messages, read_rows, require
 from opcd_fast.data.tasks.episode import Questions, as_user
 from opcd_fast.errors import InputError
 
@@ -24,10 +24,7 @@ _ANSWER_LINE = re.compile(
 
 def math_file(path: str) -> Questions:
     """Task of the problems in a file. Raises InputError for a row without a question or an answer."""
-    try:
-        import math_verify  # noqa: F401  now, not after an hour of sampling
-    except ModuleNotFoundError as error:
-        raise InputError("math needs the package math-verify: pip install 'opcd-fast[tasks]'") from error
+    require("math_verify", "math", "tasks")  # now, not after an hour of sampling
     problems = [_problem(row, where) for where, row in read_rows(path, "math file")]
     return Questions("math", [(messages, partial(same_answer, truth=truth)) for messages, truth in problems])
 

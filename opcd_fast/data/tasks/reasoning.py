@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from opcd_fast.data import require
 from opcd_fast.data.tasks.episode import Question, as_user, check_split, identity, split_of
 from opcd_fast.errors import InputError
 
@@ -18,13 +19,7 @@ class Reasoning:
     max_turns = 1
 
     def __init__(self, generator: str) -> None:
-        try:
-            import reasoning_gym
-        except ModuleNotFoundError as error:
-            raise InputError(
-                f"reasoning-gym's problems need the package {error.name}: pip install 'opcd-fast[tasks]'"
-            ) from error
-        self._make = reasoning_gym.create_dataset
+        self._make = require("reasoning_gym", "the task reasoning", "tasks").create_dataset
         self.name, self._generator = f"reasoning:{generator}", generator
         try:
             self._make(generator, size=1, seed=0)

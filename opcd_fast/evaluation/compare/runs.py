@@ -56,7 +56,9 @@ def run_all(comparison: Comparison, told: Callable[[str], None] = print) -> dict
 
     Raises InputError: results in the folder that come from other settings.
     """
-    contexts = {s.label: comparison.context if s.context is None else _own(s) for s in comparison.systems}
+    contexts = {
+        s.label: comparison.context if s.context is None else read_context(Path(s.context)) for s in comparison.systems
+    }
     baselines, runs = {}, {}
     for context in contexts.values():
         key = digest(context)[:12]
@@ -156,10 +158,6 @@ def _budget(folder: Path, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
         drawn = {"drawn_answers": once["answers"], "drawn_tokens": once["response_tokens"]}
         found["seconds"] = round(found["seconds"] + once["seconds"], 2)
     return {**found, **drawn}
-
-
-def _own(system: System) -> Context:
-    return read_context(Path(system.context or ""))
 
 
 def _identity(comparison: Comparison, context: Context, config: OPCDConfig) -> dict[str, Any]:

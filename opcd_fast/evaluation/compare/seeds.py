@@ -6,20 +6,16 @@ import math
 from collections.abc import Sequence
 
 
-def t_quantile(degrees: int, level: float = 0.95) -> float:
-    """t with P(|T| <= t) = level, for a whole number of degrees of freedom.
+def t_quantile(degrees: int) -> float:
+    """t with P(|T| <= t) = 95 %, for a whole number of degrees of freedom from 1 on.
 
     By bisection on the closed form of that probability (Abramowitz and Stegun, Handbook of Mathematical Functions,
-    26.7.3 and 26.7.4). Raises ValueError for fewer than 1 degree of freedom.
+    26.7.3 and 26.7.4).
     """
-    if degrees < 1 or not 0 < level < 1:
-        raise ValueError(f"degrees={degrees}, level={level}: need degrees >= 1 and 0 < level < 1")
-    low, high = 0.0, 1.0
-    while _within(high, degrees) < level:
-        high *= 2
-    for _ in range(200):
+    low, high = 0.0, 16.0  # 12.7 for one degree of freedom, less for more
+    for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, degrees) < level else (low, middle)
+        low, high = (middle, high) if _within(middle, degrees) < 0.95 else (low, middle)
     return (low + high) / 2
 
 

@@ -86,6 +86,4 @@ def _with_settings(word: str) -> System:
     context = changes.pop("context", None)
     names = [name for name in option_names(OPCDConfig) if name not in settings_with(belongs="comparison")]
     check_names(changes, names, f"systems: {word!r}")
-    return System(
-        system.label, {**system.changes, **typed_values(OPCDConfig, changes, numbers_as_text=True)}, context
-    )
+    return System(system.label, {**system.changes, **typed_values(OPCDConfig, changes, numbers_as_text=True)}, context)

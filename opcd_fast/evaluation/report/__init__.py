@@ -8,6 +8,6 @@ if TYPE_CHECKING:
     from opcd_fast.evaluation.report.measurement import ReportOptions, measure
     from opcd_fast.evaluation.report.page import readme, without_texts, write_report
     from opcd_fast.evaluation.report.scores import by_function, by_pattern
-    from opcd_fast.evaluation.report.words import beyond, distances_of, kl, missing_arms, rate, rounding, tokens
+    from opcd_fast.evaluation.report.words import rounding
 
 __getattr__, __dir__, __all__ = door(__name__)

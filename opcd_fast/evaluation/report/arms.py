@@ -86,12 +86,3 @@ def draw_arms(
         texts = [models.tokenizer.decode(c.token_ids, skip_special_tokens=True).strip() for c in completions]
         drawn[arm] = Answers(completions, texts, *asked)
     return drawn
-
-
-def transcript(context: str | Sequence[Message]) -> str:
-    """A context or a chat as text; a single user message is that text alone."""
-    if isinstance(context, str):
-        return context
-    if len(context) == 1:
-        return context[0].get("content") or ""
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in context)

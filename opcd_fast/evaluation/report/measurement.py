@@ -9,10 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import GENERAL, Context, Prompt, adapt_to_tokenizer, read_prompts, render
+from opcd_fast.data import GENERAL, Context, Prompt, adapt_to_tokenizer, read_prompts, render, transcript
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation import Abilities, Distance, distances, where_it_ran
-from opcd_fast.evaluation.report.arms import Answers, HeldOut, draw_arms, transcript
+from opcd_fast.evaluation.report.arms import Answers, HeldOut, draw_arms
 from opcd_fast.evaluation.report.costs import abilities, arms_of, forgetting, other_context, second_turn
 from opcd_fast.evaluation.report.estimates import agreement, gap, identical_greedy
 from opcd_fast.evaluation.report.models import BASE, SHOWN, STUDENT, RunModels, load_run
@@ -96,9 +96,9 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     forgot = forgetting(models, general, context, variables, sampling, options.seed, windows) if general else None
     told("scores")
     scores = [behaviour_scores(behaviour, answers, options.examples) for behaviour in options.behaviours]
-    scores += [task_scores(name, models, context, arms, options, sampling) for name in options.tasks]
-    told("abilities, another context, a second turn")
     asked, seed = arms_of(models, arms, context, variables, windows), options.seed
+    scores += [task_scores(name, asked, context, options, sampling) for name in options.tasks]
+    told("abilities, another context, a second turn")
     costs = {
         "abilities": abilities(options.abilities, asked, context, told),
         "other_context": other_context(asked, held_out, seed, sampling, told),

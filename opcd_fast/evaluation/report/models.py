@@ -50,7 +50,6 @@ class RunModels:
     student: Side
     teacher: Side
     tokenizer: Any
-    device: torch.device
     dtype: torch.dtype
     base_name: str
     is_adapter: bool
@@ -116,7 +115,6 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
         student=side(student, False),
         teacher=base_side if teacher is base else side(teacher, False),
         tokenizer=tokenizer,
-        device=next(student.parameters()).device,
         dtype=base.dtype,
         base_name=base_name,
         is_adapter=adapter_of is not None,

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import Context
+from opcd_fast.data import Context, transcript
 from opcd_fast.evaluation import CARD
 from opcd_fast.evaluation.report import words
-from opcd_fast.evaluation.report.arms import transcript
 from opcd_fast.evaluation.report.models import SHOWN, STUDENT
 from opcd_fast.models import SMOLLM2, SMOLLM2_ON_THE_HUB
 from opcd_fast.runtime import write_text

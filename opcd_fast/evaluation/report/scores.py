@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.data import Context
+from opcd_fast.data import Context, transcript
+from opcd_fast.data.tasks import load_task
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation.report.arms import Answers, transcript
+from opcd_fast.evaluation import Arm
+from opcd_fast.evaluation.report.arms import Answers
 from opcd_fast.evaluation.report.estimates import share
-from opcd_fast.evaluation.report.models import BOTH, SHOWN, STUDENT, RunModels
+from opcd_fast.evaluation.report.models import SHOWN, STUDENT
 from opcd_fast.runtime import stream_seed
 from opcd_fast.training import Scorer, scorer
 
@@ -47,32 +49,17 @@ def behaviour_scores(behaviour: Behaviour, answers: Mapping[str, Answers], examp
 
 
 def task_scores(
-    name: str,
-    models: RunModels,
-    context: Context | None,
-    arms: Sequence[str],
-    options: Any,
-    sampling: Mapping[str, Any],
+    name: str, arms: Mapping[str, Arm], context: Context | None, options: Any, sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The same for a task's episodes of the split "test", each played by every one of `arms`."""
-    from opcd_fast.data.tasks import load_task, play
-
     if context is None:
         raise InputError(f"task {name!r} needs the context of the run, which has none: its prompts brought theirs")
     task = load_task(name)
-    played = {}
-    for arm in arms:
-        side = models.of(arm)
-        with side.acting():
-            played[arm] = play(
-                task.episodes("test", options.max_prompts, options.seed),
-                side.rollout,
-                models.tokenizer,
-                context=context if arm in (SHOWN, BOTH) else None,
-                max_turns=task.max_turns,
-                seed=stream_seed(options.seed, f"report {name}", 0),
-                **sampling,
-            )
+    seed = stream_seed(options.seed, f"report {name}", 0)
+    played = {
+        arm: one.play(task, task.episodes("test", options.max_prompts, options.seed), seed=seed, **sampling)
+        for arm, one in arms.items()
+    }
     if len(played[STUDENT]) < 2:
         raise InputError(f"task {name!r} has {len(played[STUDENT])} problems to test on; at least 2 are needed")
     scored = {arm: [episode.score for episode in episodes] for arm, episodes in played.items()}

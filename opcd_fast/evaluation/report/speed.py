@@ -45,11 +45,12 @@ def saved(models: RunModels, held_out: HeldOut) -> dict[str, Any]:
 
 @torch.no_grad()
 def _prefill(models: RunModels, ids: Sequence[int]) -> float:
-    body, row = seam.body_of(models.base.model), torch.tensor([list(ids)], device=models.device)
+    model = models.base.model
+    body, row = seam.body_of(model), torch.tensor([list(ids)], device=model.device)
     with models.base.acting():
-        start = _now(models.device)
+        start = _now(model.device)
         seam.run_body(body, row)
-        return _now(models.device) - start
+        return _now(model.device) - start
 
 
 def _now(device: torch.device) -> float:

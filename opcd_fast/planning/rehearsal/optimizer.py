@@ -22,11 +22,6 @@ def rehearsed_optimizer(meter: Meter, config: OPCDConfig, parameters: Sequence[T
     return make_optimizer(config, parameters, torch.device("cpu"), adapter=True)
 
 
-def works_in_place(config: OPCDConfig, device: str) -> bool:
-    """Whether a step is one kernel that takes nothing beside the state."""
-    return device == "cuda" and config.optimizer != "adafactor"
-
-
 class _EightBit:
     """AdamW in 8 bits: the state's bytes, and on a CPU what its arithmetic takes, tensor by tensor."""
 

@@ -14,7 +14,7 @@ from opcd_fast.loss import LMHead, scratch_bytes
 from opcd_fast.models import MergedCopy, refuses_merge, refuses_pad, refuses_sharing, seam
 from opcd_fast.planning.rehearsal.job import Job
 from opcd_fast.planning.rehearsal.meter import Meter
-from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer, works_in_place
+from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer
 from opcd_fast.rollout import MOST, batch_that_fits, first_and_last_token
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.engines import ModelPair
@@ -77,7 +77,7 @@ class Step:
         for _ in range(min(2, len(groups))):  # the second one finds gradients that exist already
             self._micro_batch(largest, total_weight(samples, config.normalize))
         with meter.phase("optimizer"):
-            if not works_in_place(config, self.device):
+            if self.device == "cpu" or config.optimizer == "adafactor":  # else one kernel, which takes nothing beside
                 torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or float("inf"))
                 optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from opcd_fast.rollout.sampling import draw
 
 MOST = 256  # sequences; beyond this a batch is no faster per token
 SHARE = {"cuda": 0.5, "cpu": 0.25}  # of the free memory; the rest is for what else happens meanwhile
-BYTES_PER_LOGIT = 32  # the model's logits, float32 scores and probabilities, float64 sums, and their temporaries
+BYTES_PER_LOGIT = 32  # the model's logits, float32 scores, and what sorting them for top_p takes
 
 
 def cache_bytes_per_token(model: Any) -> int:

@@ -1,7 +1,7 @@
 """Tokens a second at Qwen3-1.7B's shape: our loop beside transformers' `generate`, with and without cuDNN's attention.
 
 Random weights; every answer is as long as the limit. The host's calls per token decide the pace where no graph is
-recorded, so they are counted as well.
+recorded, so they are counted as well, and so is how often the host waits for the device. Not measured: vLLM.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_STOP = (-1,)  # so that every answer is as long as the limit
 
 
 def run(session: Session) -> None:
-    name, rows, tokens, few = ("tiny Llama", 3, 6, 4) if session.dry else ("Qwen3-1.7B", 64, 64, 10)
+    name, rows, tokens, few, context = ("tiny Llama", 3, 6, 4, 9) if session.dry else ("Qwen3-1.7B", 64, 64, 10, 8192)
     model = cache(lambda: random_model(SHAPES[name], torch.bfloat16, session.device))
     about = {"model": name, "dtype": "bfloat16", "sampling": "temperature 1"}
 
@@ -43,6 +43,7 @@ def run(session: Session) -> None:
     row("generate, static cache", partial(theirs, cache_implementation="static", disable_compile=True), tokens // 2,
         attention="without cuDNN")  # fmt: skip
     row("decode, ragged prompts", partial(ours, ragged=True), tokens // 2)
+    row("decode behind a context", partial(ours, context=context), tokens // 2, context=f"{context} tokens")
     for label, call in (("decode", ours), ("generate", theirs)):
         session.row(f"calls per token, {label}", partial(_calls, call), settings=about)
     row("generate, cuDNN allowed", partial(theirs, cudnn=True), few)
@@ -65,8 +66,8 @@ def _prompts(rows: int) -> torch.Tensor:
     return torch.randint(5, 200, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
 
 
-def _decode(model: Any, rows: int, tokens: int, *, ragged: bool = False) -> None:
-    prompts = _prompts(rows).tolist()
+def _decode(model: Any, rows: int, tokens: int, *, ragged: bool = False, context: int = 0) -> None:
+    prompts = [[7] * context + prompt for prompt in _prompts(rows).tolist()]
     if ragged:  # so that there is a mask
         prompts = [prompt[row % 8 :] for row, prompt in enumerate(prompts)]
     rollout = TransformersRollout(model, stop_token_ids=NO_STOP, max_batch=rows, merge_adapter=False, engine="decode")
@@ -105,22 +106,27 @@ def _paced(session: Session, call: Callable[[int], Any], rows: int, tokens: int)
 
 
 class _Count(TorchDispatchMode):
-    """How many operators are called."""
+    """How many operators are called, and how many of them make the host wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls = self.waits = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
+        self.waits += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero")
         return function(*args, **(kwargs or {}))
 
 
 def _calls(call: Callable[[int, int], Any]) -> Values:
-    """The difference between two lengths, so that prompts do not count."""
+    """The difference between two lengths, so that prompts do not count; what a graph replays is no call."""
     counts = []
-    for tokens in (2, 6):
+    for tokens in (2, 34):
         with _Count() as counter:
             call(2, tokens)
-        counts.append(counter.calls)
-    return {"calls": value((counts[1] - counts[0]) / 4, "aten calls/token")}
+        counts.append(counter)
+    few, many = counts
+    return {
+        "calls": value((many.calls - few.calls) / 32, "aten calls/token"),
+        "waits": value((many.waits - few.waits) / 32, "waits/token"),
+    }

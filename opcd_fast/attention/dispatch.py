@@ -169,12 +169,28 @@ def merge_by_logsumexp(
     in_place writes the result over out_a, differentiable.
     """
     given = [x for x in (lse_a, out_b, lse_b, sink) if x is not None]
-    merge = shapes.merge if shapes.only_shapes() else reference.merge_attention
-    if backends.merge(backends.need_of(out_a.unsqueeze(0), *given)) == "Triton":
+    need = backends.need_of(out_a.unsqueeze(0), *given)
+    merge: Callable[..., Tensor] = reference.merge_attention if need.gradient else _weighted
+    if shapes.only_shapes():
+        merge = shapes.merge
+    elif backends.merge(need) == "Triton":
         from opcd_fast.kernels.triton import merge_attention as merge
     # Triton launches on the current GPU, whatever device its tensors are on.
     with torch.cuda.device(out_a.device) if out_a.is_cuda else nullcontext():
         return merge(out_a, lse_a, out_b, lse_b, sink=sink, out=out_a if in_place else None)
+
+
+def _weighted(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor | None, lse_b: Tensor | None, *, sink: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """`reference.merge_attention` of sets that are not empty (lse_b may be -inf) in a third of its operations."""
+    merged, lse = out_a.to(lse_a.dtype), lse_a
+    if out_b is not None and lse_b is not None:
+        merged = torch.lerp(merged, out_b.to(lse.dtype), torch.sigmoid(lse_b - lse_a).unsqueeze(-1))
+        lse = lse_a if sink is None else torch.logaddexp(lse_a, lse_b)
+    if sink is not None:
+        merged = merged * torch.sigmoid(lse - sink.to(lse.dtype)).unsqueeze(-1)
+    return merged.to(out_a.dtype) if out is None else out.copy_(merged)
 
 
 def prefix_attention(

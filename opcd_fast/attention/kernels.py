@@ -25,13 +25,22 @@ aten = torch.ops.aten
 # (B, H, n, d) -> out (B, H, n, d), logsumexp (B, H, n)
 
 
-def cpu_flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+def cpu_flash(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """bias: (B or 1, H or 1, n or 1, m), added to the scores."""
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=bias, scale=scale
+    )
 
 
-def efficient(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """On CUDA; wants as many key heads as query heads."""
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, causal, scale=scale)
+def efficient(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """On CUDA; wants as many key heads as query heads, and rows of a bias that begin at multiples of 8 elements."""
+    if bias is not None:
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, causal, scale=scale)
     return out, lse[:, :, : query.shape[2]]  # it comes padded to a multiple of 32
 
 

@@ -75,6 +75,6 @@ class FlashPair:
 
 def merge(out_a: Tensor, *others: Any, out: Tensor | None = None, **options: Any) -> Tensor:
     """As `merge_attention`, whose kernel takes nothing beside its result."""
-    if any(x.requires_grad for x in (out_a, *others)):  # then it is not a kernel on a GPU either
+    if any(x is not None and x.requires_grad for x in (out_a, *others)):  # then it is not a kernel on a GPU either
         return merge_attention(out_a, *others, out=out, **options)
     return torch.empty_like(out_a) if out is None else out

@@ -52,13 +52,17 @@ def refuses_stock_attention(body: nn.Module) -> str | None:
     return None
 
 
-def refuses_packing(body: nn.Module) -> str | None:
-    """Why a packed row cannot be run through `body` exactly, in words; None when it can."""
+def refuses_packing(body: nn.Module, *, training: bool | None = None) -> str | None:
+    """Why a packed row cannot be run through `body` exactly, in words; None when it can.
+
+    training: whether dropout is on; None: as `body` has it.
+    """
     kinds = moving_rope(body)
     if kinds:
         return f"RoPE type {kinds[0]!r} changes every position with the length"
     dropout = seam.setting(seam.config_of(body), "attention_dropout")
-    if body.training and dropout and (_caps_scores(body) or _has_sinks(body)):
+    training = body.training if training is None else training
+    if training and dropout and (_caps_scores(body) or _has_sinks(body)):
         return f"attention_dropout={dropout} with capped scores or sinks, which packed attention does not combine"
     return _refuses_row(body)
 

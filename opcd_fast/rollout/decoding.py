@@ -1,9 +1,10 @@
 """Sampling token by token with keys and values in one buffer: what `generate` does, without what it adds per token.
 
-Three things make it cheaper than transformers' `generate`: the cache is written in place instead of concatenated in
-every layer at every token; a query head is folded into its key head, so that keys are never repeated; and rows that
-are finished leave the batch. Prompts that occur several times run once, and so does the prefix that all share. A device
-is never waited for but every few tokens, to see which rows are finished.
+Prompts are read as packed rows, each different one once, and what all of them begin with once. What all answers share
+(a context, a system prompt, one prompt with many answers) is held once, too, where that pays: each token's queries of
+all rows are one product with it (`attention.step_attention`). The rest lies in a buffer that is written in place; a
+query head is folded into its key head, so that keys are never repeated; and rows that are finished leave the batch. A
+device is never waited for but every few tokens, to see which rows are finished.
 
 Token ids in, token ids out. The random number of answer i at token t depends on the seed, i and t alone, so the
 answers do not depend on how the prompts were split into batches (up to rounding).
@@ -16,22 +17,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from opcd_fast.attention import repeat_heads, sdpa_without_cudnn
+from opcd_fast.attention import PackedCall, PrefixGroup, Visible, on_device, sdpa_without_cudnn, step_attention
+from opcd_fast.attention import row_of as packed_row_of
 from opcd_fast.data import common_prefix_length
-from opcd_fast.models import refuses_plain_cache, seam
-from opcd_fast.models.caches import buffered_cache
+from opcd_fast.models import refuses_packing, seam
+from opcd_fast.models.caches import BufferedCache
 from opcd_fast.rollout.protocol import cut_at_stop
 from opcd_fast.rollout.sampling import draw
+from opcd_fast.runtime import CapturedSteps
 
 MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
+HOLD_ONCE = 2**20  # keys' and values' numbers in a layer that copies would add; below, two kernels cost more than one
 LOOK_EVERY = 16  # tokens, on a device
+BUCKET = 256  # slots that are attended more at a time where shapes must not change
 
 
 def refuses_decoding(model: Any) -> str | None:
     """Why this loop cannot run `model`, in words; None when it can (`rollout.check` looks all the same)."""
-    return refuses_plain_cache(seam.body_of(model), training=False)
+    return refuses_packing(seam.body_of(model), training=False)
 
 
 @torch.no_grad()
@@ -44,6 +48,7 @@ def decode(
     temperature: float,
     top_p: float,
     vocab_size: int | None = None,
+    static: bool | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """Token ids and log-probabilities of one answer per prompt, ending with a stop token or after T tokens.
 
@@ -52,38 +57,64 @@ def decode(
         uniform: (B, T) float64 in [0, 1), the random number of each answer's tokens; T is the limit.
         temperature: 0 takes the most probable token; its log-probability is then at temperature 1.
         vocab_size: ids from here on are never drawn.
+        static: tensors keep their shapes for BUCKET tokens; None: on CUDA, where such steps are captured as graphs.
     """
     device = next(model.parameters()).device
     limit = uniform.shape[1]
     different = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: row for row, prompt in enumerate(different)}
-    run = BatchRun(model, [place[tuple(prompt)] for prompt in prompts], different, limit)
-    stops = torch.tensor(list(stop_token_ids), device=device)
-    uniform = uniform.to(device)
-    drawn = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
-    values = torch.zeros(len(prompts), limit, device=device)
-    rows = torch.arange(len(prompts), device=device)  # the answers in the batch
-    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    static = device.type == "cuda" if static is None else static
+    run = BatchRun(model, [place[tuple(prompt)] for prompt in prompts], different, limit, static=static)
+    drawn = _Drawn(uniform.to(device), stop_token_ids, temperature, top_p, vocab_size)
     every = tokens_between_looks(device)
+
+    def one_more() -> None:
+        drawn.add(run.next(drawn.newest))
+
+    step = CapturedSteps(one_more) if device.type == "cuda" else None
     with seam.using_attention(seam.body_of(model), run.attend), sdpa_without_cudnn():
-        logits = run.read_prompts()
-        for step in range(limit):
-            tokens, logprobs = draw(logits, uniform[:, step], temperature, top_p, vocab_size)
-            drawn[rows, step], values[rows, step] = tokens, logprobs
-            over = over | (tokens[:, None] == stops).any(1)
-            if step + 1 == limit:
-                break
-            if (step + 1) % every == 0:
-                going = (~over).nonzero().squeeze(1)  # waits for the device
+        drawn.add(run.read_prompts())
+        for count in range(1, limit):
+            if count % every == 0:
+                going = (~drawn.over).nonzero().squeeze(1)  # waits for the device
                 if not len(going):
                     break
-                if len(going) < len(rows):
-                    rows, over, uniform, tokens = rows[going], over[going], uniform[going], tokens[going]
+                if len(going) < len(drawn.rows) and run.rows_may_leave:
+                    drawn.keep(going)
                     run.keep(going)
-            logits = run.next(tokens)
+            run.extend()
+            if step is None:
+                one_more()
+            else:
+                step((len(drawn.rows), run.cache.slots.shown))
     # What a row drew after its stop token, while it waited to leave, is dropped.
-    kept = [cut_at_stop(row, stop_token_ids)[0] for row in drawn.tolist()]
-    return [(list(ids), row[: len(ids)]) for ids, row in zip(kept, values.tolist())]
+    kept = [cut_at_stop(row, stop_token_ids)[0] for row in drawn.tokens.tolist()]
+    return [(list(ids), row[: len(ids)]) for ids, row in zip(kept, drawn.values.tolist())]
+
+
+class _Drawn:
+    """What was drawn so far, on the device; nothing in `add` depends on the host."""
+
+    def __init__(self, uniform: Tensor, stops: Sequence[int], *sampling: Any) -> None:
+        self.uniform, self._sampling, device = uniform, sampling, uniform.device
+        self._stops = on_device(torch.tensor(list(stops)), device)
+        self.tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=device)  # (B, T)
+        self.values = torch.zeros(uniform.shape, device=device)
+        self.rows = torch.arange(len(uniform), device=device)  # the answers in the batch
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)
+        self.newest = torch.zeros_like(self.rows)
+        self.over = torch.zeros_like(self.rows, dtype=torch.bool)
+
+    def add(self, logits: Tensor) -> None:
+        tokens, logprobs = draw(logits, self.uniform.index_select(1, self.count).squeeze(1), *self._sampling)
+        self.tokens[self.rows, self.count], self.values[self.rows, self.count] = tokens, logprobs
+        self.newest.copy_(tokens)
+        self.over |= (tokens[:, None] == self._stops).any(1)
+        self.count += 1
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows, self.uniform = self.rows[rows], self.uniform[rows]
+        self.newest, self.over = self.newest[rows], self.over[rows]
 
 
 def tokens_between_looks(device: torch.device) -> int:
@@ -96,108 +127,202 @@ def tokens_between_looks(device: torch.device) -> int:
 
 
 class BatchRun:
-    """The cache of one batch, the mask and the positions that go with it."""
+    """The cache of one batch, and what each row's next token sees of it.
 
-    def __init__(self, model: Any, row_of: Sequence[int], prompts: Sequence[Sequence[int]], limit: int) -> None:
+    P tokens are held once for all rows. Behind them each row has tokens of its own, padded on the left, so that the
+    newest of all rows lie in the same slot.
+    """
+
+    def __init__(self, model: Any, prompt_of: Sequence[int], prompts: Sequence[Sequence[int]], limit: int,
+                 *, static: bool = False) -> None:  # fmt: skip
         prefix = seam.trained_prefix(model)
         # PEFT would put its prefix into a cache of its own at every call.
         self.model: Any = model if seam.prompt_learner(model) is None else seam.causal_lm(model)
-        self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
-        self.cache = buffered_cache(seam.num_layers(seam.body_of(model)))
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        self.cache = BufferedCache(seam.num_layers(seam.body_of(model)))
         self._as_argument = seam.cache_argument(self.model, self.cache)
-        self.prompts, self.row_of, self.limit = prompts, torch.tensor(row_of, device=self.device), limit
+        self.prompts, self.prompt_of, self.limit, self.static = prompts, prompt_of, limit, static
         self.past = 0  # virtual tokens in front of every row
         if prefix is not None:
             self.past = prefix[0][0].shape[2]
-            self.cache.spread(torch.zeros(1, dtype=torch.int64, device=self.device), self.past)
-            layer: Any
-            for layer, (key, value) in zip(self.cache.layers, prefix, strict=True):
-                layer.update(key.detach(), value.detach())
-        self.mask: Tensor | None = None  # (B, 1, queries, keys) added to the scores, or None: causal
+            self.cache.set_prefix([(key.detach(), value.detach()) for key, value in prefix])
+        self._width = numbers_per_token(model)
+        self._reading: PackedCall | None = None
+        self._seen: dict[int | None, tuple[int, int, Visible]] = {}
 
     def read_prompts(self) -> Tensor:
         """(B, V) logits after the prompts; the cache holds a row for each answer afterwards."""
-        lengths = [len(prompt) for prompt in self.prompts]
-        shared = common_prefix_length(self.prompts) if len(self.prompts) > 1 else 0
-        shared = shared if shared >= MIN_SHARED_PREFIX else 0
-        width, count, head = self.past + max(lengths), len(lengths), self.past + shared
+        slots, row_of = self.cache.slots, on_device(torch.tensor(self.prompt_of), self.device)
+        shared = self._shared_by_prompts()
+        head = self.past + shared
+        logits = None
         if shared:
-            prefix = torch.tensor([self.prompts[0][:shared]], device=self.device)
-            self.cache.spread(torch.zeros(1, dtype=torch.int64, device=self.device), head)
-            places = torch.arange(head, device=self.device)
-            if self.past:
-                self.mask = self._additive((places <= places[self.past :, None])[None, None])
-            self._forward(prefix, places[None, self.past :])
-        self.cache.spread(torch.zeros(count, dtype=torch.int64, device=self.device), width)
-        ids = torch.tensor(
-            [[p[-1]] * (width - self.past - len(p)) + list(p[shared:]) for p in self.prompts], device=self.device
-        )
-        # Slots between what all begin with and the rest.
-        padding = width - self.past - torch.tensor(lengths, device=self.device)
-        ragged = min(lengths) < max(lengths)
-        slots = torch.arange(width, device=self.device)
-        real = (slots < head) | (slots >= head + padding[:, None])  # (B, width)
-        positions = (slots[head:] - padding[:, None]).clamp(min=0)
-        self.mask = None
-        if head or ragged:
-            # Padding sees itself: a row without any key would be NaN, and NaN survives a weight of 0.
-            seen = (real[:, None] & (slots <= slots[head:, None])) | (slots == slots[head:, None])
-            self.mask = self._additive(seen[:, None])
-        logits = self._forward(ids, positions)
-        self.mask = None
-        self.decoding_mask: Tensor | None = None
-        if ragged:
+            logits = self._read([self.prompts[0][:shared]], self.past)
+            self.cache.take_prefix()
+        once = self._worth_holding(head)
+        self.held = head if once else 0  # P
+        rests = [list(prompt[shared:]) for prompt in self.prompts]
+        own = [len(rest) + head - self.held for rest in rests]
+        width = max(own)
+        if self.static:
+            width += (1 - width) % LOOK_EVERY  # so that buckets end where the host looks
+            slots.at = torch.tensor([width], device=self.device)
+        slots.rows, slots.capacity = len(row_of), _rounded(width + self.limit) if self.static else width + self.limit
+        if any(rests):
+            logits = self._read(rests, head)
+            places = on_device(self._places(rests, head - self.held, width), self.device)
+            self.cache.spread(places[row_of], copies_prefix=not once)
+        assert logits is not None, "no prompts"
+        self.end = width
+        self._most_padding = width - min(own)
+        # (B,) slots before a row's first
+        self.padding = on_device(torch.tensor([width - own[prompt] for prompt in self.prompt_of]), self.device)
+        self.bias: Tensor | None = None
+        if self._most_padding and not self.static:
             # Rows of a mask begin at multiples of 8 elements: else a kernel copies it in every layer at every token.
-            more = real.new_ones(count, self.limit + -(width + self.limit) % 8)
-            self.decoding_mask = self._additive(torch.cat([real, more], dim=1)[:, None, None])[self.row_of]
-        self.cache.spread(self.row_of, width + self.limit)
-        self.positions = (width - padding)[self.row_of]
-        return logits[self.row_of]
+            slot = torch.arange(-(-slots.capacity // 8) * 8, device=self.device)
+            self.bias = self._additive(slot >= self.padding[:, None])
+        return logits[row_of]
+
+    def extend(self) -> None:
+        """Room for one more token: before every `next`, on the host."""
+        slots = self.cache.slots
+        slots.end, self.end = self.end, self.end + 1
+        slots.shown = _rounded(self.end)
+
+    @property
+    def rows_may_leave(self) -> bool:
+        """Whether the next step has another shape anyway, or shapes do not matter."""
+        return not self.static or self.end % BUCKET == 0
 
     def next(self, tokens: Tensor) -> Tensor:
         """(B, V) logits after one more token each, (B,)."""
-        if self.decoding_mask is not None:
-            self.mask = self.decoding_mask[..., : self.cache.get_seq_length() + 1]
-        logits = self._forward(tokens[:, None], self.positions[:, None])
-        self.positions = self.positions + 1
-        return logits
+        slots = self.cache.slots
+        self._seen.clear()
+        positions = self.held + (slots.end if slots.at is None else slots.at) - self.padding
+        logits = self._forward(tokens[:, None], positions[:, None], 1)
+        if slots.at is not None:
+            slots.at += 1
+        return logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:
+        self.cache.slots.end = self.end
         self.cache.keep(rows)
-        self.positions = self.positions[rows]
-        if self.decoding_mask is not None:
-            self.decoding_mask = self.decoding_mask[rows]
+        self.padding = self.padding[rows]
+        if self.bias is not None:
+            self.bias = self.bias[rows]
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
-        """transformers' attention function: (B, H, Q, d) queries over the cache's (B, H_kv, K, d)."""
-        for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
-            if options.get(name) is not None:
-                raise NotImplementedError(f"the decoding loop has no {name}; use engine='generate'")
-        b, heads, count, _d = query.shape
-        groups = heads // key.shape[1]
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **options: Any) -> Any:
+        """transformers' attention function, for prompts that are read and for new tokens (B, H, 1, d)."""
+        if self._reading is not None:
+            return self._reading.attend(module, query, key, value, *mask, **options)
+        if options.get("position_bias") is not None:
+            raise NotImplementedError("the decoding loop has no position_bias; use engine='generate'")
         scaling = options.get("scaling")
-        if self.mask is not None and self.mask.dtype != query.dtype:  # float32 adapters on a bfloat16 model
-            self.mask = self.mask.to(query.dtype)
-        if count == 1 and groups > 1:
-            folded = query.reshape(b, key.shape[1], groups, -1)
-            out = F.scaled_dot_product_attention(folded, key, value, attn_mask=self.mask, scale=scaling)
-            return out.reshape(b, 1, heads, -1), None
-        if groups > 1 and query.is_cuda:
-            # Keys shared by heads leave CUDA one kernel, which takes neither a mask nor float32; without it, the scores
-            # of all queries and keys would be stored.
-            key, value, groups = repeat_heads(key, query), repeat_heads(value, query), 1
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=self.mask, scale=scaling,
-            is_causal=self.mask is None and count > 1, enable_gqa=groups > 1,
+        first, first_of_prefix, visible = self._visible(options.get("sliding_window"))
+        prefix = None
+        for keys, values in self.cache.prefixes(module, key):  # none or one
+            if first_of_prefix < self.held:
+                prefix = keys[:, :, first_of_prefix:], values[:, :, first_of_prefix:]
+        out = step_attention(
+            query, key[:, :, first:], value[:, :, first:], query.shape[-1] ** -0.5 if scaling is None else scaling,
+            prefix, visible, softcap=options.get("softcap"), sink=options.get("s_aux"),
         )  # fmt: skip
-        return out.transpose(1, 2), None
+        return out, None
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=ids, position_ids=positions, **self._as_argument, use_cache=True, logits_to_keep=1
-        )
-        return output.logits[:, -1]
+    def _visible(self, window: int | None) -> tuple[int, int, Visible]:
+        """The first slot and the first key of the prefix that some row sees, and what each row sees from there on."""
+        if window not in self._seen:
+            self._seen[window] = self._seen_behind(window)
+        return self._seen[window]
+
+    def _seen_behind(self, window: int | None) -> tuple[int, int, Visible]:
+        slots = self.cache.slots
+        if slots.at is not None:
+            slot = torch.arange(slots.shown, device=self.device)
+            oldest = self.padding if window is None else torch.maximum(self.padding, slots.at + 1 - window)
+            bias: Tensor | None = self._additive((slot <= slots.at) & (slot >= oldest[:, None]))
+            if window is None or not self.held:
+                return 0, 0, Visible(bias)
+            earliest = max(0, self.held - window + 1)
+            return 0, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.at, window))
+        first = 0 if window is None else max(0, slots.end + 1 - window)
+        bias = None
+        if self.bias is not None and first < self._most_padding:
+            bias = self.bias[:, first : slots.end + 1]
+        if window is None or not self.held:
+            return first, 0, Visible(bias)
+        fewest = slots.end - self._most_padding  # tokens of its own, before the new one, of the row that has fewest
+        earliest = max(0, self.held + fewest - window + 1)
+        if self.bias is None or earliest >= self.held:
+            return first, earliest, Visible(bias)
+        return first, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.end, window))
+
+    def _seen_of_prefix(self, earliest: int, newest: int | Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """What is added to scores of the prefix's keys from `earliest` on, and which rows see one of them."""
+        last_hidden = self.held + newest - self.padding - window  # (B,)
+        place = torch.arange(earliest, self.held, device=self.device)
+        has_prefix = last_hidden < self.held - 1
+        return self._additive((place > last_hidden[:, None]) | ~has_prefix[:, None]), has_prefix
+
+    # --------------------------------------------------------------------------------------- prompts
+
+    def _shared_by_prompts(self) -> int:
+        """Tokens of the prompts that are read once for all of them."""
+        if len(self.prompts) == 1:
+            whole = len(self.prompts[0])
+            return whole if self._worth_holding(self.past + whole) else 0
+        shared = common_prefix_length(self.prompts)
+        return shared if shared >= MIN_SHARED_PREFIX else 0
+
+    def _worth_holding(self, tokens: int) -> bool:
+        return (len(self.prompt_of) - 1) * tokens * self._width >= HOLD_ONCE
+
+    def _places(self, rests: Sequence[Sequence[int]], copied: int, width: int) -> Tensor:
+        """(prompts, width) places among `copied` tokens of the prefix and the packed `rests`, of what slots hold."""
+        slot, before, places = torch.arange(width), 0, []
+        for rest in rests:
+            place = slot - (width - copied - len(rest))  # in the row, from its first token on
+            places.append(torch.where(place < copied, place.clamp(min=0), place + before))
+            before += len(rest)
+        return torch.stack(places)
+
+    def _read(self, sequences: Sequence[Sequence[int]], prefix: int) -> Tensor:
+        """(sequences, V) logits after each, behind `prefix` tokens that the cache holds."""
+        lengths = [len(ids) for ids in sequences]
+        groups = [PrefixGroup(0, len(lengths), 0, sum(lengths), prefix)] if prefix else []
+        row = packed_row_of(lengths, self.device, groups)
+        self.cache.slots.reads = True
+        self._reading = PackedCall(row, self.cache.prefixes if prefix else None)
+        ids = torch.tensor([[token for sequence in sequences for token in sequence]])
+        last = row.cu_seqlens[1:].long() - 1
+        try:
+            return self._forward(on_device(ids, self.device), row.position_of_token[None], last)[0]
+        finally:
+            self._reading, self.cache.slots.reads = None, False
+
+    def _forward(self, ids: Tensor, positions: Tensor, keep: Any) -> Tensor:
+        return self.model(
+            input_ids=ids, position_ids=positions, **self._as_argument, use_cache=True, logits_to_keep=keep
+        ).logits
 
     def _additive(self, seen: Tensor) -> Tensor:
         return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def numbers_per_token(model: Any) -> int:
+    """Numbers of keys and values that a token of one sequence holds in one layer; the largest where layers differ."""
+    config = seam.config_of(seam.body_of(model))
+    heads = seam.setting(config, "num_attention_heads")
+    key_heads = seam.setting(config, "num_key_value_heads") or heads
+    width = seam.setting(config, "head_dim") or _largest(seam.setting(config, "hidden_size")) // _largest(heads)
+    return 2 * _largest(key_heads) * _largest(width)
+
+
+def _largest(value: Any) -> int:
+    return max(value) if isinstance(value, list) else int(value)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from opcd_fast.models import seam, virtual_tokens
-from opcd_fast.rollout.decoding import BatchRun, refuses_decoding
+from opcd_fast.rollout.decoding import HOLD_ONCE, BatchRun, numbers_per_token, refuses_decoding
 from opcd_fast.rollout.sampling import draw
 
 MOST = 256  # sequences; beyond this a batch is no faster per token
 SHARE = {"cuda": 0.5, "cpu": 0.25}  # of the free memory; the rest is for what else happens meanwhile
-BYTES_PER_LOGIT = 32  # the model's logits, float32 scores and probabilities, float64 sums, and their temporaries
+BYTES_PER_LOGIT = 32  # the model's logits, float32 scores, and what sorting them for top_p takes
 
 
 def cache_bytes_per_token(model: Any) -> int:
@@ -21,29 +21,29 @@ def cache_bytes_per_token(model: Any) -> int:
 
     Counts every layer as full attention: a bound where layers are windowed, recurrent or share keys.
     """
-    config = seam.config_of(seam.body_of(model))
-    heads = seam.setting(config, "num_attention_heads")
-    key_heads = seam.setting(config, "num_key_value_heads") or heads
-    width = seam.setting(config, "head_dim") or _largest(seam.setting(config, "hidden_size")) // _largest(heads)
-    per_layer = _largest(key_heads) * _largest(width)
-    return 2 * seam.num_layers(seam.body_of(model)) * per_layer * next(model.parameters()).dtype.itemsize
+    layers = seam.num_layers(seam.body_of(model))
+    return layers * numbers_per_token(model) * next(model.parameters()).dtype.itemsize
 
 
 def bytes_per_sequence(model: Any, prompt_tokens: int, max_new_tokens: int, vocab_size: int) -> int:
-    """Peak bytes of one row: its keys and values (twice while rows move to a larger buffer) and its logits."""
-    tokens = 2 * (prompt_tokens + virtual_tokens(model)) + max_new_tokens
+    """Peak bytes of one row: its keys and values, and its logits."""
+    tokens = prompt_tokens + virtual_tokens(model) + max_new_tokens
     return tokens * cache_bytes_per_token(model) + vocab_size * BYTES_PER_LOGIT
 
 
 def batch_that_fits(
-    model: Any, prompt_tokens: int, max_new_tokens: int, free: int | None = None, kind: str | None = None
-) -> int:
+    model: Any, prompt_tokens: int, max_new_tokens: int, free: int | None = None, kind: str | None = None, *,
+    shared_tokens: int = 0,
+) -> int:  # fmt: skip
     """Sequences to generate at once, 1 to MOST. `free` bytes: asked of the device or the system when None. kind: of the
-    device, "cuda" or "cpu"; None for the one that the model is on."""
+    device, "cuda" or "cpu"; None for the one that the model is on. shared_tokens: that all prompts begin with, counted
+    once where any two rows hold them once."""
     device = next(model.parameters()).device
     vocabulary = seam.config_of(seam.body_of(model)).vocab_size
-    row = bytes_per_sequence(model, prompt_tokens, max_new_tokens, vocabulary)
+    held = shared_tokens if shared_tokens * numbers_per_token(model) >= HOLD_ONCE else 0
+    row = bytes_per_sequence(model, prompt_tokens - held, max_new_tokens, vocabulary)
     budget = int((free_bytes(device) if free is None else free) * SHARE.get(kind or device.type, 0.25))
+    budget -= held * cache_bytes_per_token(model)
     return max(1, min(MOST, budget // row))
 
 
@@ -79,9 +79,8 @@ def first_and_last_token(
             run = BatchRun(model, [different.index(tuple(p)) for p in prompts], different, max_new_tokens)
             with seam.using_attention(seam.body_of(model), run.attend):
                 tokens = drawn(run.read_prompts())
-                layer: Any
-                for layer in run.cache.layers:
-                    layer.length += max_new_tokens - 2
+                run.end += max_new_tokens - 2
+                run.extend()
                 drawn(run.next(tokens))
             return
         from transformers import DynamicCache
@@ -106,6 +105,3 @@ def _lengthen(layer: Any, tokens: int) -> None:
         setattr(layer, name, None)
         setattr(layer, name, old.new_empty(*old.shape[:2], tokens, old.shape[3]))
 
-
-def _largest(value: Any) -> int:
-    return max(value) if isinstance(value, list) else int(value)

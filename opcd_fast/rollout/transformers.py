@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opcd_fast.data import common_prefix_length
 from opcd_fast.errors import InputError
 from opcd_fast.models import MergedCopy, seam
 from opcd_fast.rollout import generate as rollout_generate
@@ -182,7 +183,8 @@ class TransformersRollout(Sampler):
         if self.max_batch is None:
             longest, max_new_tokens = max(map(len, rows)), max(max_new_tokens, self._sized_for)
             answering = self.model if self._merged is None else self._merged.model  # whose type the cache has
-            self.max_batch = rollout_memory.batch_that_fits(answering, longest, max_new_tokens)
+            shared = common_prefix_length(rows) if self._engine == "decode" and len(rows) > 1 else 0
+            self.max_batch = rollout_memory.batch_that_fits(answering, longest, max_new_tokens, shared_tokens=shared)
             self._kept.set("batch", self.max_batch, f"free memory, {longest} + {max_new_tokens} tokens a sequence")
         self._kept.write()
 

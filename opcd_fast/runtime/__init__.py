@@ -1,4 +1,4 @@
-"""What any program needs: seeds, whole files, timing, confidence intervals, launched ranks, doors."""
+"""What any program needs: seeds, whole files, timing, confidence intervals, launched ranks, CUDA graphs, doors."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
     from opcd_fast.runtime.files import write_file, write_folder, write_text
+    from opcd_fast.runtime.graphs import CapturedSteps
     from opcd_fast.runtime.intervals import bootstrap, difference, mean_and_error, wilson
     from opcd_fast.runtime.launch import launched, launched_rank, local_rank
     from opcd_fast.runtime.seeds import digest, seeded, stream_seed

@@ -60,8 +60,8 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("make", [tiny_model, lora_model])
 @pytest.mark.parametrize("top_p", [1.0, 0.95])
-@pytest.mark.parametrize("every", [1, 16])
-def test_the_host_waits_at_its_looks_alone(make, top_p, every, monkeypatch):
+@pytest.mark.parametrize(("every", "static"), [(1, False), (16, False), (16, True)])
+def test_the_host_waits_at_its_looks_alone(make, top_p, every, static, monkeypatch):
     """40 tokens with looks after 16 and 32: two waits, and two more for the answers: 0.1 a token."""
     model = make()
     monkeypatch.setattr(decoding, "tokens_between_looks", lambda device: every)
@@ -69,7 +69,7 @@ def test_the_host_waits_at_its_looks_alone(make, top_p, every, monkeypatch):
     inner = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(1) or inner(self))
     with Waits() as waits:
-        answers = answer(decode, model, stops=[256], top_p=top_p)
+        answers = answer(decode, model, stops=[256], top_p=top_p, static=static)
     assert max(len(ids) for ids, _ in answers) == 40
     assert waits.counted == ["nonzero"] * (39 if every == 1 else 2) and len(lists) == 2
 

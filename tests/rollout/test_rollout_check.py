@@ -56,44 +56,38 @@ def test_rounding_of_large_logits_is_accepted(tokens):
     assert good, figures
 
 
-def sees_the_future_of_padding(monkeypatch):
+def sees_padding(monkeypatch):
     good = BatchRun.next
 
     def wrong(self, tokens):
-        self.decoding_mask = torch.zeros_like(self.decoding_mask)
+        self.bias = torch.zeros_like(self.bias)
         return good(self, tokens)
 
     monkeypatch.setattr(BatchRun, "next", wrong)
 
 
-def misses_the_last_key(monkeypatch):
-    good = BatchRun.attend
+def misses_the_first_key(monkeypatch):
+    good = BatchRun._visible
 
-    def wrong(self, module, query, key, value, *arguments, **options):
-        if query.shape[2] > 1:
-            return good(self, module, query, key, value, *arguments, **options)
-        kept, self.mask = self.mask, None if self.mask is None else self.mask[..., :-1]
-        try:
-            return good(self, module, query, key[:, :, :-1], value[:, :, :-1], *arguments, **options)
-        finally:
-            self.mask = kept
+    def wrong(self, window):
+        first, *more, visible = good(self, window)
+        bias = None if visible.bias is None else visible.bias[:, 1:]
+        return first + 1, *more, visible._replace(bias=bias)
 
-    monkeypatch.setattr(BatchRun, "attend", wrong)
+    monkeypatch.setattr(BatchRun, "_visible", wrong)
 
 
 def counts_positions_from_one(monkeypatch):
-    good = BatchRun.read_prompts
+    good = BatchRun._forward
 
-    def wrong(self):
-        logits = good(self)
-        self.positions = self.positions + 1
-        return logits
+    def wrong(self, ids, positions, keep):
+        return good(self, ids, positions if self._reading else positions + 1, keep)
 
-    monkeypatch.setattr(BatchRun, "read_prompts", wrong)
+    monkeypatch.setattr(BatchRun, "_forward", wrong)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("fault", [sees_the_future_of_padding, misses_the_last_key, counts_positions_from_one])
+@pytest.mark.parametrize("fault", [sees_padding, misses_the_first_key, counts_positions_from_one])
 def test_a_fault_is_found(fault, dtype, monkeypatch):
     model = make("adapter", dtype)
     fault(monkeypatch)
@@ -110,9 +104,9 @@ def test_a_missing_adapter_is_found_where_rounding_would_hide_it(dtype, monkeypa
                 parameter.mul_(0.02)
     good = BatchRun._forward
 
-    def wrong(self, ids, positions):
+    def wrong(self, *arguments):
         with seam.without_adapters(model):
-            return good(self, ids, positions)
+            return good(self, *arguments)
 
     assert check(model)[0]
     monkeypatch.setattr(BatchRun, "_forward", wrong)

@@ -1,72 +1,124 @@
-"""A transformers cache that writes in place and drops rows: what a decoding loop over a batch needs."""
+"""The cache of a decoding loop: what all rows share lies there once, each row's own keys in a buffer beside it.
+
+It is filled by packed passes (first what is shared, then every prompt's rest) and grows by one token for each row. As
+in `models.caches.prefix` the model gets its own keys back, and attention asks for those of the prefix by layer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from opcd_fast.models.caches.layers import CacheLayer
+from opcd_fast.attention import KeysAndValues
+from opcd_fast.models.caches.prefix import PrefixCache, PrefixLayer
 
 
-class BufferedLayer(CacheLayer):
-    """One layer's keys and values in a buffer that `update` writes in place, (rows, H_kv, capacity, d) each."""
+@dataclass(eq=False)
+class Slots:
+    """Where the next tokens go, the same for all layers. The newest tokens of all rows lie in the same slot.
 
-    def __init__(self) -> None:
+    A pass reads packed tokens (`reads`), or one token for each of `rows` rows into slot `end`, and attends the slots up
+    to there. With `at`, the number of that slot on the device, `shown` slots are attended instead, so that nothing in
+    the pass depends on the host. capacity: slots of a buffer.
+    """
+
+    rows: int = 1
+    capacity: int = 0
+    reads: bool = False
+    end: int = 0
+    at: Tensor | None = None  # (1,) int64
+    shown: int = 0
+
+
+class BufferedLayer(PrefixLayer):
+    """prefix: (1, H_kv, P, d) keys and values, or None; keys, values: (rows, H_kv, capacity, d), or what was read."""
+
+    def __init__(self, slots: Slots) -> None:
         super().__init__()
-        self.rows, self.capacity = 1, 0
+        self.slots = slots
+        self.prefix: KeysAndValues | None = None
+        self.keys = self.values = None
 
-    def spread(self, rows: Tensor, capacity: int) -> None:
-        """Row i becomes a copy of what row `rows[i]` held; room for `capacity` tokens. An empty cache has one row."""
-        self.rows, self.capacity = len(rows), capacity
-        if self.length:
-            self.keys, self.values = self._moved(self.keys, rows), self._moved(self.values, rows)
+    def prefixes(self, device: torch.device) -> Sequence[KeysAndValues]:
+        return [] if self.prefix is None else [self.prefix]
 
-    def _moved(self, held: Any, rows: Tensor) -> Tensor:
-        new = held.new_empty(len(rows), held.shape[1], self.capacity, held.shape[3])
-        new[:, :, : self.length] = held[rows, :, : self.length]
-        return new
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        slots, new = self.slots, (key_states.to(value_states.dtype), value_states)
+        if slots.reads:
+            self.keys, self.values = new
+            return super().update(*new)
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (self._buffer(x) for x in new)
+        for held, x in zip((self.keys, self.values), new, strict=True):
+            if slots.at is None:
+                held[:, :, slots.end] = x[:, :, 0]
+            else:
+                held.index_copy_(2, slots.at, x)
+        shown = slots.end + 1 if slots.at is None else slots.shown
+        return super().update(self.keys[:, :, :shown], self.values[:, :, :shown])
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        # Zeros where slots are attended before they are written: their weight is 0, and 0 times NaN is NaN.
+        make = like.new_empty if self.slots.at is None else like.new_zeros
+        return make(self.slots.rows, like.shape[1], self.slots.capacity, like.shape[3])
+
+    def take_prefix(self) -> None:
+        """What was read goes to the end of the prefix."""
+        if self.keys is not None and self.values is not None:  # some layers read another one's
+            new: list[Tensor] = [self.keys, self.values]
+            if self.prefix is not None:  # a trained one has the weights' type, whatever the model runs in
+                new = [torch.cat([old.to(x), x], 2) for old, x in zip(self.prefix, new, strict=True)]
+            self.prefix, self.keys, self.values = (new[0], new[1]), None, None
+
+    def spread(self, source: Tensor) -> None:
+        """Of the tokens read, (rows, n) go into each row's first n slots."""
+        if self.keys is not None and self.values is not None:
+            read = self.keys, self.values
+            self.keys, self.values = (self._buffer(x) for x in read)
+            for held, x in zip((self.keys, self.values), read, strict=True):
+                held[:, :, : source.shape[1]] = x[0][:, source].transpose(0, 1)
+            if self.prefix is not None:
+                self.prefix = self.prefix[0].to(self.keys), self.prefix[1].to(self.values)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows stay, in rising order; the buffer is the same."""
-        count = len(rows)
-        held: Any
-        for held in (self.keys, self.values):
-            held[:count, :, : self.length] = held[rows, :, : self.length]
-        keys: Any = self.keys
-        values: Any = self.values
-        self.keys, self.values, self.rows = keys[:count], values[:count], count
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        keys: Any = self.keys
-        values: Any = self.values
-        if start == 0:
-            shape = (self.rows, key_states.shape[1], self.capacity)
-            self.keys = keys = key_states.new_empty(*shape, key_states.shape[3])
-            self.values = values = value_states.new_empty(*shape, value_states.shape[3])
-        elif keys.dtype != key_states.dtype:  # a trained prefix comes in the weights' type, whatever the model runs in
-            self.keys, self.values = keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
-        keys[:, :, start : self.length] = key_states
-        values[:, :, start : self.length] = value_states
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        if self.keys is not None and self.values is not None:
+            for held in (self.keys, self.values):
+                held[: len(rows), :, : self.slots.end] = held[rows, :, : self.slots.end]
+            self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
 
 
-class BufferedCache(Cache):
-    """A `BufferedLayer` for every layer; the two methods act on all."""
+class BufferedCache(PrefixCache):
+    """A `BufferedLayer` for every layer."""
 
-    def spread(self, rows: Tensor, capacity: int) -> None:
-        layer: Any
+    layers: list[BufferedLayer]  # type: ignore[assignment]
+
+    def __init__(self, layers: int) -> None:
+        self.slots = Slots()
+        super().__init__(layers=[BufferedLayer(self.slots) for _ in range(layers)])
+
+    def set_prefix(self, layers: Sequence[KeysAndValues]) -> None:
+        for layer, prefix in zip(self.layers, layers, strict=True):
+            layer.prefix = prefix
+
+    def take_prefix(self) -> None:
         for layer in self.layers:
-            layer.spread(rows, capacity)
+            layer.take_prefix()
+
+    def spread(self, source: Tensor, *, copies_prefix: bool) -> None:
+        """See BufferedLayer. copies_prefix: what was read is put behind the prefix before, and no prefix is left."""
+        for layer in self.layers:
+            if copies_prefix:
+                layer.take_prefix()
+                if layer.prefix is not None:
+                    (layer.keys, layer.values), layer.prefix = layer.prefix, None
+            layer.spread(source)
 
     def keep(self, rows: Tensor) -> None:
-        layer: Any
+        self.slots.rows = len(rows)
         for layer in self.layers:
             layer.keep(rows)
-
-
-def buffered_cache(layers: int) -> BufferedCache:
-    """An empty cache of `layers` layers."""
-    return BufferedCache(layers=[BufferedLayer() for _ in range(layers)])

@@ -1,0 +1,56 @@
+"""Which steps run, which are recorded and which are replayed; on a device: tests/gpu/test_decoding_gpu.py."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from opcd_fast.runtime import graphs
+
+
+class FakeGraph:
+    """Records and replays a function as torch.cuda's graphs do: what is recorded does not run."""
+
+    made = 0
+
+    def __init__(self):
+        FakeGraph.made += 1
+
+    def replay(self):
+        log.append("replay")
+
+
+log = []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_second_step_of_a_shape_is_recorded(fails, monkeypatch, caplog):
+    def step():
+        if recording and fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        log.append("recorded" if recording else "ran")
+
+    recording = []
+
+    @contextmanager
+    def graph(of, pool):
+        recording.append(1)
+        try:
+            yield
+        finally:
+            recording.clear()
+
+    log.clear()
+    FakeGraph.made = 0
+    monkeypatch.setattr(graphs, "_told", set())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    for _ in range(2):
+        captured = graphs.CapturedSteps(step)
+        for shape in (1, 1, 1, 1, 2, 2, 2, 3):
+            captured(shape)
+    once = ["ran", "recorded", "replay", "replay", "replay", "ran", "recorded", "replay", "replay", "ran"]
+    assert log == (["ran"] * 16 if fails else once * 2)
+    assert FakeGraph.made == (2 if fails else 4)
+    assert caplog.text.count("without a CUDA graph") == fails

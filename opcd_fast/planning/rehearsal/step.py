@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opcd_fast.data import Sample, count_tokens, micro_batches, pack, total_weight
+from opcd_fast.data import Sample, common_prefix_length, count_tokens, micro_batches, pack, total_weight
 from opcd_fast.loss import LMHead, scratch_bytes
 from opcd_fast.models import MergedCopy, refuses_merge, refuses_pad, refuses_sharing, seam
 from opcd_fast.planning.rehearsal.job import Job
@@ -155,7 +155,10 @@ class Step:
         config, batch = self.config, self.config.rollout_batch or MOST
         if config.rollout_batch is None and self.limit is not None:
             free = max(self.limit - self.meter.held, 0)
-            batch = batch_that_fits(model, max(map(len, prompts)), config.max_new_tokens, free, self.device)
+            batch = batch_that_fits(
+                model, max(map(len, prompts)), config.max_new_tokens, free, self.device,
+                shared_tokens=common_prefix_length(prompts),
+            )  # fmt: skip
         chosen = sorted(prompts, key=len)[-batch:]
         with self.meter.phase(phase):
             first_and_last_token(

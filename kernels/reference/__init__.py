@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
-    from opcd_fast.kernels.reference import attention, divergences, logprobs, topk
+    from opcd_fast.kernels.reference import attention, differences, divergences, logprobs, topk
     from opcd_fast.kernels.reference.attention import merge_attention
     from opcd_fast.kernels.reference.logits import Logits
     from opcd_fast.kernels.reference.statistics import (
-        NORMALISERS, STATISTICS, TERMS, Gather, Rows, gate_from, merge_normalisers, merge_terms, normalise,
-        write_statistics,
+        NORMALISERS, STATISTICS, TERMS, Gather, Rows, far_from_shift, gate_from, merge_normalisers, merge_terms,
+        normalise, write_statistics,
     )  # fmt: skip
     from opcd_fast.kernels.reference.table import DIVERGENCES, PARAMETERS, Divergence, Parameter, row_of
 

@@ -21,6 +21,7 @@ class Logits(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    factors: Tensor | None = None  # (n,) float32, powers of two by which z, in float16, is to be multiplied first
 
     @property
     def derivative(self) -> float:

@@ -23,6 +23,9 @@ NORMALISERS = ("max_s", "sum_s", "max_t", "sum_t", "difference", "forbidden_s", 
 TERMS = ("value", "negative_entropy", "top_s", "top_t", "moment")
 
 
+FARTHEST = 8.0  # from 0 may a row's largest logit lie in float16, which is then within 0.002 of what was rounded
+
+
 class Rows(NamedTuple):
     """What the passes after the first know of each row, (n,) each."""
 
@@ -74,6 +77,12 @@ def normalise(merged: Tensor) -> Rows:
         (max_s - max_t) + torch.log(sum_s / sum_t),
         *([rest[0] / sum_s, *rest[1:]] if rest else [None] * 3),
     )
+
+
+def far_from_shift(rows: Rows) -> Tensor:
+    """(n,) bool: rows of float16 logits that have lost too much, or whose numbers did not fit."""
+    known = rows.log_ratio if rows.difference is None else rows.log_ratio + rows.difference
+    return ~((rows.max_s.abs() <= FARTHEST) & known.isfinite())
 
 
 def merge_terms(pieces: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Statistics and gradient of every divergence from two rows of float32 logits, a row split over programs (Triton).
 
-The twin of `reference.divergences.divergence_rows`, where the formulas are. Kernels over (rows, splits):
+The twin of `reference.divergences.divergence_rows`, where the formulas are, and of `reference.differences`, whose
+float16 numbers it reads in place of logits with half of the bytes. Kernels over (rows, splits):
 
 - `_normaliser_kernel`: maximum and sum of exponentials of each side and, for the reverse KL, the sum of differences
   that gives its gradient and its value for a gate; and the largest logit of a token that the other side forbids, so
@@ -30,6 +31,7 @@ from opcd_fast.kernels.reference import (
     Gather,
     Logits,
     Rows,
+    far_from_shift,
     gate_from,
     merge_normalisers,
     merge_terms,
@@ -45,10 +47,9 @@ from opcd_fast.kernels.triton.logits import (
     UNSEEN,
     Pair,
     accumulate,
-    difference_of,
     expm1,
     gated_terms,
-    load_logits,
+    load_pair,
     psi_terms,
     store_gradient,
 )
@@ -68,10 +69,9 @@ _LIMIT = tl.constexpr(87.8)
 
 
 @triton.jit
-def _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE):
+def _first_pass(z_s, z_t, difference, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE):
     if DIVERGENCE == _REVERSE_KL or DIVERGENCE == _GATED_KL:  # noqa: SIM109 (Triton knows no membership)
         shrink = tl.exp(-tl.abs(z_s - m_s))
-        difference = difference_of(z_s, z_t)
         a = tl.where(z_s > m_s, a * shrink + difference, a + shrink * difference)
         forbidden_s = tl.maximum(forbidden_s, tl.where(z_t == float("-inf"), z_s, float("-inf")))
     if DIVERGENCE == _FORWARD_KL or DIVERGENCE == _GATED_KL:  # noqa: SIM109
@@ -83,10 +83,10 @@ def _first_pass(z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVER
 
 @triton.jit
 def _normaliser_kernel(
-    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, pieces_ptr,
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, pieces_ptr,
     stride_s, stride_t, n_rows, n_columns, blocks, inner_s, inner_t, outer_s, outer_t,
     HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
-    DIVERGENCE: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    DIFFERENCE: tl.constexpr, DIVERGENCE: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows * stride passes 2^31
     split = tl.program_id(1)
@@ -96,6 +96,9 @@ def _normaliser_kernel(
     whole = n_columns // BLOCK
     first = split * blocks
     last = tl.minimum(first + blocks, whole)
+    if DIFFERENCE:
+        inner_s *= tl.load(factor_s_ptr + row)
+        inner_t *= tl.load(factor_t_ptr + row)
 
     m_s = tl.full([BLOCK], UNSEEN, tl.float32)
     m_t = tl.full([BLOCK], UNSEEN, tl.float32)
@@ -106,17 +109,21 @@ def _normaliser_kernel(
     forbidden_t = tl.full([BLOCK], float("-inf"), tl.float32)
     for block in range(first, last):
         columns = block * BLOCK + lanes
-        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
-        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        z_s, z_t, difference = load_pair(
+            z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, columns, n_columns, inner_s, inner_t, outer_s, outer_t,
+            HAS_BIAS_S, HAS_BIAS_T, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, False,
+        )  # fmt: skip
         m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t = _first_pass(
-            z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE
+            z_s, z_t, difference, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE
         )
     if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
         columns = whole * BLOCK + lanes
-        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
-        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        z_s, z_t, difference = load_pair(
+            z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, columns, n_columns, inner_s, inner_t, outer_s, outer_t,
+            HAS_BIAS_S, HAS_BIAS_T, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, True,
+        )  # fmt: skip
         m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t = _first_pass(
-            z_s, z_t, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE
+            z_s, z_t, difference, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE
         )
 
     pieces_ptr += split.to(tl.int64) * PLANES * n_rows + row
@@ -146,20 +153,18 @@ def _log_ratio_to_mixture(l, w, rest):
 
 
 @triton.jit
-def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, gate, rest, parameter, DIVERGENCE):
+def _terms_and_p_phi(p, q, z_s, z_t, difference, log_ratio, shift, gate, rest, parameter, DIVERGENCE):
     """Terms of the value, and p times (phi - shift); of the gated KL the shift is that of its reverse part."""
     if DIVERGENCE == _REVERSE_KL:
         # E_p[z_s - z_t] is the shift, so the two logsumexps cancel in l - KL.
-        difference = difference_of(z_s, z_t)
         terms = tl.where(p < SMALLEST, q, psi_terms(p, q, difference - log_ratio))
         p_phi = p * (difference - shift)
     elif DIVERGENCE == _FORWARD_KL:
         # Where one side is -inf, l is wrong: if it is the student's, the row is infinite, and else q underflows.
-        l = difference_of(z_s, z_t) - log_ratio
+        l = difference - log_ratio
         terms = tl.where(q < SMALLEST, p, psi_terms(q, p, -l))
         p_phi = tl.where((tl.abs(l) < 0.25) & (q >= SMALLEST), -p * expm1(-l), p - q)
     elif DIVERGENCE == _GATED_KL:
-        difference = difference_of(z_s, z_t)
         terms, share, excess = gated_terms(p, q, difference - log_ratio, gate, rest)
         p_phi = share * (difference - shift) + gate * excess
     else:
@@ -187,13 +192,13 @@ def _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, gate, rest, parameter, DI
 
 @triton.jit
 def _second_pass(
-    z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
+    z_s, z_t, difference, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
     m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, gate, rest, parameter, inverse_outer,
     SOFTCAP, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, MASKED,
 ):  # fmt: skip
     p = tl.exp(z_s - lse_s)
     q = tl.exp(z_t - lse_t)
-    terms, p_phi = _terms_and_p_phi(p, q, z_s, z_t, log_ratio, shift, gate, rest, parameter, DIVERGENCE)
+    terms, p_phi = _terms_and_p_phi(p, q, z_s, z_t, difference, log_ratio, shift, gate, rest, parameter, DIVERGENCE)
     if WRITE_TERMS:
         value += terms
         if WRITE_MOMENT:
@@ -203,18 +208,19 @@ def _second_pass(
             top_s = tl.minimum(top_s, tl.where(z_s >= m_s, columns, NO_COLUMN))
             top_t = tl.minimum(top_t, tl.where(z_t >= m_t, columns, NO_COLUMN))
     if WRITE_GRADIENT:
-        store_gradient(g_ptr, p_phi * row_factor, z_s, columns, n_columns, inverse_outer, SOFTCAP, MASKED)
+        g = tl.where(row_factor == 0.0, 0.0, p_phi * row_factor)  # whatever there is in a row that gives none
+        store_gradient(g_ptr, g, z_s, columns, n_columns, inverse_outer, SOFTCAP, MASKED)
     return value, negative_entropy, top_s, top_t, moment
 
 
 @triton.jit
 def _terms_kernel(
-    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, rows_ptr, pieces_ptr, g_ptr,
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, rows_ptr, pieces_ptr, g_ptr,
     stride_s, stride_t, stride_g, n_rows, n_columns, blocks,
     inner_s, inner_t, outer_s, outer_t, parameter,
     HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
-    DIVERGENCE: tl.constexpr, PLANES: tl.constexpr, WRITE_TERMS: tl.constexpr, WRITE_MOMENT: tl.constexpr,
-    WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+    DIFFERENCE: tl.constexpr, DIVERGENCE: tl.constexpr, PLANES: tl.constexpr, WRITE_TERMS: tl.constexpr,
+    WRITE_MOMENT: tl.constexpr, WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -225,6 +231,9 @@ def _terms_kernel(
     whole = n_columns // BLOCK
     first = split * blocks
     last = tl.minimum(first + blocks, whole)
+    if DIFFERENCE:
+        inner_s *= tl.load(factor_s_ptr + row)
+        inner_t *= tl.load(factor_t_ptr + row)
 
     rows_ptr += row
     m_s = tl.load(rows_ptr)
@@ -251,19 +260,23 @@ def _terms_kernel(
     # Backwards: the end of the row is what the cache may still hold.
     if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
         columns = whole * BLOCK + lanes
-        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
-        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        z_s, z_t, difference = load_pair(
+            z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, columns, n_columns, inner_s, inner_t, outer_s, outer_t,
+            HAS_BIAS_S, HAS_BIAS_T, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, True,
+        )  # fmt: skip
         value, negative_entropy, top_s, top_t, moment = _second_pass(
-            z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
+            z_s, z_t, difference, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
             m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, gate, rest, parameter, inverse_outer,
             SOFTCAP_S, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, True,
         )  # fmt: skip
     for block in range(first, last):
         columns = (first + last - 1 - block) * BLOCK + lanes
-        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
-        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        z_s, z_t, difference = load_pair(
+            z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, columns, n_columns, inner_s, inner_t, outer_s, outer_t,
+            HAS_BIAS_S, HAS_BIAS_T, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, False,
+        )  # fmt: skip
         value, negative_entropy, top_s, top_t, moment = _second_pass(
-            z_s, z_t, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
+            z_s, z_t, difference, columns, n_columns, g_ptr, value, negative_entropy, top_s, top_t, moment,
             m_s, m_t, lse_s, lse_t, log_ratio, shift, row_factor, gate, rest, parameter, inverse_outer,
             SOFTCAP_S, DIVERGENCE, WRITE_TERMS, WRITE_MOMENT, WRITE_GRADIENT, ALL_STATISTICS, False,
         )  # fmt: skip
@@ -307,12 +320,17 @@ def divergence_rows(
     scratch: Tensor | None = None,  # the reference's; unused
     gather: Gather = None,
     first_column: int = 0,
+    difference: bool = False,
     splits: int | None = None,
 ) -> None:
     """Arguments as in `reference.divergences.divergence_rows`; splits as in `split_blocks`. The logits survive unless
-    the gradient is the student's z. Two gathers, for the gate "tv" three; scratch is 12 floats per row and split."""
+    the gradient is the student's z. Two gathers, for the gate "tv" three; scratch is 12 floats per row and split.
+
+    difference: the sides are those of `reference.differences.difference_rows`; the gradient may be the student's z seen
+    as bf16.
+    """
     row = row_of(divergence, parameter, gate)
-    pair = Pair.of(student, teacher)
+    pair = Pair.of(student, teacher, difference)
     n, columns = student.z.shape
     if n == 0:
         return
@@ -321,16 +339,17 @@ def divergence_rows(
     tuning = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
     planes = len(NORMALISERS) if row.infinite else 4
-    pieces = student.z.new_zeros(splits, planes, n)
+    pieces = statistics.new_zeros(splits, planes, n)
     _normaliser_kernel[(n, splits)](
-        *pair.pointers, pieces, *pair.strides, n, columns, blocks, *pair.transforms, DIVERGENCE=row.code, PLANES=planes,
-        **pair.options, **tuning,
+        *pair.pointers, *pair.factors, pieces, *pair.strides, n, columns, blocks, *pair.transforms,
+        DIFFERENCE=difference, DIVERGENCE=row.code, PLANES=planes, **pair.options, **tuning,
     )  # fmt: skip
     merged = merge_normalisers(pieces)
     if gather is not None:
         merged = merge_normalisers(gather(merged))
     rows = normalise(merged)
     infinite = _infinite(rows, row.infinite)
+    again = far_from_shift(rows) if difference else None
     shift = rows.difference if divergence == "reverse_kl" else None
     gates: tuple[Tensor, ...] = ()
     if divergence == "gated_kl":
@@ -346,15 +365,15 @@ def divergence_rows(
 
     def launch(shift: Tensor, written: Tensor | None, with_terms: bool) -> Tensor:
         factor = row_weights * student.derivative
-        if infinite is not None:
-            factor = factor.masked_fill(infinite, 0.0)
+        for none in (infinite, again):
+            factor = factor if none is None else factor.masked_fill(none, 0.0)
         known = torch.stack([rows.max_s, rows.max_t, rows.lse_s, rows.lse_t, rows.log_ratio, shift, factor, *gates])
-        pieces = student.z.new_zeros(splits, len(TERMS), n)
+        pieces = statistics.new_zeros(splits, len(TERMS), n)
         _terms_kernel[(n, splits)](
-            *pair.pointers, known, pieces, student.z if written is None else written,
+            *pair.pointers, *pair.factors, known, pieces, student.z if written is None else written,
             *pair.strides, 0 if written is None else written.stride(0), n, columns, blocks,
-            *pair.transforms, parameter, DIVERGENCE=row.code, PLANES=len(TERMS), WRITE_TERMS=with_terms,
-            WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
+            *pair.transforms, parameter, DIFFERENCE=difference, DIVERGENCE=row.code, PLANES=len(TERMS),
+            WRITE_TERMS=with_terms, WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
             WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms,
             maxnreg=GATED_REGISTERS if gates else None, **pair.options, **tuning,
         )  # fmt: skip
@@ -367,6 +386,8 @@ def divergence_rows(
         terms = merge_terms(gather(terms))
     if infinite is not None:
         terms[0].masked_fill_(infinite, float("inf"))
+    if again is not None:
+        terms[0].masked_fill_(again, float("nan"))
     write_statistics(statistics, rows, terms, all_statistics, gates[0] if gates else None)
     if gradient is not None and not row.two_passes:
         # A teacher's NaN reaches every term, but phi only through here.

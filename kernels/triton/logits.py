@@ -27,6 +27,7 @@ def load_logits(z_ptr, bias_ptr, columns, n_columns, inner, outer, HAS_BIAS, SOF
         z = tl.load(z_ptr + columns, mask=inside, other=0.0)
     else:
         z = tl.load(z_ptr + columns)
+    z = z.to(tl.float32)
     if HAS_BIAS:
         if MASKED:
             z += tl.load(bias_ptr + columns, mask=inside, other=0.0)
@@ -42,18 +43,36 @@ def load_logits(z_ptr, bias_ptr, columns, n_columns, inner, outer, HAS_BIAS, SOF
 
 
 @triton.jit
+def difference_of(z_s, z_t):
+    """z_s - z_t, 0 where either is -inf: p or q is 0 there and the callers treat those entries apart."""
+    return tl.where((z_s == float("-inf")) | (z_t == float("-inf")), 0.0, z_s - z_t)
+
+
+@triton.jit
+def load_pair(
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, columns, n_columns, inner_s, inner_t, outer_s, outer_t,
+    HAS_BIAS_S, HAS_BIAS_T, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, MASKED,
+):  # fmt: skip
+    """One block of both sides, and what they differ by, which with DIFFERENCE is what lies in the teacher's place."""
+    z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, MASKED)
+    z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, MASKED)
+    if DIFFERENCE:
+        difference = z_t
+        if MASKED:
+            difference = tl.where(columns < n_columns, difference, 0.0)
+        z_t = z_s - difference
+    else:
+        difference = difference_of(z_s, z_t)
+    return z_s, z_t, difference
+
+
+@triton.jit
 def accumulate(z, m, d):
     """Online maximum and sum of exponentials, one exponential an element."""
     shrink = tl.exp(-tl.abs(z - m))
     grows = z > m
     d = tl.where(grows, d * shrink + 1.0, d + shrink)
     return tl.where(grows, z, m), d
-
-
-@triton.jit
-def difference_of(z_s, z_t):
-    """z_s - z_t, 0 where either is -inf: p or q is 0 there and the callers treat those entries apart."""
-    return tl.where((z_s == float("-inf")) | (z_t == float("-inf")), 0.0, z_s - z_t)
 
 
 @triton.jit
@@ -103,30 +122,35 @@ def store_gradient(g_ptr, g, z, columns, n_columns, inverse_outer, SOFTCAP, MASK
         tl.store(g_ptr + columns, g)
 
 
-def check_logits(name: str, z: Tensor) -> None:
+def check_logits(name: str, z: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """Raise ValueError for logits that the kernels cannot read."""
-    if z.dtype != torch.float32 or z.stride(1) != 1:
-        raise ValueError(f"{name} is {z.dtype} with strides {z.stride()}; expected float32 with unit column stride")
+    if z.dtype != dtype or z.stride(1) != 1:
+        raise ValueError(f"{name} is {z.dtype} with strides {z.stride()}; expected {dtype} with unit column stride")
 
 
 class Pair(NamedTuple):
     """Both sides of a divergence as the kernels take them."""
 
     pointers: tuple[Tensor, ...]  # student's and teacher's z, student's and teacher's bias
+    factors: tuple[Tensor, ...]  # both sides'; anything where there are none
     strides: tuple[int, int]
     transforms: tuple[float, ...]  # inner of both, outer of both
     options: dict[str, Any]
+    difference: bool
 
     @classmethod
-    def of(cls, student: Logits, teacher: Logits) -> Pair:
+    def of(cls, student: Logits, teacher: Logits, difference: bool = False) -> Pair:
+        """difference: the teacher's are not logits, but by how much the student's are larger; both in float16."""
         sides = {"S": student, "T": teacher}
         for side, name in (("S", "z_s"), ("T", "z_t")):
-            check_logits(name, sides[side].z)
+            check_logits(name, sides[side].z, torch.float16 if difference else torch.float32)
         transforms = [side.inner_and_outer() for side in sides.values()]
         return cls(
             (student.z, teacher.z, *(side.z if side.bias is None else side.bias for side in sides.values())),
+            tuple(side.z if side.factors is None else side.factors for side in sides.values()),
             (student.z.stride(0), teacher.z.stride(0)),
             (*(inner for inner, _ in transforms), *(outer for _, outer in transforms)),
             {f"HAS_BIAS_{name}": side.bias is not None for name, side in sides.items()}
             | {f"SOFTCAP_{name}": side.softcap is not None for name, side in sides.items()},
+            difference,
         )

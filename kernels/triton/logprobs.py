@@ -104,7 +104,7 @@ def logprob_rows(
     scratch: Tensor | None = None,  # the torch version's; unused
 ) -> None:
     """One program per row. Arguments as in `reference.logprobs.logprob_rows`; z survives unless the gradient is z."""
-    z, bias, _, softcap, _ = logits
+    z, bias, _, softcap, *_ = logits
     check_logits("z", z)
     rows, columns = z.shape
     if rows == 0:

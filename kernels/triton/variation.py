@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opcd_fast.kernels.triton.logits import Pair, load_logits
+from opcd_fast.kernels.triton.logits import Pair, load_pair
 
 
 @triton.jit
 def _variation_kernel(
-    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, lses_ptr, pieces_ptr,
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, lses_ptr, pieces_ptr,
     stride_s, stride_t, n_rows, n_columns, blocks, inner_s, inner_t, outer_s, outer_t,
     HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DIFFERENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sum |p - q| / 2 of every row and split."""
     row = tl.program_id(0).to(tl.int64)
@@ -27,18 +27,25 @@ def _variation_kernel(
     whole = n_columns // BLOCK
     first = split * blocks
     last = tl.minimum(first + blocks, whole)
+    if DIFFERENCE:
+        inner_s *= tl.load(factor_s_ptr + row)
+        inner_t *= tl.load(factor_t_ptr + row)
     lse_s = tl.load(lses_ptr + row)
     lse_t = tl.load(lses_ptr + n_rows + row)
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(first, last):
         columns = block * BLOCK + lanes
-        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, False)
-        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, False)
+        z_s, z_t, _ = load_pair(
+            z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, columns, n_columns, inner_s, inner_t, outer_s, outer_t,
+            HAS_BIAS_S, HAS_BIAS_T, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, False,
+        )  # fmt: skip
         total += tl.abs(tl.exp(z_s - lse_s) - tl.exp(z_t - lse_t))
     if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
         columns = whole * BLOCK + lanes
-        z_s = load_logits(z_s_ptr, bias_s_ptr, columns, n_columns, inner_s, outer_s, HAS_BIAS_S, SOFTCAP_S, True)
-        z_t = load_logits(z_t_ptr, bias_t_ptr, columns, n_columns, inner_t, outer_t, HAS_BIAS_T, SOFTCAP_T, True)
+        z_s, z_t, _ = load_pair(
+            z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, columns, n_columns, inner_s, inner_t, outer_s, outer_t,
+            HAS_BIAS_S, HAS_BIAS_T, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, True,
+        )  # fmt: skip
         total += tl.abs(tl.exp(z_s - lse_s) - tl.exp(z_t - lse_t))
     tl.store(pieces_ptr + split.to(tl.int64) * n_rows + row, 0.5 * tl.sum(total, 0))
 
@@ -55,6 +62,7 @@ def total_variation(
     n = lses.shape[1]
     pieces = lses.new_empty(splits, n)
     _variation_kernel[(n, splits)](
-        *pair.pointers, lses, pieces, *pair.strides, n, columns, blocks, *pair.transforms, **pair.options, **tuning
-    )
+        *pair.pointers, *pair.factors, lses, pieces, *pair.strides, n, columns, blocks, *pair.transforms,
+        DIFFERENCE=pair.difference, **pair.options, **tuning,
+    )  # fmt: skip
     return pieces.sum(0, keepdim=True)

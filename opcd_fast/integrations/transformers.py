@@ -78,7 +78,7 @@ class FusedDistillationTrainer(Trainer):
                 h_t, head_t = self._teach(ids, mask)
                 return divergence(
                     h_s[:, :-1], self._heads(inner), h_t[:, :-1], head_t, token_weights=scored, denominator=count,
-                    **self._distillation,
+                    token_ids=ids[:, 1:], **self._distillation,
                 )  # fmt: skip
 
         value = inside_forward(model, inner, loss)

@@ -186,7 +186,7 @@ class ContextDistillationTrainer(DistillationTrainer):
         h_t = score() if self.teacher_model is None else inside_forward(self.teacher_model, teacher.model, score)
         loss, stats = divergence(
             h_s, self._heads(unwrapped_student), h_t, teacher.head, temperature=self.temperature,
-            denominator=num_items_in_batch, return_stats=True, **self._distillation,
+            denominator=num_items_in_batch, return_stats=True, token_ids=batch.response_ids, **self._distillation,
         )  # fmt: skip
         mode = "train" if unwrapped_student.training else "eval"
         self._metrics[mode]["top1_agreement"].append(stats.top1_agreement.mean().item())

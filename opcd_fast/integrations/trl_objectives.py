@@ -59,7 +59,7 @@ def distillation_loss(
         num_items_in_batch = mask.sum().clamp(min=1)
     loss, stats = divergence(
         h_s, head_s, h_t, head_t, divergence="jsd", beta=trainer.beta, temperature=trainer.temperature,
-        token_weights=mask, denominator=num_items_in_batch, **options.loss,
+        token_weights=mask, denominator=num_items_in_batch, token_ids=answer, **options.loss,
     )  # fmt: skip
     return loss, stats.student_entropy.sum(), (mask != 0).sum()
 
@@ -93,7 +93,7 @@ def gkd_loss(
                 teacher = inside_forward(trainer.teacher_model, inner_teacher, lambda: states(inner_teacher))
             value, _ = divergence(
                 *student, *teacher, divergence="jsd", beta=trainer.beta, token_weights=mask, denominator=denominator,
-                **options.loss,
+                token_ids=inputs["input_ids"][:, 1:], **options.loss,
             )  # fmt: skip
         return value
 
@@ -170,7 +170,7 @@ def sdft_loss(
             which = {**_sdft_divergence(trainer.args), **options.loss}
             value, stats = divergence(
                 *student, *teacher, token_weights=weights * ratio, temperature=trainer.temperature, reduction="sum",
-                **which,
+                token_ids=answer, **which,
             )  # fmt: skip
             return value, stats.token_kl * ratio
 

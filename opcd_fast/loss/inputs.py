@@ -13,7 +13,7 @@ from opcd_fast.kernels.csrc import native
 from opcd_fast.loss.heads import LMHead
 
 REDUCTIONS = ("mean", "sum", "none")
-PROJECTIONS = ("auto", "separate", "fp32")
+PROJECTIONS = {"auto": "auto", "separate": "separate", "fp32": "separate", "difference": "difference"}
 BACKENDS = ("auto", "triton", "native", "torch")
 
 
@@ -67,11 +67,12 @@ def check_pair(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> to
     return h_s.shape[:-1]
 
 
-def check_projection(projection: str) -> None:
+def check_projection(projection: str) -> str:
     if projection == "dual":
         raise ValueError("projection='dual' does not exist any more; use projection='auto', which is as accurate")
     if projection not in PROJECTIONS:
         raise ValueError(f"projection is {projection!r}; expected one of {', '.join(map(repr, PROJECTIONS))}")
+    return PROJECTIONS[projection]
 
 
 def check_temperature(temperature: float) -> float:
@@ -139,6 +140,15 @@ def flat_weights(token_weights: Tensor | None, leading: torch.Size, device: torc
     if token_weights.is_complex():
         raise ValueError(f"token_weights has dtype {token_weights.dtype}; expected bool or float")
     return token_weights.reshape(-1).to(device)
+
+
+def flat_ids(token_ids: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+    """token_ids as (N,) int64 on the device, after checking that they are one integer per position."""
+    integers = isinstance(token_ids, Tensor) and not token_ids.is_floating_point() and token_ids.dtype != torch.bool
+    if not integers or token_ids.shape != leading:
+        kind = f"{token_ids.dtype} {tuple(token_ids.shape)}" if isinstance(token_ids, Tensor) else type(token_ids)
+        raise ValueError(f"token_ids is {kind}; expected integers of shape {tuple(leading)}, one per position")
+    return token_ids.reshape(-1).to(device, torch.int64)
 
 
 def check_reduction(reduction: str, denominator: float | Tensor | None) -> tuple[str, float, Tensor | None]:

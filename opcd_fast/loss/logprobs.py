@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opcd_fast.loss.chunks import Spec, Wanted, refuse_capture, sharding
 from opcd_fast.loss.heads import LMHead
-from opcd_fast.loss.inputs import as_head, check_finite, check_side, check_temperature, check_workspace
+from opcd_fast.loss.inputs import as_head, check_finite, check_side, check_temperature, check_workspace, flat_ids
 from opcd_fast.loss.operators import LinearLogprobs
 
 
@@ -40,11 +40,7 @@ def fused_linear_logprobs(
     leading = hidden.shape[:-1]
     if head.group is not None:
         raise ValueError("head is sharded over a group, which log-probabilities do not support; gather it first")
-    integers = isinstance(token_ids, Tensor) and not token_ids.is_floating_point() and token_ids.dtype != torch.bool
-    if not integers or token_ids.shape != leading:
-        kind = f"{token_ids.dtype} {tuple(token_ids.shape)}" if isinstance(token_ids, Tensor) else type(token_ids)
-        raise ValueError(f"token_ids is {kind}; expected integers of shape {tuple(leading)}, one per position")
-    h, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).to(hidden.device, torch.int64)
+    h, ids = hidden.reshape(-1, hidden.shape[-1]), flat_ids(token_ids, leading, hidden.device)
     refuse_capture(h.device, "fused_linear_logprobs")
     weight, bias = sharding.whole(head.weight), sharding.whole(head.bias)
     assert weight is not None

@@ -42,6 +42,7 @@ def linear_divergence_op(
     w_t: Tensor,
     b_t: Optional[Tensor],
     token_weights: Optional[Tensor],
+    token_ids: Optional[Tensor],
     denominator: Optional[Tensor],
     dw_into: Optional[Tensor],
     wanted: Sequence[bool],
@@ -52,26 +53,28 @@ def linear_divergence_op(
     all_statistics: bool,
     numbers: Sequence[float],
     words: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics (6, N), dH, dW, db); a gradient that is not wanted is empty. The last parameters, from
-    vocab_size on, are `Spec.packed()`; its backend may be "auto"."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics (6, N), rows repeated (), dH, dW, db); a gradient that is not wanted is empty. The last
+    parameters, from vocab_size on, are `Spec.packed()`; its backend and projection may be "auto"."""
     student, teacher = Side(h_s, w_s, b_s), Side(h_t, w_t, b_t)
     dtype = compute_dtype(h_s, w_s, h_t, w_t)
     spec = _resolved(h_s, dtype, vocab_size, workspace_bytes, all_statistics, numbers, words)
     rows = select_rows(token_weights, h_s, dtype, reduction, denominator, factor)
     with exactly(h_s.device):
-        statistics, *found = linear_divergence(student, teacher, rows, spec, Wanted(*wanted), dw_into)
-        loss = _reduce(statistics[0], rows.weights, rows.factor, reduction)
-    gradients = [h_s.new_empty(0) if gradient is None else gradient for gradient in found]
-    return loss, statistics, gradients[0], gradients[1], gradients[2]
+        repeated, found = linear_divergence(student, teacher, rows, spec, Wanted(*wanted), dw_into, token_ids)
+        loss = _reduce(found[0][0], rows.weights, rows.factor, reduction)
+    gradients = [h_s.new_empty(0) if gradient is None else gradient for gradient in found[1:]]
+    count = h_s.new_full((), repeated, dtype=torch.int64)
+    return loss, found[0], count, gradients[0], gradients[1], gradients[2]
 
 
 @linear_divergence_op.register_fake
-def _(h_s, w_s, b_s, h_t, w_t, b_t, token_weights, denominator, dw_into, wanted, reduction, *_):
+def _(h_s, w_s, b_s, h_t, w_t, b_t, token_weights, token_ids, denominator, dw_into, wanted, reduction, *_):
     dtype, count = compute_dtype(h_s, w_s, h_t, w_t), h_s.shape[0]
     return (
         h_s.new_empty((count,) if reduction == "none" else (), dtype=dtype),
         h_s.new_empty((len(STATISTICS), count), dtype=dtype),
+        h_s.new_empty((), dtype=torch.int64),
         *_fake(Side(h_s, w_s, b_s), wanted if dw_into is None else (wanted[0], False, wanted[2])),
     )
 
@@ -139,39 +142,40 @@ class LinearDivergence(torch.autograd.Function):
         w_t: Tensor,
         b_t: Tensor | None,
         token_weights: Tensor | None,
+        token_ids: Tensor | None,
         denominator: Tensor | None,
         dw_into: Tensor | None,
         reduction: str,
         factor: float,
         spec: Spec,
         wanted: Wanted,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         late = reduction == "none"
-        loss, statistics, dh, dw, db = linear_divergence_op(
-            h_s, w_s, b_s, h_t, w_t, b_t, token_weights, denominator, dw_into,
+        loss, statistics, repeated, dh, dw, db = linear_divergence_op(
+            h_s, w_s, b_s, h_t, w_t, b_t, token_weights, token_ids, denominator, dw_into,
             NOTHING if late else wanted, reduction, factor, *spec.packed(),
         )  # fmt: skip
         ctx.late, ctx.spec, ctx.wanted = late, spec, wanted
         ctx.accumulated = w_s if dw_into is not None else None
         ctx.dtypes = (h_s.dtype, w_s.dtype, None if b_s is None else b_s.dtype)
         if late:
-            ctx.save_for_backward(h_s, w_s, b_s, h_t, w_t, b_t, token_weights)
+            ctx.save_for_backward(h_s, w_s, b_s, h_t, w_t, b_t, token_weights, token_ids)
         else:
             ctx.save_for_backward(dh, dw, db)
-        ctx.mark_non_differentiable(statistics)
+        ctx.mark_non_differentiable(statistics, repeated)
         ctx.set_materialize_grads(False)
-        return loss, statistics
+        return loss, statistics, repeated
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if upstream is None:
-            return (None,) * 13
+            return (None,) * 14
         if ctx.late:
-            h_s, w_s, b_s, h_t, w_t, b_t, token_weights = ctx.saved_tensors
+            *inputs, token_weights, token_ids = ctx.saved_tensors
             weights = _late_weights(upstream, token_weights)
-            _, _, *gradients = linear_divergence_op(
-                h_s, w_s, b_s, h_t, w_t, b_t, weights, None, None, ctx.wanted, "sum", 1.0, *ctx.spec.packed()
+            _, _, _, *gradients = linear_divergence_op(
+                *inputs, weights, token_ids, None, None, ctx.wanted, "sum", 1.0, *ctx.spec.packed()
             )
         else:
             if ctx.accumulated is not None:
@@ -183,7 +187,7 @@ class LinearDivergence(torch.autograd.Function):
                 found[i] = gradient.to(dtype) if ctx.late else scaled(gradient, upstream, dtype)
         if ctx.accumulated is not None:
             found[1] = placeholder(ctx.accumulated)
-        return (*found, *(None,) * 10)
+        return (*found, *(None,) * 11)
 
 
 class LinearLogprobs(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_oracle import logits64, relative_error, states, token_kl64
+from loss_oracle import divergence64, logits64, relative_error, states, token_kl64
 
 from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_logprobs, fused_linear_reverse_kl
 
@@ -30,6 +30,36 @@ def test_accuracy_in_bf16(spread, backend, train_head):
         assert relative_error(w.grad, w64.grad) <= 3e-3
     assert (stats.token_kl >= 0).all()
     assert ((stats.token_kl - exact).abs() <= 3e-3 * exact + 1e-9).all()
+
+
+@pytest.mark.parametrize("spread", [0.78, 0.09, 0.0049])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "gated_kl", "jsd"])
+def test_differences_in_float16(spread, backend, train_head, divergence):
+    h, w, h_t = states(ROWS, WIDTH, VOCABULARY, spread, boost=5.0)
+    h, w, h_t = h.cuda().requires_grad_(), w.cuda().requires_grad_(train_head), h_t.bfloat16().cuda()
+    h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_(train_head)
+    z_s, z_t = logits64(h64, LMHead(w64)), logits64(h_t, LMHead(w64.detach()))
+    exact = divergence64(z_s, z_t, divergence)
+    exact.mean().backward()
+    ids = torch.multinomial(z_s.detach().softmax(-1), 1)[:, 0]
+    # With a product that may add up in float16, if the caller's setting were followed.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    loss, stats = fused_linear_divergence(
+        h, w, h_t, w.detach(), divergence=divergence, return_stats=True, backend=backend, token_ids=ids,
+        projection="auto" if backend == "triton" else "difference", workspace_bytes=128 << 20,
+    )  # fmt: skip
+    loss.backward()
+    assert torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    assert stats.projection == "difference" and stats.repeated < ROWS // 4
+    assert relative_error(h.grad, h64.grad) <= 3e-3
+    if train_head:
+        assert relative_error(w.grad, w64.grad) <= 3e-3
+    exact = exact.detach()
+    assert (stats.token_kl >= 0).all()
+    assert ((stats.token_kl - exact).abs() <= 4e-3 * exact + 1e-9).all()
+    assert (stats.student_logsumexp - z_s.detach().logsumexp(-1)).abs().max() < 2e-2
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -34,6 +34,12 @@ FLOATS = ("inner", "outer", "derivative", "parameter")
 ALIGNED = [*(f"stride_{x}" for x in "stzg"), *(f"stride_{x}_{y}" for x in ("a", "b", "out") for y in "nh")]
 TWO_SIDES = ("HAS_BIAS_S", "HAS_BIAS_T", "SOFTCAP_S", "SOFTCAP_T")
 PLAIN, TRANSFORMED = dict.fromkeys(TWO_SIDES, False), dict.fromkeys(TWO_SIDES, True)
+# What lies in the teacher's place is another kernel; it has neither bias nor softcap.
+SIDES = {
+    "": {**PLAIN, "DIFFERENCE": False},
+    "_difference": {**PLAIN, "DIFFERENCE": True},
+    "_everything": {**TRANSFORMED, "DIFFERENCE": False},
+}
 KERNEL_ROWS = [row for row in DIVERGENCES.values() if row.code is not None]
 
 
@@ -67,35 +73,35 @@ def _reverse_kl() -> Kernel:
 
 def _normalisers() -> Kernel:
     variants = {}
-    for row, (suffix, flags) in itertools.product(KERNEL_ROWS, (("", PLAIN), ("_everything", TRANSFORMED))):
+    for row, (suffix, flags) in itertools.product(KERNEL_ROWS, SIDES.items()):
         planes = len(NORMALISERS) if row.infinite else 4
         variants[row.name + suffix] = {**flags, "DIVERGENCE": row.code, "PLANES": planes}
     shapes = launch_shapes_of("divergence_rows")
-    return Kernel(divergences._normaliser_kernel, variants, ("gated_kl_everything",), lambda _: 1, shapes)
+    default = ("gated_kl_everything", "gated_kl_difference")
+    return Kernel(divergences._normaliser_kernel, variants, default, lambda _: 1, shapes)
 
 
 def _variation() -> Kernel:
     shapes = launch_shapes_of("divergence_rows")
-    variants = {"plain": PLAIN, "everything": TRANSFORMED}
-    return Kernel(variation._variation_kernel, variants, ("everything",), lambda _: 1, shapes)
+    default = ("_everything", "_difference")
+    return Kernel(variation._variation_kernel, SIDES, default, lambda _: 1, shapes)
 
 
 def _terms() -> Kernel:
     variants = {}
-    for row, everything in itertools.product(KERNEL_ROWS, (False, True)):
+    for row, (name, sides) in itertools.product(KERNEL_ROWS, SIDES.items()):
         flags = {
-            **(TRANSFORMED if everything else PLAIN),
-            "DIVERGENCE": row.code, "PLANES": len(TERMS), "WRITE_TERMS": True, "WRITE_MOMENT": False,
-            "WRITE_GRADIENT": False, "ALL_STATISTICS": everything,
+            **sides, "DIVERGENCE": row.code, "PLANES": len(TERMS), "WRITE_TERMS": True, "WRITE_MOMENT": False,
+            "WRITE_GRADIENT": False, "ALL_STATISTICS": name != "",
         }  # fmt: skip
         passes = {"": {"WRITE_GRADIENT": True}}
         if not row.two_passes:
             gradient = {"WRITE_TERMS": False, "WRITE_GRADIENT": True, "ALL_STATISTICS": False}
             passes = {"_terms": {"WRITE_MOMENT": True}, "_gradient": gradient}
         for suffix, extra in {**passes, "_loss_only": {}}.items():
-            variants[row.name + suffix + "_everything" * everything] = {**flags, **extra}
+            variants[row.name + suffix + name] = {**flags, **extra}
     shapes = launch_shapes_of("divergence_rows")
-    default = ("jsd_terms_everything", "gated_kl_everything")
+    default = ("jsd_terms_everything", "gated_kl_everything", "jsd_terms_difference", "gated_kl_difference")
     return Kernel(divergences._terms_kernel, variants, default, lambda _: 1, shapes)
 
 
@@ -138,7 +144,8 @@ def source(function, constants: dict) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = POINTERS.get(name, "*fp32")
+            half = constants.get("DIFFERENCE") and name in ("z_s_ptr", "z_t_ptr")
+            signature[name] = "*fp16" if half else POINTERS.get(name, "*fp32")
         else:
             signature[name] = "fp32" if name.startswith(FLOATS) else "i32"
         if name.endswith("_ptr") or name in ALIGNED:

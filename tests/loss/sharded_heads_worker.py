@@ -70,6 +70,33 @@ for case in CASES:
             if value is not None:
                 close(getattr(stats2, field), value, f"{name} {field}")
 
+# One head in float16: the rank that has a row's token tells the others its logit. One row has none.
+half_h, half_t, half_w = h.bfloat16().requires_grad_(), h_t.bfloat16(), w.bfloat16()
+ids = torch.arange(N) * 87
+ids[3] = -100
+for case in CASES:
+    results = []
+    for part, b, g in ((half_w, bias, None), (half_w[mine].clone(), bias[mine].clone(), group)):
+        head = LMHead(part, b, group=g)
+        loss, stats = fused_linear_divergence(
+            half_h, head, half_t, head, token_weights=weights, return_stats=True, backend=backend, token_ids=ids,
+            projection="difference", **case,
+        )  # fmt: skip
+        assert stats.projection == "difference"
+        results.append((loss.detach(), *torch.autograd.grad(loss, half_h), stats))
+    name = f"differences, {' '.join(case.values())}"
+    assert results[0][2].repeated == results[1][2].repeated < 7
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0.02, atol=1e-4)
+    for field, value in vars(results[0][2]).items():
+        if value is not None:
+            torch.testing.assert_close(getattr(results[1][2], field), value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="float16"):  # on every rank, though one alone has the number
+        large = half_w[mine].clone()
+        large[5, 2] = 70_000.0 if rank else 1.0
+        head = LMHead(large, group=group)
+        fused_linear_divergence(half_h, head, half_t, head, token_ids=ids, projection="difference", backend=backend)
+
 # The top token of some rows lies on the other rank for one model only, in the same place of its slice: agreement must
 # be global.
 peaked = torch.zeros(V, D)

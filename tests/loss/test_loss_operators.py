@@ -55,7 +55,8 @@ def test_compiles_into_one_graph_with_the_same_bits(options):
 def test_the_fake_implementation_matches_the_real_one(wanted, reduction):
     h, w, h_t = problem(dtype=torch.bfloat16)
     spec = Spec(301, all_statistics=True, softcap_s=3.0)
-    arguments = (h, w, torch.zeros(301), h_t, w, None, WEIGHTS, None, None, wanted, reduction, 0.5, *spec.packed())
+    tensors = (h, w, torch.zeros(301), h_t, w, None, WEIGHTS, torch.arange(7), None, None)
+    arguments = (*tensors, wanted, reduction, 0.5, *spec.packed())
     torch.library.opcheck(linear_divergence_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

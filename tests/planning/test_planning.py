@@ -176,6 +176,50 @@ def test_the_loss_holds_what_it_says(dtype, backend, divergence, trained):
     assert said + results == pytest.approx(peak_bytes(call), rel=0.1)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_loss_of_differences_holds_what_it_says(trained):
+    n, v, d = 300, 3000, 64
+    hidden = torch.randn(n, d, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(v, d, dtype=torch.bfloat16, requires_grad=trained)
+    heads = LMHead(weight), LMHead(weight.detach())
+    # Near, and every largest logit near the token's, so that no row is computed again.
+    ids = (hidden @ weight.T).argmax(-1)
+    options = {"workspace_bytes": 12 << 20, "backend": "torch", "projection": "difference"}
+
+    def call():
+        return fused_linear_divergence(
+            hidden, heads[0], hidden.detach() * 1.01, heads[1], return_stats=True, token_ids=ids, **options
+        )
+
+    assert call()[1].repeated == 0
+    results = hidden.nbytes + (weight.nbytes if trained else 0)
+    said = results + scratch_bytes(n, LMHead(weight), LMHead(weight), torch.bfloat16, device="cpu", **options)
+    assert 0.7 * said <= peak_bytes(call) <= said  # a CPU's float64 and float32 buffers are not there at once
+
+
+def test_a_plan_of_a_shared_head_counts_what_auto_would_take():
+    """On a GPU that need not be here: the copy of the head in float16, and half of the bytes for the logits."""
+    weight = torch.empty(151_936, 1024, dtype=torch.bfloat16, device="meta")
+    head = LMHead(weight)
+
+    def said(rows=16_384, teacher=head, dtype=torch.bfloat16, **options):
+        return scratch_bytes(rows, head, teacher, dtype, device="cuda", backend="triton", **options)
+
+    asked, separate = said(projection="difference"), said(projection="separate")
+    assert said() == asked != separate
+    other = LMHead(torch.empty_like(weight))
+    for same in (said(teacher=other), said(token_ids=False), said(teacher=LMHead(weight, scale=2.0))):
+        assert same in (separate, said(teacher=other, projection="separate"))
+    assert said(rows=300) == said(rows=300, projection="separate") != said(rows=300, projection="difference")
+    small = {"workspace_bytes": 1 << 29}  # the copy would be more than half of it
+    assert said(**small) == said(**small, projection="separate") <= 1 << 30
+    with pytest.raises(ValueError, match="softcap"):
+        scratch_bytes(
+            9, LMHead(weight, softcap=3.0), LMHead(weight, softcap=3.0), torch.bfloat16, device="cuda",
+            backend="triton", projection="difference",
+        )  # fmt: skip
+
+
 def test_backward_of_flash_attention_is_counted():
     """Beside the gradients: dQ in fp32 with the row sums of dO * O, and dK and dV once for every query head."""
     tokens, heads, size = 1000, 8, 64

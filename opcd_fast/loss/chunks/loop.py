@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from opcd_fast.kernels.reference import STATISTICS, logprobs
 from opcd_fast.loss.chunks import sharding
+from opcd_fast.loss.chunks.differences import LARGEST, largest_in_head, run_differences
 from opcd_fast.loss.chunks.gradients import Gradients
 from opcd_fast.loss.chunks.products import Weight, operand_dtype, project, scale_, take
 from opcd_fast.loss.chunks.row_operations import divergence_rows, scratch_planes
@@ -45,8 +47,11 @@ def linear_divergence(
     spec: Spec,
     wanted: Wanted,
     dw_into: Tensor | None = None,  # (V_s, D_s) float32: dW is added there and not returned
-) -> Results:
-    """Statistics (6, N) of every row and the gradients (dH, dW, db) of factor * sum(row_weights * D).
+    token_ids: Tensor | None = None,  # (N,) int64, for differences
+) -> tuple[int, Results]:
+    """(repeated, (statistics (6, N) of every row, and the gradients (dH, dW, db) of factor * sum(row_weights * D))).
+
+    repeated: how many rows differences did not do for; -1 where the sides were multiplied separately.
 
     Rows that are not active have statistics 0 and gradient 0 and cost nothing. Gradients come in the dtype of
     what they belong to; dW is accumulated in the compute dtype and rounded once. With a sharded head every rank
@@ -55,11 +60,17 @@ def linear_divergence(
     h_s, v, dtype = student.h, spec.vocab_size, compute_dtype(*student[:2], *teacher[:2])
     statistics = torch.zeros(len(STATISTICS), len(h_s), dtype=dtype, device=h_s.device)
     gradients = Gradients(student, rows, spec, wanted, dtype, dw_into)
+    largest = largest_in_head(student, teacher, rows.count, spec, wanted, token_ids is not None)
     # Before anything that a rank might skip: the ranks of a sharded head meet here.
     first_column, columns, multiprocessors = 0, v, multiprocessors_of(h_s.device)
     if spec.group:
-        first_column, columns, multiprocessors = sharding.slices(
-            spec, wanted, rows.count, h_s.device, multiprocessors
+        first_column, columns, multiprocessors, largest = sharding.slices(
+            spec, wanted, rows.count, h_s.device, multiprocessors, largest
+        )
+    if spec.projection == "difference" and largest > LARGEST:
+        raise ValueError(
+            "projection='difference' needs a head whose numbers float16 holds, none above 65,504 in size and the "
+            "largest at least 2^-60; use projection='auto'"
         )
     if h_s.is_cuda and h_s.dtype != student.weight.dtype and dtype != torch.float64:
         warnings.warn(
@@ -68,17 +79,26 @@ def linear_divergence(
             stacklevel=2,
         )
     sides = [side._replace(h=rows.seen(side.h)[0]).valid(v, dtype) for side in (student, teacher)]
+    separate = replace(spec, projection="separate")
 
     def operate(
         z: list[Tensor], chosen: slice | Tensor, computed: Tensor, gradient: Tensor | None, scratch: Tensor
     ) -> None:
         logits = spec.student(z[0], sides[0].bias), spec.teacher(z[1], sides[1].bias)
-        divergence_rows(spec, *logits, rows.weights[chosen], computed, gradient, scratch, first_column)
+        divergence_rows(separate, *logits, rows.weights[chosen], computed, gradient, scratch, first_column)
 
-    planes = scratch_planes(spec)
-    run_chunks(sides, rows, spec, wanted, planes, operate, statistics, gradients, columns, multiprocessors)
+    repeated, most = -1, None
+    if largest <= LARGEST and rows.count:
+        assert token_ids is not None
+        spec = replace(spec, projection="difference")
+        plan = make_plan(rows.count, sides, columns, spec, wanted, sum(scratch_planes(spec)), multiprocessors)
+        run_differences(sides, token_ids, rows, spec, wanted, plan, largest, statistics, gradients, first_column)
+        rows = replace(rows, active=statistics[0].isfinite().logical_not().nonzero().squeeze(1))
+        repeated, most = rows.count, plan.nbytes
+    planes = scratch_planes(separate)
+    run_chunks(sides, rows, separate, wanted, planes, operate, statistics, gradients, columns, multiprocessors, most)
     (seen,) = rows.seen(statistics.t())
-    return seen.t(), *gradients.finished()
+    return repeated, (seen.t(), *gradients.finished())
 
 
 def linear_logprobs(side: Side, token_ids: Tensor, rows: Rows, spec: Spec, wanted: Wanted) -> Results:
@@ -114,12 +134,13 @@ def run_chunks(
     gradients: Gradients,
     columns: int,  # of the largest slice of the vocabulary; all of it unless the head is sharded
     multiprocessors: int,
+    most: int | None = None,  # bytes of the workspace where the caller of the loss names none
 ) -> None:
     n, v, dtype, device = rows.count, spec.vocab_size, statistics.dtype, statistics.device
     if n == 0:
         return
     student, pitch = sides[0], pitch_of(v)
-    plan = make_plan(n, sides, columns, spec, wanted, sum(planes), multiprocessors)
+    plan = make_plan(n, sides, columns, spec, wanted, sum(planes), multiprocessors, most)
     weights: list[Weight] = []
     for side in sides:
         weights.append(Weight(side, dtype, plan.tile, spec.backend, shares=weights[0] if weights else None))

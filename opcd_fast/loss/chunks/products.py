@@ -15,22 +15,29 @@ from torch import Tensor
 from opcd_fast.kernels.csrc import native
 from opcd_fast.loss.chunks.workspace import Side, runs_native, same_memory
 
+HALF_SUMS = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")  # of torch.backends.cuda.matmul
+
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Whatever the caller has switched on: no autocast, no TF32 in float32 products, and kernels launched on the device
-    that holds the tensors."""
+    """Whatever the caller has switched on: no autocast, no TF32 in float32 products, sums in float32 for float16 ones,
+    and kernels launched on the device that holds the tensors."""
     with torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
             yield
             return
-        precision = torch.get_float32_matmul_precision()
+        precision, settings = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+        switched_on = [name for name in HALF_SUMS if getattr(settings, name)]
         with torch.cuda.device(device):
             torch.set_float32_matmul_precision("highest")
+            for name in switched_on:
+                setattr(settings, name, False)
             try:
                 yield
             finally:
                 torch.set_float32_matmul_precision(precision)
+                for name in switched_on:
+                    setattr(settings, name, True)
 
 
 class Weight:
@@ -98,6 +105,18 @@ def project(hidden: list[Tensor], weights: list[Weight], logits: list[Tensor]) -
             if buffer is None or weight.buffer is not buffer:
                 tile, buffer = weight.at(start), weight.buffer
             _product(h, tile, z[:, start : start + weight.tile])
+
+
+def half_product(operand: Tensor, head: Tensor, out: Tensor, tile: int) -> None:
+    """out = operand @ head.T, all float16, added up in float32 and rounded once.
+
+    tile: rows of the head at a time where no GEMM does that, and it is multiplied in float32."""
+    if operand.is_cuda:
+        torch.mm(operand, head.t(), out=out)
+        return
+    wide = operand.float()
+    for rows, part in zip(head.split(tile), out.split(tile, dim=1), strict=True):
+        part.copy_(wide @ rows.float().t())
 
 
 def hidden_gradient(g: Tensor, h: Tensor, weight: Weight) -> Tensor:

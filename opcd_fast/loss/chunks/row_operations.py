@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from opcd_fast.kernels.csrc import native
-from opcd_fast.kernels.reference import DIVERGENCES, Logits, divergences, topk
+from opcd_fast.kernels.reference import DIVERGENCES, Logits, differences, divergences, topk
 from opcd_fast.loss.chunks import sharding
 from opcd_fast.loss.chunks.spec import Spec
 
@@ -21,7 +21,11 @@ def scratch_planes(spec: Spec) -> tuple[int, int]:
         # About eight (block, k) tensors beside two of the whole width.
         k = min(int(spec.parameter), spec.vocab_size)
         return topk.scratch_planes(spec.softcap_s), 2 + -(-8 * k // spec.vocab_size)
-    if spec.backend == "triton" or (spec.backend == "native" and not spec.group):
+    if spec.backend == "triton":
+        return 0, 0
+    if spec.projection == "difference":  # in float64
+        return 2 * divergences.scratch_planes(None), 8
+    if spec.backend == "native" and not spec.group:
         return 0, 0
     return divergences.scratch_planes(spec.softcap_s), 4 if spec.divergence == "gated_kl" else 3
 
@@ -36,7 +40,7 @@ def divergence_rows(
     scratch: Tensor | None,
     first_column: int = 0,  # of this rank's slice of the vocabulary
 ) -> None:
-    """Arguments as in `kernels.reference.divergences.divergence_rows`."""
+    """Arguments as in `kernels.reference`, of `divergence_rows` or, for differences, `difference_rows`."""
     arguments = (student, teacher, row_weights, statistics, gradient)
     options: dict[str, Any] = {"all_statistics": spec.all_statistics, "scratch": scratch}
     if DIVERGENCES[spec.divergence].code is None:
@@ -51,10 +55,14 @@ def divergence_rows(
         from opcd_fast.kernels import triton
 
         gated = (spec.divergence, spec.option) == ("gated_kl", "kl")
-        if (gated or spec.divergence == "reverse_kl") and not spec.group and len(student.z) > FEW_ROWS:
+        if spec.projection == "difference":
+            triton.divergences.divergence_rows(*arguments, difference=True, **options)
+        elif (gated or spec.divergence == "reverse_kl") and not spec.group and len(student.z) > FEW_ROWS:
             triton.reverse_kl_rows(*arguments, gated=gated, all_statistics=spec.all_statistics)
         else:
             triton.divergences.divergence_rows(*arguments, **options)
+    elif spec.projection == "difference":
+        differences.difference_rows(*arguments, **options)
     elif spec.backend == "native" and not spec.group:
         native.divergence_rows(*arguments, **options)
     else:

@@ -43,10 +43,10 @@ def sum_(tensor: Tensor, group: str) -> Tensor:
 
 
 def slices(
-    spec: Spec, wanted: Wanted, rows: int, device: torch.device, multiprocessors: int
-) -> tuple[int, int, int]:
-    """(vocabulary entries on the ranks before this one, most entries on any rank, multiprocessors of the first rank);
-    synchronises with a device once.
+    spec: Spec, wanted: Wanted, rows: int, device: torch.device, multiprocessors: int, largest: float
+) -> tuple[int, int, int, float]:
+    """(vocabulary entries on the ranks before this one, most entries on any rank, multiprocessors of the first rank,
+    the `largest` of any rank); synchronises with a device once.
 
     Chunks are cut for the largest slice and the first rank's device: ranks that cut their own would not meet in the
     same collectives. For the same reason all ranks must want the same gradients of the same rows in the same workspace.
@@ -56,7 +56,7 @@ def slices(
     import torch.distributed as dist
 
     refuse_capture(device, "a loss over a sharded head")
-    mine = [spec.vocab_size, rows, spec.workspace_bytes or 0, *(int(want) for want in wanted), multiprocessors]
+    mine = [spec.vocab_size, rows, spec.workspace_bytes or 0, *map(int, wanted), largest, multiprocessors]
     # float64 holds every integer that occurs here
     ranks = gather(spec.group)(torch.tensor(mine, dtype=torch.float64, device=device).unsqueeze(1)).squeeze(2).tolist()
     for name, place in (("rows of non-zero weight", 1), ("workspace_bytes", 2), ("hidden states that require grad", 3),
@@ -67,7 +67,8 @@ def slices(
                 "agree, because all of them compute the same loss"
             )
     sizes = [int(rank[0]) for rank in ranks]
-    return sum(sizes[: dist.get_rank(_resolve(spec.group))]), max(sizes), int(ranks[0][-1])
+    before = sum(sizes[: dist.get_rank(_resolve(spec.group))])
+    return before, max(sizes), int(ranks[0][-1]), max(rank[6] for rank in ranks)
 
 
 def raise_together(error: ValueError | None, group: str, device: torch.device) -> None:

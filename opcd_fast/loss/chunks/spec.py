@@ -43,6 +43,7 @@ class Spec:
     parameter: float = 0.0  # the number and
     option: str = ""  # the word among its parameters
     group: str = ""  # name of the process group over which the head is sharded; "" for none
+    projection: str = "separate"  # or "difference", or "auto" until it is resolved
 
     def student(self, z: Tensor, bias: Tensor | None) -> Logits:
         return Logits(z, bias, self.scale_s, self.softcap_s, self.temperature)
@@ -53,7 +54,7 @@ class Spec:
     def packed(self) -> tuple[Any, ...]:
         """As an operator's arguments, whose schema knows no records and no lists of words."""
         numbers = [self.scale_s, self.scale_t, self.softcap_s or 0.0, self.softcap_t or 0.0, self.temperature]
-        words = "\n".join((self.backend, self.divergence, self.option, self.group))
+        words = "\n".join((self.backend, self.divergence, self.option, self.group, self.projection))
         return self.vocab_size, self.workspace_bytes, self.all_statistics, [*numbers, self.parameter], words
 
     @classmethod
@@ -62,8 +63,8 @@ class Spec:
     ) -> Spec:
         """What `packed` has packed."""
         scale_s, scale_t, softcap_s, softcap_t, temperature, parameter = numbers
-        backend, divergence, option, group = words.split("\n")
+        backend, divergence, option, group, projection = words.split("\n")
         return cls(
             vocab_size, workspace_bytes, backend, all_statistics, scale_s, scale_t, softcap_s or None,
-            softcap_t or None, temperature, divergence, parameter, option, group,
+            softcap_t or None, temperature, divergence, parameter, option, group, projection,
         )  # fmt: skip

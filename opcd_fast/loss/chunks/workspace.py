@@ -58,12 +58,13 @@ class Side(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How scratch is cut. All in rows, except tile (vocabulary rows of a weight upcast at a time)."""
+    """How scratch is cut. In rows, but for tile (vocabulary rows of a weight upcast at once) and nbytes (of it all)."""
 
     logit_rows: int
     gradient_rows: int
     block_rows: int
     tile: int
+    nbytes: int
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -131,13 +132,42 @@ def wave_fill(tiles: int, multiprocessors: int) -> float:
     return tiles / (-(-tiles // multiprocessors) * multiprocessors)
 
 
+def default_workspace(two_levels: bool, wanted: Wanted) -> int:
+    if two_levels:
+        return DEFAULT_DEVICE_WORKSPACE
+    return DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE
+
+
+def operand_width(width: int) -> int:
+    """Columns of what is multiplied in float16: hidden state, two for a bias, one for the shift, a multiple of 8."""
+    return -(-(width + 3) // 8) * 8
+
+
+def _difference_bytes(student: Side, v: int, tile: int, fixed: int) -> tuple[int, int, int]:
+    """(bytes in all, for a row of logits, and for one of G) of z', over which G is written, and d', in float16.
+
+    Beside them lie the head in float16, both operands, and float32 copies from which they are made. A CPU multiplies
+    tiles of the head in float32, has z', d' and z' - d' in float64 for its row operation, and G in float32.
+    """
+    width, pitch = student.h.shape[-1], pitch_of(v)
+    wide = operand_width(width)
+    fixed, logit_row, gradient_row = fixed + v * wide * 2, pitch * 2 + 2 * wide * 2 + 5 * width * 4, pitch * 2
+    if not student.h.is_cuda:
+        fixed += tile * wide * 4
+        logit_row += 3 * v * 8 + wide * 4 + tile * 4
+        gradient_row += v * 4
+    return fixed, logit_row, gradient_row
+
+
 def make_plan(
-    rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, planes: int, multiprocessors: int
-) -> Plan:
+    rows: int, sides: list[Side], v: int, spec: Spec, wanted: Wanted, planes: int, multiprocessors: int,
+    default: int | None = None,
+) -> Plan:  # fmt: skip
     """Cut `workspace_bytes` into buffers.
 
     sides: the student first. v: columns of the logits. planes: (block, V) buffers that the row operation needs beside
-    the logits. multiprocessors: of the device (`multiprocessors_of`); nothing depends on them on a CPU.
+    the logits. multiprocessors: of the device (`multiprocessors_of`); nothing depends on them on a CPU. default: bytes
+    where the caller of the loss names none.
 
     Raises ValueError when the workspace does not hold one row.
     """
@@ -151,16 +181,19 @@ def make_plan(
     others = sum(side.h.shape[-1] for side in sides[1:])
 
     budget = spec.workspace_bytes
-    default = DEFAULT_WORKSPACE_WITH_DW if wanted.weight else DEFAULT_WORKSPACE
-    if two_levels:
-        default = DEFAULT_DEVICE_WORKSPACE
+    if default is None:
+        default = default_workspace(two_levels, wanted)
     tile, fixed = upcast_tile(sides, dtype, v)
-    # A logit row is a logit buffer a side and the teacher's hidden state, a gradient row the student's hidden state, dH
-    # before and after its cast, and G where it has a buffer of its own.
-    logit_row = (len(sides) * pitch + others) * size
+    # A row of G is the student's hidden state, dH before and after its cast, and G where it has a buffer of its own.
     gradient_row = 3 * width_s * size
-    if has_gradient_buffer(student, dtype, spec, wanted):
-        gradient_row += pitch * gradient_dtype(student, dtype).itemsize
+    if spec.projection == "difference":
+        fixed, logit_row, more = _difference_bytes(student, v, tile, fixed)
+        gradient_row += more
+    else:
+        # A logit row is a logit buffer a side and the teacher's hidden state.
+        logit_row = (len(sides) * pitch + others) * size
+        if has_gradient_buffer(student, dtype, spec, wanted):
+            gradient_row += pitch * gradient_dtype(student, dtype).itemsize
 
     block_row = planes * v * size
     smallest = fixed + logit_row + gradient_row + block_row
@@ -190,7 +223,9 @@ def make_plan(
     # Less than a chunk: as it is on a CPU, a power of two of tiles on a device, where every size is a block that the
     # allocator keeps.
     needed = TILE_ROWS << (-(-rows // TILE_ROWS) - 1).bit_length() if on_device else rows
-    return Plan(min(logit_rows, needed), min(gradient_rows, needed), block, tile)
+    logit_rows, gradient_rows = min(logit_rows, needed), min(gradient_rows, needed)
+    nbytes = fixed + block * block_row + logit_rows * logit_row + gradient_rows * gradient_row
+    return Plan(logit_rows, gradient_rows, block, tile, nbytes)
 
 
 def _two_levels(

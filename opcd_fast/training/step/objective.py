@@ -117,6 +117,7 @@ def context_kl(
             workspace_bytes=workspace_bytes,
             return_stats=True,
             backend=backend,
+            token_ids=batch.response_ids,
             **divergence,
         )
         if drift is not None and batch.behaviour_logprobs is not None and head_s.group is None:

@@ -112,7 +112,7 @@ def with_divergence(
         h_s = states[0][0].index_select(0, positions)
         head = head_of(self)
         options = {"divergence": which, "temperature": temperature, "reduction": "none"}
-        options["token_ids"] = ids[positions + 1]
+        options["token_ids"] = ids.roll(-1)[positions]  # of a sequence's last token any: ids decide over speed alone
         kl = divergence(h_s, head, h_t, head_t or head, **options)
         _computed = which
         row = kl.new_zeros(ids.numel()).index_copy(0, positions, kl).unsqueeze(0)

@@ -116,7 +116,8 @@ def run_missing(experiment: Experiment, given: argparse.Namespace) -> None:
                 found = compare(wanted)
             if experiment.also is not None:
                 _add_abilities(found, label, experiment.also, folder, first=not kept)
-            kept = record.merge(kept, found, settings, label, SYSTEMS[label], made)
+            # Read anew: another process may have saved a run meanwhile.
+            kept = record.merge(record.read(file), found, settings, label, SYSTEMS[label], made)
             record.write(file, kept)
             print(f"saved: {file}, .md and .png")
 

@@ -93,6 +93,19 @@ def test_a_run_keeps_the_commit_it_was_begun_with(calls, tmp_path, monkeypatch):
     assert [kept[label]["runs"][0]["made"]["commit"] for label in ("reverse", "forward")] == ["first", "second"]
 
 
+def test_what_another_process_saved_during_a_run_stays(calls, tmp_path, monkeypatch):
+    works = experiment.compare
+
+    def compare_beside_another(wanted):
+        monkeypatch.setattr(experiment, "compare", works)
+        run_missing(EXPERIMENT, asked("forward"))
+        return works(wanted)
+
+    monkeypatch.setattr(experiment, "compare", compare_beside_another)
+    run_missing(EXPERIMENT, asked("reverse"))
+    assert {*record.read(tmp_path / "persona.json")["systems"]} == {"reverse", "forward"}
+
+
 def test_a_merge_replaces_the_run_of_the_same_seed_alone():
     kept = merged(merged(merged({}), seed=1), label="forward")
     kept = merged(kept, seed=1, commit="new", own_kl=0.1)

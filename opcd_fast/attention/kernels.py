@@ -34,6 +34,12 @@ def cpu_flash(
     )
 
 
+def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """On CUDA, not causal."""
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
+    return out, lse[:, :, : query.shape[2]]
+
+
 def efficient(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -67,8 +73,8 @@ def computed_in(x: Tensor) -> Tensor:
 
 
 def prefix_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
-    return tokens_first(out), tokens_first(lse[:, :, : query.shape[2]])
+    out, lse = flash(query, key, value, scale)
+    return tokens_first(out), tokens_first(lse)
 
 
 def prefix_cpu_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:

@@ -84,10 +84,7 @@ def _with_lse(
         return kernels.cpu_flash(query, key, value, False, scale, bias)
     if need.device == "cuda" and softcap is None and need.dtype != torch.float64:
         if bias is None and need.half_on_cuda and need.head_size <= 256:
-            out, lse, *_ = kernels.aten._scaled_dot_product_flash_attention(
-                query, key, value, 0.0, False, False, scale=scale
-            )
-            return out, lse[:, :, : query.shape[2]]
+            return kernels.flash(query, key, value, scale)
         return kernels.efficient(query, key, value, False, scale, bias)
     # Queries are few: their scores are small, and the values are read once either way.
     kind = torch.float64 if query.dtype == torch.float64 else torch.float32

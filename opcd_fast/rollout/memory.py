@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from opcd_fast.models import seam, virtual_tokens
-from opcd_fast.rollout.decoding import HOLD_ONCE, BatchRun, numbers_per_token, refuses_decoding
+from opcd_fast.rollout.decoding import HOLD_ONCE, BatchRun, numbers_per_token
 from opcd_fast.rollout.sampling import draw
 
 MOST = 256  # sequences; beyond this a batch is no faster per token
@@ -56,16 +56,17 @@ def free_bytes(device: torch.device) -> int:
 
     return psutil.virtual_memory().available
 
+
 @torch.no_grad()
 def first_and_last_token(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, top_p: float,
-    decodes: bool = True,
+    decodes: bool,
 ) -> None:  # fmt: skip
     """What a batch holds at its worst, for a plan of a run's memory: reads the prompts and draws the first and the last
     token of each answer, with the cache grown in between.
 
-    model: causal LM whose tensors need no data. decodes: by our loop, where it can run the model; else as transformers'
-    `generate` does.
+    model: causal LM whose tensors need no data. decodes: by our loop, which must not refuse the model; else as
+    transformers' `generate` does.
     """
 
     def drawn(logits: torch.Tensor) -> torch.Tensor:
@@ -74,7 +75,7 @@ def first_and_last_token(
         return torch.zeros(len(prompts), dtype=torch.int64)
 
     with seam.scoring_mode(model):
-        if decodes and refuses_decoding(model) is None:
+        if decodes:
             different = list(dict.fromkeys(map(tuple, prompts)))
             run = BatchRun(model, [different.index(tuple(p)) for p in prompts], different, max_new_tokens)
             with seam.using_attention(seam.body_of(model), run.attend):

@@ -15,7 +15,7 @@ from opcd_fast.models import MergedCopy, refuses_merge, refuses_pad, refuses_sha
 from opcd_fast.planning.rehearsal.job import Job
 from opcd_fast.planning.rehearsal.meter import Meter
 from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer
-from opcd_fast.rollout import MOST, batch_that_fits, first_and_last_token
+from opcd_fast.rollout import MOST, batch_that_fits, first_and_last_token, refuses_decoding
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.engines import ModelPair
 from opcd_fast.training.settings import OPCDConfig, settings_with
@@ -153,17 +153,18 @@ class Step:
     def _rollout(self, phase: str, model: Any, prompts: Sequence[Sequence[int]]) -> int:
         """`TransformersRollout.generate` at its largest batch; returns that."""
         config, batch = self.config, self.config.rollout_batch or MOST
+        decodes = config.rollout != "generate" and refuses_decoding(model) is None
         if config.rollout_batch is None and self.limit is not None:
             free = max(self.limit - self.meter.held, 0)
             batch = batch_that_fits(
                 model, max(map(len, prompts)), config.max_new_tokens, free, self.device,
-                shared_tokens=common_prefix_length(prompts),
+                shared_tokens=common_prefix_length(prompts) if decodes else 0,
             )  # fmt: skip
         chosen = sorted(prompts, key=len)[-batch:]
         with self.meter.phase(phase):
             first_and_last_token(
                 model, chosen, config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-                decodes=config.rollout != "generate",
+                decodes=decodes,
             )  # fmt: skip
         return len(chosen)
 

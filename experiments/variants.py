@@ -7,7 +7,7 @@ that nobody asked for is an error.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
 import torch
@@ -17,28 +17,20 @@ from opcd_fast.kernels.reference import divergences
 from opcd_fast.training import OPCDTrainer
 
 
-@contextmanager
-def forward_then_reverse(steps: int) -> Iterator[None]:
+def forward_then_reverse(steps: int) -> AbstractContextManager[None]:
     """w KL(q || p) + (1 - w) KL(p || q), w falling in equal parts from 1 at the first step to 0 at the last."""
-    train_step, now = OPCDTrainer._train_step, []
-
-    def counted(trainer: OPCDTrainer, step: int, *rest: object) -> object:
-        now[:] = [step]
-        return train_step(trainer, step, *rest)
+    trained: list[int] = []
 
     def scheduled(total: Tensor, gate: str) -> tuple[Tensor, Tensor]:
-        w = torch.full_like(total, 1 - now[0] / max(steps - 1, 1))
+        w = torch.full_like(total, 1 - trained[-1] / max(steps - 1, 1))
         return w, 1 - w
 
-    with patch.object(OPCDTrainer, "_train_step", counted), _used("gate_from", scheduled):
-        yield
+    return _used("gate_from", scheduled, trained)
 
 
-@contextmanager
-def todi(steps: int) -> Iterator[None]:
+def todi(steps: int) -> AbstractContextManager[None]:
     """Sum over tokens of a q log(q / p) + (1 - a) p log(p / q), a = q / (p + q) without gradient (arXiv 2505.16297)."""
-    with _used("_gated", _todi):
-        yield
+    return _used("_gated", _todi, [])
 
 
 def _todi(
@@ -55,10 +47,18 @@ def _todi(
 
 
 @contextmanager
-def _used(name: str, formula: object) -> Iterator[None]:
-    with patch.object(divergences, name, side_effect=formula) as replaced:
+def _used(name: str, formula: object, trained: list[int]) -> Iterator[None]:
+    """`formula` in the place of `name`; `trained` gets the steps that are taken, none where the run has ended."""
+    train_step = OPCDTrainer._train_step
+
+    def counted(trainer: OPCDTrainer, step: int, *rest: object) -> object:
+        trained.append(step)
+        return train_step(trainer, step, *rest)
+
+    replaced = patch.object(divergences, name, side_effect=formula)
+    with patch.object(OPCDTrainer, "_train_step", counted), replaced as asked:
         yield
-    if not replaced.called:
+    if trained and not asked.called:
         raise RuntimeError(f"the package did not ask for {name}, so the variant was not tried")
 
 

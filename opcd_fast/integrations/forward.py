@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -79,12 +79,12 @@ def divergence(h_s: Tensor, head_s: LMHead, h_t: Tensor, head_t: LMHead, **optio
         return fused_linear_divergence(h_s.to(dtype), head_s.to(dtype), h_t.to(dtype), head_t.to(dtype), **options)
 
 
-def chosen_divergence(distillation: dict[str, Any]) -> dict[str, Any]:
-    """`distillation=` of a trainer: a divergence and its own parameters. Raises InputError for anything else."""
+def chosen_divergence(distillation: dict[str, Any], more: Collection[str] = ()) -> dict[str, Any]:
+    """`distillation=` of a trainer: a divergence, its parameters, and `more`. Raises InputError for anything else."""
     parameters = {name: parameter.default for name, parameter in PARAMETERS.items()}
-    unknown = distillation.keys() - parameters.keys() - {"divergence"}
+    unknown = distillation.keys() - {"divergence", *parameters, *more}
     if unknown:
-        known = ", ".join(["divergence", *parameters])
+        known = ", ".join(["divergence", *parameters, *more])
         raise InputError(f"distillation has {', '.join(sorted(unknown))}; it takes {known}")
     parameters |= {name: value for name, value in distillation.items() if name in parameters}
     try:

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from opcd_fast.integrations.forward import (
     Heads,
+    chosen_divergence,
     divergence,
     hidden_states,
     inside_forward,
@@ -21,6 +22,8 @@ from opcd_fast.models import seam
 from opcd_fast.teacher import ContextTeacher
 
 __all__ = ["FusedDistillationTrainer"]
+
+MORE = ("temperature", "backend", "workspace_bytes", "projection")  # what else `distillation` takes
 
 
 class FusedDistillationTrainer(Trainer):
@@ -35,13 +38,13 @@ class FusedDistillationTrainer(Trainer):
             in front of the ids (then a batch must be padded on the right, and of one context). With
             `ContextTeacher(model, context)` of the PEFT model that is trained, the teacher is that model without its
             adapter.
-        distillation: the divergence, temperature, backend and workspace, as keywords of `fused_linear_divergence`;
-            the default is the reverse KL at temperature 1.
+        distillation: the divergence and its parameters, temperature, backend, workspace_bytes and projection, as
+            keywords of `fused_linear_divergence`; the default is the reverse KL at temperature 1.
         others: as for `Trainer`.
 
     The loss is the mean over all scored tokens of the step: Trainer's count, micro-batches and processes included. For
-    one process or DDP. Raises ValueError for `compute_metrics` (it needs logits), for FSDP and DeepSpeed, and for a
-    teacher that is itself trained.
+    one process or DDP. Raises ValueError for what `distillation` does not take, for `compute_metrics` (it needs
+    logits), for FSDP and DeepSpeed, and for a teacher that is itself trained.
     """
 
     def __init__(self, *args: Any, teacher: Any, distillation: dict[str, Any] | None = None, **others: Any) -> None:
@@ -58,7 +61,7 @@ class FusedDistillationTrainer(Trainer):
         if seam.causal_lm(scoring) is not seam.causal_lm(student):
             scoring.to(self.args.device).requires_grad_(False).eval()
         self.teacher = teacher
-        self._distillation = {"divergence": "reverse_kl", **(distillation or {})}
+        self._distillation = chosen_divergence({"divergence": "reverse_kl", **(distillation or {})}, MORE)
         self._heads = Heads()
 
     def compute_loss(

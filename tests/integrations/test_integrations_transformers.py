@@ -120,7 +120,9 @@ def test_refuses(tmp_path):
     with pytest.raises(ValueError, match="teacher is the model that is trained"):
         make(tmp_path, model, model)
     with pytest.raises(ValueError, match="divergence is 'kl'"):
-        make(tmp_path, model, tiny_model(2), distillation={"divergence": "kl"}).train()
+        make(tmp_path, model, tiny_model(2), distillation={"divergence": "kl"})
+    with pytest.raises(ValueError, match="distillation has temprature; it takes divergence, .*temperature"):
+        make(tmp_path, model, tiny_model(2), distillation={"temprature": 2.0})
     from transformers import TrainingArguments
 
     with pytest.raises(ValueError, match="compute_metrics needs logits"):

@@ -16,8 +16,8 @@ from opcd_fast.runtime import bootstrap
 
 CONTEXTS = ("few_shot_form", "persona", "made_up_money", "answer_tag", "identity", "policy")
 SCREENING = ("persona", "made_up_money", "identity")
-YARDSTICK, BEFORE = "off-policy", "reverse"
-GO_ON_ANYWAY = (BEFORE, "forward", YARDSTICK)
+BEFORE = "reverse"
+SEEDS = dict.fromkeys(CONTEXTS, 3) | {"policy": 1}  # of the second stage
 # Reads of the logits in a step; answers begun by the teacher count as more.
 COST = {"reverse": 2, "forward": 2, "gated": 2, "forward-then-reverse": 2, "todi": 2, "gated-tv": 3, "gated-begun": 4}
 GAP, BEHAVIOUR, SHOWN = 0.90, 0.95, 0.80
@@ -117,41 +117,33 @@ def _over_seeds(found: Mapping[str, Any] | None) -> Estimate | None:
     return None if found is None else Estimate(found["mean"], found["low"], found["high"])
 
 
-def ranked(table: Mapping[str, Mapping[str, Outcome]], contexts: Sequence[str], one_cost: bool) -> list[str]:
-    """Candidates measured on all these contexts, the best first: most contexts passed, then (unless `one_cost`) the
-    cheapest, then the largest mean gap closed on own answers."""
+def ranked(table: Mapping[str, Mapping[str, Outcome]], contexts: Sequence[str]) -> list[str]:
+    """Candidates measured on all these contexts, the best first: most contexts passed, then the cheapest, then the
+    largest mean gap closed on own answers."""
     whole = [label for label in COST if all(label in table.get(context, {}) for context in contexts)]
 
     def key(label: str) -> tuple[float, ...]:
         passed = sum(not table[context][label].failures for context in contexts)
         gap = fmean(table[context][label].measured["own_kls"].value for context in contexts)
-        return -passed, 0 if one_cost else COST[label], -gap
+        return -passed, COST[label], -gap
 
     return sorted(whole, key=key)
-
-
-def finalists(table: Mapping[str, Mapping[str, Outcome]]) -> list[str]:
-    best = ranked(table, SCREENING, one_cost=True)[:3]
-    return [*best, *(label for label in GO_ON_ANYWAY if label not in best)]
 
 
 def missing(table: Mapping[str, Mapping[str, Outcome]]) -> list[str]:
     """Commands that make what the next stage needs."""
 
-    def commands(contexts: Sequence[str], labels: Sequence[str], seeds: int) -> list[str]:
+    def commands(seeds: Mapping[str, int], labels: Sequence[str]) -> list[str]:
         found = []
-        for context in contexts:
+        for context, count in seeds.items():
             seen = table.get(context, {})
-            short = [label for label in labels if label not in seen or seen[label].seeds < seeds]
+            short = [label for label in labels if label not in seen or seen[label].seeds < count]
             if short:
-                found.append(f"python -m experiments.{context} --systems {','.join(short)} --seeds {seeds}")
+                found.append(f"python -m experiments.{context} --systems {','.join(short)} --seeds {count}")
         return found
 
-    screening = commands(SCREENING, SCREENED, 1)
-    if screening:
-        return screening
-    second = commands(CONTEXTS, finalists(table), 2)
-    return second or commands(CONTEXTS, [*{ranked(table, CONTEXTS, one_cost=False)[0]: 0, BEFORE: 0}], 3)
+    screening = commands(dict.fromkeys(SCREENING, 1), SCREENED)
+    return screening or commands(SEEDS, [*{ranked(table, SCREENING)[0]: 0, BEFORE: 0}])
 
 
 def page(table: Mapping[str, Mapping[str, Outcome]]) -> str:
@@ -162,7 +154,7 @@ def page(table: Mapping[str, Mapping[str, Outcome]]) -> str:
             found = table[context][label]
             cells = [str(found.measured.get(name, "")) for name in MEASURES]
             lines.append(f"| {context} | {label} | {found.seeds} | {' | '.join(cells)} | {'; '.join(found.failures)} |")
-    to_do, best = missing(table), ranked(table, CONTEXTS, one_cost=False)
+    to_do, best = missing(table), ranked(table, CONTEXTS)
     lines.append("")
     if to_do:
         lines += ["Not decided yet. Still to be run:", "", *(f"    {command}" for command in to_do)]

@@ -6,6 +6,7 @@ A module is imported when its command runs: `opcd --help` needs nothing but Pyth
 COMMANDS = {
     "demo": "watch it happen on a small real model, on this machine, in a few minutes",
     "plan": "predict a run's memory and find settings that fit your GPU",
+    "preview": "see what the context changes in this model's answers, before you train",
     "train": "do it with your model, context and prompts",
     "init": "write a config to start from, with an example that trains at once",
     "prompts": "make training prompts for a context, from a model, logs or a data set",

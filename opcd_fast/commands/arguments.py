@@ -56,11 +56,13 @@ def _explained(kind: type) -> type:
 
 def quiet_libraries() -> None:
     """A bar for a second of loading, or a library's note to its own callers, hides the line that matters."""
+    import logging
     import warnings
 
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that another package would have
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
@@ -99,6 +101,15 @@ def context_in(file: str | None) -> Any:
     from opcd_fast.data import read_context
 
     return None if file is None else read_context(Path(file))
+
+
+def trained_weights(name: str) -> str:
+    """The weights that a run's folder holds; any other name as it is. Raises InputError for a run without."""
+    if not (Path(name) / "run.json").is_file():
+        return name
+    if not (Path(name) / "final").is_dir():
+        raise InputError(f"model={name!r} is a run that has not ended; go on with it: opcd train --resume")
+    return str(Path(name) / "final")
 
 
 def sampler(model: Any, tokenizer: Any, max_batch: int = 64, stop_tokens: Sequence[str] = ()) -> Any:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 
-from opcd_fast.commands.arguments import ComputeOptions, check_sampling, context_in, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import (
+    ComputeOptions,
+    check_sampling,
+    context_in,
+    parse,
+    quiet_libraries,
+    sampler,
+    trained_weights,
+)
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
 
@@ -19,12 +28,13 @@ class GenerateCommand(ComputeOptions):
     """
 
     model: str
-    """Folder (full model or adapter), hub id, or "smollm2"."""
+    """A run's folder, a folder with a model or an adapter, a hub id, or "smollm2"."""
     prompt: str | None = None
     """The user's message."""
     prompts: str | None = None
-    """A file of prompts instead, as for `opcd train`. Contexts of its rows (privileged_context) are shown only together
-    with --context, in its place: without it, the model answers as a trained student does."""
+    """A file of prompts instead, as for `opcd train`; "-": standard input, one a line. Contexts of its rows
+    (privileged_context) are shown only together with --context, in its place: without it, the model answers as a trained
+    student does."""
     batch_size: int = 16
     """Prompts of a file answered at once."""
     context: str | None = None
@@ -55,15 +65,21 @@ def run(arguments: list[str]) -> int:
 
     quiet_libraries()
     context = context_in(command.context)
-    tokenizer = load_tokenizer(command.model)
-    read = read_prompts([command.prompt], "prompt") if command.prompt is not None else read_prompts(command.prompts)
+    name = trained_weights(command.model)
+    if command.prompt is not None:
+        read = read_prompts([command.prompt], "prompt")
+    elif command.prompts == "-":
+        read = read_prompts([line.rstrip("\r\n") for line in sys.stdin if line.strip()], "standard input")
+    else:
+        read = read_prompts(command.prompts)
+    tokenizer = load_tokenizer(name)
     ids = []
     for prompt in adapt_to_tokenizer(tokenizer, read):
         shown = "" if context is None else context
         if context is not None and prompt.privileged_context is not None:
             shown = prompt.privileged_context
         ids.append(teacher_ids(tokenizer, prompt, shown, variables))
-    model = load_model(command.model, dtype=command.dtype, device=command.device)
+    model = load_model(name, dtype=command.dtype, device=command.device)
     check_prompt_length(max(map(len, ids)), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
     rollout = sampler(model, tokenizer, command.batch_size, command.stop_tokens)
     for start in range(0, len(ids), command.batch_size):

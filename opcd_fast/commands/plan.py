@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.commands.arguments import check_at_least, context_in, parse, quiet_libraries
-from opcd_fast.commands.train import TrainOptions, prompts_or_task, read_defaults
+from opcd_fast.commands.presets import settled
+from opcd_fast.commands.train import TrainOptions, named_options, prompts_or_task, read_defaults
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
 
@@ -42,6 +43,8 @@ class PlanCommand:
     """Options of the task as JSON."""
     teacher_model: str | None = None
     """Another model as the teacher; only its config is read."""
+    preset: str = "small"
+    """What the options are that you do not give, as for `opcd train`: "small" or "paper"."""
     search: bool = True
     """Look for settings that fit when the given ones do not."""
     json: bool = False
@@ -56,7 +59,12 @@ def run(arguments: list[str]) -> int:
 
     student = model_config(command.model)
     teacher = None if command.teacher_model is None else model_config(command.teacher_model)
-    plan = plan_run(config, _job(command, config), student, teacher, gpu=command.gpu, search=command.search)
+    prompts: Any = None
+    if command.prompts or command.task or command.task_options:
+        prompts = prompts_or_task(command, config)
+    config = settled(command, config, named_options(arguments), len(prompts) if isinstance(prompts, list) else None)
+    job = _job(command, config, prompts)
+    plan = plan_run(config, job, student, teacher, gpu=command.gpu, search=command.search)
     if command.json:
         print(json.dumps(as_json(plan), indent=1))
     else:
@@ -64,15 +72,12 @@ def run(arguments: list[str]) -> int:
     return 0 if plan.found.fits else 1
 
 
-def _job(command: PlanCommand, config: OPCDConfig) -> Any:
+def _job(command: PlanCommand, config: OPCDConfig, prompts: Any) -> Any:
     """From files and a task, read with the model's tokenizer, or from numbers of tokens."""
     from opcd_fast.models import load_tokenizer
     from opcd_fast.planning.rehearsal import Job, job_of
     from opcd_fast.training.answers import read_training_prompts
 
-    prompts: Any = None
-    if command.prompts or command.task or command.task_options:
-        prompts = prompts_or_task(command, config)
     tokens = command.context_tokens
     if (command.context and tokens is not None) or (command.context is tokens is prompts is None):
         raise InputError(

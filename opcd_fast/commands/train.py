@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from opcd_fast.commands.arguments import context_in, parse, quiet_libraries
+from opcd_fast.commands.presets import in_words, settled
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import launched_rank
-from opcd_fast.training.settings import OPCDConfig, check_names, group_of, option_names, read_yaml, typed_values
+from opcd_fast.training.settings import (
+    OPCDConfig,
+    check_names,
+    group_of,
+    option_names,
+    read_yaml,
+    typed_values,
+)
 
 given = group_of("Model and data")
 
@@ -36,7 +45,11 @@ class TrainCommand:
     prompts: str | None = given(None, """JSONL ({"prompt": text or messages} a line), JSON, CSV or parquet, or a
         Hugging Face data set's folder.""")
     context: str | None = given(None, "What the teacher sees: a text file, or chat turns as .json or .jsonl.")
-    eval_prompts: str | None = given(None, "Held-out prompts, same form, for evaluation during the run.")
+    eval_prompts: str | None = given(None, """Held-out prompts, same form, for evaluation during the run. Left out: a
+        tenth of the prompts, at least 8, is not trained on. "none": no evaluation.""")
+    preset: str = given("small", """What the options are that you do not give. "small": LoRA of rank 16, at most 16
+        prompts a step, answers of at most 128 tokens, steps by the number of prompts. "paper": as arXiv 2602.12275 has
+        them.""")
     task: str | None = given(None, """A task in place of prompts: "frozen-lake", "sokoban", "math:FILE", "choice:FILE",
         "reasoning:NAME" ... Its split "train" is played at every step, its split "selection" at evaluations.""")
     task_options: str | None = given(None, 'Options of the task as JSON, such as {"size": 4}.')
@@ -53,6 +66,17 @@ class TrainCommand:
 
 def run(arguments: list[str]) -> int:
     command, config = train_command(arguments)
+    trainer = trainer_of(command, config, named_options(arguments))
+    result = trainer.train()
+    if not launched_rank():
+        folder = trainer.config.output_dir
+        print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {folder}/final")
+        print(f"next: opcd generate --model {folder} --prompt TEXT\n      opcd report {folder}")
+    return 0
+
+
+def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]) -> Any:
+    """The trainer of a run; nothing is written yet. named: the options that its user gave."""
     from opcd_fast.data import read_prompts
     from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.training import OPCDTrainer
@@ -63,13 +87,18 @@ def run(arguments: list[str]) -> int:
     join(config.device)
     # Small files first: a wrong name must not cost the loading of a model.
     context_in(command.context)
-    prompts = prompts_or_task(command, config)
+    prompts, say = prompts_or_task(command, config), _say
     general = sum(prompt.privileged_context == "" for prompt in prompts) if isinstance(prompts, list) else 0
-    if general and not launched_rank():
-        print(f"{general} of {len(prompts)} prompts have an empty privileged_context: their teacher sees no context")
-    held_out = None
-    if command.eval_prompts is not None:
+    if general:
+        say(f"{general} of {len(prompts)} prompts have an empty privileged_context: their teacher sees no context")
+    held_out: Any = None
+    if command.eval_prompts not in (None, "none"):
         held_out = read_prompts(command.eval_prompts, "eval_prompts", **config.columns())
+    elif command.eval_prompts is None and command.task is None and config.eval_every:
+        prompts, held_out = _split(prompts, config)
+    config = settled(command, config, named, len(prompts) if isinstance(prompts, list) else None)
+    if command.preset != "paper":
+        say(in_words(config))
     start, replayed = None, []
     if command.replay is not None and command.init is None:
         raise InputError("replay needs init: the earlier run whose context shall stay")
@@ -81,8 +110,7 @@ def run(arguments: list[str]) -> int:
             raise InputError("replay: a task's turns cannot be mixed with prompts; drop replay or task")
         if command.replay is not None:
             replayed = start.replayed(command.replay, prompts, held_out or (), config.seed)
-            if not launched_rank():
-                print(f"{len(replayed)} replayed prompts keep the context of {command.init}")
+            say(f"{len(replayed)} replayed prompts keep the context of {command.init}")
     tokenizer = load_tokenizer(command.model)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
@@ -105,10 +133,28 @@ def run(arguments: list[str]) -> int:
     )
     if start is not None:
         start.described(trainer.origins, len(replayed))
-    result = trainer.train()
+    return trainer
+
+
+def _say(text: str) -> None:
     if not launched_rank():
-        print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {config.output_dir}/final")
-    return 0
+        print(text, flush=True)
+
+
+def _split(prompts: Sequence[Any], config: OPCDConfig) -> tuple[Sequence[Any], Sequence[Any] | None]:
+    """Prompts to train on, and to hold out; a run that goes on holds out what it did, which may be none."""
+    from opcd_fast.data import hold_out
+    from opcd_fast.training.run import held_out_count
+
+    count = held_out_count(Path(config.output_dir)) if config.resume else None
+    if count == 0:
+        return prompts, None
+    train, held_out = hold_out(prompts)
+    if not held_out:
+        _say(f"{len(prompts)} prompts are too few to hold some out; give --eval-prompts to see how the run fares")
+        return prompts, None
+    _say(f"{len(held_out)} of {len(prompts)} prompts are held out for evaluation (--eval-prompts FILE or none)")
+    return train, held_out
 
 
 def prompts_or_task(command: Any, config: OPCDConfig) -> Any:
@@ -147,14 +193,14 @@ def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, wait
     return {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
 
 
-def train_command(arguments: list[str]) -> tuple[TrainCommand, OPCDConfig]:
+def train_command(arguments: list[str], name: str = "train") -> tuple[TrainCommand, OPCDConfig]:
     """A YAML file's values become the command line's defaults; only what both make together is checked."""
     import tyro
 
     arguments, values, options = read_defaults(arguments)
     required = {"model": tyro.MISSING}
     default = TrainCommand(**{**required, **values}, run=TrainOptions(**options))
-    command = parse(TrainCommand, "train", arguments, default=default)
+    command = parse(TrainCommand, name, arguments, default=default)
     return command, OPCDConfig(**dataclasses.asdict(command.run))
 
 
@@ -175,6 +221,13 @@ def read_defaults(arguments: list[str]) -> tuple[list[str], dict[str, Any], dict
         return arguments, values, typed_values(TrainOptions, options, numbers_as_text=True)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def named_options(arguments: list[str]) -> set[str]:
+    """The options that the command line or its YAML file gives a value, spelled as in Python."""
+    rest, values, options = read_defaults(arguments)
+    words = (word[2:].partition("=")[0] for word in rest if word.startswith("--"))
+    return {*values, *options, *(word.removeprefix("no-").replace("-", "_") for word in words)}
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:

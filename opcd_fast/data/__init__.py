@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from opcd_fast.data.duplicates import repeats
     from opcd_fast.data.messages import SYSTEM_ROLES, Context, Message, Prompt, checked_messages, transcript
     from opcd_fast.data.prompt_order import prompts_of_step
-    from opcd_fast.data.prompt_set import Selection, check_folder, select, summary, write
+    from opcd_fast.data.prompt_set import Selection, check_folder, hold_out, select, summary, write
     from opcd_fast.data.prompt_sources import GENERAL, Candidate, from_data, from_logs, general_prompts
     from opcd_fast.data.prompts import read_context, read_prompts
     from opcd_fast.data.rendering import (

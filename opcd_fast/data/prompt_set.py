@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.data.duplicates import repeats
+from opcd_fast.data.messages import Prompt
 from opcd_fast.data.prompt_sources import Candidate
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import write_folder
 
 TRAIN, HELD_OUT, SUMMARY = "train.jsonl", "held_out.jsonl", "summary.json"
+FEWEST = 8  # prompts held out of a list; fewer say little
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,22 @@ def _split(own: list[Candidate], share: float, draw: random.Random) -> tuple[lis
             "empty; give more prompts, another share, or turns='last'"
         )
     return train, held_out
+
+
+def hold_out(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, and a tenth of the different ones, at least `FEWEST`, always the same of one list.
+
+    Equal ones stay together, and guards against forgetting (an empty context of their own) are not held out. From fewer
+    than three times as many nothing is held out.
+    """
+    questions = [repr((prompt.messages, prompt.text)) for prompt in prompts]
+    own = dict.fromkeys(q for q, prompt in zip(questions, prompts) if prompt.privileged_context != "")
+    count = max(FEWEST, len(own) // 10)
+    if len(own) < 3 * count:
+        return list(prompts), []
+    chosen = set(random.Random(0).sample(list(own), count))
+    kept = ([p for q, p in zip(questions, prompts) if (q in chosen) is side] for side in (False, True))
+    return next(kept), next(kept)
 
 
 def summary(chosen: PromptSet, count_tokens: Callable[[Candidate], int] | None) -> dict[str, Any]:

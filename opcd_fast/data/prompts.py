@@ -135,7 +135,7 @@ def _context_from_file(path: Path) -> Context:
     if not text.strip():
         raise InputError(f"{where} is empty")
     if path.suffix not in (".json", ".jsonl"):
-        return text.replace("\r\n", "\n")
+        return text.replace("\r\n", "\n").rstrip("\n")  # the end of a file's last line is no part of what it says
     rows = [row for _, row in read_rows(path, "context")]
     if len(rows) == 1 and isinstance(rows[0], dict) and "messages" in rows[0]:
         rows = rows[0]["messages"]

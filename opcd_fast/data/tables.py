@@ -26,7 +26,8 @@ def read_rows(source: Any, name: str, columns: Sequence[str] | None = None) -> l
     """All rows of `source`, with where each stands.
 
     Args:
-        source: a file (.jsonl, .json, .csv, .tsv, .parquet; any other ending is read as JSONL), a folder (written by
+        source: a file (.jsonl, .json, .csv, .tsv, .parquet; .txt: one a line, if it is no JSONL; any other ending is
+            read as JSONL), a folder (written by
             `Dataset.save_to_disk`, or holding files of one of these kinds), a `datasets.Dataset`, a pandas data frame,
             or an iterable of rows.
         name: what the source is, for errors.
@@ -68,7 +69,11 @@ def _file_rows(path: Path, name: str) -> list[Row]:
     kind, where = ENDINGS.get(path.suffix.lower(), "jsonl"), f"{name} file {str(path)!r}"
     if kind == "parquet":
         return _parquet_rows(path, where)
-    return {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}[kind](read_text(path, name), where)
+    text = read_text(path, name)
+    if path.suffix.lower() == ".txt" and text.lstrip()[:1] not in "{[":
+        lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
+        return [(f"{where} line {number}", line) for number, line in lines if line.strip()]
+    return {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}[kind](text, where)
 
 
 def _jsonl_rows(text: str, where: str) -> list[Row]:

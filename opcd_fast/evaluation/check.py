@@ -94,7 +94,8 @@ def _context(made: Mapping[str, Any], context: Context) -> Finding:
     before = made["context_sha256"]
     if before is None:
         raise InputError("this run has no context of its own: its prompts brought theirs (privileged_context)")
-    if hash_of(context) == before:
+    texts = [context, context + "\n"] if isinstance(context, str) else [context]  # a file's last newline counted once
+    if before in map(hash_of, texts):
         return Finding("context", "same", "the text that was moved in")
     remedy = "move it in: `opcd train --init RUN --context FILE`, then `opcd report`"
     return Finding("context", "changed", "another text than the one that was moved in", remedy)

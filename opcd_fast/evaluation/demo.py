@@ -56,6 +56,7 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
         lora_rank=16,
         eval_every=steps or STEPS,
         save_every=0,
+        preview=0,
         seed=seed,
     )
     _check_room(root)

@@ -46,7 +46,7 @@ class Samplers:
         tokenizer: Any,
         **common: Any,
     ) -> None:
-        self._pair, self._engine, self._contexts = teachers.pair, engine, contexts
+        self._pair, self._engine, self._contexts, self.common = teachers.pair, engine, contexts, common
         model = self._pair.student
         if engine.sharded:
             config = replace(config, merge_for_rollout=False)

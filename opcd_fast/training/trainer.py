@@ -25,12 +25,15 @@ from opcd_fast.training.answers import answer_source, sampling_of
 from opcd_fast.training.assembly import Given, assemble
 from opcd_fast.training.interruption import Interrupted, Interruption
 from opcd_fast.training.monitoring import Journal, TrainResult, check_finite, fixed_sequences, held_out_record
+from opcd_fast.training.preview import Pair, in_lines, preview, question, side_by_side
 from opcd_fast.training.run import Saved, as_started, write_record
 from opcd_fast.training.scorer import Scorer
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import check_context_matters, objective_of, step_record
 
 __all__ = ["OPCDTrainer", "TrainResult"]
+
+SHOWN = 3  # held-out answers at the end; one at each evaluation before
 
 
 class OPCDTrainer:
@@ -133,6 +136,12 @@ class OPCDTrainer:
             self.save(Path(self.config.output_dir) / "final")
             return journal.finish(step, time.perf_counter() - started)
 
+    def preview(self, count: int = 3) -> list[Pair]:
+        """Before `train`, in one process: the first held-out prompts (training prompts, where there are none) with the
+        most probable answers of the student, and of the teacher with the context. Nothing of the run depends on it."""
+        with torch.no_grad():
+            return preview(self, count)
+
     def _train_step(self, step: int, interruption: Interruption) -> dict[str, Any]:
         """The method: optimizer step number `step` + 1, and its record."""
         config, watch = self.config, Stopwatch(self.device)
@@ -222,6 +231,11 @@ class OPCDTrainer:
                 record |= self.ranks.on_main(lambda: score(answers))
             record |= self.source.evaluate()
         journal.evaluation(record)
+        for given, shown, answer in list(zip(self.parts.questions.asked.held_out_given, fixed, answers))[
+            : SHOWN if step == self.config.steps else 1
+        ]:
+            texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (shown.response, answer.token_ids))
+            journal.show(side_by_side(question(given), dict(zip(("base + context", "student"), texts))))
 
     def _keep(self, step: int, journal: Journal) -> None:
         """Save what is due. Weights go to best/ only after a checkpoint of the same step: whenever a run is killed, its
@@ -253,6 +267,8 @@ class OPCDTrainer:
             with torch.no_grad(), self.teachers.at_work():
                 check = self.engine.inside(check_context_matters)
                 check(self.train_rows, *self.teachers.first_weights(), **self.loss_options())
+            if config.preview and not self.quiet and self.ranks.world == 1:
+                print("\n".join(in_lines(self.preview(config.preview))), flush=True)
             self.folder.start(asdict(config))
             self.ranks.on_main(lambda: write_record(self.folder.path, self.origins))
         quiet = self.quiet or not self.ranks.main

@@ -40,7 +40,7 @@ def test_parts_add_up_to_phases_and_the_worst_phase_is_the_peak(folder, capsys):
 
 
 def test_does_not_fit_and_says_by_how_much(folder, capsys):
-    assert main(["plan", "--model", folder, "--gpu", "770MB", *SETTINGS, "--no-search"]) == 1
+    assert main(["plan", "--model", folder, "--gpu", "770MB", *SETTINGS, "--no-search", "--preset", "paper"]) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "lora_rank=16" in out
 

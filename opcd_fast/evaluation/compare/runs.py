@@ -137,7 +137,8 @@ def _trainer(
     and as the student's are."""
     model, teacher = comparison.load()
     trainer = OPCDTrainer(
-        model, comparison.tokenizer, context, comparison.prompts, config, teacher_model=teacher,
+        model, comparison.tokenizer, context, comparison.prompts, dataclasses.replace(config, preview=0),
+        teacher_model=teacher,
         eval_prompts=comparison.eval_prompts, teacher_tokenizer=comparison.teacher_tokenizer,
     )  # fmt: skip
     changed = config.teacher_offload or config.teacher_device != "auto" or config.teacher_quantization != "none"

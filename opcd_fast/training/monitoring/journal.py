@@ -94,6 +94,10 @@ class Journal:
         self._warn(record, warning_before_training(record, self._config))
         self.draw()
 
+    def show(self, lines: Iterable[str]) -> None:
+        """For people alone: nothing of it is kept."""
+        self._progress.note("\n".join(lines))
+
     def _warn(self, record: dict[str, Any], found: Iterable[tuple[str, str]]) -> None:
         for name, message in list(found):
             self.warnings.append({"step": record["step"], "kind": "warning", "name": name, "message": message})

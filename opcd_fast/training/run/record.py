@@ -93,6 +93,12 @@ def row_of(prompt: Prompt) -> dict[str, Any]:
     return row
 
 
+def held_out_count(folder: Path) -> int | None:
+    """How many prompts a run holds out; None where there is no run."""
+    file = folder / HELD_OUT
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else None
+
+
 def kept_held_out(folder: Path) -> list[Prompt]:
     """A run's held-out prompts with the data rows that they came from, which its scorers look at."""
     from opcd_fast.data import read_prompts

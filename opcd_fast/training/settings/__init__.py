@@ -9,6 +9,6 @@ if TYPE_CHECKING:
     from opcd_fast.training.settings.config import OPCDConfig, settings_with
     from opcd_fast.training.settings.gone import refuse_gone, without_gone
     from opcd_fast.training.settings.options import check_names, option_names, read_yaml, typed_values
-    from opcd_fast.training.settings.setting import group_of, settings_of
+    from opcd_fast.training.settings.setting import OneOf, group_of, settings_of
 
 __getattr__, __dir__, __all__ = door(__name__)

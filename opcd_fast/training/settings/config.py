@@ -212,6 +212,8 @@ class OPCDConfig:
         early_stop_delta; 0: never.""", AtLeast(0), belongs="resume")
     early_stop_delta: float | None = record(None, """What counts as an improvement, in units of best_by. None: the
         standard error of the evaluation.""", Within(0, 1e9), belongs="resume")
+    preview: int = record(3, """Prompts whose answers with and without the context are shown before the first step; 0:
+        none.""", AtLeast(0), belongs=("resume", "place"))
     scorer: str | None = record(None, """Your own measure of held-out answers, "module:function": (messages, answer,
         row) -> number, higher is better.""")
     importance_correction: str = record("none", """Where the sampler's probabilities differ from the trainer's: "none",

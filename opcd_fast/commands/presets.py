@@ -1,0 +1,45 @@
+"""What `opcd train` sets where its user did not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from opcd_fast.training.settings import OneOf, OPCDConfig
+
+PRESETS = ("small", "paper")
+LORA_RANK, BATCH, LONGEST = 16, 16, 128
+EPOCHS, FEWEST_STEPS, MOST_STEPS = 5, 20, 100  # the experiments' 128 prompts, 16 a step, moved in within 40 steps
+
+
+def settled(command: Any, config: OPCDConfig, named: Collection[str], prompts: int | None) -> OPCDConfig:
+    """`config` with the preset's values of what is not `named`. prompts: how many are trained on; None: a task's.
+
+    An adapter is added only where there is none: not to a model that has one, and not to a run that goes on (`init`).
+    Raises InputError for an unknown preset.
+    """
+    OneOf(*PRESETS)("preset", command.preset)
+    if command.preset == "paper":
+        return config
+    batch = config.batch_size if "batch_size" in named else min(BATCH, prompts or BATCH)
+    wanted: dict[str, Any] = {"batch_size": batch, "max_new_tokens": LONGEST}
+    if prompts is not None:
+        wanted["steps"] = min(max(math.ceil(EPOCHS * prompts / batch), FEWEST_STEPS), MOST_STEPS)
+    has_adapter = getattr(command, "init", None) or (Path(command.model) / "adapter_config.json").is_file()
+    if not has_adapter and not config.num_virtual_tokens:
+        wanted["lora_rank"] = LORA_RANK
+    return dataclasses.replace(config, **{name: value for name, value in wanted.items() if name not in named})
+
+
+def in_words(config: OPCDConfig) -> str:
+    """One line for the beginning of a run."""
+    trained = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
+    if config.num_virtual_tokens:
+        trained = f"a prefix of {config.num_virtual_tokens} tokens"
+    return (
+        f"training {trained}: {config.steps} steps of {config.batch_size} prompts, answers of at most "
+        f"{config.max_new_tokens} tokens (--preset paper: the paper's settings)"
+    )

@@ -1,0 +1,111 @@
+"""A newcomer's own context and prompts, with no option but these."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+from opcd_fast.cli import main
+from opcd_fast.data import hold_out, read_prompts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def job(tmp_path, model):
+    (tmp_path / "context.txt").write_text("always say zzz\n")
+    (tmp_path / "prompts.txt").write_text("".join(f"question {i}\n" for i in range(30)))
+    return [
+        "--model", model, "--context", str(tmp_path / "context.txt"), "--prompts", str(tmp_path / "prompts.txt"),
+        "--output-dir", str(tmp_path / "run"), "--device", "cpu", "--no-plots",
+    ]  # fmt: skip
+
+
+def settings(folder):
+    return json.loads((folder / "run" / "config.json").read_text())
+
+
+SHORT = ("--steps", "1", "--max-new-tokens", "4")
+
+
+def test_a_run_with_nothing_but_its_files(job, tmp_path, capsys):
+    assert main(["train", *job, "--max-new-tokens", "4"]) == 0
+    found, out = settings(tmp_path), capsys.readouterr().out
+    assert (found["lora_rank"], found["batch_size"], found["steps"]) == (16, 16, 20)
+    assert "8 of 30 prompts are held out" in out and "LoRA of rank 16: 20 steps of 16 prompts" in out
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["kind"] == "evaluation"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["context"] == "always say zzz"
+
+
+def test_what_is_named_stays_as_it_is(job, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("batch_size: 3\n")
+    named = ["--config", str(tmp_path / "run.yaml"), "--lora-rank", "0", *SHORT]
+    assert main(["train", *job, *named, "--eval-prompts", "none"]) == 0
+    found = settings(tmp_path)
+    assert (found["lora_rank"], found["batch_size"], found["steps"], found["max_new_tokens"]) == (0, 3, 1, 4)
+    assert "held out" not in capsys.readouterr().out
+    assert len((tmp_path / "run" / "prompts.jsonl").read_text().splitlines()) == 30
+
+
+def test_the_papers_settings(job, tmp_path):
+    assert main(["train", *job, "--preset", "paper", *SHORT, "--batch-size", "2"]) == 0
+    found = settings(tmp_path)
+    assert (found["lora_rank"], found["batch_size"]) == (0, 2)
+
+
+def test_another_preset_is_refused(job, capsys):
+    assert main(["train", *job, "--preset", "papers"]) == 2
+    assert "preset='papers'" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_holds_out_what_it_did(job, tmp_path, capsys):
+    assert main(["train", *job, *SHORT]) == 0
+    assert main(["train", *job, "--max-new-tokens", "4", "--steps", "2", "--resume"]) == 0
+    assert main(["train", *job, *SHORT, "--eval-prompts", "none", "--output-dir", str(tmp_path / "b")]) == 0
+    assert main(["train", *job, *SHORT, "--output-dir", str(tmp_path / "b"), "--steps", "2", "--resume"]) == 0
+    assert capsys.readouterr().out.count("held out for evaluation") == 2  # the first run, and where it goes on
+
+
+def test_which_prompts_are_held_out():
+    texts = [f"question {i % 90}" for i in range(100)]
+    rows = [*({"prompt": text} for text in texts), {"prompt": "a guard", "privileged_context": ""}]
+    train, held_out = hold_out(read_prompts(rows))
+    asked = [{prompt.messages[0]["content"] for prompt in side} for side in (train, held_out)]
+    assert len(train) + len(held_out) == 101 and len(asked[1]) == 9 and not asked[0] & asked[1]
+    assert "a guard" in asked[0]
+    assert hold_out(read_prompts(rows)) == (train, held_out)
+    assert [len(side) for side in hold_out(read_prompts(rows[:23]))] == [23, 0]
+    assert [len(side) for side in hold_out(read_prompts(rows[:24]))] == [16, 8]
+
+
+def test_preview_writes_nothing_and_says_whether_there_is_something_to_learn(job, tmp_path, capsys):
+    status = main(["preview", *job, "--max-new-tokens", "4"])
+    out = capsys.readouterr().out
+    assert status == int("The context changes the answers" not in out) and out.count("base + context  ") == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_generate_takes_a_runs_folder_and_standard_input(job, tmp_path, capsys, monkeypatch):
+    assert main(["train", *job, *SHORT]) == 0
+    ask = ["--max-new-tokens", "3", "--dtype", "float32", "--device", "cpu"]
+    capsys.readouterr()
+    for name in ("run", "run/final"):
+        assert main(["generate", "--model", str(tmp_path / name), "--prompt", "question 1", *ask]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    monkeypatch.setattr("sys.stdin", io.StringIO("question 1\n\nquestion 2\n"))
+    assert main(["generate", "--model", str(tmp_path / "run"), "--prompts", "-", *ask]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["question 1", "question 2"] and lines[0]["answer"] == first
+    (tmp_path / "run" / "final").rename(tmp_path / "run" / "gone")
+    assert main(["generate", "--model", str(tmp_path / "run"), "--prompt", "q", *ask]) == 2
+    assert "has not ended" in capsys.readouterr().err

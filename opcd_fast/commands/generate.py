@@ -33,8 +33,8 @@ class GenerateCommand(ComputeOptions):
     """The user's message."""
     prompts: str | None = None
     """A file of prompts instead, as for `opcd train`; "-": standard input, one a line. Contexts of its rows
-    (privileged_context) are shown only together with --context, in its place: without it, the model answers as a trained
-    student does."""
+    (privileged_context) are shown only together with --context, in its place: without it, the model answers as a
+    trained student does."""
     batch_size: int = 16
     """Prompts of a file answered at once."""
     context: str | None = None

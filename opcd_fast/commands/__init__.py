@@ -11,6 +11,7 @@ COMMANDS = {
     "init": "write a config to start from, with an example that trains at once",
     "prompts": "make training prompts for a context, from a model, logs or a data set",
     "generate": "answer a prompt with a trained (or any) model",
+    "chat": "talk to a trained model, and to the base with the context beside it",
     "report": "did it move in, and what did it cost? A card, a README and a page",
     "check": "has the context, template, tokenizer or base changed since?",
     "diff": "two runs compared by their cards",
@@ -21,5 +22,6 @@ COMMANDS = {
     "compress": "look for a shorter text that does what the context does",
     "compare": "train several systems with several seeds and put their numbers into one table",
     "info": "what is installed here and what is missing",
+    "completion": "make bash, zsh or fish complete commands and options",
 }
 """Name (also of the module) and what a command is for, in the order of `opcd --help`."""

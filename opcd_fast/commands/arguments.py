@@ -5,34 +5,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+from opcd_fast.commands.helping import check_names, in_words, without_none
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import refuse_gone, settings_of
 
 
 def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
-    """Arguments to a command's dataclass. Raises InputError with tyro's complaint in one line, or for a bad seed."""
+    """Arguments to a command's dataclass. Raises InputError, in one line, for what it cannot take, and a bad seed."""
     import tyro
 
     refuse_gone({word[2:].partition("=")[0].replace("-", "_"): None for word in arguments if word[:2] == "--"})
+    check_names(name, kind, arguments)
     flat: Any = Annotated[_explained(kind), tyro.conf.OmitArgPrefixes]
-    complaint = io.StringIO()
+    said, complaint = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
             command = tyro.cli(flat, prog=f"opcd {name}", args=arguments, **settings)
     except SystemExit as stop:
         if not stop.code:  # --help
+            print(without_none(said.getvalue()), end="")
             raise
-        # tyro's boxes: drawn characters, or rules of dashes where the terminal is not UTF-8.
-        words = re.sub(r"[╭╮╰╯│─]+|(?<!\S)-{3,}(?!\S)", " ", complaint.getvalue()).split("For full helptext")[0]
-        words = re.sub(r".*Error parsing \w+: ", "", " ".join(words.split()))  # a dataclass's own complaint
-        raise InputError(f"{name}: {words}; see `opcd {name} --help`") from stop
+        wrong = in_words(complaint.getvalue(), kind, arguments)
+        raise InputError(f"{name}: {wrong}; see `opcd {name} --help`") from stop
     seed = getattr(command, "seed", 0)
     if not 0 <= seed < 2**63:
         raise InputError(f"seed={seed} must be a whole number from 0 up to 2**63 - 1")

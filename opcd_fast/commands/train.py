@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.commands.arguments import context_in, parse, quiet_libraries
+from opcd_fast.commands.helping import long_help, short_help
 from opcd_fast.commands.presets import in_words, settled
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import launched_rank
@@ -42,8 +43,8 @@ class TrainCommand:
 
     # fmt: off
     model: str = given(MISSING, 'Folder, hub id, or "smollm2" (the packaged SmolLM2-135M-Instruct).')
-    prompts: str | None = given(None, """JSONL ({"prompt": text or messages} a line), JSON, CSV or parquet, or a
-        Hugging Face data set's folder.""")
+    prompts: str | None = given(None, """What users ask: a .txt file (one a line), JSONL ({"prompt": text or messages}
+        a line), JSON, CSV or parquet, or a Hugging Face data set's folder.""")
     context: str | None = given(None, "What the teacher sees: a text file, or chat turns as .json or .jsonl.")
     eval_prompts: str | None = given(None, """Held-out prompts, same form, for evaluation during the run. Left out: a
         tenth of the prompts, at least 8, is not trained on. "none": no evaluation.""")
@@ -197,6 +198,10 @@ def train_command(arguments: list[str], name: str = "train") -> tuple[TrainComma
     """A YAML file's values become the command line's defaults; only what both make together is checked."""
     import tyro
 
+    for words, show in ((("-h", "--help"), short_help), (("--help-all",), long_help)):
+        if set(words) & set(arguments):
+            print(show(name, TrainCommand), end="")
+            raise SystemExit(0)
     arguments, values, options = read_defaults(arguments)
     required = {"model": tyro.MISSING}
     default = TrainCommand(**{**required, **values}, run=TrainOptions(**options))

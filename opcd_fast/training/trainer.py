@@ -110,7 +110,7 @@ class OPCDTrainer:
 
         Ctrl-C and SIGTERM save a checkpoint of the last whole step and raise `Interrupted` (a KeyboardInterrupt).
         """
-        started = time.perf_counter()
+        started, config = time.perf_counter(), self.config
         step, journal = self._start_or_resume()
         with journal, Interruption(self.ranks.first if self.ranks.world > 1 else None) as interruption:
             try:
@@ -121,8 +121,10 @@ class OPCDTrainer:
                 self._evaluate(step, fixed, journal, interruption)  # before training, or where a run was stopped
                 if step:
                     self._keep(step, journal)  # best/, where a run was killed before it
+                if config.resume and step == config.steps:
+                    journal.show([f"{step} steps are made already: nothing is left to do; raise steps to go on"])
                 self.model.train()
-                while step < self.config.steps and not journal.enough:
+                while step < config.steps and not journal.enough:
                     record = self._train_step(step, interruption)
                     step += 1
                     journal.step(record)

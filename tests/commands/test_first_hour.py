@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
+from opcd_fast import OPCDConfig
 from opcd_fast.cli import main
+from opcd_fast.commands import COMMANDS
+from opcd_fast.commands.chat import plain
+from opcd_fast.commands.train import TrainCommand
 from opcd_fast.data import hold_out, read_prompts
+from opcd_fast.training.settings import option_names
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +75,12 @@ def test_another_preset_is_refused(job, capsys):
 
 def test_a_run_that_goes_on_holds_out_what_it_did(job, tmp_path, capsys):
     assert main(["train", *job, *SHORT]) == 0
-    assert main(["train", *job, "--max-new-tokens", "4", "--steps", "2", "--resume"]) == 0
+    longer = ["train", *job, "--max-new-tokens", "4", "--steps", "2", "--resume"]
+    assert main(longer) == 0 and "nothing is left to do" not in capsys.readouterr().out
+    assert main(longer) == 0 and "2 steps are made already: nothing is left to do" in capsys.readouterr().out
     assert main(["train", *job, *SHORT, "--eval-prompts", "none", "--output-dir", str(tmp_path / "b")]) == 0
     assert main(["train", *job, *SHORT, "--output-dir", str(tmp_path / "b"), "--steps", "2", "--resume"]) == 0
-    assert capsys.readouterr().out.count("held out for evaluation") == 2  # the first run, and where it goes on
+    assert "held out for evaluation" not in capsys.readouterr().out  # where it goes on neither
 
 
 def test_which_prompts_are_held_out():
@@ -109,3 +117,88 @@ def test_generate_takes_a_runs_folder_and_standard_input(job, tmp_path, capsys, 
     (tmp_path / "run" / "final").rename(tmp_path / "run" / "gone")
     assert main(["generate", "--model", str(tmp_path / "run"), "--prompt", "q", *ask]) == 2
     assert "has not ended" in capsys.readouterr().err
+
+
+def test_chat_keeps_two_conversations(job, tmp_path, capsys, monkeypatch):
+    assert main(["train", *job, *SHORT]) == 0
+    ask = ["--max-new-tokens", "3", "--temperature", "0", "--dtype", "float32", "--device", "cpu"]
+    run, context = str(tmp_path / "run"), str(tmp_path / "context.txt")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\ntwo\n"))
+    assert main(["chat", "--model", run, "--context", context, *ask]) == 0
+    spoken = [line.lstrip("> ") for line in capsys.readouterr().out.split("\n")]
+    student, base = (
+        [line.partition(": ")[2] for line in spoken if line.startswith(f"{speaker}:")]
+        for speaker in ("student", "base + context")
+    )
+    assert len(student) == len(base) == 3
+
+    def answer(model, asked, *more):
+        (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": asked}))
+        assert main(["generate", "--model", model, "--prompts", str(tmp_path / "asked.jsonl"), *ask, *more]) == 0
+        return json.loads(capsys.readouterr().out)["answer"]
+
+    turn = {"role": "user", "content": "two"}
+    for spoke, model, more in ((student, run, ()), (base, job[1], ("--context", context))):
+        first = answer(model, "one", *more)
+        later = [{"role": "user", "content": "one"}, {"role": "assistant", "content": first}, turn]
+        wanted = [first, answer(model, later, *more), answer(model, "two", *more)]
+        assert spoke == [plain(text) for text in wanted]  # no character that the terminal would obey
+    assert main(["chat", "--model", job[1], "--context", context, *ask]) == 2
+    assert "no adapter" in capsys.readouterr().err
+
+
+def said(capsys, *words):
+    try:
+        status = main(list(words))
+    except SystemExit as stop:
+        status = stop.code or 0
+    out = capsys.readouterr()
+    return status, out.out, out.err.strip()
+
+
+def test_help_fits_one_screen_and_the_rest_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    short, whole = (said(capsys, *words)[1] for words in (("train", "--help"), ("train", "--help-all")))
+    assert short == said(capsys, "help", "train")[1] == said(capsys, "train", "-h")[1]
+    assert len(short.splitlines()) <= 30 and short.count("\n  --") == 10
+    names = [name for name in option_names(TrainCommand, OPCDConfig) if name != "run"]
+    assert all(f"\n  --{name.replace('_', '-')}" in whole for name in names)
+    for name in set(COMMANDS) - {"completion"}:
+        status, text, _ = said(capsys, name, "--help")
+        assert status == 0 and "{None}" not in text and text, name
+    assert said(capsys, "-V") == said(capsys, "--version") and said(capsys, "help")[1] == said(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--lora-rnak 3", "there is no option --lora-rnak; did you mean --lora-rank?"),
+        ("--lora_rnak=3", "there is no option --lora-rnak; did you mean --lora-rank?"),
+        ("--learning-rate abc", "--learning-rate abc must be a number"),
+        ("--steps=many", "--steps many must be a whole number"),
+        ("--batch-size", "--batch-size needs a value"),
+        ("--save-best maybe", "maybe belongs to no option"),
+    ],
+)
+def test_a_slip_in_the_options(job, capsys, words, told):
+    for command in ("train", "preview"):
+        status, out, err = said(capsys, command, *job, *words.split())
+        assert status == 2 and not out and f"opcd: {command}: {told}" in err and len(err.splitlines()) == 1
+
+
+def test_what_must_be_given(capsys):
+    assert said(capsys, "generate", "--prompt", "x")[2].startswith("opcd: generate: --model must be given")
+    assert said(capsys, "diff", "--modle", "x")[2].startswith("opcd: diff: there is no option --modle")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(capsys, shell, tmp_path):
+    status, script, _ = said(capsys, "completion", shell)
+    assert status == 0 and "lora" in script and all(name in script for name in COMMANDS)
+    if shell == "bash":
+        ask = 'COMP_WORDS=(opcd train --lora-r); COMP_CWORD=2; _opcd; echo "${COMPREPLY[*]}"; COMP_WORDS=(opcd pre); '
+        ask += 'COMP_CWORD=1; _opcd; echo "${COMPREPLY[*]}"'
+        done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["--lora-rank", "preview"]
+    assert said(capsys, "completion", "csh")[0] == 2

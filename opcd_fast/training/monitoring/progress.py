@@ -23,6 +23,7 @@ class Progress:
         self._total, self._done, self._quiet = total, done, quiet
         self._times: list[float] = [time.perf_counter()]
         self._held_out = ""
+        self._last: Mapping[str, Any] | None = None  # step
         self._live: Any = None
         if not quiet and sys.stdout.isatty():
             from rich.live import Live
@@ -46,11 +47,10 @@ class Progress:
         self._times.append(time.perf_counter())
         left = self.seconds_left()
         waiting = "" if left is None else f"{_clock(left)} left"
+        self._last = record
         if self._live is not None:
-            from rich.console import Group
-
             self._bar.update(self._task, completed=self._done, left=waiting)
-            self._live.update(Group(self._bar, self._table(record)))
+            self._draw()
         elif not self._quiet:
             words = [
                 f"step {self._done}/{self._total}",
@@ -72,6 +72,13 @@ class Progress:
         """text: in one line. record: of one held-out evaluation."""
         self._held_out = f"{record['own_kl']:.4f} after step {record['step']}"
         self.note(text)
+        self._draw()  # which may be the last time
+
+    def _draw(self) -> None:
+        if self._live is not None and self._last is not None:
+            from rich.console import Group
+
+            self._live.update(Group(self._bar, self._table(self._last)))
 
     def note(self, text: str) -> None:
         if self._live is not None:

@@ -1,0 +1,90 @@
+"""`opcd chat`: talk to a trained model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from opcd_fast.commands.arguments import (
+    ComputeOptions,
+    check_sampling,
+    context_in,
+    parse,
+    quiet_libraries,
+    sampler,
+    trained_weights,
+)
+from opcd_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class ChatCommand(ComputeOptions):
+    """Ask questions one line at a time. An empty line begins a new conversation; Ctrl-D ends the program.
+
+    With --context the base model, which sees it, answers beside the student, in a conversation of its own.
+    """
+
+    model: str
+    """A run's folder, a folder with a model or an adapter, a hub id, or "smollm2"."""
+    context: str | None = None
+    """What the base sees: a text file, or chat turns as .json or .jsonl."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.7
+    """0 takes the most probable token each time; above 0 samples."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    seed: int = 0
+    """Fixes the samples."""
+
+
+def run(arguments: list[str]) -> int:
+    command = parse(ChatCommand, "chat", arguments)
+    check_sampling(command, "max_new_tokens")
+    context = context_in(command.context)
+    from opcd_fast.data import read_prompts, teacher_ids
+    from opcd_fast.models import load_model, load_tokenizer, seam
+    from opcd_fast.training.step import check_prompt_length
+
+    quiet_libraries()
+    name = trained_weights(command.model)
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, dtype=command.dtype, device=command.device)
+    speakers: dict[str, tuple[Any, Any]] = {"student": ("", nullcontext)}
+    if context is not None:
+        if not hasattr(model, "peft_config"):
+            raise InputError("context: this model has no adapter to switch off; start another chat with its base")
+        speakers["base + context"] = (context, lambda: seam.without_adapters(model))
+    rollout, window = sampler(model, tokenizer, 1), seam.longest_input(seam.body_of(model))
+    spoken: dict[str, list[dict[str, str]]] = {speaker: [] for speaker in speakers}
+    asked = 0
+    print("> ", end="", flush=True)
+    for line in sys.stdin:
+        if not line.strip():
+            spoken = {speaker: [] for speaker in speakers}
+        else:
+            for speaker, (shown, weights) in speakers.items():
+                said = spoken[speaker]
+                said.append({"role": "user", "content": line.strip()})
+                (prompt,) = read_prompts([list(said)])
+                ids = teacher_ids(tokenizer, prompt, shown, {})
+                check_prompt_length(len(ids), command.max_new_tokens, window)
+                with weights():
+                    (answer,) = rollout.generate(
+                        [ids], max_new_tokens=command.max_new_tokens, temperature=command.temperature,
+                        top_p=command.top_p, seed=command.seed + asked,
+                    )  # fmt: skip
+                text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+                said.append({"role": "assistant", "content": text})
+                print(f"{speaker}: {plain(text)}", flush=True)
+            asked += 1
+        print("> ", end="", flush=True)
+    print()
+    return 0
+
+
+def plain(text: str) -> str:
+    """Without characters that a terminal obeys."""
+    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text).strip()

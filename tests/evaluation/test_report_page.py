@@ -12,7 +12,7 @@ import pytest
 
 from opcd_fast.evaluation.compare import as_markdown
 from opcd_fast.evaluation.report import readme
-from opcd_fast.evaluation.report.models import ARMS, SHOWN, STUDENT
+from opcd_fast.evaluation.report.models import ARMS, BASE, SHOWN, STUDENT
 from opcd_fast.evaluation.report.page import page
 
 EVIL = "<script>document.title='owned'</script><img src=http://example.invalid/x onerror=alert(1)>&\"'</div></table>"
@@ -55,6 +55,7 @@ def card():
         "saved": {"tokens_with_context": 197.0, "tokens_without": 37.0, "tokens": 160.0, "repeats": 5,
                   "prefill_seconds_with_context": 0.9, "prefill_seconds_without": 0.2, "prefill_seconds": 0.7,
                   "timed_tokens": {"with": 190, "without": 30}},
+        "side_by_side": [{"prompt": EVIL, "answers": {BASE: "a base's", SHOWN: EVIL, STUDENT: "a student's"}}],
         "furthest": [example(EVIL, EVIL, "", kl=0.2)],
         "training": {"steps": [[s, 1.0 / s] for s in range(1, 31)], "evaluations": [[0, 0.9, 5.6], [30, 0.05, 0.06]]},
         "settings": {"learning_rate": 0.001, "stop_tokens": [EVIL]},
@@ -116,6 +117,28 @@ def test_numbers_and_texts_are_there_or_said_not_to_be(card):
     text = "".join(Seen(page(card, None)).text)
     for words in ("No behaviour was named", "Not measured", "No metrics were kept", "Each prompt brought its own"):
         assert words in text
+
+
+def test_the_verdict_and_answers_come_first(card):
+    card["scores"][0]["name"] = "the form"
+    text = " ".join("".join(Seen(page(card, "Always   say zzz. " * 9)).text).split())
+    verdict = "The student closed 93% of the distance to base + context on its own answers. the form: student 60%, "
+    verdict += "base + context 40%, base 20%."
+    order = ["Always say zzz. Always", verdict, "a base's", "a student's", "prompt tokens saved", "How far is it"]
+    places = [text.index(words) for words in order]
+    assert places == sorted(places) and f"{'Always say zzz. ' * 9}"[:59] in text
+    assert verdict in readme(card)
+    assert "a student's" not in readme(card) and "zzz" not in readme(card)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "words"),
+    [(-0.06, -0.2, "It did not work"), (0.2, -0.1, "may be chance"), (0.3, 0.2, "It worked in part: "),
+     (0.9, 0.8, "The student closed 90%")],
+)
+def test_a_run_that_did_not_work_says_so(card, value, low, words):
+    card["kl"]["own"]["gap_closed"] = estimate(value, low, 0.95)
+    assert words in readme(card) and words in page(card, None)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 1e4])

@@ -132,6 +132,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "forgetting": None if forgot is None else {**forgot, "left_out_as_trained_on": trained_on},
         **costs,
         "saved": time_saved,
+        "side_by_side": _side_by_side(answers),
         "furthest": _furthest(answers, own[1]),
         "training": curve(run),
         "settings": {name: value for name, value in settings.items() if name not in settings_with(belongs="machine")},
@@ -145,6 +146,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
 
 
 Pair = tuple[list[Distance], list[Distance]]
+SIDES = (BASE, SHOWN, STUDENT)
 
 
 def _against_teacher(
@@ -262,16 +264,24 @@ def _hashes(record: dict[str, Any] | None, context: Context | None, models: RunM
     return {**found, "recorded": "at the start of the run" if record is not None else "when the card was written"}
 
 
-def _furthest(answers: Mapping[str, Answers], after: Sequence[Distance], count: int = 5) -> list[dict[str, Any]]:
-    """The prompts on whose answers the student is furthest from the teacher, each with its first answers."""
-    order = sorted(range(len(after)), key=lambda prompt: -after[prompt].kl)[:count]
+def _side_by_side(answers: Mapping[str, Answers], count: int = 5) -> list[dict[str, Any]]:
+    """Prompts from all over the list, each with its first answers."""
     student = answers[STUDENT]
-    firsts = [(after[prompt].kl, prompt * student.per_prompt) for prompt in order]
+    firsts = range(0, len(student.texts), student.per_prompt)
     return [
-        {
-            "prompt": transcript(student.messages[index]),
-            "kl": kl,
-            "answers": {arm: answers[arm].texts[index] for arm in (SHOWN, STUDENT)},
-        }
-        for kl, index in firsts
+        {"prompt": transcript(student.messages[index]), "answers": {arm: answers[arm].texts[index] for arm in SIDES}}
+        for index in firsts[:: max(1, len(firsts) // count)][:count]
     ]
+
+
+def _furthest(answers: Mapping[str, Answers], after: Sequence[Distance], count: int = 5) -> list[dict[str, Any]]:
+    """The prompts on whose answers the student is furthest from the teacher, each once, with its first answers."""
+    order = sorted(range(len(after)), key=lambda prompt: -after[prompt].kl)
+    student = answers[STUDENT]
+    found: dict[str, dict[str, Any]] = {}
+    for prompt in order:
+        index = prompt * student.per_prompt
+        texts = {arm: answers[arm].texts[index] for arm in (SHOWN, STUDENT)}
+        asked = transcript(student.messages[index])
+        found.setdefault(asked, {"prompt": asked, "kl": after[prompt].kl, "answers": texts})
+    return list(found.values())[:count]

@@ -33,7 +33,7 @@ def write_report(run: Path, card: Mapping[str, Any], context: Context | None) ->
 def without_texts(card: Mapping[str, Any]) -> dict[str, Any]:
     """The card without prompts and answers; the counts stay."""
     scores = [{**score, "regressions": {**score["regressions"], "examples": []}} for score in card["scores"]]
-    return {**card, "scores": scores, "furthest": []}
+    return {**card, "scores": scores, "side_by_side": [], "furthest": []}
 
 
 def page(card: Mapping[str, Any], context: Context | None) -> str:
@@ -73,7 +73,10 @@ def _rendered(name: str, card: Mapping[str, Any], finalize: Callable[[Any], str]
     for shown in (words.percent, words.nats, words.rate, words.kl, words.tokens, words.seconds):
         environment.filters[shown.__name__] = shown
     environment.filters["json"] = json.dumps
-    sentences = (words.rounding, words.uncounted, words.missing_arms, words.hashes, words.distances_of, words.beyond)
+    sentences: tuple[Callable[..., Any], ...] = (
+        words.rounding, words.uncounted, words.missing_arms, words.hashes, words.distances_of, words.beyond,
+        words.verdict, words.title,
+    )  # fmt: skip
     return environment.get_template(name).render(card=card, **{one.__name__: one for one in sentences}, **values)
 
 

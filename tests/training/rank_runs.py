@@ -43,7 +43,7 @@ JOBS = {
     },
     "both-write": {
         "engine": "fsdp2", "settings": {
-            **UNEVEN, "lora_rank": 4, "off_policy_share": 0.5, "teacher_tokens": 4, "answer_growth": 1.0,
+            **UNEVEN, "lora_rank": 4, "off_policy_share": 0.5, "answer_growth": 1.0,
         },
     },
     "one-prompt": {"engine": "ddp", "settings": {"lora_rank": 4, "batch_size": 1, "eval_every": 0, "steps": 2}},

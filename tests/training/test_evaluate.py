@@ -200,7 +200,6 @@ UNSAID, BLIND = {"step": 0, "fixed_first_token": 1e-6}, {"divergence": "reverse_
         (UNSAID, {"divergence": "forward_kl"}, False),
         (UNSAID, {**BLIND, "answers": "teacher"}, False),
         (UNSAID, {**BLIND, "off_policy_share": 0.5}, False),
-        (UNSAID, {**BLIND, "teacher_tokens": 4}, False),
         (UNSAID, {**BLIND, "rollout": "replay", "rollout_file": "answers.jsonl"}, False),
         ({**UNSAID, "fixed_first_token": 2e-3}, BLIND, False),
         ({**UNSAID, "step": 10}, BLIND, False),

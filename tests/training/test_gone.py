@@ -18,6 +18,7 @@ OLDER = json.loads((Path(__file__).parent / "older_run_config.json").read_text()
 GONE = [
     ("prefix_store", "somewhere", "drop it"),
     ("prefix_dtype", "float8_e4m3fn", "prefix_device"),
+    ("teacher_tokens", "4", "off_policy_share"),
     ("teacher_path", "mask", "'pad'"),
     ("rollout", "continuous", "'transformers'"),
 ]

@@ -11,7 +11,7 @@ from opcd_fast.training.settings import OPCDConfig
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"answers": "teacher"}, {"off_policy_share": 0.5}, {"teacher_tokens": 5}], ids=str
+    "more", [{}, {"answers": "teacher"}, {"off_policy_share": 0.5}], ids=str
 )
 def test_the_bound_by_hand_and_in_every_step(tokenizer, tmp_path, more):
     trainer = make(

@@ -13,7 +13,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.training.answers import sampling_of
 from opcd_fast.training.settings import OPCDConfig
 
-HALF, BEGUN = {"off_policy_share": 0.5}, {"teacher_tokens": 4}
+HALF = {"off_policy_share": 0.5}
 
 
 def is_unknown(answer):
@@ -91,69 +91,6 @@ def test_a_share_of_one_is_the_teacher_and_none_the_student(tokenizer, tmp_path)
     assert plain(run("none", off_policy_share=0.0)) == plain(run("student"))
 
 
-# --- teacher_tokens ------------------------------------------------------------------------------------------
-
-
-def test_the_teachers_first_tokens_fall_by_a_cosine_and_the_student_goes_on(tokenizer, tmp_path):
-    trainer = make(
-        tokenizer, tmp_path / "run", steps=5, max_new_tokens=9, batch_size=6, temperature=0.8, merge_for_rollout=False,
-        stop_tokens=tuple("abcdefghijklmnop"), teacher_tokens=6,
-    )  # fmt: skip
-    ended = cut = 0
-    for step, count in enumerate([6, 5, 4, 2, 1]):  # of 6 (1 + cos(pi s / 5)) / 2
-        drawn, rows = trainer.source.draw(step), trainer.source.rows_of(step)
-        assert drawn.more == {"teacher_tokens": count}
-        for row, sample, answer in zip(rows, drawn.samples, drawn.answers, strict=True):
-            length = len(answer.token_ids)
-            assert is_unknown(answer) == [place < count for place in range(length)]
-            assert (sample.student_prompt, sample.teacher_prompt) == (row.student_ids, row.teacher_ids)
-            assert (sample.response, sample.logprobs) == (answer.token_ids, answer.logprobs), "trained on whole"
-            assert answer.finished == (answer.token_ids[-1] in trainer.rollout.stop_token_ids)
-            assert length <= 9 and (answer.finished or length == 9)
-            ended += length <= count
-            cut += not answer.finished
-            if length > count:
-                before, rest = (*row.student_ids, *answer.token_ids[:count]), answer.token_ids[count:]
-                by_hand = logprobs_by_hand(tiny_model(), before, rest, 0.8)
-                torch.testing.assert_close(
-                    torch.tensor(answer.logprobs[count:]).double(), by_hand, rtol=1e-4, atol=1e-4
-                )
-    assert ended and cut, "some end within the beginning, some are cut at the bound of the whole answer"
-
-
-def test_each_part_is_what_its_writer_finds_most_likely(tokenizer, tmp_path):
-    """Almost without temperature every token is known: the teacher's from its prompt with the context."""
-    cold = {"temperature": 1e-4, "steps": 1, "merge_for_rollout": False}
-    trainer = make(tokenizer, tmp_path / "run", teacher_tokens=3, **cold)
-    model = tiny_model()
-
-    def goes_on(prompt, count):
-        ids = list(prompt)
-        for _ in range(count):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        return tuple(ids[len(prompt) :])
-
-    differs = 0
-    for row, answer in zip(trainer.source.rows_of(0), trainer.source.draw(0).answers, strict=True):
-        begun = goes_on((*trainer.prefixes[0], *row.teacher_ids), 3)
-        assert answer.token_ids == (*begun, *goes_on((*row.student_ids, *begun), 3))
-        differs += begun != goes_on(row.student_ids, 3)
-    assert differs, "or nothing was seen"
-
-
-def test_beginnings_have_random_numbers_of_their_own(tokenizer, tmp_path):
-    """The first token that the student draws must not depend on the draw of the teacher's first."""
-    calls = []
-    trainer = make(tokenizer, tmp_path / "run", **BEGUN)
-    for sampler in (trainer.rollout, trainer.teacher_rollout):
-        inner = sampler.generate
-        sampler.generate = lambda rows, inner=inner, **options: calls.append(options) or inner(rows, **options)
-    for step in range(2):
-        trainer.source.draw(step)
-    assert [call["max_new_tokens"] for call in calls] == [4, 2, 3, 3]
-    assert len({call["seed"] for call in calls}) == 4
-
-
 @pytest.mark.parametrize("micro_batch_tokens", [None, 60])
 def test_the_samplers_distance_is_that_of_its_own_tokens(tokenizer, tmp_path, micro_batch_tokens):
     trainer = make(
@@ -174,7 +111,7 @@ def test_micro_batches_do_not_change_a_mixed_step(tokenizer, tmp_path):
     assert losses(whole) == pytest.approx(losses(parts), rel=1e-4)
 
 
-@pytest.mark.parametrize("more", [HALF, BEGUN, {**HALF, **BEGUN, "teacher_mode": "ema", "teacher_ema_decay": 0.5}])
+@pytest.mark.parametrize("more", [HALF, {**HALF, "teacher_mode": "ema", "teacher_ema_decay": 0.5}])
 def test_a_stopped_run_goes_on_bit_for_bit(tokenizer, tmp_path, more):
     built = partial(make, tokenizer, eval_prompts=None, save_every=1, **more)
     built(tmp_path / "whole").train()
@@ -194,16 +131,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(tokenizer, tmp_path, more):
         ({"rollout": "vllm", "lora_rank": 4}, "{} is set, but rollout='vllm'"),
     ],
 )
-@pytest.mark.parametrize("given", [HALF, BEGUN], ids=str)
-def test_what_does_not_go_with_answers_of_both_is_refused(given, settings, words):
-    (name,) = given
-    with pytest.raises(InputError, match=words.format(name)):
-        OPCDConfig(**given, **settings)
-
-
-def test_a_beginning_leaves_the_student_something_to_write():
-    with pytest.raises(InputError, match="teacher_tokens=9 of max_new_tokens=9 leave the student none"):
-        OPCDConfig(max_new_tokens=9, teacher_tokens=9)
-    with pytest.raises(InputError, match="teacher_tokens: with off_policy_share=1"):
-        OPCDConfig(teacher_tokens=3, off_policy_share=1.0)
-    assert OPCDConfig(max_new_tokens=9, teacher_tokens=8, off_policy_share=0.9).teacher_writes
+def test_what_does_not_go_with_answers_of_both_is_refused(settings, words):
+    with pytest.raises(InputError, match=words.format("off_policy_share")):
+        OPCDConfig(**HALF, **settings)

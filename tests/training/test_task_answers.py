@@ -157,7 +157,6 @@ def test_the_prefix_holds_for_turns_that_merge_with_what_stands_before_them(monk
         (None, {"eval_prompts": ["x"]}, "drop eval_prompts"),
         (None, {"answers": "teacher", "kept_answers": 1}, "kept_answers"),
         (None, {"off_policy_share": 0.5}, "off_policy_share: the turns of a task are played by one"),
-        (None, {"teacher_tokens": 3}, "teacher_tokens: the turns of a task are played by one"),
         (None, {"answer_growth": 0.5}, "answer_growth: the turns of a task are played by one, with whole answers"),
         (None, {"max_new_tokens": 1000}, "exceed"),
     ],

@@ -140,7 +140,7 @@ def check_goes_with_task(config: OPCDConfig) -> None:
     """Raises InputError for settings that need answers to prompts which are known beforehand."""
     if config.rollout == "replay":
         raise InputError("rollout='replay': a task's later turns depend on the answers; a file cannot have them")
-    for name in ("off_policy_share", "teacher_tokens", "answer_growth"):
+    for name in ("off_policy_share", "answer_growth"):
         if getattr(config, name):
             raise InputError(f"{name}: the turns of a task are played by one, with whole answers; drop {name}")
     if config.kept_answers:

@@ -1,7 +1,7 @@
 """Where a step's answers come from: what is asked, and who answers.
 
     PromptAnswers   prompts of a list in the order of the run, fresh answers at every step
-    MixedAnswers    the same, some of them by the teacher, or begun by it
+    MixedAnswers    the same, some of them by the teacher
     KeptAnswers     the same prompts, answers drawn once before the first step and kept on disk
     TaskAnswers     episodes of a task, every turn of which is one prompt with its answer
 """
@@ -126,9 +126,8 @@ class PromptAnswers(AnswerSource):
 
 
 class MixedAnswers(PromptAnswers):
-    """Answers in which the teacher has a part. `off_policy_share` of them are its own: GKD's lambda (arXiv 2306.13649),
-    drawn for each row of a step by itself. The student's begin with its first tokens, fewer at each step (TrOPD, arXiv
-    2606.01249)."""
+    """`off_policy_share` of the answers are the teacher's: GKD's lambda (arXiv 2306.13649), drawn for each row of a
+    step by itself."""
 
     def __init__(
         self, config: OPCDConfig, prompts: Sequence[RenderedPrompt], student: Writer, teacher: Writer
@@ -139,40 +138,19 @@ class MixedAnswers(PromptAnswers):
     def draw(self, step: int) -> Drawn:
         config, rows = self._config, self.rows_of(step)
         sampling = self.sampling_at(step)
-        begun = round(config.teacher_tokens * (1 + math.cos(math.pi * step / config.steps)) / 2)
         chance = random.Random(stream_seed(config.seed, "off-policy", step))
         off = [chance.random() < config.off_policy_share for _ in rows]
         theirs = iter(self._theirs([row for row, one in zip(rows, off) if one], sampling))
-        own = iter(self._continued([row for row, one in zip(rows, off) if not one], sampling, begun, step))
+        own = iter(self._write([row for row, one in zip(rows, off) if not one], sampling))
         answers = [next(theirs if one else own) for one in off]
-        more = self._bound(sampling) | ({"teacher_tokens": begun} if config.teacher_tokens else {})
-        if config.off_policy_share:
-            name = "teacher" if config.off_policy_share == 1 else "both"
-            more |= {"off_policy_answers": sum(off), "answers_of": name}
+        name = "teacher" if config.off_policy_share == 1 else "both"
+        more = {**self._bound(sampling), "off_policy_answers": sum(off), "answers_of": name}
         return self._drawn(rows, answers, **more)
 
     def _theirs(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
         """The teacher's. Its log-probabilities are not those of the distribution that is trained: they become NaN."""
         answers = self._teacher(rows, sampling)
         return [replace(answer, logprobs=(math.nan,) * len(answer.token_ids)) for answer in answers]
-
-    def _continued(
-        self, rows: Sequence[RenderedPrompt], sampling: Sampling, begun: int, step: int
-    ) -> list[Completion]:
-        """The student's, after so many of the teacher's tokens; what ends within them stays as it is."""
-        most, seed = sampling["max_new_tokens"], stream_seed(self._config.seed, "beginning", step)
-        begun = min(begun, most)
-        if not begun:
-            return self._write(rows, sampling)
-        answers = self._theirs(rows, {**sampling, "max_new_tokens": begun, "seed": seed})
-        going = [index for index, answer in enumerate(answers) if not answer.finished and begun < most]
-        longer = [replace(rows[i], student_ids=(*rows[i].student_ids, *answers[i].token_ids)) for i in going]
-        rests = self._write(longer, {**sampling, "max_new_tokens": most - begun})
-        for index, rest in zip(going, rests, strict=True):
-            tokens = (*answers[index].token_ids, *rest.token_ids)
-            known = None if rest.logprobs is None else ((math.nan,) * begun + rest.logprobs)
-            answers[index] = Completion(tokens, known, rest.finished)
-        return answers
 
 
 class KeptAnswers(PromptAnswers):

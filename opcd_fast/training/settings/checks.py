@@ -92,13 +92,6 @@ def _check_system(config: OPCDConfig) -> None:
             f"importance_correction={config.importance_correction!r} weighs the student's own answers; {off_policy} "
             "has none: drop one of them"
         )
-    if config.teacher_tokens >= config.max_new_tokens:
-        raise InputError(
-            f"teacher_tokens={config.teacher_tokens} of max_new_tokens={config.max_new_tokens} leave the student none; "
-            "set fewer, or off_policy_share for whole answers"
-        )
-    if config.teacher_tokens and config.off_policy_share == 1:
-        raise InputError("teacher_tokens: with off_policy_share=1 all answers are the teacher's; drop one of them")
     if config.kept_answers and config.teacher_mode != "frozen":
         raise InputError(
             f"kept_answers are written before the first step, so teacher_mode={config.teacher_mode!r} would move a "

@@ -68,9 +68,6 @@ class OPCDConfig:
     off_policy_share: float = answer(0.0, """Share of a step's answers that the teacher writes, with the context in
         front; who writes which is drawn by the seed. 1 is answers="teacher".""", Within(0, 1), belongs="system",
         needs=BOTH_WRITE)
-    teacher_tokens: int = answer(0, """How many tokens of each answer of the student's the teacher writes at first, with
-        the context in front, before the student goes on; a cosine takes them to zero over the run.""", AtLeast(0),
-        belongs="system", needs=BOTH_WRITE)
     task_episodes: int = answer(16, """Where prompts come from a task: episodes of its split "selection" that the
         student plays at each evaluation; 0: none.""", AtLeast(0))
     stop_tokens: tuple[str, ...] = answer((), """Tokens that end an answer besides the tokenizer's and the model's end
@@ -262,12 +259,12 @@ class OPCDConfig:
     @property
     def teacher_writes(self) -> bool:
         """Whether the teacher writes answers in training, or parts of them."""
-        return self.answers == "teacher" or self.off_policy_share > 0 or self.teacher_tokens > 0
+        return self.answers == "teacher" or self.off_policy_share > 0
 
     @property
     def plans_steps(self) -> bool:
         """Whether what a step does depends on how many there will be."""
-        return self.lr_scheduler_type != "constant" or self.teacher_tokens > 0 or self.answer_growth > 0
+        return self.lr_scheduler_type != "constant" or self.answer_growth > 0
 
     def learning_rate_for(self, adapter: bool, prefix: bool = False) -> float:
         """The rate of a run that trains an adapter (a new one, or a PEFT model's; `prefix`: a trained one), or all."""

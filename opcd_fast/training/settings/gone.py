@@ -14,6 +14,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         None,
         "contexts' caches have the teacher's type; drop it, or use prefix_device='cpu' where they are too large",
     ),
+    "teacher_tokens": (0, "answers that the teacher began taught no better (docs/experiments.md); drop it, or use "
+                       "off_policy_share"),
 }
 VALUES: dict[tuple[str, Any], str] = {
     ("teacher_path", "mask"): "use 'auto', or 'pad'",

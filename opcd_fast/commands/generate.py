@@ -57,6 +57,8 @@ def run(arguments: list[str]) -> int:
     command = parse(GenerateCommand, "generate", arguments)
     if (command.prompt is None) == (command.prompts is None):
         raise InputError("give either a prompt (--prompt TEXT) or a file of them (--prompts FILE)")
+    if command.prompt is not None and not command.prompt.strip():
+        raise InputError("prompt is empty; give the user's message")
     check_sampling(command, "max_new_tokens", "batch_size")
     variables = OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables()
     from opcd_fast.data import adapt_to_tokenizer, read_prompts, teacher_ids

@@ -86,7 +86,8 @@ def _jsonl_rows(text: str, where: str) -> list[Row]:
                 rows.append((f"{where} line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
                 remedy = "" if line.lstrip()[:1] in '{["' else '; a line is {"prompt": "..."}'
-                raise InputError(f"{where} line {number} is not valid JSON: {error}{remedy}") from error
+                wrong = f"{error.msg} at character {error.colno}"
+                raise InputError(f"{where} line {number} is not valid JSON: {wrong}{remedy}") from error
     return rows
 
 

@@ -202,3 +202,15 @@ def test_a_shell_completes_commands_and_options(capsys, shell, tmp_path):
         done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["--lora-rank", "preview"]
     assert said(capsys, "completion", "csh")[0] == 2
+
+
+def test_an_error_names_each_thing_once(capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"\n')
+    for words, told in (
+        (("generate", "--model", "m", "--prompt", " "), "prompt is empty"),
+        (("train", "--model", "m", "--context", __file__, "--task", f"math:{tmp_path}/none.jsonl"), "opcd: math file '"),
+        (("train", "--model", "m", "--context", __file__, "--prompts", str(tmp_path / "p.jsonl")),
+         "line 2 is not valid JSON: Expecting ',' delimiter at character 15"),
+    ):  # fmt: skip
+        status, _, err = said(capsys, *words)
+        assert status == 2 and told in err and " line 1 column " not in err and "file file" not in err

@@ -27,7 +27,7 @@ def choice_file(path: str, first: int | None = None) -> Questions:
     huggingface.co/datasets/openlifescienceai/medmcqa from 0. Raises InputError when that cannot be told, and for bad
     rows. Rows without a label (a test split's -1) are an error too: nothing could be scored.
     """
-    rows = read_rows(path, "choice file")
+    rows = read_rows(path, "choice")
     labels = [_label(row, where) for where, row in rows]
     if first is None:
         if 0 in labels and 4 not in labels:
@@ -76,7 +76,7 @@ def chosen_letter(text: str) -> str | None:
 def yes_no_file(path: str) -> Questions:
     """Rows of `prompt` and a `label` that is yes or no (also true/false, 1/0, safe/unsafe)."""
     questions = []
-    for where, row in read_rows(path, "yes/no file"):
+    for where, row in read_rows(path, "yes-no"):
         text, right = _labelled(row, where)
         questions.append((as_user(f"{text}\n\n{ASK_YES}"), lambda answer, right=right: said_yes(answer) is right))
     return Questions("yes-no", questions)

@@ -25,7 +25,7 @@ _ANSWER_LINE = re.compile(
 def math_file(path: str) -> Questions:
     """Task of the problems in a file. Raises InputError for a row without a question or an answer."""
     require("math_verify", "math", "tasks")  # now, not after an hour of sampling
-    problems = [_problem(row, where) for where, row in read_rows(path, "math file")]
+    problems = [_problem(row, where) for where, row in read_rows(path, "math")]
     return Questions("math", [(messages, partial(same_answer, truth=truth)) for messages, truth in problems])
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from opcd_fast.kernels.reference import Logits
 from opcd_fast.kernels.triton.launch_shapes import launch_shape
 from opcd_fast.kernels.triton.logits import (
-    GATED_REGISTERS,
+    MOST_REGISTERS,
     NO_COLUMN,
     SMALLEST,
     UNSEEN,
@@ -217,5 +217,5 @@ def reverse_kl_rows(
         *pair.strides, 0 if gradient is None else gradient.stride(0), statistics.stride(0),
         columns, *pair.transforms, student.derivative, **pair.options,
         GATED=gated, WRITE_GRADIENT=gradient is not None, ALL_STATISTICS=all_statistics, BLOCK=block,
-        num_warps=warps, enable_fp_fusion=True, maxnreg=GATED_REGISTERS if gated else None,
+        num_warps=warps, enable_fp_fusion=True, maxnreg=MOST_REGISTERS if gated else None,
     )  # fmt: skip

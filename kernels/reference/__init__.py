@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from opcd_fast.kernels.reference.attention import merge_attention
     from opcd_fast.kernels.reference.logits import Logits
     from opcd_fast.kernels.reference.statistics import (
-        NORMALISERS, STATISTICS, TERMS, Gather, Rows, far_from_shift, gate_from, merge_normalisers, merge_terms,
-        normalise, write_statistics,
+        FARTHEST, NORMALISERS, STATISTICS, TERMS, Gather, merge_normalisers, merge_terms,
     )  # fmt: skip
     from opcd_fast.kernels.reference.table import DIVERGENCES, PARAMETERS, Divergence, Parameter, row_of
 

@@ -34,19 +34,17 @@ class Rows(NamedTuple):
     lse_s: Tensor
     lse_t: Tensor
     log_ratio: Tensor  # lse_s - lse_t without the rounding of either
-    difference: Tensor | None  # E_p[z_s - z_t]
-    forbidden_s: Tensor | None  # the student's largest logit of a token that the teacher forbids
-    forbidden_t: Tensor | None  # the teacher's largest logit of a token that the student forbids
 
     def part(self, rows: slice) -> Rows:
-        return Rows(*(None if plane is None else plane[rows] for plane in self))  # type: ignore[arg-type]
+        return Rows(*(plane[rows] for plane in self))
 
 
 def merge_normalisers(pieces: Tensor) -> Tensor:
     """(pieces, planes, n) -> (planes, n), planes as in NORMALISERS.
 
-    sum is sum exp(z - max) over the piece, difference the same sum weighted with z_s - z_t (on exp(z_s - max_s)). A
-    piece without a finite logit has max -inf (or less than any logit) and sum 0.
+    sum is sum exp(z - max) over the piece, difference the same sum weighted with z_s - z_t (on exp(z_s - max_s)),
+    forbidden_s the student's largest logit of a token that the teacher forbids. A piece without a finite logit has max
+    -inf (or less than any logit) and sum 0.
     """
     if len(pieces) == 1:
         return pieces[0]
@@ -65,8 +63,8 @@ def _common_scale(maxima: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalise(merged: Tensor) -> Rows:
-    """Logsumexps of merged NORMALISERS."""
-    max_s, sum_s, max_t, sum_t, *rest = merged.unbind(0)
+    """Logsumexps of the first four of merged NORMALISERS."""
+    max_s, sum_s, max_t, sum_t = merged[:4].unbind(0)
     return Rows(
         max_s,
         max_t,
@@ -75,14 +73,7 @@ def normalise(merged: Tensor) -> Rows:
         # A difference of two logsumexps errs by their rounding, which is 1e-6 where they are around 10. The
         # gradient at a KL of 1e-6 is made of l around 1e-3.
         (max_s - max_t) + torch.log(sum_s / sum_t),
-        *([rest[0] / sum_s, *rest[1:]] if rest else [None] * 3),
     )
-
-
-def far_from_shift(rows: Rows) -> Tensor:
-    """(n,) bool: rows of float16 logits that have lost too much, or whose numbers did not fit."""
-    known = rows.log_ratio if rows.difference is None else rows.log_ratio + rows.difference
-    return ~((rows.max_s.abs() <= FARTHEST) & known.isfinite())
 
 
 def merge_terms(pieces: Tensor) -> Tensor:

@@ -9,17 +9,19 @@ float16 numbers it reads in place of logits with half of the bytes. Kernels over
 - `_terms_kernel`: the terms of value and entropy, the gradient, or both.
 - `total_variation`, between them for the gate "tv" alone, is in variation.py.
 
-In between, a few floats per row and split are merged by reference/statistics.py. The reverse, the forward and the gated
-KL take the first two passes, 18 bytes per logit with a bf16 gradient; the gate "tv" reads the logits a third time, 26
-bytes. So do the others, which know c = E_p[phi] only after their terms.
+What the splits of a row leave, a few floats each, every program of the next kernel merges for itself, as statistics.py
+has it; the kernel that writes the statistics in the end is there too. The reverse, the forward and the gated KL take
+the first two passes, 18 bytes per logit with a bf16 gradient; the gate "tv" reads the logits a third time, 26 bytes. So
+do the others, which know c = E_p[phi] only after their terms.
 
-As in reverse_kl.py, accumulators are per lane, loops have no barrier, and the columns beyond the last whole
-block are peeled off to keep all other loads 128 bits wide.
+Running maxima and sums are kept per lane and combined once at the end, so loops have no barrier and no shuffle. The
+columns beyond the last whole block are peeled off: with a mask in the loop, or with rows that do not start at multiples
+of 16 elements, every 128-bit load would turn into four. expm1 does not exist here; terms without cancellation are in
+logits.py.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,18 +32,13 @@ from opcd_fast.kernels.reference import (
     TERMS,
     Gather,
     Logits,
-    Rows,
-    far_from_shift,
-    gate_from,
     merge_normalisers,
     merge_terms,
-    normalise,
     row_of,
-    write_statistics,
 )
 from opcd_fast.kernels.triton.launch_shapes import launch_shape
 from opcd_fast.kernels.triton.logits import (
-    GATED_REGISTERS,
+    MOST_REGISTERS,
     NO_COLUMN,
     SMALLEST,
     UNSEEN,
@@ -53,28 +50,32 @@ from opcd_fast.kernels.triton.logits import (
     psi_terms,
     store_gradient,
 )
+from opcd_fast.kernels.triton.statistics import (
+    FORWARD_KL,
+    GATED_KL,
+    PROGRAMS,
+    REVERSE_KL,
+    known_of,
+    merging,
+    pieces_of,
+    write_statistics,
+)
 from opcd_fast.kernels.triton.variation import total_variation
 
-# Programs that keep a large device busy: two on each of 128 multiprocessors.
-PROGRAMS = 256
-
-_REVERSE_KL = tl.constexpr(DIVERGENCES["reverse_kl"].code)
-_FORWARD_KL = tl.constexpr(DIVERGENCES["forward_kl"].code)
 _JSD = tl.constexpr(DIVERGENCES["jsd"].code)
 _SKEW_REVERSE_KL = tl.constexpr(DIVERGENCES["skew_reverse_kl"].code)
 _SKEW_FORWARD_KL = tl.constexpr(DIVERGENCES["skew_forward_kl"].code)
-_GATED_KL = tl.constexpr(DIVERGENCES["gated_kl"].code)
 # exp(87.8) and its inverse are normal numbers; a probability whose ratio to the other is beyond has underflown
 _LIMIT = tl.constexpr(87.8)
 
 
 @triton.jit
 def _first_pass(z_s, z_t, difference, m_s, d_s, m_t, d_t, a, forbidden_s, forbidden_t, DIVERGENCE):
-    if DIVERGENCE == _REVERSE_KL or DIVERGENCE == _GATED_KL:  # noqa: SIM109 (Triton knows no membership)
+    if DIVERGENCE == REVERSE_KL or DIVERGENCE == GATED_KL:  # noqa: SIM109 (Triton knows no membership)
         shrink = tl.exp(-tl.abs(z_s - m_s))
         a = tl.where(z_s > m_s, a * shrink + difference, a + shrink * difference)
         forbidden_s = tl.maximum(forbidden_s, tl.where(z_t == float("-inf"), z_s, float("-inf")))
-    if DIVERGENCE == _FORWARD_KL or DIVERGENCE == _GATED_KL:  # noqa: SIM109
+    if DIVERGENCE == FORWARD_KL or DIVERGENCE == GATED_KL:  # noqa: SIM109
         forbidden_t = tl.maximum(forbidden_t, tl.where(z_s == float("-inf"), z_t, float("-inf")))
     m_s, d_s = accumulate(z_s, m_s, d_s)
     m_t, d_t = accumulate(z_t, m_t, d_t)
@@ -155,16 +156,16 @@ def _log_ratio_to_mixture(l, w, rest):
 @triton.jit
 def _terms_and_p_phi(p, q, z_s, z_t, difference, log_ratio, shift, gate, rest, parameter, DIVERGENCE):
     """Terms of the value, and p times (phi - shift); of the gated KL the shift is that of its reverse part."""
-    if DIVERGENCE == _REVERSE_KL:
+    if DIVERGENCE == REVERSE_KL:
         # E_p[z_s - z_t] is the shift, so the two logsumexps cancel in l - KL.
         terms = tl.where(p < SMALLEST, q, psi_terms(p, q, difference - log_ratio))
         p_phi = p * (difference - shift)
-    elif DIVERGENCE == _FORWARD_KL:
+    elif DIVERGENCE == FORWARD_KL:
         # Where one side is -inf, l is wrong: if it is the student's, the row is infinite, and else q underflows.
         l = difference - log_ratio
         terms = tl.where(q < SMALLEST, p, psi_terms(q, p, -l))
         p_phi = tl.where((tl.abs(l) < 0.25) & (q >= SMALLEST), -p * expm1(-l), p - q)
-    elif DIVERGENCE == _GATED_KL:
+    elif DIVERGENCE == GATED_KL:
         terms, share, excess = gated_terms(p, q, difference - log_ratio, gate, rest)
         p_phi = share * (difference - shift) + gate * excess
     else:
@@ -215,15 +216,17 @@ def _second_pass(
 
 @triton.jit
 def _terms_kernel(
-    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, rows_ptr, pieces_ptr, g_ptr,
-    stride_s, stride_t, stride_g, n_rows, n_columns, blocks,
-    inner_s, inner_t, outer_s, outer_t, parameter,
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, weights_ptr, pieces_ptr, variation_ptr,
+    terms_ptr, g_ptr, stride_s, stride_t, stride_g, n_rows, n_columns, n_pieces, blocks, first_column,
+    inner_s, inner_t, outer_s, outer_t, derivative, parameter,
     HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
-    DIFFERENCE: tl.constexpr, DIVERGENCE: tl.constexpr, PLANES: tl.constexpr, WRITE_TERMS: tl.constexpr,
-    WRITE_MOMENT: tl.constexpr, WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+    DIVERGENCE: tl.constexpr, DIFFERENCE: tl.constexpr, VARIATION: tl.constexpr, PLANES: tl.constexpr,
+    PIECES: tl.constexpr, TERMS: tl.constexpr, WRITE_TERMS: tl.constexpr, WRITE_MOMENT: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    # Backwards, and so are the columns: what was read last is what the cache may still hold.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
     z_s_ptr += row * stride_s
     z_t_ptr += row * stride_t
     g_ptr += row * stride_g
@@ -235,19 +238,18 @@ def _terms_kernel(
         inner_s *= tl.load(factor_s_ptr + row)
         inner_t *= tl.load(factor_t_ptr + row)
 
-    rows_ptr += row
-    m_s = tl.load(rows_ptr)
-    m_t = tl.load(rows_ptr + n_rows)
-    lse_s = tl.load(rows_ptr + 2 * n_rows)
-    lse_t = tl.load(rows_ptr + 3 * n_rows)
-    log_ratio = tl.load(rows_ptr + 4 * n_rows)
-    shift = tl.load(rows_ptr + 5 * n_rows)
-    row_factor = tl.load(rows_ptr + 6 * n_rows)
-    gate = 0.0
-    rest = 1.0
-    if DIVERGENCE == _GATED_KL:
-        gate = tl.load(rows_ptr + 7 * n_rows)
-        rest = tl.load(rows_ptr + 8 * n_rows)
+    m_s, m_t, lse_s, lse_t, log_ratio, shift, gate, rest, verdict = known_of(
+        pieces_ptr, variation_ptr, row, n_rows, n_pieces, DIVERGENCE, DIFFERENCE, VARIATION, PLANES, PIECES
+    )
+    if not WRITE_TERMS:
+        place, there = pieces_of(terms_ptr, row, n_rows, n_pieces, TERMS, PIECES)
+        value = tl.sum(tl.load(place, mask=there, other=0.0), 0)
+        shift = tl.sum(tl.load(place + 4 * n_rows, mask=there, other=0.0), 0)
+        # A teacher's NaN reaches every term, but phi only through here.
+        shift = tl.where(value == value, shift, value)
+    row_factor = 0.0
+    if WRITE_GRADIENT:
+        row_factor = tl.where(verdict == 0.0, tl.load(weights_ptr + row) * derivative, 0.0)
     inverse_outer = 0.0
     if SOFTCAP_S:
         inverse_outer = 1.0 / outer_s
@@ -257,7 +259,6 @@ def _terms_kernel(
     moment = tl.zeros([BLOCK], tl.float32)
     top_s = tl.full([BLOCK], NO_COLUMN, tl.int32)
     top_t = tl.full([BLOCK], NO_COLUMN, tl.int32)
-    # Backwards: the end of the row is what the cache may still hold.
     if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
         columns = whole * BLOCK + lanes
         z_s, z_t, difference = load_pair(
@@ -282,16 +283,18 @@ def _terms_kernel(
         )  # fmt: skip
 
     if WRITE_TERMS:
-        pieces_ptr += split.to(tl.int64) * PLANES * n_rows + row
-        tl.store(pieces_ptr, tl.sum(value, 0))
+        terms_ptr += split.to(tl.int64) * TERMS * n_rows + row
+        tl.store(terms_ptr, tl.sum(value, 0))
         if WRITE_MOMENT:
-            tl.store(pieces_ptr + 4 * n_rows, tl.sum(moment, 0))
+            tl.store(terms_ptr + 4 * n_rows, tl.sum(moment, 0))
         if ALL_STATISTICS:
-            tl.store(pieces_ptr + n_rows, tl.sum(negative_entropy, 0))
+            tl.store(terms_ptr + n_rows, tl.sum(negative_entropy, 0))
             column = tl.min(top_s, 0)
-            tl.store(pieces_ptr + 2 * n_rows, tl.where(column == NO_COLUMN, float("inf"), column.to(tl.float32)))
+            column = tl.where(column == NO_COLUMN, float("inf"), (first_column + column).to(tl.float32))
+            tl.store(terms_ptr + 2 * n_rows, column)
             column = tl.min(top_t, 0)
-            tl.store(pieces_ptr + 3 * n_rows, tl.where(column == NO_COLUMN, float("inf"), column.to(tl.float32)))
+            column = tl.where(column == NO_COLUMN, float("inf"), (first_column + column).to(tl.float32))
+            tl.store(terms_ptr + 3 * n_rows, column)
 
 
 def split_blocks(rows: int, columns: int, block: int, splits: int | None = None) -> tuple[int, int]:
@@ -338,63 +341,36 @@ def divergence_rows(
     splits, blocks = split_blocks(n, columns, block, splits)
     tuning = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
-    planes = len(NORMALISERS) if row.infinite else 4
-    pieces = statistics.new_zeros(splits, planes, n)
-    _normaliser_kernel[(n, splits)](
+    grid, planes = (n, splits), len(NORMALISERS) if row.infinite else 4
+    pieces = statistics.new_empty(splits, planes, n)
+    _normaliser_kernel[grid](
         *pair.pointers, *pair.factors, pieces, *pair.strides, n, columns, blocks, *pair.transforms,
         DIFFERENCE=difference, DIVERGENCE=row.code, PLANES=planes, **pair.options, **tuning,
     )  # fmt: skip
-    merged = merge_normalisers(pieces)
     if gather is not None:
-        merged = merge_normalisers(gather(merged))
-    rows = normalise(merged)
-    infinite = _infinite(rows, row.infinite)
-    again = far_from_shift(rows) if difference else None
-    shift = rows.difference if divergence == "reverse_kl" else None
-    gates: tuple[Tensor, ...] = ()
-    if divergence == "gated_kl":
-        closed = _infinite(rows, "teacher")
-        assert rows.difference is not None and closed is not None
-        total = rows.difference - rows.log_ratio
-        if gate == "tv":
-            variation = total_variation(pair, torch.stack([rows.lse_s, rows.lse_t]), columns, splits, blocks, tuning)
-            total = (variation if gather is None else gather(variation).squeeze(1)).sum(0)
-        gates = gate_from(total.masked_fill(closed, float("inf")), gate)
-        # Closed, the gate keeps out whatever the reverse KL is.
-        shift = rows.difference.masked_fill(gates[1] == 0.0, 0.0)
+        pieces = gather(merge_normalisers(pieces))
+    variation = None
+    if "gate" in row.parameters and gate == "tv":
+        variation = total_variation(pair, pieces, columns, splits, blocks, tuning)
+        if gather is not None:
+            variation = gather(variation.sum(0, keepdim=True)).squeeze(1)
+    options = merging(pieces, row.code, difference, variation)
 
-    def launch(shift: Tensor, written: Tensor | None, with_terms: bool) -> Tensor:
-        factor = row_weights * student.derivative
-        for none in (infinite, again):
-            factor = factor if none is None else factor.masked_fill(none, 0.0)
-        known = torch.stack([rows.max_s, rows.max_t, rows.lse_s, rows.lse_t, rows.log_ratio, shift, factor, *gates])
-        pieces = statistics.new_zeros(splits, len(TERMS), n)
-        _terms_kernel[(n, splits)](
-            *pair.pointers, *pair.factors, known, pieces, student.z if written is None else written,
-            *pair.strides, 0 if written is None else written.stride(0), n, columns, blocks,
-            *pair.transforms, parameter, DIFFERENCE=difference, DIVERGENCE=row.code, PLANES=len(TERMS),
-            WRITE_TERMS=with_terms, WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
+    def launch(terms: Tensor, written: Tensor | None, with_terms: bool) -> None:
+        _terms_kernel[grid](
+            *pair.pointers, *pair.factors, row_weights, pieces, pieces if variation is None else variation, terms,
+            student.z if written is None else written, *pair.strides, 0 if written is None else written.stride(0),
+            n, columns, len(pieces), blocks, first_column, *pair.transforms, student.derivative, parameter,
+            TERMS=len(TERMS), WRITE_TERMS=with_terms,
+            WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
             WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms,
-            maxnreg=GATED_REGISTERS if gates else None, **pair.options, **tuning,
+            maxnreg=MOST_REGISTERS, **pair.options, **options, **tuning,
         )  # fmt: skip
-        return pieces
 
-    shift = torch.zeros_like(rows.lse_s) if shift is None else shift
-    terms = merge_terms(launch(shift, gradient if row.two_passes else None, True))
-    terms[2:4] += first_column
+    terms = statistics.new_empty(splits, len(TERMS), n)
+    launch(terms, gradient if row.two_passes else None, True)
     if gather is not None:
-        terms = merge_terms(gather(terms))
-    if infinite is not None:
-        terms[0].masked_fill_(infinite, float("inf"))
-    if again is not None:
-        terms[0].masked_fill_(again, float("nan"))
-    write_statistics(statistics, rows, terms, all_statistics, gates[0] if gates else None)
+        terms = gather(merge_terms(terms))
     if gradient is not None and not row.two_passes:
-        # A teacher's NaN reaches every term, but phi only through here.
-        launch(torch.where(terms[0].isnan(), terms[0], terms[4]), gradient, False)
-
-
-def _infinite(rows: Rows, forbids: str) -> Tensor | None:
-    """Rows in which this side, "student" or "teacher", forbids what the other may say."""
-    forbidden, lse = (rows.forbidden_s, rows.lse_s) if forbids == "teacher" else (rows.forbidden_t, rows.lse_t)
-    return None if forbidden is None else torch.exp(forbidden - lse) >= torch.finfo(lse.dtype).tiny
+        launch(terms, gradient, False)
+    write_statistics(statistics, pieces, variation, terms, all_statistics, options)

@@ -14,9 +14,9 @@ from opcd_fast.kernels.reference import Logits
 SMALLEST = tl.constexpr(1.1754944e-38)  # smallest normal float32: a probability below it counts as 0
 UNSEEN = tl.constexpr(-1.0e38)  # a running maximum before its first finite logit
 NO_COLUMN = tl.constexpr(2147483647)
-# Of a thread, for the gated KL: two programs of 8 warps on a multiprocessor. Left to itself ptxas takes 150 in one
-# kernel and in another, with Triton 3.9, so few that it spills.
-GATED_REGISTERS = 128
+# Of a thread, in kernels that form the terms: two programs of 8 warps on a multiprocessor. Left to itself ptxas takes
+# 150 in one of them and in another, with Triton 3.9, so few that it spills.
+MOST_REGISTERS = 128
 
 
 @triton.jit

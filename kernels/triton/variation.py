@@ -9,14 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from opcd_fast.kernels.triton.logits import Pair, load_pair
+from opcd_fast.kernels.triton.statistics import merged, padded, pieces_of
 
 
 @triton.jit
 def _variation_kernel(
-    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, lses_ptr, pieces_ptr,
-    stride_s, stride_t, n_rows, n_columns, blocks, inner_s, inner_t, outer_s, outer_t,
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, pieces_ptr, variation_ptr,
+    stride_s, stride_t, n_rows, n_columns, n_pieces, blocks, inner_s, inner_t, outer_s, outer_t,
     HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
-    DIFFERENCE: tl.constexpr, BLOCK: tl.constexpr,
+    DIFFERENCE: tl.constexpr, PLANES: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sum |p - q| / 2 of every row and split."""
     row = tl.program_id(0).to(tl.int64)
@@ -30,8 +31,9 @@ def _variation_kernel(
     if DIFFERENCE:
         inner_s *= tl.load(factor_s_ptr + row)
         inner_t *= tl.load(factor_t_ptr + row)
-    lse_s = tl.load(lses_ptr + row)
-    lse_t = tl.load(lses_ptr + n_rows + row)
+    place, there = pieces_of(pieces_ptr, row, n_rows, n_pieces, PLANES, PIECES)
+    lse_s = merged(place, there, n_rows)[1]
+    lse_t = merged(place + 2 * n_rows, there, n_rows)[1]
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(first, last):
         columns = block * BLOCK + lanes
@@ -47,22 +49,23 @@ def _variation_kernel(
             HAS_BIAS_S, HAS_BIAS_T, SOFTCAP_S, SOFTCAP_T, DIFFERENCE, True,
         )  # fmt: skip
         total += tl.abs(tl.exp(z_s - lse_s) - tl.exp(z_t - lse_t))
-    tl.store(pieces_ptr + split.to(tl.int64) * n_rows + row, 0.5 * tl.sum(total, 0))
+    tl.store(variation_ptr + split.to(tl.int64) * n_rows + row, 0.5 * tl.sum(total, 0))
 
 
 def total_variation(
     pair: Pair,
-    lses: Tensor,  # (2, n) float32: of student and teacher, over the whole vocabulary
+    pieces: Tensor,  # (pieces, planes, n) of the first pass, which cover the whole vocabulary
     columns: int,
     splits: int,  # of a row, and whole blocks in each
     blocks: int,
     tuning: dict[str, Any],  # BLOCK and the launch's options
 ) -> Tensor:
-    """(1, n): of a slice of the vocabulary its part of the sum."""
-    n = lses.shape[1]
-    pieces = lses.new_empty(splits, n)
+    """(splits, n): of each split, or of its slice of the vocabulary, its part of the sum."""
+    n = pieces.shape[2]
+    variation = pieces.new_empty(splits, n)
     _variation_kernel[(n, splits)](
-        *pair.pointers, *pair.factors, lses, pieces, *pair.strides, n, columns, blocks, *pair.transforms,
-        DIFFERENCE=pair.difference, **pair.options, **tuning,
+        *pair.pointers, *pair.factors, pieces, variation, *pair.strides, n, columns, len(pieces), blocks,
+        *pair.transforms, DIFFERENCE=pair.difference, PLANES=pieces.shape[1], PIECES=padded(len(pieces)),
+        **pair.options, **tuning,
     )  # fmt: skip
-    return pieces.sum(0, keepdim=True)
+    return variation

@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opcd_fast.kernels.reference import DIVERGENCES, NORMALISERS, TERMS
-from opcd_fast.kernels.triton import attention, divergences, logprobs, reverse_kl, variation
+from opcd_fast.kernels.triton import attention, divergences, logprobs, statistics, variation
 from opcd_fast.kernels.triton.launch_shapes import current_table
-from opcd_fast.kernels.triton.logits import GATED_REGISTERS
+from opcd_fast.kernels.triton.logits import MOST_REGISTERS
 
 # The others are float32 (row kernels) or, of the merge's outputs, bf16.
 POINTERS = {
@@ -56,43 +56,37 @@ class Kernel(NamedTuple):
     shapes: list[tuple[dict, int]]  # the default one first
 
 
-def _reverse_kl() -> Kernel:
-    variants = {}
-    for prefix, gated in (("", False), ("gated_", True)):
-        flags = {**PLAIN, "GATED": gated, "ALL_STATISTICS": False, "WRITE_GRADIENT": True}
-        variants |= {
-            prefix + "plain": flags,
-            prefix + "statistics": {**flags, "ALL_STATISTICS": True},
-            prefix + "loss_only": {**flags, "WRITE_GRADIENT": False},
-            prefix + "everything": {**flags, **TRANSFORMED, "ALL_STATISTICS": True},
-        }
-    shapes = launch_shapes_of("reverse_kl_rows")
-    default = ("everything", "gated_everything")
-    return Kernel(reverse_kl._reverse_kl_rows_kernel, variants, default, lambda _: 2, shapes)
+def with_pieces(shapes: list[tuple[dict, int]]) -> list[tuple[dict, int]]:
+    """Each shape where one program has seen a row, and where many have."""
+    return [({**constants, "PIECES": pieces}, warps) for constants, warps in shapes for pieces in (1, 256)]
+
+
+def planes_of(row: Any) -> int:
+    return len(NORMALISERS) if row.infinite else 4
 
 
 def _normalisers() -> Kernel:
     variants = {}
     for row, (suffix, flags) in itertools.product(KERNEL_ROWS, SIDES.items()):
-        planes = len(NORMALISERS) if row.infinite else 4
-        variants[row.name + suffix] = {**flags, "DIVERGENCE": row.code, "PLANES": planes}
+        variants[row.name + suffix] = {**flags, "DIVERGENCE": row.code, "PLANES": planes_of(row)}
     shapes = launch_shapes_of("divergence_rows")
     default = ("gated_kl_everything", "gated_kl_difference")
     return Kernel(divergences._normaliser_kernel, variants, default, lambda _: 1, shapes)
 
 
 def _variation() -> Kernel:
-    shapes = launch_shapes_of("divergence_rows")
+    shapes = with_pieces(launch_shapes_of("divergence_rows"))
     default = ("_everything", "_difference")
-    return Kernel(variation._variation_kernel, SIDES, default, lambda _: 1, shapes)
+    variants = {name: {**flags, "PLANES": len(NORMALISERS)} for name, flags in SIDES.items()}
+    return Kernel(variation._variation_kernel, variants, default, lambda _: 1, shapes)
 
 
 def _terms() -> Kernel:
     variants = {}
     for row, (name, sides) in itertools.product(KERNEL_ROWS, SIDES.items()):
         flags = {
-            **sides, "DIVERGENCE": row.code, "PLANES": len(TERMS), "WRITE_TERMS": True, "WRITE_MOMENT": False,
-            "WRITE_GRADIENT": False, "ALL_STATISTICS": name != "",
+            **sides, "DIVERGENCE": row.code, "PLANES": planes_of(row), "TERMS": len(TERMS), "VARIATION": False,
+            "WRITE_TERMS": True, "WRITE_MOMENT": False, "WRITE_GRADIENT": False, "ALL_STATISTICS": name != "",
         }  # fmt: skip
         passes = {"": {"WRITE_GRADIENT": True}}
         if not row.two_passes:
@@ -100,9 +94,18 @@ def _terms() -> Kernel:
             passes = {"_terms": {"WRITE_MOMENT": True}, "_gradient": gradient}
         for suffix, extra in {**passes, "_loss_only": {}}.items():
             variants[row.name + suffix + name] = {**flags, **extra}
-    shapes = launch_shapes_of("divergence_rows")
+    variants["gated_kl_variation"] = {**variants["gated_kl_everything"], "VARIATION": True}
+    shapes = with_pieces(launch_shapes_of("divergence_rows"))
     default = ("jsd_terms_everything", "gated_kl_everything", "jsd_terms_difference", "gated_kl_difference")
     return Kernel(divergences._terms_kernel, variants, default, lambda _: 1, shapes)
+
+
+def _statistics() -> Kernel:
+    flags = {"TERMS": len(TERMS), "DIFFERENCE": True, "VARIATION": False, "ALL_STATISTICS": True}
+    variants = {row.name: {**flags, "DIVERGENCE": row.code, "PLANES": planes_of(row)} for row in KERNEL_ROWS}
+    variants["variation"] = {**variants["gated_kl"], "VARIATION": True}
+    shapes = with_pieces([({}, 1)])
+    return Kernel(statistics._statistics_kernel, variants, ("gated_kl",), lambda _: 0, shapes)
 
 
 def _logprob() -> Kernel:
@@ -133,8 +136,8 @@ def _merge() -> Kernel:
 
 
 KERNELS = {
-    "reverse_kl": _reverse_kl(), "normalisers": _normalisers(), "variation": _variation(), "terms": _terms(),
-    "logprob": _logprob(), "merge": _merge(),
+    "normalisers": _normalisers(), "variation": _variation(), "terms": _terms(),
+    "statistics": _statistics(), "logprob": _logprob(), "merge": _merge(),
 }  # fmt: skip
 
 
@@ -178,8 +181,7 @@ def count(pattern: str, text: str) -> int:
 def report(capability: int, kernel: str, variant: str, shape: tuple[dict, int]) -> dict:
     entry = KERNELS[kernel]
     constants, warps = {**entry.variants[variant], **shape[0]}, shape[1]
-    gated = constants.get("GATED") or (kernel == "terms" and constants["DIVERGENCE"] == DIVERGENCES["gated_kl"].code)
-    registers = GATED_REGISTERS if gated else None
+    registers = MOST_REGISTERS if kernel == "terms" else None
     compiled = triton.compile(
         source(entry.function, constants),
         target=GPUTarget("cuda", capability, 32),
@@ -210,6 +212,7 @@ if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if argument != "--all"]
     chosen = [argument for argument in arguments if argument in KERNELS] or list(KERNELS)
     for capability, name in itertools.product((int(a) for a in arguments if a.isdecimal()), chosen):
-        for shape in KERNELS[name].shapes if everything else KERNELS[name].shapes[:1]:
+        shapes = KERNELS[name].shapes
+        for shape in shapes if everything else shapes[: 1 + ("PIECES" in shapes[0][0])]:
             for variant in KERNELS[name].variants if everything else KERNELS[name].default:
                 print(json.dumps(report(capability, name, variant, shape)), flush=True)

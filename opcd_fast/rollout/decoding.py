@@ -16,21 +16,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opcd_fast.attention import PackedCall, PrefixGroup, Visible, on_device, sdpa_without_cudnn, step_attention
 from opcd_fast.attention import row_of as packed_row_of
 from opcd_fast.data import common_prefix_length
 from opcd_fast.models import refuses_packing, seam
-from opcd_fast.models.caches import BufferedCache
+from opcd_fast.models.caches import BufferedCache, Slots
 from opcd_fast.rollout.protocol import cut_at_stop
-from opcd_fast.rollout.sampling import draw
-from opcd_fast.runtime import CapturedSteps
+from opcd_fast.rollout.sampling import BYTES_PER_LOGIT, draw
+from opcd_fast.runtime import KeptSteps
 
 MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
 HOLD_ONCE = 2**20  # keys' and values' numbers in a layer that copies would add; below, two kernels cost more than one
 LOOK_EVERY = 16  # tokens, on a device
 BUCKET = 256  # slots that are attended more at a time where shapes must not change
+ROWS, PREFIX = 16, 32  # of what else has a shape there: rows in the batch, tokens that are held once
 
 
 def refuses_decoding(model: Any) -> str | None:
@@ -49,6 +50,7 @@ def decode(
     top_p: float,
     vocab_size: int | None = None,
     static: bool | None = None,
+    kept: KeptSteps | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """Token ids and log-probabilities of one answer per prompt, ending with a stop token or after T tokens.
 
@@ -58,6 +60,7 @@ def decode(
         temperature: 0 takes the most probable token; its log-probability is then at temperature 1.
         vocab_size: ids from here on are never drawn.
         static: tensors keep their shapes for BUCKET tokens; None: on CUDA, where such steps are captured as graphs.
+        kept: of earlier calls, with whose steps this one goes on where they fit; they stay in memory in between.
     """
     device = next(model.parameters()).device
     limit = uniform.shape[1]
@@ -65,45 +68,70 @@ def decode(
     place = {prompt: row for row, prompt in enumerate(different)}
     static = device.type == "cuda" if static is None else static
     run = BatchRun(model, [place[tuple(prompt)] for prompt in prompts], different, limit, static=static)
-    drawn = _Drawn(uniform.to(device), stop_token_ids, temperature, top_p, vocab_size)
+    captures = static and (device.type == "cuda" or kept is not None)
+    reads = what_steps_read(model) if captures else None
+    kept = KeptSteps(0) if kept is None or reads is None else kept
+    key = run.layout, tuple(stop_token_ids), temperature, top_p, vocab_size
+    steps = kept.take(reads, key)
+    if static:
+        run.cache.slots.places = steps.places
+    drawn = _Drawn(run.cache.slots, uniform.to(device), stop_token_ids, temperature, top_p, vocab_size)
     every = tokens_between_looks(device)
 
     def one_more() -> None:
         drawn.add(run.next(drawn.newest))
 
-    step = CapturedSteps(one_more) if device.type == "cuda" else None
     with seam.using_attention(seam.body_of(model), run.attend), sdpa_without_cudnn():
-        drawn.add(run.read_prompts())
+        logits = run.read_prompts()
+        nbytes = BYTES_PER_LOGIT * logits.numel()  # of a step itself
+        drawn.add(logits)
+        del logits
         for count in range(1, limit):
             if count % every == 0:
                 going = (~drawn.over).nonzero().squeeze(1)  # waits for the device
                 if not len(going):
                     break
-                if len(going) < len(drawn.rows) and run.rows_may_leave:
+                stay = run.rows_that_stay(len(going))
+                if stay < len(drawn.rows):
+                    going = going if stay == len(going) else drawn.over.byte().argsort(stable=True)[:stay].sort().values
                     drawn.keep(going)
                     run.keep(going)
             run.extend()
-            if step is None:
-                one_more()
+            if captures:
+                steps((len(drawn.rows), run.cache.slots.shown), one_more)
             else:
-                step((len(drawn.rows), run.cache.slots.shown))
+                one_more()
     # What a row drew after its stop token, while it waited to leave, is dropped.
-    kept = [cut_at_stop(row, stop_token_ids)[0] for row in drawn.tokens.tolist()]
-    return [(list(ids), row[: len(ids)]) for ids, row in zip(kept, drawn.values.tolist())]
+    cut = [cut_at_stop(row, stop_token_ids)[0] for row in drawn.tokens.tolist()]
+    kept.keep(key, steps, nbytes + sum(x.nbytes for x in steps.places.values()))
+    return [(list(ids), row[: len(ids)]) for ids, row in zip(cut, drawn.values.tolist())]
+
+
+def what_steps_read(model: Any) -> Any:
+    """Compares equal as long as a recorded step reads the weights of `model` where they lie, through the same adapters.
+
+    None where other tensors lie behind the parameters (packed or sharded weights)."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
+        return None
+    lie = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+    return id(model), seam.adapter_state(model), lie
 
 
 class _Drawn:
     """What was drawn so far, on the device; nothing in `add` depends on the host."""
 
-    def __init__(self, uniform: Tensor, stops: Sequence[int], *sampling: Any) -> None:
-        self.uniform, self._sampling, device = uniform, sampling, uniform.device
-        self._stops = on_device(torch.tensor(list(stops)), device)
-        self.tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=device)  # (B, T)
-        self.values = torch.zeros(uniform.shape, device=device)
-        self.rows = torch.arange(len(uniform), device=device)  # the answers in the batch
-        self.count = torch.zeros(1, dtype=torch.int64, device=device)
-        self.newest = torch.zeros_like(self.rows)
-        self.over = torch.zeros_like(self.rows, dtype=torch.bool)
+    def __init__(self, slots: Slots, uniform: Tensor, stops: Sequence[int], *sampling: Any) -> None:
+        self._slots, self._sampling, device = slots, sampling, uniform.device
+        rows = torch.arange(len(uniform), device=device)
+        self.uniform = slots.stay("uniform", uniform)
+        self._stops = slots.stay("stops", on_device(torch.tensor(list(stops)), device))
+        self.tokens = slots.stay("tokens", torch.zeros(uniform.shape, dtype=torch.int64, device=device))  # (B, T)
+        self.values = slots.stay("values", torch.zeros(uniform.shape, device=device))
+        self.rows = slots.stay("rows", rows)  # the answers in the batch
+        self.count = slots.stay("count", torch.zeros(1, dtype=torch.int64, device=device))
+        self.newest = slots.stay("newest", torch.zeros_like(rows))
+        self.over = slots.stay("over", torch.zeros_like(rows, dtype=torch.bool))
 
     def add(self, logits: Tensor) -> None:
         tokens, logprobs = draw(logits, self.uniform.index_select(1, self.count).squeeze(1), *self._sampling)
@@ -113,8 +141,9 @@ class _Drawn:
         self.count += 1
 
     def keep(self, rows: Tensor) -> None:
-        self.rows, self.uniform = self.rows[rows], self.uniform[rows]
-        self.newest, self.over = self.newest[rows], self.over[rows]
+        self.rows, self.uniform, self.newest, self.over = (
+            self._slots.kept(x, rows) for x in (self.rows, self.uniform, self.newest, self.over)
+        )
 
 
 def tokens_between_looks(device: torch.device) -> int:
@@ -149,35 +178,41 @@ class BatchRun:
             self.cache.set_prefix([(key.detach(), value.detach()) for key, value in prefix])
         self._width = numbers_per_token(model)
         self._reading: PackedCall | None = None
-        self._seen: dict[int | None, tuple[int, int, Visible]] = {}
+        self._seen: dict[Any, tuple[int, int, Visible]] = {}
+        self._shared = shared = self._shared_by_prompts()
+        self._head = head = self.past + shared
+        self.held = head if self._worth_holding(head) else 0  # P
+        self._own = [len(prompt) - shared + head - self.held for prompt in prompts]
+        width = max(self._own)
+        if static:
+            width += (1 - width) % LOOK_EVERY  # so that buckets end where the host looks
+        self.end = width
+        capacity = _rounded(width + limit) if static else width + limit
+        self.cache.slots.rows, self.cache.slots.capacity = len(prompt_of), capacity
+        self.layout = len(prompt_of), capacity, limit, self.held  # all that a step's numbers on the host depend on
 
     def read_prompts(self) -> Tensor:
         """(B, V) logits after the prompts; the cache holds a row for each answer afterwards."""
-        slots, row_of = self.cache.slots, on_device(torch.tensor(self.prompt_of), self.device)
-        shared = self._shared_by_prompts()
-        head = self.past + shared
+        slots, width, own = self.cache.slots, self.end, self._own
+        row_of = on_device(torch.tensor(self.prompt_of), self.device)
         logits = None
-        if shared:
-            logits = self._read([self.prompts[0][:shared]], self.past)
+        if self._shared:
+            slots.keeps_read = bool(self.held and not self.past)
+            logits = self._read([self.prompts[0][: self._shared]], self.past)
+            slots.keeps_read = False
             self.cache.take_prefix()
-        once = self._worth_holding(head)
-        self.held = head if once else 0  # P
-        rests = [list(prompt[shared:]) for prompt in self.prompts]
-        own = [len(rest) + head - self.held for rest in rests]
-        width = max(own)
+        rests = [list(prompt[self._shared :]) for prompt in self.prompts]
         if self.static:
-            width += (1 - width) % LOOK_EVERY  # so that buckets end where the host looks
-            slots.at = torch.tensor([width], device=self.device)
-        slots.rows, slots.capacity = len(row_of), _rounded(width + self.limit) if self.static else width + self.limit
+            slots.at = slots.stay("at", torch.tensor([width], device=self.device))
         if any(rests):
-            logits = self._read(rests, head)
-            places = on_device(self._places(rests, head - self.held, width), self.device)
-            self.cache.spread(places[row_of], copies_prefix=not once)
+            logits = self._read(rests, self._head)
+            places = on_device(self._places(rests, self._head - self.held, width), self.device)
+            self.cache.spread(places[row_of], copies_prefix=not self.held)
         assert logits is not None, "no prompts"
-        self.end = width
         self._most_padding = width - min(own)
         # (B,) slots before a row's first
         self.padding = on_device(torch.tensor([width - own[prompt] for prompt in self.prompt_of]), self.device)
+        self.padding = slots.stay("padding", self.padding)
         self.bias: Tensor | None = None
         if self._most_padding and not self.static:
             # Rows of a mask begin at multiples of 8 elements: else a kernel copies it in every layer at every token.
@@ -191,10 +226,12 @@ class BatchRun:
         slots.end, self.end = self.end, self.end + 1
         slots.shown = _rounded(self.end)
 
-    @property
-    def rows_may_leave(self) -> bool:
-        """Whether the next step has another shape anyway, or shapes do not matter."""
-        return not self.static or self.end % BUCKET == 0
+    def rows_that_stay(self, going: int) -> int:
+        """How many rows the next steps have, `going` of which are not finished. Rows leave where shapes do not matter,
+        or change anyway; then some that are finished stay, so that there are not many shapes."""
+        if not self.static:
+            return going
+        return -(-going // ROWS) * ROWS if self.end % BUCKET == 0 else len(self.padding)
 
     def next(self, tokens: Tensor) -> Tensor:
         """(B, V) logits after one more token each, (B,)."""
@@ -209,7 +246,7 @@ class BatchRun:
     def keep(self, rows: Tensor) -> None:
         self.cache.slots.end = self.end
         self.cache.keep(rows)
-        self.padding = self.padding[rows]
+        self.padding = self.cache.slots.kept(self.padding, rows)
         if self.bias is not None:
             self.bias = self.bias[rows]
 
@@ -270,10 +307,12 @@ class BatchRun:
 
     def _shared_by_prompts(self) -> int:
         """Tokens of the prompts that are read once for all of them."""
-        if len(self.prompts) == 1:
-            whole = len(self.prompts[0])
-            return whole if self._worth_holding(self.past + whole) else 0
-        shared = common_prefix_length(self.prompts)
+        one, whole = len(self.prompts) == 1, len(self.prompts[0])
+        if one and not self._worth_holding(self.past + whole):
+            return 0
+        shared = whole if one and not self.static else common_prefix_length(self.prompts)
+        if self.static:
+            shared -= (self.past + shared) % PREFIX
         return shared if shared >= MIN_SHARED_PREFIX else 0
 
     def _worth_holding(self, tokens: int) -> bool:

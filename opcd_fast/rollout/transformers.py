@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from opcd_fast.rollout.check import Answers, check_decoding
 from opcd_fast.rollout.choice import Choice
 from opcd_fast.rollout.decoding import decode, refuses_decoding
 from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_prompts
+from opcd_fast.runtime import KeptSteps, release_steps
 
 ENGINES = ("auto", "decode", "generate")
 TRIAL_TOKENS = 4
@@ -77,6 +79,8 @@ class TransformersRollout(Sampler):
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
         self._sized_for = sized_for
         self.model, self.device = model, next(model.parameters()).device
+        most = rollout_memory.kept_at_most(self.device) if self.device.type == "cuda" else 0
+        self._steps = KeptSteps(most) if most else None
         self._kept = kept = choice or Choice()
         self._engine = kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
         if self._engine not in (None, *ENGINES[1:]):
@@ -134,17 +138,21 @@ class TransformersRollout(Sampler):
             order = sorted(wanted, key=lambda i: (len(rows[i]), rows[i]))
             model = self._answering_model()
             while len(drawn) < len(order):
-                part = order[len(drawn) :][: self.max_batch]
+                part, released = order[len(drawn) :][: self.max_batch], False
                 try:
                     answers = self._run(
-                        self._engine, model, [rows[i] for i in part], uniform[part], request.temperature, request.top_p
-                    )
+                        self._engine, model, [rows[i] for i in part], uniform[part], request.temperature,
+                        request.top_p, self._steps,
+                    )  # fmt: skip
                 except torch.cuda.OutOfMemoryError:
-                    if len(part) == 1:
+                    released = release_steps()
+                    if len(part) == 1 and not released:
                         raise
                     answers = []
                 if not answers:  # outside of the handler, whose traceback keeps the tensors alive
                     torch.cuda.empty_cache()
+                    if released:
+                        continue
                     self.max_batch = len(part) // 2
                     _log.warning("rollout: out of GPU memory with %d sequences, going on with %d at once",
                                  len(part), self.max_batch)  # fmt: skip
@@ -156,9 +164,9 @@ class TransformersRollout(Sampler):
 
     def _run(
         self, engine: str | None, model: Any, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float,
-        top_p: float,
+        top_p: float, kept: KeptSteps | None = None,
     ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
-        run = decode if engine == "decode" else rollout_generate.generate
+        run = partial(decode, kept=kept) if engine == "decode" else rollout_generate.generate
         return run(
             model, prompts, uniform, stop_token_ids=self.stop_token_ids, temperature=temperature, top_p=top_p,
             vocab_size=self.vocab_size,

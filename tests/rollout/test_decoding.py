@@ -29,9 +29,7 @@ MODELS = [name for name in architectures.MERGE if name != "phi3-longrope"]
 def answers(model, prompts, tokens=14, stops=tuple(range(2, 97, 9)), **options):
     uniform = torch.rand(len(prompts), tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with seam.scoring_mode(model):
-        return decode(
-            model, prompts, uniform, **{"stop_token_ids": stops, "temperature": 1.0, "top_p": 1.0, **options}
-        )
+        return decode(model, prompts, uniform, **{"stop_token_ids": stops, "temperature": 1.0, "top_p": 1.0, **options})
 
 
 def assert_as_concatenated(model, prompts, found, tolerance=1e-4):
@@ -126,7 +124,7 @@ def test_what_decides_whether_it_is_held_once():
 @pytest.mark.parametrize("name", architectures.walk(MODELS))
 def test_fixed_shapes_change_no_logprob(name, hold, monkeypatch):
     """Buckets of 16 slots, so that several are passed."""
-    for setting, number in (("HOLD_ONCE", hold), ("BUCKET", 16), ("LOOK_EVERY", 4)):
+    for setting, number in (("HOLD_ONCE", hold), ("BUCKET", 16), ("LOOK_EVERY", 4), ("ROWS", 2), ("PREFIX", 8)):
         monkeypatch.setattr(decoding, setting, number)
     monkeypatch.setattr(decoding, "tokens_between_looks", lambda device: 4)
     model = architectures.build(name)

@@ -15,7 +15,7 @@ from opcd_fast.models import MergedCopy, refuses_merge, refuses_pad, refuses_sha
 from opcd_fast.planning.rehearsal.job import Job
 from opcd_fast.planning.rehearsal.meter import Meter
 from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer
-from opcd_fast.rollout import MOST, batch_that_fits, first_and_last_token, refuses_decoding
+from opcd_fast.rollout import KEPT_SHARE, MOST, batch_that_fits, first_and_last_token, refuses_decoding
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.engines import ModelPair
 from opcd_fast.training.settings import OPCDConfig, settings_with
@@ -26,11 +26,11 @@ Rows = Sequence[tuple[int, int, int]]
 
 class Step:
     """device, backend: "cuda" or "cpu", and of the loss, where the run will be. limit: bytes in all, for a
-    rollout_batch that is sized to memory."""
+    rollout_batch that is sized to memory. whole: these are all layers."""
 
     def __init__(
         self, config: OPCDConfig, job: Job, pair: ModelPair, meter: Meter, *,
-        device: str, dtype: torch.dtype, backend: str, limit: int | None,
+        device: str, dtype: torch.dtype, backend: str, limit: int | None, whole: bool,
     ) -> None:  # fmt: skip
         self.config, self.job, self.pair, self.meter = config, job, pair, meter
         self.device, self.dtype, self.backend, self.limit = device, dtype, backend, limit
@@ -43,6 +43,8 @@ class Step:
         can_share = not config.num_virtual_tokens and refuses_sharing(body, training=True) is None
         self.shares = config.share_prompts is not False and can_share
         self.head = LMHead.from_model(pair.student)
+        self._keeps = KEPT_SHARE * (limit or 0) if device == "cuda" and whole else 0.0  # bytes, of all layers alone
+        self._kept: torch.Tensor | None = None
         self._away = 0  # bytes of a teacher that is on the host between its turns
         if config.teacher_offload:
             for parameter in pair.teacher.parameters():
@@ -161,11 +163,15 @@ class Step:
                 shared_tokens=common_prefix_length(prompts) if decodes else 0,
             )  # fmt: skip
         chosen = sorted(prompts, key=len)[-batch:]
+        self._kept = None  # taken up by the next answers
         with self.meter.phase(phase):
-            first_and_last_token(
+            kept = first_and_last_token(
                 model, chosen, config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
                 decodes=decodes,
             )  # fmt: skip
+        if kept <= self._keeps:
+            with self.meter.phase("other", "recorded steps"):
+                self._kept = torch.empty(kept, dtype=torch.int8)
         return len(chosen)
 
     def _with_context(self, rows: Rows) -> list[list[int]]:

@@ -21,6 +21,7 @@ import torch
 
 from opcd_fast.data import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import release_steps
 from opcd_fast.training.engines.ranks import Ranks, Round
 
 logger = logging.getLogger("opcd_fast")
@@ -65,9 +66,7 @@ class TokenBudget:
                 return value  # type: ignore[return-value]
             del value
             self.tokens = tokens // 2
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _give_back()
             if self.ranks.main:
                 logger.warning(
                     "%s: out of memory with %d tokens at once, repeated with micro_batch_tokens=%d from here on",
@@ -83,11 +82,21 @@ class TokenBudget:
             if not is_out_of_memory(error):
                 raise
             sequences, tokens = self._running
-            if sequences < 2:
-                raise _too_large(what, tokens, error) from error
-            if self._together:
-                raise _not_repeated(what, tokens, self.ranks.rank, error) from error
-            return None, tokens
+            if self._together or not release_steps():  # the answers': kept to save time alone
+                if sequences < 2:
+                    raise _too_large(what, tokens, error) from error
+                if self._together:
+                    raise _not_repeated(what, tokens, self.ranks.rank, error) from error
+                return None, tokens
+        _give_back()
+        self._running = (0, 0)
+        return self._tried(work, what)
+
+
+def _give_back() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

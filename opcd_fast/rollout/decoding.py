@@ -41,17 +41,10 @@ def refuses_decoding(model: Any) -> str | None:
 
 @torch.no_grad()
 def decode(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    uniform: Tensor,
-    *,
-    stop_token_ids: Sequence[int],
-    temperature: float,
-    top_p: float,
-    vocab_size: int | None = None,
-    static: bool | None = None,
+    model: Any, prompts: Sequence[Sequence[int]], uniform: Tensor, *, stop_token_ids: Sequence[int],
+    temperature: float, top_p: float, vocab_size: int | None = None, static: bool | None = None,
     kept: KeptSteps | None = None,
-) -> list[tuple[list[int], list[float]]]:
+) -> list[tuple[list[int], list[float]]]:  # fmt: skip
     """Token ids and log-probabilities of one answer per prompt, ending with a stop token or after T tokens.
 
     Args:
@@ -76,16 +69,13 @@ def decode(
     if static:
         run.cache.slots.places = steps.places
     drawn = _Drawn(run.cache.slots, uniform.to(device), stop_token_ids, temperature, top_p, vocab_size)
-    every = tokens_between_looks(device)
+    every = LOOK_EVERY if static else tokens_between_looks(device)
 
     def one_more() -> None:
         drawn.add(run.next(drawn.newest))
 
     with seam.using_attention(seam.body_of(model), run.attend), sdpa_without_cudnn():
-        logits = run.read_prompts()
-        nbytes = BYTES_PER_LOGIT * logits.numel()  # of a step itself
-        drawn.add(logits)
-        del logits
+        drawn.add(run.read_prompts())
         for count in range(1, limit):
             if count % every == 0:
                 going = (~drawn.over).nonzero().squeeze(1)  # waits for the device
@@ -103,7 +93,8 @@ def decode(
                 one_more()
     # What a row drew after its stop token, while it waited to leave, is dropped.
     cut = [cut_at_stop(row, stop_token_ids)[0] for row in drawn.tokens.tolist()]
-    kept.keep(key, steps, nbytes + sum(x.nbytes for x in steps.places.values()))
+    logits = len(prompts) * seam.config_of(seam.body_of(model)).vocab_size
+    kept.keep(key, steps, logits * BYTES_PER_LOGIT + sum(x.nbytes for x in steps.places.values()))
     return [(list(ids), row[: len(ids)]) for ids, row in zip(cut, drawn.values.tolist())]
 
 
@@ -215,8 +206,7 @@ class BatchRun:
         self.padding = slots.stay("padding", self.padding)
         self.bias: Tensor | None = None
         if self._most_padding and not self.static:
-            # Rows of a mask begin at multiples of 8 elements: else a kernel copies it in every layer at every token.
-            slot = torch.arange(-(-slots.capacity // 8) * 8, device=self.device)
+            slot = torch.arange(slots.capacity, device=self.device)
             self.bias = self._additive(slot >= self.padding[:, None])
         return logits[row_of]
 
@@ -257,7 +247,8 @@ class BatchRun:
         if options.get("position_bias") is not None:
             raise NotImplementedError("the decoding loop has no position_bias; use engine='generate'")
         scaling = options.get("scaling")
-        first, first_of_prefix, visible = self._visible(options.get("sliding_window"))
+        group = query.shape[1] // key.shape[1]
+        first, first_of_prefix, visible = self._visible(options.get("sliding_window"), group)
         prefix = None
         for keys, values in self.cache.prefixes(module, key):  # none or one
             if first_of_prefix < self.held:
@@ -268,13 +259,14 @@ class BatchRun:
         )  # fmt: skip
         return out, None
 
-    def _visible(self, window: int | None) -> tuple[int, int, Visible]:
-        """The first slot and the first key of the prefix that some row sees, and what each row sees from there on."""
-        if window not in self._seen:
-            self._seen[window] = self._seen_behind(window)
-        return self._seen[window]
+    def _visible(self, *layer: Any) -> tuple[int, int, Visible]:
+        """The first slot and the first key of the prefix that some row sees, and what each row sees from there on; once
+        for all layers with the same window and the same number of query heads to a key head."""
+        if layer not in self._seen:
+            self._seen[layer] = self._seen_behind(*layer)
+        return self._seen[layer]
 
-    def _seen_behind(self, window: int | None) -> tuple[int, int, Visible]:
+    def _seen_behind(self, window: int | None, group: int) -> tuple[int, int, Visible]:
         slots = self.cache.slots
         if slots.at is not None:
             slot = torch.arange(slots.shown, device=self.device)
@@ -283,7 +275,7 @@ class BatchRun:
             if window is None or not self.held:
                 return 0, 0, Visible(bias)
             earliest = max(0, self.held - window + 1)
-            return 0, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.at, window))
+            return 0, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.at, window, group))
         first = 0 if window is None else max(0, slots.end + 1 - window)
         bias = None
         if self.bias is not None and first < self._most_padding:
@@ -294,14 +286,15 @@ class BatchRun:
         earliest = max(0, self.held + fewest - window + 1)
         if self.bias is None or earliest >= self.held:
             return first, earliest, Visible(bias)
-        return first, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.end, window))
+        return first, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.end, window, group))
 
-    def _seen_of_prefix(self, earliest: int, newest: int | Tensor, window: int) -> tuple[Tensor, Tensor]:
+    def _seen_of_prefix(self, earliest: int, newest: int | Tensor, window: int, group: int) -> tuple[Tensor, Tensor]:
         """What is added to scores of the prefix's keys from `earliest` on, and which rows see one of them."""
         last_hidden = self.held + newest - self.padding - window  # (B,)
         place = torch.arange(earliest, self.held, device=self.device)
         has_prefix = last_hidden < self.held - 1
-        return self._additive((place > last_hidden[:, None]) | ~has_prefix[:, None]), has_prefix
+        seen = (place > last_hidden[:, None]) | ~has_prefix[:, None]
+        return self._additive(seen.repeat_interleave(group, 0)), has_prefix
 
     # --------------------------------------------------------------------------------------- prompts
 
@@ -347,7 +340,10 @@ class BatchRun:
         ).logits
 
     def _additive(self, seen: Tensor) -> Tensor:
-        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        # Rows begin at multiples of 8 elements: else kernels refuse them, or copy them in every layer at every token.
+        rows, count = seen.shape
+        bias = torch.zeros(rows, -(-count // 8) * 8, dtype=self.dtype, device=self.device)[:, :count]
+        return bias.masked_fill_(~seen, -torch.inf)
 
 
 def _rounded(tokens: int) -> int:

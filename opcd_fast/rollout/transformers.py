@@ -54,18 +54,10 @@ class TransformersRollout(Sampler):
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        stop_token_ids: Sequence[int],
-        max_batch: int | None = 64,
-        sized_for: int = 0,
-        merge_adapter: bool | None = None,
-        vocab_size: int | None = None,
-        engine: str = "auto",
-        choice: Choice | None = None,
-        frozen_base: bool = False,
-    ) -> None:
+        self, model: Any, *, stop_token_ids: Sequence[int], max_batch: int | None = 64, sized_for: int = 0,
+        merge_adapter: bool | None = None, vocab_size: int | None = None, engine: str = "auto",
+        choice: Choice | None = None, frozen_base: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(stop_token_ids, vocab_size)
         if engine not in ENGINES:
             raise InputError(f"engine={engine!r} is not available; use {' or '.join(map(repr, ENGINES))}")
@@ -107,16 +99,9 @@ class TransformersRollout(Sampler):
         return self._kept.explain()
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        logprobs: bool = True,
-        only: range | None = None,
-    ) -> list[Completion]:
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+        seed: int = 0, logprobs: bool = True, only: range | None = None,
+    ) -> list[Completion]:  # fmt: skip
         """See Rollout. temperature 0 takes the most probable token (its log-probability is then at temperature 1).
 
         only: answer these of the prompts alone, as they would be answered among all; the others go to other ranks.

@@ -27,7 +27,6 @@ def small(monkeypatch):
     """Several buckets in a few tokens; rows leave."""
     for setting, number in (("HOLD_ONCE", 0), ("BUCKET", 16), ("LOOK_EVERY", 4), ("ROWS", 2), ("PREFIX", 8)):
         monkeypatch.setattr(decoding, setting, number)
-    monkeypatch.setattr(decoding, "tokens_between_looks", lambda device: 4)
 
 
 def prompts(seed, context=20, rows=5, own=9):

@@ -70,8 +70,7 @@ def rehearse(
             if config.teacher_offload:
                 refuse_useless_offload(pair.teacher is pair.student, torch.device(device))
             _label_weights(meter, pair)
-            step = Step(config, job, pair, meter, device=device, dtype=dtype, backend=backend, limit=limit,
-                        whole=layers is None)  # fmt: skip
+            step = Step(config, job, pair, meter, device=device, dtype=dtype, backend=backend, limit=limit)
             step.run()
             peaks = {name: peak for name, peak in meter.peaks.items() if name not in ("start", "other")}
             return Rehearsal(peaks, step.path, step.rollout_batch, step.tokens, step.longest, _notes(step))

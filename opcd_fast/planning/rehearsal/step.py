@@ -26,11 +26,11 @@ Rows = Sequence[tuple[int, int, int]]
 
 class Step:
     """device, backend: "cuda" or "cpu", and of the loss, where the run will be. limit: bytes in all, for a
-    rollout_batch that is sized to memory. whole: these are all layers."""
+    rollout_batch that is sized to memory."""
 
     def __init__(
         self, config: OPCDConfig, job: Job, pair: ModelPair, meter: Meter, *,
-        device: str, dtype: torch.dtype, backend: str, limit: int | None, whole: bool,
+        device: str, dtype: torch.dtype, backend: str, limit: int | None,
     ) -> None:  # fmt: skip
         self.config, self.job, self.pair, self.meter = config, job, pair, meter
         self.device, self.dtype, self.backend, self.limit = device, dtype, backend, limit
@@ -43,7 +43,6 @@ class Step:
         can_share = not config.num_virtual_tokens and refuses_sharing(body, training=True) is None
         self.shares = config.share_prompts is not False and can_share
         self.head = LMHead.from_model(pair.student)
-        self._keeps = KEPT_SHARE * (limit or 0) if device == "cuda" and whole else 0.0  # bytes, of all layers alone
         self._kept: torch.Tensor | None = None
         self._away = 0  # bytes of a teacher that is on the host between its turns
         if config.teacher_offload:
@@ -169,7 +168,7 @@ class Step:
                 model, chosen, config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
                 decodes=decodes,
             )  # fmt: skip
-        if kept <= self._keeps:
+        if self.device == "cuda" and 0 < kept <= KEPT_SHARE * (self.limit or 0):
             with self.meter.phase("other", "recorded steps"):
                 self._kept = torch.empty(kept, dtype=torch.int8)
         return len(chosen)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
@@ -66,37 +67,28 @@ class TokenBudget:
                 return value  # type: ignore[return-value]
             del value
             self.tokens = tokens // 2
-            _give_back()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             if self.ranks.main:
-                logger.warning(
-                    "%s: out of memory with %d tokens at once, repeated with micro_batch_tokens=%d from here on",
-                    what, tokens, self.tokens,
-                )  # fmt: skip
+                logger.warning("%s: out of memory, repeated with micro_batch_tokens=%d from here on", what, self.tokens)
 
     def _tried(self, work: Callable[[], T], what: str) -> tuple[T | None, int | None]:
-        """What `work` returns, or the tokens that were too many. Left behind here is the handler, whose traceback keeps
-        tensors alive."""
+        """What `work` returns, or twice the tokens that shall be tried. Left behind here is the handler, whose traceback
+        keeps tensors alive."""
         try:
             return work(), None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             sequences, tokens = self._running
-            if self._together or not release_steps():  # the answers': kept to save time alone
-                if sequences < 2:
-                    raise _too_large(what, tokens, error) from error
-                if self._together:
-                    raise _not_repeated(what, tokens, self.ranks.rank, error) from error
-                return None, tokens
-        _give_back()
-        self._running = (0, 0)
-        return self._tried(work, what)
-
-
-def _give_back() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+            if release_steps() and not self._together:  # the answers': kept to save time alone
+                return None, 2 * (tokens or self.tokens or sys.maxsize)
+            if sequences < 2:
+                raise _too_large(what, tokens, error) from error
+            if self._together:
+                raise _not_repeated(what, tokens, self.ranks.rank, error) from error
+            return None, tokens
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,11 +1,7 @@
-"""Answers drawn by our loop beside transformers' `generate`, and what holding a shared beginning once gives.
+"""Answers drawn by our loop beside transformers' `generate`: the demo's prompts, few and many after a shared text.
 
 All contenders of a case run the same model on the same prompts, temperature 1, every answer as long as the limit.
-Operators and waits for the device are counted per token of the batch; what a graph replays is no call.
-
-- `answers`: the demo's prompts; few and many answers behind a shared beginning of 361 tokens.
-- `held once`: the attention of one new token in each row, over a prefix that lies there once, or over a copy in each
-  row's keys. A case is named by the numbers a layer that copies add: the rule is `HOLD_ONCE` in rollout/decoding.py.
+Operators and waits for the device are counted per token of a batch of two; what a graph replays is no call.
 """
 
 from __future__ import annotations
@@ -21,13 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import SHAPES, random_model
 from benchmarks.schema import Values, value
-from benchmarks.session import Contender, Session, in_groups
-from opcd_fast.attention import sdpa_without_cudnn, step_attention
+from benchmarks.session import Contender, Session
+from opcd_fast.attention import sdpa_without_cudnn
 from opcd_fast.models import seam
 from opcd_fast.rollout.decoding import decode
 
 SHARED = 361  # tokens: what a system prompt of a page has
-OWN = 32  # tokens of its own that a row's new token sees, where attention alone is timed
 ROUND_SECONDS = 30.0
 Prompts = Sequence[Sequence[int]]
 
@@ -38,23 +33,18 @@ class Case:
     rows: int
     tokens: int
     shared: int = 0  # 0: the demo's prompts
-    group: str = "answers"
 
 
-def run(session: Session, *, groups: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
-    """groups: answers, held once. only: implementations."""
+def run(session: Session, *, only: tuple[str, ...] = ()) -> None:
+    """only: implementations."""
     cases = [Case("demo", 16, 24), Case("behind 361", 64, 16, SHARED), Case("few behind 361", 4, 16, SHARED)]
     if session.dry:
         cases = [Case("demo", 3, 4), Case("behind 361", 4, 3, 40)]
-    cases += [Case("", 0, 0, group="held once")]
-    for case in in_groups(cases, groups):
-        if case.group == "answers":
-            _answers(session, case, only)
-        else:
-            _held_once(session)
+    for case in cases:
+        _compare(session, case, only)
 
 
-def _answers(session: Session, case: Case, only: Sequence[str]) -> None:
+def _compare(session: Session, case: Case, only: Sequence[str]) -> None:
     model, name, prompts = _job(session, case)
     calls: dict[str, Callable[[Prompts, int], Any]] = {
         "opcd_fast-decode": partial(ours, model),
@@ -76,7 +66,7 @@ def _answers(session: Session, case: Case, only: Sequence[str]) -> None:
         case.name, [contender(name, call) for name, call in calls.items()],
         shape={"rows": case.rows, "tokens": case.tokens, **({"shared": case.shared} if case.shared else {})},
         settings={"model": name, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
-        group=case.group, seconds=ROUND_SECONDS, only=only,
+        seconds=ROUND_SECONDS, only=only,
     )  # fmt: skip
 
 
@@ -155,48 +145,3 @@ def counted(call: Callable[[int], Any]) -> Values:
         "calls": value((many.calls - few.calls) / 32, "aten calls/token"),
         "waits": value((many.waits - few.waits) / 32, "waits/token"),
     }
-
-
-def _held_once(session: Session) -> None:
-    shape = SHAPES["SmolLM2-135M"]
-    width = 2 * shape.kv_heads * shape.head_dim
-    for rows in (4,) if session.dry else (4, 16, 64):
-        for power in (12, 14) if session.dry else range(17, 24):
-            prefix = -(-(2**power) // ((rows - 1) * width))
-            session.compare(
-                f"2^{power} numbers, {rows} rows", _attentions(session, rows, prefix),
-                shape={"rows": rows, "prefix": prefix, "own": OWN, "numbers": (rows - 1) * prefix * width},
-                settings={"heads": f"{shape.heads}/{shape.kv_heads} of {shape.head_dim}", "dtype": "float32"},
-                group="held once", seconds=3.0, min_rounds=7,
-            )  # fmt: skip
-
-
-def _attentions(session: Session, rows: int, prefix: int) -> list[Contender]:
-    shape, device = SHAPES["SmolLM2-135M"], session.device
-    generator = torch.Generator(device).manual_seed(prefix)
-
-    def normal(batch: int, heads: int, count: int) -> torch.Tensor:
-        return torch.randn(batch, heads, count, shape.head_dim, generator=generator, device=device)
-
-    query = normal(rows, shape.heads, 1)
-    own = normal(rows, shape.kv_heads, OWN), normal(rows, shape.kv_heads, OWN)
-    shared = normal(1, shape.kv_heads, prefix), normal(1, shape.kv_heads, prefix)
-    copied = [torch.cat([x.expand(rows, -1, -1, -1), y], 2) for x, y in zip(shared, own, strict=True)]
-    calls = max(1, min(100, 2**25 // (copied[0].numel())))  # so that one sample takes milliseconds at least
-
-    @torch.no_grad()
-    def repeated(*keys: Any) -> torch.Tensor:
-        for _ in range(calls):
-            found = step_attention(query, *keys)
-        return found
-
-    scale, note = shape.head_dim**-0.5, f"{calls} calls in a sample"
-    exact = repeated(*copied, scale)
-
-    def judge(found: torch.Tensor) -> Values:
-        return {"calls": value(calls, "1"), "max_error": value(float((found - exact).abs().max()), "1")}
-
-    return [
-        Contender("opcd_fast-held once", lambda: partial(repeated, *own, scale, shared), judge, note, has_peak=False),
-        Contender("opcd_fast-copied", lambda: partial(repeated, *copied, scale), judge, note, has_peak=False),
-    ]

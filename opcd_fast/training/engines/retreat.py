@@ -74,7 +74,7 @@ class TokenBudget:
                 logger.warning("%s: out of memory, repeated with micro_batch_tokens=%d from here on", what, self.tokens)
 
     def _tried(self, work: Callable[[], T], what: str) -> tuple[T | None, int | None]:
-        """What `work` returns, or twice the tokens that shall be tried. Left behind here is the handler, whose traceback
+        """What `work` returns, or twice the tokens to try. Left behind here is the handler, whose traceback
         keeps tensors alive."""
         try:
             return work(), None

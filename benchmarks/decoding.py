@@ -23,7 +23,7 @@ from opcd_fast.models import seam
 from opcd_fast.rollout.decoding import decode
 
 SHARED = 361  # tokens: what a system prompt of a page has
-ROUND_SECONDS = 30.0
+ROUND_SECONDS = 20.0
 Prompts = Sequence[Sequence[int]]
 
 
@@ -37,7 +37,7 @@ class Case:
 
 def run(session: Session, *, only: tuple[str, ...] = ()) -> None:
     """only: implementations."""
-    cases = [Case("demo", 16, 24), Case("behind 361", 64, 16, SHARED), Case("few behind 361", 4, 16, SHARED)]
+    cases = [Case("demo", 16, 24), Case("behind 361", 64, 8, SHARED), Case("few behind 361", 4, 8, SHARED)]
     if session.dry:
         cases = [Case("demo", 3, 4), Case("behind 361", 4, 3, 40)]
     for case in cases:

@@ -12,8 +12,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.decoding import counted
 from benchmarks.measure import wait
 from benchmarks.schema import Values, value
 from benchmarks.session import Session
@@ -39,19 +39,20 @@ def run(session: Session) -> None:
     ours = lambda *size, **options: _decode(model(), *size, **options)  # noqa: E731
     theirs = lambda *size, **options: _generate(model(), *size, **options)  # noqa: E731
     row("decode", ours, tokens)
+    row("decode, recorded by the call before", ours, tokens)
     row("generate, dynamic cache", theirs, tokens // 2, attention="without cuDNN")
     row("generate, static cache", partial(theirs, cache_implementation="static", disable_compile=True), tokens // 2,
         attention="without cuDNN")  # fmt: skip
     row("decode, ragged prompts", partial(ours, ragged=True), tokens // 2)
     row("decode behind a context", partial(ours, context=context), tokens // 2, context=f"{context} tokens")
     for label, call in (("decode", ours), ("generate", theirs)):
-        session.row(f"calls per token, {label}", partial(_calls, call), settings=about)
+        session.row(f"calls per token, {label}", partial(counted, partial(call, 2)), settings=about)
     row("generate, cuDNN allowed", partial(theirs, cudnn=True), few)
     # Last: the adapter changes the model that the others run.
     adapted = cache(lambda: _adapted(model()))
     unmerged = lambda *size: _decode(adapted(), *size)  # noqa: E731
     row("decode, adapter unmerged", unmerged, tokens // 2, adapter=f"LoRA {RANK}")
-    session.row("calls per token, adapter unmerged", partial(_calls, unmerged), settings=about)
+    session.row("calls per token, adapter unmerged", partial(counted, partial(unmerged, 2)), settings=about)
 
 
 def _adapted(model: Any) -> Any:
@@ -70,8 +71,13 @@ def _decode(model: Any, rows: int, tokens: int, *, ragged: bool = False, context
     prompts = [[7] * context + prompt for prompt in _prompts(rows).tolist()]
     if ragged:  # so that there is a mask
         prompts = [prompt[row % 8 :] for row, prompt in enumerate(prompts)]
-    rollout = TransformersRollout(model, stop_token_ids=NO_STOP, max_batch=rows, merge_adapter=False, engine="decode")
-    rollout.generate(prompts, max_new_tokens=tokens, logprobs=False)
+    _rollout(model, rows).generate(prompts, max_new_tokens=tokens, logprobs=False)
+
+
+@cache
+def _rollout(model: Any, rows: int) -> TransformersRollout:
+    """One for all calls, which keeps what it recorded."""
+    return TransformersRollout(model, stop_token_ids=NO_STOP, max_batch=rows, merge_adapter=False, engine="decode")
 
 
 @torch.no_grad()
@@ -103,30 +109,3 @@ def _paced(session: Session, call: Callable[[int], Any], rows: int, tokens: int)
     if session.device.type == "cuda":
         values["peak"] = value(torch.cuda.max_memory_allocated(), "bytes")
     return values
-
-
-class _Count(TorchDispatchMode):
-    """How many operators are called, and how many of them make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = self.waits = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        self.waits += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero")
-        return function(*args, **(kwargs or {}))
-
-
-def _calls(call: Callable[[int, int], Any]) -> Values:
-    """The difference between two lengths, so that prompts do not count; what a graph replays is no call."""
-    counts = []
-    for tokens in (2, 34):
-        with _Count() as counter:
-            call(2, tokens)
-        counts.append(counter)
-    few, many = counts
-    return {
-        "calls": value((many.calls - few.calls) / 32, "aten calls/token"),
-        "waits": value((many.waits - few.waits) / 32, "waits/token"),
-    }

@@ -42,19 +42,10 @@ class PackedCall:
     layers_done: set[int] = field(default_factory=set)
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+        softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """transformers' attention interface: (1, H, N, d) queries, and the row's own keys and values.
 
         softcap: bound of the scores; s_aux: (H_q,) sinks. Values may be narrower than keys (DeepSeek-V3). Returns
@@ -108,18 +99,9 @@ def alike(key: Tensor, value: Tensor, dtype: torch.dtype) -> KeysAndValues:
 
 
 def row_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row: PackedRow,
-    prefixes: Sequence[KeysAndValues],
-    scale: float,
-    window: int | None = None,
-    dropout: float = 0.0,
-    *,
-    softcap: float | None = None,
-    sink: Tensor | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, prefixes: Sequence[KeysAndValues], scale: float,
+    window: int | None = None, dropout: float = 0.0, *, softcap: float | None = None, sink: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Each token attends its group's prefix and, causally, its own sequence. (1, H, N, d) -> (N, H_q, d).
 
     key, value: (1, H_kv, N, d). prefixes: (1, H_kv, P, d) each, one for each of `row.groups`; a window that cuts keys
@@ -154,14 +136,9 @@ def row_attention(
 
 
 def merge_by_logsumexp(
-    out_a: Tensor,
-    lse_a: Tensor,
-    out_b: Tensor | None = None,
-    lse_b: Tensor | None = None,
-    *,
-    sink: Tensor | None = None,
-    in_place: bool = False,
-) -> Tensor:
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor | None = None, lse_b: Tensor | None = None, *,
+    sink: Tensor | None = None, in_place: bool = False,
+) -> Tensor:  # fmt: skip
     """Attention over the union of two key sets, from the attention over each.
 
     out_*: (n, H, d); lse_*: (n, H) float32, natural logarithm, of sets that are not empty; sink: (H,). Computed in
@@ -205,16 +182,9 @@ def prefix_attention(
 
 
 def causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row: PackedRow,
-    scale: float,
-    dropout: float = 0.0,
-    *,
-    softcap: float | None = None,
-    with_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float, dropout: float = 0.0, *,
+    softcap: float | None = None, with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Tokens see earlier tokens of their own sequence. (1, H, N, d) -> (N, H_q, d).
 
     with_lse: also the logsumexp (N, H_q), float32. Differentiable, through both results.

@@ -24,7 +24,7 @@ class Visible(NamedTuple):
     """What the new tokens see. None: all that is there."""
 
     bias: Tensor | None = None  # (B, K) added to the scores of own keys: 0 or -inf; every row sees one key at least
-    prefix_bias: Tensor | None = None  # (B, P) the same for the prefix; where it leaves nothing, has_prefix says so
+    prefix_bias: Tensor | None = None  # (B G, P) the same for the prefix; where it leaves nothing, has_prefix says so
     has_prefix: Tensor | None = None  # (B,) bool: rows that see a key of the prefix
 
 
@@ -32,16 +32,9 @@ EVERYTHING = Visible()
 
 
 def step_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    prefix: KeysAndValues | None = None,
-    visible: Visible = EVERYTHING,
-    *,
-    softcap: float | None = None,
-    sink: Tensor | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, prefix: KeysAndValues | None = None,
+    visible: Visible = EVERYTHING, *, softcap: float | None = None, sink: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(B, H_q, 1, d) queries, (B, H_kv, K, d) own keys and values, (1, H_kv, P, d) the prefix's -> (B, 1, H_q, d).
 
     In the values' type; values may be narrower than keys. softcap: bound of the scores; sink: (H_q,) scores that take
@@ -58,9 +51,7 @@ def step_attention(
     over: tuple[Tensor, ...] = ()
     if prefix is not None:
         everyone = folded.transpose(0, 1).reshape(1, kv_heads, -1, folded.shape[-1])  # (1, H_kv, B G, d)
-        bias = visible.prefix_bias
-        if bias is not None:
-            bias = bias.repeat_interleave(folded.shape[2], 0).to(query.dtype)[None, None]
+        bias = None if visible.prefix_bias is None else visible.prefix_bias[None, None].to(query.dtype)
         over = tuple(
             x.unflatten(2, (rows, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (B, H_q, …)
             for x in _with_lse(everyone, *alike(*prefix, value.dtype), bias, scale, softcap)

@@ -145,17 +145,9 @@ class TreeCall:
     layers_done: set[int] = field(default_factory=set)
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """transformers' attention interface: (1, H, N, d) queries, keys and values in the tree row's order.
 
         Values may be narrower than keys. Returns ((1, N, H_q, d_v), None). NotImplementedError for dropout and for
@@ -203,15 +195,9 @@ class _AttentionAfterPrompts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prompt_key: Tensor,
-        prompt_value: Tensor,
-        row: TreeRow,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, row: TreeRow,
         scale: float,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         pair = pair_for(query)
         own, own_lse = pair.forward(query, key, value, row.own_spans, scale)
         prompt, prompt_lse = pair.forward(query, prompt_key, prompt_value, row.prompt_spans, scale)

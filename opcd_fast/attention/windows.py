@@ -20,18 +20,9 @@ from opcd_fast.attention.rows import KeysAndValues, PackedRow, PrefixGroup, on_d
 
 
 def windowed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row: PackedRow,
-    prefixes: Sequence[KeysAndValues],
-    scale: float,
-    window: int,
-    dropout: float = 0.0,
-    *,
-    softcap: float | None = None,
-    with_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, prefixes: Sequence[KeysAndValues], scale: float,
+    window: int, dropout: float = 0.0, *, softcap: float | None = None, with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As `attention.row_attention`, where the window cuts keys off: (N, H_q, d), and (N, H_q) fp32 logsumexp or None.
 
     Differentiable, the logsumexp too.

@@ -67,8 +67,9 @@ def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
         elif backend == "auto":
             backend = "triton"
         return rehearse(
-            settings, job, student, teacher, device=device, dtype=dtype, backend=backend, limit=limit, layers=layers
-        )
+            settings, job, student, teacher, device=device, dtype=dtype, backend=backend, layers=layers,
+            limit=limit if layers is None else None,
+        )  # fmt: skip
 
     if not search:
         seen = whole(settings)

@@ -16,21 +16,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opcd_fast.attention import PackedCall, PrefixGroup, Visible, on_device, sdpa_without_cudnn, step_attention
 from opcd_fast.attention import row_of as packed_row_of
 from opcd_fast.data import common_prefix_length
 from opcd_fast.models import refuses_packing, seam
-from opcd_fast.models.caches import BufferedCache
+from opcd_fast.models.caches import BufferedCache, Slots
 from opcd_fast.rollout.protocol import cut_at_stop
-from opcd_fast.rollout.sampling import draw
-from opcd_fast.runtime import CapturedSteps
+from opcd_fast.rollout.sampling import BYTES_PER_LOGIT, draw
+from opcd_fast.runtime import KeptSteps
 
 MIN_SHARED_PREFIX = 8  # tokens; below this one extra forward costs more than it saves
 HOLD_ONCE = 2**20  # keys' and values' numbers in a layer that copies would add; below, two kernels cost more than one
 LOOK_EVERY = 16  # tokens, on a device
 BUCKET = 256  # slots that are attended more at a time where shapes must not change
+ROWS, PREFIX = 16, 32  # of what else has a shape there: rows in the batch, tokens that are held once
 
 
 def refuses_decoding(model: Any) -> str | None:
@@ -40,16 +41,10 @@ def refuses_decoding(model: Any) -> str | None:
 
 @torch.no_grad()
 def decode(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    uniform: Tensor,
-    *,
-    stop_token_ids: Sequence[int],
-    temperature: float,
-    top_p: float,
-    vocab_size: int | None = None,
-    static: bool | None = None,
-) -> list[tuple[list[int], list[float]]]:
+    model: Any, prompts: Sequence[Sequence[int]], uniform: Tensor, *, stop_token_ids: Sequence[int],
+    temperature: float, top_p: float, vocab_size: int | None = None, static: bool | None = None,
+    kept: KeptSteps | None = None,
+) -> list[tuple[list[int], list[float]]]:  # fmt: skip
     """Token ids and log-probabilities of one answer per prompt, ending with a stop token or after T tokens.
 
     Args:
@@ -58,6 +53,7 @@ def decode(
         temperature: 0 takes the most probable token; its log-probability is then at temperature 1.
         vocab_size: ids from here on are never drawn.
         static: tensors keep their shapes for BUCKET tokens; None: on CUDA, where such steps are captured as graphs.
+        kept: of earlier calls, with whose steps this one goes on where they fit; they stay in memory in between.
     """
     device = next(model.parameters()).device
     limit = uniform.shape[1]
@@ -65,13 +61,19 @@ def decode(
     place = {prompt: row for row, prompt in enumerate(different)}
     static = device.type == "cuda" if static is None else static
     run = BatchRun(model, [place[tuple(prompt)] for prompt in prompts], different, limit, static=static)
-    drawn = _Drawn(uniform.to(device), stop_token_ids, temperature, top_p, vocab_size)
-    every = tokens_between_looks(device)
+    captures = static and (device.type == "cuda" or kept is not None)
+    reads = what_steps_read(model) if captures else None
+    kept = KeptSteps(0) if kept is None or reads is None else kept
+    key = run.layout, tuple(stop_token_ids), temperature, top_p, vocab_size
+    steps = kept.take(reads, key)
+    if static:
+        run.cache.slots.places = steps.places
+    drawn = _Drawn(run.cache.slots, uniform.to(device), stop_token_ids, temperature, top_p, vocab_size)
+    every = LOOK_EVERY if static else tokens_between_looks(device)
 
     def one_more() -> None:
         drawn.add(run.next(drawn.newest))
 
-    step = CapturedSteps(one_more) if device.type == "cuda" else None
     with seam.using_attention(seam.body_of(model), run.attend), sdpa_without_cudnn():
         drawn.add(run.read_prompts())
         for count in range(1, limit):
@@ -79,31 +81,48 @@ def decode(
                 going = (~drawn.over).nonzero().squeeze(1)  # waits for the device
                 if not len(going):
                     break
-                if len(going) < len(drawn.rows) and run.rows_may_leave:
+                stay = run.rows_that_stay(len(going))
+                if stay < len(drawn.rows):
+                    going = going if stay == len(going) else drawn.over.byte().argsort(stable=True)[:stay].sort().values
                     drawn.keep(going)
                     run.keep(going)
             run.extend()
-            if step is None:
-                one_more()
+            if captures:
+                steps((len(drawn.rows), run.cache.slots.shown), one_more)
             else:
-                step((len(drawn.rows), run.cache.slots.shown))
+                one_more()
     # What a row drew after its stop token, while it waited to leave, is dropped.
-    kept = [cut_at_stop(row, stop_token_ids)[0] for row in drawn.tokens.tolist()]
-    return [(list(ids), row[: len(ids)]) for ids, row in zip(kept, drawn.values.tolist())]
+    cut = [cut_at_stop(row, stop_token_ids)[0] for row in drawn.tokens.tolist()]
+    logits = len(prompts) * seam.config_of(seam.body_of(model)).vocab_size
+    kept.keep(key, steps, logits * BYTES_PER_LOGIT + sum(x.nbytes for x in steps.places.values()))
+    return [(list(ids), row[: len(ids)]) for ids, row in zip(cut, drawn.values.tolist())]
+
+
+def what_steps_read(model: Any) -> Any:
+    """Compares equal as long as a recorded step reads the weights of `model` where they lie, through the same adapters.
+
+    None where other tensors lie behind the parameters (packed or sharded weights)."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
+        return None
+    lie = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+    return id(model), seam.adapter_state(model), lie
 
 
 class _Drawn:
     """What was drawn so far, on the device; nothing in `add` depends on the host."""
 
-    def __init__(self, uniform: Tensor, stops: Sequence[int], *sampling: Any) -> None:
-        self.uniform, self._sampling, device = uniform, sampling, uniform.device
-        self._stops = on_device(torch.tensor(list(stops)), device)
-        self.tokens = torch.zeros(uniform.shape, dtype=torch.int64, device=device)  # (B, T)
-        self.values = torch.zeros(uniform.shape, device=device)
-        self.rows = torch.arange(len(uniform), device=device)  # the answers in the batch
-        self.count = torch.zeros(1, dtype=torch.int64, device=device)
-        self.newest = torch.zeros_like(self.rows)
-        self.over = torch.zeros_like(self.rows, dtype=torch.bool)
+    def __init__(self, slots: Slots, uniform: Tensor, stops: Sequence[int], *sampling: Any) -> None:
+        self._slots, self._sampling, device = slots, sampling, uniform.device
+        rows = torch.arange(len(uniform), device=device)
+        self.uniform = slots.stay("uniform", uniform)
+        self._stops = slots.stay("stops", on_device(torch.tensor(list(stops)), device))
+        self.tokens = slots.stay("tokens", torch.zeros(uniform.shape, dtype=torch.int64, device=device))  # (B, T)
+        self.values = slots.stay("values", torch.zeros(uniform.shape, device=device))
+        self.rows = slots.stay("rows", rows)  # the answers in the batch
+        self.count = slots.stay("count", torch.zeros(1, dtype=torch.int64, device=device))
+        self.newest = slots.stay("newest", torch.zeros_like(rows))
+        self.over = slots.stay("over", torch.zeros_like(rows, dtype=torch.bool))
 
     def add(self, logits: Tensor) -> None:
         tokens, logprobs = draw(logits, self.uniform.index_select(1, self.count).squeeze(1), *self._sampling)
@@ -113,8 +132,9 @@ class _Drawn:
         self.count += 1
 
     def keep(self, rows: Tensor) -> None:
-        self.rows, self.uniform = self.rows[rows], self.uniform[rows]
-        self.newest, self.over = self.newest[rows], self.over[rows]
+        self.rows, self.uniform, self.newest, self.over = (
+            self._slots.kept(x, rows) for x in (self.rows, self.uniform, self.newest, self.over)
+        )
 
 
 def tokens_between_looks(device: torch.device) -> int:
@@ -149,39 +169,44 @@ class BatchRun:
             self.cache.set_prefix([(key.detach(), value.detach()) for key, value in prefix])
         self._width = numbers_per_token(model)
         self._reading: PackedCall | None = None
-        self._seen: dict[int | None, tuple[int, int, Visible]] = {}
+        self._seen: dict[Any, tuple[int, int, Visible]] = {}
+        self._shared = shared = self._shared_by_prompts()
+        self._head = head = self.past + shared
+        self.held = head if self._worth_holding(head) else 0  # P
+        self._own = [len(prompt) - shared + head - self.held for prompt in prompts]
+        width = max(self._own)
+        if static:
+            width += (1 - width) % LOOK_EVERY  # so that buckets end where the host looks
+        self.end = width
+        capacity = _rounded(width + limit) if static else width + limit
+        self.cache.slots.rows, self.cache.slots.capacity = len(prompt_of), capacity
+        self.layout = len(prompt_of), capacity, limit, self.held  # all that a step's numbers on the host depend on
 
     def read_prompts(self) -> Tensor:
         """(B, V) logits after the prompts; the cache holds a row for each answer afterwards."""
-        slots, row_of = self.cache.slots, on_device(torch.tensor(self.prompt_of), self.device)
-        shared = self._shared_by_prompts()
-        head = self.past + shared
+        slots, width, own = self.cache.slots, self.end, self._own
+        row_of = on_device(torch.tensor(self.prompt_of), self.device)
         logits = None
-        if shared:
-            logits = self._read([self.prompts[0][:shared]], self.past)
+        if self._shared:
+            slots.keeps_read = bool(self.held and not self.past)
+            logits = self._read([self.prompts[0][: self._shared]], self.past)
+            slots.keeps_read = False
             self.cache.take_prefix()
-        once = self._worth_holding(head)
-        self.held = head if once else 0  # P
-        rests = [list(prompt[shared:]) for prompt in self.prompts]
-        own = [len(rest) + head - self.held for rest in rests]
-        width = max(own)
+        rests = [list(prompt[self._shared :]) for prompt in self.prompts]
         if self.static:
-            width += (1 - width) % LOOK_EVERY  # so that buckets end where the host looks
-            slots.at = torch.tensor([width], device=self.device)
-        slots.rows, slots.capacity = len(row_of), _rounded(width + self.limit) if self.static else width + self.limit
+            slots.at = slots.stay("at", torch.tensor([width], device=self.device))
         if any(rests):
-            logits = self._read(rests, head)
-            places = on_device(self._places(rests, head - self.held, width), self.device)
-            self.cache.spread(places[row_of], copies_prefix=not once)
+            logits = self._read(rests, self._head)
+            places = on_device(self._places(rests, self._head - self.held, width), self.device)
+            self.cache.spread(places[row_of], copies_prefix=not self.held)
         assert logits is not None, "no prompts"
-        self.end = width
         self._most_padding = width - min(own)
         # (B,) slots before a row's first
         self.padding = on_device(torch.tensor([width - own[prompt] for prompt in self.prompt_of]), self.device)
+        self.padding = slots.stay("padding", self.padding)
         self.bias: Tensor | None = None
         if self._most_padding and not self.static:
-            # Rows of a mask begin at multiples of 8 elements: else a kernel copies it in every layer at every token.
-            slot = torch.arange(-(-slots.capacity // 8) * 8, device=self.device)
+            slot = torch.arange(slots.capacity, device=self.device)
             self.bias = self._additive(slot >= self.padding[:, None])
         return logits[row_of]
 
@@ -191,10 +216,12 @@ class BatchRun:
         slots.end, self.end = self.end, self.end + 1
         slots.shown = _rounded(self.end)
 
-    @property
-    def rows_may_leave(self) -> bool:
-        """Whether the next step has another shape anyway, or shapes do not matter."""
-        return not self.static or self.end % BUCKET == 0
+    def rows_that_stay(self, going: int) -> int:
+        """How many rows the next steps have, `going` of which are not finished. Rows leave where shapes do not matter,
+        or change anyway; then some that are finished stay, so that there are not many shapes."""
+        if not self.static:
+            return going
+        return -(-going // ROWS) * ROWS if self.end % BUCKET == 0 else len(self.padding)
 
     def next(self, tokens: Tensor) -> Tensor:
         """(B, V) logits after one more token each, (B,)."""
@@ -209,7 +236,7 @@ class BatchRun:
     def keep(self, rows: Tensor) -> None:
         self.cache.slots.end = self.end
         self.cache.keep(rows)
-        self.padding = self.padding[rows]
+        self.padding = self.cache.slots.kept(self.padding, rows)
         if self.bias is not None:
             self.bias = self.bias[rows]
 
@@ -220,7 +247,8 @@ class BatchRun:
         if options.get("position_bias") is not None:
             raise NotImplementedError("the decoding loop has no position_bias; use engine='generate'")
         scaling = options.get("scaling")
-        first, first_of_prefix, visible = self._visible(options.get("sliding_window"))
+        group = query.shape[1] // key.shape[1]
+        first, first_of_prefix, visible = self._visible(options.get("sliding_window"), group)
         prefix = None
         for keys, values in self.cache.prefixes(module, key):  # none or one
             if first_of_prefix < self.held:
@@ -231,13 +259,14 @@ class BatchRun:
         )  # fmt: skip
         return out, None
 
-    def _visible(self, window: int | None) -> tuple[int, int, Visible]:
-        """The first slot and the first key of the prefix that some row sees, and what each row sees from there on."""
-        if window not in self._seen:
-            self._seen[window] = self._seen_behind(window)
-        return self._seen[window]
+    def _visible(self, *layer: Any) -> tuple[int, int, Visible]:
+        """The first slot and the first key of the prefix that some row sees, and what each row sees from there on; once
+        for all layers with the same window and the same number of query heads to a key head."""
+        if layer not in self._seen:
+            self._seen[layer] = self._seen_behind(*layer)
+        return self._seen[layer]
 
-    def _seen_behind(self, window: int | None) -> tuple[int, int, Visible]:
+    def _seen_behind(self, window: int | None, group: int) -> tuple[int, int, Visible]:
         slots = self.cache.slots
         if slots.at is not None:
             slot = torch.arange(slots.shown, device=self.device)
@@ -246,7 +275,7 @@ class BatchRun:
             if window is None or not self.held:
                 return 0, 0, Visible(bias)
             earliest = max(0, self.held - window + 1)
-            return 0, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.at, window))
+            return 0, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.at, window, group))
         first = 0 if window is None else max(0, slots.end + 1 - window)
         bias = None
         if self.bias is not None and first < self._most_padding:
@@ -257,23 +286,26 @@ class BatchRun:
         earliest = max(0, self.held + fewest - window + 1)
         if self.bias is None or earliest >= self.held:
             return first, earliest, Visible(bias)
-        return first, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.end, window))
+        return first, earliest, Visible(bias, *self._seen_of_prefix(earliest, slots.end, window, group))
 
-    def _seen_of_prefix(self, earliest: int, newest: int | Tensor, window: int) -> tuple[Tensor, Tensor]:
+    def _seen_of_prefix(self, earliest: int, newest: int | Tensor, window: int, group: int) -> tuple[Tensor, Tensor]:
         """What is added to scores of the prefix's keys from `earliest` on, and which rows see one of them."""
         last_hidden = self.held + newest - self.padding - window  # (B,)
         place = torch.arange(earliest, self.held, device=self.device)
         has_prefix = last_hidden < self.held - 1
-        return self._additive((place > last_hidden[:, None]) | ~has_prefix[:, None]), has_prefix
+        seen = (place > last_hidden[:, None]) | ~has_prefix[:, None]
+        return self._additive(seen.repeat_interleave(group, 0)), has_prefix
 
     # --------------------------------------------------------------------------------------- prompts
 
     def _shared_by_prompts(self) -> int:
         """Tokens of the prompts that are read once for all of them."""
-        if len(self.prompts) == 1:
-            whole = len(self.prompts[0])
-            return whole if self._worth_holding(self.past + whole) else 0
-        shared = common_prefix_length(self.prompts)
+        one, whole = len(self.prompts) == 1, len(self.prompts[0])
+        if one and not self._worth_holding(self.past + whole):
+            return 0
+        shared = whole if one and not self.static else common_prefix_length(self.prompts)
+        if self.static:
+            shared -= (self.past + shared) % PREFIX
         return shared if shared >= MIN_SHARED_PREFIX else 0
 
     def _worth_holding(self, tokens: int) -> bool:
@@ -308,7 +340,10 @@ class BatchRun:
         ).logits
 
     def _additive(self, seen: Tensor) -> Tensor:
-        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        # Rows begin at multiples of 8 elements: else kernels refuse them, or copy them in every layer at every token.
+        rows, count = seen.shape
+        bias = torch.zeros(rows, -(-count // 8) * 8, dtype=self.dtype, device=self.device)[:, :count]
+        return bias.masked_fill_(~seen, -torch.inf)
 
 
 def _rounded(tokens: int) -> int:

@@ -19,15 +19,9 @@ from opcd_fast.rollout.sampling import draw
 
 @torch.no_grad()
 def generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    uniform: Tensor,
-    *,
-    stop_token_ids: Sequence[int],
-    temperature: float,
-    top_p: float,
-    vocab_size: int | None = None,
-) -> list[tuple[list[int], list[float]]]:
+    model: Any, prompts: Sequence[Sequence[int]], uniform: Tensor, *, stop_token_ids: Sequence[int],
+    temperature: float, top_p: float, vocab_size: int | None = None,
+) -> list[tuple[list[int], list[float]]]:  # fmt: skip
     """`model.generate` on a left-padded batch; arguments and result as of `opcd_fast.rollout.decoding.decode`.
 
     The tokens are drawn in a logits processor, from the same random numbers as in `decode`.

@@ -9,11 +9,17 @@ import torch
 
 from opcd_fast.models import seam, virtual_tokens
 from opcd_fast.rollout.decoding import HOLD_ONCE, BatchRun, numbers_per_token
-from opcd_fast.rollout.sampling import draw
+from opcd_fast.rollout.sampling import BYTES_PER_LOGIT, draw
 
 MOST = 256  # sequences; beyond this a batch is no faster per token
 SHARE = {"cuda": 0.5, "cpu": 0.25}  # of the free memory; the rest is for what else happens meanwhile
-BYTES_PER_LOGIT = 32  # the model's logits, float32 scores, and what sorting them for top_p takes
+KEPT_SHARE = 1 / 16  # of a GPU's memory: recorded steps with their buffers, between calls
+
+
+def kept_at_most(device: torch.device) -> int:
+    """Bytes that recorded steps keep between calls."""
+    share = KEPT_SHARE * torch.cuda.get_per_process_memory_fraction(device)
+    return int(torch.cuda.get_device_properties(device).total_memory * share)
 
 
 def cache_bytes_per_token(model: Any) -> int:
@@ -61,9 +67,9 @@ def free_bytes(device: torch.device) -> int:
 def first_and_last_token(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, top_p: float,
     decodes: bool,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """What a batch holds at its worst, for a plan of a run's memory: reads the prompts and draws the first and the last
-    token of each answer, with the cache grown in between.
+    token of each answer, with the cache grown in between. Returns the bytes that recorded steps would hold.
 
     model: causal LM whose tensors need no data. decodes: by our loop, which must not refuse the model; else as
     transformers' `generate` does.
@@ -82,8 +88,8 @@ def first_and_last_token(
                 tokens = drawn(run.read_prompts())
                 run.end += max_new_tokens - 2
                 run.extend()
-                drawn(run.next(tokens))
-            return
+                drawn(logits := run.next(tokens))
+            return logits.numel() * BYTES_PER_LOGIT + run.cache.nbytes
         from transformers import DynamicCache
 
         cache, longest = DynamicCache(config=model.config), max(map(len, prompts))
@@ -94,6 +100,7 @@ def first_and_last_token(
             if getattr(layer, "keys", None) is not None:
                 _lengthen(layer, longest + max_new_tokens - 2)
         drawn(model(input_ids=ids[:, :1], **options).logits[:, -1])
+        return 0
 
 
 def _lengthen(layer: Any, tokens: int) -> None:
@@ -105,4 +112,3 @@ def _lengthen(layer: Any, tokens: int) -> None:
         old = getattr(layer, name)
         setattr(layer, name, None)
         setattr(layer, name, old.new_empty(*old.shape[:2], tokens, old.shape[3]))
-

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # ids whose masses are added up before single ones are looked at
+BYTES_PER_LOGIT = 32  # the model's logits, float32 scores, and what sorting them for top_p takes
 
 
 def draw(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from opcd_fast.rollout.check import Answers, check_decoding
 from opcd_fast.rollout.choice import Choice
 from opcd_fast.rollout.decoding import decode, refuses_decoding
 from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_prompts
+from opcd_fast.runtime import KeptSteps, release_steps
 
 ENGINES = ("auto", "decode", "generate")
 TRIAL_TOKENS = 4
@@ -52,18 +54,10 @@ class TransformersRollout(Sampler):
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        stop_token_ids: Sequence[int],
-        max_batch: int | None = 64,
-        sized_for: int = 0,
-        merge_adapter: bool | None = None,
-        vocab_size: int | None = None,
-        engine: str = "auto",
-        choice: Choice | None = None,
-        frozen_base: bool = False,
-    ) -> None:
+        self, model: Any, *, stop_token_ids: Sequence[int], max_batch: int | None = 64, sized_for: int = 0,
+        merge_adapter: bool | None = None, vocab_size: int | None = None, engine: str = "auto",
+        choice: Choice | None = None, frozen_base: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(stop_token_ids, vocab_size)
         if engine not in ENGINES:
             raise InputError(f"engine={engine!r} is not available; use {' or '.join(map(repr, ENGINES))}")
@@ -77,6 +71,8 @@ class TransformersRollout(Sampler):
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
         self._sized_for = sized_for
         self.model, self.device = model, next(model.parameters()).device
+        most = rollout_memory.kept_at_most(self.device) if self.device.type == "cuda" else 0
+        self._steps = KeptSteps(most) if most else None
         self._kept = kept = choice or Choice()
         self._engine = kept.fixed("engine", None if engine == "auto" else engine, f"engine={engine!r}")
         if self._engine not in (None, *ENGINES[1:]):
@@ -103,16 +99,9 @@ class TransformersRollout(Sampler):
         return self._kept.explain()
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        logprobs: bool = True,
-        only: range | None = None,
-    ) -> list[Completion]:
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+        seed: int = 0, logprobs: bool = True, only: range | None = None,
+    ) -> list[Completion]:  # fmt: skip
         """See Rollout. temperature 0 takes the most probable token (its log-probability is then at temperature 1).
 
         only: answer these of the prompts alone, as they would be answered among all; the others go to other ranks.
@@ -134,17 +123,21 @@ class TransformersRollout(Sampler):
             order = sorted(wanted, key=lambda i: (len(rows[i]), rows[i]))
             model = self._answering_model()
             while len(drawn) < len(order):
-                part = order[len(drawn) :][: self.max_batch]
+                part, released = order[len(drawn) :][: self.max_batch], False
                 try:
                     answers = self._run(
-                        self._engine, model, [rows[i] for i in part], uniform[part], request.temperature, request.top_p
-                    )
+                        self._engine, model, [rows[i] for i in part], uniform[part], request.temperature,
+                        request.top_p, self._steps,
+                    )  # fmt: skip
                 except torch.cuda.OutOfMemoryError:
-                    if len(part) == 1:
+                    released = release_steps()
+                    if len(part) == 1 and not released:
                         raise
                     answers = []
                 if not answers:  # outside of the handler, whose traceback keeps the tensors alive
                     torch.cuda.empty_cache()
+                    if released:
+                        continue
                     self.max_batch = len(part) // 2
                     _log.warning("rollout: out of GPU memory with %d sequences, going on with %d at once",
                                  len(part), self.max_batch)  # fmt: skip
@@ -156,9 +149,9 @@ class TransformersRollout(Sampler):
 
     def _run(
         self, engine: str | None, model: Any, prompts: Sequence[Sequence[int]], uniform: Tensor, temperature: float,
-        top_p: float,
+        top_p: float, kept: KeptSteps | None = None,
     ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
-        run = decode if engine == "decode" else rollout_generate.generate
+        run = partial(decode, kept=kept) if engine == "decode" else rollout_generate.generate
         return run(
             model, prompts, uniform, stop_token_ids=self.stop_token_ids, temperature=temperature, top_p=top_p,
             vocab_size=self.vocab_size,

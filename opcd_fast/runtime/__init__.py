@@ -6,7 +6,7 @@ from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
     from opcd_fast.runtime.files import write_file, write_folder, write_text
-    from opcd_fast.runtime.graphs import CapturedSteps
+    from opcd_fast.runtime.graphs import CapturedSteps, KeptSteps, release_steps
     from opcd_fast.runtime.intervals import bootstrap, difference, mean_and_error, wilson
     from opcd_fast.runtime.launch import launched, launched_rank, local_rank
     from opcd_fast.runtime.seeds import digest, seeded, stream_seed

@@ -1,47 +1,51 @@
-"""Steps of fixed shapes as CUDA graphs. Not run on a device yet."""
+"""Steps of fixed shapes as CUDA graphs, kept from one call to the next. Not run on a device yet."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
 
 
 class CapturedSteps:
-    """Runs `step`, which takes and returns nothing, as a graph that is recorded once for each shape.
+    """Runs steps, which take and return nothing, as graphs: one for each shape, recorded once, all in one pool.
 
-    The first step of a shape runs as it is, so that kernels are loaded and buffers made; the second is recorded. What
-    cannot be recorded (experts chosen on the host, say) goes on as it is, which is said once per process. Shapes come
-    one after the other: each graph is recorded in the pool of the one before, which is released then. The last one goes
-    with this object, and so does the pool.
+    The first step of a shape runs as it is, so that kernels are loaded; the second is recorded. What cannot be recorded
+    (experts chosen on the host, say) goes on as it is, which is said once per process.
+
+    A graph reads and writes where tensors lay when it was recorded. So what a step finds and what it leaves has to lie
+    in `places`, by name, whenever a step of that shape is run.
     """
 
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._step = step
-        self._pool = torch.cuda.graph_pool_handle()
-        self._shape: Hashable = None
-        self._recorded: Hashable = None  # the shape of the graph
-        self._graph: torch.cuda.CUDAGraph | None = None
+    def __init__(self) -> None:
+        self.places: dict[Any, Tensor] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._seen: set[Hashable] = set()
         self._recordable = True
 
-    def __call__(self, shape: Hashable) -> None:
-        if shape == self._shape and shape != self._recorded and self._recordable:
-            self._record(shape)
-        if shape == self._recorded and self._graph is not None:
-            self._graph.replay()
+    def __call__(self, shape: Hashable, step: Callable[[], None]) -> None:
+        if shape in self._seen and shape not in self._graphs and self._recordable:
+            self._record(shape, step)
+        if shape in self._graphs:
+            self._graphs[shape].replay()
         else:
-            self._step()
-        self._shape = shape
+            step()
+        self._seen.add(shape)
 
-    def _record(self, shape: Hashable) -> None:
+    def _record(self, shape: Hashable, step: Callable[[], None]) -> None:
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                self._step()
+                step()
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a step does that a graph cannot hold
@@ -51,4 +55,40 @@ class CapturedSteps:
                 _told.add(reason)
                 _log.warning("steps run without a CUDA graph: %s", reason)
             return
-        self._graph, self._recorded = graph, shape
+        self._graphs[shape] = graph
+
+
+class KeptSteps:
+    """Steps of earlier calls, by what they were made for. All such stores of a process keep `most` bytes together."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self._reads = most, None
+        self.kept: dict[Hashable, tuple[CapturedSteps, int]] = {}  # oldest first
+        _stores.add(self)
+
+    def take(self, reads: Any, key: Hashable) -> CapturedSteps:
+        """Those of `key`, or new ones; not kept while they are at work, so that an error ends them.
+
+        reads: what every step reads besides its places. When that is another, all that was recorded is forgotten.
+        """
+        if reads != self._reads:
+            self.kept.clear()
+            self._reads = reads
+        return self.kept.pop(key, (None, 0))[0] or CapturedSteps()
+
+    def keep(self, key: Hashable, steps: CapturedSteps, nbytes: int) -> None:
+        self.kept[key] = steps, nbytes
+        while self.kept and sum(size for store in _stores for _, size in store.kept.values()) > self.most:
+            del self.kept[next(iter(self.kept))]
+
+
+_stores: weakref.WeakSet[KeptSteps] = weakref.WeakSet()
+
+
+def release_steps() -> bool:
+    """When memory is short: forget the process's kept steps, and keep none from here on. Whether there were any."""
+    found = any(store.kept for store in _stores)
+    for store in _stores:
+        store.most = 0
+        store.kept.clear()
+    return found

@@ -51,7 +51,8 @@ def test_it_is_attention_over_both(dtype, heads, prefix, softcap, sinks, ragged)
         if prefix:
             first = torch.tensor(prefix_from)[:, None]
             hidden = (torch.arange(prefix) < first) & (first < prefix)
-            visible = Visible(bias, torch.zeros(rows, prefix).masked_fill(hidden, -torch.inf), first[:, 0] < prefix)
+            hidden = hidden.repeat_interleave(heads[0] // heads[1], 0)
+            visible = Visible(bias, torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf), first[:, 0] < prefix)
     found = step_attention(
         query, key, value, scale, shared, visible, softcap=softcap, sink=None if sink is None else sink.to(dtype)
     )

@@ -43,3 +43,19 @@ def test_every_mechanism(name, replays):
     """Experts may be chosen on the host, which no graph holds."""
     assert_drawn_by(architectures.build(name).cuda(), 40)
     assert len(replays) in ((0, 38) if name in ("gpt-oss", "qwen3-moe", "deepseek-v3") else (38,))
+
+
+def test_a_later_call_replays_from_its_first_step_on(replays):
+    """Weights that an optimizer changed in place are read anew; those that lie elsewhere are recorded anew."""
+    model = lora_model(head_dim=128, num_key_value_heads=4).cuda()
+    rollout = TransformersRollout(model, engine="decode", stop_token_ids=[999])
+    for moves, steps in ((False, 38), (False, 39), (True, 38), (False, 39)):
+        replays.clear()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                changed = parameter * 1.01
+                parameter.data = changed if moves else parameter.copy_(changed).data
+        for prompt, answer in zip(PROMPTS, rollout.generate(PROMPTS, max_new_tokens=40, seed=3), strict=True):
+            wanted = logprobs_by_hand(model, prompt, list(answer.token_ids), 1.0)
+            torch.testing.assert_close(torch.tensor(answer.logprobs).double(), wanted, atol=1e-4, rtol=0)
+        assert len(replays) == steps

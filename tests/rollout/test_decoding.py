@@ -29,9 +29,7 @@ MODELS = [name for name in architectures.MERGE if name != "phi3-longrope"]
 def answers(model, prompts, tokens=14, stops=tuple(range(2, 97, 9)), **options):
     uniform = torch.rand(len(prompts), tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with seam.scoring_mode(model):
-        return decode(
-            model, prompts, uniform, **{"stop_token_ids": stops, "temperature": 1.0, "top_p": 1.0, **options}
-        )
+        return decode(model, prompts, uniform, **{"stop_token_ids": stops, "temperature": 1.0, "top_p": 1.0, **options})
 
 
 def assert_as_concatenated(model, prompts, found, tolerance=1e-4):
@@ -126,9 +124,8 @@ def test_what_decides_whether_it_is_held_once():
 @pytest.mark.parametrize("name", architectures.walk(MODELS))
 def test_fixed_shapes_change_no_logprob(name, hold, monkeypatch):
     """Buckets of 16 slots, so that several are passed."""
-    for setting, number in (("HOLD_ONCE", hold), ("BUCKET", 16), ("LOOK_EVERY", 4)):
+    for setting, number in (("HOLD_ONCE", hold), ("BUCKET", 16), ("LOOK_EVERY", 4), ("ROWS", 2), ("PREFIX", 8)):
         monkeypatch.setattr(decoding, setting, number)
-    monkeypatch.setattr(decoding, "tokens_between_looks", lambda device: 4)
     model = architectures.build(name)
     for prompts in PROMPTS.values():
         found = answers(model, prompts, 26, static=True)
@@ -173,3 +170,18 @@ def test_a_step_of_fixed_shapes_leaves_nothing_to_the_host(name, monkeypatch):
         steps.clear()
         answers(model, prompts, 8, stops=(96,), static=False)
         assert steps[1][1] != steps[2][1], "shapes grow, or this test shows nothing"
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_of_one_window_share_their_biases(static, monkeypatch):
+    """Made once a token, with rows that begin at multiples of 8 elements, as a device's kernels want them."""
+    monkeypatch.setattr(decoding, "HOLD_ONCE", 0)
+    monkeypatch.setattr(decoding, "PREFIX", 8)
+    seen, inner = [], decoding.step_attention
+    monkeypatch.setattr(decoding, "step_attention", lambda *a, **o: seen.append(a[5]) or inner(*a, **o))
+    model = architectures.build("mistral-window", num_hidden_layers=4)
+    answers(model, PROMPTS["behind a context"], 3, stops=(96,), static=static)
+    assert len(seen) == 2 * 4 and seen[0].prefix_bias is not None
+    for step in (seen[:4], seen[4:]):
+        assert len({id(x) for visible in step for x in visible}) == 3
+        assert all(x.stride(0) % 8 == 0 for x in step[0][:2])

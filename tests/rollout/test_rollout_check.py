@@ -69,8 +69,8 @@ def sees_padding(monkeypatch):
 def misses_the_first_key(monkeypatch):
     good = BatchRun._visible
 
-    def wrong(self, window):
-        first, *more, visible = good(self, window)
+    def wrong(self, *layer):
+        first, *more, visible = good(self, *layer)
         bias = None if visible.bias is None else visible.bias[:, 1:]
         return first + 1, *more, visible._replace(bias=bias)
 

@@ -47,10 +47,10 @@ def test_the_second_step_of_a_shape_is_recorded(fails, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     for _ in range(2):
-        captured = graphs.CapturedSteps(step)
-        for shape in (1, 1, 1, 1, 2, 2, 2, 3):
-            captured(shape)
-    once = ["ran", "recorded", "replay", "replay", "replay", "ran", "recorded", "replay", "replay", "ran"]
-    assert log == (["ran"] * 16 if fails else once * 2)
+        captured = graphs.CapturedSteps()
+        for shape in (1, 1, 1, 1, 2, 2, 2, 3, 1):
+            captured(shape, step)
+    once = ["ran", "recorded", "replay", "replay", "replay", "ran", "recorded", "replay", "replay", "ran", "replay"]
+    assert log == (["ran"] * 18 if fails else once * 2)
     assert FakeGraph.made == (2 if fails else 4)
     assert caplog.text.count("without a CUDA graph") == fails

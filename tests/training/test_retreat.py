@@ -9,6 +9,7 @@ from training_runs import make
 
 from opcd_fast.data import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import CapturedSteps, KeptSteps
 from opcd_fast.training.engines import TokenBudget
 from opcd_fast.training.engines.retreat import is_out_of_memory
 from opcd_fast.training.step import evaluate, objective
@@ -190,3 +191,19 @@ def test_a_failed_pass_frees_its_graph(monkeypatch):
         return alive[0]()
 
     assert budget.retrying(work, "step 1") is None
+
+
+def test_what_answers_keep_goes_first():
+    """The same tokens again, once; then there is nothing left to give back."""
+    store, tried = KeptSteps(2**40), []
+    store.keep("key", CapturedSteps(), 1)
+    budget = TokenBudget(None)
+
+    def work():
+        for turn in budget.rounds([sample(0, 4), sample(1, 4)]):
+            tried.append((len(turn.samples), len(store.kept)))
+            raise out_of_memory()
+
+    with pytest.raises(InputError, match="one sequence"):
+        budget.retrying(work, "step 3")
+    assert tried == [(2, 1), (2, 0), (1, 0)]

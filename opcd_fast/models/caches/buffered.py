@@ -32,14 +32,31 @@ class Slots:
     end: int = 0
     at: Tensor | None = None  # (1,) int64
     shown: int = 0
+    places: dict[Any, Tensor] | None = None
+    keeps_read: bool = False
+
+    def stay(self, name: Any, x: Tensor) -> Tensor:
+        """`x`, in its place."""
+        if self.places is None or self.places.get(name) is x:
+            return x
+        if name not in self.places:
+            return self.places.setdefault(name, x.clone())
+        return self.places[name].copy_(x)
+
+    def kept(self, x: Tensor, rows: Tensor) -> Tensor:
+        """These rows of `x`, in rising order; where tensors stay, at the beginning of its place."""
+        if self.places is None:
+            return x[rows]
+        x[: len(rows)] = x[rows]
+        return x[: len(rows)]
 
 
 class BufferedLayer(PrefixLayer):
     """prefix: (1, H_kv, P, d) keys and values, or None; keys, values: (rows, H_kv, capacity, d), or what was read."""
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, index: int) -> None:
         super().__init__()
-        self.slots = slots
+        self.slots, self.index = slots, index
         self.prefix: KeysAndValues | None = None
         self.keys = self.values = None
 
@@ -49,10 +66,10 @@ class BufferedLayer(PrefixLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         slots, new = self.slots, (key_states.to(value_states.dtype), value_states)
         if slots.reads:
-            self.keys, self.values = new
+            self.keys, self.values = new = self._settled(*new) if slots.keeps_read else new
             return super().update(*new)
         if self.keys is None or self.values is None:
-            self.keys, self.values = (self._buffer(x) for x in new)
+            self.keys, self.values = (self._buffer(*x) for x in enumerate(new))
         for held, x in zip((self.keys, self.values), new, strict=True):
             if slots.at is None:
                 held[:, :, slots.end] = x[:, :, 0]
@@ -61,10 +78,14 @@ class BufferedLayer(PrefixLayer):
         shown = slots.end + 1 if slots.at is None else slots.shown
         return super().update(self.keys[:, :, :shown], self.values[:, :, :shown])
 
-    def _buffer(self, like: Tensor) -> Tensor:
+    def _buffer(self, which: int, like: Tensor) -> Tensor:
         # Zeros where slots are attended before they are written: their weight is 0, and 0 times NaN is NaN.
         make = like.new_empty if self.slots.at is None else like.new_zeros
-        return make(self.slots.rows, like.shape[1], self.slots.capacity, like.shape[3])
+        made = make(self.slots.rows, like.shape[1], self.slots.capacity, like.shape[3])
+        return self.slots.stay((self.index, which), made)
+
+    def _settled(self, *prefix: Tensor) -> KeysAndValues:
+        return self.slots.stay((self.index, 2), prefix[0]), self.slots.stay((self.index, 3), prefix[1])
 
     def take_prefix(self) -> None:
         """What was read goes to the end of the prefix."""
@@ -78,11 +99,11 @@ class BufferedLayer(PrefixLayer):
         """Of the tokens read, (rows, n) go into each row's first n slots."""
         if self.keys is not None and self.values is not None:
             read = self.keys, self.values
-            self.keys, self.values = (self._buffer(x) for x in read)
+            self.keys, self.values = (self._buffer(*x) for x in enumerate(read))
             for held, x in zip((self.keys, self.values), read, strict=True):
                 held[:, :, : source.shape[1]] = x[0][:, source].transpose(0, 1)
             if self.prefix is not None:
-                self.prefix = self.prefix[0].to(self.keys), self.prefix[1].to(self.values)
+                self.prefix = self._settled(self.prefix[0].to(self.keys), self.prefix[1].to(self.values))
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows stay, in rising order; the buffer is the same."""
@@ -99,7 +120,12 @@ class BufferedCache(PrefixCache):
 
     def __init__(self, layers: int) -> None:
         self.slots = Slots()
-        super().__init__(layers=[BufferedLayer(self.slots) for _ in range(layers)])
+        super().__init__(layers=[BufferedLayer(self.slots, index) for index in range(layers)])
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (x for layer in self.layers for x in (layer.keys, layer.values, *(layer.prefix or ())))
+        return sum(x.nbytes for x in tensors if x is not None)
 
     def set_prefix(self, layers: Sequence[KeysAndValues]) -> None:
         for layer, prefix in zip(self.layers, layers, strict=True):

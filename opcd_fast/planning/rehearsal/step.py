@@ -15,7 +15,7 @@ from opcd_fast.models import MergedCopy, refuses_merge, refuses_pad, refuses_sha
 from opcd_fast.planning.rehearsal.job import Job
 from opcd_fast.planning.rehearsal.meter import Meter
 from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer
-from opcd_fast.rollout import MOST, batch_that_fits, first_and_last_token, refuses_decoding
+from opcd_fast.rollout import KEPT_SHARE, MOST, batch_that_fits, first_and_last_token, refuses_decoding
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.engines import ModelPair
 from opcd_fast.training.settings import OPCDConfig, settings_with
@@ -43,6 +43,7 @@ class Step:
         can_share = not config.num_virtual_tokens and refuses_sharing(body, training=True) is None
         self.shares = config.share_prompts is not False and can_share
         self.head = LMHead.from_model(pair.student)
+        self._kept: torch.Tensor | None = None
         self._away = 0  # bytes of a teacher that is on the host between its turns
         if config.teacher_offload:
             for parameter in pair.teacher.parameters():
@@ -161,11 +162,15 @@ class Step:
                 shared_tokens=common_prefix_length(prompts) if decodes else 0,
             )  # fmt: skip
         chosen = sorted(prompts, key=len)[-batch:]
+        self._kept = None  # taken up by the next answers
         with self.meter.phase(phase):
-            first_and_last_token(
+            kept = first_and_last_token(
                 model, chosen, config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
                 decodes=decodes,
             )  # fmt: skip
+        if self.device == "cuda" and 0 < kept <= KEPT_SHARE * (self.limit or 0):
+            with self.meter.phase("other", "recorded steps"):
+                self._kept = torch.empty(kept, dtype=torch.int8)
         return len(chosen)
 
     def _with_context(self, rows: Rows) -> list[list[int]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
@@ -22,6 +23,7 @@ import torch
 from opcd_fast.data import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
 from opcd_fast.loss import release_workspace
+from opcd_fast.runtime import release_steps
 from opcd_fast.training.engines.ranks import Ranks, Round
 
 logger = logging.getLogger("opcd_fast")
@@ -71,20 +73,19 @@ class TokenBudget:
                 release_workspace()
                 torch.cuda.empty_cache()
             if self.ranks.main:
-                logger.warning(
-                    "%s: out of memory with %d tokens at once, repeated with micro_batch_tokens=%d from here on",
-                    what, tokens, self.tokens,
-                )  # fmt: skip
+                logger.warning("%s: out of memory, repeated with micro_batch_tokens=%d from here on", what, self.tokens)
 
     def _tried(self, work: Callable[[], T], what: str) -> tuple[T | None, int | None]:
-        """What `work` returns, or the tokens that were too many. Left behind here is the handler, whose traceback keeps
-        tensors alive."""
+        """What `work` returns, or twice the tokens to try. Left behind here is the handler, whose traceback
+        keeps tensors alive."""
         try:
             return work(), None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             sequences, tokens = self._running
+            if release_steps() and not self._together:  # the answers': kept to save time alone
+                return None, 2 * (tokens or self.tokens or sys.maxsize)
             if sequences < 2:
                 raise _too_large(what, tokens, error) from error
             if self._together:

@@ -1,6 +1,7 @@
 """The server engine against real server processes: right answers, and every way in which a server can fail."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -61,6 +62,9 @@ class Process:
     def faults(self, *names):
         httpx.post(f"{self.url}/test/faults", json=names).raise_for_status()
 
+    def cards(self, *cards):
+        httpx.post(f"{self.url}/test/cards", json=list(cards)).raise_for_status()
+
     def log(self, since=0):
         return httpx.get(f"{self.url}/test/log").json()[since:]
 
@@ -80,11 +84,13 @@ def running(tmp_path_factory):
 @pytest.fixture
 def server(running):
     running.faults()
+    running.cards()
     return running
 
 
 def rollout(server, weights=None, **options):
-    options = {"stop_token_ids": [256, *range(0, 250, 7)], "first_pause": 0.01, "tries": 4, "timeout": 20, **options}
+    usual = {"stop_token_ids": [256, *range(0, 250, 7)], "first_pause": 0.01, "tries": 4, "timeout": 20, "patience": 20}
+    options = {**usual, **options}
     engine = ServerRollout(server.url, weights=weights or FixedWeights("base"), **options)
     if weights is None:
         engine.sync(None)
@@ -152,6 +158,18 @@ def test_what_passes_is_tried_again_and_changes_nothing(server, fault):
     assert sum(entry[2] == fault for entry in asked) == 3
     good = [entry[1]["prompt"] for entry in asked if entry[2] is None]
     assert sorted(good) == sorted(PROMPTS), "each prompt was answered once"
+
+
+def test_a_server_that_is_starting_is_waited_for_whatever_the_tries(server):
+    wanted = rollout(server).generate(PROMPTS[:1], max_new_tokens=4, seed=5)
+    since = len(server.log())
+    server.faults(*["503"] * 5)
+    assert rollout(server, tries=1).generate(PROMPTS[:1], max_new_tokens=4, seed=5) == wanted
+    assert len(completions(server, since)) == 6
+    server.faults(*["503"] * 50)
+    with pytest.raises(ServerGone, match="HTTP 503: starting"):
+        rollout(server, tries=100, patience=0.05).generate(PROMPTS[:1], max_new_tokens=4)
+    server.faults()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +280,7 @@ def test_the_adapter_follows(server, tmp_path):
 
 def test_death_in_the_middle_and_a_restart(server, tmp_path):
     """The new process knows no adapter: it is given again, and only the missing answers are asked for."""
-    engine = rollout(server, LoRAWeights(tmp_path / "adapters"), concurrency=2, tries=12, first_pause=0.2)
+    engine = rollout(server, LoRAWeights(tmp_path / "adapters"), concurrency=2, tries=2, patience=60)
     engine.sync(lora_model())
     wanted = engine.generate(PROMPTS * 2, max_new_tokens=5, seed=9)
     server.faults(None, None, None, None, "die")
@@ -281,13 +299,81 @@ def test_death_in_the_middle_and_a_restart(server, tmp_path):
     assert 6 <= again <= 9, "three or four were answered before, and are not asked for again"
 
 
-def test_death_for_good_is_one_line(server):
-    engine = rollout(server, tries=3)
+def test_death_for_good_is_one_line_after_a_line_in_the_log(server, caplog):
+    engine = rollout(server, tries=1000, patience=1.5)
     server.faults("die")
-    with pytest.raises(ServerGone, match=f"{server.url}: .*Connection refused .*3 tries.*start it again") as error:
+    started = time.monotonic()
+    with pytest.raises(ServerGone, match=f"{server.url}: .*Connection refused .*tries.*start it again") as error:
         engine.generate(PROMPTS, max_new_tokens=3)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and 1.5 < time.monotonic() - started < 15
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "opcd_fast"]
+    assert "Connection refused" in said and "up to 1.5 s" in said and server.url in said
     server.start()
+
+
+def test_runs_do_not_share_an_adapter(server, tmp_path):
+    """vLLM may read an adapter's files again: a run must not get the name of one that was removed."""
+    model, used, since = lora_model(), [], len(server.log())
+    for folder in (tmp_path / "first", tmp_path / "again", tmp_path / "again"):
+        engine = rollout(server, LoRAWeights(folder), patience=1)
+        engine.sync(model)
+        used.append(engine._model_name)
+        assert_drawn_by(model, PROMPTS[:2], engine.generate(PROMPTS[:2], max_new_tokens=3))
+        if folder.name == "first":
+            shutil.rmtree(folder)
+    assert len(set(used)) == 3
+    gone = [name for kind, name, *_ in server.log(since) if kind == "unload"]
+    assert gone == [used[1]], "an earlier process's adapter goes"
+
+
+def test_what_the_server_can_never_load_is_asked_for_once(server, tmp_path):
+    since = len(server.log())
+    with pytest.raises(InputError, match="rank 16 is greater than max_lora_rank 8.*start it with --max-lora-rank 16"):
+        rollout(server, LoRAWeights(tmp_path / "a")).sync(lora_model(rank=16))
+    assert [kind for kind, *_ in server.log(since)] == ["refused"]
+
+
+HERE = {"id": "base", "root": "/models/Qwen3-1.7B", "parent": None, "max_model_len": 64}
+
+
+@pytest.mark.parametrize(
+    ("cards", "options", "message"),
+    [
+        ([HERE], {"base": "Qwen/Qwen3-8B"}, "serves '/models/Qwen3-1.7B', .* 'Qwen/Qwen3-8B'.*rollout_model='base'"),
+        ([HERE], {"base": "Qwen/Qwen3-1.7B", "longest": 65}, "room for 64 tokens.* 65; .*--max-model-len 65"),
+        ([HERE], {"base": "Qwen/Qwen3-1.7B", "longest": 64}, None),
+        ([HERE], {"base": "base"}, None),
+        ([{"id": "other"}], {"base": "Qwen/Qwen3-8B"}, "serves 'other'"),
+        ([HERE, {"id": "b", "root": "/x/qwen3-8b"}], {"base": "Qwen/Qwen3-8B", "longest": 64}, None),
+        ([{**HERE, "parent": "x"}], {"base": "Qwen/Qwen3-8B"}, None),
+        ([], {"base": "Qwen/Qwen3-8B", "longest": 10**6}, None),
+    ],
+)  # fmt: skip
+def test_the_servers_model_is_compared_before_anything_is_drawn(server, cards, options, message):
+    server.cards(*cards)
+    since = len(server.log())
+    engine = ServerRollout(server.url, stop_token_ids=[1], weights=FixedWeights("base"), tries=1, **options)
+    if message is None:
+        engine.sync(None)
+    else:
+        with pytest.raises(InputError, match=message):
+            engine.sync(None)
+    assert server.log(since) == []
+
+
+def test_a_folder_is_the_same_model_and_a_copy_of_it_is_not(server, tmp_path):
+    here, copy = tmp_path / "a" / "model", tmp_path / "b" / "model"
+    for folder in (here, copy):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(here)
+    server.cards({**HERE, "root": str(here)})
+    for base, same in ((here, True), (tmp_path / "link", True), (copy, False)):
+        engine = ServerRollout(server.url, stop_token_ids=[1], weights=FixedWeights("base"), base=str(base))
+        if same:
+            engine.sync(None)
+        else:
+            with pytest.raises(InputError, match="where they are the same weights, set rollout_model='base'"):
+                engine.sync(None)
 
 
 def test_other_servers_get_the_weights_by_a_command(server, tmp_path):
@@ -317,7 +403,7 @@ def test_other_servers_get_the_weights_by_a_command(server, tmp_path):
     ("setting", "value"),
     [
         ("rollout_url", "127.0.0.1:8000"), ("rollout_url", "http://a:b"), ("timeout", 0), ("tries", 0),
-        ("concurrency", 0), ("logprobs_are", "cooked"), ("stop_token_ids", []),
+        ("patience", -1), ("concurrency", 0), ("logprobs_are", "cooked"), ("stop_token_ids", []),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(setting, value):

@@ -55,14 +55,9 @@ class JsonServer:
     """
 
     def __init__(
-        self,
-        url: str,
-        timeout: float = 600.0,
-        tries: int = 8,
-        first_pause: float = 0.5,
-        api_key: str | None = None,
+        self, url: str, timeout: float = 600.0, tries: int = 8, first_pause: float = 0.5, api_key: str | None = None,
         patience: float = 300.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         try:
             import httpx
         except ModuleNotFoundError as error:
@@ -79,7 +74,8 @@ class JsonServer:
             parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise InputError(f"rollout_url={url!r} must look like http://127.0.0.1:8000")
-        self.url, self.timeout, self.tries, self.first_pause, self.patience = url, timeout, tries, first_pause, patience
+        self.url = str(parsed.copy_with(userinfo=b"", query=None))  # as it is shown: without a password
+        self.timeout, self.tries, self.first_pause, self.patience = timeout, tries, first_pause, patience
         self._told_away = -float("inf")
         self._client = httpx.Client(
             base_url=parsed,
@@ -91,31 +87,29 @@ class JsonServer:
         )
 
     def get(self, path: str) -> Any:
-        """See `post`."""
-        return self._ask("GET", path, None, None)
+        return self.post(path, None)
 
-    def post(self, path: str, body: Mapping[str, Any], stop: threading.Event | None = None) -> Any:
-        """The parsed answer, or text where the server sends plain text.
+    def post(self, path: str, body: Mapping[str, Any] | None, stop: threading.Event | None = None) -> Any:
+        """The parsed answer, or text where the server sends plain text. Without a body it is a GET.
 
         Raises Refused for HTTP 3xx and 4xx, and for what a server says with 5xx that it can never do; ServerGone after
         the last try, when patience is over, or when `stop` was set.
         """
-        return self._ask("POST", path, body, stop)
-
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, stop: threading.Event | None) -> Any:
         why, asked, failed = "stopped", 0, 0
         started = last_seen = time.monotonic()
         wait: Callable[[float], Any] = time.sleep if stop is None else stop.wait
         while stop is None or not stop.is_set():
             asked += 1
             try:
-                return self._once(method, path, body)
+                return self._once(path, body)
             except _TryAgain as error:
                 why, pause, away = str(error), error.pause, error.away
             now = time.monotonic()
             if away:
                 backoff = min(self.first_pause * 2 ** min(asked, 8), LOOK_EVERY)
-                self._say_away(why, now)
+                before, self._told_away = self._told_away, now
+                if now - before > 4 * LOOK_EVERY:  # once for all the requests that find out at the same time
+                    _log.warning("rollout server %s: %s; waiting for it up to %g s", self.url, why, self.patience)
             else:
                 last_seen, failed = now, failed + 1
                 backoff = min(self.first_pause * 2 ** (failed - 1), LONGEST_PAUSE)
@@ -123,22 +117,16 @@ class JsonServer:
                 break
             wait(pause if pause is not None else backoff * random.uniform(0.8, 1.2))
         raise ServerGone(
-            f"rollout server {self.url}: {why} ({method} {path}, {asked} tries in {time.monotonic() - started:.0f} s); "
+            f"rollout server {self.url}: {why} ({path}, {asked} tries in {time.monotonic() - started:.0f} s); "
             "start it again or correct rollout_url, then go on with resume"
         )
 
-    def _say_away(self, why: str, now: float) -> None:
-        """Once for all the requests that find out at the same time."""
-        before, self._told_away = self._told_away, now
-        if now - before > 4 * LOOK_EVERY:
-            _log.warning("rollout server %s: %s; waiting for it up to %g s", self.url, why, self.patience)
-
-    def _once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _once(self, path: str, body: Mapping[str, Any] | None) -> Any:
         import httpx
 
         deadline, raw = time.monotonic() + self.timeout, bytearray()
         try:
-            with self._client.stream(method, path, json=body) as response:
+            with self._client.stream("GET" if body is None else "POST", path, json=body) as response:
                 for chunk in response.iter_bytes():
                     raw += chunk
                     if time.monotonic() > deadline:
@@ -150,7 +138,7 @@ class JsonServer:
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise _TryAgain(f"{type(error).__name__}: {_one_line(str(error))}") from error
         status, text = response.status_code, raw.decode(errors="replace")
-        if status in (408, 429) or (status >= 500 and not NEVER.search(text)):
+        if status in (408, 429) or (status >= 500 and status != 501 and not NEVER.search(text)):
             pause = _seconds(response.headers.get("Retry-After"))
             raise _TryAgain(f"HTTP {status}: {_message(text)}", pause, away=status in AWAY)
         if 300 <= status < 400:

@@ -1,7 +1,7 @@
 """Answers from vLLM in this process, on the GPU that also trains.
 
-Written against vLLM's documented Python interface (LLM, SamplingParams, TokensPrompt, LoRARequest, sleep mode) and
-tested with a stand-in that checks the calls; not run on hardware.
+vLLM's Python interface: LLM, SamplingParams, TokensPrompt, LoRARequest, sleep mode. Run with vLLM 0.32.0 on a CPU, and
+with a stand-in that checks the calls; never on a GPU.
 """
 
 from __future__ import annotations

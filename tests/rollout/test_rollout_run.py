@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Completion, ReplayRollout, ServerGone, ServerRollout, write_replay
 from opcd_fast.training import OPCDConfig, OPCDTrainer
+from opcd_fast.training.engines import OtherRankError
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [f"question {n}?" for n in range(6)]
@@ -80,6 +81,23 @@ def test_a_server_that_stays_away_ends_a_run_that_goes_on_where_it_was(tmp_path,
     assert [r["loss"] for r in result.history] == [r["loss"] for r in whole.history]
 
 
+@pytest.mark.parametrize(("said", "saved"), [("ServerGone: refused", True), ("MemoryError: full", False)])
+def test_ranks_that_ask_no_server_save_as_the_one_that_does(tmp_path, said, saved):
+    run = trainer(tmp_path / "run", eval_every=0)
+    inner, calls = run.rollout.generate, []
+
+    def generate(prompts, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OtherRankError(f"rank 0 failed: {said}")
+        return inner(prompts, **options)
+
+    run.rollout.generate = generate
+    with pytest.raises(OtherRankError, match="step 1 is saved" if saved else "full$"):
+        run.train()
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").exists() == saved
+
+
 def test_a_server_with_another_base_is_told_of_at_the_first_step(tmp_path, server):
     run = trainer(tmp_path / "run", rollout="server", rollout_url=server.url, steps=1)
     with torch.no_grad():
@@ -146,7 +164,7 @@ def test_every_setting_reaches_the_engine(tmp_path):
     assert engine.base is None, "a command may load the weights from anywhere"
     assert engine.longest == max(len(row.student_ids) for row in (*run.train_rows, *run.eval_rows)) + 6
     lora = {"rollout": "server", "rollout_url": "http://h:1"}
-    assert trainer(tmp_path / "b", rollout_model="served", **lora).rollout.base == "served"
+    assert trainer(tmp_path / "b", rollout_model="/on/the/server", **lora).rollout.base == "/on/the/server"
     assert (engine.weights.command, engine.weights.model_name) == ("reload --now", "served")
     assert engine.stop_token_ids == (256, TOKENIZER.get_vocab()["z"])
     assert "engine: generate " in trainer(tmp_path / "own", rollout="generate").rollout.explain()

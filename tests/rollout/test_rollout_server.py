@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -121,6 +122,17 @@ def test_answers_are_the_models(server, monkeypatch):
     # What a server would otherwise take from the model's generation_config.
     neutral = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
     assert {**neutral, "frequency_penalty": 0, "max_tokens": 6}.items() <= asked[0].items()
+
+
+def test_a_password_is_sent_and_not_shown(server):
+    engine = rollout(SimpleNamespace(url=server.url.replace("//", "//me:secret@") + "/v1"))
+    assert engine.generate(PROMPTS[:1], max_new_tokens=1)
+    assert server.url in engine.explain() and "secret" not in engine.explain()
+    server.faults("400")
+    with pytest.raises(InputError) as error:
+        engine.generate(PROMPTS[:1], max_new_tokens=1)
+    assert "secret" not in str(error.value)
+    assert engine.server._client.build_request("GET", "/x").url.password == "secret"
 
 
 def test_the_seed_decides(server):

@@ -14,8 +14,8 @@ WINDOW = 5  # steps that a mean is taken over
 SHORT, DULL = 1 / 3, 1 / 10  # shares of what was normal
 CUT_OFF = 0.5  # share of answers that reach the token limit
 UNSAID = 1e-4  # between 2e-3, which a run overcame, and 1e-6, which none did (experiments/results/first_token.json)
-FOREIGN = 0.2  # nats per token at the first step: another model (0.8), or log-probabilities of another kind (1.0)
 DRIFT = 0.02  # nats per token; a bfloat16 copy of the same weights stays far below
+FOREIGN = 0.05  # the same at the first step: another base (0.6), or another kind of log-probabilities (0.1 to 4)
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:

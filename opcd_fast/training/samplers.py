@@ -11,7 +11,7 @@ from typing import Any
 
 from opcd_fast.data import RenderedPrompt, whole_prompt
 from opcd_fast.errors import InputError
-from opcd_fast.models import resolve, seam
+from opcd_fast.models import SMOLLM2, resolve, seam
 from opcd_fast.rollout import Choice, Completion, Rollout, TransformersRollout
 from opcd_fast.training.engines import Engine, shared_sampler
 from opcd_fast.training.settings import OPCDConfig
@@ -180,7 +180,7 @@ def _server(config: OPCDConfig, model: Any, folder: Path, longest: int | None, c
     if config.rollout_command is not None:
         weights = CommandWeights(folder / "rollout_weights", name, config.rollout_command)
     else:
-        weights, base = LoRAWeights(folder / "rollout_weights"), config.rollout_model or (name and resolve(name))
+        weights, base = LoRAWeights(folder / "rollout_weights"), resolve(name) if name == SMOLLM2 else name
     return ServerRollout(
         config.rollout_url or "",
         weights=weights,

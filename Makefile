@@ -16,7 +16,7 @@ SEAMS := tests/teacher/test_teacher_matrix.py tests/models/test_student.py tests
 ARITHMETIC := tests/loss/test_loss_accuracy.py tests/kernels/test_row_operations.py tests/kernels/test_native.py tests/training/test_retreat.py \
 	tests/models/test_quantized.py tests/loss/test_sharded_heads.py tests/evaluation/test_report.py tests/training/test_golden.py tests/rollout/test_rollout.py
 
-.PHONY: demo test newest-check cpu-check install lint types wheel-check bench slow-test data-experiments experiment-a experiment-b experiment-c experiment-d experiment-e experiment-f experiment-g clean
+.PHONY: demo test newest-check cpu-check install lint types wheel-check bench slow-test vllm-check data-experiments experiment-a experiment-b experiment-c experiment-d experiment-e experiment-f experiment-g clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -39,6 +39,10 @@ cpu-check: $(VENV)/.dev
 
 slow-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# A real vLLM in an environment of its own (3 GB); before each release.
+vllm-check: $(VENV)/.dev
+	PYTHON=$(BIN)/python scripts/vllm_check.sh $(VLLM_FOLDER)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only

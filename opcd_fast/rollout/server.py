@@ -7,10 +7,12 @@ because servers fill in what is left open from the model's generation_config.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any, Protocol
 
 from opcd_fast.errors import InputError
@@ -40,12 +42,15 @@ class ServerRollout(Sampler):
         url: "http://host:port", what stands in front of /v1.
         stop_token_ids: ids that end an answer.
         weights: how the trained weights get there: `LoRAWeights`, `CommandWeights`, or your own.
-        timeout: seconds for one answer. tries: how often each is asked for, see JsonServer.
+        timeout: seconds for one answer. tries, patience: how often each is asked for, and how many seconds the server
+            may be away, see JsonServer.
         concurrency: answers asked for at the same time.
         logprobs_are: what the server's log-probabilities are of. "raw": the model's, before temperature and top-p
             (vLLM's default); they are passed on only where that is the sampling distribution (temperature 1, top_p 1).
             "processed": after both (vLLM's `--logprobs-mode processed_logprobs`).
         vocab_size: an id from here on in an answer is an error.
+        base: the model under the adapter, as a folder, hub id, or the server's name for it. longest: tokens of the
+            longest prompt with its answer. Both are compared with what /v1/models says, at the first `sync`.
     """
 
     uses_model = "saves"
@@ -63,14 +68,17 @@ class ServerRollout(Sampler):
         logprobs_are: str = "raw",
         vocab_size: int | None = None,
         api_key: str | None = None,
+        patience: float = 300.0,
+        base: str | None = None,
+        longest: int | None = None,
     ) -> None:
         super().__init__(stop_token_ids, vocab_size)
         if concurrency < 1:
             raise InputError(f"concurrency={concurrency} must be at least 1")
         if logprobs_are not in ("raw", "processed"):
             raise InputError(f"logprobs_are={logprobs_are!r} is not available; use 'raw' or 'processed'")
-        self.server = JsonServer(url.rstrip("/").removesuffix("/v1"), timeout, tries, first_pause, api_key)
-        self.weights = weights
+        self.server = JsonServer(url.rstrip("/").removesuffix("/v1"), timeout, tries, first_pause, api_key, patience)
+        self.weights, self.base, self.longest = weights, base, longest
         self.concurrency = concurrency
         self.logprobs_are = logprobs_are
         self._model_name: str | None = None
@@ -78,6 +86,8 @@ class ServerRollout(Sampler):
 
     def sync(self, model: Any) -> None:
         """Send the weights; every answer from now on is of these. Raises InputError or ServerGone."""
+        if self._model_name is None:
+            self._check_served()
         self._give(lambda: self.weights.push(self.server, model))
 
     def explain(self) -> str:
@@ -121,6 +131,25 @@ class ServerRollout(Sampler):
         finally:
             stop.set()  # whatever still waits for its next try gives up
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _check_served(self) -> None:
+        try:
+            cards = self.server.get("/v1/models")["data"]
+            served = [(card["id"], card.get("root") or card["id"], card.get("max_model_len")) for card in cards
+                      if not card.get("parent")]  # fmt: skip
+        except (Refused, TypeError, KeyError, AttributeError):  # not every server has such a list
+            return
+        if self.base and served and not any(self.base == name or _same(self.base, root) for name, root, _ in served):
+            raise InputError(
+                f"rollout server {self.server.url} serves {served[0][1]!r}, and the run trains {self.base!r}; start it "
+                f"with that model, or, where they are the same weights, set rollout_model={served[0][0]!r}"
+            )
+        window = max((most for *_, most in served if isinstance(most, int)), default=None)
+        if window is not None and self.longest is not None and self.longest > window:
+            raise InputError(
+                f"rollout server {self.server.url} has room for {window} tokens, the longest prompt with its answer "
+                f"takes {self.longest}; start it with --max-model-len {self.longest}, or lower max_new_tokens"
+            )
 
     # ------------------------------------------------------------------------------------------- one answer
 
@@ -201,6 +230,13 @@ class ServerRollout(Sampler):
         """Whether the server's log-probabilities are wanted, and are those of the sampling distribution."""
         raw = request.temperature in (0.0, 1.0) and request.top_p == 1.0
         return request.logprobs and (raw or (self.logprobs_are == "processed" and request.temperature > 0))
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names can mean the same model: one folder, or, where this machine does not have both, a last part."""
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return PurePath(one).name.lower() == PurePath(other).name.lower()
 
 
 def _ids_in_text(tokens: Any) -> list[int] | None:

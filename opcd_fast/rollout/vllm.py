@@ -1,20 +1,22 @@
 """Answers from vLLM in this process, on the GPU that also trains.
 
-Written against vLLM's documented Python interface (LLM, SamplingParams, TokensPrompt, LoRARequest, sleep mode) and
-tested with a stand-in that checks the calls; not run on hardware.
+vLLM's Python interface: LLM, SamplingParams, TokensPrompt, LoRARequest, sleep mode. Run with vLLM 0.32.0 on a CPU, and
+with a stand-in that checks the calls; never on a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.models import resolve
 from opcd_fast.rollout.protocol import Completion, Request, Sampler
-from opcd_fast.rollout.weights import AdapterFolder
+from opcd_fast.rollout.weights import AdapterFolder, rank_for_vllm
 
 
 class VLLMRollout(Sampler):
@@ -24,13 +26,16 @@ class VLLMRollout(Sampler):
     the training step has the GPU to itself.
 
     Args:
-        model_name: folder or hub id of the base model.
+        model_name: folder or hub id of the base model, or "smollm2".
         stop_token_ids: ids that end an answer.
         folder: where adapters are written for vLLM to read.
-        max_lora_rank: the adapter's rank.
+        max_lora_rank: the adapter's rank; vLLM gets the next one that it takes.
         gpu_memory_utilization: share of the GPU that vLLM may take while it is awake.
-        sleep: False keeps it awake (two models and the training must then fit).
+        sleep: False keeps it awake (two models and the training must then fit). Platforms without sleep always do.
         options: any other argument of vllm.LLM.
+    Raises:
+        InputError: vLLM is not installed, or cannot have such an adapter; or this is a process that vLLM started, which
+            runs the user's script anew because it has no `if __name__ == "__main__":`.
     """
 
     uses_model = "saves"
@@ -50,22 +55,29 @@ class VLLMRollout(Sampler):
         super().__init__(stop_token_ids, vocab_size)
         if importlib.util.find_spec("vllm") is None:
             raise InputError("rollout='vllm' needs vLLM: pip install vllm, or use rollout='transformers' or 'server'")
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # while it imports the main script
+            raise InputError(
+                "vLLM's engine is a process that imports the script anew: put what the script does under "
+                "if __name__ == '__main__':"
+            )
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        self._sleeps, self._name = sleep, model_name
+        self._sleeps, self._name = sleep and current_platform.is_sleep_mode_available(), model_name
         self._adapter = AdapterFolder(folder)
         self._request: Any = None
         self._count = 0
         self._llm = LLM(
-            model=model_name,
+            model=resolve(model_name),
             enable_lora=True,
-            max_lora_rank=max_lora_rank,
-            enable_sleep_mode=sleep,
+            max_lora_rank=rank_for_vllm(max_lora_rank),
+            enable_sleep_mode=self._sleeps,
             gpu_memory_utilization=gpu_memory_utilization,
             generation_config="vllm",  # not the model's own, with its penalties
             logprobs_mode="processed_logprobs",  # after temperature and top_p: of the sampling distribution
             **options,
         )
+        self._awake = True
         self._rest()
 
     def sync(self, model: Any) -> None:
@@ -95,17 +107,17 @@ class VLLMRollout(Sampler):
             )
             for index in range(len(rows))
         ]  # fmt: skip
-        if self._sleeps:
+        if not self._awake:
             self._llm.wake_up()
-        try:
-            outputs = self._llm.generate(
-                [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
-                sampling_params=settings,
-                lora_request=self._request,
-                use_tqdm=False,
-            )
-        finally:
-            self._rest()
+            self._awake = True
+        # Where that fails the engine stays as it is: one that died would never answer a call of sleep.
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=list(row)) for row in rows],
+            sampling_params=settings,
+            lora_request=self._request,
+            use_tqdm=False,
+        )
+        self._rest()
         if len(outputs) != len(rows):
             raise RuntimeError(f"vLLM answered {len(outputs)} of {len(rows)} prompts")
         return [self._read(output, row, request.max_new_tokens) for output, row in zip(outputs, rows)]
@@ -124,3 +136,4 @@ class VLLMRollout(Sampler):
     def _rest(self) -> None:
         if self._sleeps:
             self._llm.sleep(level=1)
+            self._awake = False

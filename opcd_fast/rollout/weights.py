@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -15,13 +17,23 @@ from opcd_fast.rollout.http import JsonServer, Refused
 from opcd_fast.rollout.protocol import weights_version
 from opcd_fast.runtime import write_folder
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+
+
+def rank_for_vllm(rank: int) -> int:
+    """The smallest that vLLM takes for adapters of this rank. Raises InputError."""
+    if rank > LORA_RANKS[-1]:
+        raise InputError(f"lora_rank={rank} is more than vLLM's {LORA_RANKS[-1]}; lower it, or use rollout_command")
+    return next(size for size in LORA_RANKS if size >= rank)
+
 
 class AdapterFolder:
-    """Adapters on disk, each under a name that its content decides."""
+    """Adapters on disk, each under a name that this object and the content decide: no two processes share one."""
 
     def __init__(self, folder: str | Path, name: str = "opcd") -> None:
         self.folder = Path(folder).absolute()
         self.name = name
+        self.own_name = f"{name}-{secrets.token_hex(4)}"
         self._version: Any = None
         self._written: Path | None = None
 
@@ -35,9 +47,9 @@ class AdapterFolder:
         version = weights_version(model)
         if self._written is not None and version == self._version:
             return self._written
-        scratch = self.folder / f"{self.name}-new"
+        scratch = self.folder / f"{self.own_name}-new"
         _save(scratch, model)
-        target = self.folder / f"{self.name}-{_digest(scratch)}"
+        target = self.folder / f"{self.own_name}-{_digest(scratch)}"
         if target.exists():
             shutil.rmtree(scratch)
         else:
@@ -45,18 +57,22 @@ class AdapterFolder:
         self._version, self._written = version, target
         return target
 
+    def others(self, kept: Path) -> list[Path]:
+        """Versions before `kept`, those of an earlier process included."""
+        return [path for path in sorted(self.folder.glob(f"{self.name}-*")) if path != kept]
+
     def keep_only(self, kept: Path) -> None:
-        for path in self.folder.glob(f"{self.name}-*"):
-            if path != kept:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self.others(kept):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class LoRAWeights:
     """The adapter, through vLLM's endpoints for loading LoRA adapters at run time.
 
     The adapter is saved to `folder/<name>`, which the server must be able to read under the same path, and loaded
-    under a name that its content decides, so that no cache of the server can mix two versions. Only the newest stays.
-    The server needs `--enable-lora --max-lora-rank R` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
+    under a name that its content and this object decide, so that no cache of the server can mix two versions, or two
+    runs. Only the newest stays. The server needs `--enable-lora --max-lora-rank R` and
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
 
     Args:
         folder: where adapters are written. name: what their names begin with.
@@ -70,7 +86,8 @@ class LoRAWeights:
         path = self._adapters.write(model)
         if path.name != self._loaded:
             self._load(server, path.name)
-            self._forget(server)
+            for old in self._adapters.others(path):
+                self._forget(server, old.name)
             self._adapters.keep_only(path)
             self._loaded = path.name
         return path.name
@@ -90,14 +107,16 @@ class LoRAWeights:
                     f"{server.url} has no /v1/load_lora_adapter; start vLLM with --enable-lora and "
                     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, or give rollout_command for another server"
                 ) from error
+            if found := re.search(r"LoRA rank (\d+) is greater than max_lora_rank", str(error)):
+                raise InputError(
+                    f"rollout server {server.url}: {error}; start it with --max-lora-rank "
+                    f"{rank_for_vllm(int(found[1]))}, or lower lora_rank"
+                ) from error
             raise
 
-    def _forget(self, server: JsonServer) -> None:
-        """The version before."""
-        if self._loaded is None:
-            return
+    def _forget(self, server: JsonServer, name: str) -> None:
         try:
-            server.post("/v1/unload_lora_adapter", {"lora_name": self._loaded})
+            server.post("/v1/unload_lora_adapter", {"lora_name": name})
         except Refused as error:
             if error.status != 404:  # 404: the server was started anew in between
                 raise

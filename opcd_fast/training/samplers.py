@@ -11,7 +11,7 @@ from typing import Any
 
 from opcd_fast.data import RenderedPrompt, whole_prompt
 from opcd_fast.errors import InputError
-from opcd_fast.models import seam
+from opcd_fast.models import SMOLLM2, resolve, seam
 from opcd_fast.rollout import Choice, Completion, Rollout, TransformersRollout
 from opcd_fast.training.engines import Engine, shared_sampler
 from opcd_fast.training.settings import OPCDConfig
@@ -30,6 +30,7 @@ class Samplers:
 
     Args:
         prompts: all that will be asked for in training; a file for replay must have answers to every one of them.
+        held_out: and at evaluations. first_turns: both are only the beginnings of longer ones, a task's.
         contexts: tokens of the prompts' contexts.
         common: `stop_token_ids` and `vocab_size` of all samplers.
     Raises:
@@ -42,16 +43,23 @@ class Samplers:
         teachers: Teachers,
         engine: Engine,
         prompts: Sequence[RenderedPrompt],
+        held_out: Sequence[RenderedPrompt],
         contexts: Sequence[Sequence[int]],
         tokenizer: Any,
+        *,
+        first_turns: bool,
         **common: Any,
     ) -> None:
         self._pair, self._engine, self._contexts, self.common = teachers.pair, engine, contexts, common
         model = self._pair.student
         if engine.sharded:
             config = replace(config, merge_for_rollout=False)
-        asked = [row.student_ids for row in prompts]
-        self.student: Rollout = make_rollout(config, model, tokenizer=tokenizer, prompts=asked, **common)
+        asked, every = [row.student_ids for row in prompts], (*prompts, *held_out)
+        whole = self._whole(every) if config.teacher_writes and config.teacher_mode == "live" else ()
+        longest = max(map(len, (*whole, *(row.student_ids for row in every)))) + config.max_new_tokens
+        self.student: Rollout = make_rollout(
+            config, model, tokenizer=tokenizer, prompts=asked, longest=None if first_turns else longest, **common
+        )
         self.held_out = local_rollout(config, model, **common) if config.rollout == "replay" else self.student
 
         def reads(other: Any) -> Rollout:
@@ -106,8 +114,10 @@ def make_rollout(
     vocab_size: int | None,
     tokenizer: Any = None,
     prompts: Sequence[Sequence[int]] = (),
+    longest: int | None = None,
 ) -> Rollout:
-    """What `config.rollout` names; see `Samplers`. The weights are given by `sync` later."""
+    """What `config.rollout` names; see `Samplers`. The weights are given by `sync` later. longest: tokens of a prompt
+    with its answer, where known."""
     if seam.prompt_learner(model) is not None and config.sends_adapter:
         raise InputError(
             f"rollout={config.rollout!r} cannot run the model's trained prefix; use 'transformers', or 'server' with "
@@ -121,7 +131,7 @@ def make_rollout(
     common: dict[str, Any] = {"stop_token_ids": stop_token_ids, "vocab_size": vocab_size}
     folder = Path(config.output_dir)
     if config.rollout == "server":
-        return _server(config, model, folder, common)
+        return _server(config, model, folder, longest, common)
     if config.rollout == "vllm":
         from opcd_fast.rollout import VLLMRollout
 
@@ -130,6 +140,8 @@ def make_rollout(
             folder=folder / "rollout_weights",
             max_lora_rank=config.lora_rank or max(c.r for c in model.peft_config.values()),
             gpu_memory_utilization=config.rollout_gpu_share,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=longest,
             **common,
         )
     if config.rollout == "replay":
@@ -160,20 +172,23 @@ def local_rollout(config: OPCDConfig, model: Any, **common: Any) -> Transformers
     )
 
 
-def _server(config: OPCDConfig, model: Any, folder: Path, common: dict[str, Any]) -> Rollout:
+def _server(config: OPCDConfig, model: Any, folder: Path, longest: int | None, common: dict[str, Any]) -> Rollout:
     from opcd_fast.rollout import CommandWeights, LoRAWeights, ServerRollout, Weights
 
     weights: Weights
+    name, base = config.rollout_model or model.name_or_path, None
     if config.rollout_command is not None:
-        name = config.rollout_model or model.name_or_path
         weights = CommandWeights(folder / "rollout_weights", name, config.rollout_command)
     else:
-        weights = LoRAWeights(folder / "rollout_weights")
+        weights, base = LoRAWeights(folder / "rollout_weights"), resolve(name) if name == SMOLLM2 else name
     return ServerRollout(
         config.rollout_url or "",
         weights=weights,
         timeout=config.rollout_timeout,
         tries=config.rollout_tries,
+        patience=config.rollout_patience,
+        base=base,
+        longest=longest,
         concurrency=config.rollout_concurrency,
         logprobs_are=config.rollout_logprobs,
         **common,

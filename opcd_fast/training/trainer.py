@@ -20,9 +20,11 @@ import torch
 
 from opcd_fast.data import Message, Sample, pack, total_weight
 from opcd_fast.loss import Drift, LMHead
+from opcd_fast.rollout import ServerGone
 from opcd_fast.runtime import Stopwatch, seeded, stream_seed, write_folder
 from opcd_fast.training.answers import answer_source, sampling_of
 from opcd_fast.training.assembly import Given, assemble
+from opcd_fast.training.engines import OtherRankError
 from opcd_fast.training.interruption import Interrupted, Interruption
 from opcd_fast.training.monitoring import Journal, TrainResult, check_finite, fixed_sequences, held_out_record
 from opcd_fast.training.preview import Pair, in_lines, preview, question, side_by_side
@@ -108,7 +110,8 @@ class OPCDTrainer:
     def train(self) -> TrainResult:
         """Run (or go on with) the configured number of steps. Returns the records of all steps, old ones included.
 
-        Ctrl-C and SIGTERM save a checkpoint of the last whole step and raise `Interrupted` (a KeyboardInterrupt).
+        Ctrl-C and SIGTERM save a checkpoint of the last whole step and raise `Interrupted` (a KeyboardInterrupt); so
+        does a rollout server that stays away, which raises `ServerGone`.
         """
         started, config = time.perf_counter(), self.config
         step, journal = self._start_or_resume()
@@ -133,6 +136,11 @@ class OPCDTrainer:
             except Interrupted as signal:
                 self._save_checkpoint(step)
                 raise Interrupted(signal.number, f"stopped; step {step} is saved, go on with --resume") from None
+            except (ServerGone, OtherRankError) as error:  # where answers are drawn: the weights are those of `step`
+                if ServerGone.__name__ not in f"{type(error).__name__}: {error}":
+                    raise
+                self._save_checkpoint(step)
+                raise type(error)(f"{error} (step {step} is saved)") from error
             finally:
                 self.model.eval()
             self.save(Path(self.config.output_dir) / "final")

@@ -4,7 +4,8 @@
 from its standard input (0: any), prints the port, and ends with its input. The serving process really dies when it is
 told to; starting the next one takes no import. It is strict where vLLM is lenient (a field
 that vLLM does not document is an error), samples with its own few lines, and misbehaves on demand: POST /test/faults
-["500", "cut", ...] makes the next completions fail that way, one each; GET /test/log says what was asked for.
+["500", "cut", ...] makes the next completions fail that way, one each; POST /test/cards what /v1/models lists ([]: that
+there is no such list); GET /test/log says what was asked for.
 """
 
 import json
@@ -29,6 +30,7 @@ REFUSALS = {  # fault: what is said, and headers
     "500": ({"error": {"message": "engine died\nof something", "code": 500}}, {}),
     "429": ({"error": {"message": "busy"}}, {"Retry_After": "0"}),
     "400": ({"error": {"message": "maximum context length is 8 tokens"}}, {}),
+    "503": ("starting", {}),
     "422": ({"detail": "prompt must be a string."}, {}),
     "302": ("", {"Location": "http://elsewhere/"}),
 }
@@ -43,6 +45,7 @@ class State:
         self.folder = folder
         self.models = {"base": AutoModelForCausalLM.from_pretrained(folder).eval()}
         self.faults, self.log, self.lock = [], [], threading.Lock()
+        self.paths, self.cards = {}, [{"id": "base", "root": folder, "parent": None, "max_model_len": 4096}]
 
     def load(self, name, path):
         from peft import PeftModel
@@ -50,6 +53,7 @@ class State:
 
         base = AutoModelForCausalLM.from_pretrained(self.folder)
         self.models[name] = PeftModel.from_pretrained(base, path).eval()
+        self.paths[name] = path
 
     def answer(self, body):
         """Token by token, without a cache."""
@@ -95,7 +99,12 @@ class Handler(BaseHTTPRequestHandler):
         self.say(status, {"error": {"message": message, "type": "x", "code": status}})
 
     def do_GET(self):
-        self.say(200, self.state.log)  # /test/log
+        if self.path == "/test/log":
+            return self.say(200, self.state.log)
+        if self.path != "/v1/models" or self.state.cards is None:
+            return self.fail(404, "Not Found")
+        adapters = [{"id": n, "root": p, "parent": "base", "max_model_len": None} for n, p in self.state.paths.items()]
+        return self.say(200, {"object": "list", "data": [*self.state.cards, *adapters]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -103,16 +112,26 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/test/faults":
             state.faults[:] = body
             return self.say(200, {})
+        if self.path == "/test/cards":
+            state.cards = body or None
+            return self.say(200, {})
         if self.path == "/v1/load_lora_adapter":
             if set(body) != {"lora_name", "lora_path"}:
                 return self.fail(400, f"fields {sorted(body)}")
             with state.lock:
                 if body["lora_name"] in state.models:
                     return self.fail(400, f"The lora adapter '{body['lora_name']}' has already been loaded.")
+                with open(f"{body['lora_path']}/adapter_config.json") as file:
+                    rank = json.load(file)["r"]
+                if rank > 8:
+                    state.log.append(["refused", body["lora_name"]])
+                    told = f"Worker failed with error 'LoRA rank {rank} is greater than max_lora_rank 8.', please check"
+                    return self.fail(500, f"Call to add_lora method failed: {told} the stack trace above")
                 state.load(body["lora_name"], body["lora_path"])
             state.log.append(["load", body["lora_name"]])
             return self.say(200, f"Success: LoRA adapter '{body['lora_name']}' added successfully.")
         if self.path == "/v1/unload_lora_adapter":
+            state.paths.pop(body["lora_name"], None)
             if state.models.pop(body["lora_name"], None) is None:
                 return self.fail(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
             state.log.append(["unload", body["lora_name"]])
@@ -136,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.say(int(fault), value, **headers)
         if fault == "slow":
             time.sleep(30)
-        if fault == "die":
+        if fault == "die" or not os.path.exists(state.paths.get(body["model"], "/")):  # vLLM reads it again at times
             os._exit(1)
         tokens, logprobs, reason = state.answer(body)
         choice = {

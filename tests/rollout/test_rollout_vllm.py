@@ -1,6 +1,7 @@
 """The calls made to vLLM, against a stand-in that knows only what vLLM documents. vLLM itself does not run here."""
 
 import importlib.machinery
+import multiprocessing
 import sys
 import types
 from dataclasses import dataclass, field
@@ -47,8 +48,10 @@ class Engine:
     calls: list = field(default_factory=list)
     asleep: bool = False
     change: object = None
+    dead: bool = False
 
     def sleep(self, level):
+        assert not self.dead, "a call that a dead engine never answers"
         assert not self.asleep and level == 1
         self.asleep = True
 
@@ -74,12 +77,13 @@ class Engine:
 @pytest.fixture
 def engines(monkeypatch):
     made = []
-    names = ("vllm", "vllm.inputs", "vllm.lora", "vllm.lora.request")
-    vllm, inputs, lora, request = map(types.ModuleType, names)
+    names = ("vllm", "vllm.inputs", "vllm.lora", "vllm.lora.request", "vllm.platforms")
+    vllm, inputs, lora, request, platforms = map(types.ModuleType, names)
+    platforms.current_platform = SimpleNamespace(is_sleep_mode_available=lambda: True)
     vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     vllm.LLM = lambda **settings: made.append(Engine(settings)) or made[-1]
     vllm.SamplingParams, inputs.TokensPrompt, request.LoRARequest = SamplingParams, dict, LoRARequest
-    for module in (vllm, inputs, lora, request):
+    for module in (vllm, inputs, lora, request, platforms):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return made
 
@@ -92,7 +96,7 @@ def test_the_engine_is_made_exact_and_sleeps_between_calls(engines, tmp_path):
     sampler = rollout(tmp_path, gpu_memory_utilization=0.3, max_model_len=99)
     (engine,) = engines
     assert engine.settings == {
-        "model": "base", "enable_lora": True, "max_lora_rank": 4, "enable_sleep_mode": True,
+        "model": "base", "enable_lora": True, "max_lora_rank": 8, "enable_sleep_mode": True,
         "gpu_memory_utilization": 0.3, "generation_config": "vllm", "logprobs_mode": "processed_logprobs",
         "max_model_len": 99,
     }  # fmt: skip
@@ -111,6 +115,53 @@ def test_the_engine_is_made_exact_and_sleeps_between_calls(engines, tmp_path):
     awake.sync(lora_model())
     awake.generate([[1]], max_new_tokens=2)
     assert not engines[1].asleep and engines[1].settings["enable_sleep_mode"] is False
+
+
+def test_where_the_platform_has_no_sleep_the_engine_stays_awake(engines, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["vllm.platforms"].current_platform, "is_sleep_mode_available", lambda: False)
+    sampler = rollout(tmp_path)
+    sampler.sync(lora_model())
+    sampler.generate([[1]], max_new_tokens=2)
+    assert engines[0].settings["enable_sleep_mode"] is False and not engines[0].asleep
+    assert "False" in sampler.explain()
+
+
+@pytest.mark.parametrize(("rank", "taken"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512)])
+def test_the_rank_is_one_that_vllm_takes(engines, tmp_path, rank, taken):
+    VLLMRollout("base", stop_token_ids=[256], folder=tmp_path, max_lora_rank=rank)
+    assert engines[0].settings["max_lora_rank"] == taken
+    with pytest.raises(InputError, match="lora_rank=513 is more than vLLM's 512"):
+        VLLMRollout("base", stop_token_ids=[256], folder=tmp_path, max_lora_rank=513)
+
+
+def test_the_packaged_model_is_its_folder(engines, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("opcd_fast.rollout.vllm.resolve", lambda name: f"/cache/{name}")
+    VLLMRollout("smollm2", stop_token_ids=[256], folder=tmp_path / "w", max_lora_rank=4)
+    assert engines[0].settings["model"] == "/cache/smollm2"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("EngineDeadError"), KeyboardInterrupt()])
+def test_an_engine_that_died_is_not_put_to_sleep(engines, tmp_path, error):
+    def die(_):
+        engines[0].dead = True
+        raise error
+
+    sampler = rollout(tmp_path)
+    sampler.sync(lora_model())
+    engines[0].change = die
+    with pytest.raises(type(error)):
+        sampler.generate([[1]], max_new_tokens=2)
+    engines[0].change, engines[0].dead = None, False  # a Ctrl-C in a notebook: the engine lives, and is awake
+    assert sampler.generate([[1]], max_new_tokens=2) and engines[0].asleep
+
+
+def test_a_script_without_a_main_guard_is_told_so(engines, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(InputError, match="if __name__ == '__main__'"):
+        rollout(tmp_path)
+    assert engines == []
 
 
 def test_every_version_of_the_adapter_is_a_new_one(engines, tmp_path):
@@ -133,7 +184,6 @@ def test_every_version_of_the_adapter_is_a_new_one(engines, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda o: 1 / 0, ZeroDivisionError, "zero"),
         (lambda o: o.reverse(), RuntimeError, "another order"),
         (lambda o: o.pop(), RuntimeError, "answered 1 of 2"),
         (lambda o: setattr(o[0].outputs[0], "finish_reason", "abort"), InputError, "abort"),

@@ -48,12 +48,12 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
         return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype).eval()
 
 
-def lora_model(dtype=torch.float32, **changes):
+def lora_model(dtype=torch.float32, rank=4, **changes):
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(tiny_model(**changes), lora)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -186,6 +186,13 @@ def test_a_truncated_distribution_is_no_drift():
     assert names(without) == []
 
 
+def test_a_sampler_of_another_model_is_told_of_at_once():
+    other = history({"sampler_kl": 0.8}, steps=1, from_step=1)
+    assert names(other) == ["sampler_differs"] and names(other, told=["sampler_differs"]) == []
+    assert names(history({"sampler_kl": 0.04}, steps=1, from_step=1)) == [] == names(other, full_sampling=False)
+    assert names([{**other[0], "answers_of": "file"}]) == [] == names([])
+
+
 UNSAID, BLIND = {"step": 0, "fixed_first_token": 1e-6}, {"divergence": "reverse_kl"}
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from opcd_fast.training.engines.optimizers import make_optimizer
     from opcd_fast.training.engines.parallel import make_engine, shared_sampler
-    from opcd_fast.training.engines.ranks import Ranks
+    from opcd_fast.training.engines.ranks import OtherRankError, Ranks
     from opcd_fast.training.engines.retreat import TokenBudget
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -15,6 +15,7 @@ SHORT, DULL = 1 / 3, 1 / 10  # shares of what was normal
 CUT_OFF = 0.5  # share of answers that reach the token limit
 UNSAID = 1e-4  # between 2e-3, which a run overcame, and 1e-6, which none did (experiments/results/first_token.json)
 DRIFT = 0.02  # nats per token; a bfloat16 copy of the same weights stays far below
+FOREIGN = 0.05  # the same at the first step: another base (0.6), or another kind of log-probabilities (0.1 to 4)
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
@@ -48,6 +49,16 @@ def warnings_of(
     full_sampling: answers come from the whole distribution (top_p=1); otherwise the sampler's differs by design.
     A function of the records alone, so that a resumed run warns as it would have.
     """
+    if not history:
+        return
+    begin = history[0]
+    drawn_here = begin.get("answers_of", "student") == "student"
+    if drawn_here and "sampler_differs" not in told and full_sampling and begin.get("sampler_kl", 0.0) > FOREIGN:
+        yield "sampler_differs", (
+            f"the sampler's log-probabilities are another model's: KL {begin['sampler_kl']:.3g} nats per token at step "
+            f"{begin['step']}; stop, and check that the server has this base, takes the adapter, and was started with "
+            "the --logprobs-mode that rollout_logprobs says"
+        )
     if len(history) < WINDOW:
         return
     first, last = history[:WINDOW], history[-WINDOW:]

@@ -161,15 +161,18 @@ class OPCDConfig:
         sharded=Unsharded((None, False), "the merged copy would be a whole model on every rank"))
     rollout_url: str | None = machine(None, 'Of "server": http://host:port, what stands in front of /v1.',
         belongs=("resume", "machine"), needs={"rollout": OneOf("server")})
-    rollout_model: str | None = machine(None, """Of "server" with rollout_command, and of "vllm": the model's name
-        there; None: the name it was loaded by.""", needs={"rollout": OneOf("server", "vllm")})
+    rollout_model: str | None = machine(None, """Of "server" and "vllm": the name there of the model, or of the base
+        under the adapter; None: the name it was loaded by.""", needs={"rollout": OneOf("server", "vllm")})
     rollout_command: str | None = machine(None, """Of "server": a command that loads the weights from the folder it gets
         as its last argument. None: vLLM's endpoints for LoRA adapters.""", belongs="machine",
         needs={"rollout": OneOf("server")})
     rollout_timeout: float = machine(600.0, 'Of "server": seconds for one answer.',
         Within(0, 86400, open_low=True), belongs="resume", needs={"rollout": OneOf("server")})
-    rollout_tries: int = machine(8, 'Of "server": how often an answer is asked for before the run ends.',
+    rollout_tries: int = machine(8, 'Of "server": how often an answer may fail before the run ends.',
         AtLeast(1), belongs="resume", needs={"rollout": OneOf("server")})
+    rollout_patience: float = machine(300.0, """Of "server": seconds that it may be away (connections refused, HTTP 502
+        to 504), as while it is started again; such tries do not count.""",
+        Within(0, 86400), belongs="resume", needs={"rollout": OneOf("server")})
     rollout_concurrency: int = machine(64, 'Of "server": answers asked for at the same time.',
         AtLeast(1), belongs="resume", needs={"rollout": OneOf("server")})
     rollout_logprobs: str = machine("raw", """Of "server": its log-probabilities are "raw" (the model's) or "processed"

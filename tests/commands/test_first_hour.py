@@ -208,7 +208,7 @@ def test_an_error_names_each_thing_once(capsys, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"\n')
     for words, told in (
         (("generate", "--model", "m", "--prompt", " "), "prompt is empty"),
-        (("train", "--model", "m", "--context", __file__, "--task", f"math:{tmp_path}/none.jsonl"), "opcd: math file '"),
+        (("train", "--model", "m", "--context", __file__, "--task", "math:none.jsonl"), "opcd: math file '"),
         (("train", "--model", "m", "--context", __file__, "--prompts", str(tmp_path / "p.jsonl")),
          "line 2 is not valid JSON: Expecting ',' delimiter at character 15"),
     ):  # fmt: skip

@@ -27,6 +27,7 @@ from opcd_fast.runtime import release_steps
 from opcd_fast.training.engines.ranks import Ranks, Round
 
 logger = logging.getLogger("opcd_fast")
+ALL = sys.maxsize  # tokens of a micro-batch without a bound
 
 T = TypeVar("T")
 
@@ -67,17 +68,17 @@ class TokenBudget:
             if tokens is None:
                 return value  # type: ignore[return-value]
             del value
-            self.tokens = tokens // 2
+            self.tokens = None if tokens == ALL else tokens // 2
             gc.collect()
             if torch.cuda.is_available():
                 release_workspace()
                 torch.cuda.empty_cache()
             if self.ranks.main:
-                logger.warning("%s: out of memory, repeated with micro_batch_tokens=%d from here on", what, self.tokens)
+                logger.warning("%s: out of memory, repeated with micro_batch_tokens=%s from here on", what, self.tokens)
 
     def _tried(self, work: Callable[[], T], what: str) -> tuple[T | None, int | None]:
-        """What `work` returns, or twice the tokens to try. Left behind here is the handler, whose traceback
-        keeps tensors alive."""
+        """What `work` returns, or twice the tokens to try (`ALL`: no bound). Left behind here is the handler, whose
+        traceback keeps tensors alive."""
         try:
             return work(), None
         except (RuntimeError, MemoryError) as error:
@@ -85,7 +86,7 @@ class TokenBudget:
                 raise
             sequences, tokens = self._running
             if release_steps() and not self._together:  # the answers': kept to save time alone
-                return None, 2 * (tokens or self.tokens or sys.maxsize)
+                return None, 2 * self.tokens if self.tokens else ALL
             if sequences < 2:
                 raise _too_large(what, tokens, error) from error
             if self._together:

@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
 
     quiet_libraries()
     context = context_in(command.context)
-    tokenizer = load_tokenizer(command.model)
+    tokenizer = load_tokenizer(command.model, command.trust_remote_code)
     read = read_prompts([command.prompt], "prompt") if command.prompt is not None else read_prompts(command.prompts)
     ids = []
     for prompt in adapt_to_tokenizer(tokenizer, read):
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
         if context is not None and prompt.privileged_context is not None:
             shown = prompt.privileged_context
         ids.append(teacher_ids(tokenizer, prompt, shown, variables))
-    model = load_model(command.model, dtype=command.dtype, device=command.device)
+    model = load_model(command.model, **command.place())
     check_prompt_length(max(map(len, ids)), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
     rollout = sampler(model, tokenizer, command.batch_size, command.stop_tokens)
     for start in range(0, len(ids), command.batch_size):

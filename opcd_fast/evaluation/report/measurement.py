@@ -54,6 +54,7 @@ class ReportOptions:
     tasks: Sequence[str] = ()
     abilities: Abilities = field(default_factory=Abilities)
     model: str | None = None
+    trust_remote_code: bool = False
     max_prompts: int = 32
     samples: int = 1
     max_new_tokens: int | None = None
@@ -73,7 +74,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     prompts, many = _held_out(run, record, options)
     general, trained_on = _general(run, options)
     told("loading the models")
-    models = load_run(run, record, settings, options.model)
+    models = load_run(run, record, settings, options.model, options.trust_remote_code)
     variables = OPCDConfig(chat_template_kwargs=settings.get("chat_template_kwargs")).template_variables()
     held_out = _rendered(models, prompts, context, variables, options.samples)
     new_tokens = options.max_new_tokens or settings.get("max_new_tokens", 512)

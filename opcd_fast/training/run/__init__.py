@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         FileHashes, Files, differing, hash_of, of_code, of_model, of_tokenizer, template_hash, template_in,
         tokenizer_files, weight_files,
     )  # fmt: skip
-    from opcd_fast.training.run.record import PROMPTS, RECORD, Origins, kept_held_out, read_record, row_of, write_record
+    from opcd_fast.training.run.record import (
+        FILES_SHAPE, HASHES_SHAPE, PROMPTS, RECORD, Origins, kept_held_out, read_record, row_of, write_record,
+    )  # fmt: skip
 
 __getattr__, __dir__, __all__ = door(__name__)

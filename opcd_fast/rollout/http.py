@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import ssl
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import redacted
 
 LONGEST_PAUSE = 30.0  # seconds between two tries
 
@@ -62,10 +64,15 @@ class JsonServer:
         except httpx.InvalidURL:
             parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise InputError(f"rollout_url={url!r} must look like http://127.0.0.1:8000")
-        self.url, self.timeout, self.tries, self.first_pause = url, timeout, tries, first_pause
+            raise InputError(f"rollout_url={redacted(url)!r} must look like http://127.0.0.1:8000")
+        self.url, self.timeout, self.tries, self.first_pause = redacted(url), timeout, tries, first_pause
+        user = (parsed.username, parsed.password) if parsed.userinfo else None
+        if parsed.query:  # httpx tells the log of every request, with its address
+            logging.getLogger("httpx").setLevel(logging.WARNING)
         self._client = httpx.Client(
-            base_url=parsed,
+            base_url=parsed.copy_with(username="", password=None, query=None),
+            params=parsed.params,
+            auth=user,
             headers={"Accept": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
             timeout=timeout,
             limits=httpx.Limits(max_connections=None),
@@ -91,7 +98,7 @@ class JsonServer:
                 backoff = min(self.first_pause * 2**number, LONGEST_PAUSE)
                 wait(pause if pause is not None else backoff * random.uniform(0.8, 1.2))
         raise ServerGone(
-            f"rollout server {self.url}: {why} (POST {path}, {self.tries} tries in "
+            f"rollout server {self.url}: {redacted(why)} (POST {path}, {self.tries} tries in "
             f"{time.monotonic() - started:.0f} s); start it again or correct rollout_url, then go on with resume"
         )
 
@@ -113,7 +120,7 @@ class JsonServer:
         if status in (408, 429) or status >= 500:
             raise _TryAgain(f"HTTP {status}: {_message(text)}", _seconds(response.headers.get("Retry-After")))
         if 300 <= status < 400:
-            where = response.headers.get("Location")
+            where = redacted(response.headers.get("Location", "nowhere"))
             raise Refused(status, f"it redirects to {where}; give that address as rollout_url")
         if status >= 400:
             raise Refused(status, _message(text))

@@ -69,7 +69,9 @@ class ServerRollout(Sampler):
             raise InputError(f"concurrency={concurrency} must be at least 1")
         if logprobs_are not in ("raw", "processed"):
             raise InputError(f"logprobs_are={logprobs_are!r} is not available; use 'raw' or 'processed'")
-        self.server = JsonServer(url.rstrip("/").removesuffix("/v1"), timeout, tries, first_pause, api_key)
+        address, mark, query = url.partition("?")
+        address = address.rstrip("/").removesuffix("/v1")
+        self.server = JsonServer(address + mark + query, timeout, tries, first_pause, api_key)
         self.weights = weights
         self.concurrency = concurrency
         self.logprobs_are = logprobs_are

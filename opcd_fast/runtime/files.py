@@ -95,8 +95,11 @@ def _beside(path: Path) -> Path:
 
 
 def _sync(folder: Path) -> None:
+    """Onto the disk, readable for whom the umask says: safetensors lets the owner alone read what it writes."""
+    mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(mode)
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
     _sync_folder(folder)

@@ -1,6 +1,7 @@
 """What a run's folder holds is what was written, or resuming says in one line which file is not, and loses nothing."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -176,6 +177,41 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_its_damage_named(place,
             resumed(tokenizer, run)
         (run / "eval_fixed.json").write_text(kept)
     assert losses(resumed(tokenizer, run)) == losses(resumed(tokenizer, place / "twin"))
+
+
+def test_a_full_disk_at_any_write_keeps_the_last_checkpoint(place, tokenizer):
+    """A file system with room for the run, and for less and less more; then with room again."""
+    disk = place / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        shutil.copytree(place / "run", disk / "run")
+        free, ended = shutil.disk_usage(disk).free, set()
+        for room in (4096, 16384, 45056, 90112, 143360):
+            (disk / "filler").write_bytes(b"x" * (free - room))
+            with pytest.raises(InputError, match="cannot write|[Nn]o space left") as error:
+                resumed(tokenizer, disk / "run", plots=True)
+            ended.add(str(error.value).split(" (")[0])
+            newest = checkpoint.list_checkpoints(disk / "run" / "checkpoints")[-1]
+            assert newest.name == "step-000004" and checkpoint.check_whole(newest) and len(list(newest.iterdir())) == 5
+            assert not list((disk / "run").rglob("*.opcd-new")) and not (disk / "run" / "run.lock").exists()
+            (disk / "filler").unlink()
+        assert len(ended) > 1, ended
+        assert losses(resumed(tokenizer, disk / "run")) == losses(resumed(tokenizer, place / "twin"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_obeys_the_umask(tokenizer, tmp_path):
+    before = os.umask(0o027)
+    try:
+        make(tokenizer, tmp_path / "run", steps=2, plots=True, save_best=True).train()
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "run").rglob("*"):
+        wanted = 0o750 if path.is_dir() else 0o640
+        assert path.stat().st_mode & 0o777 == wanted, (path, oct(path.stat().st_mode))
 
 
 def test_the_manifest_says_what_the_checkpoint_is(made):

@@ -9,14 +9,7 @@ from typing import Any
 
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import read_object
-from opcd_fast.training.settings import (
-    AUTO,
-    OPCDConfig,
-    check_values,
-    option_names,
-    settings_with,
-    without_gone,
-)
+from opcd_fast.training.settings import AUTO, OPCDConfig, check_values, option_names, settings_with, without_gone
 
 
 def run_settings(run: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
 
 logger = logging.getLogger("opcd_fast")
 BEST = "best.json"
-ANSWERS = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
+ANSWERS: tuple[str, str] = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
 FIXED = "eval_fixed.json"
 
 
@@ -179,10 +179,9 @@ class RunFolder:
             raise InputError(
                 f"resume: {first}; {path.name} is whole: `{' && '.join(moves)}`, and --resume goes on from that"
             )
-        raise InputError(
-            f"resume: {first}; there is no other checkpoint that is whole: put the file back from a copy, or, to go on "
-            f"with it as it is, remove {str(damaged[0] / MANIFEST)!r}"
-        )
+        manifest = damaged[0] / MANIFEST
+        remedy = f", or, to go on with it as it is, remove {str(manifest)!r}" if manifest.exists() else ""
+        raise InputError(f"resume: {first}; no other checkpoint is whole: put the file back from a copy{remedy}")
 
     def _checked(self, path: Path) -> tuple[Saved, dict[str, Any], list[dict[str, Any]]]:
         manifest, most = checkpoints.check_whole(path), None

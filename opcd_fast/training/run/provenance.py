@@ -19,7 +19,7 @@ from typing import Any
 
 from opcd_fast.errors import InputError
 from opcd_fast.models import SMOLLM2, Place, cache_dir, is_path, place_of
-from opcd_fast.runtime import read_object, write_file
+from opcd_fast.runtime import misfit, read_object, write_file
 
 Files = dict[str, dict[str, Any]]  # name -> {"size": bytes, "sha256": hexadecimal}
 
@@ -134,6 +134,8 @@ def template_in(folder: Path) -> str | dict[str, str] | None:
     config = folder / "tokenizer_config.json"
     found = read_object(config).get("chat_template") if config.is_file() else None
     if isinstance(found, list):
+        if why := misfit(found, [{"name": str, "template": str}], "chat_template"):
+            raise InputError(f"{str(config)!r} is damaged: {why}")
         return {row["name"]: row["template"] for row in found}
     return found
 

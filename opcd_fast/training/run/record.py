@@ -27,10 +27,10 @@ SCHEMA = 1
 
 TEXT_OR_NONE, NAME_OR_NONE = (str, None), (is_name, None)
 FILES_SHAPE = {str: {"size?": int, "sha256": str}}
-MODEL_SHAPE = {"name": NAME_OR_NONE, "commit": TEXT_OR_NONE, "files": FILES_SHAPE, "fingerprint?": str}
+MODEL_SHAPE = {"name": NAME_OR_NONE, "commit": TEXT_OR_NONE, "files": FILES_SHAPE}
 HASHES_SHAPE = {  # what run.json and a card say of where a run came from, see `misfit`
     "context_sha256": TEXT_OR_NONE, "prompts_sha256": TEXT_OR_NONE, "held_out_sha256": TEXT_OR_NONE,
-    "base": MODEL_SHAPE, "teacher": (None, MODEL_SHAPE), "started": TEXT_OR_NONE,
+    "base": {**MODEL_SHAPE, "fingerprint": TEXT_OR_NONE}, "teacher": (None, MODEL_SHAPE), "started": TEXT_OR_NONE,
     "tokenizer": {"name": NAME_OR_NONE, "files": FILES_SHAPE, "template_sha256": TEXT_OR_NONE},
     "code": {"version": str, "commit": TEXT_OR_NONE, "changed": (bool, None)},
 }  # fmt: skip

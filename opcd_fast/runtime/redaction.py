@@ -13,7 +13,7 @@ KEYS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")  # names of environment variable
 def redacted(text: str, *secrets: str) -> str:
     """`text` without users, passwords and queries of addresses, `secrets` of four letters or more, and the keys of the
     environment."""
-    text = re.sub(r"(^|://)[^\s'\"]*@", rf"\1{HIDDEN}@", text)
+    text = re.sub(r"(^(?!\S*://)|://)[^\s'\"]*@", rf"\1{HIDDEN}@", text)
     text = re.sub(r"(\S)[?#][^\s'\"]+", rf"\1?{HIDDEN}", text)
     keys = (value for name, value in os.environ.items() if KEYS.search(name) and len(value) >= 8)
     for secret in (*(one for one in secrets if len(one) >= 4), *keys):

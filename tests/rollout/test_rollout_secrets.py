@@ -76,7 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         redirects = self.path.startswith("/moved")
         body = b"" if redirects else b"{}"
         self.send_response(302 if redirects else 200)
-        self.send_header("Location", f"http://{SECRETS[0]}:{SECRETS[1]}@elsewhere/?key={SECRETS[2]}")
+        if redirects:
+            self.send_header("Location", f"http://{SECRETS[0]}:{SECRETS[1]}@elsewhere/?key={SECRETS[2]}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -69,7 +69,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     Raises InputError: no finished run, missing context or held-out prompts, another base than the run's.
     """
     started = time.perf_counter()
-    record, settings = read_record(run), run_settings(run)
+    record, settings, training = read_record(run), run_settings(run), curve(run)
     context = _context(record, options.context)
     prompts, many = _held_out(run, record, options)
     general, trained_on = _general(run, options)
@@ -134,7 +134,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         **costs,
         "saved": time_saved,
         "furthest": _furthest(answers, own[1]),
-        "training": curve(run),
+        "training": training,
         "settings": {name: value for name, value in settings.items() if name not in settings_with(belongs="machine")},
         "hashes": {
             **_hashes(record, context, models),

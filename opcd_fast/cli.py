@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from opcd_fast.commands import COMMANDS
 from opcd_fast.errors import InputError
-from opcd_fast.runtime import launched_rank
+from opcd_fast.runtime import launched_rank, printable
 
 INTRODUCTION = "opcd: move a context (system prompt, few-shot turns, notes) into the weights of a language model."
 FIRST_RUN = """\
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception) -> str | None:
     """What to tell the user; None for a bug, which keeps its traceback."""
     if isinstance(error, InputError):
-        return " ".join(str(error).split())
+        return printable(" ".join(str(error).split()))
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
@@ -86,7 +86,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, (NotImplementedError, RecursionError)):
         return None
     expected = isinstance(error, (ValueError, OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"
-    return f"{first} (OPCD_DEBUG=1 shows where)" if expected else None
+    return printable(f"{first} (OPCD_DEBUG=1 shows where)") if expected else None
 
 
 if __name__ == "__main__":

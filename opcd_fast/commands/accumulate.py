@@ -48,12 +48,12 @@ def run(arguments: list[str]) -> int:
 
     quiet_libraries()
     folder = ExperienceFolder(command.output_dir)
-    tokenizer = load_tokenizer(command.model)
+    tokenizer = load_tokenizer(command.model, command.trust_remote_code)
     if command.raw:
         return _write_raw(folder, tokenizer, command)
     merge = None
     if command.merge:
-        model = load_model(command.model, dtype=command.dtype, device=command.device)
+        model = load_model(command.model, **command.place())
         merge = Player(sampler(model, tokenizer), tokenizer, command.max_new_tokens, temperature=0.0)
     written = accumulate(
         folder,

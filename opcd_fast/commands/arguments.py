@@ -74,6 +74,12 @@ class ComputeOptions:
     """"auto" | "float32" | "bfloat16"."""
     device: str = "auto"
     """"auto" | "cpu" | "cuda" | "cuda:N"."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model. Without it such a model is refused."""
+
+    def place(self) -> dict[str, Any]:
+        """Keywords of `load_model`."""
+        return {name: getattr(self, name) for name in ("dtype", "device", "trust_remote_code")}
 
 
 def check_at_least(least: int, command: Any, *names: str) -> None:

@@ -50,8 +50,8 @@ def run(arguments: list[str]) -> int:
 
     quiet_libraries()
     name = trained_weights(command.model)
-    tokenizer = load_tokenizer(name)
-    model = load_model(name, dtype=command.dtype, device=command.device)
+    tokenizer = load_tokenizer(name, command.trust_remote_code)
+    model = load_model(name, **command.place())
     speakers: dict[str, tuple[Any, Any]] = {"student": ("", nullcontext)}
     if context is not None:
         if not hasattr(model, "peft_config"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from opcd_fast.commands.arguments import context_in, parse
+from opcd_fast.runtime import printable
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def run(arguments: list[str]) -> int:
     findings = check_run(Path(command.run), context_in(command.context), command.model, command.rehash)
     width = max(len(finding.part) for finding in findings)
     for finding in findings:
-        print(f"{finding.part:<{width}}  {finding.state:<7}  {finding.detail}")
+        print(printable(f"{finding.part:<{width}}  {finding.state:<7}  {finding.detail}"))  # names from the run's files
         if finding.remedy:
             print(f"{'':<{width}}  {'':<7}  -> {finding.remedy}")
     states = {finding.state for finding in findings}

@@ -97,7 +97,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
                 check_goes_with_task(own)
         except InputError as error:
             raise InputError(f"systems: {system.label!r} does not go with a task: {error}") from error
-    tokenizer = load_tokenizer(command.model)
+    tokenizer, trust = load_tokenizer(command.model, config.trust_remote_code), config.trust_remote_code
     held_out, yardstick = _yardstick(command, config, tokenizer)
 
     def load() -> tuple[Any, Any]:
@@ -108,7 +108,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
         load,
         f"{command.model} {command.teacher_model or ''}".strip(),
         tokenizer,
-        None if command.teacher_model is None else load_tokenizer(command.teacher_model),
+        None if command.teacher_model is None else load_tokenizer(command.teacher_model, trust),
         context,
         prompts,
         held_out,
@@ -118,7 +118,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
         yardstick,
     )
     found = summarize(run_all(comparison, lambda text: print(text, flush=True)))
-    options = dataclasses.asdict(command)
+    options = {**dataclasses.asdict(command), "run": config.public()}
     dtype = str(pick_dtype(config.dtype, pick_device(config.device))).removeprefix("torch.")
     ran = {**where_it_ran(), "dtype": dtype}
     found = {"ran": ran, "command": options, "scorer": yardstick.identity()["scorer"], **found}

@@ -69,9 +69,9 @@ def run(arguments: list[str]) -> int:
     full = context_in(command.context)
     own = [Candidate(context_in(name), f"file {name}") for name in command.candidates]
     prompts = read_prompts(command.prompts)[: command.max_prompts]
-    tokenizer = load_tokenizer(command.model)
+    tokenizer = load_tokenizer(command.model, command.trust_remote_code)
     prompts = adapt_to_tokenizer(tokenizer, prompts)
-    model = load_model(command.model, dtype=command.dtype, device=command.device)
+    model = load_model(command.model, **command.place())
     rollout = sampler(model, tokenizer, command.rollout_batch)
     candidates = own + (cut_candidates(full) if command.cuts else [])
     if command.written:

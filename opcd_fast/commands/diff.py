@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from opcd_fast.commands.arguments import parse
+from opcd_fast.runtime import printable
+
+LONGEST = 2000  # characters of a line
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ def run(arguments: list[str]) -> int:
     from opcd_fast.evaluation import compare_runs
 
     found = compare_runs(Path(command.a), Path(command.b))
+
+    def print(line: str) -> None:  # a card may come from anybody
+        builtins.print(printable(line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."))
+
     for name, (a, b) in found.settings.items():
         print(f"setting  {name}: {a!r} -> {b!r}")
     for name, change in found.hashes.items():

@@ -46,11 +46,11 @@ def begin(options: PlayOptions, step: str) -> tuple[Any, Any, Any]:
     from opcd_fast.models import load_model, load_tokenizer
 
     task = load_task(options.task, **options_of(options.task_options))
-    free = ("output_dir", "rollout_batch", "dtype", "device")
+    free = ("output_dir", "rollout_batch", *options.place())
     folder = ExperienceFolder(options.output_dir)
     folder.settle(step, {name: value for name, value in asdict(options).items() if name not in free})
     quiet_libraries()
-    tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    model = load_model(options.model, **options.place())
     rollout = sampler(model, tokenizer, options.rollout_batch)
     return folder, task, Player(rollout, tokenizer, options.max_new_tokens, options.temperature, options.top_p)

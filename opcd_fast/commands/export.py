@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
         target = Path(command.output_dir) if command.output_dir else Path(str(scratch)) / "export"
         repo = None
         if command.push_to_hub is not None:
-            source = find_source(command.run, command.model)
+            source = find_source(command.run, command.model, command.trust_remote_code)
             refuse(source, target, command)
             if card_of(source.folder) is None and not command.without_card:
                 raise InputError(

@@ -74,14 +74,14 @@ def run(arguments: list[str]) -> int:
         read = read_prompts([line.rstrip("\r\n") for line in sys.stdin if line.strip()], "standard input")
     else:
         read = read_prompts(command.prompts)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, command.trust_remote_code)
     ids = []
     for prompt in adapt_to_tokenizer(tokenizer, read):
         shown = "" if context is None else context
         if context is not None and prompt.privileged_context is not None:
             shown = prompt.privileged_context
         ids.append(teacher_ids(tokenizer, prompt, shown, variables))
-    model = load_model(name, dtype=command.dtype, device=command.device)
+    model = load_model(name, **command.place())
     check_prompt_length(max(map(len, ids)), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
     rollout = sampler(model, tokenizer, command.batch_size, command.stop_tokens)
     for start in range(0, len(ids), command.batch_size):

@@ -55,10 +55,11 @@ class PlanCommand:
 def run(arguments: list[str]) -> int:
     command, config = plan_command(arguments)
     quiet_libraries()
-    from opcd_fast.planning import as_json, model_config, plan_run, show
+    from opcd_fast.models import load_settings
+    from opcd_fast.planning import as_json, plan_run, show
 
-    student = model_config(command.model)
-    teacher = None if command.teacher_model is None else model_config(command.teacher_model)
+    student, trust = load_settings(command.model, config.trust_remote_code), config.trust_remote_code
+    teacher = None if command.teacher_model is None else load_settings(command.teacher_model, trust)
     prompts: Any = None
     if command.prompts or command.task or command.task_options:
         prompts = prompts_or_task(command, config)
@@ -92,7 +93,7 @@ def _job(command: PlanCommand, config: OPCDConfig, prompts: Any) -> Any:
                 "tokens"
             )
         return Job((tokens,), ((command.prompt_tokens, command.prompt_tokens, 0),))
-    tokenizer = load_tokenizer(command.model)
+    tokenizer = load_tokenizer(command.model, config.trust_remote_code)
     prompts = ["word " * command.prompt_tokens] if prompts is None else prompts
     context = context_in(command.context)
     return job_of(read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config), config)

@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
     count_tokens = None
     if command.model is not None:
         quiet_libraries()
-        tokenizer = load_tokenizer(command.model)
+        tokenizer = load_tokenizer(command.model, command.trust_remote_code)
 
         def count_tokens(candidate: Candidate) -> int:
             (prompt,) = adapt_to_tokenizer(tokenizer, [candidate.prompt])
@@ -110,7 +110,7 @@ def _asked(
     from opcd_fast.contexts import ask
     from opcd_fast.models import load_model, seam
 
-    model = load_model(name, dtype=command.dtype, device=command.device)
+    model = load_model(name, **command.place())
     found = ask(
         sampler(model, tokenizer), tokenizer, context, count, similarity=command.similarity,
         temperature=command.temperature, seed=command.seed, template_kwargs=variables,

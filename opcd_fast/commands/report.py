@@ -41,6 +41,8 @@ class ReportCommand:
     """Longest answer to them, in tokens; ifbench needs 256 or so."""
     model: str | None = None
     """Where the base model is now; default: where the run found it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model. Without it such a model is refused."""
     max_prompts: int = 32
     """Prompts measured on, from the beginning of each file."""
     samples: int = 1
@@ -77,7 +79,8 @@ def run(arguments: list[str]) -> int:
         "prompt_column": settings.get("prompt_column"),
         "drop_last_answer": settings.get("drop_last_answer", False),
     }
-    passed = ("model", "max_prompts", "samples", "max_new_tokens", "temperature", "examples", "seed")
+    passed = ("model", "trust_remote_code", "max_prompts", "samples", "max_new_tokens", "temperature", "examples",
+              "seed")  # fmt: skip
     options = ReportOptions(
         context=context_in(command.context),
         prompts=None if command.prompts is None else read_prompts(command.prompts, **columns),

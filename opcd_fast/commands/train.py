@@ -112,10 +112,10 @@ def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]
         if command.replay is not None:
             replayed = start.replayed(command.replay, prompts, held_out or (), config.seed)
             say(f"{len(replayed)} replayed prompts keep the context of {command.init}")
-    tokenizer = load_tokenizer(command.model)
+    tokenizer = load_tokenizer(command.model, config.trust_remote_code)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
-        teacher_tokenizer = load_tokenizer(command.teacher_model)
+        teacher_tokenizer = load_tokenizer(command.teacher_model, config.trust_remote_code)
         teacher = load_teacher(command.teacher_model, config)
     place = loading(config, config.quantization)
     if start is not None:
@@ -180,18 +180,18 @@ def load_teacher(name: str, config: OPCDConfig) -> Any:
     return load_model(name, **loading(config, config.teacher_quantization, elsewhere, waits=config.teacher_offload))
 
 
-def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, waits: bool = False) -> dict[str, str]:
-    """Type and place to load a model with. One that is to be packed, sharded, to run elsewhere, or to wait for its turn
+def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, waits: bool = False) -> dict[str, Any]:
+    """How and where to load a model. One that is to be packed, sharded, to run elsewhere, or to wait for its turn
     is loaded on the CPU: it might not fit whole on the device, and loading it elsewhere would make that the current
     one."""
     from opcd_fast.models import pick_device, pick_dtype
     from opcd_fast.training.engines import shards
 
     if quantization == "none" and not elsewhere and not waits and not shards():
-        return {"dtype": config.dtype, "device": config.device}
+        return {"dtype": config.dtype, "device": config.device, "trust_remote_code": config.trust_remote_code}
     name = "teacher_device" if elsewhere else "device"
     dtype = pick_dtype(config.dtype, pick_device(getattr(config, name), name=name, make_current=False))
-    return {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
+    return {"dtype": str(dtype).removeprefix("torch."), "device": "cpu", "trust_remote_code": config.trust_remote_code}
 
 
 def train_command(arguments: list[str], name: str = "train") -> tuple[TrainCommand, OPCDConfig]:
@@ -218,6 +218,8 @@ def read_defaults(arguments: list[str]) -> tuple[list[str], dict[str, Any], dict
     if path is None:
         return arguments, {}, {}
     found, where = read_yaml(path), f"config file {path!r}"
+    if found.get("trust_remote_code"):
+        raise InputError(f"{where}: trust_remote_code is taken from the command line alone: --trust-remote-code")
     of_command = [name for name in option_names(TrainCommand) if name != "run"]
     check_names(found, of_command + option_names(TrainOptions), where)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,10 @@ from typing import Any
 from opcd_fast.data import Context
 from opcd_fast.errors import InputError
 from opcd_fast.models import Place, place_of
+from opcd_fast.runtime import misfit, read_object
 from opcd_fast.training.run import (
+    FILES_SHAPE,
+    HASHES_SHAPE,
     RECORD,
     FileHashes,
     Files,
@@ -25,6 +27,27 @@ from opcd_fast.training.run import (
 )
 
 CARD = "opcd_card.json"
+ESTIMATE: dict[str, Any] = {"value": float, "low": float, "high": float}
+KL = {**ESTIMATE, "p50": float, "p90": float, "p99": float}
+GAP, AFTER = {"before": KL, "after": KL, "gap_closed": ESTIMATE}, {"after": ESTIMATE}
+ARMS = {str: (ESTIMATE, None)}
+GREEDY = {"identical": ESTIMATE}
+SCALAR = (str, bool, float, None)
+CARD_SHAPE = {  # what is read of a card; see `misfit`
+    "run": str, "base_model": str, "adapter": bool, "warning": str, "ran": {"device": str, "dtype?": str},
+    "measured_with": dict.fromkeys(("held_out_prompts", "samples_per_prompt", "max_new_tokens", "temperature"), float),
+    "kl": {"own": GAP, "fixed": GAP},
+    "agreement": {"top1": {"own": AFTER, "fixed": AFTER}, "greedy": {"before": GREEDY, "after": GREEDY}},
+    "arms": {str: {"length": ESTIMATE, "truncated": ESTIMATE}},
+    "scores": [{"name": str, "arms": {str: ESTIMATE}, "regressions": {"count": float, "of": float}}],
+    "forgetting": (None, {"kl": KL, "context_kl?": KL, "context_kl_before?": KL, "yardstick?": KL, "prompts": float,
+                          "top1_agreement": ESTIMATE}),
+    "abilities?": [{"name": str, "arms": ARMS}], "other_context?": ARMS, "second_turn?": [{"name": str, "arms": ARMS}],
+    "saved": {"tokens": float, "tokens_with_context": float, "prefill_seconds": float, "virtual_tokens?": float,
+              "prefill_seconds_with_context": float},
+    "settings": {str: (*SCALAR, [SCALAR])}, "exported?": FILES_SHAPE,
+    "hashes": {**HASHES_SHAPE, "weights": FILES_SHAPE},
+}  # fmt: skip
 WEIGHTS = ("config.json", "adapter_config.json")  # a folder with one of them holds weights
 
 
@@ -43,12 +66,11 @@ def read_card(path: Path) -> dict[str, Any] | None:
     file = path / CARD if path.is_dir() else path
     if not file.is_file():
         return None
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(file)!r} cannot be read: {error}; write it again with `opcd report`") from error
-    if not isinstance(card, dict) or card.get("schema") != 1:
+    card = read_object(file, "; write it again with `opcd report`")
+    if card.get("schema") != 1:
         raise InputError(f"{str(file)!r} is no card of schema 1; write it with `opcd report`")
+    if why := misfit(card, CARD_SHAPE):
+        raise InputError(f"{str(file)!r} is damaged: {why}; write it again with `opcd report`")
     return card
 
 

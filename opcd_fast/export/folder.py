@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from opcd_fast.export.card import card_of, write_card
 from opcd_fast.export.fidelity import LogitError, Probe, compare, logits_of, probe, require_equal
 from opcd_fast.export.options import ExportOptions
 from opcd_fast.export.source import CHOICES, Source, find_source, load_source, stored_dtype, tokenizer_of
-from opcd_fast.models import first_line, load_model, resolve, seam
+from opcd_fast.models import first_line, load_settings, resolve, seam
 from opcd_fast.rollout import stop_token_ids
 from opcd_fast.runtime import write_folder
 
@@ -55,7 +55,7 @@ def export(
     left in `output_dir` then.
     """
     options = options or ExportOptions()
-    source, target = find_source(run, options.model), Path(output_dir).expanduser()
+    source, target = find_source(run, options.model, options.trust_remote_code), Path(output_dir).expanduser()
     refuse(source, target, options)
     card = card_of(source.folder)  # a stale card must not cost the loading of a model
     told("loading the trained model in float32")
@@ -95,6 +95,14 @@ def export(
 
 def refuse(source: Source, target: Path, options: ExportOptions) -> None:
     """Raises InputError for what can be seen before anything is loaded."""
+    inside = source.folder.resolve()
+    for path in source.folder.rglob("*"):
+        real = path.resolve()  # the Hub's cache links a snapshot's files to its blobs
+        if not real.is_relative_to(inside) and real.parent != inside.parent.parent / "blobs":
+            raise InputError(
+                f"{str(path)!r} is a link to {str(real)!r}, which is not the run's and would be exported; put a copy "
+                "in its place, or remove it"
+            )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"output_dir={str(target)!r} exists already; choose another folder, or remove it")
     if options.dtype != "auto" and options.dtype not in CHOICES:
@@ -135,16 +143,8 @@ def _refuse_unmergeable(folder: Path) -> None:
 
 
 def _is_stored_in_4bit(source: Source) -> bool:
-    from transformers import AutoConfig
-
     assert source.base is not None
-    try:
-        config = AutoConfig.from_pretrained(resolve(source.base))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"base {source.base!r} cannot be loaded: {error}") from error
-    return getattr(config, "quantization_config", None) is not None
+    return getattr(load_settings(source.base, source.trust_remote_code), "quantization_config", None) is not None
 
 
 def merged(model: Any) -> Any:
@@ -202,9 +202,9 @@ def base_for_others(source: Source) -> str:
 def _compared(folder: Path, source: Source, options: ExportOptions, asked: Probe, dtype: torch.dtype) -> LogitError:
     """What lies in `folder`, loaded as a user would, against the trained model. Raises InputError when it differs."""
     if source.is_adapter and not options.merged:
-        again = load_source(Source(folder, source.base, source.settings), options.device, unpack=False)
+        again = load_source(replace(source, folder=folder), options.device, unpack=False)
     else:
-        again = load_model(folder, dtype="float32", device=options.device)
+        again = load_source(replace(source, folder=folder, base=None), options.device, unpack=False)
     found = compare(logits_of(again, asked.ids), asked)
     require_equal(found, dtype, "what was written")
     return found

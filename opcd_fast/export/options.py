@@ -21,5 +21,7 @@ class ExportOptions:
     """Merge into a base of 4 bits, unpacked: needed for adapters that were trained on one."""
     max_shard_size: str = "5GB"
     """Largest file of a model's weights."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model. Without it such a model is refused."""
     device: str = "cpu"
     """Where to compute: "cpu" | "cuda" | "cuda:N". Needs room for the model in float32."""

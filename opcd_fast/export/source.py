@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,16 @@ from torch import nn
 
 from opcd_fast.errors import InputError
 from opcd_fast.models import (
-    first_line,
     is_quantized,
     load_model,
+    load_settings,
     load_tokenizer,
     pick_dtype,
     quantize_4bit,
     require_bitsandbytes,
-    resolve,
+    with_adapter,
 )
+from opcd_fast.runtime import read_object
 
 CHOICES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +33,7 @@ class Source:
     base: str | None
     settings: dict[str, Any]
     """config.json of the run, empty for a bare folder."""
+    trust_remote_code: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -43,7 +44,7 @@ class Source:
         return self.settings.get("quantization") == "4bit"
 
 
-def find_source(run: str | Path, model: str | None = None) -> Source:
+def find_source(run: str | Path, model: str | None = None, trust_remote_code: bool = False) -> Source:
     """`run` is the output folder of a run, or a folder that holds an adapter or a model itself.
 
     model: where the base of an adapter is now; None: where its adapter_config.json says.
@@ -58,19 +59,19 @@ def find_source(run: str | Path, model: str | None = None) -> Source:
         folder = root / "final"
         if not folder.is_dir():
             raise InputError(f"run {str(run)!r} has no final/ (the trained weights); finish it with --resume")
-        settings = _json(root / "config.json") if (root / "config.json").is_file() else {}
+        settings = read_object(root / "config.json") if (root / "config.json").is_file() else {}
     elif root.parent.joinpath("checkpoints").is_dir() and (root.parent / "config.json").is_file():
-        settings = _json(root.parent / "config.json")  # RUN/final itself
+        settings = read_object(root.parent / "config.json")  # RUN/final itself
     if (folder / "adapter_config.json").is_file():
-        base = model or _json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = model or read_object(folder / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise InputError(f"adapter {str(folder)!r} does not name its base; give it with --model")
-        return Source(folder, base, settings)
-    if "model_type" not in (_json(folder / "config.json") if (folder / "config.json").is_file() else {}):
+        return Source(folder, base, settings, trust_remote_code)
+    if "model_type" not in (read_object(folder / "config.json") if (folder / "config.json").is_file() else {}):
         raise InputError(f"{str(folder)!r} holds no adapter and no model; give the output folder of `opcd train`")
     if model is not None:
         raise InputError(f"model={model!r}: {str(folder)!r} is a whole model and needs no base; drop it")
-    return Source(folder, None, settings)
+    return Source(folder, None, settings, trust_remote_code)
 
 
 def load_source(source: Source, device: str, unpack: bool) -> Any:
@@ -80,26 +81,16 @@ def load_source(source: Source, device: str, unpack: bool) -> Any:
     Raises InputError where something cannot be loaded.
     """
     if source.base is None:
-        return load_model(source.folder, dtype="float32", device=device)
+        return load_model(source.folder, dtype="float32", device=device, trust_remote_code=source.trust_remote_code)
     if unpack and source.trained_in_4bit:
         base = _unpacked_again(source, device)
     else:
-        base = load_model(source.base, dtype="float32", device=device)
+        base = load_model(source.base, dtype="float32", device=device, trust_remote_code=source.trust_remote_code)
         if hasattr(base, "peft_config"):
             raise InputError(f"base {source.base!r} is an adapter itself; merge that one into its base first")
         if unpack and is_quantized(base):
             base = dequantized(base)
-    return with_adapter_of(base, source.folder)
-
-
-def with_adapter_of(base: Any, folder: str | Path) -> Any:
-    """PEFT around `base` with the adapter in `folder`. Raises InputError when it does not fit."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-    except Exception as error:  # whatever a library raises over these files is about these files
-        raise InputError(f"adapter {str(folder)!r} cannot be loaded: {first_line(error)}") from error
+    return with_adapter(base, source.folder).eval()
 
 
 def _unpacked_again(source: Source, device: str) -> Any:
@@ -108,7 +99,7 @@ def _unpacked_again(source: Source, device: str) -> Any:
     setting = "dequantize"
     require_bitsandbytes(setting)
     dtype = source.settings.get("dtype") or "auto"
-    base = load_model(source.base, dtype=dtype, device=device)
+    base = load_model(source.base, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code)
     place = next(base.parameters()).device
     if not is_quantized(base):
         base = quantize_4bit(base, place, pick_dtype(dtype, place), setting)
@@ -141,25 +132,13 @@ def dequantized(model: Any) -> Any:
 
 def stored_dtype(source: Source) -> torch.dtype:
     """Type of the weights on disk: of the base under an adapter, else of the model. float32 where it is not said."""
-    from transformers import AutoConfig
-
-    name = source.base if source.base is not None else str(source.folder)
-    found = getattr(AutoConfig.from_pretrained(resolve(name)), "dtype", None)
+    settings = load_settings(source.folder if source.base is None else source.base, source.trust_remote_code)
+    found = getattr(settings, "dtype", None)
     return found if isinstance(found, torch.dtype) and found in CHOICES.values() else torch.float32
 
 
 def tokenizer_of(source: Source) -> Any:
     """The tokenizer that was saved with the weights, or the base's."""
     if (source.folder / "tokenizer_config.json").is_file() or source.base is None:
-        return load_tokenizer(source.folder)
-    return load_tokenizer(source.base)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} must hold a JSON object")
-    return value
+        return load_tokenizer(source.folder, source.trust_remote_code)
+    return load_tokenizer(source.base, source.trust_remote_code)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
         refuses_stock_attention, rope_switch,
     )  # fmt: skip
     from opcd_fast.models.loading import (
-        cpu_has_bf16, first_line, load_model, load_tokenizer, pick_device, pick_dtype, refuse_unsupported, resolve,
-        same_device, same_tokenizer,
+        cpu_has_bf16, first_line, load_model, load_settings, load_tokenizer, pick_device, pick_dtype,
+        refuse_unsupported, resolve, same_device, same_tokenizer, with_adapter,
     )  # fmt: skip
     from opcd_fast.models.merged import MergedCopy
     from opcd_fast.models.names import SMOLLM2, SMOLLM2_ON_THE_HUB, Place, base_of_adapter, cache_dir, is_path, place_of

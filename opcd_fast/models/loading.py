@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,8 @@ from typing import Any
 import torch
 
 from opcd_fast.errors import InputError
-from opcd_fast.models.names import SMOLLM2, is_path, smollm2_folder, smollm2_source
-from opcd_fast.runtime import launched, local_rank
+from opcd_fast.models.names import SMOLLM2, base_of_adapter, is_path, smollm2_folder, smollm2_source
+from opcd_fast.runtime import launched, local_rank, write_folder
 
 
 def pick_device(device: str = "auto", *, name: str = "device", make_current: bool = True) -> torch.device:
@@ -88,34 +85,35 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def load_model(name: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> Any:
+def load_model(
+    name: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Any:
     """A causal language model in eval mode; an adapter comes as a PEFT model around its base.
 
     Args:
         name: a folder written by `save_pretrained` (full model or PEFT adapter), a hub id, or "smollm2".
         dtype: "auto" | "float32" | "bfloat16" | "float16", see `pick_dtype`.
         device: "auto" | "cpu" | "cuda" | "cuda:N".
+        trust_remote_code: run Python code that comes with the model; without it such a model is refused.
     Raises:
-        InputError: nothing can be loaded under that name, what is there is damaged or incomplete, or quantised
-            otherwise than to 4 bits by bitsandbytes.
+        InputError: nothing can be loaded under that name, what is there is damaged or incomplete, quantised otherwise
+            than to 4 bits by bitsandbytes, or needs code of its own.
     """
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     folder = resolve(name)
     base_name = _base_of_adapter(folder)
     if base_name is None:
-        return _load_whole(os.fspath(name), kind).to(place)
+        return _load_whole(os.fspath(name), kind, trust_remote_code).to(place)
     try:
         base_folder = resolve(base_name)
     except InputError as error:
         raise InputError(f"adapter {folder!r}: its base, named in adapter_config.json: {error}") from error
     if _base_of_adapter(base_folder) is not None:
         raise InputError(f"adapter {folder!r} sits on another adapter, {base_name!r}; merge that one into its base")
-    base = _load_whole(base_name, kind).to(place)
-    from peft import PeftModel
-
+    base = _load_whole(base_name, kind, trust_remote_code).to(place)
+    model = with_adapter(base, folder).eval()
     with _reading("adapter", folder):
-        model = PeftModel.from_pretrained(base, folder).eval()
         if (Path(folder) / "generation_config.json").is_file():  # written by `opcd export`: where answers end
             from transformers import GenerationConfig
 
@@ -123,18 +121,26 @@ def load_model(name: str | os.PathLike[str], *, dtype: str = "auto", device: str
         return model
 
 
-def _load_whole(name: str, dtype: torch.dtype) -> Any:
+def with_adapter(base: Any, folder: str | os.PathLike[str], is_trainable: bool = False) -> Any:
+    """PEFT around `base` with the adapter in `folder`. Raises InputError when it does not fit."""
+    from peft import PeftModel
+
+    with _reading("adapter", os.fspath(folder)):
+        return PeftModel.from_pretrained(base, os.fspath(folder), is_trainable=is_trainable)
+
+
+def _load_whole(name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """A model that is no adapter, on the CPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from opcd_fast.models.quantized import keep_plain_layout
 
-    folder = resolve(name)
+    refuse_unsupported(load_settings(name, trust_remote_code), name)
     with _reading("model", name):
-        refuse_unsupported(AutoConfig.from_pretrained(folder), name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            resolve(name), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     model, report = loaded
     # The library draws these at random, with a warning.
     bad = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
@@ -146,6 +152,14 @@ def _load_whole(name: str, dtype: torch.dtype) -> Any:
     keep_plain_layout(model)
     model.name_or_path = model.config._name_or_path = name  # an adapter saved later names what the user named
     return model.eval()
+
+
+def load_settings(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The config of a model that is no adapter (same names as `load_model`). Raises InputError."""
+    from transformers import AutoConfig
+
+    with _reading("model", os.fspath(name)):
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
 
 
 def refuse_unsupported(model: Any, name: str = "model") -> None:
@@ -164,8 +178,8 @@ def refuse_unsupported(model: Any, name: str = "model") -> None:
         raise InputError(f"model {name!r} is spread over devices by device_map; load it on one")
 
 
-def load_tokenizer(name: str | os.PathLike[str]) -> Any:
-    """The tokenizer that belongs to `name` (same names as `load_model`). Raises InputError."""
+def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to `name` (same names, and same trust, as `load_model`). Raises InputError."""
     from transformers import AutoTokenizer
 
     folder = resolve(name)
@@ -174,7 +188,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
         if base_name is not None:
             folder = resolve(base_name)
     with _reading("tokenizer of", os.fspath(name)):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _base_of_adapter(folder: str) -> str | None:
@@ -183,14 +197,7 @@ def _base_of_adapter(folder: str) -> str | None:
 
     with _reading("model", folder):
         found = find_adapter_config_file(folder)
-    if found is None:
-        return None
-    with _reading("adapter", folder):
-        settings = json.loads(Path(found).read_text(encoding="utf-8"))
-    name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-    if not isinstance(name, str) or not name:
-        raise InputError(f"adapter {folder!r} does not name its base: set base_model_name_or_path in {found!r}")
-    return name
+    return None if found is None else base_of_adapter(Path(found).parent)
 
 
 @contextlib.contextmanager
@@ -201,7 +208,10 @@ def _reading(what: str, name: str) -> Iterator[None]:
     except (InputError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InputError(f"{what} {name!r} cannot be loaded: {first_line(error)}") from error
+        why = f"cannot be loaded: {first_line(error)}"
+        if "trust_remote_code" in str(error):
+            why = "comes with Python code, which is not run; where you trust it, give --trust-remote-code"
+        raise InputError(f"{what} {name!r} {why}") from error
 
 
 def resolve(name: str | os.PathLike[str]) -> str:
@@ -263,26 +273,17 @@ def _read_once() -> Iterator[None]:
 def _convert_gguf(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-    try:
+    def fill(scratch: Path) -> None:
+        where: dict[str, Any] = {"gguf_file": source.name, "trust_remote_code": False}
         with _read_once():
             model = AutoModelForCausalLM.from_pretrained(
-                str(source.parent),
-                gguf_file=source.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
+                str(source.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
             )
-            tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+            tokenizer = AutoTokenizer.from_pretrained(str(source.parent), **where)
         for part in (model.config, model.generation_config):
             if getattr(part, "quantization_config", None) is not None:
                 delattr(part, "quantization_config")
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        try:
-            scratch.rename(folder)  # atomic: a killed conversion leaves no half-written model behind
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    write_folder(folder, fill)

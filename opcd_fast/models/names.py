@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import read_object
 
 SMOLLM2 = "smollm2"
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -88,10 +88,7 @@ def base_of_adapter(folder: Path) -> str | None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         return None
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(path)!r} does not name the adapter's base: {error}") from error
+    name = read_object(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(f"{str(path)!r} does not name the adapter's base; set base_model_name_or_path")
     return name

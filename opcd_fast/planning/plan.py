@@ -10,7 +10,7 @@ import torch
 
 from opcd_fast.errors import InputError
 from opcd_fast.loss import resolve_backend
-from opcd_fast.models import pick_dtype, resolve, seam
+from opcd_fast.models import pick_dtype, seam
 from opcd_fast.planning.rehearsal import Job, Rehearsal, rehearse
 from opcd_fast.planning.search import Found, can_extrapolate, extrapolated, find
 from opcd_fast.rollout import MOST
@@ -56,8 +56,9 @@ def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
     device, settings = "cpu" if on_cpu else "cuda", config
     if config.teacher_batch_bytes is None:
         # Its default is a share of the weights: of all layers, also in a rehearsal of a few.
+        how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
         with torch.device("meta"):
-            body = seam.body_of(AutoModelForCausalLM.from_config(teacher or student, dtype=dtype))
+            body = seam.body_of(AutoModelForCausalLM.from_config(teacher or student, **how))
         settings = replace(config, teacher_batch_bytes=default_batch_bytes(body))
 
     def whole(settings: OPCDConfig, layers: int | None = None) -> Rehearsal:
@@ -87,16 +88,6 @@ def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
             return Plan(settings, quick, available, limit)
         start = quick.config
     return Plan(settings, find(whole, start, limit, device=device), available, limit)
-
-
-def model_config(name: str) -> Any:
-    """Of transformers, by folder, hub id or "smollm2"; no weights are read. Raises InputError."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(resolve(name))
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {name!r}: its config cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def gpu_bytes(text: str) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import redacted
 
 LONGEST_PAUSE = 30.0  # seconds between two tries
 LOOK_EVERY = 5.0  # seconds, while the server is away
@@ -73,12 +74,17 @@ class JsonServer:
         except httpx.InvalidURL:
             parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise InputError(f"rollout_url={url!r} must look like http://127.0.0.1:8000")
-        self.url = str(parsed.copy_with(userinfo=b"", query=None))  # as it is shown: without a password
+            raise InputError(f"rollout_url={redacted(url)!r} must look like http://127.0.0.1:8000")
+        self.url = redacted(url)
         self.timeout, self.tries, self.first_pause, self.patience = timeout, tries, first_pause, patience
         self._told_away = -float("inf")
+        user = (parsed.username, parsed.password) if parsed.userinfo else None
+        if parsed.query:  # httpx tells the log of every request, with its address
+            logging.getLogger("httpx").setLevel(logging.WARNING)
         self._client = httpx.Client(
-            base_url=parsed,
+            base_url=parsed.copy_with(username="", password=None, query=None),
+            params=parsed.params,
+            auth=user,
             headers={"Accept": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
             timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_PAUSE)),
             limits=httpx.Limits(max_connections=None),
@@ -117,7 +123,7 @@ class JsonServer:
                 break
             wait(pause if pause is not None else backoff * random.uniform(0.8, 1.2))
         raise ServerGone(
-            f"rollout server {self.url}: {why} ({path}, {asked} tries in {time.monotonic() - started:.0f} s); "
+            f"rollout server {self.url}: {redacted(why)} ({path}, {asked} tries in {time.monotonic() - started:.0f} s); "
             "start it again or correct rollout_url, then go on with resume"
         )
 
@@ -142,7 +148,7 @@ class JsonServer:
             pause = _seconds(response.headers.get("Retry-After"))
             raise _TryAgain(f"HTTP {status}: {_message(text)}", pause, away=status in AWAY)
         if 300 <= status < 400:
-            where = response.headers.get("Location")
+            where = redacted(response.headers.get("Location", "nowhere"))
             raise Refused(status, f"it redirects to {where}; give that address as rollout_url")
         if status >= 400:
             raise Refused(status, _message(text))

@@ -77,7 +77,9 @@ class ServerRollout(Sampler):
             raise InputError(f"concurrency={concurrency} must be at least 1")
         if logprobs_are not in ("raw", "processed"):
             raise InputError(f"logprobs_are={logprobs_are!r} is not available; use 'raw' or 'processed'")
-        self.server = JsonServer(url.rstrip("/").removesuffix("/v1"), timeout, tries, first_pause, api_key, patience)
+        address, mark, query = url.partition("?")
+        address = address.rstrip("/").removesuffix("/v1")
+        self.server = JsonServer(address + mark + query, timeout, tries, first_pause, api_key, patience)
         self.weights, self.base, self.longest = weights, base, longest
         self.concurrency = concurrency
         self.logprobs_are = logprobs_are

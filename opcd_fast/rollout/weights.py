@@ -15,7 +15,7 @@ from typing import Any
 from opcd_fast.errors import InputError
 from opcd_fast.rollout.http import JsonServer, Refused
 from opcd_fast.rollout.protocol import weights_version
-from opcd_fast.runtime import write_folder
+from opcd_fast.runtime import redacted, write_folder
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 
@@ -165,12 +165,12 @@ class CommandWeights:
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=self.timeout)
         except subprocess.TimeoutExpired:
-            raise InputError(f"rollout_command={self.command!r} did not end within {self.timeout:g} s") from None
+            raise InputError(f"rollout_command did not end within {self.timeout:g} s") from None
         except OSError as error:
-            raise InputError(f"rollout_command={self.command!r} cannot be run: {error.strerror}") from error
-        if done.returncode:
-            said = " ".join((done.stderr or done.stdout).split())[-200:]
-            raise InputError(f"rollout_command={self.command!r} failed with status {done.returncode}: {said}")
+            raise InputError(f"rollout_command cannot be run: {error.strerror}") from error
+        if done.returncode:  # what it says may repeat what it was given
+            said = redacted(" ".join((done.stderr or done.stdout).split()), *words[1:-1])[-200:]
+            raise InputError(f"rollout_command failed with status {done.returncode}: {said}")
 
 
 def _save(folder: Path, model: Any) -> None:

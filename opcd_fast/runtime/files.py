@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from opcd_fast.errors import InputError
+
+UNFINISHED = ".opcd-new"  # how names end of what is being written; a killed process leaves them
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -17,14 +21,13 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     A crash at any moment leaves the old folder or the new one, never a mixture.
     Raises InputError when the place cannot be written.
     """
+    scratch = _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot write to {str(path.parent)!r}: {error.strerror}") from error
-    aside = scratch.with_name(scratch.name + ".old")
+    aside = _beside(path)
     try:
-        scratch.chmod(0o755)
         fill(scratch)
         _sync(scratch)
         if path.exists():
@@ -43,16 +46,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 def write_file(path: Path, content: str | bytes) -> None:
     """Atomic replacement of a file; text as UTF-8. Raises OSError when it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    scratch = _beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(scratch, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 
@@ -64,9 +66,40 @@ def write_text(path: Path, text: str) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
+def remove_folder(path: Path) -> None:
+    """Hidden first: half of it removed would look whole."""
+    shutil.rmtree(path.rename(_beside(path)), ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes were writing in `folder`, at any depth."""
+    for scratch in folder.rglob(f".*{UNFINISHED}"):
+        shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+
+
+def read_object(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError, which ends with `remedy`, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error}{remedy}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{str(path)!r} must hold a JSON object{remedy}")
+    return value
+
+
+def _beside(path: Path) -> Path:
+    """A name for what shall become `path`. Not tempfile's, whose files only their owner may read: here the umask
+    decides."""
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}"
+
+
 def _sync(folder: Path) -> None:
+    """Onto the disk, readable for whom the umask says: safetensors lets the owner alone read what it writes."""
+    mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(mode)
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
     _sync_folder(folder)

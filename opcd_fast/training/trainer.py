@@ -8,10 +8,10 @@ prepares and repeats it, everything below it keeps records.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,13 @@ class OPCDTrainer:
         Ctrl-C and SIGTERM save a checkpoint of the last whole step and raise `Interrupted` (a KeyboardInterrupt); so
         does a rollout server that stays away, which raises `ServerGone`.
         """
-        started, config = time.perf_counter(), self.config
-        step, journal = self._start_or_resume()
+        started = time.perf_counter()
+        with contextlib.closing(self.folder):  # nobody else writes there meanwhile
+            step, journal = self._start_or_resume()
+            return self._train(step, journal, started)
+
+    def _train(self, step: int, journal: Journal, started: float) -> TrainResult:
+        config = self.config
         with journal, Interruption(self.ranks.first if self.ranks.world > 1 else None) as interruption:
             try:
                 with interruption.abandonable():
@@ -272,14 +277,14 @@ class OPCDTrainer:
             step, saved, records = self.folder.restore(self.parts.identity, config.steps)
             self.engine.restore(saved.weights, saved.optimizer)
             self.teachers.restore(saved.teacher)  # after the student's weights
-            self.folder.write_config(asdict(config))
+            self.folder.write_config(config.public())
         else:
             with torch.no_grad(), self.teachers.at_work():
                 check = self.engine.inside(check_context_matters)
                 check(self.train_rows, *self.teachers.first_weights(), **self.loss_options())
             if config.preview and not self.quiet and self.ranks.world == 1:
                 print("\n".join(in_lines(self.preview(config.preview))), flush=True)
-            self.folder.start(asdict(config))
+            self.folder.start(config.public())
             self.ranks.on_main(lambda: write_record(self.folder.path, self.origins))
         quiet = self.quiet or not self.ranks.main
         return step, Journal(

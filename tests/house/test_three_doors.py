@@ -88,6 +88,10 @@ def test_every_setting_through_every_door(name, tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({**plain, "model": "M", "prompts": "P"}))
     (tmp_path / "b.yaml").write_text(json.dumps({key.replace("_", "-"): value for key, value in plain.items()}))
     assert train_command([*required, *as_arguments(settings)])[1] == wanted
+    if name == "trust_remote_code":  # no file may say that
+        with pytest.raises(InputError, match="command line alone"):
+            train_command(["--config", str(tmp_path / "a.yaml")])
+        return
     assert train_command(["--config", str(tmp_path / "a.yaml")])[1] == wanted
     assert train_command([*required, "--config", str(tmp_path / "b.yaml")])[1] == wanted
     assert OPCDConfig(**dataclasses.asdict(wanted)) == wanted

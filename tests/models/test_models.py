@@ -132,8 +132,8 @@ def test_a_damaged_model_is_one_line(folder, damage, words):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "adapter_config.json").write_text("{"), ["adapter", "cannot be loaded"]),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), ["base_model_name_or_path"]),
+        (lambda f: (f / "adapter_config.json").write_text("{"), ["adapter_config.json", "cannot be read"]),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), ["adapter_config.json", "must hold"]),
         (lambda f: edit(f / "adapter_config.json", base_model_name_or_path=None), ["base_model_name_or_path"]),
         (lambda f: edit(f / "adapter_config.json", base_model_name_or_path=str(f)), ["on another adapter"]),
         (

@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.fail(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
             state.log.append(["unload", body["lora_name"]])
             return self.say(200, "Success")
-        if self.path == "/v1/completions":
+        if self.path.partition("?")[0] == "/v1/completions":
             return self.completion(body)
         return self.fail(404, "Not Found")
 

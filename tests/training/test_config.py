@@ -42,8 +42,8 @@ def test_belongings():
     assert settings_with(belongs="divergence") == ("divergence", "beta", "alpha", "k", "tail", "gate")
     assert settings_with(belongs="comparison") == ("output_dir", "seed", "resume")
     free = settings_with(belongs="resume")
-    assert {"output_dir", "steps", "device", "share_prompts", "rollout_url", "plots"} <= {*free}
-    assert not {"seed", "learning_rate", "lora_rank", "max_new_tokens", "rollout_command", "teacher_path"} & {*free}
+    assert {"output_dir", "steps", "device", "share_prompts", "rollout_url", "rollout_command", "plots"} <= {*free}
+    assert not {"seed", "learning_rate", "lora_rank", "max_new_tokens", "teacher_path"} & {*free}
     assert {*free} | {*settings_with(belongs="result")} == {*option_names(OPCDConfig)}
 
 

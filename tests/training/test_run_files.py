@@ -65,8 +65,9 @@ def test_a_killed_run_may_leave_half_a_line(tmp_path):
     folder = RunFolder(tmp_path / "run", resume=False)
     folder.start({"output_dir": "run"})
     for step in (1, 2, 3):
-        folder.log({"kind": "step", "step": step})
-    folder.save(2, checkpoint.Saved({"w": torch.zeros(1)}, {}), {"seed": 0}, keep=1)
+        folder.log({"kind": "step", "step": step, "loss": 1.0})
+        if step == 2:
+            folder.save(2, checkpoint.Saved({"w": torch.zeros(1)}, {}), {"seed": 0}, keep=1)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "st')
     step, _, records = RunFolder(tmp_path / "run", resume=True).restore({"seed": 0}, 9)
@@ -149,13 +150,17 @@ def test_a_run_without_a_checkpoint_is_started_over(tmp_path):
     folder = RunFolder(tmp_path / "run", resume=False)
     folder.start({})
     folder.log({"kind": "step", "step": 1})
-    (tmp_path / "run" / "checkpoints" / ".step-000002.abc").mkdir(parents=True)
+    for name in ("checkpoints/.step-000002.abc.opcd-new", "rollout_weights/.weights.abc.opcd-new"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in (".rollout.json.abc.opcd-new", ".mine"):
+        (tmp_path / "run" / name).touch()
     with pytest.raises(InputError, match="start without resume"):
         RunFolder(tmp_path / "run", resume=True)
     again = RunFolder(tmp_path / "run", resume=False)
     again.start({})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").rglob(".*")] == [".mine"]
 
 
 def test_the_live_display_draws_one_bar_and_gives_the_cursor_back(monkeypatch):

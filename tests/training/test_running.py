@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -72,7 +73,7 @@ def test_tensorboard_files(tokenizer, tmp_path):
     with pytest.raises(Interrupted):
         make(tokenizer, tmp_path / "run", steps=5, callbacks=[stop_at(4)], **settings).train()
     # As if it had been killed there: the newest checkpoint is that of step 3.
-    (checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / checkpoint.STATE).unlink()
+    shutil.rmtree(checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
     result = make(tokenizer, tmp_path / "run", steps=6, resume=True, **settings).train()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "opcd"))
     events.Reload()

@@ -132,6 +132,7 @@ def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tokenizer, 
     for name in ("answers", "objective", "optimizer", "use_dora", "num_virtual_tokens"):
         del kept["identity"][name]
     state.write_text(json.dumps(kept))
+    state.with_name("manifest.json").unlink()  # which that version did not write
     with pytest.raises(InputError, match="optimizer differs from the run.*'adamw_torch' there, 'adafactor' now"):
         make(tokenizer, tmp_path / "run", resume=True, steps=6, optimizer="adafactor").train()
     assert make(tokenizer, tmp_path / "run", resume=True, steps=6).train().steps == 6

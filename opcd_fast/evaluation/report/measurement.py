@@ -54,6 +54,7 @@ class ReportOptions:
     tasks: Sequence[str] = ()
     abilities: Abilities = field(default_factory=Abilities)
     model: str | None = None
+    trust_remote_code: bool = False
     max_prompts: int = 32
     samples: int = 1
     max_new_tokens: int | None = None
@@ -68,12 +69,12 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     Raises InputError: no finished run, missing context or held-out prompts, another base than the run's.
     """
     started = time.perf_counter()
-    record, settings = read_record(run), run_settings(run)
+    record, settings, training = read_record(run), run_settings(run), curve(run)
     context = _context(record, options.context)
     prompts, many = _held_out(run, record, options)
     general, trained_on = _general(run, options)
     told("loading the models")
-    models = load_run(run, record, settings, options.model)
+    models = load_run(run, record, settings, options.model, options.trust_remote_code)
     variables = OPCDConfig(chat_template_kwargs=settings.get("chat_template_kwargs")).template_variables()
     held_out = _rendered(models, prompts, context, variables, options.samples)
     new_tokens = options.max_new_tokens or settings.get("max_new_tokens", 512)
@@ -134,7 +135,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "saved": time_saved,
         "side_by_side": _side_by_side(answers),
         "furthest": _furthest(answers, own[1]),
-        "training": curve(run),
+        "training": training,
         "settings": {name: value for name, value in settings.items() if name not in settings_with(belongs="machine")},
         "hashes": {
             **_hashes(record, context, models),

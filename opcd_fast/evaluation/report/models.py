@@ -12,7 +12,7 @@ import torch
 
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation import MICRO_BATCH_TOKENS, Reader
-from opcd_fast.models import base_of_adapter, load_model, load_tokenizer, place_of, seam
+from opcd_fast.models import base_of_adapter, load_model, load_tokenizer, place_of, seam, with_adapter
 from opcd_fast.rollout import Completion, TransformersRollout, stop_token_ids
 from opcd_fast.training.engines import fingerprint, shared_vocabulary
 from opcd_fast.training.run import FileHashes, differing, weight_files
@@ -59,8 +59,12 @@ class RunModels:
         return {BASE: self.base, SHOWN: self.teacher}.get(arm, self.student)
 
 
-def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any], model: str | None) -> RunModels:
-    """The models of `run`. model: where the base is now; None: where the run found it.
+def load_run(
+    run: Path, record: dict[str, Any] | None, settings: dict[str, Any], model: str | None,
+    trust_remote_code: bool = False,
+) -> RunModels:  # fmt: skip
+    """The models of `run`. model: where the base is now; None: where the run found it. trust_remote_code: see
+    `load_model`; what the run's settings say of it does not count.
 
     Raises InputError: no final weights, a base that is not here or not the one the run started from.
     """
@@ -78,17 +82,16 @@ def load_run(run: Path, record: dict[str, Any] | None, settings: dict[str, Any],
         changed = differing(record["base"]["files"], weight_files(place_of(base_name), FileHashes()))
         if changed:
             raise InputError(f"base {base_name!r} is not what the run started from: {changed[0]}; give it with --model")
-    place = {"dtype": settings.get("dtype", "auto"), "device": settings.get("device", "auto")}
+    place: dict[str, Any] = {name: settings.get(name, "auto") for name in ("dtype", "device")}
+    place["trust_remote_code"] = trust_remote_code
     base = load_model(base_name, **place)
     if record and not record["base"]["files"] and record["base"]["fingerprint"] not in (None, fingerprint(base)):
         raise InputError(f"base {base_name!r} has other weights than the model in memory that the run started from")
-    tokenizer = load_tokenizer(final)
+    tokenizer = load_tokenizer(final, trust_remote_code)
     if adapter_of is not None:
-        from peft import PeftModel
-
         # On a CPU memory is there for a second copy, and a base without PEFT's layers in it is faster.
         own = base if base.device.type == "cuda" else load_model(base_name, **place)
-        student = PeftModel.from_pretrained(own, str(final)).eval()
+        student = with_adapter(own, final).eval()
     else:
         student = load_model(final, **place)
     teacher, other = base, (record or {}).get("teacher")

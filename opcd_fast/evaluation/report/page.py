@@ -13,7 +13,7 @@ from opcd_fast.evaluation import CARD
 from opcd_fast.evaluation.report import words
 from opcd_fast.evaluation.report.models import SHOWN, STUDENT
 from opcd_fast.models import SMOLLM2, SMOLLM2_ON_THE_HUB
-from opcd_fast.runtime import write_text
+from opcd_fast.runtime import printable, write_text
 
 
 def write_report(run: Path, card: Mapping[str, Any], context: Context | None) -> list[Path]:
@@ -81,7 +81,8 @@ def _rendered(name: str, card: Mapping[str, Any], finalize: Callable[[Any], str]
 
 
 def plain(value: Any) -> Any:
-    """Text that neither ends a table's cell nor becomes markup; what a template calls safe stays."""
+    """Text that neither ends a table's cell nor becomes markup or a terminal's command; what a template calls safe
+    stays."""
     if hasattr(value, "__html__"):
         return value
-    return re.sub(r"([\\|`*<>\[\]#])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\|`*<>\[\]#])", r"\\\1", printable(" ".join(str(value).split())))

@@ -119,7 +119,8 @@ def _models(config: OPCDConfig, job: Job, student: Any, teacher: Any, dtype: tor
     made: list[Any] = [None, None]
     for i, (source, name) in enumerate(((student, "quantization"), (teacher, "teacher_quantization"))):
         if source is not None:
-            made[i] = AutoModelForCausalLM.from_config(copy.deepcopy(source), dtype=dtype).eval()
+            how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+            made[i] = AutoModelForCausalLM.from_config(copy.deepcopy(source), **how).eval()
             if getattr(config, name) == "4bit":
                 made[i], changes[name] = packed(made[i], dtype), "none"
     contexts = [[0] * tokens for tokens in job.contexts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Journal:
         quiet: bool,
     ) -> None:
         self._folder, self._config, self._callbacks, self._ranks = folder, config, callbacks, ranks
-        self._trackers = ranks.together(lambda: Trackers(accelerator, folder.path, asdict(config), step))
+        self._trackers = ranks.together(lambda: Trackers(accelerator, folder.path, config.public(), step))
         self._progress = Progress(config.steps, step, quiet)
         self._draws = config.plots and ranks.main
         self._made = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import redacted
 
 PROJECT = "opcd"
 GROUPS = {"step": "train", "evaluation": "eval"}  # kind of a record -> first part of its numbers' names
@@ -45,7 +46,7 @@ class Trackers:
         try:
             accelerator.init_trackers(PROJECT, flat(config), options)
         except Exception as error:
-            raise InputError(f"trackers cannot start: {type(error).__name__}: {error}") from error
+            raise InputError(f"trackers cannot start: {type(error).__name__}: {redacted(str(error))}") from error
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Numbers of a record of kind "step" or "evaluation"; others have none."""

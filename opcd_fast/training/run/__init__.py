@@ -15,7 +15,8 @@ if TYPE_CHECKING:
         tokenizer_files, weight_files,
     )  # fmt: skip
     from opcd_fast.training.run.record import (
-        PROMPTS, RECORD, Origins, held_out_count, kept_held_out, read_record, row_of, write_record,
+        FILES_SHAPE, HASHES_SHAPE, PROMPTS, RECORD, Origins, held_out_count, kept_held_out, read_record, row_of,
+        write_record,
     )  # fmt: skip
 
 __getattr__, __dir__, __all__ = door(__name__)

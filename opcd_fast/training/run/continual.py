@@ -29,16 +29,14 @@ class Start:
     base: str
     is_adapter: bool
 
-    def models(self, **place: str) -> tuple[Any, Any]:
+    def models(self, **place: Any) -> tuple[Any, Any]:
         """Student, and teacher model: None for an adapter, whose base is the teacher."""
-        from opcd_fast.models import load_model
+        from opcd_fast.models import load_model, with_adapter
 
         final = str(self.run / "final")
         if not self.is_adapter:
             return load_model(final, **place), load_model(self.base, **place)
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(load_model(self.base, **place), final, is_trainable=True), None
+        return with_adapter(load_model(self.base, **place), final, is_trainable=True), None
 
     def replayed(self, replay: str, prompts: Sequence[Prompt], held_out: Sequence[Prompt], seed: int) -> list[Prompt]:
         """Prompts whose teacher sees the old context.

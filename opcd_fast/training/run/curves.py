@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import AUTO, OPCDConfig, settings_with, without_gone
+from opcd_fast.runtime import read_object
+from opcd_fast.training.settings import AUTO, OPCDConfig, check_values, option_names, settings_with, without_gone
 
 
 def run_settings(run: Path) -> dict[str, Any]:
     """config.json of a run. Raises InputError where there is none, or where it has a setting that is gone."""
     path = run / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(run)!r} is not a run: its config.json cannot be read ({error})") from error
-    if not isinstance(settings, dict) or "output_dir" not in settings:
+    settings = read_object(path, f"; {str(run)!r} is not a run")
+    if "output_dir" not in settings:
         raise InputError(f"{str(run)!r} is not a run of `opcd train`: its config.json holds other things")
-    return without_gone(settings, repr(str(path)), "take it out of that file to go on with what runs do now")
+    settings = without_gone(settings, repr(str(path)), "take it out of that file to go on with what runs do now")
+    try:
+        check_values({name: value for name, value in settings.items() if name in option_names(OPCDConfig)})
+    except InputError as error:
+        raise InputError(f"{str(path)!r} is damaged: {error}") from error
+    return settings
 
 
 def as_started(config: OPCDConfig) -> OPCDConfig:
@@ -39,13 +41,32 @@ def curve(run: Path) -> dict[str, Any]:
     """Distance to the teacher at each step where that is the loss, and the held-out KLs where they were measured, from
     metrics.jsonl."""
     steps, evaluations = [], []
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # a killed run may leave half a line
-            record = json.loads(line)
-            if record.get("kind") == "evaluation":
-                evaluations.append([record["step"], record.get("own_kl"), record.get("fixed_kl")])
-            elif record.get("kind") == "step" and record.get("objective") != "nll":
-                steps.append([record["step"], record["loss"]])
+    for record in read_records(run / "metrics.jsonl"):
+        if record["kind"] == "evaluation":
+            evaluations.append([record["step"], record.get("own_kl"), record.get("fixed_kl")])
+        elif record["kind"] == "step" and record.get("objective") != "nll":
+            steps.append([record["step"], record["loss"]])
     return {"steps": steps, "evaluations": evaluations}
+
+
+def read_records(path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, of its first `most` bytes if given; none where there is no file. A killed run may
+    leave half a line at the end. Raises InputError for any other line that is no record."""
+    lines = path.read_bytes()[:most].split(b"\n") if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records += [_record(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                raise InputError(f"{str(path)!r}, line {number}, is damaged ({error}); remove that line") from error
+    return records
+
+
+def _record(value: Any) -> dict[str, Any]:
+    names = ("loss", "own_kl", "fixed_kl")
+    numbers = [value[name] for name in names if value.get(name) is not None] if isinstance(value, dict) else [None]
+    known = all(type(number) in (int, float) for number in numbers) and type(value.get("step")) is int
+    if not known or not isinstance(value.get("kind"), str) or (value["kind"] == "step" and value.get("loss") is None):
+        raise TypeError("no record of a step")
+    return value

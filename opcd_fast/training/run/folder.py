@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
+import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,18 +15,18 @@ from typing import Any, TypeVar
 
 from opcd_fast.data import Sample
 from opcd_fast.errors import InputError
-from opcd_fast.runtime import write_folder, write_text
+from opcd_fast.runtime import clear_unfinished, write_folder, write_text
 from opcd_fast.training.engines import Ranks
-from opcd_fast.training.run.checkpoints import Saved, list_checkpoints, load_checkpoint, save_checkpoint
-from opcd_fast.training.run.curves import run_settings
+from opcd_fast.training.run import checkpoints
+from opcd_fast.training.run.checkpoints import MANIFEST, Saved, list_checkpoints
+from opcd_fast.training.run.curves import read_records, run_settings
+from opcd_fast.training.run.lock import RunLock
 from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
 
+logger = logging.getLogger("opcd_fast")
 BEST = "best.json"
-ANSWERS = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
-SCRATCH = (
-    ".step-", ".final.", ".best.", ".config.json.", ".metrics.", ".eval_fixed.", ".kl.png.", ".seconds.png.",
-    ".answers.", ".run.", ".prompts.", ".held_out.",
-)  # fmt: skip
+ANSWERS: tuple[str, str] = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
+FIXED = "eval_fixed.json"
 
 
 T = TypeVar("T")
@@ -54,7 +55,8 @@ class RunFolder:
     """The folder `output_dir`, which rank 0 of `ranks` (None: this process) reads and writes. Nothing is written before
     `start`.
 
-    A run that stopped before its first checkpoint has nothing to lose and is started over.
+    A run that stopped before its first checkpoint has nothing to lose and is started over. From `start` or `restore` on
+    no other process may write there, until `close`.
     Raises InputError: the folder holds a run with a checkpoint (without resume), or none (with resume).
     """
 
@@ -65,6 +67,7 @@ class RunFolder:
         self._metrics = self.path / "metrics.jsonl"
         self._checkpoints = self.path / "checkpoints"
         self._saved: int | None = None
+        self._lock = RunLock(self.path)
         self._check()
 
     @_by_main
@@ -79,10 +82,11 @@ class RunFolder:
 
     @_by_main
     def start(self, config: Mapping[str, Any]) -> None:
+        self._lock.take()
         if list_checkpoints(self._checkpoints):
             raise InputError(f"output_dir={str(self.path)!r} holds the run of an earlier train(); make a new trainer")
-        self.clear_leftovers()
-        for name in ("metrics.jsonl", "eval_fixed.json", "rollout.json", *ANSWERS):
+        clear_unfinished(self.path)
+        for name in ("metrics.jsonl", FIXED, "rollout.json", *ANSWERS):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "best", ignore_errors=True)
         self._write_config(config)  # not the collective one: the other ranks are not in here
@@ -94,12 +98,9 @@ class RunFolder:
     def _write_config(self, config: Mapping[str, Any]) -> None:
         write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
 
-    def clear_leftovers(self) -> None:
-        """Remove what a killed run was writing."""
-        for folder in (self.path, self._checkpoints):
-            for scratch in folder.glob(".*"):
-                if scratch.name.startswith(SCRATCH):
-                    shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
+    def close(self) -> None:
+        """Others may write there again. Not collective."""
+        self._lock.release()
 
     @_by_main
     def log(self, record: Mapping[str, Any]) -> None:
@@ -117,7 +118,8 @@ class RunFolder:
         if self._metrics.exists():
             with open(self._metrics, "rb") as file:
                 os.fsync(file.fileno())
-        save_checkpoint(self._checkpoints, step, saved, {"identity": made_of}, keep)
+        beside = [self.path / name for name in ("metrics.jsonl", FIXED, *ANSWERS)]
+        checkpoints.save_checkpoint(self._checkpoints, step, saved, {"identity": made_of}, keep, beside)
         self._saved = step
 
     @_by_main
@@ -135,10 +137,11 @@ class RunFolder:
         """Step and contents of the newest checkpoint, and the records up to it. wanted: what its `identity` must be.
         steps: how many it may have.
 
-        Records of steps after the checkpoint are dropped from the file: these steps will be made again.
+        Records after the checkpoint are dropped from the file: these steps will be made again.
         Raises InputError for a damaged checkpoint, one of a run with another identity, or settings that are gone.
         """
-        saved, state = load_checkpoint(list_checkpoints(self._checkpoints)[-1])
+        self._lock.take()
+        saved, state, records = self._newest()
         where = f"resume: the run in {str(self.path)!r}"
         kept_identity = without_gone(state["identity"], where, "start a new one in another output_dir")
         kept_identity = {**identity(OPCDConfig(), {}), **kept_identity}  # defaults are what its version did
@@ -153,29 +156,56 @@ class RunFolder:
                 )
         if state["step"] > steps:
             raise InputError(f"resume: the run has made {state['step']} steps already, steps={steps}; give more")
-        self.clear_leftovers()
-        kept = [record for record in self._records() if record["step"] <= state["step"]]
+        clear_unfinished(self.path)
+        kept = [record for record in records if record["step"] <= state["step"]]
         write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._saved = state["step"]
         return state["step"], saved, kept
 
-    def _records(self) -> list[dict[str, Any]]:
-        """Whole lines; a killed run may leave half of one at the end."""
-        records = []
-        lines = self._metrics.read_text(encoding="utf-8").split("\n") if self._metrics.is_file() else []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
+    def _newest(self) -> tuple[Saved, dict[str, Any], list[dict[str, Any]]]:
+        """The newest checkpoint, and the run's records up to it or further."""
+        damaged: list[Path] = []
+        first: InputError | None = None
+        for path in reversed(list_checkpoints(self._checkpoints)):
+            try:
+                found = self._checked(path)
+            except InputError as error:
+                first = first or error
+                damaged.append(path)
+                continue
+            if first is None:
+                return found
+            moves = [shlex.join(["mv", str(old), str(old.with_name(f"damaged-{old.name}"))]) for old in damaged]
+            raise InputError(
+                f"resume: {first}; {path.name} is whole: `{' && '.join(moves)}`, and --resume goes on from that"
+            )
+        manifest = damaged[0] / MANIFEST
+        remedy = f", or, to go on with it as it is, remove {str(manifest)!r}" if manifest.exists() else ""
+        raise InputError(f"resume: {first}; no other checkpoint is whole: put the file back from a copy{remedy}")
+
+    def _checked(self, path: Path) -> tuple[Saved, dict[str, Any], list[dict[str, Any]]]:
+        manifest, most = checkpoints.check_whole(path), None
+        if manifest is None:
+            logger.warning("%s has no %s, as of an earlier version: its files cannot be checked", path, MANIFEST)
+        else:
+            most = manifest["run"].get(self._metrics.name, {"size": 0})["size"]
+        return *checkpoints.load_checkpoint(path), read_records(self._metrics, most)
 
     @_by_main
     def read_samples(self) -> list[Sample] | None:
         """The held-out sequences of the run being resumed, or None."""
-        path = self.path / "eval_fixed.json"
+        path = self.path / FIXED
         if not (self.resume and path.is_file()):
             return None
-        return [Sample(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        try:
+            kept = [Sample(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            ids = [i for one in kept for i in (*one.student_prompt, *one.teacher_prompt, *one.response)]
+            if not ids or not all(type(i) is int for i in ids):
+                raise TypeError("no token ids in it")
+            return kept
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"resume: {str(path)!r} cannot be read ({error}); start the run anew") from error
 
     @_by_main
     def write_samples(self, samples: Sequence[Sample]) -> None:
-        write_text(self.path / "eval_fixed.json", json.dumps([asdict(sample) for sample in samples]))
+        write_text(self.path / FIXED, json.dumps([asdict(sample) for sample in samples]))

@@ -19,7 +19,7 @@ from typing import Any
 
 from opcd_fast.errors import InputError
 from opcd_fast.models import SMOLLM2, Place, cache_dir, is_path, place_of
-from opcd_fast.runtime import write_file
+from opcd_fast.runtime import misfit, read_object, write_file
 
 Files = dict[str, dict[str, Any]]  # name -> {"size": bytes, "sha256": hexadecimal}
 
@@ -61,8 +61,7 @@ class FileHashes:
             kept = self._kept.get(str(real))
             if not self._again and isinstance(kept, list) and kept[:-1] == state:
                 return kept[-1]
-            with open(real, "rb") as file:
-                found = _digest(file)
+            found = content_of(real)["sha256"]
             if self._state(real) == state and time.time() - max(state[1], state[2]) / 1e9 > RACY_SECONDS:
                 self._keep(str(real), [*state, found])
             return found
@@ -82,11 +81,17 @@ class FileHashes:
             write_file(self._path, json.dumps(self._kept))
 
 
-def _digest(file: Any) -> str:
-    seen = hashlib.sha256()
-    while block := file.read(1 << 22):
-        seen.update(block)
-    return seen.hexdigest()
+def content_of(path: Path, most: int | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of a file, of its first `most` bytes if given. Raises InputError when it cannot be read."""
+    seen, size = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22 if most is None else min(1 << 22, most - size)):
+                seen.update(block)
+                size += len(block)
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    return {"size": size, "sha256": seen.hexdigest()}
 
 
 def weight_files(place: Place, hashes: FileHashes) -> Files:
@@ -109,7 +114,7 @@ def tokenizer_files(folder: Path, hashes: FileHashes) -> Files:
             continue
         files[name] = {"size": path.stat().st_size, "sha256": hashes.of(path)}
         if name == "tokenizer_config.json":
-            settings = _json_object(path)
+            settings = read_object(path)
             settings.pop("chat_template", None)
             files[name] = {"size": None, "sha256": hash_of(settings)}
     return files
@@ -127,8 +132,10 @@ def template_in(folder: Path) -> str | dict[str, str] | None:
         text = _text(single)
         return {"default": text, **{path.stem: _text(path) for path in more}} if more else text
     config = folder / "tokenizer_config.json"
-    found = _json_object(config).get("chat_template") if config.is_file() else None
+    found = read_object(config).get("chat_template") if config.is_file() else None
     if isinstance(found, list):
+        if why := misfit(found, [{"name": str, "template": str}], "chat_template"):
+            raise InputError(f"{str(config)!r} is damaged: {why}")
         return {row["name"]: row["template"] for row in found}
     return found
 
@@ -143,16 +150,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {str(path)!r} as UTF-8 text: {error}") from error
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_text(path))
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} must hold a JSON object")
-    return value
 
 
 def of_model(name: str | None, hashes: FileHashes) -> dict[str, Any]:

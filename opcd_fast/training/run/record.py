@@ -16,13 +16,24 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import Context, Prompt
+from opcd_fast.data import Context, Prompt, checked_messages
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import is_name, misfit, read_object
 from opcd_fast.training.run.provenance import FileHashes, hash_of, of_code, of_model, of_tokenizer
 
 RECORD, PROMPTS, HELD_OUT = "run.json", "prompts.jsonl", "held_out.jsonl"
 ROW = "row"  # the column of held_out.jsonl that holds a prompt's data row
 SCHEMA = 1
+
+TEXT_OR_NONE, NAME_OR_NONE = (str, None), (is_name, None)
+FILES_SHAPE = {str: {"size?": int, "sha256": str}}
+MODEL_SHAPE = {"name": NAME_OR_NONE, "commit": TEXT_OR_NONE, "files": FILES_SHAPE}
+HASHES_SHAPE = {  # what run.json and a card say of where a run came from, see `misfit`
+    "context_sha256": TEXT_OR_NONE, "prompts_sha256": TEXT_OR_NONE, "held_out_sha256": TEXT_OR_NONE,
+    "base": {**MODEL_SHAPE, "fingerprint": TEXT_OR_NONE}, "teacher": (None, MODEL_SHAPE), "started": TEXT_OR_NONE,
+    "tokenizer": {"name": NAME_OR_NONE, "files": FILES_SHAPE, "template_sha256": TEXT_OR_NONE},
+    "code": {"version": str, "commit": TEXT_OR_NONE, "changed": (bool, None)},
+}  # fmt: skip
 
 
 @dataclass
@@ -73,13 +84,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         if inside and not (folder / "config.json").is_file():
             raise InputError(f"{str(folder)!r} is not a run; did you mean {str(inside[0])!r}?")
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else None
-        raise InputError(f"{str(path)!r} has schema {found!r}, this version reads {SCHEMA}")
+    record = read_object(path)
+    if record.get("schema") != SCHEMA:
+        raise InputError(f"{str(path)!r} has schema {record.get('schema')!r:.60}, this version reads {SCHEMA}")
+    if why := misfit(record, {**HASHES_SHAPE, "context": (str, None, list), "started": str}):
+        raise InputError(f"{str(path)!r} is damaged: {why}")
+    if isinstance(record["context"], list):
+        checked_messages(record["context"], f"{str(path)!r}: context")
     return record
 
 
@@ -106,7 +117,10 @@ def kept_held_out(folder: Path) -> list[Prompt]:
     if not (folder / HELD_OUT).stat().st_size:
         return []
     found = read_prompts(folder / HELD_OUT, "held-out prompts")
-    return [replace(prompt, row=prompt.row.get(ROW, prompt.row)) for prompt in found]
+    rows = [prompt.row.get(ROW, prompt.row) for prompt in found]
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise InputError(f"{str(folder / HELD_OUT)!r}: a {ROW!r} is no object")
+    return [replace(prompt, row=row) for prompt, row in zip(found, rows)]
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

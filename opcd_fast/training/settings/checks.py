@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from opcd_fast.errors import InputError
 from opcd_fast.loss import PARAMETERS, check_divergence, unused_parameter
+from opcd_fast.runtime import HIDDEN
 from opcd_fast.training.settings.setting import OneOf, settings_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def goes_with(config: OPCDConfig, name: str) -> bool:
     return all(wanted.allows(getattr(config, other)) for other, wanted in known.needs.items())
 
 
+SECRET = ("rollout_url", "rollout_command")  # may hold passwords and keys
 AUTO = "auto"  # a divergence that is not chosen
 DEFAULT, BEFORE = "gated_kl", "reverse_kl"  # what it is then, and was in earlier versions
 
@@ -146,6 +148,11 @@ def _check_prefix(config: OPCDConfig) -> None:
 
 
 def _check_rollout(config: OPCDConfig) -> None:
+    for name in SECRET:
+        if HIDDEN in (getattr(config, name) or ""):
+            raise InputError(
+                f"{name} is not kept in config.json with its secrets: give it again, --{name.replace('_', '-')} …"
+            )
     for kind, name in (("server", "rollout_url"), ("replay", "rollout_file")):
         if config.rollout == kind and getattr(config, name) is None:
             raise InputError(f"rollout={kind!r} needs {name}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from opcd_fast.loss import ALPHA, BETA, GATE, TAIL, K
-from opcd_fast.training.settings.checks import AUTO, DEFAULT, check
+from opcd_fast.runtime import HIDDEN, redacted
+from opcd_fast.training.settings.checks import AUTO, DEFAULT, SECRET, check
 from opcd_fast.training.settings.gone import refuse_gone
 from opcd_fast.training.settings.options import comma_separated, json_object, typed_values
 from opcd_fast.training.settings.setting import (
@@ -164,7 +166,7 @@ class OPCDConfig:
     rollout_model: str | None = machine(None, """Of "server" and "vllm": the name there of the model, or of the base
         under the adapter; None: the name it was loaded by.""", needs={"rollout": OneOf("server", "vllm")})
     rollout_command: str | None = machine(None, """Of "server": a command that loads the weights from the folder it gets
-        as its last argument. None: vLLM's endpoints for LoRA adapters.""", belongs="machine",
+        as its last argument. None: vLLM's endpoints for LoRA adapters.""", belongs=("resume", "machine"),
         needs={"rollout": OneOf("server")})
     rollout_timeout: float = machine(600.0, 'Of "server": seconds for one answer.',
         Within(0, 86400, open_low=True), belongs="resume", needs={"rollout": OneOf("server")})
@@ -181,6 +183,9 @@ class OPCDConfig:
         Within(0, 1, open_low=True), belongs="resume", needs={"rollout": OneOf("vllm")})
     rollout_file: str | None = machine(None, 'Of "replay": JSONL of prompts and answers.',
         belongs="machine", needs={"rollout": OneOf("replay")})
+    trust_remote_code: bool = machine(False, """Run Python code that comes with a model; without it such a model is
+        refused. Taken from the command line alone, never from a file. In Python: `load_model`'s.""",
+        belongs=("resume", "place"))
     loss_backend: str = machine("auto", '"auto" | "triton" | "native" | "torch".',
         OneOf("auto", "triton", "native", "torch"), belongs="resume")
     workspace_bytes: int | None = machine(None, "Bound for the loss's scratch memory; None: the loss's own default.",
@@ -241,6 +246,12 @@ class OPCDConfig:
             object.__setattr__(self, "divergence", DEFAULT)
         check(self)
 
+    def public(self) -> dict[str, Any]:
+        """All of them as they may be written down: without secrets."""
+        url, command = (getattr(self, name) for name in SECRET)
+        hidden = {"rollout_url": url and redacted(url), "rollout_command": command and HIDDEN}
+        return {**asdict(self), **hidden}
+
     def columns(self) -> dict[str, Any]:
         """How `read_prompts` reads the rows."""
         return {"prompt_column": self.prompt_column, "drop_last_answer": self.drop_last_answer}
@@ -276,6 +287,15 @@ class OPCDConfig:
         if prefix or self.num_virtual_tokens:
             return PREFIX_LEARNING_RATE
         return LORA_LEARNING_RATE if adapter else FULL_LEARNING_RATE
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raises InputError for a value that its setting cannot have, whatever the others are."""
+    rules = {field.name: known.rule for field, known in settings_of(OPCDConfig)}
+    for name, value in typed_values(OPCDConfig, values).items():
+        rule = rules[name]
+        if rule is not None and value is not None:
+            rule(name, value)
 
 
 def settings_with(belongs: str) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from benchmarks.measure import wait
 from benchmarks.schema import Values, value
 
 KINDS = {  # of kernels, by parts of their names; the first that fits
-    "our kernels": ("_rows_kernel", "_terms_kernel", "_normaliser_kernel", "_merge_attention_kernel", "opcd"),
+    "our kernels": ("_rows_kernel", "_terms_kernel", "_normaliser_kernel", "_variation_kernel", "_statistics_kernel",
+                    "_merge_attention_kernel", "opcd"),  # fmt: skip
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "aten::mm", "aten::addmm", "aten::bmm"),
     "copies": ("memcpy", "memset"),

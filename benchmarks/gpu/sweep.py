@@ -20,7 +20,7 @@ from benchmarks.measure import release, timed
 from benchmarks.schema import Values, value
 from benchmarks.session import Session, Wrong
 from opcd_fast.kernels.reference import STATISTICS, Logits
-from opcd_fast.kernels.triton import divergences, launch_shapes, logprob_rows, merge_attention, reverse_kl_rows
+from opcd_fast.kernels.triton import divergence_rows, launch_shapes, logprob_rows, merge_attention
 from opcd_fast.loss.chunks import pitch_of
 
 TABLE = "launch_shapes.json"
@@ -30,7 +30,7 @@ WIDE = ((2048, 8), (4096, 8), (4096, 16), (2048, 4), (1024, 4), (2048, 16), (102
         (8192, 32))  # fmt: skip
 SOME = ((2048, 8), (4096, 16), (4096, 8), (1024, 4), (2048, 4))
 TILES = ((2048, 4), (1024, 4), (1024, 2), (2048, 8), (4096, 8), (4096, 4), (8192, 16))
-SHAPES = {"reverse_kl_rows": WIDE, "merge_attention": TILES, "logprob_rows": SOME, "divergence_rows": SOME}
+SHAPES = {"divergence_rows": WIDE, "merge_attention": TILES, "logprob_rows": SOME}
 WIDEST = 2**31 - 1
 NARROW = 49_152  # a second width for the kernel that matters most, up to twice as many columns
 ERROR = 2**-7  # of bf16 gradients of two shapes, which sum in another order
@@ -47,10 +47,9 @@ def run(session: Session) -> None:
     device = session.device
     rows, columns, tokens = (3, 1003, 5) if session.dry else (1024, 151_936, 32_768)
     builds: dict[str, Callable[[], Launch]] = {
-        "reverse_kl_rows": partial(reverse_kl, device, rows, columns),
+        "divergence_rows": partial(gated_kl, device, rows, columns),
         "merge_attention": partial(merge, device, tokens, 32, 128),
         "logprob_rows": partial(logprob, device, rows, columns),
-        "divergence_rows": partial(forward_kl, device, rows, columns),
     }
     best: dict[str, tuple[int, int]] = {}
     for kernel, build in builds.items():
@@ -58,8 +57,8 @@ def run(session: Session) -> None:
         if best[kernel][0]:
             _write(session, best, (0, 0))  # at once: the time may be over before the next one is done
     narrow = _swept(
-        session, "reverse_kl_rows", f"reverse_kl_rows, V {NARROW}",
-        partial(reverse_kl, device, 3 if session.dry else 2048, 700 if session.dry else NARROW),
+        session, "divergence_rows", f"divergence_rows, V {NARROW}",
+        partial(gated_kl, device, 3 if session.dry else 2048, 700 if session.dry else NARROW),
     )  # fmt: skip
     session.row("table", lambda: _write(session, best, narrow), settings={"file": TABLE})
 
@@ -105,7 +104,7 @@ def _write(session: Session, best: dict[str, tuple[int, int]], narrow: tuple[int
         if not block:
             continue
         kept = [entry for entry in table[kernel] if entry[0] < NARROW // 2] if kernel != "merge_attention" else []
-        if kernel == "reverse_kl_rows" and narrow[0]:
+        if kernel == "divergence_rows" and narrow[0]:
             kept.append([2 * NARROW, *narrow])
         table[kernel] = [*kept, [WIDEST, block, warps]]
     text = json.dumps(table, indent=1) + "\n"
@@ -121,17 +120,10 @@ def _write(session: Session, best: dict[str, tuple[int, int]], narrow: tuple[int
 # --- one launch of each kernel ------------------------------------------------------------------------------
 
 
-def reverse_kl(device: torch.device, rows: int, columns: int) -> Launch:
+def gated_kl(device: torch.device, rows: int, columns: int) -> Launch:
     """As the trainer asks for it: all statistics, a bf16 gradient. Two passes over both logits, one write."""
     z_s, z_t, weights, statistics, gradient = _row_inputs(device, rows, columns)
-    call = partial(reverse_kl_rows, z_s, z_t, weights, statistics, gradient)
-    return Launch(call, rows * columns * (4 * 4 + 2), gradient)
-
-
-def forward_kl(device: torch.device, rows: int, columns: int) -> Launch:
-    """For all that the kernel of the other divergences computes; two passes as well."""
-    z_s, z_t, weights, statistics, gradient = _row_inputs(device, rows, columns)
-    call = partial(divergences.divergence_rows, z_s, z_t, weights, statistics, gradient, divergence="forward_kl")
+    call = partial(divergence_rows, z_s, z_t, weights, statistics, gradient, divergence="gated_kl")
     return Launch(call, rows * columns * (4 * 4 + 2), gradient)
 
 

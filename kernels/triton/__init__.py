@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
-    from opcd_fast.kernels.triton import divergences, launch_shapes
+    from opcd_fast.kernels.triton import launch_shapes
     from opcd_fast.kernels.triton.attention import merge_attention
+    from opcd_fast.kernels.triton.divergences import divergence_rows
     from opcd_fast.kernels.triton.logprobs import logprob_rows
-    from opcd_fast.kernels.triton.reverse_kl import reverse_kl_rows
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -14,8 +14,10 @@ has it; the kernel that writes the statistics in the end is there too. The rever
 the first two passes, 18 bytes per logit with a bf16 gradient; the gate "tv" reads the logits a third time, 26 bytes. So
 do the others, which know c = E_p[phi] only after their terms.
 
-As in reverse_kl.py, accumulators are per lane, loops have no barrier, and the columns beyond the last whole
-block are peeled off to keep all other loads 128 bits wide.
+Running maxima and sums are kept per lane and combined once at the end, so loops have no barrier and no shuffle. The
+columns beyond the last whole block are peeled off: with a mask in the loop, or with rows that do not start at multiples
+of 16 elements, every 128-bit load would turn into four. expm1 does not exist here; terms without cancellation are in
+logits.py.
 """
 
 from __future__ import annotations
@@ -222,8 +224,9 @@ def _terms_kernel(
     PIECES: tl.constexpr, TERMS: tl.constexpr, WRITE_TERMS: tl.constexpr, WRITE_MOMENT: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    # Backwards, and so are the columns: what was read last is what the cache may still hold.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
     z_s_ptr += row * stride_s
     z_t_ptr += row * stride_t
     g_ptr += row * stride_g
@@ -256,7 +259,6 @@ def _terms_kernel(
     moment = tl.zeros([BLOCK], tl.float32)
     top_s = tl.full([BLOCK], NO_COLUMN, tl.int32)
     top_t = tl.full([BLOCK], NO_COLUMN, tl.int32)
-    # Backwards: the end of the row is what the cache may still hold.
     if (split == tl.num_programs(1) - 1) & (whole * BLOCK < n_columns):
         columns = whole * BLOCK + lanes
         z_s, z_t, difference = load_pair(

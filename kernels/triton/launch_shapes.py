@@ -2,7 +2,7 @@
 
     {"schema": 1,
      "source": "not measured yet",   or {"device": "...", "date": "...", "commit": "..."}
-     "reverse_kl_rows": [[columns up to, block, warps], ...], and so on for every kernel in KERNELS}
+     "divergence_rows": [[columns up to, block, warps], ...], and so on for every kernel in KERNELS}
 
 A kernel's entries rise in their columns; the last one serves whatever is wider. For the row kernels, columns are those
 of the logits and block the columns that a program reads at once; for merge_attention, columns are the head size and
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 SCHEMA = 1
 VARIABLE = "OPCD_LAUNCH_SHAPES"
 PACKAGED = Path(__file__).with_suffix(".json")
-KERNELS = ("reverse_kl_rows", "divergence_rows", "logprob_rows", "merge_attention")
+KERNELS = ("divergence_rows", "logprob_rows", "merge_attention")
 SOURCE_KEYS = ("device", "date", "commit")
 
 _forced: dict[str, tuple[int, int]] = {}

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opcd_fast.kernels.reference import DIVERGENCES, NORMALISERS, TERMS
-from opcd_fast.kernels.triton import attention, divergences, logprobs, reverse_kl, statistics, variation
+from opcd_fast.kernels.triton import attention, divergences, logprobs, statistics, variation
 from opcd_fast.kernels.triton.launch_shapes import current_table
 from opcd_fast.kernels.triton.logits import MOST_REGISTERS
 
@@ -63,21 +63,6 @@ def with_pieces(shapes: list[tuple[dict, int]]) -> list[tuple[dict, int]]:
 
 def planes_of(row: Any) -> int:
     return len(NORMALISERS) if row.infinite else 4
-
-
-def _reverse_kl() -> Kernel:
-    variants = {}
-    for prefix, gated in (("", False), ("gated_", True)):
-        flags = {**PLAIN, "GATED": gated, "ALL_STATISTICS": False, "WRITE_GRADIENT": True}
-        variants |= {
-            prefix + "plain": flags,
-            prefix + "statistics": {**flags, "ALL_STATISTICS": True},
-            prefix + "loss_only": {**flags, "WRITE_GRADIENT": False},
-            prefix + "everything": {**flags, **TRANSFORMED, "ALL_STATISTICS": True},
-        }
-    shapes = launch_shapes_of("reverse_kl_rows")
-    default = ("everything", "gated_everything")
-    return Kernel(reverse_kl._reverse_kl_rows_kernel, variants, default, lambda _: 2, shapes)
 
 
 def _normalisers() -> Kernel:
@@ -151,7 +136,7 @@ def _merge() -> Kernel:
 
 
 KERNELS = {
-    "reverse_kl": _reverse_kl(), "normalisers": _normalisers(), "variation": _variation(), "terms": _terms(),
+    "normalisers": _normalisers(), "variation": _variation(), "terms": _terms(),
     "statistics": _statistics(), "logprob": _logprob(), "merge": _merge(),
 }  # fmt: skip
 
@@ -196,7 +181,7 @@ def count(pattern: str, text: str) -> int:
 def report(capability: int, kernel: str, variant: str, shape: tuple[dict, int]) -> dict:
     entry = KERNELS[kernel]
     constants, warps = {**entry.variants[variant], **shape[0]}, shape[1]
-    registers = MOST_REGISTERS if kernel == "terms" or constants.get("GATED") else None
+    registers = MOST_REGISTERS if kernel == "terms" else None
     compiled = triton.compile(
         source(entry.function, constants),
         target=GPUTarget("cuda", capability, 32),

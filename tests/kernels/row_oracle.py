@@ -1,6 +1,7 @@
 """What the row operations compute, by float64 autograd of the definitions; inputs; and every implementation."""
 
 import functools
+import itertools
 import os
 from unittest import mock
 
@@ -21,7 +22,7 @@ CASES = [
 ]  # fmt: skip
 FEW = [CASES[0], CASES[1], CASES[3], CASES[5], CASES[7], *CASES[9:]]  # one of each divergence, both gates
 LEVELS = native.supported_levels() if native.available() else ()
-KINDS = ["torch", "triton", "triton, a program a row", *LEVELS]
+KINDS = ["torch", "triton", *LEVELS]
 
 
 def implementation(kind):
@@ -38,20 +39,12 @@ def implementation(kind):
     pytest.importorskip("triton")
     from opcd_fast.kernels import triton
 
-    if kind == "triton":
-        return functools.partial(triton.divergences.divergence_rows, splits=2)
-
-    def a_program_a_row(*arguments, divergence, parameter=0.0, gate=None, **options):
-        assert (divergence, gate) in (("reverse_kl", None), ("gated_kl", "kl"))
-        triton.reverse_kl_rows(*arguments, gated=gate is not None, **options)
-
-    return a_program_a_row
+    return functools.partial(triton.divergence_rows, splits=2)
 
 
 def pairs(cases, kinds=KINDS):
-    """Every implementation with every case it has."""
-    a_row = (("reverse_kl", 0.0), ("gated_kl", "kl"))
-    return [(kind, case) for kind in kinds for case in cases if case in a_row or "a row" not in kind]
+    """Every implementation with every case."""
+    return list(itertools.product(kinds, cases))
 
 
 def logits64(side, z):

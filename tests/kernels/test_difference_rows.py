@@ -19,7 +19,7 @@ def implementation(kind):
     pytest.importorskip("triton")
     from opcd_fast.kernels import triton
 
-    return functools.partial(triton.divergences.divergence_rows, difference=True, splits=2)
+    return functools.partial(triton.divergence_rows, difference=True, splits=2)
 
 
 def inputs(columns=1030, spread=0.3, top=0.0):

@@ -37,7 +37,7 @@ def test_the_variable_names_another_table_whose_wider_rows_take_the_last(tmp_pat
     ("changes", "words"),
     [
         ({"schema": 2}, ["schema 1"]),
-        ({"row": []}, ["schema 1", "reverse_kl_rows"]),
+        ({"row": []}, ["schema 1", "divergence_rows"]),
         ({"source": {"device": "a"}}, ["source", "commit"]),
         ({"logprob_rows": []}, ["logprob_rows", "[]"]),
         ({"logprob_rows": [[100, 128]]}, ["logprob_rows", "[100, 128]"]),
@@ -68,7 +68,7 @@ def test_files_that_are_no_tables(tmp_path):
 
 def test_kernels_start_with_a_forced_shape():
     pytest.importorskip("triton")
-    from opcd_fast.kernels.triton import reverse_kl as kernel
+    from opcd_fast.kernels.triton import divergences as kernel
 
     g = torch.Generator().manual_seed(0)
     z_s, z_t = (Logits(torch.randn(3, 700, generator=g)) for _ in range(2))
@@ -82,25 +82,25 @@ def test_kernels_start_with_a_forced_shape():
 
             return start
 
-    original, kernel._reverse_kl_rows_kernel = kernel._reverse_kl_rows_kernel, Watched()
+    original, kernel._terms_kernel = kernel._terms_kernel, Watched()
     try:
         found = []
         for shape in ((512, 2), (128, 1), (256, 1)):
-            with forced_shape("reverse_kl_rows", *shape):
-                statistics = torch.empty(6, 3)
-                kernel.reverse_kl_rows(z_s, z_t, torch.ones(3), statistics, None)
+            with forced_shape("divergence_rows", *shape):
+                statistics = torch.zeros(6, 3)
+                kernel.divergence_rows(z_s, z_t, torch.ones(3), statistics, None)
             found.append(statistics)
     finally:
-        kernel._reverse_kl_rows_kernel = original
+        kernel._terms_kernel = original
     assert started == [(512, 2), (128, 1), (256, 1)]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
-    assert launch_shape("reverse_kl_rows", 700) == current_table().shapes["reverse_kl_rows"][0][1:]
+    assert launch_shape("divergence_rows", 700) == current_table().shapes["divergence_rows"][0][1:]
 
 
 def test_a_shape_that_no_kernel_could_use_is_not_forced():
     with pytest.raises(ValueError, match="kernel is 'rows'"), forced_shape("rows", 512, 2):
         pass
-    with pytest.raises(ValueError, match="powers of two"), forced_shape("reverse_kl_rows", 500, 2):
+    with pytest.raises(ValueError, match="powers of two"), forced_shape("divergence_rows", 500, 2):
         pass
-    assert launch_shape("reverse_kl_rows", 10) == current_table().shapes["reverse_kl_rows"][0][1:]
+    assert launch_shape("divergence_rows", 10) == current_table().shapes["divergence_rows"][0][1:]

@@ -11,7 +11,7 @@ from loss_oracle import logits64, relative_error, states, token_kl64
 
 from opcd_fast.kernels.csrc import native
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl
-from opcd_fast.loss.chunks import products, row_operations, workspace
+from opcd_fast.loss.chunks import products, workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -36,7 +36,6 @@ def bf16_gemms(monkeypatch):
     def runs_native(side):
         return side.h.dtype == side.weight.dtype == torch.bfloat16
 
-    monkeypatch.setattr(row_operations, "FEW_ROWS", 0)
     monkeypatch.setattr(torch, "mm", wide_mm)
     monkeypatch.setattr(torch, "addmm", wide_addmm)
     for module in (products, workspace):

@@ -11,9 +11,6 @@ from opcd_fast.kernels.reference import DIVERGENCES, Logits, differences, diverg
 from opcd_fast.loss.chunks import sharding
 from opcd_fast.loss.chunks.spec import Spec
 
-# Up to so many rows one program per row leaves multiprocessors idle, so each row is split over several.
-FEW_ROWS = 128
-
 
 def scratch_planes(spec: Spec) -> tuple[int, int]:
     """(block, V) buffers that a row operation needs beside the logits: as its scratch, and what it allocates itself."""
@@ -54,13 +51,7 @@ def divergence_rows(
     if spec.backend == "triton":
         from opcd_fast.kernels import triton
 
-        gated = (spec.divergence, spec.option) == ("gated_kl", "kl")
-        if spec.projection == "difference":
-            triton.divergences.divergence_rows(*arguments, difference=True, **options)
-        elif (gated or spec.divergence == "reverse_kl") and not spec.group and len(student.z) > FEW_ROWS:
-            triton.reverse_kl_rows(*arguments, gated=gated, all_statistics=spec.all_statistics)
-        else:
-            triton.divergences.divergence_rows(*arguments, **options)
+        triton.divergence_rows(*arguments, difference=spec.projection == "difference", **options)
     elif spec.projection == "difference":
         differences.difference_rows(*arguments, **options)
     elif spec.backend == "native" and not spec.group:

@@ -53,9 +53,10 @@ def linear_divergence_op(
     all_statistics: bool,
     numbers: Sequence[float],
     words: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics (6, N), rows repeated (), dH, dW, db); a gradient that is not wanted is empty. The last
-    parameters, from vocab_size on, are `Spec.packed()`; its backend and projection may be "auto"."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics (6, N), rows repeated (), what dW is still to be multiplied with (), dH, dW, db); a gradient
+    that is not wanted is empty, dW is in the compute dtype. The last parameters, from vocab_size on, are
+    `Spec.packed()`; its backend and projection may be "auto"."""
     student, teacher = Side(h_s, w_s, b_s), Side(h_t, w_t, b_t)
     dtype = compute_dtype(h_s, w_s, h_t, w_t)
     spec = _resolved(h_s, dtype, vocab_size, workspace_bytes, all_statistics, numbers, words)
@@ -65,7 +66,8 @@ def linear_divergence_op(
         loss = _reduce(found[0][0], rows.weights, rows.factor, reduction)
     gradients = [h_s.new_empty(0) if gradient is None else gradient for gradient in found[1:]]
     count = h_s.new_full((), repeated, dtype=torch.int64)
-    return loss, found[0], count, gradients[0], gradients[1], gradients[2]
+    rest = rows.factor if isinstance(rows.factor, Tensor) else h_s.new_ones((), dtype=dtype)
+    return loss, found[0], count, rest, gradients[0], gradients[1], gradients[2]
 
 
 @linear_divergence_op.register_fake
@@ -75,7 +77,8 @@ def _(h_s, w_s, b_s, h_t, w_t, b_t, token_weights, token_ids, denominator, dw_in
         h_s.new_empty((count,) if reduction == "none" else (), dtype=dtype),
         h_s.new_empty((len(STATISTICS), count), dtype=dtype),
         h_s.new_empty((), dtype=torch.int64),
-        *_fake(Side(h_s, w_s, b_s), wanted if dw_into is None else (wanted[0], False, wanted[2])),
+        h_s.new_empty((), dtype=dtype),
+        *_fake(Side(h_s, w_s, b_s), wanted if dw_into is None else (wanted[0], False, wanted[2]), dtype),
     )
 
 
@@ -106,7 +109,8 @@ def linear_logprobs_op(
 
 @linear_logprobs_op.register_fake
 def _(h, weight, bias, token_ids, upstream, wanted, *_):
-    return h.new_empty(h.shape[0], dtype=compute_dtype(h, weight)), *_fake(Side(h, weight, bias), wanted)
+    dtype = compute_dtype(h, weight)
+    return h.new_empty(h.shape[0], dtype=dtype), *_fake(Side(h, weight, bias), wanted, dtype)
 
 
 def _resolved(h: Tensor, dtype: torch.dtype, *packed: Any) -> Spec:
@@ -114,10 +118,12 @@ def _resolved(h: Tensor, dtype: torch.dtype, *packed: Any) -> Spec:
     return replace(spec, backend=resolve_backend(spec.backend, h.device, dtype))
 
 
-def _fake(side: Side, wanted: Sequence[bool]) -> list[Tensor]:
+def _fake(side: Side, wanted: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
     """Gradients as the operators return them."""
     return [
-        x.new_empty(x.shape, dtype=returned_dtype(x.dtype)) if want and x is not None else side.h.new_empty(0)
+        x.new_empty(x.shape, dtype=dtype if x is side.weight else returned_dtype(x.dtype))
+        if want and x is not None
+        else side.h.new_empty(0)
         for x, want in zip(side, wanted, strict=True)
     ]
 
@@ -151,7 +157,7 @@ class LinearDivergence(torch.autograd.Function):
         wanted: Wanted,
     ) -> tuple[Tensor, Tensor, Tensor]:
         late = reduction == "none"
-        loss, statistics, repeated, dh, dw, db = linear_divergence_op(
+        loss, statistics, repeated, rest, dh, dw, db = linear_divergence_op(
             h_s, w_s, b_s, h_t, w_t, b_t, token_weights, token_ids, denominator, dw_into,
             NOTHING if late else wanted, reduction, factor, *spec.packed(),
         )  # fmt: skip
@@ -161,7 +167,7 @@ class LinearDivergence(torch.autograd.Function):
         if late:
             ctx.save_for_backward(h_s, w_s, b_s, h_t, w_t, b_t, token_weights, token_ids)
         else:
-            ctx.save_for_backward(dh, dw, db)
+            ctx.save_for_backward(rest, dh, dw, db)
         ctx.mark_non_differentiable(statistics, repeated)
         ctx.set_materialize_grads(False)
         return loss, statistics, repeated
@@ -174,17 +180,18 @@ class LinearDivergence(torch.autograd.Function):
         if ctx.late:
             *inputs, token_weights, token_ids = ctx.saved_tensors
             weights = _late_weights(upstream, token_weights)
-            _, _, _, *gradients = linear_divergence_op(
+            _, _, _, rest, *gradients = linear_divergence_op(
                 *inputs, weights, token_ids, None, None, ctx.wanted, "sum", 1.0, *ctx.spec.packed()
             )
         else:
             if ctx.accumulated is not None:
                 _require_one(upstream)
-            gradients = ctx.saved_tensors
+            rest, *gradients = ctx.saved_tensors
         found: list[Tensor | None] = [None] * 3
         for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
             if ctx.wanted[i]:
-                found[i] = gradient.to(dtype) if ctx.late else scaled(gradient, upstream, dtype)
+                of_all = upstream * rest if i == 1 and not ctx.late else upstream
+                found[i] = gradient.to(dtype) if ctx.late else scaled(gradient, of_all, dtype)
         if ctx.accumulated is not None:
             found[1] = placeholder(ctx.accumulated)
         return (*found, *(None,) * 11)

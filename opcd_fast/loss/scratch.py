@@ -17,7 +17,6 @@ from opcd_fast.loss.chunks import (
     make_plan,
     multiprocessors_of,
     pitch_of,
-    returned_dtype,
     runs_native,
     scratch_planes,
     takes_differences,
@@ -62,7 +61,8 @@ def scratch_bytes(
     projection: str = "auto",
     token_ids: bool = True,
 ) -> int:
-    """Bytes at the worst moment of one call of `fused_linear_divergence` on `rows` rows, statistics included.
+    """Bytes at the worst moment of one call of `fused_linear_divergence` on `rows` rows, statistics included; without
+    its results, of which dW is in float32 until backward.
 
     dtype: of hidden states and of heads, which are cast to it where they are of another. device: "cuda" or "cpu", which
     need not be here; backend: the one that will run there. gradients: of the hidden states, and of the student's head
@@ -112,7 +112,4 @@ def scratch_bytes(
         teacher_rows = min(rows, plan.logit_rows) * of_teacher.h.shape[1] * size * copied(of_teacher)
         dh = numbers * (size + (dtype.itemsize if dtype != exact else 0)) * wanted.hidden
         buffers += max(teacher_rows, dh)
-    if wanted.weight:
-        # Added up in float32 beside these buffers; rounded, into what is counted as a result, when they are gone.
-        buffers += student.weight.numel() * (size - returned_dtype(dtype).itemsize)
     return buffers + (2 * len(STATISTICS) + 2) * rows * size

@@ -102,7 +102,7 @@ def test_peak_memory(train_head):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     (fused_linear_reverse_kl(h, w, h_t, w.detach(), workspace_bytes=workspace) / 3).backward()
-    # dW in float32 and rounded; it is scaled where it lies.
+    # dW in float32, scaled and rounded into another tensor.
     gradients = 2 * h.numel() * 2 + (w.numel() * (4 + 2) if train_head else 0)
     assert torch.cuda.max_memory_allocated() - before <= workspace + gradients + (8 << 20)
 

@@ -171,7 +171,7 @@ def test_the_loss_holds_what_it_says(dtype, backend, divergence, trained):
         return fused_linear_divergence(hidden, heads[0], teacher, heads[1], return_stats=True, **options)
 
     call()  # what is loaded at first use
-    results = (hidden.nbytes + (heads[0].weight.nbytes if trained else 0)) * 1.0
+    results = hidden.nbytes + 4.0 * (heads[0].weight.numel() if trained else 0)
     said = scratch_bytes(n, *heads, dtype, device="cpu", **options)
     assert said + results == pytest.approx(peak_bytes(call), rel=0.1)
 
@@ -192,7 +192,7 @@ def test_the_loss_of_differences_holds_what_it_says(trained):
         )
 
     assert call()[1].repeated == 0
-    results = hidden.nbytes + (weight.nbytes if trained else 0)
+    results = hidden.nbytes + 4 * (weight.numel() if trained else 0)
     said = results + scratch_bytes(n, LMHead(weight), LMHead(weight), torch.bfloat16, device="cpu", **options)
     assert 0.7 * said <= peak_bytes(call) <= said  # a CPU's float64 and float32 buffers are not there at once
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast.loss.chunks import sharding
-from opcd_fast.loss.chunks.products import Weight, add_weight_gradient, hidden_gradient, scale_, scale_into
+from opcd_fast.loss.chunks.products import Weight, add_weight_gradient, hidden_gradient, scale_
 from opcd_fast.loss.chunks.rows import Rows, refuse_capture
 from opcd_fast.loss.chunks.spec import Spec, Wanted
 from opcd_fast.loss.chunks.workspace import Side, returned_dtype
@@ -33,10 +33,9 @@ class Gradients:
             # Its first chunk writes it whole but for the padding: a (V, D) of zeros would be a pass for nothing.
             self.weight = torch.empty(shape, dtype=dtype, device=device)
             self.weight[spec.vocab_size if rows.count > 0 else 0 :].zero_()
-        # A factor that is a number rides on the product. One on the device waits until the end, unless dW is added to
-        # somebody's running sum.
-        late = into is None and isinstance(rows.factor, Tensor)
-        self.weight_factor = 1.0 if late else float(rows.factor)
+        # A factor that is a number rides on the product. One on the device waits for the upstream gradient, unless dW
+        # is added to somebody's running sum.
+        self.weight_factor = 1.0 if into is None and isinstance(rows.factor, Tensor) else float(rows.factor)
 
     def add(self, g: Tensor, h: Tensor, weight: Weight, chosen: slice | Tensor) -> None:
         """What these rows of the call give. g: (m, V); h: (m, D) as multiplied."""
@@ -54,13 +53,9 @@ class Gradients:
             self.bias[:v].add_(g.sum(dim=0, dtype=self.bias.dtype))
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dH, dW, db), each in the type of what it belongs to, rounded once."""
-        dw = None
-        if self.weight is not None and self.into is None:
-            kept, dw = returned_dtype(self.side.weight.dtype), self.weight
-            if isinstance(self.factor, Tensor):
-                dw = scale_into(dw, self.factor, dw if kept == dw.dtype else torch.empty_like(dw, dtype=kept))
-            dw = dw.to(kept)
+        """(dH, dW, db): dW as it was added up, without a factor that is a tensor; the others in the type of what they
+        belong to, rounded once."""
+        dw = None if self.into is not None else self.weight
         if self.bias is None or self.side.bias is None:
             return self.hidden, dw, None
         scale_(self.bias, self.factor)

@@ -53,8 +53,9 @@ def linear_divergence(
 
     repeated: how many rows differences did not do for; -1 where the sides were multiplied separately.
 
-    Rows that are not active have statistics 0 and gradient 0 and cost nothing. Gradients come in the dtype of
-    what they belong to; dW is accumulated in the compute dtype and rounded once. With a sharded head every rank
+    Rows that are not active have statistics 0 and gradient 0 and cost nothing. Gradients come in the dtype of what they
+    belong to, but dW, which is large, as it was accumulated: in the compute dtype, and without a factor that is a
+    tensor, so that one pass in backward multiplies and rounds it. With a sharded head every rank
     gets all rows' statistics and dH, and dW and db of its slice.
     """
     h_s, v, dtype = student.h, spec.vocab_size, compute_dtype(*student[:2], *teacher[:2])

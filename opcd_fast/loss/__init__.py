@@ -6,6 +6,7 @@ from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
     from opcd_fast.loss.api import LossStats, fused_linear_divergence, fused_linear_reverse_kl, reverse_kl
+    from opcd_fast.loss.chunks import release_workspace
     from opcd_fast.loss.divergences import (
         ALPHA, BETA, DIVERGENCES, GATE, PARAMETERS, TAIL, K, check_divergence, unused_parameter,
     )  # fmt: skip

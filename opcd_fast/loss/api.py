@@ -228,6 +228,7 @@ def fused_linear_divergence(
         student.valid_size, check_workspace(workspace_bytes), backend, return_stats,
         float(student.scale), float(teacher.scale), student.softcap, teacher.softcap, check_temperature(temperature),
         *chosen, "" if student.group is None else student.group.group_name, route,
+        not torch.compiler.is_compiling(),
     )  # fmt: skip
     loss, statistics, repeated = LinearDivergence.apply(
         h_s, weight, bias, h_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), weights, ids, scalar,

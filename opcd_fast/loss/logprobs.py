@@ -52,7 +52,7 @@ def fused_linear_logprobs(
         raise ValueError(f"token_ids holds {int(ids.max())}; the head has {head.valid_size} tokens")
     spec = Spec(
         head.valid_size, check_workspace(workspace_bytes), backend, scale_s=float(head.scale), softcap_s=head.softcap,
-        temperature=check_temperature(temperature),
+        temperature=check_temperature(temperature), keep=not torch.compiler.is_compiling(),
     )  # fmt: skip
     wanted = Wanted.of(torch.is_grad_enabled(), h, weight, bias)
     return LinearLogprobs.apply(h, weight, bias, ids, spec, wanted).reshape(leading)

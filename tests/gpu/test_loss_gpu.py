@@ -4,7 +4,13 @@ import pytest
 import torch
 from loss_oracle import divergence64, logits64, relative_error, states, token_kl64
 
-from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_logprobs, fused_linear_reverse_kl
+from opcd_fast.loss import (
+    LMHead,
+    fused_linear_divergence,
+    fused_linear_logprobs,
+    fused_linear_reverse_kl,
+    release_workspace,
+)
 
 pytestmark = pytest.mark.gpu
 # 3 rows more than two multiples of 128; a vocabulary that is no multiple of 8; mean KL about 1 … 3e-5.
@@ -144,6 +150,18 @@ def test_logprobs():
     torch.testing.assert_close(logp.double(), exact, rtol=1e-4, atol=1e-4)
     logp.sum().backward(), exact.sum().backward()
     assert relative_error(h.grad, h64.grad) <= 3e-3 and relative_error(w.grad, w64.grad) <= 3e-3
+
+
+def test_the_workspace_stays_between_calls_and_is_given_back():
+    h, w, h_t = (x.cuda() for x in states(ROWS, WIDTH, VOCABULARY, 0.1))
+    h.requires_grad_()
+    held = []
+    for rows in (ROWS, ROWS, ROWS // 2):
+        (gradient,) = torch.autograd.grad(fused_linear_reverse_kl(h[:rows], w, h_t[:rows].bfloat16(), w), h)
+        del gradient
+        held.append(torch.cuda.memory_allocated())
+    release_workspace()
+    assert len(set(held)) == 1 and torch.cuda.memory_allocated() < held[0]
 
 
 def test_a_cuda_graph_replays_the_loss_on_new_inputs():

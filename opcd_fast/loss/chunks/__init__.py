@@ -6,6 +6,7 @@ from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
     from opcd_fast.loss.chunks import sharding
+    from opcd_fast.loss.chunks.buffers import release_workspace
     from opcd_fast.loss.chunks.differences import takes_differences
     from opcd_fast.loss.chunks.gradients import accumulation_target, placeholder
     from opcd_fast.loss.chunks.loop import linear_divergence, linear_logprobs, logits_divergence

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from opcd_fast.kernels.reference import DIVERGENCES, Logits
 from opcd_fast.loss.chunks import sharding
+from opcd_fast.loss.chunks.buffers import borrowed
 from opcd_fast.loss.chunks.gradients import Gradients
 from opcd_fast.loss.chunks.products import Weight, half_product, operand_dtype, take
 from opcd_fast.loss.chunks.row_operations import divergence_rows, scratch_planes
@@ -96,10 +97,10 @@ def largest_of(weight: Tensor) -> float:
     return _known[weight][1]
 
 
-def half_head(side: Side, exponent: int) -> Tensor:
-    """(v, operand_width) float16: [2^exponent W, b, b', 1, 0 ...]."""
+def half_head(side: Side, exponent: int, head: Tensor) -> None:
+    """Write (v, operand_width) float16: [2^exponent W, b, b', 1, 0 ...]."""
     v, width = side.weight.shape
-    head = torch.zeros(v, operand_width(width), dtype=torch.float16, device=side.weight.device)
+    head[:, width:].zero_()
     rows = v if side.weight.is_cuda else 4096  # a CPU casts through temporaries
     for weight, out in zip(side.weight.split(rows), head[:, :width].split(rows), strict=True):
         torch.mul(weight, 2.0**exponent, out=out)
@@ -108,7 +109,6 @@ def half_head(side: Side, exponent: int) -> Tensor:
         rest = side.bias - head[:, width].float()
         head[:, width + 1] = torch.where(rest.isfinite(), rest, 0.0)  # a forbidden token is -inf in the first
     head[:, width + 2] = 1.0
-    return head
 
 
 def operand(h: Tensor, shift: Tensor, with_bias: bool, exponent: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,46 +148,50 @@ def run_differences(
     v, n, device, dtype = len(student.weight), rows.count, statistics.device, statistics.dtype
     # The head's largest number is made at least 2^-4, so that what float16 drops is 2^-20 of it.
     exponent = max(0, -4 - math.frexp(largest)[1])
-    head, weight = half_head(student, exponent), Weight(student, dtype, plan.tile, spec.backend)
-    z_buffer, d_buffer = (
-        torch.empty(count, pitch_of(v), dtype=torch.float16, device=device)
-        for count in (plan.gradient_rows, plan.logit_rows)
-    )
-    g_buffer = z_buffer.view(torch.bfloat16)  # each element is written by what has read it last
-    scratch = torch.empty(scratch_planes(spec)[0] // 2, plan.block_rows, v, dtype=torch.float64, device=device)
-    for first in range(0, n, plan.gradient_rows):
-        last = min(first + plan.gradient_rows, n)
-        for start in range(first, last, plan.logit_rows):
-            stop = min(start + plan.logit_rows, last)
-            inside, chosen = slice(start - first, stop - first), rows.chosen(start, stop)
-            h, moved = (take(side.h, rows.active, start, stop, torch.float32) for side in sides)
-            torch.sub(h, moved, out=moved)
-            ids = token_ids[chosen] - first_column
-            here = (ids >= 0) & (ids < v)
-            own = torch.where(here, ids, 0)
-            row = student.weight[own].float()
-            shifts = torch.stack([torch.linalg.vecdot(h, row), torch.linalg.vecdot(moved, row)])
-            if student.bias is not None:
-                shifts[0] += student.bias[own]
-            shifts.masked_fill_(~here, 0.0)
-            if spec.group:
-                sharding.sum_(shifts, spec.group)  # one rank has the token
-            buffers = z_buffer[inside, :v], d_buffer[: stop - start, :v]
-            halves, known = [], []
-            for x, shift, out in zip((h, moved), shifts, buffers):
-                with_bias = x is h and student.bias is not None
-                operands, undo, shifted = operand(x, shift, with_bias, exponent)
-                half_product(operands, head, out, plan.tile)
-                halves.append(Logits(out, None, spec.scale_s, None, spec.temperature, undo))
-                known.append(shifted * halves[-1].derivative)
-            computed = torch.zeros(len(statistics), stop - start, dtype=dtype, device=device)
-            g = g_buffer[inside, :v] if any(wanted) else None
-            divergence_rows(spec, halves[0], halves[1], rows.weights[chosen], computed, g, scratch, first_column)
-            if spec.all_statistics:
-                computed[2] += known[0]
-                computed[3] += known[0] - known[1]
-            statistics[:, chosen] = computed
-        if any(wanted):
-            h_big = take(student.h, rows.active, first, last, operand_dtype(student, dtype))
-            g = g_buffer[: last - first, :v]
-            gradients.add(g if weight.native else g.to(dtype), h_big, weight, rows.chosen(first, last))
+    weight, pitch = Weight(student, dtype, plan.tile, spec.backend), pitch_of(v)
+    with borrowed(
+        device,
+        ((v, operand_width(student.weight.shape[1])), torch.float16),
+        ((plan.gradient_rows, pitch), torch.float16),
+        ((plan.logit_rows, pitch), torch.float16),
+        ((scratch_planes(spec)[0] // 2, plan.block_rows, v), torch.float64),
+        keep=spec.keep,
+    ) as (head, z_buffer, d_buffer, scratch):
+        half_head(student, exponent, head)
+        g_buffer = z_buffer.view(torch.bfloat16)  # each element is written by what has read it last
+        for first in range(0, n, plan.gradient_rows):
+            last = min(first + plan.gradient_rows, n)
+            for start in range(first, last, plan.logit_rows):
+                stop = min(start + plan.logit_rows, last)
+                inside, chosen = slice(start - first, stop - first), rows.chosen(start, stop)
+                h, moved = (take(side.h, rows.active, start, stop, torch.float32) for side in sides)
+                torch.sub(h, moved, out=moved)
+                ids = token_ids[chosen] - first_column
+                here = (ids >= 0) & (ids < v)
+                own = torch.where(here, ids, 0)
+                row = student.weight[own].float()
+                shifts = torch.stack([torch.linalg.vecdot(h, row), torch.linalg.vecdot(moved, row)])
+                if student.bias is not None:
+                    shifts[0] += student.bias[own]
+                shifts.masked_fill_(~here, 0.0)
+                if spec.group:
+                    sharding.sum_(shifts, spec.group)  # one rank has the token
+                buffers = z_buffer[inside, :v], d_buffer[: stop - start, :v]
+                halves, known = [], []
+                for x, shift, out in zip((h, moved), shifts, buffers):
+                    with_bias = x is h and student.bias is not None
+                    operands, undo, shifted = operand(x, shift, with_bias, exponent)
+                    half_product(operands, head, out, plan.tile)
+                    halves.append(Logits(out, None, spec.scale_s, None, spec.temperature, undo))
+                    known.append(shifted * halves[-1].derivative)
+                computed = torch.zeros(len(statistics), stop - start, dtype=dtype, device=device)
+                g = g_buffer[inside, :v] if any(wanted) else None
+                divergence_rows(spec, halves[0], halves[1], rows.weights[chosen], computed, g, scratch, first_column)
+                if spec.all_statistics:
+                    computed[2] += known[0]
+                    computed[3] += known[0] - known[1]
+                statistics[:, chosen] = computed
+            if any(wanted):
+                h_big = take(student.h, rows.active, first, last, operand_dtype(student, dtype))
+                g = g_buffer[: last - first, :v]
+                gradients.add(g if weight.native else g.to(dtype), h_big, weight, rows.chosen(first, last))

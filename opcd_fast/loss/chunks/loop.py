@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opcd_fast.kernels.reference import STATISTICS, logprobs
 from opcd_fast.loss.chunks import sharding
+from opcd_fast.loss.chunks.buffers import borrowed
 from opcd_fast.loss.chunks.differences import LARGEST, largest_in_head, run_differences
 from opcd_fast.loss.chunks.gradients import Gradients
 from opcd_fast.loss.chunks.products import Weight, operand_dtype, project, scale_, take
@@ -146,27 +147,28 @@ def run_chunks(
     for side in sides:
         weights.append(Weight(side, dtype, plan.tile, spec.backend, shares=weights[0] if weights else None))
     types = [operand_dtype(side, dtype) for side in sides]
-    logits = [torch.empty(plan.logit_rows, pitch, dtype=dtype, device=device) for _ in sides]
-    g_buffer = logits[0]
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((plan.logit_rows, pitch), dtype) for _ in sides]
     if has_gradient_buffer(student, dtype, spec, wanted):
-        g_buffer = torch.empty(plan.gradient_rows, pitch, dtype=gradient_dtype(student, dtype), device=device)
-    scratch = torch.empty(planes[0], plan.block_rows, v, dtype=dtype, device=device)
+        shapes.append(((plan.gradient_rows, pitch), gradient_dtype(student, dtype)))
+    shapes.append(((planes[0], plan.block_rows, v), dtype))
 
-    for first in range(0, n, plan.gradient_rows):
-        last = min(first + plan.gradient_rows, n)
-        h_big = take(student.h, rows.active, first, last, types[0])
-        for start in range(first, last, plan.logit_rows):
-            stop = min(start + plan.logit_rows, last)
-            inside, chosen = slice(start - first, stop - first), rows.chosen(start, stop)
-            others = zip(sides[1:], types[1:], strict=True)
-            hidden = [h_big[inside], *(take(side.h, rows.active, start, stop, kind) for side, kind in others)]
-            z = [buffer[: stop - start, :v] for buffer in logits]
-            project(hidden, weights, z)
-            computed = torch.zeros(len(statistics), stop - start, dtype=dtype, device=device)
-            operate(z, chosen, computed, g_buffer[inside, :v] if any(wanted) else None, scratch)
-            statistics[:, chosen] = computed
-        if any(wanted):
-            gradients.add(g_buffer[: last - first, :v], h_big, weights[0], rows.chosen(first, last))
+    with borrowed(device, *shapes, keep=spec.keep) as (*cut, scratch):
+        logits, g_buffer = cut[: len(sides)], [*cut, cut[0]][len(sides)]  # of its own, or over the student's logits
+        for first in range(0, n, plan.gradient_rows):
+            last = min(first + plan.gradient_rows, n)
+            h_big = take(student.h, rows.active, first, last, types[0])
+            for start in range(first, last, plan.logit_rows):
+                stop = min(start + plan.logit_rows, last)
+                inside, chosen = slice(start - first, stop - first), rows.chosen(start, stop)
+                others = zip(sides[1:], types[1:], strict=True)
+                hidden = [h_big[inside], *(take(side.h, rows.active, start, stop, kind) for side, kind in others)]
+                z = [buffer[: stop - start, :v] for buffer in logits]
+                project(hidden, weights, z)
+                computed = torch.zeros(len(statistics), stop - start, dtype=dtype, device=device)
+                operate(z, chosen, computed, g_buffer[inside, :v] if any(wanted) else None, scratch)
+                statistics[:, chosen] = computed
+            if any(wanted):
+                gradients.add(g_buffer[: last - first, :v], h_big, weights[0], rows.chosen(first, last))
 
 
 def _readable(logits: Tensor) -> bool:

@@ -44,6 +44,7 @@ class Spec:
     option: str = ""  # the word among its parameters
     group: str = ""  # name of the process group over which the head is sharded; "" for none
     projection: str = "separate"  # or "difference", or "auto" until it is resolved
+    keep: bool = True  # the workspace, for the next call; a compiled call may lie in a graph's own memory
 
     def student(self, z: Tensor, bias: Tensor | None) -> Logits:
         return Logits(z, bias, self.scale_s, self.softcap_s, self.temperature)
@@ -54,8 +55,8 @@ class Spec:
     def packed(self) -> tuple[Any, ...]:
         """As an operator's arguments, whose schema knows no records and no lists of words."""
         numbers = [self.scale_s, self.scale_t, self.softcap_s or 0.0, self.softcap_t or 0.0, self.temperature]
-        words = "\n".join((self.backend, self.divergence, self.option, self.group, self.projection))
-        return self.vocab_size, self.workspace_bytes, self.all_statistics, [*numbers, self.parameter], words
+        words = (self.backend, self.divergence, self.option, self.group, self.projection, "keep" if self.keep else "")
+        return self.vocab_size, self.workspace_bytes, self.all_statistics, [*numbers, self.parameter], "\n".join(words)
 
     @classmethod
     def unpacked(
@@ -63,8 +64,8 @@ class Spec:
     ) -> Spec:
         """What `packed` has packed."""
         scale_s, scale_t, softcap_s, softcap_t, temperature, parameter = numbers
-        backend, divergence, option, group, projection = words.split("\n")
+        backend, divergence, option, group, projection, keep = words.split("\n")
         return cls(
             vocab_size, workspace_bytes, backend, all_statistics, scale_s, scale_t, softcap_s or None,
-            softcap_t or None, temperature, divergence, parameter, option, group, projection,
+            softcap_t or None, temperature, divergence, parameter, option, group, projection, keep == "keep",
         )  # fmt: skip

@@ -21,6 +21,7 @@ import torch
 
 from opcd_fast.data import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
+from opcd_fast.loss import release_workspace
 from opcd_fast.training.engines.ranks import Ranks, Round
 
 logger = logging.getLogger("opcd_fast")
@@ -67,6 +68,7 @@ class TokenBudget:
             self.tokens = tokens // 2
             gc.collect()
             if torch.cuda.is_available():
+                release_workspace()
                 torch.cuda.empty_cache()
             if self.ranks.main:
                 logger.warning(

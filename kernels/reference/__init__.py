@@ -12,6 +12,6 @@ if TYPE_CHECKING:
         NORMALISERS, STATISTICS, TERMS, Gather, Rows, far_from_shift, gate_from, merge_normalisers, merge_terms,
         normalise, write_statistics,
     )  # fmt: skip
-    from opcd_fast.kernels.reference.table import DIVERGENCES, PARAMETERS, Divergence, Parameter, row_of
+    from opcd_fast.kernels.reference.table import DIVERGENCES, PARAMETERS, Divergence, Parameter, is_number, row_of
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -172,7 +172,6 @@ def _terms_and_p_phi(p, q, z_s, z_t, difference, log_ratio, shift, gate, rest, p
         l = z_s - z_t - log_ratio
         l = tl.where(l < _LIMIT, l, _LIMIT)
         l = tl.where(l > -_LIMIT, l, -_LIMIT)
-        rest = 1.0 - parameter
         if DIVERGENCE == _JSD:
             x, _, _ = _log_ratio_to_mixture(l, parameter, rest)
             m = rest * p + parameter * q
@@ -181,7 +180,9 @@ def _terms_and_p_phi(p, q, z_s, z_t, difference, log_ratio, shift, gate, rest, p
         elif DIVERGENCE == _SKEW_REVERSE_KL:
             x, excess, ratio = _log_ratio_to_mixture(l, rest, parameter)
             terms = psi_terms(p, parameter * p + rest * q, x)
-            p_phi = p * (x + parameter * (excess / ratio) - shift)
+            share = excess / ratio
+            near = terms - p * (share * (excess + rest))  # where the two parts of phi cancel but for these
+            p_phi = tl.where(tl.abs(x) < 0.25, near, p * (x + parameter * share)) - p * shift
         else:
             tl.static_assert(DIVERGENCE == _SKEW_FORWARD_KL, "unknown divergence")
             y, excess, ratio = _log_ratio_to_mixture(-l, rest, parameter)
@@ -217,7 +218,7 @@ def _second_pass(
 def _terms_kernel(
     z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, rows_ptr, pieces_ptr, g_ptr,
     stride_s, stride_t, stride_g, n_rows, n_columns, blocks,
-    inner_s, inner_t, outer_s, outer_t, parameter,
+    inner_s, inner_t, outer_s, outer_t, parameter, rest,
     HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
     DIFFERENCE: tl.constexpr, DIVERGENCE: tl.constexpr, PLANES: tl.constexpr, WRITE_TERMS: tl.constexpr,
     WRITE_MOMENT: tl.constexpr, WRITE_GRADIENT: tl.constexpr, ALL_STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
@@ -244,7 +245,6 @@ def _terms_kernel(
     shift = tl.load(rows_ptr + 5 * n_rows)
     row_factor = tl.load(rows_ptr + 6 * n_rows)
     gate = 0.0
-    rest = 1.0
     if DIVERGENCE == _GATED_KL:
         gate = tl.load(rows_ptr + 7 * n_rows)
         rest = tl.load(rows_ptr + 8 * n_rows)
@@ -372,7 +372,7 @@ def divergence_rows(
         _terms_kernel[(n, splits)](
             *pair.pointers, *pair.factors, known, pieces, student.z if written is None else written,
             *pair.strides, 0 if written is None else written.stride(0), n, columns, blocks,
-            *pair.transforms, parameter, DIFFERENCE=difference, DIVERGENCE=row.code, PLANES=len(TERMS),
+            *pair.transforms, parameter, 1.0 - parameter, DIFFERENCE=difference, DIVERGENCE=row.code, PLANES=len(TERMS),
             WRITE_TERMS=with_terms, WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
             WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms,
             maxnreg=GATED_REGISTERS if gates else None, **pair.options, **tuning,

@@ -70,11 +70,6 @@ class PackedRow:
         return torch.arange(sum(self.lengths)) - torch.tensor(self.bounds, dtype=torch.int64)[self.sequence_on_host]
 
     @functools.cached_property
-    def sequence_of_token(self) -> Tensor:
-        """(N,) int64."""
-        return on_device(self.sequence_on_host, self.cu_seqlens.device)
-
-    @functools.cached_property
     def offset_of_token(self) -> Tensor:
         """(N,) int64, position inside its own sequence."""
         return on_device(self.offset_on_host, self.cu_seqlens.device)

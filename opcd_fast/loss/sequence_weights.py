@@ -22,11 +22,10 @@ def sequence_mean_weights(mask: Tensor | None = None, *, cu_seqlens: Tensor | No
         lengths = chosen.sum(dim=1)
         sequences = (lengths > 0).sum().clamp(min=1)
         return chosen / (lengths.clamp(min=1) * sequences).unsqueeze(1)
-    integers = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1 and not cu_seqlens.is_floating_point()
-    if not integers or not len(cu_seqlens):
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens is {cu_seqlens!r}; expected a tensor of integers (B + 1,)")
     counts = cu_seqlens.long().diff()
-    if bool((counts < 0).any()) or int(cu_seqlens[0]) != 0:
+    if bool((counts < 0).any()) or cu_seqlens[:1].tolist() != [0]:
         raise ValueError("cu_seqlens must start at 0 and never decrease")
     sequences = (counts > 0).sum().clamp(min=1)
     return torch.repeat_interleave(1.0 / (counts.clamp(min=1) * sequences).float(), counts)

@@ -91,7 +91,8 @@ def test_of_a_head(name, values):
 def test_of_sequence_weights():
     for given, name in (
         ({"mask": [1]}, "mask"), ({"mask": torch.ones(3)}, "mask"), ({}, "mask and cu_seqlens"),
-        ({"cu_seqlens": [0, 1]}, "cu_seqlens"), ({"cu_seqlens": torch.tensor([0, 3, 2])}, "cu_seqlens"),
+        ({"cu_seqlens": [0, 1]}, "cu_seqlens"), ({"cu_seqlens": torch.arange(0)}, "cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2])}, "cu_seqlens"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             sequence_mean_weights(**given)

@@ -178,7 +178,6 @@ def fused_linear_divergence(
             f"divergence={divergence!r} needs the whole vocabulary on every rank; gather the head, and leave its "
             "group=None"
         )
-    route = inputs.check_projection(projection)
     operator_reduction, factor, scalar = inputs.check_reduction(reduction, denominator)
     weights = inputs.flat_weights(token_weights, leading, student_hidden.device)
     ids = None if token_ids is None else inputs.flat_ids(token_ids, leading, student_hidden.device)
@@ -200,10 +199,11 @@ def fused_linear_divergence(
     if accumulate_weight_grad and wanted.weight:
         dtype = compute_dtype(h_s, weight, h_t, weight_t)
         target = accumulation_target(student.weight, operator_reduction, scalar, dtype)
+    workspace_bytes, backend = inputs.check_resources(workspace_bytes, backend)
     spec = Spec(
-        student.valid_size, *inputs.check_resources(workspace_bytes, backend), return_stats, float(student.scale),
-        float(teacher.scale), student.softcap, teacher.softcap, inputs.check_temperature(temperature),
-        *chosen, "" if student.group is None else student.group.group_name, route,
+        student.valid_size, workspace_bytes, backend, return_stats, float(student.scale), float(teacher.scale),
+        student.softcap, teacher.softcap, inputs.check_temperature(temperature), *chosen,
+        "" if student.group is None else student.group.group_name, inputs.check_projection(projection),
     )  # fmt: skip
     loss, statistics, repeated = LinearDivergence.apply(
         h_s, weight, bias, h_t, weight_t.detach(), None if bias_t is None else bias_t.detach(), weights, ids, scalar,

@@ -48,7 +48,7 @@ class Divergence:
 PARAMETERS = {
     parameter.name: parameter
     for parameter in (
-        Parameter("beta", 0.5, lambda x: is_number(x) and 0 <= x <= 1, "in 0..1 (0: forward KL, 1: reverse KL)"),
+        Parameter("beta", 0.5, lambda x: is_number(x) and (x == 0 or 1e-12 <= x <= 1), "0 (forward KL) or 1e-12..1"),
         Parameter("alpha", 0.1, lambda x: is_number(x) and (x == 0 or 1e-12 <= x < 1), "0 or 1e-12..1, 1 excluded"),
         Parameter("k", 256, lambda x: type(x) is int and x > 0, "a positive integer"),
         Parameter("tail", "none", TAILS.__contains__, f"one of {', '.join(map(repr, TAILS))}"),

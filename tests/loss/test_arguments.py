@@ -42,7 +42,7 @@ REFUSED = {
         "backend": [None, 3, [], "cuda"], "workspace_bytes": [INF, NAN, "1", 0, -1, True],
         "projection": [None, [], "x"], "temperature": [None, "1", [], NAN, INF, 0, torch.tensor(1.0)],
         "divergence": [None, [], 3, "kl"],
-        "beta": [None, "x", NAN, [], 2, torch.tensor(0.5)], "alpha": [None, "x", NAN, 1, 1e-13, -0.1],
+        "beta": [None, "x", NAN, [], 2, 1e-13, torch.tensor(0.5)], "alpha": [None, "x", NAN, 1, 1e-13, -0.1],
         "k": [0, 2.5, True, None], "tail": [None, [], "x"], "gate": [None, [], "x"], "reduction": [None, [], "x"],
         "denominator": [*DENOMINATORS, torch.ones((), requires_grad=True)],
         "token_weights": [[1, 1, 1], torch.ones(2), torch.ones(3, requires_grad=True)],

@@ -14,8 +14,9 @@ from loss_oracle import divergence64, gate64
 from opcd_fast.loss import LMHead
 
 SLACK = 8.0
-NOISE = 2e-16  # of the oracle's own sums
 TINY = float(torch.finfo(torch.float32).tiny)
+UNDERFLOWS = TINY * 1e12  # where p does, times the largest phi that alpha >= 1e-12 has
+NOISE = 2e-16  # of the oracle's own sums
 
 
 def precision(*dtypes: torch.dtype) -> float:
@@ -96,7 +97,7 @@ def exact(case: Case, h_s: torch.Tensor, head_s: LMHead, h_t: torch.Tensor, head
         rounding = SLACK * eps * torch.where(said[0], p * (log_p.abs() + log_q.abs()), 0.0).sum(-1)
         value_error, g_error = value_error + rounding, g_error + rounding[:, None] * p
     g = of_s * s.slope
-    g_error = g_error * (s.slope.abs() + s.slope_error) + of_s.abs() * s.slope_error + 1e-37
+    g_error = g_error * (s.slope.abs() + s.slope_error) + of_s.abs() * s.slope_error + UNDERFLOWS
     ambiguous = torch.zeros_like(finite)
     # A probability at the end of what float32 holds decides whether a token that the other side forbids counts.
     for z, other, x in ((z_s, t.z, p), (z_t, s.z, q)):

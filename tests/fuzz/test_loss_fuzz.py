@@ -95,7 +95,7 @@ def check_gradients(case, found, multiplied, used, h_s, head_s, leaves) -> None:
         close(gradient, wanted, bound, what, case)
 
 
-@examples(950)
+@examples(500)
 @given(cases())
 def test_of_torch_and_native(case):
     check(case)

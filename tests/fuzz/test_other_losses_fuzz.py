@@ -14,7 +14,7 @@ from test_loss_fuzz import close, leaf
 from opcd_fast.loss import LMHead, fused_linear_divergence, fused_linear_logprobs, reverse_kl
 
 
-@examples(250)
+@examples(200)
 @given(cases())
 def test_logprobs(case):
     h, head, _, _, weights = case.tensors()
@@ -52,7 +52,7 @@ def test_logprobs(case):
     close(h.grad.reshape(-1, h.shape[-1])[used], dh, bound, "dh", case)
 
 
-@examples(250)
+@examples(200)
 @given(cases())
 def test_of_logits(case):
     """As a head whose weight is the identity."""
@@ -102,7 +102,7 @@ ARGUMENTS = (
 OTHER_NAMES = {"weight": "student_hidden", "vocab_size": "vocabulary", "student_head": "student_hidden"}
 
 
-@examples(450)
+@examples(950)
 @given(st.sampled_from(ARGUMENTS), JUNK, st.sampled_from(["jsd", "skew_reverse_kl", "topk_reverse_kl", "gated_kl"]))
 def test_whatever_an_argument_is_it_is_taken_or_named(name, junk, divergence):
     g = torch.Generator().manual_seed(0)

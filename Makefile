@@ -46,7 +46,7 @@ sanitize tsan:
 	build/$@/native_calls 5000
 
 # 100,000 cases in place of 1,930, drawn anew: `make fuzz SEED=1` repeats a run.
-fuzz: SEED ?= $(shell date +%s)
+fuzz: SEED := $(shell date +%s)
 fuzz: $(VENV)/.dev
 	@echo "seed $(SEED)"
 	OPCD_FUZZ=52 $(BIN)/python -m pytest tests/fuzz --hypothesis-seed=$(SEED) --timeout=0 $(PARALLEL)

@@ -23,6 +23,7 @@ struct RowsCall {
   float inner_s, inner_t, outer_s, outer_t;
   float derivative;  // scale / temperature
   float parameter;   // beta of jsd, alpha of the skewed ones
+  float remainder;   // 1 - parameter, which is more than 0 also where the parameter has been rounded to 1
   int32_t divergence;  // one of the enum above
   int32_t bf16_s, bf16_t, bf16_gradient;
   int32_t softcap_s, softcap_t;

@@ -1,7 +1,8 @@
 // The divergences, element by element. kernels/reference/divergences.py has the table of formulas and their sources.
 //
-// With l = log p - log q: value(p, q, l) are terms >= 0 whose sum is D, and p_phi(p, q, l) = p phi, from which
-// dD/dz_s = p phi - p E_p[phi]. Where a probability underflows to 0, the terms are the limits.
+// With l = log p - log q: value(p, q, l) are terms >= 0 whose sum is D, and p_phi(p, q, d, l) = p phi, from which
+// dD/dz_s = p phi - p E_p[phi]. d is l but for a constant of the row. Where a probability underflows to 0, the terms
+// are the limits.
 #pragma once
 
 #include "vec.h"
@@ -29,16 +30,14 @@ inline Floats clamped(Floats l) {
 
 struct ReverseKL {
   static constexpr bool MOMENT_IS_KNOWN = true;  // E_p[phi] needs no pass of its own
-  explicit ReverseKL(float) {}
   Floats value(Floats p, Floats q, Floats l) const { return kl_terms(p, q, l); }
-  Floats p_phi(Floats p, Floats, Floats l) const { return p * l; }
+  Floats p_phi(Floats p, Floats, Floats d, Floats) const { return p * d; }
 };
 
 struct ForwardKL {
   static constexpr bool MOMENT_IS_KNOWN = true;
-  explicit ForwardKL(float) {}
   Floats value(Floats p, Floats q, Floats l) const { return kl_terms(q, p, -l); }
-  Floats p_phi(Floats p, Floats q, Floats l) const {
+  Floats p_phi(Floats p, Floats q, Floats, Floats l) const {
     return p < SMALLEST ? -q : -p * exponential_minus_one(-clamped(l));  // p - q, exact where they are close
   }
 };
@@ -49,51 +48,51 @@ struct GatedKL {
   const float gate, rest;
   GatedKL(float gate, float rest) : gate(gate), rest(rest) {}
   Floats value(Floats p, Floats q, Floats l) const { return rest * kl_terms(p, q, l) + gate * kl_terms(q, p, -l); }
-  Floats p_phi(Floats p, Floats q, Floats l) const {
-    return rest * (p * l) + gate * (p < SMALLEST ? -q : -p * exponential_minus_one(-clamped(l)));
+  Floats p_phi(Floats p, Floats q, Floats d, Floats l) const {
+    return rest * (p * d) + gate * (p < SMALLEST ? -q : -p * exponential_minus_one(-clamped(l)));
   }
 };
 
 struct JSD {
   static constexpr bool MOMENT_IS_KNOWN = false;
-  const float beta;
-  explicit JSD(float beta) : beta(beta) {}
+  const float beta, rest;
+  JSD(float beta, float rest) : beta(beta), rest(rest) {}
   Floats value(Floats p, Floats q, Floats l) const {
     l = clamped(l);
-    const Floats from_p = p * Logarithm(beta * exponential_minus_one(-l)).excess;
-    const Floats from_q = q * Logarithm((1.0f - beta) * exponential_minus_one(l)).excess;
-    return (1.0f - beta) * (p < SMALLEST ? beta * q : from_p) + beta * (q < SMALLEST ? (1.0f - beta) * p : from_q);
+    const Floats from_p = p * Logarithm(Mixture(l, beta, rest)).excess;
+    const Floats from_q = q * Logarithm(Mixture(-l, rest, beta)).excess;
+    return rest * (p < SMALLEST ? beta * q : from_p) + beta * (q < SMALLEST ? rest * p : from_q);
   }
-  Floats p_phi(Floats p, Floats, Floats l) const {
-    return (beta - 1.0f) * p * Logarithm(beta * exponential_minus_one(-clamped(l))).log1p;
+  Floats p_phi(Floats p, Floats, Floats, Floats l) const {
+    return p * (-rest * Logarithm(Mixture(clamped(l), beta, rest)).log);
   }
 };
 
 struct SkewReverseKL {
   static constexpr bool MOMENT_IS_KNOWN = false;
-  const float alpha;
-  explicit SkewReverseKL(float alpha) : alpha(alpha) {}
-  Floats over_m(Floats l) const { return (1.0f - alpha) * exponential_minus_one(-clamped(l)); }  // m / p - 1
+  const float alpha, rest;
+  SkewReverseKL(float alpha, float rest) : alpha(alpha), rest(rest) {}
   Floats value(Floats p, Floats q, Floats l) const {
-    return p < SMALLEST ? (1.0f - alpha) * q : p * Logarithm(over_m(l)).excess;
+    return p < SMALLEST ? rest * q : p * Logarithm(Mixture(clamped(l), rest, alpha)).excess;
   }
-  Floats p_phi(Floats p, Floats, Floats l) const {
-    const Floats u = over_m(l);
-    return p * (alpha * u / one_plus(u) - Logarithm(u).log1p);
+  Floats p_phi(Floats p, Floats, Floats, Floats l) const {
+    const Mixture m(clamped(l), rest, alpha);
+    const Logarithm x(m);
+    const Floats share = m.excess / m.ratio;
+    return p * (magnitude(m.excess) < 0.5f ? x.excess - share * (m.excess + rest) : alpha * share - x.log);
   }
 };
 
 struct SkewForwardKL {
   static constexpr bool MOMENT_IS_KNOWN = false;
-  const float alpha;
-  explicit SkewForwardKL(float alpha) : alpha(alpha) {}
-  Floats over_m(Floats l) const { return (1.0f - alpha) * exponential_minus_one(clamped(l)); }  // m / q - 1
+  const float alpha, rest;
+  SkewForwardKL(float alpha, float rest) : alpha(alpha), rest(rest) {}
   Floats value(Floats p, Floats q, Floats l) const {
-    return q < SMALLEST ? (1.0f - alpha) * p : q * Logarithm(over_m(l)).excess;
+    return q < SMALLEST ? rest * p : q * Logarithm(Mixture(-clamped(l), rest, alpha)).excess;
   }
-  Floats p_phi(Floats p, Floats, Floats l) const {
-    const Floats u = over_m(l);
-    return (1.0f - alpha) * p * u / one_plus(u);
+  Floats p_phi(Floats p, Floats, Floats, Floats l) const {
+    const Mixture m(-clamped(l), rest, alpha);
+    return rest * p * m.excess / m.ratio;
   }
 };
 

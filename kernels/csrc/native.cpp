@@ -89,7 +89,7 @@ Choice choose(int level) {
 
 // Rises whenever a signature or a struct of calls.h changes, so that a library left over from another version is
 // not called.
-OPCD_API int opcd_native_abi() { return 5; }
+OPCD_API int opcd_native_abi() { return 6; }
 
 OPCD_API int opcd_native_has_level(int level) { return choose(level).supported; }
 

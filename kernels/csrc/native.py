@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from opcd_fast.kernels.reference import Logits
 
-ABI = 5
+ABI = 6
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # numbered as in native.cpp; each includes those before it
 LEVEL_VARIABLE = "OPCD_NATIVE_LEVEL"  # forces one of them
 BF16_DOT_LEVEL = "avx512bf16"
@@ -37,7 +37,7 @@ class RowsCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
         *((name, ctypes.c_int64) for name in ("stride_s", "stride_t", "stride_gradient", "stride_statistics")),
         *((name, ctypes.c_float) for name in ("inner_s", "inner_t", "outer_s", "outer_t", "derivative")),
-        ("parameter", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("parameter", "remainder")),
         ("divergence", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in ("bf16_s", "bf16_t", "bf16_gradient", "softcap_s", "softcap_t")),
         *((name, ctypes.c_int32) for name in ("all_statistics", "total_variation_gate")),
@@ -115,7 +115,7 @@ def available() -> bool:
 
 
 def status() -> str:
-    """One line: "built, ABI 5, avx512", or what is missing and how to get it."""
+    """One line: "built, ABI 6, avx512", or what is missing and how to get it."""
     path = library_path()
     if path is None:
         tools = {"CMake": shutil.which("cmake"), "a C++ compiler": shutil.which("c++") or shutil.which("g++")}
@@ -200,7 +200,8 @@ def divergence_rows(
     call = RowsCall(
         **fields, rows=rows, columns=columns, row_weights=row_weights.data_ptr(), statistics=statistics.data_ptr(),
         stride_statistics=statistics.stride(0), derivative=student.derivative, parameter=parameter,
-        divergence=row.code, all_statistics=all_statistics, total_variation_gate=gate == "tv",
+        remainder=1.0 - parameter, divergence=row.code, all_statistics=all_statistics,
+        total_variation_gate=gate == "tv",
     )  # fmt: skip
     _run("divergence_rows", call, level())
 
@@ -274,4 +275,3 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torc
             f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
             f"expected {expected} {shape} with unit stride in the last dimension on cpu"
         )
-

@@ -117,7 +117,10 @@ struct Normaliser {
 
 struct FirstPass {
   Normaliser s, t;
-  double weighted_difference = 0.0;  // sum of e^(z_s - top) (z_s - z_t)
+  // By how much the student's logit of its top token is above the teacher's. Differences are taken from there: small
+  // for tokens that are said, they keep their digits however far the logits of the two models are apart.
+  float apart = 0.0f;
+  double weighted_difference = 0.0;  // sum of e^(z_s - top) (z_s - (z_t + apart))
   double weighted_depth = 0.0;       // sum of e^(z_s - top) (top - z_s), for the entropy
 
   void run(const Row& row_s, const Row& row_t, float* buffer_s, float* buffer_t) {
@@ -130,6 +133,13 @@ struct FirstPass {
       weighted_difference *= shrink;
       weighted_depth = shrink * (weighted_depth + (s.top - old_top) * old_total);
       t.extend(Range(z_t, end), first);
+      if (s.top_block == first) {
+        int64_t column = 0;
+        while (z_s[column] != float(s.top)) ++column;
+        const float before = apart, found = float(s.top) - z_t[column];
+        apart = -1.0e30f < found && found < 1.0e30f ? found : 0.0f;  // no sum with it overflows
+        weighted_difference += (double(before) - apart) * s.total;
+      }
 
       const float top_s = float(s.top), top_t = float(t.top);
       Floats sum_s{}, sum_t{}, differences{}, depths{};
@@ -139,7 +149,7 @@ struct FirstPass {
         const Floats e_s = exponential(-depth);
         sum_s += e_s;
         // 0 for what the teacher forbids: `forbidden` looks at it apart, where it matters.
-        differences += read<Floats>(z_t + i) == -INFINITE ? Floats{} : e_s * (x_s - x_t);
+        differences += read<Floats>(z_t + i) == -INFINITE ? Floats{} : e_s * (x_s - (x_t + apart));
         depths += e_s * depth;
         sum_t += exponential(x_t - top_t);
       }

@@ -32,7 +32,9 @@ template <bool VALUE, bool WRITES, class Divergence>
 Sums pass(const Work& work, const Divergence& divergence, float moment) {
   const double exact_s = work.found.s.logsumexp(), exact_t = work.found.t.logsumexp();
   const float lse_s = float(exact_s), lse_t = float(exact_t);
-  const float offset = float(exact_s - exact_t);  // the difference of two rounded ones errs by their rounding
+  const float apart = work.found.apart;
+  // The difference of two rounded ones errs by their rounding.
+  const float log_ratio = float(exact_s - exact_t), rest = float(exact_s - exact_t - log_ratio);
   const int64_t columns = work.row_s.columns;
   alignas(64) float buffer_g[BLOCK];
   Sums sums;
@@ -46,10 +48,10 @@ Sums pass(const Work& work, const Divergence& divergence, float moment) {
     for (int64_t i = 0; i < end; i += WIDTH) {
       const Floats x_s = read_logits(z_s + i), x_t = read_logits(z_t + i);
       const Floats p = exponential(x_s - lse_s), q = exponential(x_t - lse_t);
-      const Floats l = x_s - x_t - offset;
+      const Floats d = x_s - (x_t + apart), l = difference(x_s, x_t, log_ratio, rest);
       if (VALUE) value += divergence.value(p, q, l);
-      if (VALUE && !Divergence::MOMENT_IS_KNOWN) moments += divergence.p_phi(p, q, l);
-      if (WRITES) write(g + i, (divergence.p_phi(p, q, l) - p * moment) * work.gradient.row_factor);
+      if (VALUE && !Divergence::MOMENT_IS_KNOWN) moments += divergence.p_phi(p, q, d, l);
+      if (WRITES) write(g + i, (divergence.p_phi(p, q, d, l) - p * moment) * work.gradient.row_factor);
     }
     if (VALUE) sums.value += sum(value);
     if (VALUE && !Divergence::MOMENT_IS_KNOWN) sums.moment += sum(moments);
@@ -93,10 +95,10 @@ double gate_of(const Work& work, bool by_total_variation, double reverse_kl, flo
 
 double value_and_gradient(const Work& work, const RowsCall& call, float* gate_statistic) {
   const int divergence = call.divergence;
-  const float parameter = call.parameter;
   const FirstPass& found = work.found;
   const double lse_s = found.s.logsumexp(), lse_t = found.t.logsumexp();
-  const double reverse_kl = found.weighted_difference / found.s.total - (lse_s - lse_t);
+  const double difference = found.weighted_difference / found.s.total + 0.0 * (lse_s - lse_t);  // NaN with an infinity
+  const double reverse_kl = difference - (lse_s - lse_t - found.apart);
   double gate = 0.0;
   if (divergence == GATED_KL) {
     gate = gate_of(work, call.total_variation_gate, reverse_kl, float(lse_s), float(lse_t));
@@ -115,18 +117,18 @@ double value_and_gradient(const Work& work, const RowsCall& call, float* gate_st
   }
   switch (divergence) {
     case REVERSE_KL:
-      return passes(work, ReverseKL(parameter), reverse_kl);
+      return passes(work, ReverseKL(), difference);
     case FORWARD_KL:
-      return passes(work, ForwardKL(parameter), 0.0);
+      return passes(work, ForwardKL(), 0.0);
     case GATED_KL:  // closed for the reverse KL, it keeps even an infinite one out
-      if (gate == 1.0) return passes(work, ForwardKL(parameter), 0.0);
-      return passes(work, GatedKL(float(gate), float(1.0 - gate)), (1.0 - gate) * reverse_kl);
+      if (gate == 1.0) return passes(work, ForwardKL(), 0.0);
+      return passes(work, GatedKL(float(gate), float(1.0 - gate)), (1.0 - gate) * difference);
     case JENSEN_SHANNON:
-      return passes(work, JSD(parameter), 0.0);
+      return passes(work, JSD(call.parameter, call.remainder), 0.0);
     case SKEW_REVERSE_KL:
-      return passes(work, SkewReverseKL(parameter), 0.0);
+      return passes(work, SkewReverseKL(call.parameter, call.remainder), 0.0);
     case SKEW_FORWARD_KL:
-      return passes(work, SkewForwardKL(parameter), 0.0);
+      return passes(work, SkewForwardKL(call.parameter, call.remainder), 0.0);
     default:  // native.cpp lets no other through
       return __builtin_nan("");
   }

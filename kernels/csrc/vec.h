@@ -64,6 +64,13 @@ inline bool any(Ints mask) {
   return found != 0;
 }
 
+// a - b - c - rest, where what a sum has lost to rounding is made up for (Knuth's two-sum): exact where a is near b + c.
+inline Floats difference(Floats a, Floats b, float c, float rest) {
+  const Floats sum = b + c, added = sum - b;
+  const Floats lost = (b - (sum - added)) + (c - added);
+  return (a - sum) - (lost + rest);
+}
+
 // e^x = 2^n (1 + r + r^2 P(r)), |r| <= ln2 / 2; P is a minimax fit of relative error 3e-9. For -87.3 < x <= 88.
 struct Exponential {
   Floats power, rest;  // 2^n, and r + r^2 P(r)
@@ -98,23 +105,30 @@ inline Floats exponential_minus_one(Floats x) {
   return x < UNDERFLOWS ? splat(-1.0f) : e.rest * e.power + (e.power - 1.0f);
 }
 
-// 1 + u for u >= -1, above 0 also where a parameter next to 0 or 1 leaves nothing of it in float32.
-inline Floats one_plus(Floats u) {
-  const Floats sum = 1.0f + u;
-  return 5.9604645e-8f > sum ? splat(5.9604645e-8f) : sum;
-}
+// For m = rest a + w b, rest = 1 - w and l = log(a / b): what m / a is, and how much above 1, each without rounding of
+// the other, since either may be next to nothing. |l| <= 88.
+struct Mixture {
+  Floats ratio, excess;
 
-// log(1 + u) and u - log(1 + u) to a few ulp each, for u from -1 to 1e38.
-// 1 + u = 2^k (1 + f), log(1 + f) = f - f^2 / 2 + f^3 Q(f); Q is a minimax fit of relative error 6e-8.
+  Mixture(Floats l, float w, float rest) {
+    const Exponential e(-l);
+    ratio = (e.rest * e.power + e.power) * w + rest;
+    excess = (e.rest * e.power + (e.power - 1.0f)) * w;
+  }
+};
+
+// log(m / a) and m / a - 1 - log(m / a) to a few ulp each, for m / a from 1e-30 to 1e38.
+// m / a = 2^k (1 + f), log(1 + f) = f - f^2 / 2 + f^3 Q(f); Q is a minimax fit of relative error 6e-8.
 struct Logarithm {
-  Floats log1p, excess;
+  Floats log, excess;
 
-  explicit Logarithm(Floats u) {
+  explicit Logarithm(Mixture m) {
     constexpr uint32_t ROOT_HALF = 0x3f3504f3u;
-    const Bits bits = (Bits)one_plus(u);
+    const Floats u = m.excess;
+    const Bits bits = (Bits)m.ratio;
     const Ints k = (Ints)(bits - ROOT_HALF) >> 23;
     const Floats mantissa = (Floats)(bits - ((Bits)k << 23));
-    const Floats f = k == 0 ? u : mantissa - 1.0f;  // 1 + u has rounded u
+    const Floats f = k == 0 ? u : mantissa - 1.0f;  // the ratio has rounded u
     Floats poly = -0.0778846356f * f + 0.127241572f;
     poly = poly * f - 0.130831839f;
     poly = poly * f + 0.142033212f;
@@ -124,8 +138,8 @@ struct Logarithm {
     poly = poly * f + 0.333333281f;
     const Floats lost = f * f * (0.5f - poly * f);
     const Floats nan = u - u;  // or 0: the bits of a NaN make a mantissa like any other
-    log1p = __builtin_convertvector(k, Floats) * 0.693147181f + (f - lost) + nan;
-    excess = k == 0 ? lost : u - log1p;
+    log = __builtin_convertvector(k, Floats) * 0.693147181f + (f - lost) + nan;
+    excess = k == 0 ? lost : u - log;
   }
 };
 

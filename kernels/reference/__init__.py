@@ -11,6 +11,6 @@ if TYPE_CHECKING:
     from opcd_fast.kernels.reference.statistics import (
         FARTHEST, NORMALISERS, STATISTICS, TERMS, Gather, merge_normalisers, merge_terms,
     )  # fmt: skip
-    from opcd_fast.kernels.reference.table import DIVERGENCES, PARAMETERS, Divergence, Parameter, row_of
+    from opcd_fast.kernels.reference.table import DIVERGENCES, PARAMETERS, Divergence, Parameter, is_number, row_of
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -278,6 +278,11 @@ def _mixture(
     none_q: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A divergence from a mixture of p and q (rows,), and phi (rows, V) in one of the scratch tensors."""
+    # Next to an end 1 + u, of what is below, has lost what one side gives to m, or u what m has of it.
+    if l.dtype == torch.float32 and not 0.01 < parameter < 0.99:
+        p, q, l, a, b = (x.double() for x in (p, q, l, a, b))
+        value, phi = _mixture(divergence, parameter, p, q, l, a, b, none_p, none_q)
+        return value.float(), phi.float()
     # Beyond these limits p or q has underflown, and expm1 is finite within.
     limit = 0.5 - math.log(torch.finfo(l.dtype).tiny)
     l.clamp_(-limit, limit)

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 TAILS = ("none", "renormalize", "bucket")
 GATES = ("kl", "tv")
+
+
+def is_number(x: Any) -> bool:
+    """Whether x is a real number, no tensor and no bool."""
+    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,8 @@ class Divergence:
 PARAMETERS = {
     parameter.name: parameter
     for parameter in (
-        Parameter("beta", 0.5, lambda x: 0 <= x <= 1, "in 0..1 (0: forward KL, 1: reverse KL)"),
-        Parameter("alpha", 0.1, lambda x: 0 <= x < 1, "in 0..1, 1 excluded (0: no skew)"),
+        Parameter("beta", 0.5, lambda x: is_number(x) and (x == 0 or 1e-12 <= x <= 1), "0 (forward KL) or 1e-12..1"),
+        Parameter("alpha", 0.1, lambda x: is_number(x) and (x == 0 or 1e-12 <= x < 1), "0 or 1e-12..1, 1 excluded"),
         Parameter("k", 256, lambda x: type(x) is int and x > 0, "a positive integer"),
         Parameter("tail", "none", TAILS.__contains__, f"one of {', '.join(map(repr, TAILS))}"),
         Parameter("gate", "kl", GATES.__contains__, f"one of {', '.join(map(repr, GATES))}"),

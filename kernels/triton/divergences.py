@@ -173,7 +173,6 @@ def _terms_and_p_phi(p, q, z_s, z_t, difference, log_ratio, shift, gate, rest, p
         l = z_s - z_t - log_ratio
         l = tl.where(l < _LIMIT, l, _LIMIT)
         l = tl.where(l > -_LIMIT, l, -_LIMIT)
-        rest = 1.0 - parameter
         if DIVERGENCE == _JSD:
             x, _, _ = _log_ratio_to_mixture(l, parameter, rest)
             m = rest * p + parameter * q
@@ -182,7 +181,9 @@ def _terms_and_p_phi(p, q, z_s, z_t, difference, log_ratio, shift, gate, rest, p
         elif DIVERGENCE == _SKEW_REVERSE_KL:
             x, excess, ratio = _log_ratio_to_mixture(l, rest, parameter)
             terms = psi_terms(p, parameter * p + rest * q, x)
-            p_phi = p * (x + parameter * (excess / ratio) - shift)
+            share = excess / ratio
+            near = terms - p * (share * (excess + rest))  # where the two parts of phi cancel but for these
+            p_phi = tl.where(tl.abs(x) < 0.25, near, p * (x + parameter * share)) - p * shift
         else:
             tl.static_assert(DIVERGENCE == _SKEW_FORWARD_KL, "unknown divergence")
             y, excess, ratio = _log_ratio_to_mixture(-l, rest, parameter)
@@ -218,7 +219,7 @@ def _second_pass(
 def _terms_kernel(
     z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, factor_s_ptr, factor_t_ptr, weights_ptr, pieces_ptr, variation_ptr,
     terms_ptr, g_ptr, stride_s, stride_t, stride_g, n_rows, n_columns, n_pieces, blocks, first_column,
-    inner_s, inner_t, outer_s, outer_t, derivative, parameter,
+    inner_s, inner_t, outer_s, outer_t, derivative, parameter, remainder,
     HAS_BIAS_S: tl.constexpr, HAS_BIAS_T: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
     DIVERGENCE: tl.constexpr, DIFFERENCE: tl.constexpr, VARIATION: tl.constexpr, PLANES: tl.constexpr,
     PIECES: tl.constexpr, TERMS: tl.constexpr, WRITE_TERMS: tl.constexpr, WRITE_MOMENT: tl.constexpr,
@@ -241,6 +242,8 @@ def _terms_kernel(
     m_s, m_t, lse_s, lse_t, log_ratio, shift, gate, rest, verdict = known_of(
         pieces_ptr, variation_ptr, row, n_rows, n_pieces, DIVERGENCE, DIFFERENCE, VARIATION, PLANES, PIECES
     )
+    if DIVERGENCE != GATED_KL:
+        rest = remainder
     if not WRITE_TERMS:
         place, there = pieces_of(terms_ptr, row, n_rows, n_pieces, TERMS, PIECES)
         value = tl.sum(tl.load(place, mask=there, other=0.0), 0)
@@ -361,7 +364,7 @@ def divergence_rows(
             *pair.pointers, *pair.factors, row_weights, pieces, pieces if variation is None else variation, terms,
             student.z if written is None else written, *pair.strides, 0 if written is None else written.stride(0),
             n, columns, len(pieces), blocks, first_column, *pair.transforms, student.derivative, parameter,
-            TERMS=len(TERMS), WRITE_TERMS=with_terms,
+            1.0 - parameter, TERMS=len(TERMS), WRITE_TERMS=with_terms,
             WRITE_MOMENT=with_terms and gradient is not None and not row.two_passes,
             WRITE_GRADIENT=written is not None, ALL_STATISTICS=all_statistics and with_terms,
             maxnreg=MOST_REGISTERS, **pair.options, **options, **tuning,

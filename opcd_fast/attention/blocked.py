@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from opcd_fast.runtime import first_order
 
 BLOCK_BYTES = 16 * 2**20  # of one block of scores; three or so exist at a time
 _BLOCK_KEYS = 1024
@@ -92,7 +93,7 @@ class _Blocked(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         shape: _Shape = ctx.shape

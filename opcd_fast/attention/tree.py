@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opcd_fast.attention.dispatch import alike, check_keys, row_attention
 from opcd_fast.attention.pairs import Spans, pair_for
 from opcd_fast.attention.rows import PackedRow, PrefixGroup, on_device, packed_row, row_of
+from opcd_fast.runtime import first_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +208,7 @@ class _AttentionAfterPrompts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         query, key, value, prompt_key, prompt_value, out, lse = ctx.saved_tensors
         row, scale, pair = ctx.row, ctx.scale, pair_for(query)

@@ -18,35 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opcd_fast.loss import inputs
 from opcd_fast.loss.chunks import Spec, Wanted, accumulation_target, compute_dtype, sharding
 from opcd_fast.loss.divergences import ALPHA, BETA, DIVERGENCES, GATE, TAIL, K, check_divergence
-from opcd_fast.loss.heads import LMHead
-from opcd_fast.loss.inputs import (
-    as_head,
-    check_finite,
-    check_logits,
-    check_pair,
-    check_projection,
-    check_reduction,
-    check_temperature,
-    check_workspace,
-    flat_ids,
-    flat_weights,
-    resolve_backend,
-)
-from opcd_fast.loss.logprobs import fused_linear_logprobs
+from opcd_fast.loss.heads import PLAIN, LMHead
 from opcd_fast.loss.operators import LinearDivergence, LogitsReverseKL
-from opcd_fast.loss.sequence_weights import sequence_mean_weights
-
-__all__ = [
-    "LMHead",
-    "LossStats",
-    "fused_linear_divergence",
-    "fused_linear_logprobs",
-    "fused_linear_reverse_kl",
-    "reverse_kl",
-    "sequence_mean_weights",
-]
 
 
 @dataclass
@@ -194,18 +170,17 @@ def fused_linear_divergence(
     is checked and not used. All other arguments, the result and the errors as in `fused_linear_reverse_kl`;
     `LossStats.token_kl` holds the value of the divergence asked for.
     """
-    student, teacher = as_head(student_head, "student_head"), as_head(teacher_head, "teacher_head")
-    leading = check_pair(student_hidden, student, teacher_hidden, teacher)
+    student, teacher = inputs.as_head(student_head, "student_head"), inputs.as_head(teacher_head, "teacher_head")
+    leading = inputs.check_pair(student_hidden, student, teacher_hidden, teacher)
     chosen = check_divergence(divergence, {"beta": beta, "alpha": alpha, "k": k, "tail": tail, "gate": gate})
     if DIVERGENCES[chosen.divergence].code is None and student.group is not None:
         raise ValueError(
             f"divergence={divergence!r} needs the whole vocabulary on every rank; gather the head, and leave its "
             "group=None"
         )
-    route = check_projection(projection)
-    operator_reduction, factor, scalar = check_reduction(reduction, denominator)
-    weights = flat_weights(token_weights, leading, student_hidden.device)
-    ids = None if token_ids is None else flat_ids(token_ids, leading, student_hidden.device)
+    operator_reduction, factor, scalar = inputs.check_reduction(reduction, denominator)
+    weights = inputs.flat_weights(token_weights, leading, student_hidden.device)
+    ids = None if token_ids is None else inputs.flat_ids(token_ids, leading, student_hidden.device)
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
     h_t = _outside_inference(teacher_hidden.detach(), reduction).reshape(-1, teacher_hidden.shape[-1])
     weight, bias = sharding.whole(student.weight), sharding.whole(student.bias)
@@ -224,10 +199,11 @@ def fused_linear_divergence(
     if accumulate_weight_grad and wanted.weight:
         dtype = compute_dtype(h_s, weight, h_t, weight_t)
         target = accumulation_target(student.weight, operator_reduction, scalar, dtype)
+    workspace_bytes, backend = inputs.check_resources(workspace_bytes, backend)
     spec = Spec(
-        student.valid_size, check_workspace(workspace_bytes), backend, return_stats,
-        float(student.scale), float(teacher.scale), student.softcap, teacher.softcap, check_temperature(temperature),
-        *chosen, "" if student.group is None else student.group.group_name, route,
+        student.valid_size, workspace_bytes, backend, return_stats, float(student.scale), float(teacher.scale),
+        student.softcap, teacher.softcap, inputs.check_temperature(temperature), *chosen,
+        "" if student.group is None else student.group.group_name, inputs.check_projection(projection),
         not torch.compiler.is_compiling(),
     )  # fmt: skip
     loss, statistics, repeated = LinearDivergence.apply(
@@ -257,26 +233,26 @@ def reverse_kl(
     lost: prefer `fused_linear_reverse_kl` on hidden states. The gradient has the logits' dtype.
     """
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if not logits.is_floating_point() or logits.ndim < 1:
-            raise ValueError(f"{name} has dtype {logits.dtype} and {logits.ndim} dimensions; expected floats (..., V)")
+        if not isinstance(logits, Tensor) or logits.dtype not in PLAIN or not logits.ndim or not logits.shape[-1]:
+            kind = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"{name} is {kind}; expected (..., V) in float32, bf16, fp16 or float64")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"student_logits has shape {tuple(student_logits.shape)}, teacher_logits "
-            f"{tuple(teacher_logits.shape)}; they must be equal. Slice padded entries off the vocabulary "
-            "first"
+            f"student_logits has shape {tuple(student_logits.shape)}, teacher_logits {tuple(teacher_logits.shape)}; "
+            "they must be equal. Slice padded entries off the vocabulary first"
         )
     if student_logits.device != teacher_logits.device:
         raise ValueError(f"student_logits is on {student_logits.device}, teacher_logits on {teacher_logits.device}")
     leading, v = student_logits.shape[:-1], student_logits.shape[-1]
     z_s = student_logits.reshape(-1, v)
     z_t = _outside_inference(teacher_logits.detach(), reduction).reshape(-1, v)
-    operator_reduction, factor, scalar = check_reduction(reduction, denominator)
-    weights = flat_weights(token_weights, leading, z_s.device)
-    backend = resolve_backend("auto", z_s.device, compute_dtype(z_s, z_t))
-    spec = Spec(v, backend=backend, temperature=check_temperature(temperature))
+    operator_reduction, factor, scalar = inputs.check_reduction(reduction, denominator)
+    weights = inputs.flat_weights(token_weights, leading, z_s.device)
+    backend = inputs.resolve_backend("auto", z_s.device, compute_dtype(z_s, z_t))
+    spec = Spec(v, backend=backend, temperature=inputs.check_temperature(temperature))
     if os.environ.get("OPCD_CHECK") == "1":
-        check_logits("student_logits", z_s, weights)
-        check_logits("teacher_logits", z_t, weights)
+        inputs.check_logits("student_logits", z_s, weights)
+        inputs.check_logits("teacher_logits", z_t, weights)
     wanted = torch.is_grad_enabled() and z_s.requires_grad
     loss = LogitsReverseKL.apply(z_s, z_t, weights, scalar, operator_reduction, factor, spec, wanted)
     return loss.reshape(leading) if reduction == "none" else loss
@@ -292,11 +268,11 @@ def _outside_inference(tensor: Tensor, reduction: str) -> Tensor:
 def _check_on_all_ranks(sides: dict[str, tuple[Tensor, LMHead]], weights: Tensor | None, student: LMHead) -> None:
     """A rank that raised alone would leave the others waiting for it."""
     if student.group is None:
-        check_finite(sides, weights)
+        inputs.check_finite(sides, weights)
         return
     error: ValueError | None = None
     try:
-        check_finite(sides, weights)
+        inputs.check_finite(sides, weights)
     except ValueError as found:
         error = found
     sharding.raise_together(error, student.group.group_name, sides["student_"][0].device)

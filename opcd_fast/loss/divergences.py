@@ -26,7 +26,7 @@ def check_divergence(divergence: str, parameters: Mapping[str, Any]) -> Chosen:
 
     Raises ValueError for what no divergence could mean.
     """
-    if divergence not in DIVERGENCES:
+    if not isinstance(divergence, str) or divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; expected one of {', '.join(map(repr, DIVERGENCES))}")
     for name, value in parameters.items():
         PARAMETERS[name].check(value)

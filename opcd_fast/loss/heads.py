@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opcd_fast.kernels.reference import is_number
+
+# Quantised numbers, float8 among them, come with scales of their own beside.
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
@@ -36,28 +41,30 @@ class LMHead:
                 "deepspeed.zero.GatheredParameters([weight]) or inside the module's forward"
             )
         for name, value in (("scale", self.scale), ("softcap", self.softcap)):
-            if isinstance(value, Tensor):
-                raise ValueError(
-                    f"LMHead: {name} is a tensor, and no gradient would reach it; pass its number, float({name})"
-                )
+            if not is_number(value) and (name, value) != ("softcap", None):
+                what = "a tensor, and no gradient would reach it" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"LMHead: {name} is {what}; pass its number, float({name})")
         if not isinstance(self.weight, Tensor):
             raise TypeError(f"LMHead: weight is a {type(self.weight).__name__}; pass a (V, D) tensor")
-        if self.weight.ndim != 2 or not self.weight.is_floating_point():
+        if self.weight.ndim != 2 or 0 in self.weight.shape or self.weight.dtype not in PLAIN:
             raise ValueError(
-                f"LMHead: weight has shape {tuple(self.weight.shape)} and dtype {self.weight.dtype}; "
-                "it must be a floating-point matrix (V, D)"
+                f"LMHead: weight has shape {tuple(self.weight.shape)} and dtype {self.weight.dtype}; it must be a "
+                "matrix (V, D) in float32, bf16, fp16 or float64 (multiply quantised weights with their scales first)"
             )
         rows = self.weight.shape[0]
-        if self.bias is not None and tuple(self.bias.shape) != (rows,):
-            raise ValueError(f"LMHead: bias has shape {tuple(self.bias.shape)}; weight has {rows} rows, so ({rows},)")
-        if self.bias is not None and not self.bias.is_floating_point():
-            raise ValueError(f"LMHead: bias has dtype {self.bias.dtype}; it must be floating point")
+        if self.bias is not None and not isinstance(self.bias, Tensor):
+            raise TypeError(f"LMHead: bias is a {type(self.bias).__name__}; pass a tensor ({rows},), or None for none")
+        if self.bias is not None and (tuple(self.bias.shape) != (rows,) or self.bias.dtype not in PLAIN):
+            kind = f"shape {tuple(self.bias.shape)} and dtype {self.bias.dtype}"
+            raise ValueError(f"LMHead: bias has {kind}; it must be ({rows},), as weight has rows, and floating point")
         if not math.isfinite(self.scale):
             raise ValueError(f"LMHead: scale is {self.scale}; it must be a finite number")
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
             raise ValueError(f"LMHead: softcap is {self.softcap}; it must be a positive number, or None for none")
-        if self.vocab_size is not None and not 1 <= self.vocab_size <= rows:
-            raise ValueError(f"LMHead: vocab_size is {self.vocab_size}; weight has {rows} rows, so 1..{rows}")
+        if self.vocab_size is not None and not (type(self.vocab_size) is int and 1 <= self.vocab_size <= rows):
+            raise ValueError(
+                f"LMHead: vocab_size is {self.vocab_size!r}; weight has {rows} rows, so an integer in 1..{rows}"
+            )
         if self.group is not None and not hasattr(self.group, "group_name"):
             raise ValueError(f"LMHead: group is a {type(self.group).__name__}; pass a torch.distributed ProcessGroup")
 
@@ -114,7 +121,7 @@ class LMHead:
                 "modules_to_save, or call model.merge_and_unload() first"
             )
         weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in _PLAIN:
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in PLAIN:
             raise ValueError(
                 f"LMHead.from_model: the output embeddings are a {type(layer).__name__} without a plain "
                 "floating-point (V, D) weight (quantised?); load the model with its head unquantised"
@@ -150,10 +157,6 @@ def same_vocabulary(student: LMHead, teacher: LMHead) -> tuple[LMHead, LMHead]:
     size = min(student.valid_size, teacher.valid_size)
     heads = (head if head.valid_size == size else replace(head, vocab_size=size) for head in (student, teacher))
     return next(heads), next(heads)
-
-
-# Quantised weights, float8 among them, come with scales of their own beside.
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Stand(torch.nn.Module):

@@ -34,9 +34,7 @@ def logits_of(hidden: Tensor, head: LMHead, token_ids: Tensor) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def trainer_logprobs(
-    hidden: Tensor, head: LMHead, token_ids: Tensor, logsumexp: Tensor, temperature: float
-) -> Tensor:
+def trainer_logprobs(hidden: Tensor, head: LMHead, token_ids: Tensor, logsumexp: Tensor, temperature: float) -> Tensor:
     """(N,) float32 log p of the drawn tokens, z / T - logsumexp(z / T), the second part from the loss's statistics."""
     return logits_of(hidden, head, token_ids) / temperature - logsumexp
 
@@ -81,9 +79,7 @@ class Drift:
         return found if self.factors is None else {**found, "importance_weight": self.factors / self.tokens}
 
 
-def importance_weights(
-    logprobs: Tensor, behaviour: Tensor, cu_seqlens: Tensor, correction: str, clip: float
-) -> Tensor:
+def importance_weights(logprobs: Tensor, behaviour: Tensor, cu_seqlens: Tensor, correction: str, clip: float) -> Tensor:
     """(N,) float32 factors for the tokens' weights, constants.
 
     logprobs, behaviour: (N,) log p and log q of the drawn tokens; cu_seqlens: (B + 1,) where answers begin and end.

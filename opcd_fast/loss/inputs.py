@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from opcd_fast.kernels.csrc import native
-from opcd_fast.loss.heads import LMHead
+from opcd_fast.kernels.reference import is_number
+from opcd_fast.loss.heads import PLAIN, LMHead
 
 REDUCTIONS = ("mean", "sum", "none")
 PROJECTIONS = {"auto": "auto", "separate": "separate", "fp32": "separate", "difference": "difference"}
@@ -21,7 +22,10 @@ def as_head(head: LMHead | Tensor, name: str) -> LMHead:
     if isinstance(head, LMHead):
         return head
     if isinstance(head, Tensor):
-        return LMHead(head)
+        try:
+            return LMHead(head)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     raise TypeError(
         f"{name} is a {type(head).__name__}; pass an LMHead or its (V, D) weight (LMHead.from_model(model) makes one)"
     )
@@ -30,9 +34,9 @@ def as_head(head: LMHead | Tensor, name: str) -> LMHead:
 def check_side(name: str, h: Tensor, head: LMHead, device: torch.device) -> None:
     """Hidden states `{name}_hidden` against the head `{name}_head`; everything on one device."""
     prefix = f"{name}_" if name else ""
-    if not isinstance(h, Tensor) or not h.is_floating_point() or h.ndim < 1:
-        kind = f"{h.dtype} tensor" if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"{prefix}hidden is a {kind}; expected floating-point hidden states (..., D)")
+    if not isinstance(h, Tensor) or h.dtype not in PLAIN or h.ndim < 1 or h.layout != torch.strided:
+        kind = f"{h.dtype} tensor ({h.layout})" if isinstance(h, Tensor) else type(h).__name__
+        raise ValueError(f"{prefix}hidden is a {kind}; expected (..., D) in float32, bf16, fp16 or float64")
     if h.shape[-1] != head.weight.shape[1]:
         raise ValueError(
             f"{prefix}hidden has width {h.shape[-1]}, {prefix}head expects {head.weight.shape[1]}; they must be equal"
@@ -70,21 +74,23 @@ def check_pair(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> to
 def check_projection(projection: str) -> str:
     if projection == "dual":
         raise ValueError("projection='dual' does not exist any more; use projection='auto', which is as accurate")
-    if projection not in PROJECTIONS:
+    if not isinstance(projection, str) or projection not in PROJECTIONS:
         raise ValueError(f"projection is {projection!r}; expected one of {', '.join(map(repr, PROJECTIONS))}")
     return PROJECTIONS[projection]
 
 
 def check_temperature(temperature: float) -> float:
-    if isinstance(temperature, Tensor) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be a positive number")
+    if not is_number(temperature) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; it must be a positive number")
     return float(temperature)
 
 
-def check_workspace(workspace_bytes: int | None) -> int | None:
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes is {workspace_bytes}; it must be positive, or None for the default")
-    return None if workspace_bytes is None else int(workspace_bytes)
+def check_resources(workspace_bytes: int | None, backend: str) -> tuple[int | None, str]:
+    if workspace_bytes is not None and not (is_number(workspace_bytes) and 1 <= workspace_bytes < math.inf):
+        raise ValueError(f"workspace_bytes is {workspace_bytes!r}; it must be a positive number, or None for a default")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    return None if workspace_bytes is None else int(workspace_bytes), backend
 
 
 def triton_can_run(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -116,8 +122,6 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     """
     if backend == "torch":
         return backend
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
         if device.type == "cuda" and triton_can_run(device, dtype) is None:
             return "triton"
@@ -161,11 +165,13 @@ def check_reduction(reduction: str, denominator: float | Tensor | None) -> tuple
     if reduction != "mean":
         raise ValueError(f"denominator is given but reduction is {reduction!r}; it only applies to 'mean'")
     if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; expected a number or a scalar tensor")
-        return reduction, 1.0, denominator.detach()
-    if not 0 < denominator < math.inf:
-        raise ValueError(f"denominator is {denominator}; it must be a positive number")
+        if denominator.numel() != 1 or denominator.is_complex():
+            raise ValueError(f"denominator is {denominator}; expected a number or a real scalar tensor")
+        if denominator.requires_grad:
+            raise ValueError("denominator requires grad, but is treated as a constant; pass denominator.detach()")
+        return reduction, 1.0, denominator
+    if not is_number(denominator) or not 0 < denominator < math.inf:
+        raise ValueError(f"denominator is {denominator!r}; it must be a positive number")
     return "sum", 1.0 / float(denominator), None
 
 

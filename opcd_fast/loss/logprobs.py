@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opcd_fast.loss.chunks import Spec, Wanted, refuse_capture, sharding
 from opcd_fast.loss.heads import LMHead
-from opcd_fast.loss.inputs import as_head, check_finite, check_side, check_temperature, check_workspace, flat_ids
+from opcd_fast.loss.inputs import as_head, check_finite, check_resources, check_side, check_temperature, flat_ids
 from opcd_fast.loss.operators import LinearLogprobs
 
 
@@ -51,7 +51,7 @@ def fused_linear_logprobs(
     if (check or not ids.is_cuda) and not torch.compiler.is_compiling() and bool((ids >= head.valid_size).any()):
         raise ValueError(f"token_ids holds {int(ids.max())}; the head has {head.valid_size} tokens")
     spec = Spec(
-        head.valid_size, check_workspace(workspace_bytes), backend, scale_s=float(head.scale), softcap_s=head.softcap,
+        head.valid_size, *check_resources(workspace_bytes, backend), scale_s=float(head.scale), softcap_s=head.softcap,
         temperature=check_temperature(temperature), keep=not torch.compiler.is_compiling(),
     )  # fmt: skip
     wanted = Wanted.of(torch.is_grad_enabled(), h, weight, bias)

@@ -30,6 +30,7 @@ from opcd_fast.loss.chunks import (
     select_rows,
 )
 from opcd_fast.loss.inputs import resolve_backend
+from opcd_fast.runtime import first_order
 
 
 # ruff: noqa: UP007, UP045  (the operators' schemas are inferred from these annotations; torch 2.10 reads Optional)
@@ -173,7 +174,7 @@ class LinearDivergence(torch.autograd.Function):
         return loss, statistics, repeated
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if upstream is None:
             return (None,) * 14
@@ -209,7 +210,7 @@ class LinearLogprobs(torch.autograd.Function):
         return linear_logprobs_op(h, weight, bias, token_ids, None, NOTHING, *spec.packed())[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         h, weight, bias, token_ids = ctx.saved_tensors
         _, *found = linear_logprobs_op(h, weight, bias, token_ids, upstream, ctx.wanted, *ctx.spec.packed())
@@ -229,7 +230,7 @@ class LogitsReverseKL(torch.autograd.Function):
         return _reduce(kl, rows.weights, rows.factor, reduction)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, upstream):
         gradient: Any
         if ctx.late:

@@ -122,6 +122,8 @@ def refuses_pad(body: nn.Module) -> str | None:
         return f"recurrent layers of architecture {config.model_type!r} are not known to go on from a cached state"
     if seam.takes_cache(body) is None:
         return f"architecture {config.model_type!r} takes no cache of keys and values"
+    if seam.setting(config, "sliding_window") == 1:
+        return "a sliding_window of 1 leaves transformers' caches no key to keep"
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         return f"the padded path runs eager or sdpa attention, the model has {implementation!r}"

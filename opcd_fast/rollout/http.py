@@ -123,8 +123,8 @@ class JsonServer:
                 break
             wait(pause if pause is not None else backoff * random.uniform(0.8, 1.2))
         raise ServerGone(
-            f"rollout server {self.url}: {redacted(why)} ({path}, {asked} tries in {time.monotonic() - started:.0f} s); "
-            "start it again or correct rollout_url, then go on with resume"
+            f"rollout server {self.url}: {redacted(why)} ({path}, {asked} tries in "
+            f"{time.monotonic() - started:.0f} s); start it again or correct rollout_url, then go on with resume"
         )
 
     def _once(self, path: str, body: Mapping[str, Any] | None) -> Any:

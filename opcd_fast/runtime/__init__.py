@@ -1,10 +1,11 @@
-"""What any program needs: seeds, whole files, timing, confidence intervals, launched ranks, CUDA graphs, doors."""
+"""What any program needs: seeds, whole files, timing, intervals, launched ranks, CUDA graphs, derivatives, doors."""
 
 from typing import TYPE_CHECKING
 
 from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
+    from opcd_fast.runtime.derivatives import first_order
     from opcd_fast.runtime.files import (
         clear_unfinished, read_object, remove_folder, write_file, write_folder, write_text,
     )  # fmt: skip

@@ -32,16 +32,8 @@ from opcd_fast.models import (
     seam,
     weights_of,
 )
+from opcd_fast.teacher import inputs
 from opcd_fast.teacher.budget import default_batch_bytes
-from opcd_fast.teacher.inputs import (
-    as_contexts,
-    as_device,
-    check_bytes,
-    check_contexts_fit,
-    check_select,
-    check_sequences_fit,
-    context_of_sequence,
-)
 from opcd_fast.teacher.parts import run_in_parts, split
 from opcd_fast.teacher.paths import PathChoice, concat_forward, merge_forward, pad_forward
 from opcd_fast.teacher.prefix import PrefixMemory, SharedPrefix
@@ -106,13 +98,13 @@ class ContextTeacher:
             seam.refuse_virtual_tokens(model)
         self._adapter = adapter
         self.autocast = autocast
-        self._contexts = as_contexts(contexts, seam.embedding_rows(self._body))
+        self._contexts = inputs.as_contexts(contexts, seam.embedding_rows(self._body))
         self._head: LMHead | None = None  # looking at the model anew for every batch would cost tens of milliseconds
-        check_bytes("max_prefix_bytes", max_prefix_bytes)
-        check_bytes("max_batch_bytes", max_batch_bytes)
+        inputs.check_bytes("max_prefix_bytes", max_prefix_bytes)
+        inputs.check_bytes("max_batch_bytes", max_batch_bytes)
         self._max_batch_bytes = max_batch_bytes or default_batch_bytes(self._body)
         self._told_of_bound = False
-        self._kept_on = as_device(prefix_device)
+        self._kept_on = inputs.as_device(prefix_device)
         self._prefixes = PrefixMemory(model, self._contexts, max_prefix_bytes, device=self._kept_on)
         self.frozen_weights = frozen_weights
         self._built_with: tuple[Any, ...] = ()
@@ -122,7 +114,7 @@ class ContextTeacher:
         _ = self._choice
         if path == "concat" and self._kept_on is not None:
             raise ValueError("prefix_device: path='concat' keeps no keys; leave it None, or take another path")
-        check_contexts_fit(self._contexts, seam.longest_input(self._body))
+        inputs.check_contexts_fit(self._contexts, seam.longest_input(self._body))
 
     @property
     def _choice(self) -> PathChoice:
@@ -254,10 +246,10 @@ class ContextTeacher:
             raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
         device = next(self._body.parameters()).device
         row = packed_row(cu_seqlens, input_ids.numel(), device)
-        index = context_of_sequence(context_index, len(row.lengths), len(self._contexts))
+        index = inputs.context_of_sequence(context_index, len(row.lengths), len(self._contexts))
         context_lengths = [self._contexts[which].numel() for which in index]
-        check_sequences_fit(row.lengths, context_lengths, seam.longest_input(self._body))
-        check_select(select, input_ids.numel())
+        inputs.check_sequences_fit(row.lengths, context_lengths, seam.longest_input(self._body))
+        inputs.check_select(select, input_ids.numel())
 
         path = self._choice.for_call(row.lengths, context_lengths)
         ids = on_device(input_ids, device)

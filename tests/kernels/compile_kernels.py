@@ -28,7 +28,7 @@ POINTERS = {
     "g_ptr": "*bf16", "token_ptr": "*i64", "a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*bf16", "has_a_ptr": "*i8",
     "has_b_ptr": "*i8",
 }  # fmt: skip
-FLOATS = ("inner", "outer", "derivative", "parameter")
+FLOATS = ("inner", "outer", "derivative", "parameter", "remainder")
 # What launchers guarantee: the pitch of logits, whole heads. n_columns is deliberately not divisible by 16, logsumexps
 # may lie any way.
 ALIGNED = [*(f"stride_{x}" for x in "stzg"), *(f"stride_{x}_{y}" for x in ("a", "b", "out") for y in "nh")]

@@ -203,7 +203,7 @@ def test_the_papers_truncated_loss_is_what_their_code_computes():
     ("options", "words"),
     [
         ({"divergence": "kl"}, ["divergence", "'reverse_kl'"]),
-        ({"divergence": "jsd", "beta": 1.5}, ["beta", "0..1"]),
+        ({"divergence": "jsd", "beta": 1.5}, ["beta", "1e-12..1"]),
         ({"divergence": "skew_reverse_kl", "alpha": 1.0}, ["alpha", "1 excluded"]),
         ({"divergence": "skew_forward_kl", "alpha": float("nan")}, ["alpha"]),
         ({"divergence": "topk_reverse_kl", "k": 0}, ["k is 0", "positive"]),

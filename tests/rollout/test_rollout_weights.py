@@ -39,6 +39,27 @@ def fused_step(model):
     torch.optim.AdamW(parameters, lr=0.05, fused=True).step()
 
 
+def compiled_fused_step(model):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.compile(optimizer.step, backend="eager")()
+
+
+def fused_sgd_kernel(model):
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        torch._fused_sgd_(
+            [p.detach() for p in trained], [p.grad for p in trained], [], weight_decay=0.0, momentum=0.0, lr=5.0,
+            dampening=0.0, nesterov=False, maximize=False, is_first_step=True,
+        )  # fmt: skip
+
+
+def in_inference_mode(model):
+    with torch.inference_mode():
+        through_data(model)
+
+
 def through_data(model):
     for p in model.parameters():
         if p.requires_grad:
@@ -59,7 +80,10 @@ def adapter_of(model):
     return {name.replace(".default", ""): p.detach() for name, p in model.named_parameters() if "lora_" in name}
 
 
-@pytest.mark.parametrize("change", [fused_step, through_data, swapped])
+WAYS = [fused_step, compiled_fused_step, fused_sgd_kernel, in_inference_mode, through_data]
+
+
+@pytest.mark.parametrize("change", [*WAYS, swapped])
 def test_a_server_has_the_adapter_of_now(tmp_path, change):
     model, weights, server = lora_model(), LoRAWeights(tmp_path / "adapters"), Server()
     first = weights.push(server, model)
@@ -80,7 +104,7 @@ def test_an_adapter_of_the_same_weights_and_another_scale_is_sent(tmp_path):
     assert second != first and list(server.loaded) == [second]
 
 
-@pytest.mark.parametrize("change", [fused_step, through_data])
+@pytest.mark.parametrize("change", WAYS)
 def test_a_command_gets_the_model_of_now(tmp_path, change):
     seen = []
     weights = CommandWeights(tmp_path, "m", lambda folder: seen.append(load_file(folder / "model.safetensors")))

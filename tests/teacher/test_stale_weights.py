@@ -42,6 +42,12 @@ def compiled_step(model):
     torch.compile(optimizer.step, backend="aot_eager")()
 
 
+def compiled_fused_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    backward(model)
+    torch.compile(optimizer.step, backend="eager")()
+
+
 def fused_sgd_kernel(model):
     backward(model)
     parameters = list(model.parameters())
@@ -107,9 +113,9 @@ def constant_replaced(model):
 
 
 CHANGES = [
-    plain_step, fused_step, compiled_step, fused_sgd_kernel, masters_copied_through_data, in_place, through_numpy,
-    loaded_by_assignment, frequencies_in_place, frequencies_replaced, layers_reordered, layers_pruned, negated,
-    rows_exchanged, constant_replaced,
+    plain_step, fused_step, compiled_step, compiled_fused_step, fused_sgd_kernel, masters_copied_through_data,
+    in_place, through_numpy, loaded_by_assignment, frequencies_in_place, frequencies_replaced, layers_reordered,
+    layers_pruned, negated, rows_exchanged, constant_replaced,
 ]  # fmt: skip
 
 
@@ -139,7 +145,9 @@ def test_changes_of_a_model(change):
     check(tiny_model(), change)
 
 
-@pytest.mark.parametrize("change", [in_place, rows_exchanged, negated])
+@pytest.mark.parametrize(
+    "change", [in_place, rows_exchanged, negated, frequencies_in_place, masters_copied_through_data]
+)
 def test_changes_of_a_model_that_was_made_in_inference_mode(change):
     with torch.inference_mode():
         model = copy.deepcopy(tiny_model())

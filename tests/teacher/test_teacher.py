@@ -56,6 +56,17 @@ def test_shapes_of_batch(lengths):
         assert_close(ContextTeacher(model, context, path=path).hidden_states_packed(ids, bounds), expected)
 
 
+def test_a_window_of_one_token():
+    """Each token sees itself alone; transformers' caches cannot keep that."""
+    model = tiny_model("qwen2-mixed-window", sliding_window=1)
+    contexts, sequences = random_ids(12), random_ids(5, 1, 3, seed=2)
+    expected = reference(model, contexts, sequences, [0] * 3)
+    for path in ("auto", "merge", "concat"):
+        assert_close(ContextTeacher(model, contexts, path=path).hidden_states_packed(*pack(sequences)), expected)
+    with pytest.raises(ValueError, match="path='pad': a sliding_window of 1"):
+        ContextTeacher(model, contexts, path="pad")
+
+
 @pytest.mark.parametrize("path", ["merge", "pad", "concat"])
 def test_select(path):
     model = tiny_model()

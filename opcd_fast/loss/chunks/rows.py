@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def select_rows(
     Finding the rows synchronises with a device once; without token_weights nothing does. While a CUDA graph is
     captured all rows are computed, since which ones matter may differ when it is replayed.
 
-    Raises ValueError when a mean is asked for of weights whose sum is not positive.
+    Raises ValueError for a mean of weights whose sum, or on a CPU whose denominator, is not positive; else that is NaN.
     """
     count, device = len(like), like.device
     graph = capturing(device)
@@ -77,7 +78,9 @@ def select_rows(
     if denominator is not None:
         # Stays a tensor: a count that was summed over ranks on the device is used without a synchronisation.
         total = denominator.detach().reshape(()).to(device, dtype)
-        factor = torch.where(total > 0, total.reciprocal(), 0.0) if graph else total.reciprocal()
+        if device.type == "cpu" and not 0 < float(total) < math.inf:
+            raise ValueError(f"denominator is {float(total)}; it must be a positive number")
+        factor = torch.where(total > 0, total.reciprocal(), 0.0 if graph else math.nan)
         return Rows(weights, active, factor, hidden)
     if hidden:
         total = weights.sum()

@@ -141,6 +141,15 @@ def test_a_run_that_did_not_work_says_so(card, value, low, words):
     assert words in readme(card) and words in page(card, None)
 
 
+def test_sentences_of_the_readme_are_apart(card):
+    card["ran"]["dtype"] = "bfloat16"
+    card["saved"]["virtual_tokens"] = 4
+    text = readme(card)
+    assert "95% intervals. Computed in bfloat16" in text and "of the context). The trained prefix of 4" in text
+    card["ran"]["dtype"] = "float32"
+    assert "95% intervals.\n\n|" in readme(card)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-9, 1e4])
 def test_plots_stand_extreme_values(card, value):
     for key in ("own", "fixed"):

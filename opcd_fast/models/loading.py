@@ -188,7 +188,10 @@ def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False
         if base_name is not None:
             folder = resolve(base_name)
     with _reading("tokenizer of", os.fspath(name)):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if len(found) <= len(found.all_special_ids):  # transformers makes one of a model's config alone
+        raise InputError(f"{os.fspath(name)!r} holds no tokenizer; save it there with tokenizer.save_pretrained")
+    return found
 
 
 def _base_of_adapter(folder: str) -> str | None:

@@ -163,6 +163,12 @@ def test_a_damaged_tokenizer_is_one_line(folder):
     refused(lambda: load_tokenizer(str(folder / "base")), "tokenizer", "cannot be loaded")
 
 
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="tokenizer"):
+        load_tokenizer(tmp_path / "model")
+
+
 def test_a_model_spread_over_devices_is_refused():
     model = tiny_model()
     refuse_unsupported(model)

@@ -79,14 +79,8 @@ def run(arguments: list[str]) -> int:
 def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]) -> Any:
     """The trainer of a run; nothing is written yet. named: the options that its user gave."""
     from opcd_fast.data import read_prompts
-    from opcd_fast.models import load_model, load_tokenizer
-    from opcd_fast.training import OPCDTrainer
-    from opcd_fast.training.engines import join
-    from opcd_fast.training.run import start_from
 
-    quiet_libraries()
-    join(config.device)
-    # Small files first: a wrong name must not cost the loading of a model.
+    # Small files first: a wrong name must not cost the loading of a model, or of the libraries for it.
     context_in(command.context)
     prompts, say = prompts_or_task(command, config), _say
     general = sum(prompt.privileged_context == "" for prompt in prompts) if isinstance(prompts, list) else 0
@@ -100,6 +94,13 @@ def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]
     config = settled(command, config, named, len(prompts) if isinstance(prompts, list) else None)
     if command.preset != "paper":
         say(in_words(config))
+    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.training import OPCDTrainer
+    from opcd_fast.training.engines import join
+    from opcd_fast.training.run import start_from
+
+    quiet_libraries()
+    join(config.device)
     start, replayed = None, []
     if command.replay is not None and command.init is None:
         raise InputError("replay needs init: the earlier run whose context shall stay")

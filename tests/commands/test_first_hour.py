@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
@@ -214,3 +215,13 @@ def test_an_error_names_each_thing_once(capsys, tmp_path):
     ):  # fmt: skip
         status, _, err = said(capsys, *words)
         assert status == 2 and told in err and " line 1 column " not in err and "file file" not in err
+
+
+@pytest.mark.parametrize("option", ["--context", "--prompts", "--eval-prompts"])
+def test_a_missing_file_is_told_before_torch_is_imported(tmp_path, option):
+    (tmp_path / "there.txt").write_text("a\n")
+    files = dict.fromkeys(("--context", "--prompts", "--eval-prompts"), "there.txt") | {option: "none.txt"}
+    words = ["train", "--model", "m", *(word for pair in files.items() for word in pair)]
+    code = f"import sys; from opcd_fast.cli import main; status = main({words}); print(status, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.stdout.split() == ["2", "False"] and "'none.txt' does not exist" in done.stderr

@@ -25,7 +25,7 @@ NOT_SOURCES = (".*", "build", "dist", "runs", "__pycache__", "*.egg-info", "*.so
 COMPLAINTS = ("Package would be ignored", "the CPU library did not build")
 CHECK = """
 import sys
-import opcd_fast, opcd_fast.kernels.reference.divergences, opcd_fast.kernels.triton.reverse_kl  # noqa: F401
+import opcd_fast, opcd_fast.kernels.reference.divergences, opcd_fast.kernels.triton.divergences  # noqa: F401
 from opcd_fast.loss import LMHead, fused_linear_reverse_kl  # noqa: F401
 assert "site-packages" in opcd_fast.__file__, opcd_fast.__file__
 assert "transformers" not in sys.modules, "import opcd_fast.loss must need torch alone"

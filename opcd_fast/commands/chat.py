@@ -17,6 +17,7 @@ from opcd_fast.commands.arguments import (
     trained_weights,
 )
 from opcd_fast.errors import InputError
+from opcd_fast.runtime import printable
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,8 @@ def run(arguments: list[str]) -> int:
                     )  # fmt: skip
                 text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
                 said.append({"role": "assistant", "content": text})
-                print(f"{speaker}: {plain(text)}", flush=True)
+                print(f"{speaker}: {printable(text).strip()}", flush=True)
             asked += 1
         print("> ", end="", flush=True)
     print()
     return 0
-
-
-def plain(text: str) -> str:
-    """Without characters that a terminal obeys."""
-    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text).strip()

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from opcd_fast.commands.presets import IN_WORDS
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import settings_of
 
@@ -110,7 +111,7 @@ def _option(field: dataclasses.Field[Any], setting: Any, first_sentence: bool = 
     kind = str(field.type).partition(" | ")[0]
     option = f"--{field.name.replace('_', '-')}" + ("" if kind == "bool" else f" {METAVARS.get(kind, 'TEXT')}")
     text = re.split(r"(?<=[^.])\. (?=[A-Z])", setting.help)[0].rstrip(".") + "." if first_sentence else setting.help
-    default = PRESET.get(field.name, field.default)
+    default = IN_WORDS.get(field.name, field.default)
     if default not in (None, (), "", dataclasses.MISSING):
         text += f" (default: {default})"
     indent = " " * 28
@@ -119,10 +120,6 @@ def _option(field: dataclasses.Field[Any], setting: Any, first_sentence: bool = 
     return [head + wrapped[0][28:], *wrapped[1:]] if len(head) <= 28 else [head.rstrip(), *wrapped]
 
 
-PRESET = {
-    "lora_rank": "16", "batch_size": "16, or all prompts", "max_new_tokens": "128", "learning_rate": "1e-3 for LoRA",
-    "steps": "five passes over the prompts, 20 to 100", "eval_prompts": "a tenth of the prompts, at least 8",
-}  # fmt: skip
 METAVARS: Mapping[str, str] = {"int": "N", "float": "X", "tuple[str, ...]": "TEXT …"}
 
 

@@ -13,6 +13,12 @@ from opcd_fast.training.settings import OneOf, OPCDConfig
 PRESETS = ("small", "paper")
 LORA_RANK, BATCH, LONGEST = 16, 16, 128
 EPOCHS, FEWEST_STEPS, MOST_STEPS = 5, 20, 100  # the experiments' 128 prompts, 16 a step, moved in within 40 steps
+IN_WORDS = {  # for the help, in place of the defaults of `OPCDConfig`
+    "lora_rank": f"{LORA_RANK}", "batch_size": f"{BATCH}, or all prompts", "max_new_tokens": f"{LONGEST}",
+    "steps": f"{EPOCHS} passes over the prompts, {FEWEST_STEPS} to {MOST_STEPS}",
+    "learning_rate": f"{OPCDConfig().learning_rate_for(adapter=True):g} for LoRA",
+    "eval_prompts": "a tenth of the prompts, at least 8",
+}  # fmt: skip
 
 
 def settled(command: Any, config: OPCDConfig, named: Collection[str], prompts: int | None) -> OPCDConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from opcd_fast.data import Prompt, whole_prompt
 from opcd_fast.rollout import TransformersRollout
+from opcd_fast.runtime import printable
 from opcd_fast.training.step import divergence, samples_of
 
 LONGEST, WIDTH = 64, 200  # tokens of an answer, characters of it that are shown
@@ -50,7 +51,7 @@ def preview(trainer: Any, count: int) -> list[Pair]:
         return sampler.generate(prompts, max_new_tokens=tokens, temperature=0.0)
 
     plains = most_probable(trainer.model, [row.student_ids for row in rows])
-    with trainer.teachers.at_work(), trainer.base_weights():
+    with trainer.base_weights():
         teacher, _ = trainer.teachers.first_weights()
         shown = most_probable(teacher.model, [whole_prompt(row, trainer.prefixes) for row in rows])
     pairs = []
@@ -109,5 +110,5 @@ def question(prompt: Prompt) -> str:
 
 def one_line(text: str) -> str:
     """Of at most `WIDTH` characters, none of which a terminal obeys."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    plain = " ".join(printable(text).split())
     return plain if len(plain) <= WIDTH else plain[: WIDTH - 1] + "…"

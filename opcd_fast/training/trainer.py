@@ -154,8 +154,7 @@ class OPCDTrainer:
     def preview(self, count: int = 3) -> list[Pair]:
         """Before `train`, in one process: the first held-out prompts (training prompts, where there are none) with the
         most probable answers of the student, and of the teacher with the context. Nothing of the run depends on it."""
-        with torch.no_grad():
-            return preview(self, count)
+        return preview(self, count)
 
     def _train_step(self, step: int, interruption: Interruption) -> dict[str, Any]:
         """The method: optimizer step number `step` + 1, and its record."""

@@ -6,20 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
 from opcd_fast.commands import COMMANDS, info
 from opcd_fast.commands.train import train_command
 from opcd_fast.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

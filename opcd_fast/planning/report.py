@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from opcd_fast.planning.plan import Plan
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.planning.plan import Plan, changes
 
 NAMES = {
     "teacher weights": "teacher's weights",
@@ -27,12 +25,6 @@ NEEDS = {
     "teacher_offload": "not with FSDP",
 }
 """What settings that were found need besides, by name."""
-
-
-def changes(asked: OPCDConfig, found: OPCDConfig) -> dict[str, Any]:
-    """Settings that differ, as the run should have them."""
-    before, after = dataclasses.asdict(asked), dataclasses.asdict(found)
-    return {name: value for name, value in after.items() if value != before[name]}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

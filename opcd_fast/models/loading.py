@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from opcd_fast.errors import InputError
+from opcd_fast.errors import InputError, pip_install
 from opcd_fast.models.names import SMOLLM2, base_of_adapter, is_path, smollm2_folder, smollm2_source
 from opcd_fast.runtime import launched, local_rank, write_folder
 
@@ -174,7 +174,7 @@ def refuse_unsupported(model: Any, name: str = "model") -> None:
                 "bfloat16 weights"
             )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError(f"model {name!r} is in 4 bits: pip install 'opcd-fast[quant]'")
+            raise InputError(f"model {name!r} is in 4 bits: {pip_install('quant')}")
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise InputError(f"model {name!r} is spread over devices by device_map; load it on one")
 
@@ -253,7 +253,7 @@ def _smollm2_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("reading the packaged SmolLM2 needs the package gguf: pip install 'opcd-fast[gguf]'")
+        raise InputError(f"reading the packaged SmolLM2 needs the package gguf: {pip_install('gguf')}")
     print(f"converting SmolLM2's weights, once, into {folder} ...", file=sys.stderr, flush=True)
     _convert_gguf(source, folder)
     return folder

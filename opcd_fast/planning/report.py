@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from opcd_fast.errors import pip_install
 from opcd_fast.planning.plan import Plan, changes
 
 NAMES = {
@@ -20,8 +21,8 @@ NAMES = {
 """Parts whose label in a rehearsal is not what they are called."""
 
 NEEDS = {
-    "optimizer": "needs bitsandbytes (pip install 'opcd-fast[quant]'); not with FSDP",
-    "quantization": "needs bitsandbytes (pip install 'opcd-fast[quant]'); not with FSDP",
+    "optimizer": f"needs bitsandbytes ({pip_install('quant')}); not with FSDP",
+    "quantization": f"needs bitsandbytes ({pip_install('quant')}); not with FSDP",
     "teacher_offload": "not with FSDP",
 }
 """What settings that were found need besides, by name."""

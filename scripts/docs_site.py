@@ -2,7 +2,7 @@
 
 Pages link to files of the repository outside docs/, as `../experiments/results/persona.md`, so that the links work
 where the pages are read in the repository. Here these files become part of the site, under `files/`, with their own
-links. A link to what does not exist is a warning, which ends a strict build. A link to a folder becomes plain text.
+links, which mkdocs then checks as it checks all others. A link to a folder becomes plain text.
 
 `<!-- settings -->` on a page becomes the table of all settings, `<!-- commands -->` that of the commands.
 """
@@ -15,15 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, OUTSIDE = "docs/", "files/"
 LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<path>[^()\s#:]+)(?P<anchor>#[^()\s]*)?\)")
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
-
-log = get_plugin_logger("docs_site")
 
 
 def in_repository(page: str) -> str:
@@ -64,8 +61,6 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
 
     def rewritten(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(here, link["path"]))
-        if path.startswith("..") or not (ROOT / path).exists():
-            log.warning(f"{in_repository(site)}: {link['path']!r} does not exist")
         if (ROOT / path).is_dir():
             return link["text"].strip("[]")
         return f"{link['text']}({posixpath.relpath(published(path), there or '.')}{link['anchor'] or ''})"

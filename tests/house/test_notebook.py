@@ -29,7 +29,7 @@ def checkout(tmp_path, monkeypatch):
 
 def test_nothing_is_stored():
     code = [cell for cell in CELLS if cell["cell_type"] == "code"]
-    assert len(code) == 7
+    assert len(code) == 6
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
 
 

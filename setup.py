@@ -5,8 +5,10 @@ folder has no `__init__.py` and is only reachable as `opcd_fast.kernels`. In a c
 leads there: an editable install cannot map a folder without `__init__.py` into a package.
 
 The CPU library needs CMake and a C++ compiler. Without them the install goes on, and `opcd info` says what is missing.
+`OPCD_BUILD_NATIVE=0` leaves it out. It is loaded by ctypes, so a wheel that holds it is for one platform and any Python.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
@@ -22,6 +25,8 @@ LIBRARIES = ("libopcd_native.so", "libopcd_native.dylib", "libopcd_native.dll")
 
 
 def can_build() -> bool:
+    if os.environ.get("OPCD_BUILD_NATIVE") == "0":
+        return False
     return shutil.which("cmake") is not None and any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
 
 
@@ -29,7 +34,7 @@ class BuildWithNative(build_py):
     def run(self) -> None:
         super().run()
         if not can_build():
-            print("opcd-fast: no CMake or C++ compiler, the CPU library is left out", file=sys.stderr)
+            print("opcd-fast: no CMake or C++ compiler, or not wanted: the CPU library is left out", file=sys.stderr)
             return
         target = ROOT / "opcd_fast" if self.editable_mode else Path(self.build_lib) / "opcd_fast"
         try:
@@ -44,6 +49,12 @@ class BuildWithNative(build_py):
                     shutil.copy2(found, target / found.name)
         except (subprocess.CalledProcessError, OSError) as error:
             print(f"opcd-fast: the CPU library did not build ({error}), it is left out", file=sys.stderr)
+
+
+class OnePlatformAnyPython(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if can_build() else (python, abi, platform)
 
 
 class PlatformDistribution(Distribution):
@@ -97,6 +108,6 @@ setup(
     # What belongs in the source archive (MANIFEST.in) is not what gets installed: with the default, True, the C++
     # sources would follow into the wheel, and setuptools would take the data folder for a forgotten package.
     include_package_data=False,
-    cmdclass={"build_py": BuildWithNative},
+    cmdclass={"build_py": BuildWithNative, "bdist_wheel": OnePlatformAnyPython},
     distclass=PlatformDistribution,
 )

@@ -7,14 +7,17 @@ Operators and waits for the device are counted per token of a batch of two; what
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import peers
 from benchmarks.models import SHAPES, random_model
 from benchmarks.schema import Values, value
 from benchmarks.session import Contender, Session
@@ -22,6 +25,7 @@ from opcd_fast.attention import sdpa_without_cudnn
 from opcd_fast.models import seam
 from opcd_fast.rollout.decoding import decode
 
+OURS, DYNAMIC = "opcd_fast-decode", "generate, dynamic cache"
 SHARED = 361  # tokens: what a system prompt of a page has
 ROUND_SECONDS = 20.0
 Prompts = Sequence[Sequence[int]]
@@ -47,9 +51,9 @@ def run(session: Session, *, only: tuple[str, ...] = ()) -> None:
 def _compare(session: Session, case: Case, only: Sequence[str]) -> None:
     model, name, prompts = _job(session, case)
     calls: dict[str, Callable[[Prompts, int], Any]] = {
-        "opcd_fast-decode": partial(ours, model),
-        "opcd_fast-decode, fixed shapes": partial(ours, model, static=True),
-        "generate, dynamic cache": partial(theirs, model),
+        OURS: partial(ours, model),
+        f"{OURS}, fixed shapes": partial(ours, model, static=True),
+        DYNAMIC: partial(theirs, model),
         "generate, static cache": partial(theirs, model, cache_implementation="static", disable_compile=True),
     }
     if case.shared and case.rows > 8:  # reading it in every row takes minutes
@@ -62,12 +66,20 @@ def _compare(session: Session, case: Case, only: Sequence[str]) -> None:
 
         return Contender(name, lambda: partial(call, prompts, case.tokens), judge)
 
+    folder = tempfile.TemporaryDirectory()
+    longest = max(map(len, prompts)) + case.tokens
+
+    def in_vllm() -> Any:
+        return partial(peers.vllm_answers(model, Path(folder.name), longest), prompts, case.tokens)
+
+    others = [Contender("vllm", in_vllm, lambda _: {"tokens": value(case.rows * case.tokens, "1")}, has_peak=False)]
     session.compare(
-        case.name, [contender(name, call) for name, call in calls.items()],
+        case.name, [*(contender(name, call) for name, call in calls.items()), *others],
         shape={"rows": case.rows, "tokens": case.tokens, **({"shared": case.shared} if case.shared else {})},
         settings={"model": name, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
         seconds=ROUND_SECONDS, only=only,
     )  # fmt: skip
+    folder.cleanup()
 
 
 def _job(session: Session, case: Case) -> tuple[Any, str, list[list[int]]]:

@@ -27,6 +27,7 @@ from opcd_fast.loss import fused_linear_reverse_kl
 
 Call = Callable[[], tuple[Tensor, ...]]
 SWEPT = ("trl", "liger-fused")  # beside ours, in the cases that vary one size
+DIFFERENCE = "opcd_fast-difference"  # of a shared head's logits; `projection="auto"` takes it with Triton
 ACCURACY = 3e-3  # of our gradients; rounding to bf16 alone is 1.7e-3
 
 
@@ -97,15 +98,23 @@ def contenders(case: Case, device: torch.device, made: Callable[[], Prepared]) -
     """
     bf16 = case.dtype == torch.bfloat16
 
-    def one(name: str, loss: Callable[..., Tensor], exact: bool = True) -> Contender:
+    def one(name: str, loss: Callable[..., Tensor], exact: bool = True, drawn: bool = False) -> Contender:
+        def build() -> Call:
+            inputs = made().inputs
+            return _differentiated(partial(loss, token_ids=inputs.ids) if drawn else loss, inputs)
+
         return Contender(
-            name, lambda: _differentiated(loss, made().inputs), lambda found: made().judge(name, found),
+            name, build, lambda found: made().judge(name, found),
             settings={} if exact else {"gradient": "inexact"},
             compiles=name.startswith("compile-") or name == "liger-chunked", has_peak=case.timed,
         )  # fmt: skip
 
     reverse_kl = partial(fused_linear_reverse_kl, workspace_bytes=case.workspace_bytes)
-    ours = [one(f"opcd_fast-{backend}", partial(reverse_kl, backend=backend)) for backend in _backends(case, device)]
+    backends = _backends(case, device)
+    ours = [one(f"opcd_fast-{backend}", partial(reverse_kl, backend=backend)) for backend in backends]
+    if case.frozen and bf16 and (device.type == "cuda" or case.head == "tiny"):  # a CPU's default has no use for it
+        differences = partial(reverse_kl, backend=backends[0], projection="difference")
+        ours.insert(0, one(DIFFERENCE, differences, drawn=True))
     bound = Contender(BOUND, lambda: _gemms(made().inputs), has_peak=False)
     if case.group == "workspace":
         return [*ours, bound]

@@ -58,6 +58,7 @@ class Inputs:
     w_s: Tensor  # (V, D), requires grad unless frozen
     h_t: Tensor  # (N, D)
     w_t: Tensor  # (V, D)
+    ids: Tensor  # (N,), a token drawn from the student's distribution at each position
 
     def wanted(self) -> tuple[Tensor, ...]:
         return (self.h_s, self.w_s) if self.w_s.requires_grad else (self.h_s,)
@@ -74,7 +75,7 @@ def cases(device: torch.device, dry: bool) -> list[Case]:
 def _dry_cases() -> list[Case]:
     shapes = [("tiny", 96, 4_100, 64, dtype) for dtype in (torch.float32, torch.bfloat16)]
     chosen = [Case(*shape, frozen) for shape in shapes for frozen in (False, True)]
-    chosen.append(Case(*shapes[-1], False, "accuracy"))
+    chosen += [Case(*shapes[-1], frozen, "accuracy") for frozen in (False, True)]
     # Too little for all rows at once, so that chunks are cut.
     return [*chosen, Case(*shapes[0], False, "workspace", workspace_bytes=8 * _MIB)]
 
@@ -83,7 +84,8 @@ def _gpu_cases() -> list[Case]:
     """Heads of Qwen3-8B and Qwen3-0.6B."""
     heads, bf16 = [("qwen3-8b", 16_384, 151_936, 4096), ("qwen3-0.6b", 16_384, 151_936, 1024)], torch.bfloat16
     full, frozen = ([Case(*head, bf16, frozen) for head in heads] for frozen in (False, True))
-    return [*full, Case("qwen3-0.6b", 256, 151_936, 1024, bf16, False, "accuracy"), *frozen]
+    accuracy = [Case("qwen3-0.6b", 256, 151_936, 1024, bf16, frozen, "accuracy") for frozen in (False, True)]
+    return [*full, *accuracy, *frozen]
 
 
 def _cpu_cases() -> list[Case]:
@@ -121,7 +123,15 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     h_s = h.to(case.dtype)
     direction = torch.randn(case.N, case.D, generator=generator, device=device)
     h_t = _move_to_kl(h_s, direction, weight, case.mean_kl)
-    return Inputs(h_s.requires_grad_(), weight.requires_grad_(not case.frozen), h_t, teacher_weight)
+    ids = _drawn(h_s, weight, generator)
+    return Inputs(h_s.requires_grad_(), weight.requires_grad_(not case.frozen), h_t, teacher_weight, ids)
+
+
+def _drawn(h: Tensor, weight: Tensor, generator: torch.Generator, rows: int = 512) -> Tensor:
+    """(N,) tokens of the softmax in float32, as answers have them."""
+    wide = weight.float()
+    chances = (torch.softmax(some.float() @ wide.t(), -1) for some in h.split(rows))
+    return torch.cat([some.multinomial(1, generator=generator).squeeze(1) for some in chances])
 
 
 def _move_to_kl(h_s: Tensor, direction: Tensor, weight: Tensor, mean_kl: float) -> Tensor:

@@ -49,6 +49,7 @@ class Shape:
 
 SHAPES = {  # of their config.json on the Hub
     "Qwen3-8B": Shape(36, 4096, 32, 8, 128, 12_288, 151_936),
+    "Qwen3-4B": Shape(36, 2560, 32, 8, 128, 9728, 151_936),
     "Qwen3-1.7B": Shape(28, 2048, 16, 8, 128, 6144, 151_936),
     "Llama-3-70B": Shape(80, 8192, 64, 8, 128, 28_672, 128_256),
     "SmolLM2-135M": Shape(30, 576, 9, 3, 64, 1536, 49_152),

@@ -13,6 +13,7 @@ import importlib.util
 import shutil
 import sys
 import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,30 @@ def liger_chunked(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor) -> Tensor:
     loss = load_liger("chunked_loss.jsd_loss", "LigerFusedLinearJSDLoss")(0.0, 1.0, beta=1.0)
     needs_compiler()
     return loss(h_s, w_s, h_t, w_t, torch.zeros(len(h_s), dtype=torch.long, device=h_s.device))  # no label is ignored
+
+
+def vllm_answers(model: Any, folder: Path, longest: int) -> Callable[[Sequence[Sequence[int]], int], Any]:
+    """vLLM in processes of its own over the same weights: (prompts, tokens) -> answers at temperature 1.
+
+    folder: for the weights. longest: tokens of a prompt with its answer.
+    """
+    try:
+        from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise Skip(f"vllm: {error}") from None
+    model.save_pretrained(folder)
+    weight = next(model.parameters())
+    memory = {"gpu_memory_utilization": 0.3} if weight.is_cuda else {}
+    engine = LLM(str(folder), skip_tokenizer_init=True, dtype=str(weight.dtype).removeprefix("torch."),
+                 max_model_len=longest, enable_prefix_caching=True, disable_log_stats=True, **memory)  # fmt: skip
+
+    def answer(prompts: Sequence[Sequence[int]], tokens: int) -> Any:
+        sampling = SamplingParams(temperature=1.0, min_tokens=tokens, max_tokens=tokens, ignore_eos=True,
+                                  detokenize=False)  # fmt: skip
+        engine.reset_prefix_cache()  # what one call reads, the next is not to find
+        return engine.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False)
+
+    return answer
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """`python -m benchmarks.report [--results DIR] [--out docs/performance.md]`: the measured numbers as a page.
 
-Reads every file of the results folder and renders, for each device, the newest run of the tables loss, teacher and
-step: the targets and whether they are met, what was measured, and plots (in images/ beside the page). All tables are
-made in the same way: a line for each row, a column for each value that most of them have.
+Reads every file of the results folder and renders, for each device, the newest run of the tables loss, teacher, step
+and decoding: the targets and whether they are met, what was measured, and plots (in images/ beside the page). All
+tables are made in the same way: a line for each row, a column for each value that most of them have.
 A file that is half-written, of another schema, or of a run that was stopped is an error, not something to skip: numbers
 that nobody noticed missing are worse than none.
 
@@ -28,7 +28,9 @@ from benchmarks.schema import BOUND, END, Head, Row, Run, Value, by_case, read, 
 ROOT = Path(__file__).resolve().parent.parent
 AGAINST = {"loss": BOUND, "teacher": "concat", "step": "trl-sdft"}  # in every case that is timed
 Runs = list[tuple[str, Head, list[Row]]]  # (file, head, rows)
-TITLES = {"loss": "Targets", "teacher": "The shared-prefix teacher", "step": "Whole training steps"}
+TITLES = {"loss": "Targets", "teacher": "The shared-prefix teacher", "step": "Whole training steps",
+          "decoding": "Decoding"}  # fmt: skip
+ON_GPU = {"loss": ("loss", "accuracy"), "decoding": ("decoding",), "step": ("consumer",)}  # phases with targets
 ABOUT = {
     "loss": "One call of the loss is forward and backward of the mean reverse KL over N rows. `dL/dh`, `dL/dW`: "
     "relative errors against float64 at that mean KL. [What is compared](../benchmarks/README.md#what-is-compared).",
@@ -38,6 +40,9 @@ ABOUT = {
     "step": "One optimizer step: fresh answers, both models' forwards, loss, backward, update. `trl-sdft` is TRL's "
     "SDFTTrainer with the full vocabulary and the reverse KL, `of trl-sdft` the time over its. "
     "[What is compared](../benchmarks/README.md#whole-training-steps).",
+    "decoding": "Answers to the same prompts, all as long as the limit: our loop, transformers' `generate`, and vLLM "
+    "where it is installed. `calls`: operators per token of a batch of two that the host issues, `waits`: how often it "
+    "waits for the device; what a graph replays is none. [How](../docs/rollouts.md#in-this-process).",
 }
 
 
@@ -110,8 +115,8 @@ def page(found: dict[str, Runs], on_gpus: Sequence[tuple[str, Run]] = ()) -> str
         "# Performance",
         "",
         "Written by `python -m benchmarks.report` from the files named below; do not edit. First "
-        "the loss, then [the teacher](#the-shared-prefix-teacher), [whole steps](#whole-training-steps) and [what one "
-        "lease of a GPU gave](#gpu-runs). "
+        "the loss, then [the teacher](#the-shared-prefix-teacher), [whole steps](#whole-training-steps), "
+        "[decoding](#decoding) and [what one lease of a GPU gave](#gpu-runs). "
         "[How it is measured, and what the columns are](../benchmarks/README.md).",
         "",
     ]
@@ -122,14 +127,15 @@ def page(found: dict[str, Runs], on_gpus: Sequence[tuple[str, Run]] = ()) -> str
     for table, title in TITLES.items():
         lines += [f"## {title}", "", ABOUT[table], ""]
         judged = [(head, rows) for _, head, rows in found[table]]
-        if table == "loss":  # a lease measures its main cases as they are
-            judged += [(run.heads[table], [*run.of(table), *run.of("accuracy")]) for _, run in on_gpus
-                       if table in run.heads]  # fmt: skip
+        for _, run in on_gpus:
+            if phases := [phase for phase in ON_GPU.get(table, ()) if phase in run.heads]:
+                judged.append((run.heads[phases[0]], [row for phase in phases for row in run.of(phase)]))
         lines += [*targets.markdown(table, judged), ""]
         if not found[table]:
             lines += [f"No results file holds a run of `python -m benchmarks {table}`.", ""]
         for file, head, rows in found[table]:
-            lines += [f"### {table} on {head.device.name}", "", *_head(head, file), *tables(rows, AGAINST[table])]
+            lines += [f"### {table} on {head.device.name}", "", *_head(head, file)]
+            lines += tables(rows, AGAINST.get(table, BOUND))
             for plot in plots.of(head, rows):
                 lines += [f"![{plot.title}](images/{plot.file})", "", f"{plot.title} ({file}).", ""]
         if table == "teacher":

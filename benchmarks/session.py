@@ -123,14 +123,15 @@ class Session:
 
     def row(
         self, name: str, measure: Callable[[], Values], *, shape: Mapping[str, int] | None = None,
-        settings: Mapping[str, object] | None = None, group: str = "", needs: float = 0.0,
+        settings: Mapping[str, object] | None = None, group: str = "", needs: float = 0.0, of: str = "",
     ) -> Values | None:  # fmt: skip
         """Measure and write; what was measured, or None where that did not work.
 
-        settings: `measure` may still fill them. needs: seconds; with fewer left the row is skipped.
+        settings: `measure` may still fill them. needs: seconds; with fewer left the row is skipped. of: the
+        implementation, where several have a row of that name.
         """
-        if name not in self._done:
-            row = Row(self.table, name, group=group, shape=dict(shape or {}))
+        row = Row(self.table, name, of, group, shape=dict(shape or {}))
+        if (name := row.name) not in self._done:
             self.tried(row, lambda: row.values.update(measure()), needs)
             row.settings = {key: str(found) for key, found in (settings or {}).items()}
             self.write(row)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks import decoding
 from benchmarks.gpu.summary import number
+from benchmarks.loss import DIFFERENCE
 from benchmarks.schema import BAD, BOUND, OURS, Device, Head, Row
 
 CPU = ("cpu",)  # the devices of a target: every CPU
@@ -20,8 +22,11 @@ CLAIMS = {  # by measure: what is promised, and whether the measured number must
     "speed": ("at least {bound:g} times as fast as {against}", True),  # its time over ours
     "rate": ("at least {bound:g} times {against}'s scored and trained tokens per second", True),
     "time": ("at most {bound:g} of the time of {against}", False),  # our time over its
+    "pace": ("at least {bound:g} times as many tokens per second as {against}", True),
+    "tokens": ("at least {bound:,.0f} tokens/s", True),
     "peak": ("at most {bound:.2g} of the peak memory of {against}", False),
     "error": ("gradient error at most {bound:g} at every mean KL from 1 to 3e-5", False),
+    "plan": ("the plan's peak within {bound:.0%} of what the allocator held", False),
     "seconds": ("the check at first use takes at most {bound:g} s", False),
     "copies": ("keys and values of the context are held exactly once, for any batch", False),
 }
@@ -38,13 +43,13 @@ class Target:
     bound: float
     devices: tuple[str, ...]
     case: str
-    against: str = ""
+    against: str = ""  # another implementation of the same case
     ours: tuple[str, ...] = OURS  # the first that the rows have
 
     @property
     def claim(self) -> str:
         text, _ = CLAIMS[self.measure]
-        who = f"{self.ours[0]}: " if self.measure == "speed" and self.ours != OURS else ""
+        who = f"{self.ours[0]}: " if self.measure in ("speed", "error") and self.ours != OURS else ""
         against = "the bare products" if self.against == BOUND else self.against
         return who + text.format(bound=self.bound, against=against)
 
@@ -52,6 +57,7 @@ class Target:
 _SMALL, _KEPT, _REBUILT = "smollm2-135m-n512", ("opcd_fast-merge",), ("opcd_fast-merge-rebuilt",)
 _LARGE, _MEDIUM = "qwen3-8b-n16384-bfloat16", "qwen3-0.6b-n16384-bfloat16"
 _STEP = "1.7b-4k-64x512-checkpointed"
+_SHARED = (DIFFERENCE,)
 TARGETS: dict[str, tuple[Target, ...]] = {
     "loss": (
         Target("speed", 0.75, HOPPER, f"{_LARGE}-full", BOUND),
@@ -60,9 +66,12 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("speed", 0.52, HOPPER, f"{_MEDIUM}-full", BOUND),
         Target("speed", 1.4, HOPPER, f"{_MEDIUM}-full", "trl"),
         Target("speed", 4.0, HOPPER, f"{_MEDIUM}-full", "liger-fused"),
-        Target("speed", 1.5, HOPPER, f"{_LARGE}-frozen", "trl"),
-        Target("speed", 1.5, HOPPER, f"{_MEDIUM}-frozen", "trl"),
+        Target("speed", 0.88, HOPPER, f"{_LARGE}-frozen", BOUND, _SHARED),
+        Target("speed", 0.65, HOPPER, f"{_MEDIUM}-frozen", BOUND, _SHARED),
+        Target("speed", 2.0, HOPPER, f"{_LARGE}-frozen", "trl", _SHARED),
+        Target("speed", 2.0, HOPPER, f"{_MEDIUM}-frozen", "trl", _SHARED),
         Target("error", 3e-3, HOPPER, "qwen3-0.6b-n256-bfloat16-full-accuracy"),
+        Target("error", 3e-3, HOPPER, "qwen3-0.6b-n256-bfloat16-frozen-accuracy", "", _SHARED),
         Target("time", 1.4, CPU, f"{_SMALL}-float32-full", BOUND),
         Target("time", 0.6, CPU, f"{_SMALL}-float32-full", "trl"),
         Target("time", 0.3, CPU, f"{_SMALL}-bfloat16-full", "trl"),
@@ -79,9 +88,15 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("seconds", 1.0, CPU, "self-verification", "", ("opcd_fast-auto",)),
     ),
     "step": (
-        Target("time", 0.5, CPU, "demo-bf16-checkpointed", "trl-sdft", ("opcd_fast",)),
+        Target("time", 0.3, CPU, "demo-bf16-checkpointed", "trl-sdft", ("opcd_fast",)),
         Target("rate", 3.0, HOPPER, _STEP, "trl-sdft", ("opcd_fast",)),
         Target("peak", 1 / 3, HOPPER, _STEP, "trl-sdft", ("opcd_fast",)),
+        Target("plan", 0.1, HOPPER, "plan", "", ("",)),
+    ),
+    "decoding": (
+        Target("tokens", 8000.0, HOPPER, "64 answers", "", (decoding.OURS,)),
+        Target("pace", 5.0, HOPPER, "64 answers", decoding.DYNAMIC, (decoding.OURS,)),
+        Target("time", 1.0, CPU, "demo", decoding.DYNAMIC, (decoding.OURS,)),
     ),
 }
 
@@ -119,6 +134,11 @@ def judge(target: Target, head: Head, rows: Sequence[Row]) -> Outcome:
         return "unmeasured", None, f"skipped: {mine[0].note}" if mine else "the case is not in the report"
     elif target.measure == "error":
         measured, why = _error(mine)
+    elif target.measure == "plan":
+        ratio = mine[0].get("plan over measured")
+        measured, why = (None if ratio is None else abs(ratio - 1)), "the plan over what was measured, less 1"
+    elif target.measure == "tokens":
+        measured, why = mine[0].get("rate"), mine[0].implementation
     elif target.measure == "seconds":
         time = mine[0].values["time"]
         measured, why = (time.high or 0.0) / 1e3, f"the longest of {time.count}"
@@ -134,7 +154,7 @@ def judge(target: Target, head: Head, rows: Sequence[Row]) -> Outcome:
 
 
 def _ratio(measure: str, ours: Row, other: Row, head: Head) -> tuple[float | None, str]:
-    what = "peak" if measure == "peak" else "time"
+    what = {"peak": "peak", "pace": "rate"}.get(measure, "time")
     mine, theirs = ours.get(what), other.get(what)
     if not mine or not theirs:
         return None, f"{what} is missing"
@@ -142,7 +162,7 @@ def _ratio(measure: str, ours: Row, other: Row, head: Head) -> tuple[float | Non
     version = f" {head.versions.get(package)}" if package else ""
     why = (f"{ours.implementation} {number(ours.values[what])}, {other.implementation}{version} "
            f"{number(other.values[what])}")  # fmt: skip
-    if measure in ("time", "peak"):
+    if measure in ("time", "peak", "pace"):
         return mine / theirs, why
     tokens = (ours.get("answer_tokens") or 0.0) / (other.get("answer_tokens") or 1.0)
     return theirs / mine * (tokens if measure == "rate" else 1.0), why

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 
 from opcd_fast.commands import COMMANDS
-from opcd_fast.errors import InputError
+from opcd_fast.errors import InputError, pip_install
 from opcd_fast.runtime import launched_rank, printable
 
 INTRODUCTION = "opcd: move a context (system prompt, few-shot turns, notes) into the weights of a language model."
 FIRST_RUN = """\
 `opcd COMMAND --help` lists the options of a command. The first run to try:
 
-  opcd train --model smollm2 --context turns.json --prompts questions.jsonl --lora-rank 16
+  opcd train --model smollm2 --context context.txt --prompts questions.txt
 """
 
 # What the extra `train` installs, as modules.
@@ -79,7 +79,7 @@ def _one_line(error: Exception) -> str | None:
         if package not in (*TRAIN_PACKAGES, "gguf"):
             return None
         extra = "gguf" if package == "gguf" else "train"
-        return f"the package {package!r} is missing: pip install 'opcd-fast[{extra}]'"
+        return f"the package {package!r} is missing: {pip_install(extra)}"
     # By name: neither torch nor safetensors need be there.
     if type(error).__name__ == "OutOfMemoryError":
         return f"out of GPU memory: lower micro_batch_tokens and rollout_batch, or max_new_tokens ({first})"

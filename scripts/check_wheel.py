@@ -5,6 +5,8 @@ renamed module would stay in the next wheel built in place, and an untracked one
 The wheel is then installed into a new environment that sees this one's torch (a second download of it would prove
 nothing) but not this checkout; there the public names are imported and one loss is run.
 
+`--print-check` prints what is run there.
+
 Needs git for the list of files; a tree without .git (an unpacked source archive) is copied as it is.
 """
 
@@ -45,6 +47,9 @@ print("wheel check: public names import, one loss equals the plain one")
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--print-check"]:  # for another environment
+        print(CHECK)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         copy = folder / "copy"

@@ -2,8 +2,8 @@
 # What is asked of a machine with a GPU in a lease of 15 minutes, of which one command may take 10.
 #
 #   scripts/gpu.sh                      every phase, most valuable first; 560 s in all, whatever hangs
-#   scripts/gpu.sh second               the main cases of the loss again with the launch table of the first run's sweep;
-#                                       150 s
+#   scripts/gpu.sh second               the main cases of the loss again with the launch table of the first run's sweep,
+#                                       and its kernels under compute-sanitizer; 200 s
 #   scripts/gpu.sh --dry-run [second]   every phase on the CPU with tiny shapes: checks the flow, measures nothing
 #
 # The phases, their order and their seconds are in benchmarks/gpu/phases.py; each is a process of its own. Results are
@@ -26,7 +26,7 @@ run=first total=560 dry_run=
 for argument in "$@"; do
     case "$argument" in
     --dry-run) dry_run=--dry-run ;;
-    second) run=second total=150 ;;
+    second) run=second total=200 ;;
     *)
         echo "usage: scripts/gpu.sh [--dry-run] [second]" >&2
         exit 2

@@ -1,4 +1,4 @@
-"""The job of a consumer's card: LoRA at Qwen3-1.7B's shape with the trainer, under the memory of 24 GB.
+"""The job of a consumer's card: LoRA at Qwen3-4B's shape behind a context of 8k, under the memory of 24 GB.
 
 What the allocator held at the worst moment is compared with what `opcd plan` says of the same settings.
 """
@@ -20,8 +20,8 @@ from benchmarks.step_worker import opcd_settings
 
 CARD = 24 << 30
 JOB = Case(
-    "lora on 24 GB", "main", "Qwen3-1.7B", prompts=32, tokens=128, dtype="bfloat16", checkpointing=False,
-    micro_batch=8, micro_batch_tokens=8192, context_words=2048,  # about 19 GiB by the plan
+    "lora on 24 GB", "main", "Qwen3-4B", prompts=32, tokens=512, dtype="bfloat16", checkpointing=True,
+    micro_batch=8, micro_batch_tokens=16_384, context_words=8160,  # 12.5 GiB by the plan
 )  # fmt: skip
 
 

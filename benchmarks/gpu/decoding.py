@@ -1,19 +1,23 @@
 """Tokens a second at Qwen3-1.7B's shape: our loop beside transformers' `generate`, with and without cuDNN's attention.
 
-Random weights; every answer is as long as the limit. The host's calls per token decide the pace where no graph is
-recorded, so they are counted as well, and so is how often the host waits for the device. Not measured: vLLM.
+Random weights; every answer is as long as the limit, or a part of it for `generate`, whose pace does not depend on it.
+The host's calls per token decide the pace where no graph is recorded, so they are counted as well, and so is how often
+the host waits for the device. vLLM is a row where it is installed.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.decoding import counted
+from benchmarks import peers
+from benchmarks.decoding import DYNAMIC, OURS, counted
 from benchmarks.measure import wait
 from benchmarks.schema import Values, value
 from benchmarks.session import Session
@@ -21,38 +25,43 @@ from benchmarks.step_cases import RANK, SHAPES, random_model
 from opcd_fast import TransformersRollout
 from opcd_fast.attention import sdpa_without_cudnn
 
-PROMPT = 64
+CASE, PROMPT = "64 answers", 64
 NO_STOP = (-1,)  # so that every answer is as long as the limit
 
 
 def run(session: Session) -> None:
-    name, rows, tokens, few, context = ("tiny Llama", 3, 6, 4, 9) if session.dry else ("Qwen3-1.7B", 64, 64, 10, 8192)
+    name, rows, tokens, few, context = ("tiny Llama", 3, 6, 4, 9) if session.dry else ("Qwen3-1.7B", 64, 512, 10, 8192)
+    some = tokens if session.dry else 32
     model = cache(lambda: random_model(SHAPES[name], torch.bfloat16, session.device))
     about = {"model": name, "dtype": "bfloat16", "sampling": "temperature 1"}
 
     def row(label: str, call: Callable[[int, int], Any], count: int, **settings: str) -> None:
         """A row of `count` tokens to each answer."""
         shape = {"rows": rows, "prompt": PROMPT, "tokens": count}
-        session.row(label, lambda: _paced(session, partial(call, rows), rows, count), needs=6, shape=shape,
-                    settings={**about, **settings})  # fmt: skip
+        session.row(CASE, lambda: _paced(session, partial(call, rows), rows, count), needs=6, shape=shape,
+                    settings={**about, **settings}, of=label)  # fmt: skip
 
     ours = lambda *size, **options: _decode(model(), *size, **options)  # noqa: E731
     theirs = lambda *size, **options: _generate(model(), *size, **options)  # noqa: E731
-    row("decode", ours, tokens)
-    row("decode, recorded by the call before", ours, tokens)
-    row("generate, dynamic cache", theirs, tokens // 2, attention="without cuDNN")
-    row("generate, static cache", partial(theirs, cache_implementation="static", disable_compile=True), tokens // 2,
+    row(OURS, ours, tokens)
+    row(f"{OURS}, recorded by the call before", ours, tokens)
+    row(DYNAMIC, theirs, some, attention="without cuDNN")
+    row("generate, static cache", partial(theirs, cache_implementation="static", disable_compile=True), some,
         attention="without cuDNN")  # fmt: skip
-    row("decode, ragged prompts", partial(ours, ragged=True), tokens // 2)
-    row("decode behind a context", partial(ours, context=context), tokens // 2, context=f"{context} tokens")
-    for label, call in (("decode", ours), ("generate", theirs)):
-        session.row(f"calls per token, {label}", partial(counted, partial(call, 2)), settings=about)
+    row(f"{OURS}, ragged prompts", partial(ours, ragged=True), some)
+    row(f"{OURS} behind a context", partial(ours, context=context), some, context=f"{context} tokens")
+    for label, call in ((OURS, ours), ("generate", theirs)):
+        session.row("calls per token", partial(counted, partial(call, 2)), settings=about, of=label)
     row("generate, cuDNN allowed", partial(theirs, cudnn=True), few)
-    # Last: the adapter changes the model that the others run.
+    with tempfile.TemporaryDirectory() as folder:
+        engine = cache(lambda: peers.vllm_answers(model(), Path(folder), PROMPT + tokens))
+        row("vllm", lambda rows, tokens: engine()(_prompts(rows).tolist(), tokens), tokens)
+    # The adapter changes the model that the others run.
     adapted = cache(lambda: _adapted(model()))
     unmerged = lambda *size: _decode(adapted(), *size)  # noqa: E731
-    row("decode, adapter unmerged", unmerged, tokens // 2, adapter=f"LoRA {RANK}")
-    session.row("calls per token, adapter unmerged", partial(counted, partial(unmerged, 2)), settings=about)
+    row(f"{OURS}, adapter unmerged", unmerged, tokens, adapter=f"LoRA {RANK}")
+    session.row("calls per token", partial(counted, partial(unmerged, 2)), settings=about,
+                of=f"{OURS}, adapter unmerged")  # fmt: skip
 
 
 def _adapted(model: Any) -> Any:

@@ -17,7 +17,7 @@ from benchmarks.session import Session, in_groups
 from opcd_fast.loss import fused_linear_reverse_kl
 from opcd_fast.loss.chunks import pitch_of
 
-WANTED = (BOUND, *OURS, "trl", "liger-fused")
+WANTED = (BOUND, loss.DIFFERENCE, *OURS, "trl", "liger-fused")
 SECONDS = 5.0  # of timing a case
 LOGIT_ROWS = (256, 512, 640, 768, 1024, 1280, 1536, 2048)  # that a chunk can have
 GRADIENT_ROWS = (640, 1280, 1920, 2560, 3200, 3840, 4224)

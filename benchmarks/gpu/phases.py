@@ -30,18 +30,18 @@ class Phase:
         return (self.benchmark or f"gpu.{self.name}", *self.options)
 
 
-ACCURATE = "only=opcd_fast-triton,opcd_fast-torch,trl,liger-fused"
+ACCURATE = "only=opcd_fast-difference,opcd_fast-triton,opcd_fast-torch,trl,liger-fused"
 SHARED = "only=gemms,opcd_fast-merge,opcd_fast-merge-rebuilt,concat,transformers-cache"
 FIRST = (
     Phase("ceilings", 24, "versions, the fastest copy and product, the host's time for a launch"),
     Phase("smoke", 62, "every call that was never made on a device, against float64"),
-    Phase("accuracy", 26, "dL/dh and dL/dW at mean KL 1 to 3e-5 against float64", "loss",
+    Phase("accuracy", 32, "dL/dh and dL/dW at mean KL 1 to 3e-5 against float64", "loss",
           ("groups=accuracy", ACCURATE)),
     Phase("loss", 92, "the main cases beside peers, per kernel; the products by rows"),
     Phase("sweep", 56, "block and warps of every kernel into a launch table"),
     Phase("decoding", 66, "tokens a second beside transformers' generate"),
     Phase("step", 56, "training steps at Qwen3-1.7B's shape, and a trace", environment=TRAINING),
-    Phase("consumer", 42, "LoRA on a card of 24 GB, peak against the plan", environment=TRAINING),
+    Phase("consumer", 72, "LoRA at Qwen3-4B's shape on a card of 24 GB, peak against the plan", environment=TRAINING),
     Phase("teacher", 36, "8 layers of Qwen3-8B after a context of 8k", "teacher",
           ("groups=main", "layers=8", "case_seconds=6", SHARED), PEERS),
     Phase("gpu_tests", 46, "the tests marked gpu"),
@@ -49,9 +49,10 @@ FIRST = (
 SECOND = (
     Phase("ceilings", 24, "the fastest copy and product of this lease"),
     Phase("retimed", 112, "the main cases with the packaged and with the swept launch table"),
+    Phase("memcheck", 50, "small calls of every kernel of the loss under compute-sanitizer"),
 )
 RUNS = {"first": FIRST, "second": SECOND}
-SECONDS = {"first": 560, "second": 150}  # hard, the summary included
+SECONDS = {"first": 560, "second": 200}  # hard, the summary included
 ENDING = 8  # of those: to kill what hangs and to write the summary
 DRY_SECONDS = 350
 

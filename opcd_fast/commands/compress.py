@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from opcd_fast.commands.arguments import ComputeOptions, check_at_least, context_in, parse, quiet_libraries, sampler
 from opcd_fast.errors import InputError
+
+PART_SHOWN = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,10 @@ def run(arguments: list[str]) -> int:
     rollout = sampler(model, tokenizer, command.rollout_batch)
     candidates = own + (cut_candidates(full) if command.cuts else [])
     if command.written:
+        print("the model writes shorter texts ...", file=sys.stderr, flush=True)
         player = Player(rollout, tokenizer, command.max_context_tokens, temperature=0.7)
         candidates += written_candidates(full, player.answers, command.written, command.seed)
-    print(f"{len(candidates)} candidates on {len(prompts)} prompts ...", flush=True)
+    print(f"{len(candidates)} candidates on {len(prompts)} prompts", flush=True)
     ranked = rank(
         model,
         tokenizer,
@@ -89,6 +93,7 @@ def run(arguments: list[str]) -> int:
         temperature=command.temperature,
         answers_per_prompt=command.answers_per_prompt,
         seed=command.seed,
+        told=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
     )
     _save(Path(command.output_dir), ranked, command)
     return 0
@@ -98,7 +103,7 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opcd_fast.contexts import plot_ranked
+    from opcd_fast.contexts import parts_that_matter, plot_ranked
     from opcd_fast.runtime import write_text
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +123,14 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
                 f"{one.kl:.4f}", interval, f"{one.top1_agreement:.1%}",
             )  # fmt: skip
     Console().print(table)
+    if worth := parts_that_matter(ranked):
+        table = Table(title="what each part of the context is worth: the KL without it")
+        for column in ("part", "tokens", "KL, nats per token", "95 % interval"):
+            table.add_column(column)
+        for one in worth:
+            begins = " ".join((one.candidate.left_out or "").split())[:PART_SHOWN].replace("[", "\\[")
+            table.add_row(begins, f"{most - one.tokens:.0f}", f"{one.kl:.4f}", f"{one.low:.4f} to {one.high:.4f}")
+        Console().print(table)
     for old in ("shorter.txt", "shorter.json"):
         (folder / old).unlink(missing_ok=True)
     good = [one for one in ranked if one.kl <= command.max_kl and 0 < one.tokens < most]

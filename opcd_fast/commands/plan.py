@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from opcd_fast.commands.presets import settled
 from opcd_fast.commands.train import TrainOptions, named_options, prompts_or_task, read_defaults
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
+
+CONTEXT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class PlanCommand:
     """What the teacher sees, as for `opcd train`; needs the model's tokenizer. Left out where every row of `prompts`
     has a `privileged_context`."""
     context_tokens: int | None = None
-    """In place of `context`: how many tokens it has."""
+    """In place of `context`: how many tokens it has; 1024 where neither it nor prompts are given."""
     prompts: str | None = None
     """Training prompts, as for `opcd train`; needs the tokenizer."""
     prompt_tokens: int = 256
@@ -65,7 +68,7 @@ def run(arguments: list[str]) -> int:
         prompts = prompts_or_task(command, config)
     config = settled(command, config, named_options(arguments), len(prompts) if isinstance(prompts, list) else None)
     job = _job(command, config, prompts)
-    plan = plan_run(config, job, student, teacher, gpu=command.gpu, search=command.search)
+    plan = plan_run(config, job, student, teacher, gpu=command.gpu, search=command.search, told=_tell)
     if command.json:
         print(json.dumps(as_json(plan), indent=1))
     else:
@@ -80,11 +83,11 @@ def _job(command: PlanCommand, config: OPCDConfig, prompts: Any) -> Any:
     from opcd_fast.training.answers import read_training_prompts
 
     tokens = command.context_tokens
-    if (command.context and tokens is not None) or (command.context is tokens is prompts is None):
-        raise InputError(
-            "plan: give context, a file, or context_tokens, a number; one of them, or neither where every row of "
-            "prompts has a privileged_context"
-        )
+    if command.context and tokens is not None:
+        raise InputError("plan: give context, a file, or context_tokens, a number; not both")
+    if command.context is tokens is prompts is None:
+        tokens = CONTEXT_TOKENS
+        _tell(f"no context given: planning for one of {tokens:,} tokens (--context FILE or --context-tokens N)")
     check_at_least(1, command, "context_tokens", "prompt_tokens")
     if tokens is not None:
         if prompts is not None or command.eval_prompts is not None:
@@ -97,6 +100,11 @@ def _job(command: PlanCommand, config: OPCDConfig, prompts: Any) -> Any:
     prompts = ["word " * command.prompt_tokens] if prompts is None else prompts
     context = context_in(command.context)
     return job_of(read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config), config)
+
+
+def _tell(line: str) -> None:
+    """Beside the result, which a program may read."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def plan_command(arguments: list[str]) -> tuple[PlanCommand, OPCDConfig]:

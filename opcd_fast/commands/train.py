@@ -12,7 +12,7 @@ from opcd_fast.commands.arguments import context_in, parse, quiet_libraries
 from opcd_fast.commands.helping import long_help, short_help
 from opcd_fast.commands.presets import in_words, settled
 from opcd_fast.errors import InputError
-from opcd_fast.runtime import launched_rank
+from opcd_fast.runtime import launched, launched_rank
 from opcd_fast.training.settings import (
     OPCDConfig,
     check_names,
@@ -68,12 +68,23 @@ class TrainCommand:
 def run(arguments: list[str]) -> int:
     command, config = train_command(arguments)
     trainer = trainer_of(command, config, named_options(arguments))
+    if trainer.config.preview and launched() == 1:
+        _tell_memory(trainer, command)
     result = trainer.train()
     if not launched_rank():
         folder = trainer.config.output_dir
         print(f"trained {result.steps} steps in {result.seconds:.0f} s; weights in {folder}/final")
         print(f"next: opcd generate --model {folder} --prompt TEXT\n      opcd report {folder}")
     return 0
+
+
+def _tell_memory(trainer: Any, command: TrainCommand) -> None:
+    from opcd_fast.models import load_settings
+    from opcd_fast.planning import foreseen
+
+    other = command.teacher_model and load_settings(command.teacher_model, trainer.config.trust_remote_code)
+    if seen := foreseen(trainer, other or None):
+        _say(f"memory: {seen.nbytes / 2**30:.1f} GiB where a step needs most; the first step tells how long they take")
 
 
 def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]) -> Any:

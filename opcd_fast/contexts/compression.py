@@ -22,6 +22,7 @@ from opcd_fast.runtime import mean_and_error, stream_seed
 from opcd_fast.training.monitoring import save_plot
 
 SHARES = (0.7, 0.5, 0.3, 0.15)  # lengths that the model is asked for, as parts of the full context's
+MOST_PARTS = 24  # of which each one is left out by itself: a candidate costs a reading of all answers
 STYLES = (
     "Keep every rule and every fact; leave out politeness, repetition and reasons.",
     "Write it as a list of short commands.",
@@ -43,6 +44,7 @@ class Candidate:
 
     context: Context  # "" is none
     source: str  # how it was made
+    left_out: str | None = None  # of the full context all is there but this part
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,25 @@ def written_candidates(
 
 
 def cut_candidates(context: Context) -> list[Candidate]:
-    """The context with whole parts left out: the first and the last n of its turns, or of its paragraphs or lines."""
+    """The context with whole parts left out: the first and the last n of its turns, or of its paragraphs or lines; and
+    all but one, where it has at most `MOST_PARTS`."""
     parts = _parts(context)
-    found: list[Candidate] = []
-    for kept in range(1, len(parts)):
-        for name, some in (("first", parts[:kept]), ("last", parts[-kept:])):
-            found.append(Candidate(_joined(context, some), f"{name} {kept} of {len(parts)} parts"))
+    count, found = len(parts), []
+    for kept in range(1, count):
+        # All but one part: which one it is.
+        last, first = (transcript(_joined(context, [parts[at]])) if kept == count - 1 else None for at in (-1, 0))
+        found.append(Candidate(_joined(context, parts[:kept]), f"first {kept} of {count} parts", last))
+        found.append(Candidate(_joined(context, parts[-kept:]), f"last {kept} of {count} parts", first))
+    for at in range(1, count - 1) if count <= MOST_PARTS else ():
+        part, rest = transcript(_joined(context, [parts[at]])), parts[:at] + parts[at + 1 :]
+        found.append(Candidate(_joined(context, rest), f"without part {at + 1} of {count}", part))
     return found
+
+
+def parts_that_matter(ranked: Sequence[Ranked]) -> list[Ranked]:
+    """What each part is worth, the KL without it, most first. Empty where single parts were not left out."""
+    found = [one for one in ranked if one.candidate.left_out is not None]
+    return sorted(found, key=lambda one: -one.kl) if len(found) > 2 else []
 
 
 def rank(
@@ -102,11 +116,13 @@ def rank(
     answers_per_prompt: int = 1,
     micro_batch_tokens: int | None = MICRO_BATCH_TOKENS,
     seed: int = 0,
+    told: Callable[[str], None] = lambda line: None,
 ) -> list[Ranked]:
     """All candidates, and none ("") and the full context, in the order of their tokens.
 
     Every context is read once; the answers are the same for all. temperature divides the logits, as it does when the
-    answers are drawn. Raises InputError for fewer than two prompts.
+    answers are drawn. told: gets a line before the answers and now and then between candidates.
+    Raises InputError for fewer than two prompts.
     """
     if len(prompts) < 2:
         raise InputError("prompts: at least two are needed to tell a candidate's loss from chance")
@@ -119,6 +135,7 @@ def rank(
         return Reader(model, rows, micro_batch_tokens=micro_batch_tokens).read(answers)
 
     whole = rendered(full)
+    told(f"{len(prompts)} answers with the full context")
     drawn = rollout.generate(
         whole, max_new_tokens=max_new_tokens, temperature=temperature, seed=stream_seed(seed, "compress answers", 0)
     )
@@ -126,7 +143,9 @@ def rank(
     with_full, without = read(whole), statistics.fmean(map(len, rendered("")))
     ranked = []
     unique = {str(c.context): c for c in (Candidate("", "none"), *candidates, Candidate(full, "the full context"))}
-    for candidate in unique.values():
+    for done, candidate in enumerate(unique.values()):
+        if done % max(1, len(unique) // 10) == 0:
+            told(f"candidate {done + 1} of {len(unique)}")
         rows = rendered(candidate.context)
         found = distances(with_full, read(rows), temperature)
         kl, error = mean_and_error([one.kl for one in found])

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from opcd_fast.data.prompt_sources import GENERAL, Candidate, from_data, from_logs, general_prompts
     from opcd_fast.data.prompts import read_context, read_prompts
     from opcd_fast.data.rendering import (
-        RenderedPrompt, adapt_to_tokenizer, common_prefix_length, render, student_ids, teacher_ids, whole_prompt,
+        RenderedPrompt, adapt_to_tokenizer, common_prefix_length, default_system_tokens, render, student_ids,
+        teacher_ids, whole_prompt,
     )  # fmt: skip
     from opcd_fast.data.tables import read_rows, read_text, require
     from opcd_fast.data.tasks import load_task

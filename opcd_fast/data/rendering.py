@@ -139,6 +139,19 @@ def teacher_ids(
     return template.ids(messages)
 
 
+def default_system_tokens(tokenizer: Any) -> int:
+    """How many tokens of a system prompt of its own the chat template puts into a chat without one; 0 for most."""
+    user: list[Message] = [{"role": "user", "content": "?"}]
+    try:
+        plain, empty = (
+            len(student_ids(tokenizer, Prompt(messages=chat)))
+            for chat in (user, [{"role": "system", "content": ""}, *user])
+        )
+    except InputError:  # no such template, or no system role
+        return 0
+    return max(0, plain - empty)
+
+
 def with_context(messages: list[Message], context: Context) -> list[Message]:
     """The chat that the teacher sees."""
     turns = [{"role": "system", "content": context}] if isinstance(context, str) else list(context)

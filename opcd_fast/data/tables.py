@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.errors import InputError
+from opcd_fast.errors import InputError, pip_install
 
 ENDINGS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 NESTED = ("messages", "tools", "chat_template_kwargs")  # a cell that holds text holds them as JSON
@@ -218,4 +218,4 @@ def require(module: str, what: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = (error.name or module).partition(".")[0]
-        raise InputError(f"{what} needs the package {package!r}: pip install 'opcd-fast[{extra}]'") from error
+        raise InputError(f"{what} needs the package {package!r}: {pip_install(extra)}") from error

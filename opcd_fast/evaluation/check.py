@@ -44,7 +44,7 @@ CARD_SHAPE = {  # what is read of a card; see `misfit`
                           "top1_agreement": ESTIMATE}),
     "abilities?": [{"name": str, "arms": ARMS}], "other_context?": ARMS, "second_turn?": [{"name": str, "arms": ARMS}],
     "saved": {"tokens": float, "tokens_with_context": float, "prefill_seconds": float, "virtual_tokens?": float,
-              "prefill_seconds_with_context": float},
+              "default_system_tokens?": float, "prefill_seconds_with_context": float},
     "settings": {str: (*SCALAR, [SCALAR])}, "exported?": FILES_SHAPE,
     "hashes": {**HASHES_SHAPE, "weights": FILES_SHAPE},
 }  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import whole_prompt
+from opcd_fast.data import default_system_tokens, whole_prompt
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation.info import where_it_ran
 from opcd_fast.rollout import Rollout
@@ -86,6 +86,7 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
     answers["student alone"] = sampled_answers(trainer.rollout, tokenizer, without, seed + 3)
 
     report = _report(answers, result, rows, within, without, time.perf_counter() - started)
+    report["prompt_tokens"]["the template's own system prompt"] = default_system_tokens(tokenizer)
     write_text(root / "report.json", json.dumps(report, indent=1))
     plot_kl(root / "kl.png", result.history, result.evaluations)
     _show(report, questions, answers, root)
@@ -162,7 +163,9 @@ def _show(report: dict[str, Any], questions: list[str], answers: dict[str, list[
         console.print(f"held-out KL on the {name}: {kl['before']:.3f} before, {kl['after']:.3f} after")
     tokens = report["prompt_tokens"]
     saved = tokens["with context"] - tokens["without"]
-    console.print(f"prompt tokens saved per call: {saved:.0f} of {tokens['with context']:.0f}")
+    own = tokens["the template's own system prompt"]
+    stays = f" ({own} of the others are a system prompt that the chat template puts in by itself)" if own else ""
+    console.print(f"prompt tokens saved per call: {saved:.0f} of {tokens['with context']:.0f}{stays}")
     seconds = report["seconds"]
     console.print(f"{seconds['in all']:.0f} s in all, {seconds['training']:.0f} s of it training")
     console.print(f"saved: {root / 'report.json'}, {root / 'kl.png'}, the adapter in {root / 'run' / 'final'}")

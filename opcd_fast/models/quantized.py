@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opcd_fast.errors import InputError
+from opcd_fast.errors import InputError, pip_install
 from opcd_fast.models import seam
 
 logger = logging.getLogger("opcd_fast")
@@ -24,7 +24,7 @@ def is_quantized(model: Any) -> bool:
 def require_bitsandbytes(setting: str) -> Any:
     """The module. Raises InputError, naming `setting`, when it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"{setting} needs the package bitsandbytes: pip install 'opcd-fast[quant]'")
+        raise InputError(f"{setting} needs the package bitsandbytes: {pip_install('quant')}")
     import bitsandbytes
 
     return bitsandbytes

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
-    from opcd_fast.planning.plan import RESERVED, Plan, gpu_bytes, plan_run
-    from opcd_fast.planning.report import as_json, changes, show
+    from opcd_fast.planning.estimate import foreseen
+    from opcd_fast.planning.plan import RESERVED, Plan, changes, gpu_bytes, plan_run
+    from opcd_fast.planning.report import as_json, show
     from opcd_fast.planning.search import Found, can_extrapolate, extrapolated, find
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +34,14 @@ class Plan:
     limit: int
 
 
-def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *, gpu: str, search: bool = True) -> Plan:
+def plan_run(
+    config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *, gpu: str, search: bool = True,
+    told: Callable[[str], None] = lambda line: None,
+) -> Plan:  # fmt: skip
     """Whether a run fits into `gpu` ("24GB"), with `search` perhaps with other settings.
 
     student, teacher: transformers configurations; teacher None where it is the student's own base. With device="cpu"
-    in the config, `gpu` is the main memory.
+    in the config, `gpu` is the main memory. told: gets a line before each rehearsal of all layers.
 
     Raises InputError for a memory that is no size, prompts that no window holds, and what `rehearse` refuses.
     """
@@ -61,7 +66,12 @@ def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
             body = seam.body_of(AutoModelForCausalLM.from_config(teacher or student, **how))
         settings = replace(config, teacher_batch_bytes=default_batch_bytes(body))
 
+    asked = settings
+
     def whole(settings: OPCDConfig, layers: int | None = None) -> Rehearsal:
+        if layers is None:
+            other = ", ".join(f"{name} {value}" for name, value in changes(asked, settings).items())
+            told(f"rehearsing a step {f'with {other}' if other else 'as given'}, without data")
         backend = settings.loss_backend
         if on_cpu:
             backend = resolve_backend(backend, cpu, torch.float32)
@@ -88,6 +98,12 @@ def plan_run(config: OPCDConfig, job: Job, student: Any, teacher: Any = None, *,
             return Plan(settings, quick, available, limit)
         start = quick.config
     return Plan(settings, find(whole, start, limit, device=device), available, limit)
+
+
+def changes(asked: OPCDConfig, found: OPCDConfig) -> dict[str, Any]:
+    """Settings that differ, as the run should have them."""
+    before, after = dataclasses.asdict(asked), dataclasses.asdict(found)
+    return {name: value for name, value in after.items() if value != before[name]}
 
 
 def gpu_bytes(text: str) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from opcd_fast.planning.plan import Plan
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.errors import pip_install
+from opcd_fast.planning.plan import Plan, changes
 
 NAMES = {
     "teacher weights": "teacher's weights",
@@ -22,17 +21,11 @@ NAMES = {
 """Parts whose label in a rehearsal is not what they are called."""
 
 NEEDS = {
-    "optimizer": "needs bitsandbytes (pip install 'opcd-fast[quant]'); not with FSDP",
-    "quantization": "needs bitsandbytes (pip install 'opcd-fast[quant]'); not with FSDP",
+    "optimizer": f"needs bitsandbytes ({pip_install('quant')}); not with FSDP",
+    "quantization": f"needs bitsandbytes ({pip_install('quant')}); not with FSDP",
     "teacher_offload": "not with FSDP",
 }
 """What settings that were found need besides, by name."""
-
-
-def changes(asked: OPCDConfig, found: OPCDConfig) -> dict[str, Any]:
-    """Settings that differ, as the run should have them."""
-    before, after = dataclasses.asdict(asked), dataclasses.asdict(found)
-    return {name: value for name, value in after.items() if value != before[name]}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

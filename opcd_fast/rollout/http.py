@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opcd_fast.errors import InputError
+from opcd_fast.errors import InputError, pip_install
 from opcd_fast.runtime import redacted
 
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -62,7 +62,7 @@ class JsonServer:
         try:
             import httpx
         except ModuleNotFoundError as error:
-            raise InputError("rollout='server' needs the package httpx: pip install 'opcd-fast[train]'") from error
+            raise InputError(f"rollout='server' needs the package httpx: {pip_install('train')}") from error
         if not timeout > 0:
             raise InputError(f"rollout_timeout={timeout} must be above 0 seconds")
         if tries < 1:

@@ -70,7 +70,7 @@ def preview(trainer: Any, count: int) -> list[Pair]:
 
 def in_lines(pairs: Sequence[Pair], names: tuple[str, str] = ("base", "base + context")) -> Iterator[str]:
     """For people. names: of who answers without the context, and with it."""
-    yield f"what the context changes ({len(pairs)} prompts, most probable answers of at most {LONGEST} tokens):"
+    yield f"what the context changes ({len(pairs)} prompts, most probable answers):"
     for pair in pairs:
         yield from side_by_side(pair.prompt, dict(zip(names, (pair.without, pair.within))))
         yield f"    KL {pair.kl:.3g} nats per token; {names[0]} begins so with probability {pair.first_token:.2g}"

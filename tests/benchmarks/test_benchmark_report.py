@@ -25,7 +25,7 @@ def head(table, device=CPU, date="2030-01-02T03:04:05+00:00"):
 
 def row(table, implementation, ms, case=MAIN, note="not here", status=None, **values):
     shape = {"loss": {"N": 512, "V": 49_152, "D": 576}, "teacher": {"context": 1024, "response": 64, "batch": 16},
-             "step": {"prompts": 16, "tokens": 24, "context": 150}}[table]  # fmt: skip
+             "step": {"prompts": 16, "tokens": 24, "context": 150}, "decoding": {"rows": 64}}[table]  # fmt: skip
     settings = {"dtype": "float32", "head": "full", "model": "SmolLM2", "checkpointing": "yes"}
     found = Row(table, case, implementation, "main", shape=shape, settings=settings)
     if ms is None:
@@ -48,10 +48,11 @@ def judged(table, rows, against, measure=None, device=CPU):
         ("loss", MAIN, "opcd_fast-native", "trl", 60.0, 61.0, 0.6),
         ("loss", MAIN, "opcd_fast-native", BOUND, 140.0, 141.0, 1.4),
         ("loss", "qwen3-0.6b-n16384-bfloat16-full", "opcd_fast-triton", BOUND, 100 / 0.52, 100 / 0.519, 0.52),
-        ("loss", "qwen3-0.6b-n16384-bfloat16-frozen", "opcd_fast-triton", "trl", 100 / 1.5, 100 / 1.49, 1.5),
+        ("loss", "qwen3-0.6b-n16384-bfloat16-frozen", "opcd_fast-difference", "trl", 50.0, 50.1, 2.0),
         ("teacher", "1024x64x16", "opcd_fast-merge", "concat", 12.5, 12.6, 8.0),
         ("teacher", "1024x64x16", "opcd_fast-merge-rebuilt", "concat", 25.0, 25.1, 4.0),
-        ("step", "demo-bf16-checkpointed", "opcd_fast", "trl-sdft", 50.0, 50.1, 0.5),
+        ("step", "demo-bf16-checkpointed", "opcd_fast", "trl-sdft", 30.0, 30.1, 0.3),
+        ("decoding", "demo", "opcd_fast-decode", "generate, dynamic cache", 100.0, 100.1, 1.0),
     ],
 )
 def test_a_ratio_of_times(table, case, ours, against, good, bad, measured):
@@ -69,6 +70,18 @@ def test_rate_counts_tokens_and_memory_counts_bytes():
     found = {target.measure: outcome for target, outcome in judged("step", rows, "trl-sdft", device=H100)}
     assert found["rate"][:2] == ("missed", pytest.approx((300 / 10) / (384 / 25)))
     assert found["peak"][:2] == ("missed", 0.5) and "512 MiB" in found["peak"][2]
+
+
+def test_a_rate_in_tokens_and_a_plan():
+    rates = [row("decoding", name, 9.0, "64 answers", rate=rate)
+             for name, rate in (("opcd_fast-decode", 8000.0), ("generate, dynamic cache", 1601.0))]  # fmt: skip
+    ours, peer = (judged("decoding", rates, against, device=H100)[0][1][:2]
+                  for against in ("", "generate, dynamic cache"))  # fmt: skip
+    assert ours == ("met", 8000.0) and peer == ("missed", pytest.approx(8000 / 1601))
+    for ratio, status in ((0.91, "met"), (1.09, "met"), (0.89, "missed"), (1.11, "missed")):
+        plan = row("step", "", 1.0, "plan", **{"plan over measured": ratio})
+        assert judged("step", [plan], "", "plan", H100)[0][1][0] == status
+    assert judged("step", [row("step", "", 1.0, "plan")], "", "plan", H100)[0][1][0] == "unmeasured"
 
 
 def test_what_was_not_measured_is_neither_met_nor_missed():

@@ -164,8 +164,9 @@ class Recorded:
     def __init__(self):
         self.names = []
 
-    def row(self, name, measure, *, shape=None, settings=None, group="", needs=0.0):
+    def row(self, name, measure, *, shape=None, settings=None, group="", needs=0.0, of=""):
         assert callable(measure) and all(type(size) is int for size in (shape or {}).values())
+        name = Row("t", name, of).name
         assert name not in self.names and 0 <= needs < 60
         self.names.append(name)
         return {"time": value(1.0, "ms"), "flops": value(1.0, "FLOP")}

@@ -14,6 +14,7 @@ from opcd_fast.cli import main
 from opcd_fast.commands import COMMANDS
 from opcd_fast.commands.train import TrainCommand
 from opcd_fast.data import hold_out, read_prompts
+from opcd_fast.errors import pip_install
 from opcd_fast.runtime import printable
 from opcd_fast.training.settings import option_names
 
@@ -216,3 +217,22 @@ def test_a_missing_file_is_told_before_torch_is_imported(tmp_path, option):
     code = f"import sys; from opcd_fast.cli import main; status = main({words}); print(status, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.stdout.split() == ["2", "False"] and "'none.txt' does not exist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted"),
+    [
+        (None, "pip install 'opcd-fast[train]'"),
+        ({"url": "https://example.org/x.whl", "archive_info": {}}, "pip install 'opcd-fast[train]'"),
+        ({"url": "file:///a/my%20folder", "dir_info": {}}, "pip install --no-build-isolation '/a/my folder[train]'"),
+        ({"url": "file:///a", "dir_info": {"editable": True}}, "pip install --no-build-isolation -e '/a[train]'"),
+    ],
+)
+def test_an_extra_is_added_as_the_package_was_installed(monkeypatch, recorded, wanted):
+    class Installed:
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return recorded and json.dumps(recorded)
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Installed())
+    assert pip_install.__wrapped__("train") == wanted

@@ -7,7 +7,7 @@ import torch
 from tiny import lora_model, tiny_model, tiny_tokenizer
 
 from opcd_fast.cli import main
-from opcd_fast.contexts import Candidate, Ranked, cut_candidates, rank, written_candidates
+from opcd_fast.contexts import Candidate, Ranked, cut_candidates, parts_that_matter, rank, written_candidates
 from opcd_fast.contexts.compression import with_front
 from opcd_fast.data import read_prompts, teacher_ids
 from opcd_fast.errors import InputError
@@ -29,7 +29,9 @@ def test_cuts_keep_whole_exchanges():
     system = {"role": "system", "content": "s"}
     cuts = cut_candidates([system, *TURNS])
     assert [cut.context for cut in cuts] == [[system, *TURNS[:2]], [system, *TURNS[2:]]]
-    assert [cut.context for cut in cut_candidates("a\nb\n\nc\n\nd")] == ["a\nb", "d", "a\nb\n\nc", "c\n\nd"]
+    cuts = cut_candidates("a\nb\n\nc\n\nd")
+    assert [cut.context for cut in cuts] == ["a\nb", "d", "a\nb\n\nc", "c\n\nd", "a\nb\n\nd"]
+    assert [cut.left_out for cut in cuts] == [None, None, "d", "a\nb", "c"], "which part is not there"
     assert [cut.context for cut in cut_candidates("a\nb")] == ["a", "b"]
     assert cut_candidates("one line") == []
 
@@ -46,6 +48,15 @@ def test_written_candidates_are_shorter_and_different():
     assert [candidate.context for candidate in found] == ["short text"] and len(asked) == 12
     assert all("one two three four five six" in question for question in asked)
     assert "at most 4 words" in asked[0] and "at most 3 words" in asked[-1]
+
+
+def test_the_part_that_matters_most_comes_first():
+    cuts = cut_candidates("\n".join(map(str, range(5))))
+    worth = {"0": 0.1, "1": 0.0, "2": 2.0, "3": 0.2, "4": 0.3}
+    ranked = [Ranked(cut, 1.0, worth.get(str(cut.left_out), 9.0), 0, 0, 1.0) for cut in cuts]
+    assert [one.candidate.left_out for one in parts_that_matter(ranked)] == ["2", "4", "3", "0", "1"]
+    assert {str(cut.left_out) for cut in cut_candidates("\n".join(map(str, range(99))))} == {"None", "0", "98"}
+    assert parts_that_matter([Ranked(cut, 1.0, 1.0, 0, 0, 1.0) for cut in cut_candidates("a\nb")]) == []
 
 
 @pytest.mark.parametrize("adapter", [False, True])

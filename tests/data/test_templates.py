@@ -6,7 +6,7 @@ import pytest
 from template_families import FAMILIES, GOLDEN, SPECIAL, WITHOUT_SYSTEM_ROLE, family_tokenizer
 from tiny import tiny_tokenizer
 
-from opcd_fast.data import adapt_to_tokenizer, read_prompts, render, student_ids, teacher_ids
+from opcd_fast.data import adapt_to_tokenizer, default_system_tokens, read_prompts, render, student_ids, teacher_ids
 from opcd_fast.errors import InputError
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -190,3 +190,14 @@ def test_a_developers_message_is_joined_like_a_system_message():
     )
     (prompt,) = read_prompts([[{"role": "developer", "content": "D"}, {"role": "user", "content": "q"}]])
     assert developer.decode(teacher_ids(developer, prompt, "C")) == "[developer]C\n\nD[user]q"
+
+
+def test_a_template_with_a_system_prompt_of_its_own():
+    """As SmolLM2's and Qwen2.5's have: what it adds is counted, without the markers around it."""
+    own = (
+        "{% if messages[0]['role'] != 'system' %}[sys]be nice[/sys]{% endif %}{% for m in messages %}"
+        "{% if m['role'] == 'system' %}[sys]{{ m['content'] }}[/sys]{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert default_system_tokens(tiny_tokenizer(own)) == len("be nice")  # a token for each byte
+    for template in (None, own.replace("be nice", "")):
+        assert default_system_tokens(tiny_tokenizer(template)) == 0

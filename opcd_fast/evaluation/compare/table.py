@@ -34,6 +34,7 @@ MEASURES = (
     Measure("second_turn", "behaviour, second turn", share=True, cost=True),
 )
 ABILITY = "ability "  # before the name of each, in a summary
+LOWEST = -0.3  # where a plot's axis of shares ends
 COUNTS = ("drawn_answers", "drawn_tokens", "trained_tokens", "seconds")
 
 
@@ -191,7 +192,10 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def plot_comparison(path: Path, summary: Mapping[str, Any]) -> None:
-    """PNG: a panel for each measure taken of all, a mark for the mean, a bar for the interval, a dot for each seed."""
+    """PNG: a panel for each measure taken of all, a mark for the mean, a bar for the interval, a dot for each seed.
+
+    A share's axis ends at `LOWEST`; a mean below it is an arrow at that end with its number.
+    """
     from matplotlib.ticker import PercentFormatter
 
     systems = summary["systems"]
@@ -203,16 +207,23 @@ def plot_comparison(path: Path, summary: Mapping[str, Any]) -> None:
         for panel, measure in zip(panels, shown):
             for height, found in enumerate(systems.values()):
                 numbers = found["summary"][measure.name]
-                ends = interval(numbers)
-                if ends is not None:
+                ends, mean = interval(numbers), numbers["mean"]
+                if ends is not None and ends[0] < ends[1]:
                     panel.plot(ends, [height, height], color="grey", lw=2)
                 panel.plot([run[measure.name] for run in found["runs"]], [height] * len(found["runs"]), "k.", ms=4)
-                panel.plot([numbers["mean"]], [height], "D", ms=6, color="tab:blue")
+                if measure.share and mean < LOWEST:
+                    panel.plot([LOWEST], [height], "<", ms=7, color="tab:blue", clip_on=False)
+                    panel.text(LOWEST + 0.05, height, f"{mean:.0%}", va="center", fontsize=8,
+                               bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
+                else:
+                    panel.plot([mean], [height], "D", ms=6, color="tab:blue")
             panel.set_title(measure.title, fontsize=9)
             panel.set_yticks(range(len(systems)), list(systems))
             panel.grid(alpha=0.3)
             if measure.share:
                 panel.xaxis.set_major_formatter(PercentFormatter(1.0))
+                low, high = panel.get_xlim()
+                panel.set_xlim(max(low, LOWEST), min(high, 1.1))
         panels[0].invert_yaxis()
 
     save_plot(path, draw, (3.2 * len(shown), 0.9 + 0.4 * len(systems)))

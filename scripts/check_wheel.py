@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = "opcd_fast/kernels"  # leads to kernels/, which the wheel holds in its place
-NOT_SOURCES = (".*", "build", "dist", "runs", "__pycache__", "*.egg-info", "*.so", "*.dylib", "*.dll")
+NOT_SOURCES = (".*", "build", "dist", "runs", "site", "__pycache__", "*.egg-info", "*.so", "*.dylib", "*.dll")
 COMPLAINTS = ("Package would be ignored", "the CPU library did not build")
 CHECK = """
 import sys

@@ -12,7 +12,7 @@ COMMANDS = {
     "prompts": "make training prompts for a context, from a model, logs or a data set",
     "generate": "answer a prompt with a trained (or any) model",
     "chat": "talk to a trained model, and to the base with the context beside it",
-    "report": "did it move in, and what did it cost? A card, a README and a page",
+    "report": "did it work, and what did it cost? A card, a README and a page",
     "check": "has the context, template, tokenizer or base changed since?",
     "diff": "two runs compared by their cards",
     "export": "write a finished run as an adapter or one model that other programs load",

@@ -52,8 +52,8 @@ class ContextDistillationTrainer(DistillationTrainer):
         context: text, chat messages, or a file of either: what the teacher sees. Rows that have a `privileged_context`
             use that instead; None when all have.
         args: a `DistillationConfig`.
-        train_dataset, eval_dataset: column `prompt` (messages; or text, which goes in without a chat template, as
-            everywhere in TRL), and perhaps `privileged_context` (text or messages).
+        train_dataset: column `prompt` (messages; or text, which goes in without a chat template, as everywhere in
+            TRL), and perhaps `privileged_context` (text or messages). So has `eval_dataset`.
         teacher_model: a frozen model with the same vocabulary. None: the student without its adapter, which needs a
             PEFT model or `peft_config`.
         distillation: the divergence, as keywords of `fused_linear_divergence`: {"divergence": "reverse_kl"}. None: the

@@ -5,7 +5,7 @@ folder has no `__init__.py` and is only reachable as `opcd_fast.kernels`. In a c
 leads there: an editable install cannot map a folder without `__init__.py` into a package.
 
 The CPU library needs CMake and a C++ compiler. Without them the install goes on, and `opcd info` says what is missing.
-`OPCD_BUILD_NATIVE=0` leaves it out. It is loaded by ctypes, so a wheel that holds it is for one platform and any Python.
+`OPCD_BUILD_NATIVE=0` leaves it out. ctypes loads it, so a wheel that holds it is for one platform and any Python.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""`opcd report`: did the context move in, and what did it cost?"""
+"""`opcd report`: did it work, and what did it cost?"""
 
 from __future__ import annotations
 

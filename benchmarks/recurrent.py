@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def run(session: Session, *, case_seconds: float = 20.0) -> None:
+def run(session: Session, *, case_seconds: float = 5.0) -> None:
     """case_seconds: of timing a case; 9 rounds at least."""
     sizes = [(24, 8, 2)] if session.dry else [(1024, 64, 8), (256, 32, 8)]
     for name, (kind, options) in MODELS.items():

@@ -29,6 +29,7 @@ import architectures  # noqa: E402
 import tiny_models  # noqa: E402
 import transformers  # noqa: E402
 
+from benchmarks.schema import read  # noqa: E402
 from opcd_fast import ContextTeacher, InputError, OPCDConfig, TransformersRollout  # noqa: E402
 from opcd_fast.loss import LMHead  # noqa: E402
 from opcd_fast.models import packed_hidden_states, refuses_packing, refuses_sharing, seam  # noqa: E402
@@ -137,7 +138,7 @@ def sampler(model: Any) -> tuple[str, float]:
     way = "`generate`"
     if engine.startswith("engine: decode"):
         way = "own loop, context held once" if refuses_holding_once(model) is None else "own loop, caches copied"
-    if "off by the same" in engine:
+    if "agrees with generate" in engine:
         way += f", {APART}"
     return way, largest(torch.tensor([x for a in answers for x in a.logprobs or ()], dtype=torch.float64), exact)
 
@@ -219,12 +220,33 @@ def tables(found: dict[str, Found]) -> str:
         "## How exact it is",
         f"Differences from transformers are below these powers of ten (float32 on a CPU, {versions}):",
         table(["family", *WHAT.values()], numbers),
-    ]) + "\n"  # fmt: skip
+    ])  # fmt: skip
 
 
 WHAT = {"teacher": "teacher: hidden states", "student": "student: hidden states",
         "adapters on": "with LoRA: hidden states", "sampler": "sampler: log-probabilities",
         "loss head": "loss head: logits"}  # fmt: skip
+
+
+def costs(file: Path) -> str:
+    """The newest run of `python -m benchmarks recurrent`: our time over that of transformers' forward."""
+    rows = {(row.case, row.implementation): row for row in read(file).of("recurrent")}
+    cells = []
+    for case in dict.fromkeys(case for case, _ in rows):
+        ours, ahead, inside = (rows[case, name] for name in ("opcd_fast-pad", "transformers", "transformers-copies"))
+        family, sizes = case.split(", ")
+        error = ours.get("max_error") or 0.0
+        ratios = [f"{(ours.get('time') or 0.0) / (other.get('time') or 1.0):.2f}" for other in (ahead, inside)]
+        cells.append([family, sizes.replace("x", " x "), f"{ours.get('time'):.1f} ms", *ratios, power(error)])
+    head = ["family", "context x answer x answers", "`pad`", "of a forward", "of a forward with its copies", "error"]
+    return "\n\n".join([
+        "## What a shared state costs",
+        f"Time of `pad` over that of transformers' forward from a cache that holds the context, "
+        f"`benchmarks/results/{file.name}` (medians of calls in turns; tiny models of 4 layers, float32, a CPU; the "
+        "teacher with `frozen_weights=True`, as a run makes it). Without the copies of the cache that each forward "
+        "needs, and with them:",
+        table(head, cells),
+    ]) + "\n"  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -235,6 +257,10 @@ def power(difference: float | None) -> str:
     if difference is None:
         return ""
     return next((f"1e-{digits}" for digits in range(7, 0, -1) if difference < 10.0**-digits), "0.1 or more")
+
+
+def newest() -> Path:
+    return max((ROOT / "benchmarks" / "results").glob("recurrent_cpu_*.jsonl"))
 
 
 def written() -> str:
@@ -257,7 +283,7 @@ def main(arguments: list[str]) -> int:
     if some != list(FAMILIES):
         print(text)
         return 0
-    page = f"{written()}{MARKER}\n\n{text}"
+    page = f"{written()}{MARKER}\n\n{text}\n\n{costs(newest())}"
     if "--check" in arguments:
         return int(page != PAGE.read_text(encoding="utf-8"))
     PAGE.write_text(page, encoding="utf-8")

@@ -199,7 +199,8 @@ class TransformersRollout(Sampler):
         except Exception as error:
             return self._stepped_down(f"decode failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         if good:
-            return "decode", f"agrees with the model's forward pass: log-probabilities differ by {figures}"
+            what = "generate" if "generate" in figures else "the model's forward pass"
+            return "decode", f"agrees with {what}: log-probabilities differ by {figures}"
         return self._stepped_down(f"decode disagrees with the model's forward pass: log-probabilities by {figures}")
 
     def _stepped_down(self, reason: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ answers do not depend on how the prompts were split into batches (up to rounding
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ def decode(
     held_once = refuses_holding_once(model) is None
     static = held_once and (device.type == "cuda" if static is None else static)
     run: BatchRun | OwnCache
+    attention: AbstractContextManager[None]
     if held_once:
         run = BatchRun(model, prompt_of, different, limit, static=static)
         attention, slots = seam.using_attention(seam.body_of(model), run.attend), run.cache.slots

@@ -269,7 +269,6 @@ def written() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    logging.disable(logging.WARNING)  # what falls back says so, and stands in the table
     unknown = [name for name in arguments if name not in (*FAMILIES, "--check")]
     if unknown:
         print(f"families.py: no family {unknown[0]!r}; there are {', '.join(FAMILIES)}", file=sys.stderr)
@@ -291,4 +290,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # what falls back says so, and stands in the table
     sys.exit(main(sys.argv[1:]))

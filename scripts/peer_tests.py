@@ -84,8 +84,8 @@ def pytest_configure(config: Any) -> None:
     """As a plug-in of pytest: their names mean ours before their tests are imported."""
     if os.environ.get(WHOSE) == "liger":
         module = importlib.import_module
-        module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD = FusedJSD  # type: ignore[attr-defined]
-        module("liger_kernel.transformers.functional").liger_fused_linear_jsd = functional  # type: ignore[attr-defined]
+        module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD = FusedJSD  # type: ignore
+        module("liger_kernel.transformers.functional").liger_fused_linear_jsd = functional  # type: ignore
         module("liger_kernel.ops").LigerFusedLinearJSDFunction = types.SimpleNamespace(apply=fused)  # type: ignore
     if os.environ.get(WHOSE) == "trl":
         trainer = type("DistillationTrainer", (), {"generalized_jsd_loss": staticmethod(of_logits)})

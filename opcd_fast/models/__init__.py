@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from opcd_fast.models.merged import MergedCopy
     from opcd_fast.models.names import SMOLLM2, SMOLLM2_ON_THE_HUB, Place, base_of_adapter, cache_dir, is_path, place_of
+    from opcd_fast.models.own_cache import OwnCache, refuses_own_cache
     from opcd_fast.models.packed import forward_on_row, packed_hidden_states, padded_forward
     from opcd_fast.models.prefix_tuning import virtual_tokens, with_prefix
     from opcd_fast.models.quantized import (

@@ -6,7 +6,7 @@ from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
     from opcd_fast.rollout.choice import Choice
-    from opcd_fast.rollout.decoding import refuses_decoding
+    from opcd_fast.rollout.decoding import refuses_holding_once
     from opcd_fast.rollout.http import ServerGone
     from opcd_fast.rollout.memory import KEPT_SHARE, MOST, batch_that_fits, first_and_last_token
     from opcd_fast.rollout.protocol import Completion, Rollout, stop_token_ids

@@ -6,6 +6,9 @@ all rows are one product with it (`attention.step_attention`). The rest lies in 
 query head is folded into its key head, so that keys are never repeated; and rows that are finished leave the batch. A
 device is never waited for but every few tokens, to see which rows are finished.
 
+Models with recurrent layers go on from copies of their own cache instead (`models.own_cache`), behind what all prompts
+begin with, which is read once there, too.
+
 Token ids in, token ids out. The random number of answer i at token t depends on the seed, i and t alone, so the
 answers do not depend on how the prompts were split into batches (up to rounding).
 """
@@ -13,6 +16,7 @@ answers do not depend on how the prompts were split into batches (up to rounding
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor, nn
 from opcd_fast.attention import PackedCall, PrefixGroup, Visible, on_device, sdpa_without_cudnn, step_attention
 from opcd_fast.attention import row_of as packed_row_of
 from opcd_fast.data import common_prefix_length
-from opcd_fast.models import refuses_packing, seam
+from opcd_fast.models import OwnCache, refuses_own_cache, refuses_packing, seam
 from opcd_fast.models.caches import BufferedCache, Slots
 from opcd_fast.rollout.protocol import cut_at_stop
 from opcd_fast.rollout.sampling import BYTES_PER_LOGIT, draw
@@ -36,6 +40,11 @@ ROWS, PREFIX = 16, 32  # of what else has a shape there: rows in the batch, toke
 
 def refuses_decoding(model: Any) -> str | None:
     """Why this loop cannot run `model`, in words; None when it can (`rollout.check` looks all the same)."""
+    return None if refuses_own_cache(model) is None else refuses_holding_once(model)
+
+
+def refuses_holding_once(model: Any) -> str | None:
+    """Why what all answers share cannot be held once for all rows; None when it can."""
     return refuses_packing(seam.body_of(model), training=False)
 
 
@@ -59,22 +68,30 @@ def decode(
     limit = uniform.shape[1]
     different = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: row for row, prompt in enumerate(different)}
-    static = device.type == "cuda" if static is None else static
-    run = BatchRun(model, [place[tuple(prompt)] for prompt in prompts], different, limit, static=static)
+    prompt_of = [place[tuple(prompt)] for prompt in prompts]
+    held_once = refuses_holding_once(model) is None
+    static = held_once and (device.type == "cuda" if static is None else static)
+    run: BatchRun | OwnCache
+    attention: AbstractContextManager[None]
+    if held_once:
+        run = BatchRun(model, prompt_of, different, limit, static=static)
+        attention, slots = seam.using_attention(seam.body_of(model), run.attend), run.cache.slots
+    else:
+        run, attention, slots = OwnCache(model, prompt_of, different, _in_common(different)), nullcontext(), Slots()
     captures = static and (device.type == "cuda" or kept is not None)
     reads = what_steps_read(model) if captures else None
     kept = KeptSteps(0) if kept is None or reads is None else kept
     key = run.layout, tuple(stop_token_ids), temperature, top_p, vocab_size
     steps = kept.take(reads, key)
     if static:
-        run.cache.slots.places = steps.places
-    drawn = _Drawn(run.cache.slots, uniform.to(device), stop_token_ids, temperature, top_p, vocab_size)
+        slots.places = steps.places
+    drawn = _Drawn(slots, uniform.to(device), stop_token_ids, temperature, top_p, vocab_size)
     every = LOOK_EVERY if static else tokens_between_looks(device)
 
     def one_more() -> None:
         drawn.add(run.next(drawn.newest))
 
-    with seam.using_attention(seam.body_of(model), run.attend), sdpa_without_cudnn():
+    with attention, sdpa_without_cudnn():
         drawn.add(run.read_prompts())
         for count in range(1, limit):
             if count % every == 0:
@@ -88,7 +105,7 @@ def decode(
                     run.keep(going)
             run.extend()
             if captures:
-                steps((len(drawn.rows), run.cache.slots.shown), one_more)
+                steps((len(drawn.rows), slots.shown), one_more)
             else:
                 one_more()
     # What a row drew after its stop token, while it waited to leave, is dropped.
@@ -96,6 +113,12 @@ def decode(
     logits = len(prompts) * seam.config_of(seam.body_of(model)).vocab_size
     kept.keep(key, steps, logits * BYTES_PER_LOGIT + sum(x.nbytes for x in steps.places.values()))
     return [(list(ids), row[: len(ids)]) for ids, row in zip(cut, drawn.values.tolist())]
+
+
+def _in_common(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all begin with, 0 where they are too few to read them apart."""
+    shared = len(prompts[0]) if len(prompts) == 1 else common_prefix_length(prompts)
+    return shared if shared >= MIN_SHARED_PREFIX else 0
 
 
 def what_steps_read(model: Any) -> Any:

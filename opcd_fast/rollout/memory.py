@@ -71,8 +71,8 @@ def first_and_last_token(
     """What a batch holds at its worst, for a plan of a run's memory: reads the prompts and draws the first and the last
     token of each answer, with the cache grown in between. Returns the bytes that recorded steps would hold.
 
-    model: causal LM whose tensors need no data. decodes: by our loop, which must not refuse the model; else as
-    transformers' `generate` does.
+    model: causal LM whose tensors need no data. decodes: by our loop, with what answers share held once; else a row
+    for each in transformers' cache.
     """
 
     def drawn(logits: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from opcd_fast.rollout import generate as rollout_generate
 from opcd_fast.rollout import memory as rollout_memory
 from opcd_fast.rollout.check import Answers, check_decoding
 from opcd_fast.rollout.choice import Choice
-from opcd_fast.rollout.decoding import decode, refuses_decoding
+from opcd_fast.rollout.decoding import decode, refuses_decoding, refuses_holding_once
 from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_prompts
 from opcd_fast.runtime import KeptSteps, release_steps
 
@@ -176,7 +176,8 @@ class TransformersRollout(Sampler):
         if self.max_batch is None:
             longest, max_new_tokens = max(map(len, rows)), max(max_new_tokens, self._sized_for)
             answering = self.model if self._merged is None else self._merged.model  # whose type the cache has
-            shared = common_prefix_length(rows) if self._engine == "decode" and len(rows) > 1 else 0
+            once = self._engine == "decode" and refuses_holding_once(self.model) is None
+            shared = common_prefix_length(rows) if once and len(rows) > 1 else 0
             self.max_batch = rollout_memory.batch_that_fits(answering, longest, max_new_tokens, shared_tokens=shared)
             self._kept.set("batch", self.max_batch, f"free memory, {longest} + {max_new_tokens} tokens a sequence")
         self._kept.write()
@@ -187,17 +188,19 @@ class TransformersRollout(Sampler):
         trial = [*ordered[: TRIAL_PROMPTS // 2], *ordered[TRIAL_PROMPTS // 2 :][-TRIAL_PROMPTS // 2 :]]
         uniform = torch.zeros(len(trial), min(TRIAL_TOKENS, max_new_tokens), dtype=torch.float64)
 
-        def loop() -> Answers:
-            return self._run("decode", self.model, trial, uniform, 0.0, 1.0)
+        def by(engine: str) -> Answers:
+            return self._run(engine, self.model, trial, uniform, 0.0, 1.0)
 
+        theirs = partial(by, "generate") if refuses_holding_once(self.model) is not None else None
         try:
-            good, figures = check_decoding(self.model, loop, trial, self.vocab_size)
+            good, figures = check_decoding(self.model, partial(by, "decode"), trial, self.vocab_size, theirs)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
             return self._stepped_down(f"decode failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         if good:
-            return "decode", f"agrees with the model's forward pass: log-probabilities differ by {figures}"
+            what = "generate" if "generate" in figures else "the model's forward pass"
+            return "decode", f"agrees with {what}: log-probabilities differ by {figures}"
         return self._stepped_down(f"decode disagrees with the model's forward pass: log-probabilities by {figures}")
 
     def _stepped_down(self, reason: str) -> tuple[str, str]:

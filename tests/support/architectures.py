@@ -50,6 +50,14 @@ _MAMBA2 = {
     "mamba_chunk_size": 16,
     "mamba_expand": 2,
 }
+_NEMOTRON = {
+    "head_dim": 12,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 12,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 16,
+}
 _GEMMA4 = {
     "head_dim": 12,
     "global_head_dim": 16,
@@ -132,6 +140,18 @@ ARCHITECTURES: dict[str, Config] = {
     ),
     "gemma4": _config("Gemma4TextConfig", _ALTERNATING, _GEMMA4, num_global_key_value_heads=2, num_kv_shared_layers=0),
     "gemma4-shared-kv": _config("Gemma4TextConfig", _ALTERNATING_TWICE, _GEMMA4, num_kv_shared_layers=2),
+    "gemma4-moe": _config(
+        "Gemma4TextConfig",
+        _ALTERNATING,
+        _GEMMA4,
+        num_global_key_value_heads=2,
+        num_kv_shared_layers=0,
+        attention_k_eq_v=True,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+    ),
     "granite": _config("GraniteConfig", attention_multiplier=0.3, residual_multiplier=0.5, embedding_multiplier=2.0),
     "glm": _config("GlmConfig", head_dim=12),
     "glm4": _config("Glm4Config", head_dim=12),
@@ -183,14 +203,18 @@ ARCHITECTURES: dict[str, Config] = {
         num_local_experts=0,
     ),
     "nemotron-h": _config(
+        "NemotronHConfig", _NEMOTRON, layers_block_type=["linear_attention", "full_attention"]
+    ),
+    "nemotron-h-moe": _config(
         "NemotronHConfig",
-        layers_block_type=["linear_attention", "full_attention"],
-        head_dim=12,
-        mamba_num_heads=8,
-        mamba_head_dim=12,
-        ssm_state_size=8,
-        n_groups=2,
-        chunk_size=16,
+        _NEMOTRON,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        n_group=1,
+        topk_group=1,
     ),
     "zamba2": _config(
         "Zamba2Config",
@@ -262,7 +286,7 @@ def build(name: str, *, seed: int = 0, **overrides: object) -> nn.Module:
 MERGE = [
     "llama", "qwen2", "qwen3", "mistral-window", "olmo", "olmo2", "olmo3", "smollm3", "phi", "phi3", "phi3-window",
     "phi3-longrope", "llama3-rope", "yarn", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gemma", "gemma3",
-    "gemma3n", "gemma4", "gemma4-shared-kv", "granite", "glm", "glm4", "cohere", "cohere2", "starcoder2",
+    "gemma3n", "gemma4", "gemma4-moe", "gemma4-shared-kv", "granite", "glm", "glm4", "cohere", "cohere2", "starcoder2",
     "starcoder2-window", "exaone4", "stablelm", "gpt-neox", "gemma2", "gpt-oss", "gpt2", "opt", "deepseek-v3",
 ]
 # One member of every mechanism; the others are walked with -m slow.

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 # fmt: off
 PAD = [  # none of these is known to run exactly on a packed row
     "llama4", "bloom", "mpt", "falcon", "falcon-alibi", "qwen3-next", "qwen3.5", "falcon-h1", "bamba",
-    "granite-hybrid", "nemotron-h", "zamba2", "lfm2", "lfm2-moe", "qwen3.5-moe", "olmo-hybrid",
+    "granite-hybrid", "nemotron-h", "nemotron-h-moe", "zamba2", "lfm2", "lfm2-moe", "qwen3.5-moe", "olmo-hybrid",
 ]
 CONCAT = {  # and why not pad
     "llama-dynamic": "RoPE type 'dynamic'",

@@ -15,7 +15,7 @@ from opcd_fast.models import MergedCopy, refuses_merge, refuses_pad, refuses_sha
 from opcd_fast.planning.rehearsal.job import Job
 from opcd_fast.planning.rehearsal.meter import Meter
 from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer
-from opcd_fast.rollout import KEPT_SHARE, MOST, batch_that_fits, first_and_last_token, refuses_decoding
+from opcd_fast.rollout import KEPT_SHARE, MOST, batch_that_fits, first_and_last_token, refuses_holding_once
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.engines import ModelPair
 from opcd_fast.training.settings import OPCDConfig, settings_with
@@ -154,7 +154,7 @@ class Step:
     def _rollout(self, phase: str, model: Any, prompts: Sequence[Sequence[int]]) -> int:
         """`TransformersRollout.generate` at its largest batch; returns that."""
         config, batch = self.config, self.config.rollout_batch or MOST
-        decodes = config.rollout != "generate" and refuses_decoding(model) is None
+        decodes = config.rollout != "generate" and refuses_holding_once(model) is None
         if config.rollout_batch is None and self.limit is not None:
             free = max(self.limit - self.meter.held, 0)
             batch = batch_that_fits(

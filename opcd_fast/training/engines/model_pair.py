@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from opcd_fast.models import (
 from opcd_fast.runtime import seeded, stream_seed
 from opcd_fast.teacher import MovingWeights, copy_of_trained
 from opcd_fast.training.settings import OPCDConfig
+
+logger = logging.getLogger("opcd_fast")
 
 
 @dataclass
@@ -198,10 +201,14 @@ def with_adapter(model: Any, config: OPCDConfig, device: torch.device) -> Any:
     targets: str | list[str] = config.lora_targets
     if targets != "all-linear":
         targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+    past = _read_past_adapters(model)
+    if past:
+        logger.warning("student: no adapter on out_proj of %d Mamba layers, whose kernels read past one", len(past))
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         target_modules=targets,
+        exclude_modules=past or None,
         use_dora=config.use_dora,
         task_type="CAUSAL_LM",
     )
@@ -211,6 +218,13 @@ def with_adapter(model: Any, config: OPCDConfig, device: torch.device) -> Any:
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"lora_targets={config.lora_targets!r} does not fit this model: {reason}") from error
+
+
+def _read_past_adapters(model: Any) -> list[str]:
+    """Linear maps whose weight the layer around them hands to a fused kernel while it trains, so that an adapter would
+    be left out there, and nowhere else: the last one of Mamba's mixers."""
+    mixers = {name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")}
+    return [f"{name}.out_proj" for name in sorted(mixers) if hasattr(model.get_submodule(name), "out_proj")]
 
 
 def is_peft(model: Any) -> bool:

@@ -340,5 +340,5 @@ def test_options_and_missing_packages(monkeypatch):
         load_task("instructions", colour="red")
     assert "sokoban" in TASKS
     monkeypatch.setitem(__import__("sys").modules, "textarena", None)
-    with pytest.raises(InputError, match=r"opcd-fast\[tasks\]"):
+    with pytest.raises(InputError, match=r"pip install .*\[tasks\]'"):
         load_task("sokoban")

@@ -93,7 +93,7 @@ def outcome(arguments, file, capsys):
         last = err.strip().splitlines()[-1]
         others = {  # what is wrong is what the file names, or the folder as a whole
             "adapter_config.json": rf"adapter '{re.escape(str(file.parent))}'",
-            "run.json": r"^opcd: (base|model|tokenizer of|adapter) '",
+            "run.json": r"^opcd: (base|model( folder)?|tokenizer of|adapter) '",
         }
         named = file.name in last or (file.name in others and re.search(others[file.name], last))
         assert last.startswith("opcd: ") and named and len(last) < 2000, last

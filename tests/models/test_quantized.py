@@ -54,7 +54,7 @@ def saved_packed(folder, **changes):
 
 def test_without_bitsandbytes_the_package_is_named(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"quantization='4bit' needs .* pip install 'opcd-fast\[quant\]'"):
+    with pytest.raises(InputError, match=r"quantization='4bit' needs .* pip install .*\[quant\]'"):
         make(tokenizer, tmp_path / "run", quantization="4bit")
     with pytest.raises(InputError, match=r"teacher_quantization='4bit' needs .* pip install"):
         make(tokenizer, tmp_path / "run", teacher_quantization="4bit", teacher_model=tiny_model(seed=3))

@@ -144,7 +144,7 @@ def default_system_tokens(tokenizer: Any) -> int:
     user: list[Message] = [{"role": "user", "content": "?"}]
     try:
         plain, empty = (
-            len(student_ids(tokenizer, Prompt(messages=chat)))
+            len(student_ids(tokenizer, Prompt(messages=tuple(chat))))
             for chat in (user, [{"role": "system", "content": ""}, *user])
         )
     except InputError:  # no such template, or no system role

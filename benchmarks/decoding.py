@@ -66,20 +66,19 @@ def _compare(session: Session, case: Case, only: Sequence[str]) -> None:
 
         return Contender(name, lambda: partial(call, prompts, case.tokens), judge)
 
-    folder = tempfile.TemporaryDirectory()
     longest = max(map(len, prompts)) + case.tokens
 
-    def in_vllm() -> Any:
-        return partial(peers.vllm_answers(model, Path(folder.name), longest), prompts, case.tokens)
-
-    others = [Contender("vllm", in_vllm, lambda _: {"tokens": value(case.rows * case.tokens, "1")}, has_peak=False)]
-    session.compare(
-        case.name, [*(contender(name, call) for name, call in calls.items()), *others],
-        shape={"rows": case.rows, "tokens": case.tokens, **({"shared": case.shared} if case.shared else {})},
-        settings={"model": name, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
-        seconds=ROUND_SECONDS, only=only,
-    )  # fmt: skip
-    folder.cleanup()
+    with tempfile.TemporaryDirectory() as folder:
+        vllm = Contender(
+            "vllm", lambda: partial(peers.vllm_answers(model, Path(folder), longest), prompts, case.tokens),
+            lambda _: {"tokens": value(case.rows * case.tokens, "1")}, has_peak=False,
+        )  # fmt: skip
+        session.compare(
+            case.name, [*(contender(name, call) for name, call in calls.items()), vllm],
+            shape={"rows": case.rows, "tokens": case.tokens, **({"shared": case.shared} if case.shared else {})},
+            settings={"model": name, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
+            seconds=ROUND_SECONDS, only=only,
+        )  # fmt: skip
 
 
 def _job(session: Session, case: Case) -> tuple[Any, str, list[list[int]]]:

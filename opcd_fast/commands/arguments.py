@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -64,6 +65,11 @@ def quiet_libraries() -> None:
     disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that another package would have
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+def tell(line: str) -> None:
+    """How far a command is, beside its result, which a program may read."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, check_at_least, context_in, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import (
+    ComputeOptions,
+    check_at_least,
+    context_in,
+    parse,
+    quiet_libraries,
+    sampler,
+    tell,
+)
 from opcd_fast.errors import InputError
 
 PART_SHOWN = 60  # characters
@@ -78,7 +85,7 @@ def run(arguments: list[str]) -> int:
     rollout = sampler(model, tokenizer, command.rollout_batch)
     candidates = own + (cut_candidates(full) if command.cuts else [])
     if command.written:
-        print("the model writes shorter texts ...", file=sys.stderr, flush=True)
+        tell("the model writes shorter texts ...")
         player = Player(rollout, tokenizer, command.max_context_tokens, temperature=0.7)
         candidates += written_candidates(full, player.answers, command.written, command.seed)
     print(f"{len(candidates)} candidates on {len(prompts)} prompts", flush=True)
@@ -93,7 +100,7 @@ def run(arguments: list[str]) -> int:
         temperature=command.temperature,
         answers_per_prompt=command.answers_per_prompt,
         seed=command.seed,
-        told=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
+        told=lambda line: tell(f"{line} ..."),
     )
     _save(Path(command.output_dir), ranked, command)
     return 0

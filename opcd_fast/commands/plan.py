@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import check_at_least, context_in, parse, quiet_libraries
+from opcd_fast.commands.arguments import check_at_least, context_in, parse, quiet_libraries, tell
 from opcd_fast.commands.presets import settled
 from opcd_fast.commands.train import TrainOptions, named_options, prompts_or_task, read_defaults
 from opcd_fast.errors import InputError
@@ -68,7 +67,7 @@ def run(arguments: list[str]) -> int:
         prompts = prompts_or_task(command, config)
     config = settled(command, config, named_options(arguments), len(prompts) if isinstance(prompts, list) else None)
     job = _job(command, config, prompts)
-    plan = plan_run(config, job, student, teacher, gpu=command.gpu, search=command.search, told=_tell)
+    plan = plan_run(config, job, student, teacher, gpu=command.gpu, search=command.search, told=tell)
     if command.json:
         print(json.dumps(as_json(plan), indent=1))
     else:
@@ -87,7 +86,7 @@ def _job(command: PlanCommand, config: OPCDConfig, prompts: Any) -> Any:
         raise InputError("plan: give context, a file, or context_tokens, a number; not both")
     if command.context is tokens is prompts is None:
         tokens = CONTEXT_TOKENS
-        _tell(f"no context given: planning for one of {tokens:,} tokens (--context FILE or --context-tokens N)")
+        tell(f"no context given: planning for one of {tokens:,} tokens (--context FILE or --context-tokens N)")
     check_at_least(1, command, "context_tokens", "prompt_tokens")
     if tokens is not None:
         if prompts is not None or command.eval_prompts is not None:
@@ -100,11 +99,6 @@ def _job(command: PlanCommand, config: OPCDConfig, prompts: Any) -> Any:
     prompts = ["word " * command.prompt_tokens] if prompts is None else prompts
     context = context_in(command.context)
     return job_of(read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config), config)
-
-
-def _tell(line: str) -> None:
-    """Beside the result, which a program may read."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def plan_command(arguments: list[str]) -> tuple[PlanCommand, OPCDConfig]:

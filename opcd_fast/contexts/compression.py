@@ -85,16 +85,16 @@ def cut_candidates(context: Context) -> list[Candidate]:
     """The context with whole parts left out: the first and the last n of its turns, or of its paragraphs or lines; and
     all but one, where it has at most `MOST_PARTS`."""
     parts = _parts(context)
-    count, found = len(parts), []
+    count, cuts = len(parts), []  # (parts that stay, those that do not, how)
     for kept in range(1, count):
-        # All but one part: which one it is.
-        last, first = (transcript(_joined(context, [parts[at]])) if kept == count - 1 else None for at in (-1, 0))
-        found.append(Candidate(_joined(context, parts[:kept]), f"first {kept} of {count} parts", last))
-        found.append(Candidate(_joined(context, parts[-kept:]), f"last {kept} of {count} parts", first))
+        cuts.append((parts[:kept], parts[kept:], f"first {kept} of {count} parts"))
+        cuts.append((parts[-kept:], parts[:-kept], f"last {kept} of {count} parts"))
     for at in range(1, count - 1) if count <= MOST_PARTS else ():
-        part, rest = transcript(_joined(context, [parts[at]])), parts[:at] + parts[at + 1 :]
-        found.append(Candidate(_joined(context, rest), f"without part {at + 1} of {count}", part))
-    return found
+        cuts.append((parts[:at] + parts[at + 1 :], [parts[at]], f"without part {at + 1} of {count}"))
+    return [
+        Candidate(_joined(context, stay), how, transcript(_joined(context, gone)) if len(gone) == 1 else None)
+        for stay, gone, how in cuts
+    ]
 
 
 def parts_that_matter(ranked: Sequence[Ranked]) -> list[Ranked]:

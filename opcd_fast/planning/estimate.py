@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from opcd_fast.loss import resolve_backend
 from opcd_fast.models import pick_dtype, seam
 from opcd_fast.planning.rehearsal import Rehearsal, job_of, rehearse
 from opcd_fast.planning.search import can_extrapolate, extrapolated
+from opcd_fast.teacher import default_batch_bytes
 
 
 def foreseen(trainer: Any, teacher: Any = None) -> Rehearsal | None:
@@ -21,17 +23,17 @@ def foreseen(trainer: Any, teacher: Any = None) -> Rehearsal | None:
     config, own, asked = trainer.config, seam.config_of(trainer.model), trainer.parts.questions.asked
     if asked.task is not None:
         return None
-    device, dtype = trainer.device.type, pick_dtype(config.dtype, trainer.device)
+    job, device, dtype = job_of(asked, config), trainer.device.type, pick_dtype(config.dtype, trainer.device)
+    if config.teacher_batch_bytes is None:  # of all layers, also in a rehearsal of a few
+        config = replace(config, teacher_batch_bytes=default_batch_bytes(seam.body_of(trainer.teachers.pair.teacher)))
     backend = resolve_backend(config.loss_backend, trainer.device, dtype)
 
     def whole(layers: int | None = None) -> Rehearsal:
-        return rehearse(config, job_of(asked, config), own, teacher, device=device, dtype=dtype, backend=backend,
-                        layers=layers)  # fmt: skip
+        return rehearse(config, job, own, teacher, device=device, dtype=dtype, backend=backend, layers=layers)
 
     try:
         with torch.random.fork_rng(devices=[]):
-            if can_extrapolate(own, teacher):
-                return extrapolated(whole, own.get_text_config().num_hidden_layers)
-            return whole()
+            layers = own.get_text_config().num_hidden_layers
+            return extrapolated(whole, layers) if can_extrapolate(own, teacher) else whole()
     except Exception:  # noqa: BLE001 - a line of information must not cost a run
         return None

@@ -65,7 +65,6 @@ def plan_run(
         with torch.device("meta"):
             body = seam.body_of(AutoModelForCausalLM.from_config(teacher or student, **how))
         settings = replace(config, teacher_batch_bytes=default_batch_bytes(body))
-
     asked = settings
 
     def whole(settings: OPCDConfig, layers: int | None = None) -> Rehearsal:

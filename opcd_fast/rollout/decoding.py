@@ -323,12 +323,12 @@ class BatchRun:
 
     def _shared_by_prompts(self) -> int:
         """Tokens of the prompts that are read once for all of them."""
-        one, whole = len(self.prompts) == 1, len(self.prompts[0])
-        if one and not self._worth_holding(self.past + whole):
+        if len(self.prompts) == 1 and not self._worth_holding(self.past + len(self.prompts[0])):
             return 0
-        shared = whole if one and not self.static else common_prefix_length(self.prompts)
-        if self.static:
-            shared -= (self.past + shared) % PREFIX
+        if not self.static:
+            return _in_common(self.prompts)
+        shared = common_prefix_length(self.prompts)
+        shared -= (self.past + shared) % PREFIX
         return shared if shared >= MIN_SHARED_PREFIX else 0
 
     def _worth_holding(self, tokens: int) -> bool:

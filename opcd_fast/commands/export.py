@@ -42,11 +42,12 @@ def run(arguments: list[str]) -> int:
         if getattr(command, name) and command.push_to_hub is None:
             raise InputError(f"{name} is for --push-to-hub REPO; add that, or drop it")
     from opcd_fast.export import card_of, check_can_push, export, find_source, push, refuse, refuse_local_base
+    from opcd_fast.models import base_of_adapter
 
     quiet_libraries()
     scratch = None if command.output_dir else tempfile.mkdtemp(prefix="opcd-export-")
     try:
-        target = Path(command.output_dir) if command.output_dir else Path(str(scratch)) / "export"
+        target = Path(command.output_dir).expanduser() if command.output_dir else Path(str(scratch)) / "export"
         repo = None
         if command.push_to_hub is not None:
             source = find_source(command.run, command.model, command.trust_remote_code)
@@ -64,6 +65,9 @@ def run(arguments: list[str]) -> int:
         files = "file" if done.shards == 1 else "files"
         where = f" in {target}" if command.output_dir else ""
         print(f"{done.kind}: {done.bytes / 1e6:.1f} MB, {done.dtype}, {done.shards} {files} of weights{where}")
+        base = base_of_adapter(target)
+        if base is not None and Path(base).is_dir():
+            print(f"base: {base}, a folder of this machine; for others, --merged or --base-name ID")
         if not done.has_card:
             print(f"no model card: `opcd report {command.run}` measures the run and writes one; then export again")
         if repo is not None:

@@ -105,7 +105,7 @@ def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]
     config = settled(command, config, named, len(prompts) if isinstance(prompts, list) else None)
     if command.preset != "paper":
         say(in_words(config))
-    from opcd_fast.models import load_model, load_tokenizer
+    from opcd_fast.models import cpu_has_bf16, load_model, load_tokenizer, pick_device
     from opcd_fast.training import OPCDTrainer
     from opcd_fast.training.engines import join
     from opcd_fast.training.run import start_from
@@ -130,6 +130,8 @@ def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]
         teacher_tokenizer = load_tokenizer(command.teacher_model, config.trust_remote_code)
         teacher = load_teacher(command.teacher_model, config)
     place = loading(config, config.quantization)
+    if config.dtype == "bfloat16" and pick_device(config.device).type == "cpu" and not cpu_has_bf16():
+        say("dtype bfloat16: this CPU only imitates it; float32, the default here, is several times faster")
     if start is not None:
         model, teacher = start.models(**place)
     else:

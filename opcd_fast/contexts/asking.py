@@ -127,7 +127,7 @@ def listed(text: str, finished: bool = True) -> list[str]:
     if 0 <= start < end:
         try:
             values = json.loads(text[start : end + 1])
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             values = None
         if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
             return [value.strip() for value in values if value.strip()]

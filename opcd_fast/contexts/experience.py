@@ -43,7 +43,7 @@ class ExperienceFolder:
             return []
         records = []
         for line in self._attempts.read_text(encoding="utf-8").split("\n"):
-            with suppress(json.JSONDecodeError):
+            with suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
         return records
 

@@ -107,7 +107,7 @@ def _with_arguments_as_objects(message: Message) -> Message:
     for call in message["tool_calls"]:
         function = dict(call.get("function") or {})
         if isinstance(function.get("arguments"), str):
-            with contextlib.suppress(json.JSONDecodeError):  # a model may write what is no JSON: that stays
+            with contextlib.suppress(ValueError, RecursionError):  # a model may write what is no JSON: that stays
                 function["arguments"] = json.loads(function["arguments"] or "{}")
         calls.append({**call, "function": function})
     return {**message, "tool_calls": calls}

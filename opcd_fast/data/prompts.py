@@ -3,6 +3,7 @@ ids."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def _looks_like_file(text: str) -> bool:
     if "\n" in text or len(text) > 255:  # longer than a file system's names
         return False
     named_like_one = Path(text).suffix in (".txt", ".md", ".json", ".jsonl") and " " not in text
-    return named_like_one or Path(text).is_file()
+    return named_like_one or os.path.isfile(text)
 
 
 def _context_from_file(path: Path) -> Context:

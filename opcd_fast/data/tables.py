@@ -10,6 +10,7 @@ import csv
 import importlib
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def read_rows(source: Any, name: str, columns: Sequence[str] | None = None) -> l
     """
     if isinstance(source, (str, Path)):
         path = Path(source)
-        return _folder_rows(path, name, columns) if path.is_dir() else _file_rows(path, name)
+        return _folder_rows(path, name, columns) if os.path.isdir(path) else _file_rows(path, name)
     kind = type(source).__module__.partition(".")[0]
     if kind == "datasets" and not isinstance(source, Mapping):
         return _dataset_rows(source, name, columns)
@@ -55,7 +56,7 @@ def read_rows(source: Any, name: str, columns: Sequence[str] | None = None) -> l
 
 def read_text(path: Path, name: str) -> str:
     """The text of a UTF-8 file, without the byte order mark that some editors write. Raises InputError."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own fails for what is too long for a name
         raise InputError(f"{name} file {str(path)!r} does not exist")
     try:
         # newline="": text mode would turn a lone \r inside a cell into a line end.
@@ -84,9 +85,9 @@ def _jsonl_rows(text: str, where: str) -> list[Row]:
         if line.strip():
             try:
                 rows.append((f"{where} line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 remedy = "" if line.lstrip()[:1] in '{["' else '; a line is {"prompt": "..."}'
-                wrong = f"{error.msg} at character {error.colno}"
+                wrong = f"{error.msg} at character {error.colno}" if hasattr(error, "colno") else error
                 raise InputError(f"{where} line {number} is not valid JSON: {wrong}{remedy}") from error
     return rows
 
@@ -97,8 +98,8 @@ def _json_rows(text: str, where: str) -> list[Row]:
         return []
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
             return _jsonl_rows(text, where)
         raise InputError(f"{where} is not valid JSON: {error}") from error
     if isinstance(value, dict):
@@ -144,7 +145,7 @@ def _csv_rows(text: str, where: str) -> list[Row]:
 
 
 def _parquet_rows(path: Path, where: str) -> list[Row]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{where} does not exist")
     parquet = require("pyarrow.parquet", "reading parquet files", "data")
     try:
@@ -207,7 +208,7 @@ def _parsed_cells(row: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(cell, str) and cell.strip():
             try:
                 row[column] = json.loads(cell)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: column {column!r} must hold JSON: {error}") from error
     return row
 

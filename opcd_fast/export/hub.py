@@ -78,6 +78,8 @@ def push(folder: Path, repo: str, private: bool) -> str:
         refuse_local_base(json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"])
     api = HfApi()
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if not files:
+        raise InputError(f"push_to_hub: {str(folder)!r} holds no files")
     with _one_line(repo):
         api.create_repo(repo, private=private or None, exist_ok=True)
         replaced = filter_repo_objects(api.list_repo_files(repo), allow_patterns=list(REPLACED))

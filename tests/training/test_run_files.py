@@ -113,9 +113,9 @@ def test_progress_outside_a_terminal_is_plain_lines(capsys, monkeypatch):
     progress.step(record_of(0.125))
     progress.close()
     assert capsys.readouterr().out.splitlines() == [
-        "step 2/6  loss 0.5000  KL 0.2500  100 tokens/s",
+        "step 2/6  loss 0.5000  KL 0.2500  100 tokens/s  0:16 left",  # its parts: the clock saw an evaluation, too
         "held-out",
-        "step 3/6  loss 0.2500  KL 0.1250  120 tokens/s  0:30 left",  # the first step, of 100 s, says nothing
+        "step 3/6  loss 0.2500  KL 0.1250  120 tokens/s  0:30 left",  # without the first step
         "step 4/6  loss 0.1250  KL 0.0625  100 tokens/s  0:30 left",
     ]
 

@@ -32,7 +32,7 @@ def _is_json_with(text: str, key: str) -> bool:
     inside = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
     try:
         value = json.loads(inside)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and set(value) == {key}
 

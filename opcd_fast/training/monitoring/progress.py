@@ -7,8 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FIRST_STEPS = 2  # after so many a step's time is known: the first one also compiles and warms up
-
 
 class Progress:
     """Shows step, loss, KL, tokens per second, seconds by part, time left and held-out KL.
@@ -27,16 +25,11 @@ class Progress:
         self._live: Any = None
         if not quiet and sys.stdout.isatty():
             from rich.live import Live
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import BarColumn, MofNCompleteColumn
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=30),
-                TextColumn("{task.fields[left]}"),
-                auto_refresh=False,
-            )
+            columns = "step", MofNCompleteColumn(), BarColumn(bar_width=30), "{task.fields[left]}"
+            self._bar = Bar(*columns, auto_refresh=False)
             self._task = self._bar.add_task("", total=total, completed=done, left="")
             self._live = Live(self._bar, refresh_per_second=4)
             self._live.start()
@@ -45,28 +38,23 @@ class Progress:
         """record: of one step, see `opcd_fast.training.step.records.step_record`."""
         self._done += 1
         self._times.append(time.perf_counter())
-        left = self.seconds_left()
-        waiting = "" if left is None else f"{_clock(left)} left"
+        waiting = f"{_clock(self._seconds_left(record))} left"
         self._last = record
         if self._live is not None:
             self._bar.update(self._task, completed=self._done, left=waiting)
             self._draw()
         elif not self._quiet:
-            words = [
-                f"step {self._done}/{self._total}",
-                f"loss {record['loss']:.4f}",
-                "{} {:.4f}".format(*per_token(record)),
-                f"{record['tokens_per_second']:.0f} tokens/s",
-                waiting,
-            ]
-            print("  ".join(word for word in words if word), flush=True)
+            name, value = per_token(record)
+            print(
+                f"step {self._done}/{self._total}  loss {record['loss']:.4f}  {name} {value:.4f}  "
+                f"{record['tokens_per_second']:.0f} tokens/s  {waiting}", flush=True,
+            )  # fmt: skip
 
-    def seconds_left(self) -> float | None:
-        """Estimate from the steps after the first (evaluations included), once there are two; None before."""
-        made = len(self._times) - 1
-        if made < FIRST_STEPS:
-            return None
-        return (self._times[-1] - self._times[1]) / (made - 1) * (self._total - self._done)
+    def _seconds_left(self, record: Mapping[str, Any]) -> float:
+        """From the steps after the first, which also compiles, evaluations included; at first from its parts alone."""
+        later = len(self._times) - 2
+        took = (self._times[-1] - self._times[1]) / later if later else sum(record["seconds"].values())
+        return took * (self._total - self._done)
 
     def evaluation(self, text: str, record: Mapping[str, Any]) -> None:
         """text: in one line. record: of one held-out evaluation."""

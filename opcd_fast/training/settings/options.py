@@ -64,7 +64,7 @@ def json_object(name: str, value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{name}={value!r:.80} is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise InputError(f"{name}={json.dumps(value)} must be an object: '{{\"name\": value}}'")

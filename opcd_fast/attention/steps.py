@@ -43,7 +43,7 @@ def step_attention(
     (rows, kv_heads), heads, width = key.shape[:2], query.shape[1], value.shape[-1]
     query = query.to(value.dtype)
     folded = query.reshape(rows, kv_heads, heads // kv_heads, -1)
-    bias = None if visible.bias is None else visible.bias[:, None, None].to(query.dtype)
+    bias = None if visible.bias is None else _aligned(visible.bias, query.dtype)[:, None, None]
     if prefix is None and softcap is None and sink is None:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scale)
         return out.reshape(rows, 1, heads, -1)
@@ -51,7 +51,7 @@ def step_attention(
     over: tuple[Tensor, ...] = ()
     if prefix is not None:
         everyone = folded.transpose(0, 1).reshape(1, kv_heads, -1, folded.shape[-1])  # (1, H_kv, B G, d)
-        bias = None if visible.prefix_bias is None else visible.prefix_bias[None, None].to(query.dtype)
+        bias = None if visible.prefix_bias is None else _aligned(visible.prefix_bias, query.dtype)[None, None]
         over = tuple(
             x.unflatten(2, (rows, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (B, H_q, …)
             for x in _with_lse(everyone, *alike(*prefix, value.dtype), bias, scale, softcap)
@@ -62,6 +62,12 @@ def step_attention(
     if over or sink is not None:
         merged = merge_by_logsumexp(merged, lse.flatten(1, 2), *over, sink=sink, in_place=True)
     return merged[..., :width].unsqueeze(1)
+
+
+def _aligned(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another type its rows begin at multiples of 8 elements, too: kernels of a device refuse others."""
+    count = bias.shape[-1]
+    return bias if bias.dtype == dtype else F.pad(bias.to(dtype), (0, -count % 8))[:, :count]
 
 
 def _with_lse(

@@ -87,7 +87,7 @@ def _jsonl_rows(text: str, where: str) -> list[Row]:
                 rows.append((f"{where} line {number}", json.loads(line)))
             except (ValueError, RecursionError) as error:
                 remedy = "" if line.lstrip()[:1] in '{["' else '; a line is {"prompt": "..."}'
-                wrong = f"{error.msg} at character {error.colno}" if hasattr(error, "colno") else error
+                wrong = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise InputError(f"{where} line {number} is not valid JSON: {wrong}{remedy}") from error
     return rows
 

@@ -86,7 +86,7 @@ def check_temperature(temperature: float) -> float:
 
 
 def check_resources(workspace_bytes: int | None, backend: str) -> tuple[int | None, str]:
-    if workspace_bytes is not None and not (is_number(workspace_bytes) and 1 <= workspace_bytes < math.inf):
+    if workspace_bytes is not None and not (is_number(workspace_bytes) and 1 <= workspace_bytes < 2**63):
         raise ValueError(f"workspace_bytes is {workspace_bytes!r}; it must be a positive number, or None for a default")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
@@ -148,11 +148,12 @@ def flat_weights(token_weights: Tensor | None, leading: torch.Size, device: torc
 
 def flat_ids(token_ids: Tensor, leading: torch.Size, device: torch.device) -> Tensor:
     """token_ids as (N,) int64 on the device, after checking that they are one integer per position."""
-    integers = isinstance(token_ids, Tensor) and not token_ids.is_floating_point() and token_ids.dtype != torch.bool
+    numbers = isinstance(token_ids, Tensor) and not (token_ids.is_floating_point() or token_ids.is_complex())
+    integers = numbers and token_ids.dtype != torch.bool
     if not integers or token_ids.shape != leading:
         kind = f"{token_ids.dtype} {tuple(token_ids.shape)}" if isinstance(token_ids, Tensor) else type(token_ids)
         raise ValueError(f"token_ids is {kind}; expected integers of shape {tuple(leading)}, one per position")
-    return token_ids.reshape(-1).to(device, torch.int64)
+    return token_ids.reshape(-1).to(device, torch.int64).contiguous()
 
 
 def check_reduction(reduction: str, denominator: float | Tensor | None) -> tuple[str, float, Tensor | None]:

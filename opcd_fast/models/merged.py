@@ -115,11 +115,13 @@ class MergedCopy:
         for layer, weight in self._pairs:
             (adapter,) = layer.lora_A
             up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
-            if adapter in layer.lora_magnitude_vector:
+            active = adapter in layer.active_adapters and not layer.disable_adapters
+            if active and adapter in layer.lora_magnitude_vector:
                 weight.t().copy_(_dora_weight(layer, adapter).t())
                 continue
             weight.t().copy_(layer.base_layer.weight.t())
-            weight.t().addmm_(down.t().to(weight.dtype), up.t().to(weight.dtype), alpha=layer.scaling[adapter])
+            if active:
+                weight.t().addmm_(down.t().to(weight.dtype), up.t().to(weight.dtype), alpha=layer.scaling[adapter])
 
 
 def _dora_weight(layer: Any, adapter: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opcd_fast.attention import sdpa_without_cudnn
 from opcd_fast.models import is_quantized, seam
-from opcd_fast.teacher.paths import full_precision
+from opcd_fast.runtime import full_precision
 
 Answers = Sequence[tuple[Sequence[int], Sequence[float]]]
 
@@ -44,7 +44,7 @@ def check_decoding(
     packed = is_quantized(model)
     said, apart = [], 0.0
     if not packed:
-        with full_precision(device), in_float32(model):
+        with torch.no_grad(), full_precision(device), in_float32(model):
             answers = loop()
             exact, largest = scored(model, prompts, answers, vocab_size)
             others = theirs() if theirs is not None else ()
@@ -61,7 +61,7 @@ def check_decoding(
     if packed or torch.finfo(dtype).bits == 16:
         answers = loop()
         plain, largest = scored(model, prompts, answers, vocab_size)
-        with full_precision(device), in_float32(model):
+        with torch.no_grad(), full_precision(device), in_float32(model):
             exact, _ = scored(model, prompts, answers, vocab_size)
         stock, ours = float((plain - exact).abs().max()), float((_drawn(answers) - exact).abs().max())
         bound = OF_PLAIN * stock + torch.finfo(dtype).eps * largest + apart

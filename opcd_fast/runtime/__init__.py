@@ -1,4 +1,4 @@
-"""What any program needs: seeds, whole files, timing, intervals, launched ranks, CUDA graphs, derivatives, doors."""
+"""What any program needs: seeds, whole files, timing, intervals, ranks, CUDA graphs, derivatives, precision, doors."""
 
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from opcd_fast.runtime.graphs import CapturedSteps, KeptSteps, release_steps
     from opcd_fast.runtime.intervals import bootstrap, difference, mean_and_error, wilson
     from opcd_fast.runtime.launch import launched, launched_rank, local_rank
+    from opcd_fast.runtime.precision import full_precision
     from opcd_fast.runtime.redaction import HIDDEN, printable, redacted
     from opcd_fast.runtime.seeds import digest, seeded, stream_seed
     from opcd_fast.runtime.shapes import is_name, misfit

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ class CapturedSteps:
     """Runs steps, which take and return nothing, as graphs: one for each shape, recorded once, all in one pool.
 
     The first step of a shape runs as it is, so that kernels are loaded; the second is recorded. What cannot be recorded
-    (experts chosen on the host, say) goes on as it is, which is said once per process.
+    goes on as it is, which is said once per process: what waits for the device (experts chosen on the host, say) is not
+    even tried, for a capture that fails leaves torch's allocator in the middle of it.
 
     A graph reads and writes where tensors lay when it was recorded. So what a step finds and what it leaves has to lie
     in `places`, by name, whenever a step of that shape is run.
@@ -31,31 +34,57 @@ class CapturedSteps:
         self._seen: set[Hashable] = set()
         self._recordable = True
 
+    @property
+    def recorded(self) -> bool:
+        return bool(self._graphs)
+
     def __call__(self, shape: Hashable, step: Callable[[], None]) -> None:
         if shape in self._seen and shape not in self._graphs and self._recordable:
             self._record(shape, step)
         if shape in self._graphs:
             self._graphs[shape].replay()
-        else:
+        elif shape in self._seen or not self._recordable:
             step()
+        else:
+            with _noticed_waits() as waits:
+                step()
+            if waits:
+                self._give_up("a step waits for the device")
         self._seen.add(shape)
 
     def _record(self, shape: Hashable, step: Callable[[], None]) -> None:
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
                 step()
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a step does that a graph cannot hold
-            self._recordable = False
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if reason not in _told:
-                _told.add(reason)
-                _log.warning("steps run without a CUDA graph: %s", reason)
+            self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return
         self._graphs[shape] = graph
+
+    def _give_up(self, reason: str) -> None:
+        self._recordable = False
+        if reason not in _told:
+            _told.add(reason)
+            _log.warning("steps run without a CUDA graph: %s", reason)
+
+
+@contextmanager
+def _noticed_waits() -> Iterator[list[Any]]:
+    """A list that has something in it afterwards if the host waited for the device."""
+    found: list[Any] = []
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    found += [one for one in said if "synchronizing" in str(one.message)]
 
 
 class KeptSteps:
@@ -77,7 +106,8 @@ class KeptSteps:
         return self.kept.pop(key, (None, 0))[0] or CapturedSteps()
 
     def keep(self, key: Hashable, steps: CapturedSteps, nbytes: int) -> None:
-        self.kept[key] = steps, nbytes
+        if steps.recorded:
+            self.kept[key] = steps, nbytes
         while self.kept and sum(size for store in _stores for _, size in store.kept.values()) > self.most:
             del self.kept[next(iter(self.kept))]
 

@@ -17,7 +17,6 @@ from opcd_fast.training.engines import Engine, shared_sampler
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import Teachers
 
-ENGINE_OF = {"transformers": "auto", "generate": "generate"}
 AtWork = Callable[[], AbstractContextManager[Any]]
 
 
@@ -64,7 +63,7 @@ class Samplers:
 
         def reads(other: Any) -> Rollout:
             sizes: dict[str, Any] = {"max_batch": config.rollout_batch, "sized_for": config.max_new_tokens}
-            return TransformersRollout(other, merge_adapter=False, **sizes, **common)
+            return TransformersRollout(other, engine=engine_of(config), merge_adapter=False, **sizes, **common)
 
         self.first: Any = None if self._pair.reference is None else reads(self._pair.reference)
         shares_base = self._pair.reference_adapter == "disabled"
@@ -147,6 +146,7 @@ def make_rollout(
     if config.rollout == "replay":
         from opcd_fast.rollout import ReplayRollout
 
+        common["vocab_size"] = common["vocab_size"] or seam.config_of(seam.body_of(model)).vocab_size
         replay = ReplayRollout(
             config.rollout_file or "", tokenizer=tokenizer, template_kwargs=config.template_variables(), **common
         )
@@ -157,12 +157,17 @@ def make_rollout(
     return local_rollout(config, model, **common)
 
 
+def engine_of(config: OPCDConfig) -> Any:
+    """Of answers that are drawn in this process."""
+    return "generate" if config.rollout == "generate" else "auto"
+
+
 def local_rollout(config: OPCDConfig, model: Any, **common: Any) -> TransformersRollout:
     """The student in this process, also when the training answers come from elsewhere."""
     file = Path(config.output_dir) / "rollout.json"
     return TransformersRollout(
         model,
-        engine=ENGINE_OF.get(config.rollout, "auto"),
+        engine=engine_of(config),
         max_batch=config.rollout_batch,
         sized_for=config.max_new_tokens,
         merge_adapter=config.merge_for_rollout,

@@ -198,6 +198,7 @@ class OPCDTrainer:
             norm = self.engine.clip(config.max_grad_norm or math.inf)
             check_finite(step + 1, loss, norm)  # before the weights are touched
             rate = self.engine.step(step)
+            self.engine.zero_grad()  # nor held while answers are drawn
             self.teachers.after_step(step + 1)
         record = step_record(
             step + 1, config, loss, norm, rate, samples, drawn.answers, statistics, watch.seconds, drift

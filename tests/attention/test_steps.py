@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_oracle import explicit
 
-from opcd_fast.attention import Visible, step_attention
+from opcd_fast.attention import Visible, kernels, step_attention
 
 D = 16
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -59,6 +59,19 @@ def test_it_is_attention_over_both(dtype, heads, prefix, softcap, sinks, ragged)
     assert found.shape == (rows, 1, heads[0], D) and found.dtype == dtype
     exact = wanted(query, key, value, scale, shared, own_from, prefix_from, softcap, sink)
     torch.testing.assert_close(found.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_added_to_scores_lies_as_a_devices_kernels_want_it(dtype, monkeypatch):
+    """Rows begin at multiples of 8 elements, also when the scores are of another type than the bias."""
+    strides, inner = [], kernels.cpu_flash
+    of = lambda x: [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]  # noqa: E731
+    note = lambda *a: strides.append(of(a[5])) or inner(*a)  # noqa: E731
+    monkeypatch.setattr(kernels, "cpu_flash", note)
+    query, key, value, shared = made(5, 11, 13, (4, 2), dtype)
+    bias = torch.zeros(5, 16, dtype=torch.bfloat16)[:, :11], torch.zeros(10, 16, dtype=torch.bfloat16)[:, :13]
+    step_attention(query, key, value, 0.3, shared, Visible(*bias, torch.ones(5, dtype=torch.bool)))
+    assert strides == [[16], [16]]
 
 
 @pytest.mark.parametrize("prefix", [0, 9])

@@ -149,6 +149,37 @@ def test_gradients_of_the_gated_kl_in_float64(gate):
         torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("share", [1e-12, 1e-6, 1 - 1e-6])
+@pytest.mark.parametrize("forbids", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("name", "parameter"), [("jsd", "beta"), ("skew_reverse_kl", "alpha"), ("skew_forward_kl", "alpha")]
+)
+def test_mixtures_near_their_ends_in_float64(name, parameter, forbids, share):
+    """What is left of 1 + expm1 where one side forbids a token is the share itself, to all its digits."""
+    student, h, teacher, h_t = problem(rows=4, vocabulary=50, spread=1.0, dtype=torch.float64)
+    forbidden = torch.zeros(50, dtype=torch.float64).masked_fill(torch.arange(50) % 7 == 0, -INF)
+    bias = {forbids: forbidden}
+    heads = [LMHead(head.weight, bias.get(side)) for side, head in (("student", student), ("teacher", teacher))]
+    leaf, twin = h.clone().requires_grad_(), h.clone().requires_grad_()
+    loss = fused_linear_divergence(
+        leaf, heads[0], h_t.double(), heads[1], divergence=name, reduction="sum", **{parameter: share}
+    )
+    loss.backward()
+    # The mixture from its parts, each of which keeps its digits.
+    p, q = (logits64(x, head).softmax(-1) for x, head in ((twin, heads[0]), (h_t.double(), heads[1])))
+    of_p, of_q = (share, 1 - share) if name == "skew_reverse_kl" else (1 - share, share)
+    m = of_p * p + of_q * q
+    says = {side: forbidden == (0 if forbids == side else forbidden) for side in ("student", "teacher")}
+    to_p, to_q = (
+        (x[:, says[side]] * (x[:, says[side]] / m[:, says[side]]).log()).sum()
+        for side, x in (("student", p), ("teacher", q))
+    )
+    value = {"jsd": of_q * to_q + of_p * to_p, "skew_reverse_kl": to_p, "skew_forward_kl": to_q}[name]
+    value.backward()
+    assert float(loss) == pytest.approx(float(value), rel=1e-12)
+    torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-9, atol=1e-15)  # what autograd itself keeps
+
+
 @pytest.mark.parametrize("tail", ["none", "renormalize", "bucket"])
 def test_a_teacher_that_forbids_all_of_the_students_top_is_infinite(tail, backend):
     student, h, teacher, h_t = problem(rows=3, vocabulary=64)

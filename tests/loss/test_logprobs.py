@@ -47,6 +47,17 @@ def test_value_and_gradients(backend):
     check(*problem(), backend)
 
 
+@pytest.mark.parametrize("view", ["every second", "a column", "one for all"])
+def test_token_ids_in_any_layout(backend, view):
+    h, head, ids = problem()
+    ids = {
+        "every second": torch.stack([ids, ids.roll(1)], -1).flatten(1)[:, ::2], "a column": ids.T.contiguous().T,
+        "one for all": ids[:1, :1].expand(ids.shape),
+    }[view]  # fmt: skip
+    flat, ids = (h.flatten(0, 1), ids.reshape(-1)) if view != "every second" else (h[0], ids[0])
+    check(flat, head, ids, backend)
+
+
 def test_every_transform_and_positions_without_a_token(backend):
     h, head, ids = problem()
     g = torch.Generator().manual_seed(5)

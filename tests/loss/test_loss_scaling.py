@@ -36,10 +36,10 @@ def test_a_weights_gradient_is_rounded_after_the_last_factor(denominator):
     h, w, h_t = leaves(torch.bfloat16)
     options = {"denominator": denominator}
     (found,) = torch.autograd.grad(fused_linear_reverse_kl(h, w, h_t, w.detach(), **options) * THIRD, w)
-    w.main_grad = torch.zeros_like(w, dtype=torch.float32)  # the same sums
+    w.main_grad = torch.zeros_like(w, dtype=torch.float32)  # the same sums, up to rounding
     fused_linear_reverse_kl(h, w, h_t, w.detach(), accumulate_weight_grad=True, **options)
     exact = w.main_grad.double() / 3
-    half_a_unit = exact.abs() * (2**-8 + 1e-6)  # of the last place
+    half_a_unit = exact.abs() * 2**-8 + 1e-6 * exact.abs().max()  # of the last place; sums are not always in one order
     assert found.dtype == torch.bfloat16 and bool(((found.double() - exact).abs() <= half_a_unit).all())
 
 

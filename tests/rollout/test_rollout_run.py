@@ -167,7 +167,8 @@ def test_every_setting_reaches_the_engine(tmp_path):
     assert trainer(tmp_path / "b", rollout_model="/on/the/server", **lora).rollout.base == "/on/the/server"
     assert (engine.weights.command, engine.weights.model_name) == ("reload --now", "served")
     assert engine.stop_token_ids == (256, TOKENIZER.get_vocab()["z"])
-    assert "engine: generate " in trainer(tmp_path / "own", rollout="generate").rollout.explain()
+    own = trainer(tmp_path / "own", rollout="generate")
+    assert "engine: generate " in own.rollout.explain() and "engine: generate " in own.teacher_rollout.explain()
 
 
 def test_a_resumed_run_goes_on_with_what_was_decided(tmp_path):

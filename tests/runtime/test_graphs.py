@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from recorded_graphs import graphs as recorded  # noqa: F401
+from recorded_graphs import stand_in
 
 from opcd_fast.runtime import graphs
 
@@ -45,7 +47,7 @@ def test_the_second_step_of_a_shape_is_recorded(fails, monkeypatch, caplog):
     monkeypatch.setattr(graphs, "_told", set())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    stand_in(monkeypatch)
     for _ in range(2):
         captured = graphs.CapturedSteps()
         for shape in (1, 1, 1, 1, 2, 2, 2, 3, 1):
@@ -54,3 +56,15 @@ def test_the_second_step_of_a_shape_is_recorded(fails, monkeypatch, caplog):
     assert log == (["ran"] * 18 if fails else once * 2)
     assert FakeGraph.made == (2 if fails else 4)
     assert caplog.text.count("without a CUDA graph") == fails
+
+
+def test_a_step_that_waits_for_the_device_is_never_recorded(recorded, monkeypatch, caplog):  # noqa: F811
+    """A capture that fails would leave the allocator in the middle of it."""
+    monkeypatch.setattr(graphs, "_told", set())
+    captured, kept, x = graphs.CapturedSteps(), graphs.KeptSteps(100), torch.zeros(3)
+    for _ in range(3):
+        captured(1, lambda: x.add_(float(x.sum()) + 1))
+    assert x.tolist() == [21.0] * 3 and recorded.recorded == 0
+    assert caplog.text.count("waits for the device") == 1
+    kept.keep("key", captured, 1)
+    assert not captured.recorded and not kept.kept, "buffers without a graph are of no use"

@@ -4,7 +4,8 @@ As on a device, what is recorded does not run, and a replay knows nothing but th
 replaced since is read and written where it lay, and numbers of the host are what they were.
 """
 
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -53,6 +54,24 @@ class Graph(TorchDispatchMode):
                     old.copy_(new)
 
 
+class Waits(TorchDispatchMode):
+    """torch.cuda's debug mode, which warns of what makes the host wait."""
+
+    on = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(func.overloadpacket.__name__.startswith(one) for one in WAITS):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def set(cls, mode):
+        if mode:
+            cls.on = cls().__enter__()
+        else:
+            cls.on.__exit__(None, None, None)
+
+
 @contextmanager
 def recording(graph, pool):
     assert pool == (0, 1)
@@ -70,5 +89,14 @@ def graphs(monkeypatch):
     Graph.recorded = Graph.replayed = 0
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    stand_in(monkeypatch)
     return Graph
+
+
+def stand_in(monkeypatch):
+    """For what torch.cuda has around graphs."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", Waits.set)

@@ -164,6 +164,21 @@ def test_the_check_runs_once_and_not_before_first_use(monkeypatch):
     assert "kernels: phase 1 CPU flash, phase 2 CPU flash, merge torch" in teacher.explain()
 
 
+@pytest.mark.parametrize("place", [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul])
+def test_whatever_float32_products_do_elsewhere(place):
+    """As transformers sets it for `tf32=True`; torch's older getter raises from then on."""
+    before = place.fp32_precision
+    try:
+        place.fp32_precision = "tf32"
+        teacher = ContextTeacher(model := tiny_model(), CONTEXT)
+        got = teacher.hidden_states_packed(IDS, BOUNDS)
+        assert place.fp32_precision == "tf32"
+    finally:
+        place.fp32_precision = before
+    assert teacher.path == "merge", teacher.explain()
+    assert (got - expected(model)).norm() <= 1e-2 * got.norm()
+
+
 def test_under_autocast():
     exact, precision = expected(model := tiny_model()), torch.get_float32_matmul_precision()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,5 +1,6 @@
 """What cannot be trained, or not be measured, is one error before anything is written."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,13 @@ def with_nan():
     model = tiny_model()
     model.model.norm.weight.data.fill_(float("nan"))
     return model
+
+
+def with_bias():
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["up_proj"], bias="lora_only", task_type="CAUSAL_LM")
+    return get_peft_model(tiny_model(mlp_bias=True), lora)
 
 
 def injected():
@@ -65,6 +73,8 @@ class Wrong:
         Wrong("float16", {"dtype": "auto"}, made={"model": lambda: tiny_model(dtype=torch.float16)}),
         Wrong("add_adapter", made={"model": injected}),
         Wrong("already carries an adapter", made={"model": lora_model}),
+        Wrong(r"trains '.*up_proj.base_layer.bias', which its teacher shares", {"lora_rank": 0},
+              made={"model": with_bias}),
         Wrong("not finite", made={"model": with_nan}),
         *(Wrong("context changes nothing", {"dtype": dtype, "lora_rank": rank}, made={"model": blind})
           for dtype in ("float32", "bfloat16") for rank in (4, 0)),
@@ -100,7 +110,8 @@ def test_a_teacher_that_is_the_student_is_refused(tokenizer, tmp_path):
     ],
 )  # fmt: skip
 def test_a_missing_package_is_named_before_anything_is_written(tokenizer, tmp_path, monkeypatch, settings, words):
-    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    inner = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: inner(name, *a) if name == "peft" else None)
     with pytest.raises(InputError, match=words):
         make(tokenizer, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()

@@ -218,11 +218,14 @@ def test_settings_reach_what_they_set(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.rollout, "generate", lambda p, **o: asked.append(o) or inner(p, **o))
     layer = trainer.model.get_base_model().model.layers[0].mlp
     layer.register_forward_pre_hook(lambda module, _: layers.append(module.training))
+    gradients, step = [], trainer.engine.step
+    kept = lambda n: gradients.extend(p.grad for p in trainer.parameters.values()) or step(n)  # noqa: E731
+    monkeypatch.setattr(trainer.engine, "step", kept)
     trainer.train()
     assert (asked[0]["temperature"], asked[0]["top_p"], asked[0]["max_new_tokens"]) == (0.7, 0.8, 6)
     assert layers.count(True) == 2, "a checkpointed layer runs twice in training: forward and recomputation"
-    gradients = [p.grad for p in trainer.parameters.values() if p.grad is not None]
     assert float(torch.stack([g.norm() for g in gradients]).norm()) <= 1.001e-3
+    assert all(p.grad is None for p in trainer.parameters.values()), "nothing holds them while answers are drawn"
 
 
 def test_dropout_is_part_of_the_seeded_step(tokenizer, tmp_path):

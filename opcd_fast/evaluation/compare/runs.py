@@ -80,6 +80,7 @@ def _baseline(comparison: Comparison, context: Context, key: str, told: Callable
     found = _kept(folder, wanted)
     if found is None:
         told(f"base model, with and without the context: {folder}")
+        (folder / "fixed.json").unlink(missing_ok=True)  # of a comparison that was stopped, perhaps another one
         trainer, again = _trainer(comparison, context, dataclasses.replace(comparison.common, output_dir=str(folder)))
         fixed, shown = fixed_answers(trainer, comparison.yardstick, folder)
         unrelated = _unrelated(comparison, trainer, again)

@@ -204,13 +204,11 @@ def _held_out(run: Path, record: dict[str, Any] | None, options: ReportOptions) 
         found = kept_held_out(run)
     if not found:
         raise InputError("the run has no held-out prompts (`opcd train --eval-prompts`); name a file with --prompts")
-    if options.prompts is not None:
-        trained_on = len(found) - len(_not_trained_on(run, found))
-        if trained_on:
-            raise InputError(
-                f"prompts: {trained_on} of {len(found)} were trained on, and would not show what was learned"
-            )
-    return found[: options.max_prompts], len(found)
+    fresh = _not_trained_on(run, found)
+    if not fresh or (options.prompts and len(fresh) < len(found)):
+        wrong = f"{len(found) - len(fresh)} of {len(found)} were trained on, and would not show what was learned"
+        raise InputError(f"prompts: {wrong}; name a file with others by --prompts")
+    return fresh[: options.max_prompts], len(fresh)
 
 
 def _general(run: Path, options: ReportOptions) -> tuple[list[Prompt], int]:

@@ -14,28 +14,26 @@ from torch import Tensor
 
 from opcd_fast.kernels.csrc import native
 from opcd_fast.loss.chunks.workspace import Side, runs_native, same_memory
+from opcd_fast.runtime import full_precision
 
 HALF_SUMS = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")  # of torch.backends.cuda.matmul
 
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Whatever the caller has switched on: no autocast, no TF32 in float32 products, sums in float32 for float16 ones,
-    and kernels launched on the device that holds the tensors."""
-    with torch.autocast(device.type, enabled=False):
+    """`full_precision`, sums in float32 for float16 products, and kernels on the device that holds the tensors."""
+    with full_precision(device):
         if device.type != "cuda":
             yield
             return
-        precision, settings = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+        settings = torch.backends.cuda.matmul
         switched_on = [name for name in HALF_SUMS if getattr(settings, name)]
         with torch.cuda.device(device):
-            torch.set_float32_matmul_precision("highest")
             for name in switched_on:
                 setattr(settings, name, False)
             try:
                 yield
             finally:
-                torch.set_float32_matmul_precision(precision)
                 for name in switched_on:
                     setattr(settings, name, True)
 

@@ -7,6 +7,5 @@ from opcd_fast.runtime.doors import door
 if TYPE_CHECKING:
     from opcd_fast.teacher.paths.choice import PathChoice
     from opcd_fast.teacher.paths.forward import concat_forward, merge_forward, pad_forward
-    from opcd_fast.teacher.paths.verification import full_precision
 
 __getattr__, __dir__, __all__ = door(__name__)

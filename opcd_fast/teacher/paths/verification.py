@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from opcd_fast.attention import packed_row
+from opcd_fast.runtime import full_precision
 from opcd_fast.teacher.paths.forward import concat_forward, merge_forward, pad_forward
 from opcd_fast.teacher.paths.twin import VOCABULARY, has_window, tiny_twin
 from opcd_fast.teacher.prefix import SharedPrefix
 
 _TOLERANCE_FP32 = 1e-4  # max |difference| of hidden states of order 1
 _TOLERANCE_HALF = 0.05  # relative RMS; a missing or wrong key gives differences of order 1
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: either would turn rounding into a mismatch."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def verify(body: nn.Module, path: str, prefix_device: torch.device | None = None) -> tuple[str, bool | None]:
@@ -51,12 +37,14 @@ def verify(body: nn.Module, path: str, prefix_device: torch.device | None = None
                 return f"{type(error).__name__}: {error}".splitlines()[0], None
             for kind in dict.fromkeys((torch.float32, dtype)):
                 twin = twin.to(kind)
-                with full_precision(device):
+                with torch.no_grad(), full_precision(device):
                     got, oracle = both(path, twin, device, prefix_device)
                 if kind == torch.float32:
                     worst = max(worst, float((got - oracle).abs().max()))
                 else:
                     worst_half = max(worst_half, float((got - oracle).norm() / oracle.norm()))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - any failure of a model of unknown kind means: not this path
         return f"{type(error).__name__}: {error}".splitlines()[0], False
     text = f"max difference {worst:.1e} in fp32"

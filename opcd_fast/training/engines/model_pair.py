@@ -15,6 +15,7 @@ from torch import Tensor
 from opcd_fast.errors import InputError
 from opcd_fast.loss import LMHead
 from opcd_fast.models import (
+    base_weights,
     is_quantized,
     keep_plain_layout,
     pick_device,
@@ -108,6 +109,10 @@ def student_and_teacher(
     except ValueError as error:
         raise InputError(str(error)) from error
 
+    if teacher_model is None and not whole:
+        own = {name for name, _ in base_weights(student)}
+        if beside := [name for name, p in student.named_parameters() if p.requires_grad and name in own]:
+            raise InputError(f"model trains {beside[0]!r}, which its teacher shares; freeze it, or give teacher_model")
     if teacher_model is not None:
         given = _teacher(teacher_model, place, dtype, config.teacher_quantization)
         pair = ModelPair(student, given, "active", given, "active")

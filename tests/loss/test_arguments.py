@@ -39,14 +39,14 @@ def from_logits(**given):
 DENOMINATORS = [0, -1, NAN, INF, "2", [], True, *map(torch.tensor, (0.0, -2.0, NAN, INF, 2j)), torch.ones(2)]
 REFUSED = {
     divergence: {
-        "backend": [None, 3, [], "cuda"], "workspace_bytes": [INF, NAN, "1", 0, -1, True],
+        "backend": [None, 3, [], "cuda"], "workspace_bytes": [INF, NAN, "1", 0, -1, True, 2.0**63],
         "projection": [None, [], "x"], "temperature": [None, "1", [], NAN, INF, 0, torch.tensor(1.0)],
         "divergence": [None, [], 3, "kl"],
         "beta": [None, "x", NAN, [], 2, 1e-13, torch.tensor(0.5)], "alpha": [None, "x", NAN, 1, 1e-13, -0.1],
         "k": [0, 2.5, True, None], "tail": [None, [], "x"], "gate": [None, [], "x"], "reduction": [None, [], "x"],
         "denominator": [*DENOMINATORS, torch.ones((), requires_grad=True)],
         "token_weights": [[1, 1, 1], torch.ones(2), torch.ones(3, requires_grad=True)],
-        "token_ids": [[1, 1, 1], torch.ones(3), torch.ones(2, dtype=torch.int64)],
+        "token_ids": [[1, 1, 1], torch.ones(3), torch.ones(3, dtype=torch.complex64), torch.ones(2, dtype=torch.int64)],
         "student_hidden": [None, [[1.0]], H.long(), H.to(FLOAT8), H[:, :3], H[:2], H.to_sparse(), torch.tensor(1.0)],
         "teacher_hidden": [None, H_T.to(FLOAT8), H_T[:, :3], H_T[None]], "student_head": [None, [1.0]],
         "teacher_head": [None, LMHead(W[:6])],

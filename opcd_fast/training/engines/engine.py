@@ -145,7 +145,7 @@ class Engine:
         state = self._whole_student() if self.sharded else None
 
         def fill(folder: Path) -> None:
-            model = self.accelerator.unwrap_model(self.student)
+            model: Any = self.student
             # An adapter on linear layers leaves the embeddings alone; "auto" would ask the hub whether it did.
             options: dict[str, Any] = {"save_embedding_layers": False} if is_peft(model) else {}
             if state is not None:

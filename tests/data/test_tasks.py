@@ -262,6 +262,11 @@ def test_medmcqa_errors(tmp_path):
         ("Answer: B", "B"), ("The answer is (c).", "C"), ("**Answer: D**", "D"), ("B", "B"), ("B. because", "B"),
         ("(A) fever", "A"), ("A fever is likely", None), ("I do not know", None), ("Answer: A\nno, answer: B", "B"),
         ("", None), ("Answer: E", None), ("A", "A"), ("Cats purr", None),
+        ("**Answer:** B", "B"), ("**Answer:** **B**", "B"), ("Answer: \\boxed{B}", "B"), ("_Answer:_ _d_", "D"),
+        ("The answer is $\\boxed{\\text{C}}$.", "C"), ("Answer: `B`", "B"), ("### Answer\n\nB", "B"),
+        ("I cannot answer a question like this", None), ("The answer is a combination of B and C", None),
+        ("Answer: C ... The answer is a rare disease.", "C"), ("Answer: C-reactive protein", None),
+        ("The answer is not B", None), ("Answer: a\nor", "A"), ("The answer is A because", "A"),
     ],
 )  # fmt: skip
 def test_letters(text, letter):
@@ -271,7 +276,9 @@ def test_letters(text, letter):
 @pytest.mark.parametrize(
     ("text", "yes"),
     [("Yes.", True), ("no, it is not", False), ("Well, yes", None), ("Answer: No", False), ("Yesterday", None),
-     ("unsafe", False), ("I said yes. Answer: no", False), ("", None)],
+     ("unsafe", False), ("I said yes. Answer: no", False), ("", None), ("**Answer:** Yes", True),
+     ("**Answer**: **No**", False), ("Answer: \\boxed{no}", False), ("The answer is **yes**.\nFor", True),
+     ("The answer is no longer valid; yes.", None), ("I cannot answer yes or no.", None), ("Answer: no, it is", False)],
 )  # fmt: skip
 def test_yes_and_no(text, yes):
     assert said_yes(text) is yes

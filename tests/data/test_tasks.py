@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import numpy
 import pytest
@@ -189,7 +190,8 @@ DAPO = {
         ("Answer: \\boxed{\\frac{1}{2}}", "0.5", True),
         ("we get \\boxed{\\frac{3}{6}}", "\\frac{1}{2}", True),
         ("Answer: -3", "3", False), ("34 is a nice number, but who knows", "34", False), ("", "34", False),
-        ("Answer: 340", "34", False),
+        ("Answer: 340", "34", False), ("Answer: 2^{2024}-1", "-1 + 2^{2024}", True), ("Answer: 2^{10}", "1024", True),
+        ("Answer: 2^{\\frac{1}{2}}", "\\sqrt{2}", True), ("Answer: 5!", "120", True),
     ],
 )  # fmt: skip
 def test_math_answers(text, truth, same):
@@ -197,6 +199,21 @@ def test_math_answers(text, truth, same):
     from opcd_fast.data.tasks.math import same_answer
 
     assert same_answer(text, truth) is same
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9^{9^{9}}", "9^9^9", "9**9**9", "9^{\\frac{9^{9}}{1}}", "9^{\\left(9^9\\right)}", "10^{1000000}",
+     "10^{1000 \\cdot 100}", "9^(99999999)", "9^{-(9^9)}", "9^{9^{9", "(9!)!", "9!!!", "9999999!", "((9^{999})^{999})^{999}", "9^{9!}",
+     "\\binom{1000000000}{500000000}", "9^{\\binom{99}{49}}", "\\sum_{n=1}^{9999} n!"],
+)  # fmt: skip
+def test_math_that_nobody_works_out_in_time_is_no_answer(text):
+    pytest.importorskip("math_verify")
+    from opcd_fast.data.tasks.math import same_answer
+
+    start = time.monotonic()
+    assert not same_answer(f"Answer: {text}", "4") and not same_answer("Answer: 4", text)
+    assert same_answer(f"Answer: {text}", text) and time.monotonic() - start < 5
 
 
 def test_math_files(tmp_path):
@@ -218,6 +235,8 @@ def test_math_files(tmp_path):
     assert episode.score == 0.0
     with pytest.raises(InputError, match="line 1.*no answer"):
         load_task("math:" + write_rows(tmp_path / "bad.jsonl", [{"prompt": "1+1?"}]))
+    with pytest.raises(InputError, match="line 2: reward_model"):
+        load_task("math:" + write_rows(tmp_path / "bad.jsonl", [DAPO, {**DAPO, "reward_model": "{34"}]))
 
 
 # --- choice and labels --------------------------------------------------------------------------------------

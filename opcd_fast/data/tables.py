@@ -40,6 +40,8 @@ def read_rows(source: Any, name: str, columns: Sequence[str] | None = None) -> l
         InputError: what cannot be found or read, with the line; a package that is missing.
     """
     if isinstance(source, (str, Path)):
+        if not str(source):
+            raise InputError(f"{name} is an empty file name; give a file")
         path = Path(source)
         return _folder_rows(path, name, columns) if os.path.isdir(path) else _file_rows(path, name)
     kind = type(source).__module__.partition(".")[0]
@@ -72,8 +74,7 @@ def _file_rows(path: Path, name: str) -> list[Row]:
         return _parquet_rows(path, where)
     text = read_text(path, name)
     if path.suffix.lower() == ".txt" and text.lstrip()[:1] not in "{[":
-        lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
-        return [(f"{where} line {number}", line) for number, line in lines if line.strip()]
+        return [(f"{where} line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}[kind](text, where)
 
 
@@ -87,7 +88,7 @@ def _jsonl_rows(text: str, where: str) -> list[Row]:
                 rows.append((f"{where} line {number}", json.loads(line)))
             except (ValueError, RecursionError) as error:
                 remedy = "" if line.lstrip()[:1] in '{["' else '; a line is {"prompt": "..."}'
-                wrong = f"{error.msg} at character {error.colno}" if hasattr(error, "colno") else error
+                wrong = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise InputError(f"{where} line {number} is not valid JSON: {wrong}{remedy}") from error
     return rows
 

@@ -142,8 +142,8 @@ def _split(own: list[Candidate], share: float, draw: random.Random) -> tuple[lis
 def hold_out(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and a tenth of the different ones, at least `FEWEST`, always the same of one list.
 
-    Equal ones stay together, and guards against forgetting (an empty context of their own) are not held out. From fewer
-    than three times as many nothing is held out.
+    Equal ones stay together, and guards against forgetting (an empty context of their own) are not held out: those of a
+    question that is are dropped. From fewer than three times as many nothing is held out.
     """
     questions = [repr((prompt.messages, prompt.text)) for prompt in prompts]
     own = dict.fromkeys(q for q, prompt in zip(questions, prompts) if prompt.privileged_context != "")
@@ -151,8 +151,8 @@ def hold_out(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     if len(own) < 3 * count:
         return list(prompts), []
     chosen = set(random.Random(0).sample(list(own), count))
-    kept = ([p for q, p in zip(questions, prompts) if (q in chosen) is side] for side in (False, True))
-    return next(kept), next(kept)
+    train, held_out = ([p for q, p in zip(questions, prompts) if (q in chosen) is side] for side in (False, True))
+    return train, [prompt for prompt in held_out if prompt.privileged_context != ""]
 
 
 def summary(chosen: PromptSet, count_tokens: Callable[[Candidate], int] | None) -> dict[str, Any]:

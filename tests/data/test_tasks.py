@@ -362,9 +362,22 @@ def test_unknown_tasks(name):
         load_task(name)
 
 
+@pytest.mark.parametrize("name", ["frozen-lake", "frozen-lake-gymnasium", "sokoban", "choice:missing.jsonl"])
+@pytest.mark.parametrize("value", ["4", 4.5, float("inf"), True, None, [], {}, 10**400, -1])
+def test_options_of_a_wrong_kind_are_refused_before_use(name, value):
+    option = {"sokoban": "boxes", "choice:missing.jsonl": "first"}.get(name, "size")
+    for one in [option] if option == "first" else [option, "max_turns"]:
+        with pytest.raises(InputError, match=f"{one}=.* must be a whole number"):
+            load_task(name, **{one: value})
+
+
 def test_options_and_missing_packages(monkeypatch):
-    with pytest.raises(InputError, match="colour"):
-        load_task("instructions", colour="red")
+    for name, option in (("instructions", "colour"), ("math:x", "path"), ("sokoban", "size"), ("choice:x", "max_turns")):
+        with pytest.raises(InputError, match=f"no option '{option}'"):
+            load_task(name, **{option: 4})
+    for name, least in (("frozen-lake", {"size": 2}), ("sokoban", {"boxes": 0}), ("sokoban", {"max_turns": 0})):
+        with pytest.raises(InputError, match="must be a whole number"):
+            load_task(name, **least)
     assert "sokoban" in TASKS
     monkeypatch.setitem(__import__("sys").modules, "textarena", None)
     with pytest.raises(InputError, match=r"pip install .*\[tasks\]'"):

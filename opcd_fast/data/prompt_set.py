@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 from collections import Counter
@@ -178,6 +179,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises InputError where the files would replace something that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir={str(folder)!r} is a file; choose a folder")
+    if os.path.ismount(folder.resolve()) or folder.resolve() == Path.cwd():
+        raise InputError(f"output_dir={str(folder)!r} cannot be replaced by another folder; name one inside of it")
     there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in there if name not in (TRAIN, HELD_OUT, SUMMARY)]
     if foreign:
@@ -196,7 +199,7 @@ def write(folder: Path, chosen: PromptSet, report: dict[str, Any]) -> None:
                 (scratch / name).write_text("".join(rows), encoding="utf-8")
         (scratch / SUMMARY).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    write_folder(folder, fill)
+    write_folder(folder.resolve(), fill)
 
 
 def row(candidate: Candidate) -> dict[str, Any]:

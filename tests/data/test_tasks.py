@@ -372,7 +372,7 @@ def test_options_of_a_wrong_kind_are_refused_before_use(name, value):
 
 
 def test_options_and_missing_packages(monkeypatch):
-    for name, option in (("instructions", "colour"), ("math:x", "path"), ("sokoban", "size"), ("choice:x", "max_turns")):
+    for name, option in (("instructions", "colour"), ("math:x", "path"), ("sokoban", "size"), ("choice:x", "boxes")):
         with pytest.raises(InputError, match=f"no option '{option}'"):
             load_task(name, **{option: 4})
     for name, least in (("frozen-lake", {"size": 2}), ("sokoban", {"boxes": 0}), ("sokoban", {"max_turns": 0})):

@@ -51,12 +51,9 @@ def from_logs(path: str | Path, turns: str = "last", keep_system: bool = False) 
         chat = _chat(row, where)
         while chat and chat[0]["role"] in SYSTEM_ROLES and not keep_system:
             chat = chat[1:]
-        asked = [
-            place for place, message in enumerate(chat) if message["role"] == "user" and message["content"].strip()
-        ]
+        asked = [n for n, message in enumerate(chat) if message["role"] == "user" and message["content"].strip()]
         empty += not asked
-        picked = {"first": asked[:1], "last": asked[-1:], "every": asked}[turns]
-        for place in picked:
+        for place in {"first": asked[:1], "last": asked[-1:], "every": asked}[turns]:
             prompt = Prompt(tuple(chat[: place + 1]))
             found.append(Candidate(prompt, f"{where}, message {place + 1}", where))
     return found, empty

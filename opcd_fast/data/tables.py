@@ -28,9 +28,8 @@ def read_rows(source: Any, name: str, columns: Sequence[str] | None = None) -> l
 
     Args:
         source: a file (.jsonl, .json, .csv, .tsv, .parquet; .txt: one a line, if it is no JSONL; any other ending is
-            read as JSONL), a folder (written by
-            `Dataset.save_to_disk`, or holding files of one of these kinds), a `datasets.Dataset`, a pandas data frame,
-            or an iterable of rows.
+            read as JSONL), a folder (written by `Dataset.save_to_disk`, or holding files of one of these kinds), a
+            `datasets.Dataset`, a pandas data frame, or an iterable of rows.
         name: what the source is, for errors.
         columns: of a data set, only these are decoded (it may hold images).
     Returns:

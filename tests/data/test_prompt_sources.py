@@ -93,6 +93,7 @@ def test_general_prompts_have_explicitly_no_context(tmp_path):
         ({"messages": [{"role": "assistant", "tool_calls": '[{"function": {"name": "f"}}]'}]}, "tool_calls"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": "f"}]}]}, "tool_calls"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": ["f"]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": {"function": {}}}]}, "tool_calls"),
     ],
 )
 def test_a_bad_log_is_named(tmp_path, row, words):

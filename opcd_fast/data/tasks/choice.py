@@ -33,15 +33,12 @@ def choice_file(path: str, first: int | None = None) -> Questions:
     rows = read_rows(path, "choice")
     labels = [_label(row, where) for where, row in rows]
     if first is None:
-        if 0 in labels and 4 not in labels:
-            first = 0
-        elif 4 in labels and 0 not in labels:
-            first = 1
-        else:
+        if (0 in labels) == (4 in labels):
             raise InputError(
                 f"choice file {path!r}: `cop` runs from {min(labels, default=None)} to {max(labels, default=None)}; "
                 "whether it counts from 0 or 1 is open: give first=0 or first=1"
             )
+        first = int(4 in labels)
     questions = []
     for (where, row), label in zip(rows, labels, strict=True):
         if not 0 <= label - first < len(LETTERS):

@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from opcd_fast.data import Message, require
@@ -33,21 +34,14 @@ _MOVE = re.compile(r"\[\s*(up|down|left|right)\s*\]", re.IGNORECASE)
 def frozen_lake(size: int = 3, max_turns: int = 5) -> Games:
     """textarena's FrozenLake, `size` x `size` with 1 to 3 holes."""
     _textarena("FrozenLake-v0")  # now, not after an hour of sampling
-
-    def game(seed: int, index: int) -> Game:
-        return TextarenaGame("FrozenLake-v0", seed, max_turns, size=size, num_holes=1 + index % 3)
-
-    return Games("frozen-lake", max_turns, game)
+    game = partial(TextarenaGame, "FrozenLake-v0", max_turns=max_turns, size=size)
+    return Games("frozen-lake", max_turns, lambda seed, index: game(seed, num_holes=1 + index % 3))
 
 
 def sokoban(boxes: int = 1, max_turns: int = 15) -> Games:
     """textarena's Sokoban, 6 x 6 with `boxes` boxes."""
     _textarena("Sokoban-v0")
-
-    def game(seed: int, index: int) -> Game:
-        return TextarenaGame("Sokoban-v0", seed, max_turns, num_boxes=boxes)
-
-    return Games("sokoban", max_turns, game)
+    return Games("sokoban", max_turns, lambda seed, _: TextarenaGame("Sokoban-v0", seed, max_turns, num_boxes=boxes))
 
 
 def gymnasium_frozen_lake(size: int = 3, max_turns: int = 5) -> Games:

@@ -52,8 +52,8 @@ def options_of(text: str | None) -> dict[str, Any]:
     """A task's options from JSON. Raises InputError."""
     try:
         options = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'task_options={text!r} must be JSON, such as {{"size": 4}}') from error
+    except (ValueError, RecursionError):
+        options = None
     if not isinstance(options, dict):
         raise InputError(f'task_options={text!r} must be a JSON object, such as {{"size": 4}}')
     return options

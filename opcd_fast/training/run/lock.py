@@ -34,21 +34,19 @@ class RunLock:
         except OSError as error:
             raise InputError(f"cannot write {str(self._path)!r}: {error.strerror or error}") from error
         try:
-            if self._claim(handle):
-                self._handle = handle
+            self._claim(handle)
         finally:
             if self._handle is None:
                 os.close(handle)
         self.take()  # again, where its owner removed the file before it was locked here
 
-    def _claim(self, handle: int) -> bool:
-        """False where the file is not the one in the folder any more."""
+    def _claim(self, handle: int) -> None:
         free, (pid, host) = _locked(handle), _owner(os.pread(handle, 4096, 0))
         where, here = f"output_dir={str(self._path.parent)!r}", socket.gethostname()
         if not free:
             raise InputError(f"{where}: process {pid} on host {host!r} writes there; wait, or take another folder")
         if not _is_at(self._path, handle):
-            return False
+            return
         if host not in (None, here):
             raise InputError(
                 f"{where}: process {pid} on host {host!r} writes there, or was killed; this is {here!r}, which cannot "
@@ -58,7 +56,7 @@ class RunLock:
             logger.warning("%s was left by process %s, which is gone; this one takes over", self._path, pid)
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": here}).encode(), 0)
-        return True
+        self._handle = handle
 
     def release(self) -> None:
         if self._handle is not None:

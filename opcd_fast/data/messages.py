@@ -42,7 +42,7 @@ def checked_messages(value: Any, where: str) -> list[Message]:
         raise InputError(f"{where} must be a string or a non-empty list of messages, got {type(value).__name__}")
     messages = []
     for index, message in enumerate(value):
-        calls = isinstance(message, Mapping) and bool(message.get("tool_calls"))
+        calls = (isinstance(message, Mapping) and message.get("tool_calls")) or ()
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(message, Mapping) or "role" not in message or not (isinstance(content, str) or calls):
             remedy = "; join its parts into one text" if isinstance(content, list) else ""
@@ -53,6 +53,10 @@ def checked_messages(value: Any, where: str) -> list[Message]:
             raise InputError(f"{where}: message {index} has role {message['role']!r}; use one of {', '.join(ROLES)}")
         if content is not None and not isinstance(content, str):
             raise InputError(f"{where}: message {index} has tool_calls and a content that is no text: {content!r:.80}")
+        for call in calls if isinstance(calls, (list, tuple)) else [None]:
+            if not isinstance(call, Mapping) or not isinstance(call.get("function") or {}, Mapping):
+                wanted = "a list like [{'function': {'name': ..., 'arguments': ...}}]"
+                raise InputError(f"{where}: tool_calls of message {index} must be {wanted}, got {calls!r:.80}")
         check_text(content or "", f"{where}: message {index}")
         messages.append({key: item for key, item in message.items() if item is not None or key == "content"})
     return messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 from collections import Counter
@@ -142,8 +143,8 @@ def _split(own: list[Candidate], share: float, draw: random.Random) -> tuple[lis
 def hold_out(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and a tenth of the different ones, at least `FEWEST`, always the same of one list.
 
-    Equal ones stay together, and guards against forgetting (an empty context of their own) are not held out. From fewer
-    than three times as many nothing is held out.
+    Equal ones stay together, and guards against forgetting (an empty context of their own) are not held out: those of a
+    question that is are dropped. From fewer than three times as many nothing is held out.
     """
     questions = [repr((prompt.messages, prompt.text)) for prompt in prompts]
     own = dict.fromkeys(q for q, prompt in zip(questions, prompts) if prompt.privileged_context != "")
@@ -151,8 +152,8 @@ def hold_out(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     if len(own) < 3 * count:
         return list(prompts), []
     chosen = set(random.Random(0).sample(list(own), count))
-    kept = ([p for q, p in zip(questions, prompts) if (q in chosen) is side] for side in (False, True))
-    return next(kept), next(kept)
+    train, held_out = ([p for q, p in zip(questions, prompts) if (q in chosen) is side] for side in (False, True))
+    return train, [prompt for prompt in held_out if prompt.privileged_context != ""]
 
 
 def summary(chosen: PromptSet, count_tokens: Callable[[Candidate], int] | None) -> dict[str, Any]:
@@ -178,6 +179,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises InputError where the files would replace something that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir={str(folder)!r} is a file; choose a folder")
+    if os.path.ismount(folder.resolve()) or folder.resolve() == Path.cwd():
+        raise InputError(f"output_dir={str(folder)!r} cannot be replaced by another folder; name one inside of it")
     there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in there if name not in (TRAIN, HELD_OUT, SUMMARY)]
     if foreign:
@@ -196,7 +199,7 @@ def write(folder: Path, chosen: PromptSet, report: dict[str, Any]) -> None:
                 (scratch / name).write_text("".join(rows), encoding="utf-8")
         (scratch / SUMMARY).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    write_folder(folder, fill)
+    write_folder(folder.resolve(), fill)
 
 
 def row(candidate: Candidate) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from opcd_fast.data.messages import SYSTEM_ROLES, Message, Prompt, checked_messages
 from opcd_fast.data.prompts import read_prompts
-from opcd_fast.data.tables import read_rows, read_text
+from opcd_fast.data.tables import read_rows
 from opcd_fast.errors import InputError
 
 GENERAL = Path(__file__).parents[1] / "prompt_data" / "general.jsonl"  # a hundred prompts about anything
@@ -46,25 +46,14 @@ def from_logs(path: str | Path, turns: str = "last", keep_system: bool = False) 
     """
     if turns not in TURNS:
         raise InputError(f"turns={turns!r} is not available; use {', '.join(map(repr, TURNS))}")
-    file = Path(path)
-    if file.suffix == ".txt":
-        lines = read_text(file, "logs").split("\n")
-        rows: list[tuple[str, Any]] = [
-            (f"logs file {str(file)!r} line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()
-        ]
-    else:
-        rows = read_rows(file, "logs")
     found, empty = [], 0
-    for where, row in rows:
+    for where, row in read_rows(path, "logs"):
         chat = _chat(row, where)
         while chat and chat[0]["role"] in SYSTEM_ROLES and not keep_system:
             chat = chat[1:]
-        asked = [
-            place for place, message in enumerate(chat) if message["role"] == "user" and message["content"].strip()
-        ]
+        asked = [n for n, message in enumerate(chat) if message["role"] == "user" and message["content"].strip()]
         empty += not asked
-        picked = {"first": asked[:1], "last": asked[-1:], "every": asked}[turns]
-        for place in picked:
+        for place in {"first": asked[:1], "last": asked[-1:], "every": asked}[turns]:
             prompt = Prompt(tuple(chat[: place + 1]))
             found.append(Candidate(prompt, f"{where}, message {place + 1}", where))
     return found, empty
@@ -77,9 +66,9 @@ def from_data(path: str | Path, column: str | None = None) -> list[Candidate]:
 
 def general_prompts(path: str | Path | None = None) -> list[Candidate]:
     """Prompts about anything, each with an empty `privileged_context`; None: the hundred that come along."""
-    file = GENERAL if path is None else Path(path)
-    prompts = read_prompts(file, "general", drop_last_answer=True)
-    return _numbered("general", file, [replace(prompt, privileged_context="") for prompt in prompts])
+    path = GENERAL if path is None else path
+    prompts = read_prompts(path, "general", drop_last_answer=True)
+    return _numbered("general", Path(path), [replace(prompt, privileged_context="") for prompt in prompts])
 
 
 def _numbered(kind: str, file: Path, prompts: Sequence[Prompt]) -> list[Candidate]:

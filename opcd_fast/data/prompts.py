@@ -1,5 +1,4 @@
-"""Contexts and prompts: from files or Python values to messages. `opcd_fast.data.rendering` turns them into token
-ids."""
+"""Contexts and prompts: from files or Python values to messages, which `opcd_fast.data.rendering` makes ids of."""
 
 from __future__ import annotations
 

@@ -28,9 +28,8 @@ def read_rows(source: Any, name: str, columns: Sequence[str] | None = None) -> l
 
     Args:
         source: a file (.jsonl, .json, .csv, .tsv, .parquet; .txt: one a line, if it is no JSONL; any other ending is
-            read as JSONL), a folder (written by
-            `Dataset.save_to_disk`, or holding files of one of these kinds), a `datasets.Dataset`, a pandas data frame,
-            or an iterable of rows.
+            read as JSONL), a folder (written by `Dataset.save_to_disk`, or holding files of one of these kinds), a
+            `datasets.Dataset`, a pandas data frame, or an iterable of rows.
         name: what the source is, for errors.
         columns: of a data set, only these are decoded (it may hold images).
     Returns:
@@ -40,6 +39,8 @@ def read_rows(source: Any, name: str, columns: Sequence[str] | None = None) -> l
         InputError: what cannot be found or read, with the line; a package that is missing.
     """
     if isinstance(source, (str, Path)):
+        if not str(source):
+            raise InputError(f"{name} is an empty file name; give a file")
         path = Path(source)
         return _folder_rows(path, name, columns) if os.path.isdir(path) else _file_rows(path, name)
     kind = type(source).__module__.partition(".")[0]
@@ -72,8 +73,7 @@ def _file_rows(path: Path, name: str) -> list[Row]:
         return _parquet_rows(path, where)
     text = read_text(path, name)
     if path.suffix.lower() == ".txt" and text.lstrip()[:1] not in "{[":
-        lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
-        return [(f"{where} line {number}", line) for number, line in lines if line.strip()]
+        return [(f"{where} line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}[kind](text, where)
 
 

@@ -7,6 +7,7 @@ what has the name is whole, and computes what was trained.
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -103,7 +104,8 @@ def refuse(source: Source, target: Path, options: ExportOptions) -> None:
                 f"{str(path)!r} is a link to {str(real)!r}, which is not the run's and would be exported; put a copy "
                 "in its place, or remove it"
             )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    there = os.path.ismount(target) or target.resolve() == Path.cwd()  # an empty one, but not to be replaced
+    if there or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise InputError(f"output_dir={str(target)!r} exists already; choose another folder, or remove it")
     if options.dtype != "auto" and options.dtype not in CHOICES:
         raise InputError(f"dtype={options.dtype!r} is unknown; use 'auto', {', '.join(map(repr, CHOICES))}")

@@ -139,9 +139,7 @@ class HeldOutScore:
 
     def shares(self, answers: Sequence[Completion]) -> list[float]:
         """The score of each answer, one to every held-out prompt in order. Raises InputError for one not in 0 .. 1."""
-        return scores_of(
-            self._scorer, self._messages, self._texts(answers), self._rows, name=self.name, share=True
-        )
+        return scores_of(self._scorer, self._messages, self._texts(answers), self._rows, name=self.name, share=True)
 
     def _texts(self, answers: Sequence[Completion]) -> list[str]:
-        return [self._tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+        return [self._tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip() for answer in answers]

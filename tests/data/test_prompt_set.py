@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from opcd_fast.data import (
     Selection,
     check_folder,
     general_prompts,
+    hold_out,
     read_prompts,
     repeats,
     select,
@@ -143,3 +145,28 @@ def test_nothing_is_replaced_unasked_and_nothing_foreign_ever(tmp_path):
     for folder, words in ((tmp_path, "thesis.tex"), (tmp_path / "thesis.tex", "is a file")):
         with pytest.raises(InputError, match=words):
             check_folder(folder, True)
+
+
+def test_what_cannot_be_replaced_is_refused_at_once_and_a_link_is_followed(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (Path("."), tmp_path / "here", tmp_path / "link", Path("/")):
+        with pytest.raises(InputError, match="output_dir"):
+            check_folder(folder, True)
+    monkeypatch.chdir(tmp_path)
+    check_folder(tmp_path / "link", False)
+    write(tmp_path / "link", select([candidate("abcdef")], [], Selection(held_out=0)), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]
+    assert (tmp_path / "here" / "train.jsonl").is_file()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "mounted")
+    with pytest.raises(InputError, match="cannot be replaced"):
+        check_folder(tmp_path / "mounted", False)
+
+
+def test_a_guard_is_never_held_out():
+    rows = [{"prompt": f"question {n}"} for n in range(40)]
+    guards = [{**row, "privileged_context": ""} for row in rows]
+    train, held_out = hold_out(read_prompts([*rows, *guards]))
+    assert len(held_out) == 8 and not any(prompt.privileged_context == "" for prompt in held_out)
+    assert len(train) == 2 * (40 - 8) and not {p.text for p in train} & {p.text for p in held_out}

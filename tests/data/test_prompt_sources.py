@@ -46,6 +46,8 @@ def test_a_text_file_holds_a_message_a_line(tmp_path):
     (tmp_path / "logs.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n two \n")
     found, empty = from_logs(tmp_path / "logs.txt")
     assert contents(found) == [["one"], ["two"]] and empty == 0 and "line 3" in found[1].source
+    (tmp_path / "logs.txt").write_text(json.dumps({"messages": CHAT}) + "\n")
+    assert contents(from_logs(tmp_path / "logs.txt")[0]) == [["one", "answer one", "two"]]
 
 
 def test_arguments_of_logged_calls_become_objects(tmp_path):
@@ -88,6 +90,10 @@ def test_general_prompts_have_explicitly_no_context(tmp_path):
         ({"conversations": [{"from": "alien", "value": "x"}]}, "role 'alien'"),
         ({"conversations": [{"from": "human"}]}, "message 0"),
         ({"messages": 5}, "must be a string or"),
+        ({"messages": [{"role": "assistant", "tool_calls": '[{"function": {"name": "f"}}]'}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": "f"}]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": ["f"]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": {"function": {}}}]}, "tool_calls"),
     ],
 )
 def test_a_bad_log_is_named(tmp_path, row, words):
@@ -102,3 +108,6 @@ def test_other_mistakes(tmp_path):
         from_logs(tmp_path / "x.txt", "all")
     with pytest.raises(InputError, match="does not exist"):
         from_logs(tmp_path / "x.txt")
+    for read in (from_logs, from_data, general_prompts):
+        with pytest.raises(InputError, match="empty file name"):
+            read("")

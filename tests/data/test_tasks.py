@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import numpy
 import pytest
@@ -189,7 +190,8 @@ DAPO = {
         ("Answer: \\boxed{\\frac{1}{2}}", "0.5", True),
         ("we get \\boxed{\\frac{3}{6}}", "\\frac{1}{2}", True),
         ("Answer: -3", "3", False), ("34 is a nice number, but who knows", "34", False), ("", "34", False),
-        ("Answer: 340", "34", False),
+        ("Answer: 340", "34", False), ("Answer: 2^{2024}-1", "-1 + 2^{2024}", True), ("Answer: 2^{10}", "1024", True),
+        ("Answer: 2^{\\frac{1}{2}}", "\\sqrt{2}", True), ("Answer: 5!", "120", True),
     ],
 )  # fmt: skip
 def test_math_answers(text, truth, same):
@@ -197,6 +199,22 @@ def test_math_answers(text, truth, same):
     from opcd_fast.data.tasks.math import same_answer
 
     assert same_answer(text, truth) is same
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9^{9^{9}}", "9^9^9", "9**9**9", "9^{\\frac{9^{9}}{1}}", "9^{\\left(9^9\\right)}", "10^{1000000}",
+     "10^{1000 \\cdot 100}", "9^(99999999)", "9^{-(9^9)}", "9^{9^{9", "(9!)!", "9!!!", "9999999!",
+     "((9^{999})^{999})^{999}", "9^{9!}", "\\binom{1000000000}{500000000}", "9^{\\binom{99}{49}}",
+     "\\sum_{n=1}^{9999} n!"],
+)  # fmt: skip
+def test_math_that_nobody_works_out_in_time_is_no_answer(text):
+    pytest.importorskip("math_verify")
+    from opcd_fast.data.tasks.math import same_answer
+
+    start = time.monotonic()
+    assert not same_answer(f"Answer: {text}", "4") and not same_answer("Answer: 4", text)
+    assert same_answer(f"Answer: {text}", text) and time.monotonic() - start < 5
 
 
 def test_math_files(tmp_path):
@@ -218,6 +236,8 @@ def test_math_files(tmp_path):
     assert episode.score == 0.0
     with pytest.raises(InputError, match="line 1.*no answer"):
         load_task("math:" + write_rows(tmp_path / "bad.jsonl", [{"prompt": "1+1?"}]))
+    with pytest.raises(InputError, match="line 2: reward_model"):
+        load_task("math:" + write_rows(tmp_path / "bad.jsonl", [DAPO, {**DAPO, "reward_model": "{34"}]))
 
 
 # --- choice and labels --------------------------------------------------------------------------------------
@@ -262,6 +282,11 @@ def test_medmcqa_errors(tmp_path):
         ("Answer: B", "B"), ("The answer is (c).", "C"), ("**Answer: D**", "D"), ("B", "B"), ("B. because", "B"),
         ("(A) fever", "A"), ("A fever is likely", None), ("I do not know", None), ("Answer: A\nno, answer: B", "B"),
         ("", None), ("Answer: E", None), ("A", "A"), ("Cats purr", None),
+        ("**Answer:** B", "B"), ("**Answer:** **B**", "B"), ("Answer: \\boxed{B}", "B"), ("_Answer:_ _d_", "D"),
+        ("The answer is $\\boxed{\\text{C}}$.", "C"), ("Answer: `B`", "B"), ("### Answer\n\nB", "B"),
+        ("I cannot answer a question like this", None), ("The answer is a combination of B and C", None),
+        ("Answer: C ... The answer is a rare disease.", "C"), ("Answer: C-reactive protein", None),
+        ("The answer is not B", None), ("Answer: a\nor", "A"), ("The answer is A because", "A"),
     ],
 )  # fmt: skip
 def test_letters(text, letter):
@@ -271,7 +296,9 @@ def test_letters(text, letter):
 @pytest.mark.parametrize(
     ("text", "yes"),
     [("Yes.", True), ("no, it is not", False), ("Well, yes", None), ("Answer: No", False), ("Yesterday", None),
-     ("unsafe", False), ("I said yes. Answer: no", False), ("", None)],
+     ("unsafe", False), ("I said yes. Answer: no", False), ("", None), ("**Answer:** Yes", True),
+     ("**Answer**: **No**", False), ("Answer: \\boxed{no}", False), ("The answer is **yes**.\nFor", True),
+     ("The answer is no longer valid; yes.", None), ("I cannot answer yes or no.", None), ("Answer: no, it is", False)],
 )  # fmt: skip
 def test_yes_and_no(text, yes):
     assert said_yes(text) is yes
@@ -335,9 +362,22 @@ def test_unknown_tasks(name):
         load_task(name)
 
 
+@pytest.mark.parametrize("name", ["frozen-lake", "frozen-lake-gymnasium", "sokoban", "choice:missing.jsonl"])
+@pytest.mark.parametrize("value", ["4", 4.5, float("inf"), True, None, [], {}, 10**400, -1])
+def test_options_of_a_wrong_kind_are_refused_before_use(name, value):
+    option = {"sokoban": "boxes", "choice:missing.jsonl": "first"}.get(name, "size")
+    for one in [option] if option == "first" else [option, "max_turns"]:
+        with pytest.raises(InputError, match=f"{one}=.* must be a whole number"):
+            load_task(name, **{one: value})
+
+
 def test_options_and_missing_packages(monkeypatch):
-    with pytest.raises(InputError, match="colour"):
-        load_task("instructions", colour="red")
+    for name, option in (("instructions", "colour"), ("math:x", "path"), ("sokoban", "size"), ("choice:x", "boxes")):
+        with pytest.raises(InputError, match=f"no option '{option}'"):
+            load_task(name, **{option: 4})
+    for name, least in (("frozen-lake", {"size": 2}), ("sokoban", {"boxes": 0}), ("sokoban", {"max_turns": 0})):
+        with pytest.raises(InputError, match="must be a whole number"):
+            load_task(name, **least)
     assert "sokoban" in TASKS
     monkeypatch.setitem(__import__("sys").modules, "textarena", None)
     with pytest.raises(InputError, match=r"pip install .*\[tasks\]'"):

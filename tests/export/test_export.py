@@ -178,6 +178,13 @@ def test_a_fully_trained_run_and_a_bare_folder(base, run, tmp_path):
     assert (again.kind, again.dtype) == ("model", "bfloat16")
 
 
+def test_the_current_folder_and_a_mounted_one_are_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: export(run, type(tmp_path)(".")), "exists already")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
+    refused(lambda: export(run, tmp_path / "mounted"), "exists already")
+
+
 def test_nothing_is_overwritten_and_nothing_bad_is_left(run, base, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")

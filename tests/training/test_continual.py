@@ -93,6 +93,14 @@ def test_a_file_of_replayed_prompts_without_those_that_are_new(base, old, files)
     assert [row["messages"][0]["content"] for row in prompts_of(files / "run")[1]] == ["stay"]
 
 
+def test_the_column_of_the_prompts_is_that_of_the_replayed_ones(base, old, files):
+    write_lines(files / "prompts.jsonl", [{"question": f"new {i}"} for i in range(4)])
+    write_lines(files / "eval.jsonl", [{"question": text} for text in HELD_OUT])
+    write_lines(files / "replay.jsonl", [{"question": "stay", "prompt": "no"}])
+    assert train(base, old, files, "--replay", str(files / "replay.jsonl"), "--prompt-column", "question") == 0
+    assert [row["messages"][0]["content"] for row in prompts_of(files / "run")[1]] == ["stay"]
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(base, old, files, tmp_path, capsys):
     other = save_base(tmp_path / "other", seed=1)
     write_lines(files / "again.jsonl", [{"prompt": text} for text in TRAIN])

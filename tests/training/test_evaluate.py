@@ -5,20 +5,22 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import TEMPLATE, tiny_model, tiny_tokenizer
 from training_runs import PROMPTS, make
 
-from opcd_fast.data import Sample, pack, total_weight
+from opcd_fast.data import Sample, pack, read_prompts, total_weight
 from opcd_fast.errors import InputError
+from opcd_fast.rollout import Completion
 from opcd_fast.runtime import mean_and_error, wilson
 from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.monitoring import health
 from opcd_fast.training.monitoring.health import warning_before_training, warnings_of
 from opcd_fast.training.run.best import best_step, evaluations_without_gain, stops_early
-from opcd_fast.training.scorer import load_scorer, score_record
+from opcd_fast.training.scorer import HeldOutScore, load_scorer, score_record
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import context_kl, divergence
 
@@ -126,6 +128,12 @@ def test_mean_and_interval():
 def test_a_bad_score_is_refused(value):
     with pytest.raises(InputError, match="scorer .* held-out answer 0"):
         record([value] * 4)
+
+
+def test_a_scorer_sees_an_answer_without_the_white_space_around_it():
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " yes\n")
+    score = HeldOutScore(lambda messages, answer, row: float(answer == "yes"), "mine", tokenizer, read_prompts(["x"]))
+    assert score([Completion((1,), None, True)])["score"] == 1 and score.shares([Completion((1,), None, True)]) == [1.0]
 
 
 def test_a_scorer_is_found_by_name(tmp_path, monkeypatch):

@@ -56,6 +56,9 @@ def test_checkpoints_round_trip_and_only_the_newest_stay(tmp_path):
     assert all(torch.equal(loaded.weights[name], weights[name]) for name in weights)
     assert torch.equal(loaded.teacher["w"], weights["w"] + 10) and set(loaded.teacher) == {"w"}
     assert loaded.optimizer == {"state": {0: {"step": 10}}} and state["step"] == 10
+    for step in (999_999, 1_000_000):
+        checkpoint.save_checkpoint(tmp_path / "long", step, saved, {"identity": {}}, keep=1)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "long")] == ["step-1000000"]
     (tmp_path / "step-000011").mkdir()  # half written, it is none
     (tmp_path / "step-000011" / checkpoint.WEIGHTS).write_bytes(b"half")
     assert checkpoint.list_checkpoints(tmp_path)[-1].name == "step-000010"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.run import RunFolder, Saved
+from opcd_fast.training.run import RunFolder, Saved, lock
 from opcd_fast.training.run.lock import LOCK, RunLock
 
 HOLD = """
@@ -61,6 +61,20 @@ def test_children_of_a_dead_process_do_not_own_the_folder(tmp_path):
         RunLock(tmp_path).take()
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_that_its_owner_removes_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    locked, calls = lock._locked, []
+
+    def slow(handle):
+        calls.append(handle)
+        if len(calls) == 1:  # opened here, and removed there before it is locked
+            (tmp_path / LOCK).unlink()
+        return locked(handle)
+
+    monkeypatch.setattr(lock, "_locked", slow)
+    RunLock(tmp_path).take()
+    assert len(calls) == 2 and json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
 def test_another_host_is_refused_with_the_remedy(tmp_path):

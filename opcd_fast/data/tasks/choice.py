@@ -18,6 +18,9 @@ ASK_YES = "Answer with yes or no."
 
 YES = frozenset({"yes", "true", "1", "safe", "y"})
 NO = frozenset({"no", "false", "0", "unsafe", "n"})
+# "answer", "answer is" or either with a colon, and what may stand before the answer itself: emphasis, quotes, \boxed{
+_NAMED = r"(?im)answer[\s*_]*(?:is\b[\s*_]*)?(:)?(?:[\s*_(\[`\"'$]|\\(?:[(\[]|\w+\{))*"
+_END = r"(?![^\W_])"  # of a word or letter
 
 
 def choice_file(path: str, first: int | None = None) -> Questions:
@@ -30,15 +33,12 @@ def choice_file(path: str, first: int | None = None) -> Questions:
     rows = read_rows(path, "choice")
     labels = [_label(row, where) for where, row in rows]
     if first is None:
-        if 0 in labels and 4 not in labels:
-            first = 0
-        elif 4 in labels and 0 not in labels:
-            first = 1
-        else:
+        if (0 in labels) == (4 in labels):
             raise InputError(
                 f"choice file {path!r}: `cop` runs from {min(labels, default=None)} to {max(labels, default=None)}; "
                 "whether it counts from 0 or 1 is open: give first=0 or first=1"
             )
+        first = int(4 in labels)
     questions = []
     for (where, row), label in zip(rows, labels, strict=True):
         if not 0 <= label - first < len(LETTERS):
@@ -63,14 +63,13 @@ def _label(row: Any, where: str) -> int:
 
 def chosen_letter(text: str) -> str | None:
     """The option that an answer names, or None: the last `Answer: X`, else a text that begins with one letter alone."""
-    named = re.findall(r"(?i)answer(?:\s+is)?\s*[*_]*\s*:?\s*[*_(\[]*([A-D])\b(?!')", text)
+    # Of the letters "a" alone is a word too, where another follows.
+    named = re.findall(rf"{_NAMED}([b-d]|(?-i:A)|a(?! +\S)){_END}(?!'|-\w)", text)
     if named:
-        return named[-1].upper()
-    alone = re.match(r"[\s*_(\[]*([A-D])(?:[\s*_)\].:]|$)", text)
+        return named[-1][1].upper()
     # "A man ..." begins with a word, not with an option.
-    if alone and not re.match(r"\s*A\s+[a-z]", text):
-        return alone.group(1)
-    return None
+    alone = re.match(r"(?!\s*A\s+[a-z])[\s*_(\[]*([A-D])(?:[\s*_)\].:]|$)", text)
+    return alone.group(1) if alone else None
 
 
 def yes_no_file(path: str) -> Questions:
@@ -95,6 +94,8 @@ def _labelled(row: Any, where: str) -> tuple[str, bool]:
 
 def said_yes(text: str) -> bool | None:
     """True for yes, False for no, None for neither: the last `Answer: ...`, else the first word of the text."""
-    named = re.findall(r"(?i)answer(?:\s+is)?\s*[*_]*\s*:?\s*[*_\"']*(yes|no|safe|unsafe|true|false)\b", text)
-    word = named[-1].lower() if named else (re.findall(r"[a-zA-Z]+", text.lower()) or [""])[0]
+    # Without a colon it ends there: an answer that "is no longer valid" is none.
+    ends = r"(?(1)|(?=[*_\"'`$})\]]* *(?:[.,;:!?]|$)))"
+    named = re.findall(rf"{_NAMED}(yes|no|safe|unsafe|true|false){_END}{ends}", text)
+    word = named[-1][1].lower() if named else (re.findall(r"[a-zA-Z]+", text.lower()) or [""])[0]
     return True if word in YES else False if word in NO else None

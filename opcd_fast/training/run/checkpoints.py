@@ -65,7 +65,7 @@ def save_checkpoint(
 def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoints, oldest first."""
     found = (path for path in root.glob("step-*") if any((path / name).is_file() for name in (STATE, MANIFEST)))
-    return sorted(found)
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # step-1000000 comes after step-999999
 
 
 def check_whole(path: Path) -> dict[str, Any] | None:

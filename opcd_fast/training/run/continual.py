@@ -28,6 +28,7 @@ class Start:
     record: dict[str, Any]
     base: str
     is_adapter: bool
+    columns: dict[str, Any]  # how files of prompts are read
 
     def models(self, **place: Any) -> tuple[Any, Any]:
         """Student, and teacher model: None for an adapter, whose base is the teacher."""
@@ -46,13 +47,12 @@ class Start:
         contexts.
         """
         share = _number(replay)
+        if share is not None and not 0 < share < 1:
+            raise InputError(f"replay={replay} must be a file, or a share above 0 and below 1")
+        source, columns = (replay, self.columns) if share is None else (self.run / PROMPTS, {})
         taken = {_asked(prompt) for prompt in (*prompts, *held_out)}
-        if share is None:
-            found = [p for p in read_prompts(replay, "replay") if _asked(p) not in taken]
-        else:
-            if not 0 < share < 1:
-                raise InputError(f"replay={replay} must be a file, or a share above 0 and below 1")
-            found = [p for p in read_prompts(self.run / PROMPTS, "replay") if _asked(p) not in taken]
+        found = [p for p in read_prompts(source, "replay", **columns) if _asked(p) not in taken]
+        if share is not None:
             wanted = max(1, round(share / (1 - share) * len(prompts)))
             random.Random(seed).shuffle(found)
             found = found[:wanted]
@@ -108,7 +108,7 @@ def start_from(run: str, model: str, config: OPCDConfig) -> Start:
     if config.makes_adapter:
         kind = "adapter goes on as it is" if is_adapter else "whole weights go on, without an adapter"
         raise InputError(f"init: the run's {kind}; drop {'lora_rank' if config.lora_rank else 'num_virtual_tokens'}")
-    return Start(folder, record, model, is_adapter)
+    return Start(folder, record, model, is_adapter, config.columns())
 
 
 def _number(text: str) -> float | None:

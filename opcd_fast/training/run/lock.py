@@ -35,16 +35,18 @@ class RunLock:
             raise InputError(f"cannot write {str(self._path)!r}: {error.strerror or error}") from error
         try:
             self._claim(handle)
-        except BaseException:
-            os.close(handle)
-            raise
-        self._handle = handle
+        finally:
+            if self._handle is None:
+                os.close(handle)
+        self.take()  # again, where its owner removed the file before it was locked here
 
     def _claim(self, handle: int) -> None:
         free, (pid, host) = _locked(handle), _owner(os.pread(handle, 4096, 0))
         where, here = f"output_dir={str(self._path.parent)!r}", socket.gethostname()
         if not free:
             raise InputError(f"{where}: process {pid} on host {host!r} writes there; wait, or take another folder")
+        if not _is_at(self._path, handle):
+            return
         if host not in (None, here):
             raise InputError(
                 f"{where}: process {pid} on host {host!r} writes there, or was killed; this is {here!r}, which cannot "
@@ -54,6 +56,7 @@ class RunLock:
             logger.warning("%s was left by process %s, which is gone; this one takes over", self._path, pid)
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": here}).encode(), 0)
+        self._handle = handle
 
     def release(self) -> None:
         if self._handle is not None:
@@ -73,6 +76,12 @@ def _locked(handle: int) -> bool:
             return False
         logger.warning("this file system has no locks (%s): see yourself that no other process writes there", error)
     return True
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
 
 
 def _owner(text: bytes) -> tuple[int | None, str | None]:

@@ -16,9 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import Context, Prompt, checked_messages
+from opcd_fast.data import Context, Prompt, checked_messages, read_prompts
 from opcd_fast.errors import InputError
-from opcd_fast.runtime import is_name, misfit, read_object
+from opcd_fast.runtime import is_name, misfit, read_object, write_text
 from opcd_fast.training.run.provenance import FileHashes, hash_of, of_code, of_model, of_tokenizer
 
 RECORD, PROMPTS, HELD_OUT = "run.json", "prompts.jsonl", "held_out.jsonl"
@@ -53,8 +53,6 @@ class Origins:
 
 def write_record(folder: Path, origins: Origins) -> None:
     """Write the three files. Raises InputError when that is not possible."""
-    from opcd_fast.runtime import write_text
-
     hashes = FileHashes()
     record = {
         "schema": SCHEMA,
@@ -112,8 +110,6 @@ def held_out_count(folder: Path) -> int | None:
 
 def kept_held_out(folder: Path) -> list[Prompt]:
     """A run's held-out prompts with the data rows that they came from, which its scorers look at."""
-    from opcd_fast.data import read_prompts
-
     if not (folder / HELD_OUT).stat().st_size:
         return []
     found = read_prompts(folder / HELD_OUT, "held-out prompts")

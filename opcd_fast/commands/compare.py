@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
 
 def compare(command: CompareCommand) -> dict[str, Any]:
     """Run, print, save; returns what compare.json holds. Raises InputError before anything is written."""
-    config = OPCDConfig(**dataclasses.asdict(command.run))
+    config = command.run.checked()
     if launched() > 1:
         raise InputError("compare: it runs in one process, and was started in several; start it without a launcher")
     counts = ("seeds", "answers_per_prompt", "task_problems", "ability_problems", "ability_tokens")
@@ -88,7 +88,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     quiet_libraries()
     check_common(config)
     systems = parse_systems(command.systems)
-    context, prompts = context_in(command.context), prompts_or_task(command, config)
+    context, prompts = context_in(command.context), prompts_or_task(command)
     for system in systems:
         own = system.config(config, config.seed, config.output_dir, resume=False)  # contradictions are errors now
         context_in(system.context)

@@ -61,6 +61,16 @@ def test_the_papers_settings(job, tmp_path):
     assert (found["lora_rank"], found["batch_size"]) == (0, 2)
 
 
+def test_settings_are_checked_together_with_the_presets(job, capsys):
+    """The rank and the number of steps that these need are the preset's."""
+    needs = ["--use-dora", "--lora-alpha", "64", "--merge-for-rollout", "True", "--warmup-steps", "60",
+             "--batch-size", "1"]  # fmt: skip
+    assert main(["preview", *job, *needs, "--max-new-tokens", "4"]) in (0, 1)
+    for wrong, told in ((["--lora-rank", "0"], "lora_alpha"), (["--steps", "60"], "warmup_steps"),
+                        (["--preset", "paper"], "warmup_steps")):  # fmt: skip
+        assert main(["train", *job, *needs, *wrong]) == 2 and told in capsys.readouterr().err
+
+
 def test_another_preset_is_refused(job, capsys):
     assert main(["train", *job, "--preset", "papers"]) == 2
     assert "preset='papers'" in capsys.readouterr().err

@@ -124,6 +124,14 @@ def trained_weights(name: str) -> str:
     return str(Path(name) / "final")
 
 
+def window_of(model: Any) -> int | None:
+    """Most tokens of a prompt and its answer: a trained prefix takes some of the model's. None: no limit."""
+    from opcd_fast.models import seam, virtual_tokens
+
+    longest = seam.longest_input(seam.body_of(model))
+    return longest and longest - virtual_tokens(model)
+
+
 def sampler(model: Any, tokenizer: Any, max_batch: int = 64, stop_tokens: Sequence[str] = ()) -> Any:
     """Answers of `model` as it is, adapters unmerged, `max_batch` sequences at once; `stop_tokens` end them as well."""
     from opcd_fast.rollout import TransformersRollout, stop_token_ids

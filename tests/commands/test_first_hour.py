@@ -122,6 +122,16 @@ def test_generate_takes_a_runs_folder_and_standard_input(job, tmp_path, capsys, 
     assert "has not ended" in capsys.readouterr().err
 
 
+def test_a_trained_prefix_takes_its_part_of_the_window(job, tmp_path, capsys, monkeypatch):
+    assert main(["train", *job, *SHORT, "--num-virtual-tokens", "3", "--eval-prompts", "none"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("question 1\nquestion 1\n"))
+    ask = ["--model", str(tmp_path / "run"), "--device", "cpu", "--max-new-tokens"]
+    assert main(["generate", "--prompt", "question 1", *ask, "512"]) == 2
+    room = 512 - int(capsys.readouterr().err.split("prompt of ")[1].split()[0])
+    for command in (["generate", "--prompt", "question 1"], ["chat"]):
+        assert main([*command, *ask, str(room)]) == 2 and "by 3;" in capsys.readouterr().err
+
+
 def test_chat_keeps_two_conversations(job, tmp_path, capsys, monkeypatch):
     assert main(["train", *job, *SHORT]) == 0
     ask = ["--max-new-tokens", "3", "--temperature", "0", "--dtype", "float32", "--device", "cpu"]

@@ -202,6 +202,9 @@ def test_a_slip_in_the_options(job, capsys, words, told):
 
 def test_what_must_be_given(capsys):
     assert said(capsys, "generate", "--prompt", "x")[2].startswith("opcd: generate: --model must be given")
+    for words, missing in (("report", "RUN"), ("check --context x", "RUN"), ("diff", "A and B"), ("diff a", "B")):
+        name, told = words.split()[0], said(capsys, *words.split())[2]
+        assert told.startswith(f"opcd: {name}: {missing} must be given")
     assert said(capsys, "diff", "--modle", "x")[2].startswith("opcd: diff: there is no option --modle")
 
 

@@ -57,14 +57,9 @@ def run(arguments: list[str]) -> int:
         rollout, window = sampler(model, tokenizer), window_of(model)
         merge = Player(rollout, tokenizer, command.max_new_tokens, temperature=0.0, window=window)
     written = accumulate(
-        folder,
-        tokenizer,
-        max_tokens=command.max_tokens,
-        candidates=command.candidates,
-        seed=command.seed,
-        drop=partial(without_similar, threshold=command.duplicates),
-        merge=merge,
-    )
+        folder, tokenizer, max_tokens=command.max_tokens, candidates=command.candidates, seed=command.seed,
+        drop=partial(without_similar, threshold=command.duplicates), merge=merge,
+    )  # fmt: skip
     for name, counts in written.items():
         rewritten = {None: "", True: ", rewritten", False: ", kept as it was: the model wrote no usable list"}
         print(

@@ -105,18 +105,10 @@ def compare(command: CompareCommand) -> dict[str, Any]:
         return load_model(command.model, **loading(config, config.quantization)), teacher
 
     comparison = Comparison(
-        load,
-        f"{command.model} {command.teacher_model or ''}".strip(),
-        tokenizer,
+        load, f"{command.model} {command.teacher_model or ''}".strip(), tokenizer,
         None if command.teacher_model is None else load_tokenizer(command.teacher_model, trust),
-        context,
-        prompts,
-        held_out,
-        config,
-        systems,
-        command.seeds,
-        yardstick,
-    )
+        context, prompts, held_out, config, systems, command.seeds, yardstick,
+    )  # fmt: skip
     found = summarize(run_all(comparison, lambda text: print(text, flush=True)))
     options = {**dataclasses.asdict(command), "run": config.public()}
     dtype = str(pick_dtype(config.dtype, pick_device(config.device))).removeprefix("torch.")
@@ -164,12 +156,7 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
     elif config.scorer is not None:
         behaviour = HeldOutScore.make(None, config.scorer, tokenizer, held_out or ())
     return held_out, Yardstick(
-        general,
-        behaviour,
-        held_out or (),
-        command.answers_per_prompt,
+        general, behaviour, held_out or (), command.answers_per_prompt,
         {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p},
-        config.micro_batch_tokens or 8192,
-        command.task_problems if command.task is not None else 0,
-        abilities,
-    )
+        config.micro_batch_tokens or 8192, command.task_problems if command.task is not None else 0, abilities,
+    )  # fmt: skip

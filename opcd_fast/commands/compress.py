@@ -91,19 +91,10 @@ def run(arguments: list[str]) -> int:
         candidates += written_candidates(full, player.answers, command.written, command.seed)
     print(f"{len(candidates)} candidates on {len(prompts)} prompts", flush=True)
     ranked = rank(
-        model,
-        tokenizer,
-        full,
-        candidates,
-        prompts,
-        rollout,
-        max_new_tokens=command.max_new_tokens,
-        temperature=command.temperature,
-        answers_per_prompt=command.answers_per_prompt,
-        seed=command.seed,
-        window=window,
-        told=lambda line: tell(f"{line} ..."),
-    )
+        model, tokenizer, full, candidates, prompts, rollout, max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature, answers_per_prompt=command.answers_per_prompt, seed=command.seed,
+        window=window, told=lambda line: tell(f"{line} ..."),
+    )  # fmt: skip
     _save(Path(command.output_dir), ranked, command)
     return 0
 

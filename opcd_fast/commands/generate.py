@@ -88,12 +88,9 @@ def run(arguments: list[str]) -> int:
     for start in range(0, len(ids), command.batch_size):
         part = slice(start, start + command.batch_size)
         answers = rollout.generate(
-            ids[part],
-            max_new_tokens=command.max_new_tokens,
-            temperature=command.temperature,
-            top_p=command.top_p,
+            ids[part], max_new_tokens=command.max_new_tokens, temperature=command.temperature, top_p=command.top_p,
             seed=command.seed + start,
-        )
+        )  # fmt: skip
         for prompt, answer in zip(read[part], answers):
             text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
             if command.prompt is None:

@@ -11,7 +11,7 @@ from opcd_fast.commands.arguments import check_at_least, context_in, parse, quie
 from opcd_fast.commands.presets import settled
 from opcd_fast.commands.train import TrainOptions, read_defaults, settings_and_prompts
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import OPCDConfig, check_values
+from opcd_fast.training.settings import OPCDConfig
 
 CONTEXT_TOKENS = 1024
 
@@ -91,10 +91,7 @@ def _job(command: PlanCommand, config: OPCDConfig, prompts: Any, held_out: Any) 
     check_at_least(1, command, "context_tokens", "prompt_tokens")
     if tokens is not None:
         if prompts is not None or command.eval_prompts not in (None, "none"):
-            raise InputError(
-                "plan: prompts and tasks are rendered with their context; give context, the file, in place of its "
-                "tokens"
-            )
+            raise InputError("plan: prompts and tasks are rendered with their context; give context, the file itself")
         rows = ((command.prompt_tokens, command.prompt_tokens, 0),)
         evaluates = config.eval_every and command.eval_prompts is None
         return Job((tokens,), rows, rows * config.eval_batch if evaluates else ())
@@ -113,9 +110,7 @@ def plan_command(arguments: list[str]) -> tuple[PlanCommand, set[str]]:
     arguments, values, options, named = read_defaults(arguments)
     for name in ("init", "replay"):
         if values.pop(name, None) is not None:
-            raise InputError(
-                f"plan: {name} goes on from an earlier run, which is not read; plan with that run's own config"
-            )
+            raise InputError(f"plan: {name} goes on from an earlier run, not read here; plan with that run's config")
     default = PlanCommand(**{"model": tyro.MISSING, "gpu": tyro.MISSING, **values}, run=TrainOptions(**options))
     command = parse(PlanCommand, "plan", arguments, default=default)
     if command.context_tokens is not None and "context" in values and command.context == values["context"]:
@@ -123,5 +118,4 @@ def plan_command(arguments: list[str]) -> tuple[PlanCommand, set[str]]:
         files = {name: None for name in ("context", "prompts", "eval_prompts")
                  if getattr(command, name) == values.get(name) != "none"}  # fmt: skip
         command = dataclasses.replace(command, **files)
-    check_values(dataclasses.asdict(command.run))
     return command, named

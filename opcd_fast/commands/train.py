@@ -13,15 +13,7 @@ from opcd_fast.commands.helping import long_help, short_help
 from opcd_fast.commands.presets import in_words, settled
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import launched, launched_rank
-from opcd_fast.training.settings import (
-    OPCDConfig,
-    check_names,
-    check_values,
-    group_of,
-    option_names,
-    read_yaml,
-    typed_values,
-)
+from opcd_fast.training.settings import OPCDConfig, check_names, group_of, option_names, read_yaml, typed_values
 
 given = group_of("Model and data")
 
@@ -95,10 +87,9 @@ def trainer_of(command: TrainCommand, named: Collection[str]) -> Any:
     """The trainer of a run; nothing is written yet. named: the options that its user gave."""
     # Small files first: a wrong name must not cost the loading of a model, or of the libraries for it.
     context_in(command.context)
-    say = _say
-    config, prompts, held_out = settings_and_prompts(command, named, say)
+    config, prompts, held_out = settings_and_prompts(command, named, _say)
     if command.preset != "paper":
-        say(in_words(config))
+        _say(in_words(config))
     from opcd_fast.models import cpu_has_bf16, load_model, load_tokenizer, pick_device
     from opcd_fast.training import OPCDTrainer
     from opcd_fast.training.engines import join
@@ -117,7 +108,7 @@ def trainer_of(command: TrainCommand, named: Collection[str]) -> Any:
             raise InputError("replay: a task's turns cannot be mixed with prompts; drop replay or task")
         if command.replay is not None:
             replayed = start.replayed(command.replay, prompts, held_out or (), config.seed)
-            say(f"{len(replayed)} replayed prompts keep the context of {command.init}")
+            _say(f"{len(replayed)} replayed prompts keep the context of {command.init}")
     tokenizer = load_tokenizer(command.model, config.trust_remote_code)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
@@ -125,21 +116,16 @@ def trainer_of(command: TrainCommand, named: Collection[str]) -> Any:
         teacher = load_teacher(command.teacher_model, config)
     place = loading(config, config.quantization)
     if config.dtype == "bfloat16" and pick_device(config.device).type == "cpu" and not cpu_has_bf16():
-        say("dtype bfloat16: this CPU only imitates it; float32, the default here, is several times faster")
+        _say("dtype bfloat16: this CPU only imitates it; float32, the default here, is several times faster")
     if start is not None:
         model, teacher = start.models(**place)
     else:
         model = load_model(command.model, **place)
     trainer = OPCDTrainer(
-        model,
-        tokenizer,
-        None if command.context is None else Path(command.context),
-        [*prompts, *replayed] if replayed else prompts,
-        config,
-        teacher_model=teacher,
-        teacher_tokenizer=teacher_tokenizer,
-        eval_prompts=held_out,
-    )
+        model, tokenizer, None if command.context is None else Path(command.context),
+        [*prompts, *replayed] if replayed else prompts, config,
+        teacher_model=teacher, teacher_tokenizer=teacher_tokenizer, eval_prompts=held_out,
+    )  # fmt: skip
     if start is not None:
         start.described(trainer.origins, len(replayed))
     return trainer
@@ -236,9 +222,7 @@ def train_command(arguments: list[str], name: str = "train") -> tuple[TrainComma
             raise SystemExit(0)
     arguments, values, options, named = read_defaults(arguments)
     default = TrainCommand(**{"model": tyro.MISSING, **values}, run=TrainOptions(**options))
-    command = parse(TrainCommand, name, arguments, default=default)
-    check_values(dataclasses.asdict(command.run))
-    return command, named
+    return parse(TrainCommand, name, arguments, default=default), named
 
 
 def read_defaults(arguments: list[str]) -> tuple[list[str], dict[str, Any], dict[str, Any], set[str]]:

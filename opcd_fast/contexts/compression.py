@@ -106,21 +106,11 @@ def parts_that_matter(ranked: Sequence[Ranked]) -> list[Ranked]:
 
 
 def rank(
-    model: Any,
-    tokenizer: Any,
-    full: Context,
-    candidates: Sequence[Candidate],
-    prompts: Sequence[Prompt],
-    rollout: Any,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    answers_per_prompt: int = 1,
-    micro_batch_tokens: int | None = MICRO_BATCH_TOKENS,
-    seed: int = 0,
-    window: int | None = None,
+    model: Any, tokenizer: Any, full: Context, candidates: Sequence[Candidate], prompts: Sequence[Prompt], rollout: Any,
+    *, max_new_tokens: int, temperature: float = 1.0, answers_per_prompt: int = 1, seed: int = 0,
+    micro_batch_tokens: int | None = MICRO_BATCH_TOKENS, window: int | None = None,
     told: Callable[[str], None] = lambda line: None,
-) -> list[Ranked]:
+) -> list[Ranked]:  # fmt: skip
     """All candidates, and none ("") and the full context, in the order of their tokens.
 
     Every context is read once; the answers are the same for all. temperature divides the logits, as it does when the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, check_at_least, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, check_at_least, parse, quiet_libraries, sampler, window_of
 from opcd_fast.errors import InputError
 
 
@@ -54,16 +54,12 @@ def run(arguments: list[str]) -> int:
     merge = None
     if command.merge:
         model = load_model(command.model, **command.place())
-        merge = Player(sampler(model, tokenizer), tokenizer, command.max_new_tokens, temperature=0.0)
+        rollout, window = sampler(model, tokenizer), window_of(model)
+        merge = Player(rollout, tokenizer, command.max_new_tokens, temperature=0.0, window=window)
     written = accumulate(
-        folder,
-        tokenizer,
-        max_tokens=command.max_tokens,
-        candidates=command.candidates,
-        seed=command.seed,
-        drop=partial(without_similar, threshold=command.duplicates),
-        merge=merge,
-    )
+        folder, tokenizer, max_tokens=command.max_tokens, candidates=command.candidates, seed=command.seed,
+        drop=partial(without_similar, threshold=command.duplicates), merge=merge,
+    )  # fmt: skip
     for name, counts in written.items():
         rewritten = {None: "", True: ", rewritten", False: ", kept as it was: the model wrote no usable list"}
         print(

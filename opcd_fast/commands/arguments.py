@@ -14,11 +14,12 @@ from typing import Annotated, Any, get_type_hints
 
 from opcd_fast.commands.helping import check_names, in_words, without_none
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import refuse_gone, settings_of
+from opcd_fast.training.settings import OPCDConfig, check_values, refuse_gone, settings_of
 
 
 def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
-    """Arguments to a command's dataclass. Raises InputError, in one line, for what it cannot take, and a bad seed."""
+    """Arguments to a command's dataclass. Raises InputError, in one line, for what it cannot take, a bad seed, and a
+    setting of a run that cannot have its value, whatever the others are."""
     import tyro
 
     refuse_gone({word[2:].partition("=")[0].replace("-", "_"): None for word in arguments if word[:2] == "--"})
@@ -37,6 +38,8 @@ def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
     seed = getattr(command, "seed", 0)
     if not 0 <= seed < 2**63:
         raise InputError(f"seed={seed} must be a whole number from 0 up to 2**63 - 1")
+    if isinstance(chosen := getattr(command, "run", None), OPCDConfig):
+        check_values(dataclasses.asdict(chosen))
     return command
 
 
@@ -122,6 +125,14 @@ def trained_weights(name: str) -> str:
     if not (Path(name) / "final").is_dir():
         raise InputError(f"model={name!r} is a run that has not ended; go on with it: opcd train --resume")
     return str(Path(name) / "final")
+
+
+def window_of(model: Any) -> int | None:
+    """Most tokens of a prompt and its answer: a trained prefix takes some of the model's. None: no limit."""
+    from opcd_fast.models import seam, virtual_tokens
+
+    longest = seam.longest_input(seam.body_of(model))
+    return longest and longest - virtual_tokens(model)
 
 
 def sampler(model: Any, tokenizer: Any, max_batch: int = 64, stop_tokens: Sequence[str] = ()) -> Any:

@@ -15,6 +15,7 @@ from opcd_fast.commands.arguments import (
     quiet_libraries,
     sampler,
     trained_weights,
+    window_of,
 )
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import printable
@@ -58,7 +59,7 @@ def run(arguments: list[str]) -> int:
         if not hasattr(model, "peft_config"):
             raise InputError("context: this model has no adapter to switch off; start another chat with its base")
         speakers["base + context"] = (context, lambda: seam.without_adapters(model))
-    rollout, window = sampler(model, tokenizer, 1), seam.longest_input(seam.body_of(model))
+    rollout = sampler(model, tokenizer, 1)
     spoken: dict[str, list[dict[str, str]]] = {speaker: [] for speaker in speakers}
     asked = 0
     print("> ", end="", flush=True)
@@ -71,8 +72,8 @@ def run(arguments: list[str]) -> int:
                 said.append({"role": "user", "content": line.strip()})
                 (prompt,) = read_prompts([list(said)])
                 ids = teacher_ids(tokenizer, prompt, shown, {})
-                check_prompt_length(len(ids), command.max_new_tokens, window)
                 with weights():
+                    check_prompt_length(len(ids), command.max_new_tokens, window_of(model))
                     (answer,) = rollout.generate(
                         [ids], max_new_tokens=command.max_new_tokens, temperature=command.temperature,
                         top_p=command.top_p, seed=command.seed + asked,

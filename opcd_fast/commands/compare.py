@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
 
 def compare(command: CompareCommand) -> dict[str, Any]:
     """Run, print, save; returns what compare.json holds. Raises InputError before anything is written."""
-    config = OPCDConfig(**dataclasses.asdict(command.run))
+    config = command.run.checked()
     if launched() > 1:
         raise InputError("compare: it runs in one process, and was started in several; start it without a launcher")
     counts = ("seeds", "answers_per_prompt", "task_problems", "ability_problems", "ability_tokens")
@@ -88,7 +88,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
     quiet_libraries()
     check_common(config)
     systems = parse_systems(command.systems)
-    context, prompts = context_in(command.context), prompts_or_task(command, config)
+    context, prompts = context_in(command.context), prompts_or_task(command)
     for system in systems:
         own = system.config(config, config.seed, config.output_dir, resume=False)  # contradictions are errors now
         context_in(system.context)
@@ -105,18 +105,10 @@ def compare(command: CompareCommand) -> dict[str, Any]:
         return load_model(command.model, **loading(config, config.quantization)), teacher
 
     comparison = Comparison(
-        load,
-        f"{command.model} {command.teacher_model or ''}".strip(),
-        tokenizer,
+        load, f"{command.model} {command.teacher_model or ''}".strip(), tokenizer,
         None if command.teacher_model is None else load_tokenizer(command.teacher_model, trust),
-        context,
-        prompts,
-        held_out,
-        config,
-        systems,
-        command.seeds,
-        yardstick,
-    )
+        context, prompts, held_out, config, systems, command.seeds, yardstick,
+    )  # fmt: skip
     found = summarize(run_all(comparison, lambda text: print(text, flush=True)))
     options = {**dataclasses.asdict(command), "run": config.public()}
     dtype = str(pick_dtype(config.dtype, pick_device(config.device))).removeprefix("torch.")
@@ -164,12 +156,7 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
     elif config.scorer is not None:
         behaviour = HeldOutScore.make(None, config.scorer, tokenizer, held_out or ())
     return held_out, Yardstick(
-        general,
-        behaviour,
-        held_out or (),
-        command.answers_per_prompt,
+        general, behaviour, held_out or (), command.answers_per_prompt,
         {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p},
-        config.micro_batch_tokens or 8192,
-        command.task_problems if command.task is not None else 0,
-        abilities,
-    )
+        config.micro_batch_tokens or 8192, command.task_problems if command.task is not None else 0, abilities,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ from opcd_fast.commands.arguments import (
     quiet_libraries,
     sampler,
     tell,
+    window_of,
 )
 from opcd_fast.errors import InputError
 
@@ -82,26 +83,18 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(command.model, command.trust_remote_code)
     prompts = adapt_to_tokenizer(tokenizer, prompts)
     model = load_model(command.model, **command.place())
-    rollout = sampler(model, tokenizer, command.rollout_batch)
+    rollout, window = sampler(model, tokenizer, command.rollout_batch), window_of(model)
     candidates = own + (cut_candidates(full) if command.cuts else [])
     if command.written:
         tell("the model writes shorter texts ...")
-        player = Player(rollout, tokenizer, command.max_context_tokens, temperature=0.7)
+        player = Player(rollout, tokenizer, command.max_context_tokens, temperature=0.7, window=window)
         candidates += written_candidates(full, player.answers, command.written, command.seed)
     print(f"{len(candidates)} candidates on {len(prompts)} prompts", flush=True)
     ranked = rank(
-        model,
-        tokenizer,
-        full,
-        candidates,
-        prompts,
-        rollout,
-        max_new_tokens=command.max_new_tokens,
-        temperature=command.temperature,
-        answers_per_prompt=command.answers_per_prompt,
-        seed=command.seed,
-        told=lambda line: tell(f"{line} ..."),
-    )
+        model, tokenizer, full, candidates, prompts, rollout, max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature, answers_per_prompt=command.answers_per_prompt, seed=command.seed,
+        window=window, told=lambda line: tell(f"{line} ..."),
+    )  # fmt: skip
     _save(Path(command.output_dir), ranked, command)
     return 0
 
@@ -110,7 +103,7 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from opcd_fast.contexts import parts_that_matter, plot_ranked
+    from opcd_fast.contexts import FULL, parts_that_matter, plot_ranked
     from opcd_fast.runtime import write_text
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +111,7 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
     record = {"command": asdict(command), "ranked": rows}
     write_text(folder / "ranked.json", json.dumps(record, indent=1) + "\n")
     plot_ranked(folder / "curve.png", ranked)
-    most = ranked[-1].tokens
+    most = next(one.tokens for one in ranked if one.candidate.source == FULL)
     table = Table(title="tokens saved against KL lost (candidates that no other one beats)")
     for column in ("candidate", "tokens", "saved", "KL, nats per token", "95 % interval", "same first token"):
         table.add_column(column)

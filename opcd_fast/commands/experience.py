@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, check_sampling, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, check_sampling, quiet_libraries, sampler, window_of
 
 
 @dataclass(frozen=True)
@@ -52,5 +52,6 @@ def begin(options: PlayOptions, step: str) -> tuple[Any, Any, Any]:
     quiet_libraries()
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     model = load_model(options.model, **options.place())
-    rollout = sampler(model, tokenizer, options.rollout_batch)
-    return folder, task, Player(rollout, tokenizer, options.max_new_tokens, options.temperature, options.top_p)
+    rollout, window = sampler(model, tokenizer, options.rollout_batch), window_of(model)
+    sampled = (options.max_new_tokens, options.temperature, options.top_p)
+    return folder, task, Player(rollout, tokenizer, *sampled, window=window)

@@ -33,16 +33,9 @@ def run(arguments: list[str]) -> int:
     known = [] if command.known is None else lessons_of_notes(read_text(Path(command.known), "known"))
     folder, task, player = begin(command, "extract")
     records = extract(
-        folder,
-        task,
-        player,
-        problems=command.problems,
-        repeats=command.repeats,
-        most=command.lessons,
-        known=known,
-        seed=command.seed,
-        told=lambda done, total: print(f"{done} of {total} attempts", flush=True),
-    )
+        folder, task, player, problems=command.problems, repeats=command.repeats, most=command.lessons, known=known,
+        seed=command.seed, told=lambda done, total: print(f"{done} of {total} attempts", flush=True),
+    )  # fmt: skip
     lessons = sum(len(record["lessons"]) for record in records)
     without = sum(not record["lessons"] for record in records)
     score = sum(record["score"] for record in records) / len(records)

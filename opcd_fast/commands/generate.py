@@ -14,6 +14,7 @@ from opcd_fast.commands.arguments import (
     quiet_libraries,
     sampler,
     trained_weights,
+    window_of,
 )
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
@@ -62,7 +63,7 @@ def run(arguments: list[str]) -> int:
     check_sampling(command, "max_new_tokens", "batch_size")
     variables = OPCDConfig(chat_template_kwargs=command.chat_template_kwargs).template_variables()
     from opcd_fast.data import adapt_to_tokenizer, read_prompts, teacher_ids
-    from opcd_fast.models import load_model, load_tokenizer, seam
+    from opcd_fast.models import load_model, load_tokenizer
     from opcd_fast.training.step import check_prompt_length
 
     quiet_libraries()
@@ -82,17 +83,14 @@ def run(arguments: list[str]) -> int:
             shown = prompt.privileged_context
         ids.append(teacher_ids(tokenizer, prompt, shown, variables))
     model = load_model(name, **command.place())
-    check_prompt_length(max(map(len, ids)), command.max_new_tokens, seam.longest_input(seam.body_of(model)))
+    check_prompt_length(max(map(len, ids)), command.max_new_tokens, window_of(model))
     rollout = sampler(model, tokenizer, command.batch_size, command.stop_tokens)
     for start in range(0, len(ids), command.batch_size):
         part = slice(start, start + command.batch_size)
         answers = rollout.generate(
-            ids[part],
-            max_new_tokens=command.max_new_tokens,
-            temperature=command.temperature,
-            top_p=command.top_p,
+            ids[part], max_new_tokens=command.max_new_tokens, temperature=command.temperature, top_p=command.top_p,
             seed=command.seed + start,
-        )
+        )  # fmt: skip
         for prompt, answer in zip(read[part], answers):
             text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
             if command.prompt is None:

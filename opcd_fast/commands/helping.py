@@ -63,7 +63,10 @@ def in_words(complaint: str, kind: type, arguments: Sequence[str]) -> str:
     if lacks:
         return f"{lacks[1]} needs a value"
     if "Required options" in text:
-        return f"{' and '.join(dict.fromkeys(re.findall(r'(--[a-z][a-z-]*) [A-Z]', text)))} must be given"
+        named = [*dict.fromkeys(re.findall(r"(--[a-z][a-z-]*) [A-Z]", text))]
+        places = [option.upper() for option, field in options_of(kind).items() if "Positional" in str(field.type)]
+        missing = named + places[len(places) + len(named) - text.count("(required)") :]  # the last ones, without names
+        return f"{' and '.join(missing)} must be given"
     extra = re.search(r"Unrecognized options: (.+?)(?: Perhaps|$)", text)
     if extra:
         return f"{extra[1]} belongs to no option; put a text with spaces into quotes"

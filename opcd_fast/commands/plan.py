@@ -9,7 +9,7 @@ from typing import Any
 
 from opcd_fast.commands.arguments import check_at_least, context_in, parse, quiet_libraries, tell
 from opcd_fast.commands.presets import settled
-from opcd_fast.commands.train import TrainOptions, named_options, prompts_or_task, read_defaults
+from opcd_fast.commands.train import TrainOptions, read_defaults, settings_and_prompts
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
 
@@ -38,7 +38,7 @@ class PlanCommand:
     prompt_tokens: int = 256
     """Without `prompts`: tokens of the longest prompt."""
     eval_prompts: str | None = None
-    """Held-out prompts, as for `opcd train`."""
+    """Held-out prompts, or "none", as for `opcd train`."""
     task: str | None = None
     """A task in place of prompts, as for `opcd train`; it is played without a model, to see how long its turns get."""
     task_options: str | None = None
@@ -55,18 +55,19 @@ class PlanCommand:
 
 
 def run(arguments: list[str]) -> int:
-    command, config = plan_command(arguments)
+    command, named = plan_command(arguments)
     quiet_libraries()
     from opcd_fast.models import load_settings
     from opcd_fast.planning import as_json, plan_run, show
 
-    student, trust = load_settings(command.model, config.trust_remote_code), config.trust_remote_code
+    trust = command.run.trust_remote_code
+    student = load_settings(command.model, trust)
     teacher = None if command.teacher_model is None else load_settings(command.teacher_model, trust)
-    prompts: Any = None
     if command.prompts or command.task or command.task_options:
-        prompts = prompts_or_task(command, config)
-    config = settled(command, config, named_options(arguments), len(prompts) if isinstance(prompts, list) else None)
-    job = _job(command, config, prompts)
+        config, prompts, held_out = settings_and_prompts(command, named, tell)
+    else:
+        config, prompts, held_out = settled(command, named), None, None
+    job = _job(command, config, prompts, held_out)
     plan = plan_run(config, job, student, teacher, gpu=command.gpu, search=command.search, told=tell)
     if command.json:
         print(json.dumps(as_json(plan), indent=1))
@@ -75,7 +76,7 @@ def run(arguments: list[str]) -> int:
     return 0 if plan.found.fits else 1
 
 
-def _job(command: PlanCommand, config: OPCDConfig, prompts: Any) -> Any:
+def _job(command: PlanCommand, config: OPCDConfig, prompts: Any, held_out: Any) -> Any:
     """From files and a task, read with the model's tokenizer, or from numbers of tokens."""
     from opcd_fast.models import load_tokenizer
     from opcd_fast.planning.rehearsal import Job, job_of
@@ -89,34 +90,32 @@ def _job(command: PlanCommand, config: OPCDConfig, prompts: Any) -> Any:
         tell(f"no context given: planning for one of {tokens:,} tokens (--context FILE or --context-tokens N)")
     check_at_least(1, command, "context_tokens", "prompt_tokens")
     if tokens is not None:
-        if prompts is not None or command.eval_prompts is not None:
-            raise InputError(
-                "plan: prompts and tasks are rendered with their context; give context, the file, in place of its "
-                "tokens"
-            )
-        return Job((tokens,), ((command.prompt_tokens, command.prompt_tokens, 0),))
+        if prompts is not None or command.eval_prompts not in (None, "none"):
+            raise InputError("plan: prompts and tasks are rendered with their context; give context, the file itself")
+        rows = ((command.prompt_tokens, command.prompt_tokens, 0),)
+        evaluates = config.eval_every and command.eval_prompts is None
+        return Job((tokens,), rows, rows * config.eval_batch if evaluates else ())
     tokenizer = load_tokenizer(command.model, config.trust_remote_code)
-    prompts = ["word " * command.prompt_tokens] if prompts is None else prompts
+    if prompts is None:
+        prompts = ["word " * command.prompt_tokens]
+        held_out = {None: prompts * config.eval_batch, "none": None}.get(command.eval_prompts, command.eval_prompts)
     context = context_in(command.context)
-    return job_of(read_training_prompts(prompts, command.eval_prompts, context, tokenizer, config), config)
+    return job_of(read_training_prompts(prompts, held_out, context, tokenizer, config), config)
 
 
-def plan_command(arguments: list[str]) -> tuple[PlanCommand, OPCDConfig]:
-    """What the command line says, in front of what the YAML file of a run says."""
+def plan_command(arguments: list[str]) -> tuple[PlanCommand, set[str]]:
+    """What the command line says, in front of what the YAML file of a run says; and the options that either names."""
     import tyro
 
-    arguments, values, options = read_defaults(arguments)
+    arguments, values, options, named = read_defaults(arguments)
     for name in ("init", "replay"):
         if values.pop(name, None) is not None:
-            raise InputError(
-                f"plan: {name} goes on from an earlier run, which is not read; plan with that run's own config"
-            )
-    required = {"model": tyro.MISSING, "gpu": tyro.MISSING}
-    default = PlanCommand(**{**required, **values}, run=TrainOptions(**options))
+            raise InputError(f"plan: {name} goes on from an earlier run, not read here; plan with that run's config")
+    default = PlanCommand(**{"model": tyro.MISSING, "gpu": tyro.MISSING, **values}, run=TrainOptions(**options))
     command = parse(PlanCommand, "plan", arguments, default=default)
     if command.context_tokens is not None and "context" in values and command.context == values["context"]:
         # A number in place of the file; then the prompts, which would be rendered with it, are numbers too.
         files = {name: None for name in ("context", "prompts", "eval_prompts")
-                 if getattr(command, name) == values.get(name)}  # fmt: skip
+                 if getattr(command, name) == values.get(name) != "none"}  # fmt: skip
         command = dataclasses.replace(command, **files)
-    return command, OPCDConfig(**dataclasses.asdict(command.run))
+    return command, named

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -21,23 +20,25 @@ IN_WORDS = {  # for the help, in place of the defaults of `OPCDConfig`
 }  # fmt: skip
 
 
-def settled(command: Any, config: OPCDConfig, named: Collection[str], prompts: int | None) -> OPCDConfig:
-    """`config` with the preset's values of what is not `named`. prompts: how many are trained on; None: a task's.
+def settled(command: Any, named: Collection[str], prompts: Any = None) -> OPCDConfig:
+    """`command.run` with the preset's values of what is not `named`. prompts: what is trained on, a list or a task.
 
     An adapter is added only where there is none: not to a model that has one, and not to a run that goes on (`init`).
-    Raises InputError for an unknown preset.
+    Raises InputError for an unknown preset, and settings that do not go together.
     """
     OneOf(*PRESETS)("preset", command.preset)
+    config = command.run
     if command.preset == "paper":
-        return config
-    batch = config.batch_size if "batch_size" in named else min(BATCH, prompts or BATCH)
+        return config.checked()
+    count = len(prompts) if isinstance(prompts, list) else None
+    batch = config.batch_size if "batch_size" in named else min(BATCH, count or BATCH)
     wanted: dict[str, Any] = {"batch_size": batch, "max_new_tokens": LONGEST}
-    if prompts is not None:
-        wanted["steps"] = min(max(math.ceil(EPOCHS * prompts / batch), FEWEST_STEPS), MOST_STEPS)
+    if count is not None:
+        wanted["steps"] = min(max(math.ceil(EPOCHS * count / batch), FEWEST_STEPS), MOST_STEPS)
     has_adapter = getattr(command, "init", None) or (Path(command.model) / "adapter_config.json").is_file()
     if not has_adapter and not config.num_virtual_tokens:
         wanted["lora_rank"] = LORA_RANK
-    return dataclasses.replace(config, **{name: value for name, value in wanted.items() if name not in named})
+    return config.checked(**{name: value for name, value in wanted.items() if name not in named})
 
 
 def in_words(config: OPCDConfig) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, context_in, parse, quiet_libraries, sampler
+from opcd_fast.commands.arguments import ComputeOptions, context_in, parse, quiet_libraries, sampler, window_of
 from opcd_fast.data import Candidate, Selection
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
@@ -108,13 +108,13 @@ def _asked(
     command: PromptsCommand, name: str, count: int, tokenizer: Any, context: Any, variables: dict[str, Any]
 ) -> list[Candidate]:
     from opcd_fast.contexts import ask
-    from opcd_fast.models import load_model, seam
+    from opcd_fast.models import load_model
 
     model = load_model(name, **command.place())
     found = ask(
         sampler(model, tokenizer), tokenizer, context, count, similarity=command.similarity,
         temperature=command.temperature, seed=command.seed, template_kwargs=variables,
-        window=seam.longest_input(seam.body_of(model)),
+        window=window_of(model),
         report=lambda found, requests: say(f"asked {requests} times: {found} of {count} different prompts"),
     )  # fmt: skip
     if len(found) < count:

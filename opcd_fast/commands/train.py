@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,20 @@ from opcd_fast.commands.helping import long_help, short_help
 from opcd_fast.commands.presets import in_words, settled
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import launched, launched_rank
-from opcd_fast.training.settings import (
-    OPCDConfig,
-    check_names,
-    group_of,
-    option_names,
-    read_yaml,
-    typed_values,
-)
+from opcd_fast.training.settings import OPCDConfig, check_names, group_of, option_names, read_yaml, typed_values
 
 given = group_of("Model and data")
 
 
 @dataclass(frozen=True)
 class TrainOptions(OPCDConfig):
-    """The same options, checked only once those of a YAML file and of the command line are together."""
+    """The same options, checked only once those of a YAML file, the command line and the preset are together."""
 
     def __post_init__(self) -> None:
         pass
+
+    def checked(self, **preset: Any) -> OPCDConfig:
+        return OPCDConfig(**{**dataclasses.asdict(self), **preset})
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,8 @@ class TrainCommand:
 
 
 def run(arguments: list[str]) -> int:
-    command, config = train_command(arguments)
-    trainer = trainer_of(command, config, named_options(arguments))
+    command, named = train_command(arguments)
+    trainer = trainer_of(command, named)
     if trainer.config.preview and launched() == 1:
         _tell_memory(trainer, command)
     result = trainer.train()
@@ -87,24 +83,13 @@ def _tell_memory(trainer: Any, command: TrainCommand) -> None:
         _say(f"memory: {seen.nbytes / 2**30:.1f} GiB where a step needs most; the first step tells how long they take")
 
 
-def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]) -> Any:
+def trainer_of(command: TrainCommand, named: Collection[str]) -> Any:
     """The trainer of a run; nothing is written yet. named: the options that its user gave."""
-    from opcd_fast.data import read_prompts
-
     # Small files first: a wrong name must not cost the loading of a model, or of the libraries for it.
     context_in(command.context)
-    prompts, say = prompts_or_task(command, config), _say
-    general = sum(prompt.privileged_context == "" for prompt in prompts) if isinstance(prompts, list) else 0
-    if general:
-        say(f"{general} of {len(prompts)} prompts have an empty privileged_context: their teacher sees no context")
-    held_out: Any = None
-    if command.eval_prompts not in (None, "none"):
-        held_out = read_prompts(command.eval_prompts, "eval_prompts", **config.columns())
-    elif command.eval_prompts is None and command.task is None and config.eval_every:
-        prompts, held_out = _split(prompts, config)
-    config = settled(command, config, named, len(prompts) if isinstance(prompts, list) else None)
+    config, prompts, held_out = settings_and_prompts(command, named, _say)
     if command.preset != "paper":
-        say(in_words(config))
+        _say(in_words(config))
     from opcd_fast.models import cpu_has_bf16, load_model, load_tokenizer, pick_device
     from opcd_fast.training import OPCDTrainer
     from opcd_fast.training.engines import join
@@ -123,7 +108,7 @@ def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]
             raise InputError("replay: a task's turns cannot be mixed with prompts; drop replay or task")
         if command.replay is not None:
             replayed = start.replayed(command.replay, prompts, held_out or (), config.seed)
-            say(f"{len(replayed)} replayed prompts keep the context of {command.init}")
+            _say(f"{len(replayed)} replayed prompts keep the context of {command.init}")
     tokenizer = load_tokenizer(command.model, config.trust_remote_code)
     teacher_tokenizer = teacher = None
     if command.teacher_model is not None:
@@ -131,21 +116,16 @@ def trainer_of(command: TrainCommand, config: OPCDConfig, named: Collection[str]
         teacher = load_teacher(command.teacher_model, config)
     place = loading(config, config.quantization)
     if config.dtype == "bfloat16" and pick_device(config.device).type == "cpu" and not cpu_has_bf16():
-        say("dtype bfloat16: this CPU only imitates it; float32, the default here, is several times faster")
+        _say("dtype bfloat16: this CPU only imitates it; float32, the default here, is several times faster")
     if start is not None:
         model, teacher = start.models(**place)
     else:
         model = load_model(command.model, **place)
     trainer = OPCDTrainer(
-        model,
-        tokenizer,
-        None if command.context is None else Path(command.context),
-        [*prompts, *replayed] if replayed else prompts,
-        config,
-        teacher_model=teacher,
-        teacher_tokenizer=teacher_tokenizer,
-        eval_prompts=held_out,
-    )
+        model, tokenizer, None if command.context is None else Path(command.context),
+        [*prompts, *replayed] if replayed else prompts, config,
+        teacher_model=teacher, teacher_tokenizer=teacher_tokenizer, eval_prompts=held_out,
+    )  # fmt: skip
     if start is not None:
         start.described(trainer.origins, len(replayed))
     return trainer
@@ -156,7 +136,28 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _split(prompts: Sequence[Any], config: OPCDConfig) -> tuple[Sequence[Any], Sequence[Any] | None]:
+def settings_and_prompts(
+    command: Any, named: Collection[str], say: Callable[[str], None]
+) -> tuple[OPCDConfig, Any, Sequence[Any] | None]:
+    """A run's settings, what it trains on (prompts, or a task) and the prompts it evaluates on; None: a task's own, or
+    no evaluation. named: the options that its user gave."""
+    from opcd_fast.data import read_prompts
+
+    prompts, options = prompts_or_task(command), command.run
+    held_out: Any = None
+    general = sum(prompt.privileged_context == "" for prompt in prompts) if isinstance(prompts, list) else 0
+    if general:
+        say(f"{general} of {len(prompts)} prompts have an empty privileged_context: their teacher sees no context")
+    if command.eval_prompts not in (None, "none"):
+        held_out = read_prompts(command.eval_prompts, "eval_prompts", **options.columns())
+    elif command.eval_prompts is None and command.task is None and options.eval_every:
+        prompts, held_out = _split(prompts, options, say)
+    return settled(command, named, prompts), prompts, held_out
+
+
+def _split(
+    prompts: Sequence[Any], config: OPCDConfig, say: Callable[[str], None]
+) -> tuple[Sequence[Any], Sequence[Any] | None]:
     """Prompts to train on, and to hold out; a run that goes on holds out what it did, which may be none."""
     from opcd_fast.data import hold_out
     from opcd_fast.training.run import held_out_count
@@ -166,13 +167,13 @@ def _split(prompts: Sequence[Any], config: OPCDConfig) -> tuple[Sequence[Any], S
         return prompts, None
     train, held_out = hold_out(prompts)
     if not held_out:
-        _say(f"{len(prompts)} prompts are too few to hold some out; give --eval-prompts to see how the run fares")
+        say(f"{len(prompts)} prompts are too few to hold some out; give --eval-prompts to see how the run fares")
         return prompts, None
-    _say(f"{len(held_out)} of {len(prompts)} prompts are held out for evaluation (--eval-prompts FILE or none)")
+    say(f"{len(held_out)} of {len(prompts)} prompts are held out for evaluation (--eval-prompts FILE or none)")
     return train, held_out
 
 
-def prompts_or_task(command: Any, config: OPCDConfig) -> Any:
+def prompts_or_task(command: Any) -> Any:
     """What `prompts` names, or the task. Raises InputError for both, or neither."""
     from opcd_fast.data import read_prompts
     from opcd_fast.data.tasks import load_task, options_of
@@ -182,7 +183,7 @@ def prompts_or_task(command: Any, config: OPCDConfig) -> Any:
     if command.task is None:
         if command.task_options is not None:
             raise InputError("task_options is set, but no task; drop it, or give --task")
-        return read_prompts(command.prompts, **config.columns())
+        return read_prompts(command.prompts, **command.run.columns())
     return load_task(command.task, **options_of(command.task_options))
 
 
@@ -208,29 +209,33 @@ def loading(config: OPCDConfig, quantization: str, elsewhere: bool = False, wait
     return {"dtype": str(dtype).removeprefix("torch."), "device": "cpu", "trust_remote_code": config.trust_remote_code}
 
 
-def train_command(arguments: list[str], name: str = "train") -> tuple[TrainCommand, OPCDConfig]:
-    """A YAML file's values become the command line's defaults; only what both make together is checked."""
+def train_command(arguments: list[str], name: str = "train") -> tuple[TrainCommand, set[str]]:
+    """A YAML file's values become the command line's defaults. With the names of the options that either gives.
+
+    Whether the options go together can be said only when the preset has set the others, see `settled`.
+    """
     import tyro
 
     for words, show in ((("-h", "--help"), short_help), (("--help-all",), long_help)):
         if set(words) & set(arguments):
             print(show(name, TrainCommand), end="")
             raise SystemExit(0)
-    arguments, values, options = read_defaults(arguments)
-    required = {"model": tyro.MISSING}
-    default = TrainCommand(**{**required, **values}, run=TrainOptions(**options))
-    command = parse(TrainCommand, name, arguments, default=default)
-    return command, OPCDConfig(**dataclasses.asdict(command.run))
+    arguments, values, options, named = read_defaults(arguments)
+    default = TrainCommand(**{"model": tyro.MISSING, **values}, run=TrainOptions(**options))
+    return parse(TrainCommand, name, arguments, default=default), named
 
 
-def read_defaults(arguments: list[str]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """Arguments without `--config FILE`, and what that file sets: fields of `TrainCommand`, and of its options.
+def read_defaults(arguments: list[str]) -> tuple[list[str], dict[str, Any], dict[str, Any], set[str]]:
+    """Arguments without `--config FILE`, what that file sets (fields of `TrainCommand`, and of its options), and the
+    names of all options that have a value here or there, spelled as in Python.
 
     Raises InputError for a file that `opcd train` would not take.
     """
     arguments, path = _take_config(arguments)
+    words = (word[2:].partition("=")[0] for word in arguments if word.startswith("--"))
+    named = {word.removeprefix("no-").replace("-", "_") for word in words}
     if path is None:
-        return arguments, {}, {}
+        return arguments, {}, {}, named
     found, where = read_yaml(path), f"config file {path!r}"
     if found.get("trust_remote_code"):
         raise InputError(f"{where}: trust_remote_code is taken from the command line alone: --trust-remote-code")
@@ -239,16 +244,9 @@ def read_defaults(arguments: list[str]) -> tuple[list[str], dict[str, Any], dict
     try:
         values = typed_values(TrainCommand, {k: v for k, v in found.items() if k in of_command})
         options = {k: v for k, v in found.items() if k not in of_command}
-        return arguments, values, typed_values(TrainOptions, options, numbers_as_text=True)
+        return arguments, values, typed_values(TrainOptions, options, numbers_as_text=True), named | found.keys()
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-
-
-def named_options(arguments: list[str]) -> set[str]:
-    """The options that the command line or its YAML file gives a value, spelled as in Python."""
-    rest, values, options = read_defaults(arguments)
-    words = (word[2:].partition("=")[0] for word in rest if word.startswith("--"))
-    return {*values, *options, *(word.removeprefix("no-").replace("-", "_") for word in words)}
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:

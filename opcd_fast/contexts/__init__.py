@@ -7,7 +7,7 @@ from opcd_fast.runtime.doors import door
 if TYPE_CHECKING:
     from opcd_fast.contexts.asking import ask
     from opcd_fast.contexts.compression import (
-        Candidate, Ranked, cut_candidates, parts_that_matter, plot_ranked, rank, written_candidates,
+        FULL, Candidate, Ranked, cut_candidates, parts_that_matter, plot_ranked, rank, written_candidates,
     )  # fmt: skip
     from opcd_fast.contexts.experience import ExperienceFolder, accumulate, extract, select
     from opcd_fast.contexts.lessons import as_traces, lessons_of_notes, within_budget, without_similar

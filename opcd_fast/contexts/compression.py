@@ -20,9 +20,11 @@ from opcd_fast.errors import InputError
 from opcd_fast.evaluation import MICRO_BATCH_TOKENS, Reader, Reading, distances
 from opcd_fast.runtime import mean_and_error, stream_seed
 from opcd_fast.training.monitoring import save_plot
+from opcd_fast.training.step import check_prompt_length
 
 SHARES = (0.7, 0.5, 0.3, 0.15)  # lengths that the model is asked for, as parts of the full context's
 MOST_PARTS = 24  # of which each one is left out by itself: a candidate costs a reading of all answers
+FULL = "the full context"  # the source of that candidate
 STYLES = (
     "Keep every rule and every fact; leave out politeness, repetition and reasons.",
     "Write it as a list of short commands.",
@@ -53,8 +55,8 @@ class Ranked:
 
     candidate: Candidate
     tokens: float  # that a prompt carries because of it, mean over prompts
-    kl: float  # mean over answers of the mean over tokens, nats
-    low: float  # 95 % interval of the mean over answers
+    kl: float  # mean over prompts of the mean over answers of the mean over tokens, nats
+    low: float  # 95 % interval of the mean over prompts
     high: float
     top1_agreement: float  # tokens where the most probable token is the full context's
     front: bool = False  # no other candidate has both fewer tokens and less KL
@@ -104,32 +106,25 @@ def parts_that_matter(ranked: Sequence[Ranked]) -> list[Ranked]:
 
 
 def rank(
-    model: Any,
-    tokenizer: Any,
-    full: Context,
-    candidates: Sequence[Candidate],
-    prompts: Sequence[Prompt],
-    rollout: Any,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    answers_per_prompt: int = 1,
-    micro_batch_tokens: int | None = MICRO_BATCH_TOKENS,
-    seed: int = 0,
+    model: Any, tokenizer: Any, full: Context, candidates: Sequence[Candidate], prompts: Sequence[Prompt], rollout: Any,
+    *, max_new_tokens: int, temperature: float = 1.0, answers_per_prompt: int = 1, seed: int = 0,
+    micro_batch_tokens: int | None = MICRO_BATCH_TOKENS, window: int | None = None,
     told: Callable[[str], None] = lambda line: None,
-) -> list[Ranked]:
+) -> list[Ranked]:  # fmt: skip
     """All candidates, and none ("") and the full context, in the order of their tokens.
 
     Every context is read once; the answers are the same for all. temperature divides the logits, as it does when the
-    answers are drawn. told: gets a line before the answers and now and then between candidates.
-    Raises InputError for fewer than two prompts.
+    answers are drawn. window: most tokens of prompt and answer; None: no limit. told: gets a line before the answers
+    and now and then between candidates. Raises InputError for fewer than two prompts, and what no window holds.
     """
     if len(prompts) < 2:
         raise InputError("prompts: at least two are needed to tell a candidate's loss from chance")
     prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
 
     def rendered(context: Context) -> list[list[int]]:
-        return [list(teacher_ids(tokenizer, prompt, context)) for prompt in prompts]
+        rows = [list(teacher_ids(tokenizer, prompt, context)) for prompt in prompts]
+        check_prompt_length(max(map(len, rows)), max_new_tokens, window)
+        return rows
 
     def read(rows: list[list[int]]) -> Reading:
         return Reader(model, rows, micro_batch_tokens=micro_batch_tokens).read(answers)
@@ -142,13 +137,14 @@ def rank(
     answers = [answer.token_ids for answer in drawn]
     with_full, without = read(whole), statistics.fmean(map(len, rendered("")))
     ranked = []
-    unique = {str(c.context): c for c in (Candidate("", "none"), *candidates, Candidate(full, "the full context"))}
+    unique = {str(c.context): c for c in (Candidate("", "none"), *candidates, Candidate(full, FULL))}
     for done, candidate in enumerate(unique.values()):
         if done % max(1, len(unique) // 10) == 0:
             told(f"candidate {done + 1} of {len(unique)}")
         rows = rendered(candidate.context)
         found = distances(with_full, read(rows), temperature)
-        kl, error = mean_and_error([one.kl for one in found])
+        groups = (found[at : at + answers_per_prompt] for at in range(0, len(found), answers_per_prompt))
+        kl, error = mean_and_error([statistics.fmean(one.kl for one in group) for group in groups])
         same = statistics.fmean(same for one in found for same in one.same_first)
         tokens = statistics.fmean(map(len, rows)) - without
         ranked.append(Ranked(candidate, tokens, kl, kl - 1.96 * error, kl + 1.96 * error, same))

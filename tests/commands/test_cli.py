@@ -61,7 +61,8 @@ def test_yaml_and_command_line_are_checked_together(model_folder, files):
     )
 
     def parse(*more):
-        return train_command(["--model", "M", "--prompts", "P", "--config", str(files / "run.yaml"), *more])
+        command, _ = train_command(["--model", "M", "--prompts", "P", "--config", str(files / "run.yaml"), *more])
+        return command, command.run.checked()
 
     config = parse("--lora-rank", "4", "--steps", "1", "--no-gradient-checkpointing")[1]
     assert (config.lora_alpha, config.merge_for_rollout, config.lora_targets) == (8, True, "q_proj,v_proj")

@@ -61,6 +61,16 @@ def test_the_papers_settings(job, tmp_path):
     assert (found["lora_rank"], found["batch_size"]) == (0, 2)
 
 
+def test_settings_are_checked_together_with_the_presets(job, capsys):
+    """The rank and the number of steps that these need are the preset's."""
+    needs = ["--use-dora", "--lora-alpha", "64", "--merge-for-rollout", "True", "--warmup-steps", "60",
+             "--batch-size", "1"]  # fmt: skip
+    assert main(["preview", *job, *needs, "--max-new-tokens", "4"]) in (0, 1)
+    for wrong, told in ((["--lora-rank", "0"], "lora_alpha"), (["--steps", "60"], "warmup_steps"),
+                        (["--preset", "paper"], "warmup_steps")):  # fmt: skip
+        assert main(["train", *job, *needs, *wrong]) == 2 and told in capsys.readouterr().err
+
+
 def test_another_preset_is_refused(job, capsys):
     assert main(["train", *job, "--preset", "papers"]) == 2
     assert "preset='papers'" in capsys.readouterr().err
@@ -110,6 +120,16 @@ def test_generate_takes_a_runs_folder_and_standard_input(job, tmp_path, capsys, 
     (tmp_path / "run" / "final").rename(tmp_path / "run" / "gone")
     assert main(["generate", "--model", str(tmp_path / "run"), "--prompt", "q", *ask]) == 2
     assert "has not ended" in capsys.readouterr().err
+
+
+def test_a_trained_prefix_takes_its_part_of_the_window(job, tmp_path, capsys, monkeypatch):
+    assert main(["train", *job, *SHORT, "--num-virtual-tokens", "3", "--eval-prompts", "none"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("question 1\nquestion 1\n"))
+    ask = ["--model", str(tmp_path / "run"), "--device", "cpu", "--max-new-tokens"]
+    assert main(["generate", "--prompt", "question 1", *ask, "512"]) == 2
+    room = 512 - int(capsys.readouterr().err.split("prompt of ")[1].split()[0])
+    for command in (["generate", "--prompt", "question 1"], ["chat"]):
+        assert main([*command, *ask, str(room)]) == 2 and "by 3;" in capsys.readouterr().err
 
 
 def test_chat_keeps_two_conversations(job, tmp_path, capsys, monkeypatch):
@@ -182,6 +202,9 @@ def test_a_slip_in_the_options(job, capsys, words, told):
 
 def test_what_must_be_given(capsys):
     assert said(capsys, "generate", "--prompt", "x")[2].startswith("opcd: generate: --model must be given")
+    for words, missing in (("report", "RUN"), ("check --context x", "RUN"), ("diff", "A and B"), ("diff a", "B")):
+        name, told = words.split()[0], said(capsys, *words.split())[2]
+        assert told.startswith(f"opcd: {name}: {missing} must be given")
     assert said(capsys, "diff", "--modle", "x")[2].startswith("opcd: diff: there is no option --modle")
 
 

@@ -11,7 +11,7 @@ from opcd_fast.contexts import Candidate, Ranked, cut_candidates, parts_that_mat
 from opcd_fast.contexts.compression import with_front
 from opcd_fast.data import read_prompts, teacher_ids
 from opcd_fast.errors import InputError
-from opcd_fast.rollout import TransformersRollout
+from opcd_fast.rollout import Completion, TransformersRollout
 from opcd_fast.runtime import stream_seed
 
 TURNS = [
@@ -103,6 +103,22 @@ def test_the_ranking_is_the_kl_of_plain_forward_passes(model, adapter):
         assert one.low <= one.kl <= one.high
 
 
+def test_the_interval_is_one_over_prompts(model):
+    """The same answer of a prompt again and again tells no more of it."""
+    tokenizer, full = tiny_tokenizer(), "be brief\nbe kind"
+    prompts = read_prompts(["what is it", "say more", "why"])
+
+    class Fixed:
+        def generate(self, rows, **_):
+            return [Completion((5, 6, 7), None, True) for _ in rows]
+
+    once, often = (
+        rank(model, tokenizer, full, [], prompts, Fixed(), max_new_tokens=3, answers_per_prompt=count)[0]
+        for count in (1, 9)
+    )
+    assert once.kl == pytest.approx(often.kl) and once.high - once.low == pytest.approx(often.high - often.low)
+
+
 def test_the_front_is_what_nothing_beats():
     points = [(0, 1.0), (3, 1.2), (5, 0.4), (5, 0.5), (9, 0.4), (12, 0.0)]
     ranked = [Ranked(Candidate(str(p), ""), p[0], p[1], 0, 0, 1.0) for p in points]
@@ -127,7 +143,8 @@ def test_the_command(model, tmp_path, capsys):
     assert {"none", "the full context", f"file {tmp_path / 'own.txt'}", "first 1 of 2 parts"} <= sources
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
     # The shortest that is good enough, and is shorter than the whole.
-    shorter = [row for row in record["ranked"] if 0 < row["tokens"] < record["ranked"][-1]["tokens"]]
+    (most,) = (row["tokens"] for row in record["ranked"] if row["candidate"]["source"] == "the full context")
+    shorter = [row for row in record["ranked"] if 0 < row["tokens"] < most]
     (saved,) = (tmp_path / "out").glob("shorter.*")
     text = saved.read_text()
     assert shorter[0]["candidate"]["context"] == (text if saved.suffix == ".txt" else json.loads(text))
@@ -138,3 +155,9 @@ def test_the_command(model, tmp_path, capsys):
     assert main([*arguments, "--max-kl", "0", "--written", "0"]) == 0
     assert "no shorter candidate" in capsys.readouterr().out and not list((tmp_path / "out").glob("shorter.*"))
     assert main([*arguments, "--temperature", "0"]) == 2
+    for more in (["--max-new-tokens", "500", "--written", "0"], ["--max-context-tokens", "500"]):
+        assert main([*arguments, *more]) == 2 and "the model's window of 512" in capsys.readouterr().err
+    (tmp_path / "context.txt").write_text("be brief")
+    (tmp_path / "own.txt").write_text("be brief, and do not say more than is asked for")
+    assert main([*arguments, "--context", str(tmp_path / "context.txt"), "--written", "0", "--max-kl", "100"]) == 0
+    assert "no shorter candidate" in capsys.readouterr().out  # the one that is there is longer than the full context

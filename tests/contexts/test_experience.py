@@ -226,7 +226,7 @@ def test_play_shows_the_context_and_asks_only_those_that_go_on():
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
+    tiny_model(max_position_embeddings=2048).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -261,6 +261,15 @@ def test_the_command_writes_raw_attempts(tmp_path, model_folder, capsys):
     assert 60 < len(text) <= 120 and "q8.0" in text and "q0.0" not in text
     assert main([*command, "--merge"]) == 2
     assert main([*command, "--max-tokens", "3"]) == 2 and "max_tokens=3" in capsys.readouterr().err
+
+
+def test_what_no_window_holds_is_refused(model_folder, tmp_path, capsys):
+    shared = ["--model", model_folder, "--max-new-tokens", "2040", "--device", "cpu", "--output-dir"]
+    assert main(["extract", "--task", "instructions", "--problems", "2", *shared, str(tmp_path / "a")]) == 2
+    assert "the model's window of 2048" in capsys.readouterr().err
+    (tmp_path / "attempts.jsonl").write_text(json.dumps(attempt(0) | {"lessons": ["look first", "then move"]}) + "\n")
+    assert main(["accumulate", "--merge", *shared, str(tmp_path)]) == 2
+    assert "the model's window of 2048" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

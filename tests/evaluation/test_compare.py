@@ -87,7 +87,8 @@ def test_a_system_with_settings_of_its_own():
     [
         (["opdc"], "'opdc' is unknown"), ([""], "systems is empty"), (["opcd,opcd"], "twice"),
         (["opcd:steps"], "setting=value"), (["opcd:stepz=3"], "steps"), (["opcd:steps=many"], "steps"),
-        (["opcd:seed=3"], "seed"), (["a/b=opcd:steps=3"], "becomes a folder"),
+        (["opcd:seed=3"], "seed"), (["x=opcd:lora_targets=[q_proj,v_proj]"], "commas"),
+        (["a/b=opcd:steps=3"], "becomes a folder"),
     ],
 )  # fmt: skip
 def test_systems_that_make_no_sense(words, message):

@@ -229,6 +229,11 @@ def test_another_base_than_the_runs_is_refused(lora_run, tmp_path):
         measure(tmp_path / "packed", ReportOptions())
 
 
+def test_a_device_that_is_not_here_is_no_obstacle(lora_run):
+    settings = {**run_settings(lora_run), "device": "cuda:99"}
+    assert load_run(lora_run, read_record(lora_run), settings, None).base.model.device.index != 99
+
+
 def test_a_run_that_kept_nothing_needs_context_and_prompts(lora_run, base, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(lora_run, old)

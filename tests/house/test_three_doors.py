@@ -80,6 +80,11 @@ def as_arguments(settings):
     return words
 
 
+def trained_with(*arguments):
+    """The settings that a command line says, without a preset."""
+    return train_command(list(arguments))[0].run.checked()
+
+
 @pytest.mark.parametrize("name", option_names(OPCDConfig))
 def test_every_setting_through_every_door(name, tmp_path):
     settings, wanted = settings_with(name)
@@ -87,13 +92,13 @@ def test_every_setting_through_every_door(name, tmp_path):
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({**plain, "model": "M", "prompts": "P"}))
     (tmp_path / "b.yaml").write_text(json.dumps({key.replace("_", "-"): value for key, value in plain.items()}))
-    assert train_command([*required, *as_arguments(settings)])[1] == wanted
+    assert trained_with(*required, *as_arguments(settings)) == wanted
     if name == "trust_remote_code":  # no file may say that
         with pytest.raises(InputError, match="command line alone"):
-            train_command(["--config", str(tmp_path / "a.yaml")])
+            trained_with("--config", str(tmp_path / "a.yaml"))
         return
-    assert train_command(["--config", str(tmp_path / "a.yaml")])[1] == wanted
-    assert train_command([*required, "--config", str(tmp_path / "b.yaml")])[1] == wanted
+    assert trained_with("--config", str(tmp_path / "a.yaml")) == wanted
+    assert trained_with(*required, "--config", str(tmp_path / "b.yaml")) == wanted
     assert OPCDConfig(**dataclasses.asdict(wanted)) == wanted
 
 
@@ -102,7 +107,7 @@ def test_template_variables_as_an_object_or_as_text(tmp_path):
     assert wanted == OPCDConfig(chat_template_kwargs='{"a": false, "b": [1]}')
     assert wanted.template_variables() == {"a": False, "b": [1]} and DEFAULTS.template_variables() == {}
     (tmp_path / "a.yaml").write_text("model: M\nprompts: P\nchat_template_kwargs:\n  a: false\n  b: [1]\n")
-    assert train_command(["--config", str(tmp_path / "a.yaml")])[1] == wanted
+    assert trained_with("--config", str(tmp_path / "a.yaml")) == wanted
     for bad in ("{", "[1]", "5", "null", {1, 2}, {"a": {1}}, 5):
         with pytest.raises(InputError, match="chat_template_kwargs"):
             OPCDConfig(chat_template_kwargs=bad)

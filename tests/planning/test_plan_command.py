@@ -64,7 +64,7 @@ def test_settings_that_were_found_fit(folder, capsys):
         (["--gpu", "100MB"], "less than"),
         (["--gpu", "1GB", "--context", "x.txt"], "not both"),
         (["--gpu", "1GB", "--eval-prompts", "p.jsonl"], "give context"),
-        (["--gpu", "1GB", "--lora-alpha", "3"], "lora_alpha is set"),
+        (["--gpu", "1GB", "--lora-alpha", "3", "--lora-rank", "0"], "lora_alpha is set"),
     ],
 )
 def test_wrong_usage(folder, capsys, arguments, words):
@@ -130,14 +130,27 @@ def written(tmp_path, folder):
 
 def test_the_file_of_a_run_is_planned_as_written(written, capsys):
     file, _ = written
-    assert plan_command(["--config", str(file), "--gpu", "1GB"])[1] == train_command(["--config", str(file)])[1]
+    assert plan_command(["--config", str(file), "--gpu", "1GB"])[0].run == train_command(["--config", str(file)])[0].run
     found = as_plan(capsys, "--gpu", "24GB", "--config", file)
     assert found["phases"]["backward"]["parts"]["adapter"] and "evaluation" in found["phases"]
     more = as_plan(capsys, "--gpu", "24GB", "--config", file, "--batch-size", 6)
     assert more["micro_batch_tokens"] == 3 * found["micro_batch_tokens"]
     numbers = as_plan(capsys, "--gpu", "24GB", "--config", file, "--context-tokens", 300, "--prompt-tokens", 20)
-    assert "evaluation" not in numbers["phases"]
+    assert "evaluation" in numbers["phases"]
     assert numbers["phases"]["student"]["parts"]["context KV"] == 300 * KEYS
+
+
+def test_the_evaluation_that_a_run_makes_is_planned(written, capsys):
+    """Of prompts that `opcd train` would hold out, or of as many as one takes where there are only numbers."""
+    file, settings = written
+    lines = [f"{name}: {value}\n" for name, value in settings.items() if name != "eval_prompts"]
+    Path(settings["prompts"]).write_text("".join(json.dumps({"prompt": f"{n} " + "q" * 30}) + "\n" for n in range(24)))
+    bare = [line for line in lines if not line.startswith("prompts")]
+    planned, none = ["--gpu", "24GB", "--no-search", "--prompt-tokens", 20, "--config", file], "eval_prompts: none\n"
+    for names, more in ((lines, []), (bare, []), ([*lines, none], []), ([*lines, none], ["--context-tokens", 100])):
+        file.write_text("".join(names))
+        phases = as_plan(capsys, *planned, "--eval-batch", 2, *more)["phases"]
+        assert ("evaluation" in phases) == (none not in names)
 
 
 def test_the_turns_of_a_task_are_planned(written, capsys):

@@ -82,7 +82,13 @@ def _with_settings(word: str) -> System:
         key, equals, value = setting.partition("=")
         if not equals or not value:
             raise InputError(f"systems: {setting!r} in {word!r} must be setting=value")
-        changes[key.replace("-", "_")] = value if key == "context" else yaml.safe_load(value)
+        try:
+            changes[key.replace("-", "_")] = value if key == "context" else yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
+            raise InputError(
+                f"systems: {setting!r} in {word!r} cannot be read; a list has commas, which end a setting here: give "
+                "it to all systems, as an option of its own"
+            ) from error
     context = changes.pop("context", None)
     names = [name for name in option_names(OPCDConfig) if name not in settings_with(belongs="comparison")]
     check_names(changes, names, f"systems: {word!r}")

@@ -12,7 +12,7 @@ import torch
 
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation import MICRO_BATCH_TOKENS, Reader
-from opcd_fast.models import base_of_adapter, load_model, load_tokenizer, place_of, seam, with_adapter
+from opcd_fast.models import base_of_adapter, load_model, load_tokenizer, pick_device, place_of, seam, with_adapter
 from opcd_fast.rollout import Completion, TransformersRollout, stop_token_ids
 from opcd_fast.training.engines import fingerprint, shared_vocabulary
 from opcd_fast.training.run import FileHashes, differing, weight_files
@@ -83,6 +83,10 @@ def load_run(
         if changed:
             raise InputError(f"base {base_name!r} is not what the run started from: {changed[0]}; give it with --model")
     place: dict[str, Any] = {name: settings.get(name, "auto") for name in ("dtype", "device")}
+    try:
+        pick_device(place["device"], make_current=False)
+    except InputError:  # it was another machine's
+        place["device"] = "auto"
     place["trust_remote_code"] = trust_remote_code
     base = load_model(base_name, **place)
     if record and not record["base"]["files"] and record["base"]["fingerprint"] not in (None, fingerprint(base)):

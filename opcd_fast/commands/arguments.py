@@ -91,6 +91,20 @@ class ComputeOptions:
         return {name: getattr(self, name) for name in ("dtype", "device", "trust_remote_code")}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(ComputeOptions):
+    """And how it answers."""
+
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.7
+    """0 takes the most probable token each time; above 0 samples."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    seed: int = 0
+    """Fixes what is drawn."""
+
+
 def check_at_least(least: int, command: Any, *names: str) -> None:
     """Raises InputError for an option that is set, and smaller."""
     for name in names:

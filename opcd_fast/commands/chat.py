@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opcd_fast.commands.arguments import (
-    ComputeOptions,
+    SamplingOptions,
     check_sampling,
     context_in,
     parse,
@@ -22,7 +22,7 @@ from opcd_fast.runtime import printable
 
 
 @dataclass(frozen=True)
-class ChatCommand(ComputeOptions):
+class ChatCommand(SamplingOptions):
     """Ask questions one line at a time. An empty line begins a new conversation; Ctrl-D ends the program.
 
     With --context the base model, which sees it, answers beside the student, in a conversation of its own.
@@ -32,14 +32,6 @@ class ChatCommand(ComputeOptions):
     """A run's folder, a folder with a model or an adapter, a hub id, or "smollm2"."""
     context: str | None = None
     """What the base sees: a text file, or chat turns as .json or .jsonl."""
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
-    temperature: float = 0.7
-    """0 takes the most probable token each time; above 0 samples."""
-    top_p: float = 1.0
-    """Nucleus sampling."""
-    seed: int = 0
-    """Fixes the samples."""
 
 
 def run(arguments: list[str]) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, check_sampling, quiet_libraries, sampler, window_of
+from opcd_fast.commands.arguments import SamplingOptions, check_sampling, quiet_libraries, sampler, window_of
 
 
 @dataclass(frozen=True)
-class PlayOptions(ComputeOptions):
+class PlayOptions(SamplingOptions):
     """A model that plays a task."""
 
     model: str
@@ -22,16 +22,8 @@ class PlayOptions(ComputeOptions):
     """Options of the task as JSON, such as {"size": 4}."""
     problems: int = 30
     """How many problems are played; fewer when the task has no more in its split."""
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
-    temperature: float = 0.7
-    """Sampling temperature."""
-    top_p: float = 1.0
-    """Nucleus sampling."""
     rollout_batch: int = 64
     """Sequences generated at once."""
-    seed: int = 0
-    """Fixes problems and samples."""
 
 
 def begin(options: PlayOptions, step: str) -> tuple[Any, Any, Any]:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from opcd_fast.commands.arguments import (
-    ComputeOptions,
+    SamplingOptions,
     check_sampling,
     context_in,
     parse,
@@ -20,8 +20,8 @@ from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig
 
 
-@dataclass(frozen=True)
-class GenerateCommand(ComputeOptions):
+@dataclass(frozen=True, kw_only=True)
+class GenerateCommand(SamplingOptions):
     """Print a model's answer to a prompt, or to each prompt of a file.
 
     Of a file: one line of JSON per prompt, with "prompt" (the row's text or messages), "answer", and "finished" (false:
@@ -40,18 +40,12 @@ class GenerateCommand(ComputeOptions):
     """Prompts of a file answered at once."""
     context: str | None = None
     """A text file, or chat turns as .json or .jsonl, put in front."""
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
     temperature: float = 0.0
     """0 takes the most probable token each time; above 0 samples."""
-    top_p: float = 1.0
-    """Nucleus sampling."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end an answer besides the tokenizer's and the model's end tokens."""
     chat_template_kwargs: str | None = None
     """Variables of the chat template, as a JSON object: '{"enable_thinking": false}'."""
-    seed: int = 0
-    """Fixes the samples."""
 
 
 def run(arguments: list[str]) -> int:

@@ -259,24 +259,18 @@ def _smollm2_folder() -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _read_once() -> Iterator[None]:
+def _read_once() -> contextlib.AbstractContextManager[None]:
     """transformers reads a GGUF file's half a million entries for weights, configuration and tokenizer each,
     and makes the table of its tensors' names anew for every module; meanwhile both are kept. Its bar of progress is
     left out."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in kept.items():
-        setattr(gguf, name, functools.lru_cache(maxsize=1)(function))
-    bar, reading.tqdm = reading.tqdm, lambda found, **_: found
-    try:
-        yield
-    finally:
-        reading.tqdm = bar
-        for name, function in kept.items():
-            setattr(gguf, name, function)
+    from opcd_fast.models.seam import holding
+
+    once = functools.lru_cache(maxsize=1)
+    kept = [(gguf, name, once(getattr(gguf, name))) for name in ("GGUFReader", "get_tensor_name_map")]
+    return holding([*kept, (reading, "tqdm", lambda found, **_: found)])
 
 
 def _convert_gguf(source: Path, folder: Path) -> None:

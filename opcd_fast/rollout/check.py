@@ -140,17 +140,13 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         else:
             hooks.append(part.register_forward_pre_hook(widen))
             hooks.append(part.register_forward_hook(put_back, always_call=True))
-    packed: list[Any] = [module for module in model.modules() if "compute_dtype" in vars(module)]  # bitsandbytes'
-    types = [module.compute_dtype for module in packed]
+    packed = (module for module in model.modules() if "compute_dtype" in vars(module))  # bitsandbytes'
     try:
-        for module in packed:
-            module.compute_dtype = torch.float32
-        yield
+        with seam.holding((module, "compute_dtype", torch.float32) for module in packed):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, dtype in zip(packed, types):
-            module.compute_dtype = dtype
         put_back()
 
 

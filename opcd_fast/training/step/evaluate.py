@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast.data import RenderedPrompt, Sample, pack
+from opcd_fast.models import seam
 from opcd_fast.rollout import Completion
 from opcd_fast.runtime import mean_and_error
 from opcd_fast.training.engines import Engine, TokenBudget
@@ -78,14 +79,10 @@ def divergence(
             tokens += batch.response_ids.numel()
         return by_sequence, first_tokens, by_token, agreement, tokens
 
-    was_training = student.training
-    student.eval()
-    try:
+    with seam.scoring_mode(student):
         if engine is not None:
             engine.read_contexts(teacher, samples)
         by_sequence, first_tokens, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
-    finally:
-        student.train(was_training)
     by_sequence = ranks.gather_lists(by_sequence)
     if each is not None:
         each += by_sequence

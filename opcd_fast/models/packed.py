@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from opcd_fast.models.prefix_tuning import Prefix, refuses_prefix
 
 logger = logging.getLogger("opcd_fast")
 
-_told: set[str] = set()  # what was logged, so that each fallback of an architecture is said once per process
 
-
+@cache
 def say_once(key: str, message: str) -> None:
-    if key not in _told:
-        _told.add(key)
-        logger.warning(message)
+    """In the log, once per process for each architecture (`key`) and reason."""
+    logger.warning(message)
 
 
 def packed_hidden_states(

@@ -95,16 +95,10 @@ def scored(
 
 
 def _behind_prefix(model: Any, length: int) -> dict[str, Any]:
-    prefix = seam.trained_prefix(model)
-    if prefix is None:
+    if seam.trained_prefix(model) is None:
         return {"use_cache": False}
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(prefix):
-        cache.update(key, value, layer)
-    past = prefix[0][0].shape[2]
-    positions = torch.arange(past, past + length, device=prefix[0][0].device)[None]
+    cache = seam.prompt_learner(model).get_prompt(batch_size=1)
+    positions = cache.get_seq_length() + torch.arange(length, device=next(model.parameters()).device)[None]
     return {"position_ids": positions, "use_cache": True, **seam.cache_argument(model, cache)}
 
 

@@ -140,17 +140,14 @@ class MixedAnswers(PromptAnswers):
         sampling = self.sampling_at(step)
         chance = random.Random(stream_seed(config.seed, "off-policy", step))
         off = [chance.random() < config.off_policy_share for _ in rows]
-        theirs = iter(self._theirs([row for row, one in zip(rows, off) if one], sampling))
+        taught = self._teacher([row for row, one in zip(rows, off) if one], sampling)
+        # Log-probabilities of the teacher are not those of the distribution that is trained: they become NaN.
+        theirs = iter([replace(answer, logprobs=(math.nan,) * len(answer.token_ids)) for answer in taught])
         own = iter(self._write([row for row, one in zip(rows, off) if not one], sampling))
         answers = [next(theirs if one else own) for one in off]
         name = "teacher" if config.off_policy_share == 1 else "both"
         more = {**self._bound(sampling), "off_policy_answers": sum(off), "answers_of": name}
         return self._drawn(rows, answers, **more)
-
-    def _theirs(self, rows: Sequence[RenderedPrompt], sampling: Sampling) -> list[Completion]:
-        """The teacher's. Its log-probabilities are not those of the distribution that is trained: they become NaN."""
-        answers = self._teacher(rows, sampling)
-        return [replace(answer, logprobs=(math.nan,) * len(answer.token_ids)) for answer in answers]
 
 
 class KeptAnswers(PromptAnswers):

@@ -58,7 +58,7 @@ def divergence(
         tokens = 0
         for turn in budget.rounds(samples):
             batch = pack(turn.samples).to(device)
-            seen = _LogProbabilities()
+            seen: list[Tensor] = []
             _, stats = score(
                 batch,
                 student,
@@ -66,14 +66,14 @@ def divergence(
                 temperature=temperature,
                 denominator=1.0,
                 compute_dtype=compute_dtype,
-                drift=seen,
+                drift=lambda logprobs, *_, seen=seen: seen.append(logprobs),
                 **loss_options,
             )
             if turn.empty:
                 continue
             lengths = batch.response_cu_seqlens.diff().tolist()
             by_sequence += [float(answer.sum()) for answer in (stats.token_kl * batch.token_weights).split(lengths)]
-            first_tokens += [float(answer[0].exp()) for x in seen.found for answer in x.split(lengths)]
+            first_tokens += [float(answer[0].exp()) for x in seen for answer in x.split(lengths)]
             by_token += float(stats.token_kl.sum())
             agreement += float(stats.top1_agreement.float().sum())
             tokens += batch.response_ids.numel()
@@ -96,16 +96,6 @@ def divergence(
         "top1_agreement": agreement / tokens,
     }
     return record | ({"first_token": statistics.median(first_tokens)} if first_tokens else {})
-
-
-class _LogProbabilities:
-    """Of the response tokens under the student, as the objective tells them."""
-
-    def __init__(self) -> None:
-        self.found: list[Tensor] = []
-
-    def add(self, logprobs: Tensor, behaviour: Tensor, factors: Tensor | None = None) -> None:
-        self.found.append(logprobs)
 
 
 def samples_of(rows: Sequence[RenderedPrompt], completions: Sequence[Completion]) -> list[Sample]:

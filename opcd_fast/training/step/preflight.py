@@ -122,7 +122,8 @@ def check_context_matters(
     try:
         with base_weights, seam.scoring_mode(model):
             effect = difference(with_context, teacher)
-            rounding = difference(without, _without_context(teacher, adapter))
+            options: dict[str, Any] = {"path": teacher.path, "adapter": adapter, "autocast": teacher.autocast}
+            rounding = difference(without, ContextTeacher(model, [[]], frozen_weights=True, **options))
     except ValueError as error:
         raise InputError(str(error)) from error
     if not math.isfinite(effect) or not math.isfinite(rounding):
@@ -132,9 +133,3 @@ def check_context_matters(
             f"context changes nothing: the teacher's KL with and without it is {effect:.1e} (rounding alone: "
             f"{rounding:.1e}); check that the context reaches the model's prompt"
         )
-
-
-def _without_context(teacher: ContextTeacher, adapter: str) -> ContextTeacher:
-    return ContextTeacher(
-        teacher.model, [[]], path=teacher.path, adapter=adapter, frozen_weights=True, autocast=teacher.autocast
-    )

@@ -27,12 +27,10 @@ def pick_device(device: str = "auto", *, name: str = "device", make_current: boo
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise InputError(f"{name}={device!r} is not available; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if device == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"{name}={device!r}, but torch sees no GPU; use {name}='cpu'")
-    if device == "cuda":
-        return torch.device("cuda")
+    if device in ("cpu", "cuda"):
+        return torch.device(device)
     index, count = int(device.partition(":")[2]), torch.cuda.device_count()
     if index >= count:
         seen = f"{count} GPU{'s' * (count > 1)}"
@@ -64,9 +62,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         if dtype not in names:
             raise InputError(f"dtype={dtype!r} is unknown; use 'auto', {', '.join(map(repr, names))}")
         return names[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or cpu_has_bf16() else torch.float32
 
 
 def cpu_has_bf16() -> bool:

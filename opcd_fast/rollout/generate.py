@@ -52,13 +52,9 @@ def generate(
         )
     if prefix is not None and prefix.get_seq_length() < width:
         raise RuntimeError("model: transformers' generate did not read the trained prefix; use engine='decode'")
-    tokens = output[:, width:].tolist()
+    cut = [cut_at_stop(row, stop_token_ids)[0] for row in output[:, width:].tolist()]
     logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
-    answers = []
-    for row, values in zip(tokens, logprobs):
-        kept, _ = cut_at_stop(row, stop_token_ids)
-        answers.append((list(kept), values[: len(kept)]))
-    return answers
+    return [(list(ids), row[: len(ids)]) for ids, row in zip(cut, logprobs)]
 
 
 class _Sampler:

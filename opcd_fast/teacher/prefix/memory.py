@@ -45,6 +45,9 @@ class PrefixMemory:
         """Contexts whose prefix is in memory."""
         return sum(place in self._held for place in self._places)
 
+    def __getitem__(self, index: int) -> SharedPrefix:
+        return self._held[self._places[index]]
+
     @property
     def nbytes(self) -> int:
         return sum(prefix.nbytes for prefix in self._held.values())
@@ -66,7 +69,7 @@ class PrefixMemory:
             self._drop_used_up_beginnings()
         for index in indices:
             self._held.move_to_end(self._places[index])
-        return {index: self._held[self._places[index]] for index in indices}
+        return {index: self[index] for index in indices}
 
     def trim(self) -> None:
         """Drop the prefixes used longest ago until the bound holds; for the end of a call."""

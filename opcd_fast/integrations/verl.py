@@ -217,12 +217,8 @@ class HeadBehind:
     def __call__(self, model: Any) -> LMHead:
         kind, layer = type(model), model.get_output_embeddings()
         if model not in self._known:
-            replaced = kind.forward
-            kind.forward = self._plain  # LMHead.from_model looks at what it does
-            try:
+            with seam.holding([(kind, "forward", self._plain)]):  # LMHead.from_model looks at what it does
                 self._known[model] = LMHead.from_model(model)
-            finally:
-                kind.forward = replaced
         # A sharded parameter is another tensor at every step.
         return replace(self._known[model], weight=layer.weight, bias=layer.bias)
 

@@ -27,8 +27,6 @@ _GOES_ON = frozenset({
 })
 # fmt: on
 
-_HIDDEN_STATE = frozenset({"recurrent_gemma"})  # does not show in the cache of every version
-
 # Every attention call of these goes through the attention interface, with all keyword arguments, at the
 # positions given by `position_ids`. Each is in tests/teacher/test_teacher_matrix.py; others need a test before they are
 # added.
@@ -46,10 +44,8 @@ def refuses_stock_attention(body: nn.Module) -> str | None:
     """Why the model's own attention, as it is set, does not compute what the model means; None when it does."""
     if seam.config_of(body)._attn_implementation != "sdpa":
         return None
-    for has, what in ((_caps_scores(body), "cap on attention scores"), (_has_sinks(body), "attention sinks")):
-        if has:
-            return f"sdpa attention drops this model's {what}; load it with attn_implementation='eager'"
-    return None
+    extra = _on_top(body)
+    return f"sdpa attention drops this model's {extra}; load it with attn_implementation='eager'" if extra else None
 
 
 def refuses_packing(body: nn.Module, *, training: bool | None = None) -> str | None:
@@ -62,7 +58,7 @@ def refuses_packing(body: nn.Module, *, training: bool | None = None) -> str | N
         return f"RoPE type {kinds[0]!r} changes every position with the length"
     dropout = seam.setting(seam.config_of(body), "attention_dropout")
     training = body.training if training is None else training
-    if training and dropout and (_caps_scores(body) or _has_sinks(body)):
+    if training and dropout and _on_top(body):
         return f"attention_dropout={dropout} with capped scores or sinks, which packed attention does not combine"
     return _refuses_row(body)
 
@@ -75,9 +71,9 @@ def refuses_sharing(body: nn.Module, *, training: bool) -> str | None:
     reason = refuses_packing(body)
     if reason is not None:
         return reason
-    for has, what in ((_caps_scores(body), "cap on attention scores"), (_has_sinks(body), "attention sinks")):
-        if has:
-            return f"attention with shared prompts has no {what}"
+    extra = _on_top(body)
+    if extra:
+        return f"attention with shared prompts has no {extra}"
     for name in ("attention_dropout", "attn_pdrop"):
         dropout = seam.setting(seam.config_of(body), name)
         if training and any(dropout if isinstance(dropout, list) else [dropout]):
@@ -117,7 +113,8 @@ def refuses_pad(body: nn.Module) -> str | None:
     state = unknown_state(body)
     if state is not None:
         return f"layers of architecture {config.model_type!r} keep more than keys and values ({state})"
-    recurrent = is_recurrent(body) or config.model_type in _HIDDEN_STATE
+    # RecurrentGemma's state does not show in the cache of every version.
+    recurrent = is_recurrent(body) or config.model_type == "recurrent_gemma"
     if recurrent and config.model_type not in _GOES_ON:
         return f"recurrent layers of architecture {config.model_type!r} are not known to go on from a cached state"
     if seam.takes_cache(body) is None:
@@ -161,20 +158,20 @@ def _has_sinks(body: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "sinks" for name, _ in body.named_parameters())
 
 
+def _on_top(body: nn.Module) -> str | None:
+    """What the model's attention has besides products and softmax."""
+    return "cap on attention scores" if _caps_scores(body) else "attention sinks" if _has_sinks(body) else None
+
+
 def _refuses_dynamic(body: nn.Module) -> str | None:
     return "RoPE type 'dynamic' changes every position with the length" if "dynamic" in moving_rope(body) else None
-
-
-def _other_layer_types(body: nn.Module) -> set[str]:
-    types = getattr(seam.config_of(body), "layer_types", None) or ()
-    return set(types) - {"full_attention", "sliding_attention"}
 
 
 def _refuses_row(body: nn.Module) -> str | None:
     config = seam.config_of(body)
     if config.model_type not in _PACKABLE or getattr(config, "add_cross_attention", False):
         return f"architecture {config.model_type!r} is not known to run exactly on a packed row"
-    kinds = _other_layer_types(body)
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if kinds:
         return f"architecture {config.model_type!r} has layers of type {min(kinds)!r}"
     device = next(body.parameters()).device.type
@@ -186,13 +183,11 @@ def _refuses_row(body: nn.Module) -> str | None:
 def kernels_of(body: nn.Module) -> str:
     """One line: the kernels that attention on a packed row of `body` goes to, without gradients."""
     config, first = seam.config_of(body), next(body.parameters())
-    sizes = seam.setting(config, "head_dim")
+    sizes = seam.setting(config, "head_dim") or config.hidden_size // config.num_attention_heads
     if getattr(config, "qk_rope_head_dim", None):
         sizes = config.qk_nope_head_dim + config.qk_rope_head_dim
-    if sizes is None:
-        sizes = config.hidden_size // config.num_attention_heads
-    more = (getattr(config, name, None) or 0 for name in ("global_head_dim",))
-    size = max(*(sizes if isinstance(sizes, list) else [sizes]), *more)
+    sizes = [*sizes] if isinstance(sizes, list) else [sizes]
+    size = max(*sizes, getattr(config, "global_head_dim", None) or 0)
     need = backends.Need(
         device=first.device.type,
         capability=torch.cuda.get_device_capability(first.device) if first.is_cuda else (0, 0),

@@ -27,12 +27,10 @@ def pick_device(device: str = "auto", *, name: str = "device", make_current: boo
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise InputError(f"{name}={device!r} is not available; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if device == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"{name}={device!r}, but torch sees no GPU; use {name}='cpu'")
-    if device == "cuda":
-        return torch.device("cuda")
+    if device in ("cpu", "cuda"):
+        return torch.device(device)
     index, count = int(device.partition(":")[2]), torch.cuda.device_count()
     if index >= count:
         seen = f"{count} GPU{'s' * (count > 1)}"
@@ -64,9 +62,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         if dtype not in names:
             raise InputError(f"dtype={dtype!r} is unknown; use 'auto', {', '.join(map(repr, names))}")
         return names[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or cpu_has_bf16() else torch.float32
 
 
 def cpu_has_bf16() -> bool:
@@ -259,24 +255,18 @@ def _smollm2_folder() -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _read_once() -> Iterator[None]:
+def _read_once() -> contextlib.AbstractContextManager[None]:
     """transformers reads a GGUF file's half a million entries for weights, configuration and tokenizer each,
     and makes the table of its tensors' names anew for every module; meanwhile both are kept. Its bar of progress is
     left out."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in kept.items():
-        setattr(gguf, name, functools.lru_cache(maxsize=1)(function))
-    bar, reading.tqdm = reading.tqdm, lambda found, **_: found
-    try:
-        yield
-    finally:
-        reading.tqdm = bar
-        for name, function in kept.items():
-            setattr(gguf, name, function)
+    from opcd_fast.models.seam import holding
+
+    once = functools.lru_cache(maxsize=1)
+    kept = [(gguf, name, once(getattr(gguf, name))) for name in ("GGUFReader", "get_tensor_name_map")]
+    return holding([*kept, (reading, "tqdm", lambda found, **_: found)])
 
 
 def _convert_gguf(source: Path, folder: Path) -> None:

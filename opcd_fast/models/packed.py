@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from opcd_fast.models.prefix_tuning import Prefix, refuses_prefix
 
 logger = logging.getLogger("opcd_fast")
 
-_told: set[str] = set()  # what was logged, so that each fallback of an architecture is said once per process
 
-
+@cache
 def say_once(key: str, message: str) -> None:
-    if key not in _told:
-        _told.add(key)
-        logger.warning(message)
+    """In the log, once per process for each architecture (`key`) and reason."""
+    logger.warning(message)
 
 
 def packed_hidden_states(
@@ -46,7 +44,10 @@ def packed_hidden_states(
     """
     body = seam.body_of(model)
     prefix = seam.trained_prefix(model)
-    row = checked_row(body, input_ids, cu_seqlens)
+    if input_ids.ndim != 1 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
+    row = packed_row(cu_seqlens, input_ids.numel(), input_ids.device)
+    check_fits(body, row.longest)
     reason = refuses_packing(body)
     if prefix is not None:
         hidden = _after_prefix(model, body, input_ids, row, prefix)
@@ -56,15 +57,6 @@ def packed_hidden_states(
         say_once(type(body).__name__, f"student: padded batch with stock attention, because {reason}")
         hidden = _padded(body, input_ids, row)
     return hidden if select is None else hidden.index_select(0, on_device(select, hidden.device))
-
-
-def checked_row(body: nn.Module, input_ids: Tensor, cu_seqlens: Tensor) -> PackedRow:
-    """The row, or ValueError when the arguments are malformed or a sequence does not fit the model."""
-    if input_ids.ndim != 1 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
-    row = packed_row(cu_seqlens, input_ids.numel(), input_ids.device)
-    check_fits(body, row.longest)
-    return row
 
 
 def check_fits(body: nn.Module, longest: int) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -163,11 +163,6 @@ def longest_input_of(config: Any) -> int | None:
 # --- attention function -------------------------------------------------------------------------------------
 
 
-def attention_of(body: nn.Module) -> str | None:
-    """Name of the attention implementation that `body` is set to."""
-    return config_of(body)._attn_implementation
-
-
 def _configs(body: nn.Module) -> list[Any]:
     """Every distinct config object a submodule consults when it picks its attention function."""
     # A failing getattr on a module costs 10 times as much.
@@ -181,14 +176,10 @@ def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]
     # transformers keeps what was registered last, and with it whatever that holds: a cache of gigabytes, for one.
     outer: Any = AttentionInterface._global_mapping.get(PACKED_ATTENTION, _no_call)
     AttentionInterface.register(PACKED_ATTENTION, function)
-    saved = [(config, config._attn_implementation_internal) for config in _configs(body)]
     try:
-        for config, _ in saved:
-            config._attn_implementation_internal = PACKED_ATTENTION
-        yield
+        with holding((config, "_attn_implementation_internal", PACKED_ATTENTION) for config in _configs(body)):
+            yield
     finally:
-        for config, name in saved:
-            config._attn_implementation_internal = name
         AttentionInterface.register(PACKED_ATTENTION, outer)
 
 
@@ -200,55 +191,42 @@ def _no_call(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 
 
 @contextmanager
-def scoring_mode(model: nn.Module) -> Iterator[None]:
+def holding(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes, each (owner, name, value), while the block is open; all as they were afterwards."""
+    changes = [*changes]
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
+
+
+def scoring_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Dropout and gradient checkpointing off; every module's own flags back afterwards.
 
     A layer that checkpoints replaces its cache by None, so a teacher that shares a model in training would
     run without its context. Flags are set directly: `model.eval()` may run overridden code, and `train()`
     afterwards would not know which modules had been in eval mode.
     """
-    training = [module for module in model.modules() if module.training]
-    checkpointing = [m for m in model.modules() if vars(m).get("gradient_checkpointing", False)]
-    try:
-        for module in training:
-            module.training = False
-        for module in checkpointing:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for module in checkpointing:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+    flags = ("training", "gradient_checkpointing")
+    return holding((module, flag, False) for module in model.modules() for flag in flags if vars(module).get(flag))
 
 
-@contextmanager
-def recomputing_under(body: nn.Module, reopen: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Layers that are checkpointed while the block is open recompute inside `reopen()`.
+def recomputing_under(body: nn.Module, reopen: Callable[[], Any]) -> AbstractContextManager[None]:
+    """Layers that are checkpointed while the block is open recompute inside `reopen()`, a `ContextDecorator`.
 
     Recomputation happens in the backward pass, long after the forward's own context managers were closed
     (and, on CUDA, in another thread, which sees no context variables of this one).
     """
-    layers = [module for module in body.modules() if "_gradient_checkpointing_func" in vars(module)]
-    saved = [(module, module._gradient_checkpointing_func) for module in layers]
 
     def wrap(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def checkpoint_in_context(function: Callable[..., Any], *args: Any) -> Any:
-            def inside(*inner: Any) -> Any:
-                with reopen():
-                    return function(*inner)
+        return lambda function, *args: checkpoint(reopen()(function), *args)
 
-            return checkpoint(inside, *args)
-
-        return checkpoint_in_context
-
-    try:
-        for module, checkpoint in saved:
-            module._gradient_checkpointing_func = wrap(checkpoint)  # type: ignore[arg-type, assignment]
-        yield
-    finally:
-        for module, checkpoint in saved:
-            module._gradient_checkpointing_func = checkpoint
+    name = "_gradient_checkpointing_func"
+    return holding((one, name, wrap(vars(one)[name])) for one in body.modules() if name in vars(one))
 
 
 # --- adapters -----------------------------------------------------------------------------------------------
@@ -324,18 +302,6 @@ def adapter_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(type(m), "enable_adapters") and isinstance(m, kinds)]
 
 
-@contextmanager
-def _disabled(modules: list[nn.Module]) -> Iterator[None]:
-    saved = [(module, module._disable_adapters) for module in modules]
-    try:
-        for module in modules:
-            module._disable_adapters = True  # type: ignore[assignment]
-        yield
-    finally:
-        for module, flag in saved:
-            module._disable_adapters = flag
-
-
 def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
     """The base model alone while the block is open.
 
@@ -352,7 +318,7 @@ def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
             "the adapter is merged into the base weights, so the model without it cannot be run; "
             "call model.unmerge_adapter() first, or pass adapter='active'"
         )
-    return _disabled(modules) if modules else nullcontext()
+    return holding((module, "_disable_adapters", True) for module in modules)
 
 
 def adapter_state(model: nn.Module) -> tuple[Any, ...]:

@@ -95,16 +95,10 @@ def scored(
 
 
 def _behind_prefix(model: Any, length: int) -> dict[str, Any]:
-    prefix = seam.trained_prefix(model)
-    if prefix is None:
+    if seam.trained_prefix(model) is None:
         return {"use_cache": False}
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(prefix):
-        cache.update(key, value, layer)
-    past = prefix[0][0].shape[2]
-    positions = torch.arange(past, past + length, device=prefix[0][0].device)[None]
+    cache = seam.prompt_learner(model).get_prompt(batch_size=1)
+    positions = cache.get_seq_length() + torch.arange(length, device=next(model.parameters()).device)[None]
     return {"position_ids": positions, "use_cache": True, **seam.cache_argument(model, cache)}
 
 
@@ -140,17 +134,13 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         else:
             hooks.append(part.register_forward_pre_hook(widen))
             hooks.append(part.register_forward_hook(put_back, always_call=True))
-    packed: list[Any] = [module for module in model.modules() if "compute_dtype" in vars(module)]  # bitsandbytes'
-    types = [module.compute_dtype for module in packed]
+    packed = (module for module in model.modules() if "compute_dtype" in vars(module))  # bitsandbytes'
     try:
-        for module in packed:
-            module.compute_dtype = torch.float32
-        yield
+        with seam.holding((module, "compute_dtype", torch.float32) for module in packed):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, dtype in zip(packed, types):
-            module.compute_dtype = dtype
         put_back()
 
 

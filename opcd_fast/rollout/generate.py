@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +34,9 @@ def generate(
     sampler = _Sampler(uniform.to(device), temperature, top_p, vocab_size)
     generator, inputs, prefix = seam.generation_inputs(model, ids.to(device), mask.to(device))
     width = inputs["input_ids"].shape[1]
-    with _own_generation_settings(model), sdpa_without_cudnn():
+    # Without the model's generation_config: transformers would fill in every setting that a call leaves open, and chat
+    # models ship temperatures, penalties and beams. The answers must come from the distribution that is scored.
+    with seam.holding([(seam.causal_lm(model), "generation_config", GenerationConfig())]), sdpa_without_cudnn():
         output = generator.generate(
             **inputs,
             logits_processor=[sampler],
@@ -51,13 +52,9 @@ def generate(
         )
     if prefix is not None and prefix.get_seq_length() < width:
         raise RuntimeError("model: transformers' generate did not read the trained prefix; use engine='decode'")
-    tokens = output[:, width:].tolist()
+    cut = [cut_at_stop(row, stop_token_ids)[0] for row in output[:, width:].tolist()]
     logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
-    answers = []
-    for row, values in zip(tokens, logprobs):
-        kept, _ = cut_at_stop(row, stop_token_ids)
-        answers.append((list(kept), values[: len(kept)]))
-    return answers
+    return [(list(ids), row[: len(ids)]) for ids, row in zip(cut, logprobs)]
 
 
 class _Sampler:
@@ -71,18 +68,3 @@ class _Sampler:
         tokens, logprobs = draw(scores, self._uniform[:, len(self.logprobs)], *self._options)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-
-
-@contextmanager
-def _own_generation_settings(model: Any) -> Iterator[None]:
-    """Keep the model's generation_config out: transformers would fill in every setting that a call leaves open, and
-    chat models ship temperatures, penalties and beams. The answers must come from the distribution that is scored."""
-    from transformers import GenerationConfig
-
-    owner: Any = seam.causal_lm(model)
-    kept = owner.generation_config
-    owner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        owner.generation_config = kept

@@ -121,7 +121,7 @@ class TransformersRollout(Sampler):
             drawn: dict[int, tuple[list[int], list[float]]] = {}
             # Neighbours in length share a batch, so that little of it is padding; equal prompts run once.
             order = sorted(wanted, key=lambda i: (len(rows[i]), rows[i]))
-            model = self._answering_model()
+            model = self.model if self._merged is None else self._merged.refresh()
             while len(drawn) < len(order):
                 part, released = order[len(drawn) :][: self.max_batch], False
                 try:
@@ -156,9 +156,6 @@ class TransformersRollout(Sampler):
             model, prompts, uniform, stop_token_ids=self.stop_token_ids, temperature=temperature, top_p=top_p,
             vocab_size=self.vocab_size,
         )  # fmt: skip
-
-    def _answering_model(self) -> Any:
-        return self.model if self._merged is None else self._merged.refresh()
 
     # --------------------------------------------------------------------------------------- decided once
 

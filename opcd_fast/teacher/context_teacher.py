@@ -120,7 +120,7 @@ class ContextTeacher:
     def _choice(self) -> PathChoice:
         """Made anew when the model was moved, cast, or given another attention implementation: other kernels run."""
         first = next(self._body.parameters())
-        runs_as = first.dtype, first.device, seam.attention_of(self._body)
+        runs_as = first.dtype, first.device, seam.config_of(self._body)._attn_implementation
         if self._checked is None or self._checked[1] != runs_as:
             wrong = refuses_stock_attention(self._body)
             if wrong is not None:

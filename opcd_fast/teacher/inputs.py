@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,21 +13,23 @@ from torch import Tensor
 def as_contexts(contexts: Any, vocabulary: int | None) -> list[Tensor]:
     """One context or a list of them, as int64 tensors on the CPU. Raises ValueError."""
     one = isinstance(contexts, Tensor) or all(isinstance(item, int) for item in contexts)
-    result = []
-    for context in [contexts] if one else contexts:
-        ids = context if isinstance(context, Tensor) else torch.tensor(list(context), dtype=torch.int64)
-        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(
-                f"contexts: expected 1-D integer token ids (or a list of them), got {ids.dtype} of shape "
-                f"{tuple(ids.shape)}"
-            )
-        ids = ids.detach().to("cpu", torch.int64).clone()
-        if ids.numel() and vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ValueError(
-                f"contexts: token ids must lie in [0, {vocabulary}), got {int(ids.min())}…{int(ids.max())}"
-            )
-        result.append(ids)
-    return result
+    return [as_ids("contexts", ids, vocabulary) for ids in ([contexts] if one else contexts)]
+
+
+def as_ids(name: str, ids: Any, vocabulary: int | None) -> Tensor:
+    """(T,) int64 on the CPU, in storage of its own. Raises ValueError for all but integers below `vocabulary`."""
+    if isinstance(ids, str):
+        raise ValueError(f"{name} is text; expected token ids, such as tokenizer(text).input_ids")
+    try:
+        row = ids if isinstance(ids, Tensor) else torch.tensor([*map(operator.index, ids)], dtype=torch.int64)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected a list of integers, or a 1-D integer tensor") from error
+    if row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
+        raise ValueError(f"{name}: expected 1-D integer token ids, got {row.dtype} of shape {tuple(row.shape)}")
+    row = row.detach().to("cpu", torch.int64, copy=True)
+    if row.numel() and vocabulary is not None and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
+        raise ValueError(f"{name}: token ids must lie in [0, {vocabulary}), got {int(row.min())}…{int(row.max())}")
+    return row
 
 
 def context_of_sequence(context_index: Any, batch: int, contexts: int) -> list[int]:

@@ -6,7 +6,6 @@ copied once, and again when its weight changes. Keys, values, activations and lo
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +33,7 @@ class RemoteTeacher:
         self, input_ids: Tensor, cu_seqlens: Tensor, *, context_index: Any = None, select: Tensor | None = None
     ) -> Tensor:
         """See `ContextTeacher.hidden_states_packed`; (N, D_t) on `device`."""
-        with _current(self.local.head.weight.device):
+        with torch.cuda.device_of(self.local.head.weight):  # Triton launches on the current GPU
             hidden = self.local.hidden_states_packed(input_ids, cu_seqlens, context_index=context_index, select=select)
         return hidden.to(self.device)
 
@@ -57,8 +56,3 @@ class RemoteTeacher:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.local, name)
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current GPU, whatever device its tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opcd_fast.loss import fused_linear_logprobs
 from opcd_fast.models import rope_switch, seam
-from opcd_fast.teacher.inputs import context_of_sequence
+from opcd_fast.teacher.inputs import as_ids, context_of_sequence
 
 if TYPE_CHECKING:
     from opcd_fast.teacher.context_teacher import ContextTeacher
@@ -78,18 +78,15 @@ def score_continuations(
     context and continuation longer than the model's max_position_embeddings, and a continuation across the length
     where RoPE of type "longrope" moves the positions of the context itself.
     """
-    rows = [_as_ids(ids, i) for i, ids in enumerate(continuations)]
+    head = teacher.head
+    rows = [as_ids(f"continuations[{i}]", ids, head.valid_size) for i, ids in enumerate(continuations)]
     if not rows:
         raise ValueError("continuations is empty; give at least one list of token ids")
     if type(max_batch_tokens) is not int or max_batch_tokens < 1:
         raise ValueError(f"max_batch_tokens: expected an integer >= 1, got {max_batch_tokens!r}")
-    head = teacher.head
     for i, ids in enumerate(rows):
-        if not 0 <= int(ids.min()) <= int(ids.max()) < head.valid_size:
-            raise ValueError(
-                f"continuations[{i}]: token ids must lie in [0, {head.valid_size}), "
-                f"got {int(ids.min())}…{int(ids.max())}"
-            )
+        if not ids.numel():
+            raise ValueError(f"continuations[{i}] is empty; a continuation has at least one token")
     prefixes = teacher.prefixes
     index = context_of_sequence(context_index, len(rows), len(prefixes))
     for i, (ids, which) in enumerate(zip(rows, index, strict=True)):
@@ -100,19 +97,16 @@ def score_continuations(
             )
         _check_length(teacher, i, len(prefixes[which]), ids.numel())
 
-    device = head.weight.device
     pieces = []
     costs = [
         ids.numel() + (len(prefixes[which]) if teacher.path == "concat" else 0)
         for ids, which in zip(rows, index, strict=True)
     ]
     for start, stop in _groups(costs, max_batch_tokens):
-        group, group_index = rows[start:stop], index[start:stop]
-        first = [prefixes[which].last_hidden_state for which in group_index]
-        hidden = _predicting(teacher, group, group_index, first)
+        hidden = _predicting(teacher, prefixes, rows[start:stop], index[start:stop])
         pieces.append(
             fused_linear_logprobs(
-                hidden, head, torch.cat(group).to(device), temperature=temperature,
+                hidden, head, torch.cat(rows[start:stop]).to(hidden.device), temperature=temperature,
                 workspace_bytes=workspace_bytes, backend=backend,
             )
         )  # fmt: skip
@@ -120,12 +114,10 @@ def score_continuations(
     return ContinuationScores(torch.cat(pieces), torch.tensor(bounds, dtype=torch.int32))
 
 
-def _predicting(teacher: ContextTeacher, rows: list[Tensor], index: list[int], first: list[Tensor | None]) -> Tensor:
+def _predicting(teacher: ContextTeacher, prefixes: list[Any], rows: list[Tensor], index: list[int]) -> Tensor:
     """(N, D): for every token of `rows` the hidden state one position before it."""
-    states: list[list[Tensor]] = []
-    for state in first:
-        assert state is not None  # contexts are not empty
-        states.append([state[None].to(teacher.head.weight.device)])
+    device = teacher.head.weight.device
+    states: list[list[Tensor]] = [[prefixes[which].last_hidden_state[None].to(device)] for which in index]
     # The last token predicts nothing, so it is not run; a continuation of one token needs no forward at all.
     fed = [i for i, ids in enumerate(rows) if ids.numel() > 1]
     if fed:
@@ -165,23 +157,3 @@ def _check_length(teacher: ContextTeacher, i: int, context: int, tokens: int) ->
             "model's RoPE moves the positions of the context too, so that its last hidden state no longer is what "
             "predicts the first token; use a shorter continuation or context"
         )
-
-
-def _as_ids(ids: Any, i: int) -> Tensor:
-    """(T,) int64 on the CPU, T >= 1."""
-    if isinstance(ids, str):
-        raise ValueError(f"continuations[{i}] is text; expected token ids, such as tokenizer(text).input_ids")
-    if isinstance(ids, Tensor):
-        row = ids.detach().cpu()
-    else:
-        values = list(ids)
-        if not all(type(value) is int for value in values):
-            raise ValueError(f"continuations[{i}]: expected a list of integers, or a 1-D integer tensor")
-        row = torch.tensor(values, dtype=torch.int64)
-    if row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
-        raise ValueError(
-            f"continuations[{i}]: expected 1-D integer token ids, got {row.dtype} of shape {tuple(row.shape)}"
-        )
-    if not row.numel():
-        raise ValueError(f"continuations[{i}] is empty; a continuation has at least one token")
-    return row.long()

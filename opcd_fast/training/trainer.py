@@ -180,7 +180,7 @@ class OPCDTrainer:
                             denominator=denominator,
                             stopwatch=watch,
                             student_head=student_head,
-                            drift=None if turn.empty else drift,
+                            drift=None if turn.empty else drift.add,
                             **self.loss_options(),
                         )
                         with watch("backward"):

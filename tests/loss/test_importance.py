@@ -84,7 +84,7 @@ def test_drift_is_what_the_logprobs_say(correction):
     shift = [0.1, -0.3, 0.2, 0.0, 0.4]
     model, samples = answers(shift)
     drift = Drift()
-    objective(samples, model, drift=drift, correction=correction, clip=2.0)
+    objective(samples, model, drift=drift.add, correction=correction, clip=2.0)
     offs = shift[:3] + shift
     record = drift.record()
     assert record["sampler_distance"] == pytest.approx(sum(map(abs, offs)) / 8, rel=1e-4)
@@ -97,7 +97,7 @@ def test_tokens_that_another_model_wrote_do_not_count_in_the_drift():
     shift = [0.1, -0.3, math.nan, 0.0, math.nan]
     model, samples = answers(shift)
     drift = Drift()
-    _, (loss, _) = objective(samples, model, drift=drift)
+    _, (loss, _) = objective(samples, model, drift=drift.add)
     assert math.isfinite(float(loss)) and drift.tokens == 5
     assert drift.record()["sampler_distance"] == pytest.approx((0.1 + 0.3 + 0.1 + 0.3) / 5, rel=1e-4)
 
@@ -141,5 +141,5 @@ def test_a_sampler_without_logprobs_cannot_be_corrected():
     with pytest.raises(InputError, match="importance_correction"):
         objective(bare, model, correction="token")
     drift = Drift()
-    objective(bare, model, drift=drift)
+    objective(bare, model, drift=drift.add)
     assert drift.record() == {}

@@ -84,7 +84,7 @@ def test_a_chunk_reads_what_came_before_it(window, kept, chunk):
         assert layer.get_seq_length() == first and layer.get_mask_sizes(3) == (seen + 3, first - seen)
         key = x[..., first : first + chunk, :]
         got = layer.update(key, -key)
-        assert got[0] is key and layer.given is key
+        assert got[0] is key and layer.given() is key
         before = x[..., first - seen : first, :]
         assert same(layer.prefixes(CPU), [(before, -before)])
     end = 6 + 2 * chunk

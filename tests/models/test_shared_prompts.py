@@ -117,8 +117,8 @@ def test_positions_may_repeat_and_their_gradients_add_up():
         ("gpt2", {"attn_pdrop": 0.5}, "attn_pdrop=0.5|'gpt2'"),
     ],
 )
-def test_what_cannot_share_runs_unshared_and_says_so_once(name, changes, reason, caplog, monkeypatch):
-    monkeypatch.setattr(student, "_told", set())
+def test_what_cannot_share_runs_unshared_and_says_so_once(name, changes, reason, caplog):
+    student.say_once.cache_clear()
     model = tiny_models.tiny_model(name, **changes).train()
     batch = pack(make_samples(), share_prompts=True)
     with caplog.at_level(logging.WARNING, "opcd_fast"):

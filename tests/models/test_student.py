@@ -73,8 +73,8 @@ def test_gradients_of_other_architectures(name):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
-def test_dropout_with_caps_or_sinks_is_left_to_the_model(name, caplog, monkeypatch):
-    monkeypatch.setattr(packed, "_told", set())
+def test_dropout_with_caps_or_sinks_is_left_to_the_model(name, caplog):
+    packed.say_once.cache_clear()
     model = build(name, attention_dropout=0.5)
     ids, bounds = pack(random_ids(*LENGTHS, seed=2))
     still = packed_hidden_states(model, ids, bounds)
@@ -152,8 +152,8 @@ def test_dropout_acts_in_training():
     assert torch.equal(packed_hidden_states(model, ids, bounds), still)
 
 
-def test_unpackable_architecture_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(packed, "_told", set())
+def test_unpackable_architecture_says_so_once(caplog):
+    packed.say_once.cache_clear()
     model = tiny_model("falcon")
     ids, bounds = pack(random_ids(5, 3))
     for _ in range(2):

@@ -136,7 +136,7 @@ def test_a_model_that_cannot_be_tried(asked, path, monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise ValueError("a small model of this kind still has 99 parameters")
 
-    monkeypatch.setattr(verification, "tiny_twin", fail)
+    monkeypatch.setattr(verification, "twin_of", fail)
     teacher = ContextTeacher(model := tiny_model(), CONTEXT, path=asked)
     assert_close(teacher.hidden_states_packed(IDS, BOUNDS), expected(model))
     assert teacher.path == path and "still has 99 parameters" in teacher.explain()

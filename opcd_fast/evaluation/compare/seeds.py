@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 
@@ -40,9 +41,8 @@ def over_seeds(values: Sequence[float]) -> dict[str, float | int | None]:
 
     It tells how the mean would move with other seeds, on the same prompts. Equal values give an interval of no width.
     """
-    mean = math.fsum(values) / len(values)
+    mean = statistics.fmean(values)
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None, "n": 1}
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -81,7 +82,4 @@ def identical_greedy(most_probable: Sequence[Sequence[int]], wanted: Sequence[Se
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     """Number of equal tokens at the beginning; None when the two are the same."""
-    for place, (left, right) in enumerate(zip(a, b)):
-        if left != right:
-            return place
-    return None if len(a) == len(b) else min(len(a), len(b))
+    return next((place for place, (left, right) in enumerate(zip_longest(a, b)) if left != right), None)

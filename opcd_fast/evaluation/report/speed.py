@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from opcd_fast.data import default_system_tokens
 from opcd_fast.evaluation.report.arms import HeldOut
 from opcd_fast.evaluation.report.models import RunModels
 from opcd_fast.models import seam, virtual_tokens
+from opcd_fast.runtime import Stopwatch
 
 REPEATS = 5
 
@@ -49,13 +49,7 @@ def saved(models: RunModels, held_out: HeldOut) -> dict[str, Any]:
 def _prefill(models: RunModels, ids: Sequence[int]) -> float:
     model = models.base.model
     body, row = seam.body_of(model), torch.tensor([list(ids)], device=model.device)
-    with models.base.acting():
-        start = _now(model.device)
+    watch = Stopwatch(model.device)
+    with models.base.acting(), watch("prefill"):
         seam.run_body(body, row)
-        return _now(model.device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return watch.seconds["prefill"]

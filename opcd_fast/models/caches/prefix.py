@@ -26,16 +26,11 @@ class PrefixLayer(CacheLayer):
 
     def __init__(self, length: int = 0) -> None:
         super().__init__(length)
-        self._given: Callable[[], Tensor | None] = lambda: None
+        self.given: Callable[[], Tensor | None] = lambda: None  # the keys it was given last, while they are in use
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._given = weakref.ref(key_states)  # weak: keys must not outlive their layer
+        self.given = weakref.ref(key_states)  # weak: keys must not outlive their layer
         return key_states, value_states
-
-    @property
-    def given(self) -> Tensor | None:
-        """The keys that this layer was given last, while they are in use."""
-        return self._given()
 
     def prefixes(self, device: torch.device) -> Sequence[KeysAndValues]:
         """Of each of the row's groups, on `device`."""
@@ -117,10 +112,10 @@ class PrefixCache(Cache):
         index: int = module.layer_idx  # type: ignore[assignment]
         layers: Any = self.layers
         own = layers[index : index + 1]
-        source = next((layer for layer in (*own, *layers) if layer.given is key), None)
+        source = next((layer for layer in (*own, *layers) if layer.given() is key), None)
         if source is not None:
             return source.prefixes(key.device)
-        if hasattr(module, "expand_kv") and own and own[0].given is not None:
+        if hasattr(module, "expand_kv") and own and own[0].given() is not None:
             return [module.expand_kv(*latent) for latent in own[0].prefixes(key.device)]  # type: ignore[operator]
         raise RuntimeError(
             f"attention layer {index} did not get its context: its keys did not pass through the cache, which was "

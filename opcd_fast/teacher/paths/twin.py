@@ -44,19 +44,14 @@ _SMALL = {
 _FOR_EACH_LAYER = ("no_rope_layers", "mlp_layer_types", "activation_sparsity_pattern", "intermediate_size")
 
 
-def tiny_twin(body: nn.Module, *, window: int | None = None) -> nn.Module:
-    """A model of `body`'s class, layer types, head size and RoPE: two or so layers, random fp32 weights.
+def twin_of(kind: type[nn.Module], original: Any, device: torch.device, *, window: int | None = None) -> nn.Module:
+    """A model of class `kind`, of `original`'s layer types, head size and RoPE: two or so layers, random fp32 weights.
 
-    window: the sliding window or attention chunk in tokens of the layers that have one. It lives on `body`'s device,
-    in eval mode, with the model's stock attention ("eager" or "sdpa"). The global random state is left alone.
+    window: the sliding window or attention chunk in tokens of the layers that have one. It is in eval mode, with the
+    model's stock attention ("eager" or "sdpa"). The global random state is left alone.
 
     Raises ValueError where the twin would not be small.
     """
-    return twin_of(type(body), seam.config_of(body), next(body.parameters()).device, window=window)
-
-
-def twin_of(kind: type[nn.Module], original: Any, device: torch.device, *, window: int | None = None) -> nn.Module:
-    """`tiny_twin` of a model that need not exist: of class `kind` with configuration `original`."""
     config = _shrunk(original, window)
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(config).parameters())

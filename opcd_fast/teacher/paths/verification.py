@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from opcd_fast.attention import packed_row
+from opcd_fast.models import seam
 from opcd_fast.runtime import full_precision
 from opcd_fast.teacher.paths.forward import concat_forward, merge_forward, pad_forward
-from opcd_fast.teacher.paths.twin import VOCABULARY, has_window, tiny_twin
+from opcd_fast.teacher.paths.twin import VOCABULARY, has_window, twin_of
 from opcd_fast.teacher.prefix import SharedPrefix
 
 _TOLERANCE_FP32 = 1e-4  # max |difference| of hidden states of order 1
@@ -32,7 +33,7 @@ def verify(body: nn.Module, path: str, prefix_device: torch.device | None = None
     try:
         for window in (5, 4096) if has_window(body) else (None,):
             try:
-                twin = tiny_twin(body, window=window)
+                twin = twin_of(type(body), seam.config_of(body), device, window=window)
             except Exception as error:  # noqa: BLE001 - configurations refuse small sizes in ways of their own
                 return f"{type(error).__name__}: {error}".splitlines()[0], None
             for kind in dict.fromkeys((torch.float32, dtype)):

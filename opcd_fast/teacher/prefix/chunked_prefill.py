@@ -91,8 +91,4 @@ def grow(
         count = len(piece)
         row = row_of([count], ids.device, [PrefixGroup(0, 1, 0, count, first)] if first else [])
         hidden = forward_on_row(body, piece, row.position_of_token, PackedCall(row, cache.prefixes), cache)
-    grown = []
-    for layer in layers:
-        assert layer.keys is not None and layer.values is not None
-        grown.append((layer.keys, layer.values))
-    return grown, hidden[-1].clone()
+    return [(layer.keys, layer.values) for layer in layers], hidden[-1].clone()  # type: ignore[misc]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +116,10 @@ class PrefixMemory:
     def _build(self, place: Place, after: SharedPrefix | None, extendable: bool, keep_kv: bool) -> SharedPrefix:
         self.built += 1
         self.tokens_read += place[1] - (0 if after is None else len(after))
-        options: dict[str, Any] = {} if after is None else {"after": after}
-        if not extendable:
-            options["chunk_tokens"] = 0
-        return SharedPrefix.build(self._model, self._tokens(place), keep_kv=keep_kv, device=self._device, **options)
+        return SharedPrefix.build(
+            self._model, self._contexts[place[0]][: place[1]], keep_kv=keep_kv,
+            chunk_tokens=None if extendable else 0, after=after, device=self._device,
+        )  # fmt: skip
 
     # --- places ---------------------------------------------------------------------------------------------
 
@@ -136,9 +135,6 @@ class PrefixMemory:
             if beginnings and beginnings[-1].length == places[index][1]:
                 places[index] = beginnings[-1].place
         return places
-
-    def _tokens(self, place: Place) -> Tensor:
-        return self._contexts[place[0]][: place[1]]
 
     def _chain(self, index: int) -> list[Place]:
         """The shared beginnings of context `index`, the shortest first, and itself."""

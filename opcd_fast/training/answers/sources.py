@@ -138,10 +138,10 @@ class MixedAnswers(PromptAnswers):
         sampling = self.sampling_at(step)
         chance = random.Random(stream_seed(config.seed, "off-policy", step))
         off = [chance.random() < config.off_policy_share for _ in rows]
-        theirs = iter(self._teacher([row for row, one in zip(rows, off) if one], sampling))
+        taught = iter(self._teacher([row for row, one in zip(rows, off) if one], sampling))
         own = iter(self._write([row for row, one in zip(rows, off) if not one], sampling))
         # The teacher's log-probabilities are not those of the distribution that is trained: they become NaN.
-        unknown = (replace(answer, logprobs=(math.nan,) * len(answer.token_ids)) for answer in theirs)
+        unknown = (replace(answer, logprobs=(math.nan,) * len(answer.token_ids)) for answer in taught)
         answers = [next(unknown if one else own) for one in off]
         name = "teacher" if config.off_policy_share == 1 else "both"
         more = {**self._bound(sampling), "off_policy_answers": sum(off), "answers_of": name}

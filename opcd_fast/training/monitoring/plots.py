@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,6 @@ def drawn(
 
     settings: rcParams on top of matplotlib's own defaults, in place of what this machine has.
     """
-    from contextlib import nullcontext
-
     from matplotlib import style
     from matplotlib.figure import Figure
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast.data import RenderedPrompt, Sample, pack
+from opcd_fast.models import seam
 from opcd_fast.rollout import Completion
 from opcd_fast.runtime import mean_and_error
 from opcd_fast.training.engines import Engine, TokenBudget
@@ -57,7 +58,7 @@ def divergence(
         tokens = 0
         for turn in budget.rounds(samples):
             batch = pack(turn.samples).to(device)
-            seen = _LogProbabilities()
+            seen: list[Tensor] = []
             _, stats = score(
                 batch,
                 student,
@@ -65,27 +66,23 @@ def divergence(
                 temperature=temperature,
                 denominator=1.0,
                 compute_dtype=compute_dtype,
-                drift=seen,
+                drift=lambda logprobs, *_, seen=seen: seen.append(logprobs),
                 **loss_options,
             )
             if turn.empty:
                 continue
             lengths = batch.response_cu_seqlens.diff().tolist()
             by_sequence += [float(answer.sum()) for answer in (stats.token_kl * batch.token_weights).split(lengths)]
-            first_tokens += [float(answer[0].exp()) for x in seen.found for answer in x.split(lengths)]
+            first_tokens += [float(answer[0].exp()) for x in seen for answer in x.split(lengths)]
             by_token += float(stats.token_kl.sum())
             agreement += float(stats.top1_agreement.float().sum())
             tokens += batch.response_ids.numel()
         return by_sequence, first_tokens, by_token, agreement, tokens
 
-    was_training = student.training
-    student.eval()
-    try:
+    with seam.scoring_mode(student):
         if engine is not None:
             engine.read_contexts(teacher, samples)
         by_sequence, first_tokens, by_token, agreement, tokens = budget.retrying(measured, "evaluation")
-    finally:
-        student.train(was_training)
     by_sequence = ranks.gather_lists(by_sequence)
     if each is not None:
         each += by_sequence
@@ -99,16 +96,6 @@ def divergence(
         "top1_agreement": agreement / tokens,
     }
     return record | ({"first_token": statistics.median(first_tokens)} if first_tokens else {})
-
-
-class _LogProbabilities:
-    """Of the response tokens under the student, as the objective tells them."""
-
-    def __init__(self) -> None:
-        self.found: list[Tensor] = []
-
-    def add(self, logprobs: Tensor, behaviour: Tensor, factors: Tensor | None = None) -> None:
-        self.found.append(logprobs)
 
 
 def samples_of(rows: Sequence[RenderedPrompt], completions: Sequence[Completion]) -> list[Sample]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -25,13 +26,6 @@ from opcd_fast.loss import (
 from opcd_fast.models import packed_hidden_states, seam, shared_prompt_hidden_states
 from opcd_fast.runtime import Stopwatch
 from opcd_fast.training.settings import OPCDConfig, settings_with
-
-
-class TokenLogProbs(Protocol):
-    """Who is told log-probabilities of response tokens; see `Drift.add`."""
-
-    def add(self, logprobs: Tensor, behaviour: Tensor, factors: Tensor | None = None) -> None: ...
-
 
 REVERSE_KL: Mapping[str, Any] = {"divergence": "reverse_kl"}
 
@@ -61,7 +55,7 @@ def context_kl(
     divergence: Mapping[str, Any] = REVERSE_KL,
     student_head: LMHead | None = None,
     stopwatch: Stopwatch | None = None,
-    drift: TokenLogProbs | None = None,
+    drift: Callable[..., None] | None = None,
     correction: str = "none",
     clip: float = 1.0,
 ) -> tuple[Tensor, LossStats]:
@@ -77,7 +71,7 @@ def context_kl(
         autocast: makes the context of the student's forward when its weights are fp32 masters.
         student_head: where the caller has it already; None looks at the student.
         divergence: another one than the reverse KL, as keywords of `fused_linear_divergence`.
-        drift: is told the student's and the sampler's log-probabilities, if the batch has them.
+        drift: is told the student's and the sampler's log-probabilities, if the batch has them, as `Drift.add` is.
         correction: "token" or "sequence" multiplies the weights by `importance_weights` with bound `clip`; that takes
             one more product with the head, and log-probabilities in the batch (InputError without).
     Returns:
@@ -123,15 +117,8 @@ def context_kl(
         if drift is not None and batch.behaviour_logprobs is not None and head_s.group is None:
             if logprobs is None:
                 logprobs = trainer_logprobs(h_s, head_s, batch.response_ids, stats.student_logsumexp, temperature)
-            drift.add(logprobs, batch.behaviour_logprobs, factors)
+            drift(logprobs, batch.behaviour_logprobs, factors)
         return loss, stats
-
-
-@dataclass
-class AnswerStats:
-    """token_nll: -log p(token) of the student at every response token, (N,) fp32, detached."""
-
-    token_nll: Tensor
 
 
 def answer_nll(
@@ -147,8 +134,8 @@ def answer_nll(
     workspace_bytes: int | None = None,
     student_head: LMHead | None = None,
     stopwatch: Stopwatch | None = None,
-    drift: TokenLogProbs | None = None,
-) -> tuple[Tensor, AnswerStats]:
+    drift: Callable[..., None] | None = None,
+) -> tuple[Tensor, SimpleNamespace]:
     """sum(w * -log p_student(token)) / denominator over the batch's response tokens: supervised fine-tuning, and
     distillation on whole sequences.
 
@@ -157,7 +144,7 @@ def answer_nll(
     sequence-level knowledge distillation). Called as `context_kl`; `teacher` is not looked at.
 
     Returns:
-        scalar loss, AnswerStats.
+        scalar loss; token_nll: -log p(token) of the student at every response token, (N,) fp32, detached.
     """
     watch = stopwatch or Stopwatch()
     with watch("student"), autocast():
@@ -173,8 +160,8 @@ def answer_nll(
         )  # (N,)
         loss = -(logprobs * batch.token_weights).sum() / denominator
     if drift is not None and batch.behaviour_logprobs is not None:
-        drift.add(logprobs.detach(), batch.behaviour_logprobs)
-    return loss, AnswerStats(-logprobs.detach())
+        drift(logprobs.detach(), batch.behaviour_logprobs)
+    return loss, SimpleNamespace(token_nll=-logprobs.detach())
 
 
 def objective_of(config: OPCDConfig) -> Callable[..., tuple[Tensor, Any]]:

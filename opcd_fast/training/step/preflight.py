@@ -110,25 +110,22 @@ def check_context_matters(
     probes = [row for row in rows if row.has_context][:PROBES]
     with_context = [Sample(row.student_ids, row.teacher_ids, row.context_index, (0,)) for row in probes]
     without = [Sample(row.student_ids, row.student_ids, 0, (0,)) for row in probes]
-    model, was_training = teacher.model, teacher.model.training
-    device = next(model.parameters()).device
+    model, device = teacher.model, next(teacher.model.parameters()).device
     if device.type == "cpu" and loss_options.get("backend") == "triton":  # a teacher on the CPU, a student on a GPU
         loss_options["backend"] = "auto"
     base_weights = seam.without_adapters(model) if adapter == "disabled" else nullcontext()
-    model.eval()
 
     def difference(samples: list[Sample], reader: ContextTeacher) -> float:
         batch = pack(samples).to(device)
         return float(context_kl(batch, model, reader, denominator=len(samples), **loss_options)[0])
 
     try:
-        with base_weights:
+        with base_weights, seam.scoring_mode(model):
             effect = difference(with_context, teacher)
-            rounding = difference(without, _without_context(teacher, adapter))
+            options: dict[str, Any] = {"path": teacher.path, "adapter": adapter, "autocast": teacher.autocast}
+            rounding = difference(without, ContextTeacher(model, [[]], frozen_weights=True, **options))
     except ValueError as error:
         raise InputError(str(error)) from error
-    finally:
-        model.train(was_training)
     if not math.isfinite(effect) or not math.isfinite(rounding):
         raise InputError("the model's logits are not finite before any training; its weights are damaged or overflow")
     if effect <= max(2 * rounding, 1e-9):
@@ -136,9 +133,3 @@ def check_context_matters(
             f"context changes nothing: the teacher's KL with and without it is {effect:.1e} (rounding alone: "
             f"{rounding:.1e}); check that the context reaches the model's prompt"
         )
-
-
-def _without_context(teacher: ContextTeacher, adapter: str) -> ContextTeacher:
-    return ContextTeacher(
-        teacher.model, [[]], path=teacher.path, adapter=adapter, frozen_weights=True, autocast=teacher.autocast
-    )

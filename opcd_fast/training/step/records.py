@@ -8,7 +8,6 @@ from typing import Any
 from opcd_fast.data import Sample
 from opcd_fast.loss import Drift
 from opcd_fast.training.settings import OPCDConfig
-from opcd_fast.training.step.objective import AnswerStats
 
 
 def step_record(
@@ -46,7 +45,7 @@ def step_record(
 def _per_token(statistics: Sequence[Any], tokens: int) -> dict[str, float]:
     """Means over the step's tokens of what its objective knows of each."""
     names = {"token_kl": "kl_per_token", "top1_agreement": "top1_agreement", "student_entropy": "student_entropy"}
-    if isinstance(statistics[0], AnswerStats):
+    if hasattr(statistics[0], "token_nll"):
         names = {"token_nll": "nll_per_token"}
     elif statistics[0].gate is not None:
         names |= {"gate": "gate"}

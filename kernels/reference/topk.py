@@ -43,18 +43,23 @@ def topk_reverse_kl_rows(
         z_s, z_t = block.transform_(), teacher.rows(rows).transform_()
         slope = block.slope(slope_plane, gradient is not None)
         top, chosen = z_s.topk(min(k, z_s.shape[1]), dim=-1)
+        theirs, teacher_max = z_t.gather(-1, chosen), z_t.amax(-1)
         torch.log_softmax(z_s, -1, out=log_p)
         torch.exp(log_p, out=p)
         if all_statistics:
-            statistics[2, rows] = top[:, 0] - log_p.amax(-1)
-            teacher_max = z_t.amax(-1)
             statistics[4, rows] = z_s.argmax(-1) == z_t.argmax(-1)
         log_q = torch.log_softmax(z_t, -1, out=z_s)
+        lse_s, lse_t = top[:, 0] - log_p.amax(-1), teacher_max - log_q.amax(-1)
         if all_statistics:
-            statistics[3, rows] = teacher_max - log_q.amax(-1)
+            statistics[2, rows], statistics[3, rows] = lse_s, lse_t
             finite = torch.where(p > 0, log_p, 0.0)
             statistics[1, rows] = -(finite * p).sum(-1)
-        value, inside, outside = _truncated(log_p, p, log_q, q, chosen, tail)
+        if tail == "renormalize":
+            lse_s, lse_t = top.logsumexp(-1), theirs.logsumexp(-1)
+        # Not log p - log q, whose difference has lost its digits near p = q; those of logsumexps move all of l alike.
+        # A teacher that forbids them all has nothing to normalise, and the row is infinite.
+        l = top - theirs - column(lse_s - lse_t.masked_fill(lse_t == float("-inf"), 0.0))
+        value, inside, outside = _truncated(log_p, p, log_q, q, l, chosen, tail)
         statistics[0, rows] = value
         if gradient is None:
             continue
@@ -67,19 +72,19 @@ def topk_reverse_kl_rows(
 
 
 def _truncated(
-    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, chosen: Tensor, tail: str
+    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, l: Tensor, chosen: Tensor, tail: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(value (n,), gradient of the chosen (n, k), factor of p elsewhere (n,)) before row weights. q is scratch."""
+    """(value (n,), gradient of the chosen (n, k), factor of p elsewhere (n,)) before row weights. l: of the
+    chosen; q is scratch."""
     tiny = torch.finfo(p.dtype).tiny
     log_p_k, log_q_k = log_p.gather(-1, chosen), log_q.gather(-1, chosen)
     if tail == "renormalize":
         log_p_k = log_p_k - log_p_k.logsumexp(-1, keepdim=True)
         mass = log_q_k.logsumexp(-1, keepdim=True)
-        # A teacher that forbids them all has nothing to normalise, and the row is infinite.
         log_q_k = log_q_k - mass.masked_fill(mass == float("-inf"), 0.0)
     p_k = log_p_k.exp()
     reached = ~(p_k < tiny)
-    l = torch.where(reached, log_p_k - log_q_k, 0.0)
+    l = torch.where(reached, l, 0.0)
     p_k = torch.where(reached, p_k, 0.0)
     if tail == "none":
         value = (p_k * l).sum(-1)

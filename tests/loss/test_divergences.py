@@ -149,6 +149,21 @@ def test_gradients_of_the_gated_kl_in_float64(gate):
         torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_cut_gradients_keep_their_digits_where_the_kl_is_small():
+    """As those of the whole KL do: l is a difference of logits, not of log-probabilities."""
+    student, h, teacher, h_t = problem(rows=4, vocabulary=2000, spread=0.01)
+    options = {"k": 5, "tail": "renormalize"}
+    leaf, h_t = (h * 1e-3).requires_grad_(), h_t * 1e-3
+    twin = leaf.detach().double().requires_grad_()
+    fused_linear_divergence(
+        leaf, student, h_t, teacher, divergence="topk_reverse_kl", reduction="sum", **options
+    ).backward()
+    value = divergence64(logits64(twin, student), logits64(h_t, teacher), "topk_reverse_kl", **options)
+    value.sum().backward()
+    assert float(value.mean()) < 1e-9
+    assert float((leaf.grad - twin.grad).norm()) < 1e-4 * float(twin.grad.norm())
+
+
 @pytest.mark.parametrize("share", [1e-12, 1e-6, 1 - 1e-6])
 @pytest.mark.parametrize("forbids", ["student", "teacher"])
 @pytest.mark.parametrize(

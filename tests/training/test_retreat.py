@@ -195,8 +195,9 @@ def test_a_failed_pass_frees_its_graph(monkeypatch):
 
 def test_what_answers_keep_goes_first():
     """The same tokens again, once; then there is nothing left to give back."""
-    store, tried = KeptSteps(2**40), []
-    store.keep("key", CapturedSteps(), 1)
+    store, steps, tried = KeptSteps(2**40), CapturedSteps(), []
+    steps._graphs["shape"] = None  # as if one had been recorded
+    store.keep("key", steps, 1)
     budget = TokenBudget(None)
 
     def work():

@@ -288,23 +288,23 @@ def _mixture(
     l.clamp_(-limit, limit)
     if divergence == "jsd":
         excess = torch.neg(l, out=a).expm1_().mul_(parameter)  # m / p - 1
-        minus_x = _log1p(excess, l, parameter, 1.0 - parameter, b)
+        minus_x = _log1p(excess, l, -1, parameter, 1.0 - parameter, b)
         value = _total(excess.sub_(minus_x).mul_(p), none_p, q, parameter).mul_(1.0 - parameter)
         excess = torch.expm1(l, out=a).mul_(1.0 - parameter)  # m / q - 1
-        minus_y = _log1p(excess, -l, 1.0 - parameter, parameter, l)
+        minus_y = _log1p(excess, l, 1, 1.0 - parameter, parameter, l)
         value += _total(excess.sub_(minus_y).mul_(q), none_q, p, 1.0 - parameter).mul_(parameter)
         return value, minus_x.mul_(parameter - 1.0)
     w = 1.0 - parameter
     if divergence == "skew_reverse_kl":
         excess = torch.neg(l, out=a).expm1_().mul_(w)  # m / p - 1
-        minus_x = _log1p(excess, l, w, parameter, b)
+        minus_x = _log1p(excess, l, -1, w, parameter, b)
         value = _total(torch.sub(excess, minus_x, out=l).mul_(p), none_p, q, w)
         # expm1(x) = -excess / (1 + excess)
         ratio = torch.exp(minus_x, out=l) if _is_end(w) else torch.add(excess, 1.0, out=l)
         return value, excess.div_(ratio).mul_(parameter).sub_(minus_x)
     if divergence == "skew_forward_kl":
         excess = torch.expm1(l, out=a).mul_(w)  # m / q - 1
-        minus_y = _log1p(excess, -l, w, parameter, b)
+        minus_y = _log1p(excess, l, 1, w, parameter, b)
         value = _total(torch.sub(excess, minus_y, out=l).mul_(q), none_q, p, w)
         return value, excess.div_(minus_y.exp_() if _is_end(w) else torch.add(excess, 1.0, out=b)).mul_(w)
     raise ValueError(f"unknown divergence {divergence!r}")
@@ -314,9 +314,12 @@ def _is_end(share: float) -> bool:
     return not 0.01 < share < 0.99
 
 
-def _log1p(excess: Tensor, l: Tensor, w: float, rest: float, out: Tensor) -> Tensor:
-    """log(1 + excess) for excess = w expm1(-l); where most of the 1 is lost, of what is left: rest = 1 - w."""
-    left = torch.exp(-l).mul_(w).add_(rest).log_() if _is_end(w) else None
+def _log1p(excess: Tensor, l: Tensor, sign: int, w: float, rest: float, out: Tensor) -> Tensor:
+    """log(1 + excess) for excess = w expm1(sign l); where most of the 1 is lost, of what is left: rest = 1 - w.
+
+    Beyond `out`, which may be l, memory is taken only for w next to its ends.
+    """
+    left = torch.mul(l, sign).exp_().mul_(w).add_(rest).log_() if _is_end(w) else None
     log = torch.log1p(excess, out=out)
     return log if left is None else torch.where(excess < -0.5, left, log)
 

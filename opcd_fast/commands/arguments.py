@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 from opcd_fast.commands.helping import check_names, in_words, without_none
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import OPCDConfig, check_values, refuse_gone, settings_of
+from opcd_fast.training.settings import OPCDConfig, check_values, settings_of
 
 
 def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
@@ -22,7 +22,6 @@ def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
     setting of a run that cannot have its value, whatever the others are."""
     import tyro
 
-    refuse_gone({word[2:].partition("=")[0].replace("-", "_"): None for word in arguments if word[:2] == "--"})
     check_names(name, kind, arguments)
     flat: Any = Annotated[_explained(kind), tyro.conf.OmitArgPrefixes]
     said, complaint = io.StringIO(), io.StringIO()

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from opcd_fast.errors import InputError
 from opcd_fast.loss import ALPHA, BETA, GATE, TAIL, K
 from opcd_fast.runtime import HIDDEN, redacted
 from opcd_fast.training.settings.checks import AUTO, DEFAULT, SECRET, check
-from opcd_fast.training.settings.gone import refuse_gone
 from opcd_fast.training.settings.options import comma_separated, json_object, typed_values
 from opcd_fast.training.settings.setting import (
     BELONGINGS,
@@ -235,10 +235,6 @@ class OPCDConfig:
         belongs=("resume", "comparison", "place"))
     # fmt: on
 
-    def __new__(cls, *args: Any, **settings: Any) -> OPCDConfig:
-        refuse_gone(settings)  # before Python calls them unexpected
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         for name, value in typed_values(OPCDConfig, vars(self)).items():
             object.__setattr__(self, name, value)  # frozen for everyone else
@@ -296,6 +292,18 @@ def check_values(values: Mapping[str, Any]) -> None:
         rule = rules[name]
         if rule is not None and value is not None:
             rule(name, value)
+
+
+def known_settings(values: Mapping[str, Any], where: str, remedy: str) -> dict[str, Any]:
+    """The settings of an earlier run without those that this version does not have and that run did not use.
+
+    Raises InputError where it used one: what was done then is not what would be done now.
+    """
+    names = {field.name for field, _ in settings_of(OPCDConfig)}
+    for name, value in values.items():
+        if name not in names and value:
+            raise InputError(f"{where} has {name}={value!r:.80}, which this version does not know; {remedy}")
+    return {name: value for name, value in values.items() if name in names}
 
 
 def settings_with(belongs: str) -> tuple[str, ...]:

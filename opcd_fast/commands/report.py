@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from opcd_fast.commands.arguments import check_at_least, parse, quiet_libraries
-from opcd_fast.errors import InputError
+from opcd_fast.training.settings import Within
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def run(arguments: list[str]) -> int:
     for name, least in (("max_prompts", 2), ("samples", 1), ("max_new_tokens", 1), ("examples", 0),
                         ("ability_problems", 2), ("ability_tokens", 1)):  # fmt: skip
         check_at_least(least, command, name)
-    if command.temperature is not None and not 0 < command.temperature < 100:
-        raise InputError(f"temperature={command.temperature} must be above 0 and below 100")
+    if command.temperature is not None:
+        Within(0, 100, open_low=True)("temperature", command.temperature)
     folder = Path(command.run)
     from rich.console import Console
     from rich.markdown import Markdown

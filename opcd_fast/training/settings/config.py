@@ -132,11 +132,12 @@ class OPCDConfig:
         (QLoRA; needs bitsandbytes).""", OneOf("none", "4bit"))
     lora_rank: int = model(0, """0: full fine-tuning with fp32 master weights; above: LoRA, and the base with the
         adapter off is the teacher.""", AtLeast(0))
-    lora_alpha: int | None = model(None, "LoRA scale numerator; None: twice the rank.", AtLeast(1))
+    lora_alpha: int | None = model(None, "LoRA scale numerator; None: twice the rank.", AtLeast(1),
+        needs={"lora_rank": AtLeast(1)})
     lora_targets: str = model("all-linear", """Modules that get an adapter: "all-linear", or names separated by commas
         (q_proj,v_proj).""", read=comma_separated)
     use_dora: bool = model(False, """With lora_rank: DoRA (arXiv 2402.09353), which trains the norm of each row of the
-        adapted weights as well.""")
+        adapted weights as well.""", needs={"lora_rank": AtLeast(1)})
     num_virtual_tokens: int = model(0, """In place of lora_rank, above 0: PEFT's prefix tuning. Keys and values of so
         many tokens in front of every prompt are trained, begun as those of the context's first tokens; the base without
         them is the teacher.""", AtLeast(0),
@@ -197,7 +198,8 @@ class OPCDConfig:
         are dropped. None: no bound.""", AtLeast(1), belongs="resume",
         sharded=Unsharded((None,), "ranks would run the teacher at different times"))
     prefix_device: str | None = machine(None, """Where contexts' caches are kept; "cpu" brings them to a GPU layer by
-        layer. None: where the teacher is.""", belongs="resume")
+        layer. None: where the teacher is.""", belongs="resume",
+        needs={"teacher_path": OneOf("auto", "merge", "pad")})
     teacher_batch_bytes: int | None = machine(None, """Bound for what the teacher holds besides weights and caches;
         larger batches run in parts. None: a quarter of its weights, at least 1 GiB.""", AtLeast(1), belongs="resume",
         sharded=Unsharded((None,), "ranks would run the teacher at different times"))
@@ -216,7 +218,8 @@ class OPCDConfig:
     early_stop_patience: int = record(0, """Stop after so many evaluations in a row without an improvement larger than
         early_stop_delta; 0: never.""", AtLeast(0), belongs="resume")
     early_stop_delta: float | None = record(None, """What counts as an improvement, in units of best_by. None: the
-        standard error of the evaluation.""", Within(0, 1e9), belongs="resume")
+        standard error of the evaluation.""", Within(0, 1e9), belongs="resume",
+        needs={"early_stop_patience": AtLeast(1)})
     preview: int = record(3, """Prompts whose answers with and without the context are shown before the first step; 0:
         none.""", AtLeast(0), belongs=("resume", "place"))
     scorer: str | None = record(None, """Your own measure of held-out answers, "module:function": (messages, answer,

@@ -92,11 +92,10 @@ def fused_linear_reverse_kl(
         a buffer of its own, and return none. Needs reduction="sum" or denominator=, a backward with an upstream
         gradient of exactly 1, and no activation checkpointing around the call. The gradient is added when the loss is
         computed, whether or not backward follows.
-    projection: how the logits are formed. "separate" multiplies each side with its head, in float32 ("fp32" is the
-        older name of the same). "difference", where both heads are one: the student's logits and their differences to
-        the teacher's, in float16; see below. "auto" takes that where it can and where it saves something: on a GPU,
-        from D / 3 rows of non-zero weight on, where a copy of the head in float16 takes at most half of the workspace,
-        and not while a CUDA graph is captured.
+    projection: how the logits are formed. "separate" multiplies each side with its head, in float32. "difference",
+        where both heads are one: the student's logits and their differences to the teacher's, in float16; see below.
+        "auto" takes that where it can and where it saves something: on a GPU, from D / 3 rows of non-zero weight on,
+        where a copy of the head in float16 takes at most half of the workspace, and not while a CUDA graph is captured.
     token_ids: (...,) integers for differences: the token that was drawn at each position, by whose logit the row is
         shifted; by nothing where there is no such token (-100). They decide over speed, not over what comes out: rows
         whose largest logit, after temperature, is then more than 8 from 0 are computed again in float32.

@@ -14,7 +14,7 @@ from opcd_fast.kernels.reference import is_number
 from opcd_fast.loss.heads import PLAIN, LMHead
 
 REDUCTIONS = ("mean", "sum", "none")
-PROJECTIONS = {"auto": "auto", "separate": "separate", "fp32": "separate", "difference": "difference"}
+PROJECTIONS = ("auto", "separate", "difference")
 BACKENDS = ("auto", "triton", "native", "torch")
 
 
@@ -72,11 +72,9 @@ def check_pair(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> to
 
 
 def check_projection(projection: str) -> str:
-    if projection == "dual":
-        raise ValueError("projection='dual' does not exist any more; use projection='auto', which is as accurate")
-    if not isinstance(projection, str) or projection not in PROJECTIONS:
+    if projection not in PROJECTIONS:
         raise ValueError(f"projection is {projection!r}; expected one of {', '.join(map(repr, PROJECTIONS))}")
-    return PROJECTIONS[projection]
+    return projection
 
 
 def check_temperature(temperature: float) -> float:

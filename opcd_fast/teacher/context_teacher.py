@@ -59,9 +59,8 @@ class ContextTeacher:
     max_batch_bytes: bound for what one forward pass holds besides weights and contexts, as `teacher.budget` counts it;
         a call that needs more runs in parts, whole sequences each. None for a quarter of the weights, at least 1 GiB.
         A sequence that needs more by itself runs alone, which is logged once.
-    prefix_device: where keys and values of contexts are kept, None for where the model is. From "cpu" to a CUDA device
-        they come layer by layer during the forward, the next one while a layer is at work; two layers at a time are on
-        the device. States of recurrent layers stay with the model.
+    prefix_device: where keys and values of contexts are kept, None for where the model is. From there they come layer
+        by layer during the forward, each when it is reached. States of recurrent layers stay with the model.
     frozen_weights: True promises that the weights this teacher reads do not change, or that `invalidate()` is called
         when they did; they are then not looked at.
 
@@ -284,10 +283,9 @@ class ContextTeacher:
             )
         return parts
 
-    def _fetched(self) -> float:
-        """What is made of one layer of the prefixes to read it, as a multiple of it in the model's type."""
-        # Two slots on the device, where layers come from elsewhere.
-        return 0.0 if self._kept_on in (None, next(self._body.parameters()).device) else 2.0
+    def _fetched(self) -> bool:
+        """Whether layers of the prefixes come from elsewhere, one at a time."""
+        return self._kept_on not in (None, next(self._body.parameters()).device)
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:

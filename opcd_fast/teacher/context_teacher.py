@@ -199,7 +199,8 @@ class ContextTeacher:
         attention_mask: (B, T), 1 for tokens and 0 for padding, or None when there is no padding.
         context_index: see `hidden_states_packed`. Raises ValueError for a mask that is not right-padded.
         """
-        if input_ids.ndim != 2:
+        inputs.check_tensors(input_ids=input_ids, attention_mask=attention_mask)
+        if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
         batch, longest = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -241,8 +242,10 @@ class ContextTeacher:
         max_position_embeddings (nothing is ever truncated); RuntimeError when a layer did not read its
         context.
         """
+        inputs.check_tensors(input_ids=input_ids, cu_seqlens=cu_seqlens, select=select)
         if input_ids.ndim != 1 or input_ids.is_floating_point():
             raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
+        inputs.check_range("input_ids", input_ids, seam.embedding_rows(self._body))
         device = next(self._body.parameters()).device
         row = packed_row(cu_seqlens, input_ids.numel(), device)
         index = inputs.context_of_sequence(context_index, len(row.lengths), len(self._contexts))

@@ -94,10 +94,7 @@ def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompt
         if not sample.response or not sample.student_prompt or not sample.teacher_prompt:
             raise ValueError(f"samples[{index}] has an empty prompt or response")
         if sample.logprobs is not None and len(sample.logprobs) != len(sample.response):
-            raise ValueError(
-                f"samples[{index}] has {len(sample.logprobs)} logprobs for a response of {len(sample.response)} tokens; "
-                "give one for each, or None"
-            )
+            raise ValueError(f"samples[{index}].logprobs must be None or one for each of {len(sample.response)} tokens")
     lengths = [len(sample.response) for sample in samples]
     teacher_rows = [[*sample.teacher_prompt, *sample.response[:-1]] for sample in samples]
     teacher_cu = _offsets(map(len, teacher_rows))

@@ -91,6 +91,15 @@ def check_resources(workspace_bytes: int | None, backend: str) -> tuple[int | No
     return None if workspace_bytes is None else int(workspace_bytes), backend
 
 
+def check_others(
+    temperature: float = 1.0, backend: str = "auto", workspace_bytes: int | None = None, projection: str = "auto"
+) -> None:
+    """What `fused_linear_divergence` takes besides a divergence. Raises ValueError."""
+    check_temperature(temperature)
+    check_resources(workspace_bytes, backend)
+    check_projection(projection)
+
+
 def triton_can_run(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the Triton kernels can run, otherwise why not."""
     if importlib.util.find_spec("triton") is None:

@@ -196,6 +196,11 @@ def test_general_prompts_that_were_trained_on_do_not_show_forgetting(base, tmp_p
     assert card["forgetting"]["prompts"] == len(general) - 10
 
 
+def test_general_prompts_that_fit_no_window_cost_nothing_else(lora_run):
+    card = measure(lora_run, ReportOptions(general=read_prompts(["x" * 600, "y" * 600])))
+    assert card["forgetting"] is None and card["kl"]["own"]
+
+
 def test_held_out_prompts_that_were_trained_on_are_left_out(base, tmp_path):
     run = make_run(base, tmp_path / "r", train=["q1", "q2"], held_out=["q1", "new", "newer"], steps=1, eval_every=0)
     assert measure(run, ReportOptions())["measured_with"]["held_out_prompts"] == 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from opcd_fast.data import GENERAL, Context, Prompt, adapt_to_tokenizer, read_prompts, render, transcript
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation import Abilities, Distance, distances, where_it_ran
+from opcd_fast.evaluation import Abilities, Distance, distances, tried, where_it_ran
 from opcd_fast.evaluation.report.arms import Answers, HeldOut, draw_arms
 from opcd_fast.evaluation.report.costs import abilities, arms_of, forgetting, other_context, second_turn
 from opcd_fast.evaluation.report.estimates import agreement, gap, identical_greedy
@@ -93,7 +93,8 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     told("KL to the teacher")
     own, fixed, greedy = _against_teacher(models, held_out, answers, sampling, told)
     told("unrelated prompts")
-    forgot = forgetting(models, general, context, variables, sampling, options.seed, windows) if general else None
+    given = models, general, context, variables, sampling, options.seed, windows
+    forgot = tried("forgetting", told, forgetting, *given) if general else None
     told("scores")
     scores = [behaviour_scores(behaviour, answers, options.examples) for behaviour in options.behaviours]
     asked, seed = arms_of(models, arms, context, variables, windows), options.seed

@@ -128,9 +128,8 @@ def _check_adapter(config: OPCDConfig) -> None:
         raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
     if config.use_dora and not config.lora_rank:
         raise InputError("use_dora is set but lora_rank is 0; set lora_rank, or drop use_dora")
-    if config.merge_for_rollout and not config.lora_rank:
-        remedy = "drop merge_for_rollout" if config.num_virtual_tokens else "set lora_rank or drop merge_for_rollout"
-        raise InputError(f"merge_for_rollout=True needs weights to merge, those of LoRA; {remedy}")
+    if config.merge_for_rollout and config.num_virtual_tokens:
+        raise InputError("merge_for_rollout=True: a trained prefix has no weights to fold in; drop merge_for_rollout")
 
 
 def _check_prefix(config: OPCDConfig) -> None:

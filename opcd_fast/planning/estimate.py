@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from opcd_fast.loss import resolve_backend
-from opcd_fast.models import pick_dtype, seam
+from opcd_fast.models import seam
 from opcd_fast.planning.rehearsal import Rehearsal, job_of, rehearse
 from opcd_fast.planning.search import can_extrapolate, extrapolated
 from opcd_fast.teacher import default_batch_bytes
@@ -23,7 +23,8 @@ def foreseen(trainer: Any, teacher: Any = None) -> Rehearsal | None:
     config, own, asked = trainer.config, seam.config_of(trainer.model), trainer.parts.questions.asked
     if asked.task is not None:
         return None
-    job, device, dtype = job_of(asked, config), trainer.device.type, pick_dtype(config.dtype, trainer.device)
+    job, device, dtype = job_of(asked, config), trainer.device.type, trainer.parts.compute_dtype
+    config = replace(config, merge_for_rollout=getattr(trainer.rollout, "copies", None))  # as was decided
     if config.teacher_batch_bytes is None:  # of all layers, also in a rehearsal of a few
         config = replace(config, teacher_batch_bytes=default_batch_bytes(seam.body_of(trainer.teachers.pair.teacher)))
     backend = resolve_backend(config.loss_backend, trainer.device, dtype)

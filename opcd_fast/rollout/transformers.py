@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opcd_fast.data import common_prefix_length
 from opcd_fast.errors import InputError
-from opcd_fast.models import MergedCopy, seam, virtual_tokens
+from opcd_fast.models import copy_for_answers, seam, virtual_tokens, worth_copying
 from opcd_fast.rollout import generate as rollout_generate
 from opcd_fast.rollout import memory as rollout_memory
 from opcd_fast.rollout.check import Answers, check_decoding
@@ -42,8 +42,9 @@ class TransformersRollout(Sampler):
         stop_token_ids: ids that end an answer.
         max_batch: sequences generated at once. None: as many as the memory that is free at the first call holds,
             at most 256.
-        merge_adapter: generate with a copy that has the LoRA adapter folded in (a second copy of the adapted
-            weights). None: on a CPU where half of the free memory holds it, and not on a GPU.
+        merge_adapter: generate with a copy of the weights: with the LoRA adapter folded in (of the adapted weights
+            alone), or in `dtype`. None: as `models.worth_copying` says.
+        dtype: what float32 weights without an adapter are copied in, to be read faster; None: never.
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
         engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the model's
             forward pass.
@@ -56,16 +57,19 @@ class TransformersRollout(Sampler):
     def __init__(
         self, model: Any, *, stop_token_ids: Sequence[int], max_batch: int | None = 64, sized_for: int = 0,
         merge_adapter: bool | None = None, vocab_size: int | None = None, engine: str = "auto",
-        choice: Choice | None = None, frozen_base: bool = False,
+        choice: Choice | None = None, frozen_base: bool = False, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__(stop_token_ids, vocab_size)
         if engine not in ENGINES:
             raise InputError(f"engine={engine!r} is not available; use {' or '.join(map(repr, ENGINES))}")
         if max_batch is not None and max_batch < 1:
             raise InputError(f"max_batch={max_batch} must be at least 1, or None for as many as fit")
-        can_merge = MergedCopy.supports(model)
-        if merge_adapter and not can_merge:
-            raise InputError("merge_adapter=True needs LoRA or DoRA on linear layers; use None or False")
+        make_copy = copy_for_answers(model, dtype, frozen_base=frozen_base)
+        if merge_adapter and make_copy is None:
+            raise InputError(
+                "merge_adapter=True (merge_for_rollout of a run) needs LoRA or DoRA on linear layers, or no adapter, "
+                "weights in float32 and dtype='bfloat16'; use None or False"
+            )
         refusal = refuses_decoding(model)
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
@@ -84,15 +88,20 @@ class TransformersRollout(Sampler):
             self._engine = kept.set("engine", "generate", f"decode cannot run this model: {refusal}")
         merge = kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
         if merge is None:
-            # By rule and not by the clock, so that a run which is repeated rounds as it did.
-            merge = kept.set("merge", *(self._worth_merging() if can_merge else (False, "no LoRA adapter to fold in")))
-        self._merged = MergedCopy(model, frozen_base=frozen_base) if merge else None
+            free = rollout_memory.free_bytes(self.device)
+            merge = kept.set("merge", *worth_copying(model, dtype, self.device.type, free))
+        self._copy = make_copy() if merge and make_copy is not None else None
         self.max_batch = kept.values.get("batch") if max_batch is None else max_batch
 
     def sync(self, model: Any = None) -> None:
-        """See Rollout. A merged copy looks at the weights itself before every call."""
+        """See Rollout. A copy of the weights looks at them itself before every call."""
         if model is not None and model is not self.model:
             raise InputError("sync: this rollout runs the model it was made with; make another for another model")
+
+    @property
+    def copies(self) -> bool:
+        """Whether a copy of the model answers in its place."""
+        return self._copy is not None
 
     def explain(self) -> str:
         """What was chosen and why, a line each; what is not decided yet is decided at the first call."""
@@ -118,13 +127,13 @@ class TransformersRollout(Sampler):
             return []
         wanted = range(len(rows)) if only is None else only
         with seam.scoring_mode(self.model):
-            self._decide(rows, request.max_new_tokens)
+            model = self.model if self._copy is None else self._copy.refresh()
+            self._decide(model, rows, request.max_new_tokens)
             generator = torch.Generator().manual_seed(request.seed)
             uniform = torch.rand(len(rows), request.max_new_tokens, dtype=torch.float64, generator=generator)
             drawn: dict[int, tuple[list[int], list[float]]] = {}
             # Neighbours in length share a batch, so that little of it is padding; equal prompts run once.
             order = sorted(wanted, key=lambda i: (len(rows[i]), rows[i]))
-            model = self.model if self._merged is None else self._merged.refresh()
             while len(drawn) < len(order):
                 part, released = order[len(drawn) :][: self.max_batch], False
                 try:
@@ -162,38 +171,31 @@ class TransformersRollout(Sampler):
 
     # --------------------------------------------------------------------------------------- decided once
 
-    def _worth_merging(self) -> tuple[bool, str]:
-        if self.device.type != "cpu":
-            return False, "on a GPU, where the copy takes memory that training needs; not measured there yet"
-        if MergedCopy.bytes_needed(self.model) > rollout_memory.free_bytes(self.device) // 2:
-            return False, "the copy would take over half of what is free"
-        return True, "on a CPU, where adapters' small products cost more than their share of the arithmetic"
-
-    def _decide(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> None:
+    def _decide(self, model: Any, rows: list[tuple[int, ...]], max_new_tokens: int) -> None:
+        """For `model`, which answers."""
         if self._engine is None:
-            self._engine, reason = self._verified(rows, max_new_tokens)
+            self._engine, reason = self._verified(model, rows, max_new_tokens)
             self._kept.set("engine", self._engine, reason)
         if self.max_batch is None:
             longest, max_new_tokens = max(map(len, rows)), max(max_new_tokens, self._sized_for)
-            answering = self.model if self._merged is None else self._merged.model  # whose type the cache has
-            once = self._engine == "decode" and refuses_holding_once(self.model) is None
+            once = self._engine == "decode" and refuses_holding_once(model) is None
             shared = common_prefix_length(rows) if once and len(rows) > 1 else 0
-            self.max_batch = rollout_memory.batch_that_fits(answering, longest, max_new_tokens, shared_tokens=shared)
+            self.max_batch = rollout_memory.batch_that_fits(model, longest, max_new_tokens, shared_tokens=shared)
             self._kept.set("batch", self.max_batch, f"free memory, {longest} + {max_new_tokens} tokens a sequence")
         self._kept.write()
 
-    def _verified(self, rows: list[tuple[int, ...]], max_new_tokens: int) -> tuple[str, str]:
+    def _verified(self, model: Any, rows: list[tuple[int, ...]], max_new_tokens: int) -> tuple[str, str]:
         """The loop on a few of the prompts, shortest and longest among them."""
         ordered = sorted(set(rows), key=len)
         trial = [*ordered[: TRIAL_PROMPTS // 2], *ordered[TRIAL_PROMPTS // 2 :][-TRIAL_PROMPTS // 2 :]]
         uniform = torch.zeros(len(trial), min(TRIAL_TOKENS, max_new_tokens), dtype=torch.float64)
 
         def by(engine: str) -> Answers:
-            return self._run(engine, self.model, trial, uniform, 0.0, 1.0)
+            return self._run(engine, model, trial, uniform, 0.0, 1.0)
 
-        theirs = partial(by, "generate") if refuses_holding_once(self.model) is not None else None
+        theirs = partial(by, "generate") if refuses_holding_once(model) is not None else None
         try:
-            good, figures = check_decoding(self.model, partial(by, "decode"), trial, self.vocab_size, theirs)
+            good, figures = check_decoding(model, partial(by, "decode"), trial, self.vocab_size, theirs)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:

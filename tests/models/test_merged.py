@@ -94,8 +94,8 @@ def test_bytes_are_those_that_the_copy_holds(has_bf16):
 def test_answers_come_from_the_copy_in_that_type(has_bf16):
     sampler = TransformersRollout(lora_model(torch.bfloat16), stop_token_ids=[256])
     answers = sampler.generate([[*range(20, 40)], [*range(30, 36)]], max_new_tokens=5, seed=3)
-    assert [len(answer.token_ids) for answer in answers] == [5, 5] and sampler._merged is not None
-    assert sampler._merged.model.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert [len(answer.token_ids) for answer in answers] == [5, 5] and sampler.copies
+    assert sampler._copy.model.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
 
 
 def test_lora_with_bias_is_not_merged():

@@ -1,4 +1,4 @@
-"""What a plan counts of the answers: a shared beginning, and what stays between two calls."""
+"""What a plan counts of the answers: a shared beginning, what stays between two calls, a copy that answers."""
 
 from dataclasses import replace
 
@@ -41,3 +41,20 @@ def test_recorded_steps_are_held_between_answers_of_a_gpu(share, kept):
     for options in ({"device": "cpu"}, {"device": "cuda", "config": replace(config, rollout="generate")}):
         others = planned(**{"config": config, "limit": limit, **options})
         assert others.peaks["loss"].parts.get("recorded steps", 0) == 0
+
+
+def test_the_copy_of_weights_that_train_is_counted_where_a_run_makes_one(monkeypatch):
+    settings = {"steps": 1, "batch_size": 2, "max_new_tokens": 8, "rollout_batch": 2, "dtype": "bfloat16"}
+    nbytes = 2 * sum(p.numel() for p in tiny_model(**SIZES).parameters())
+    copied = pytest.approx(nbytes, rel=1e-3)  # and RoPE's frequencies
+
+    def held(merge=None, **options):
+        options = {"device": "cuda", "dtype": torch.bfloat16, "backend": "torch", **options}
+        peak = planned(OPCDConfig(**settings, merge_for_rollout=merge), **options).peaks["optimizer"]
+        return peak.parts.get("copy for answers", 0)
+
+    assert held() == held(True) == copied and held(False) == held(dtype=torch.float32) == 0
+    assert held(limit=100 * nbytes) == copied and held(limit=10 * nbytes) == 0  # an eighth of what is free at most
+    for has_bf16 in (1, 0):
+        monkeypatch.setenv("OPCD_CPU_BF16", str(has_bf16))
+        assert held(device="cpu") == (copied if has_bf16 else 0)

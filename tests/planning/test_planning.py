@@ -44,6 +44,7 @@ CASES = {
     },
     "full": {},
     "full, bf16": {"dtype": "bfloat16"},
+    "full, bf16, a copy answers": {"dtype": "bfloat16", "merge_for_rollout": True},
     "full, bf16, checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch_tokens": 900},
     "full, average": {"teacher_mode": "ema"},
     "full, adafactor": {"optimizer": "adafactor"},
@@ -94,7 +95,7 @@ def compared(case, tmp_path, monkeypatch):
         prompts = Asking() if task else [f"question number {i}" for i in range(9)]
         trainer = OPCDTrainer(model, tiny_tokenizer(), CONTEXT, prompts, config, teacher_model=other, quiet=True)
         # All answers have their full length, and are drawn from all of the vocabulary but its last token.
-        for sampler in (trainer.rollout, trainer.teacher_rollout):
+        for sampler in filter(None, (trainer.rollout, trainer.teacher_rollout)):
             sampler.stop_token_ids, sampler.vocab_size = (vocabulary - 1,), vocabulary - 1
         job.append(job_of(read_training_prompts(prompts, None, CONTEXT, trainer.tokenizer, config), config))
         trainer.train()

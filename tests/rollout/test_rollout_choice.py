@@ -3,12 +3,13 @@
 import json
 
 import pytest
-import torch
 from tiny import lora_model, tiny_model
 
 from opcd_fast.errors import InputError
+from opcd_fast.models import worth_copying
 from opcd_fast.rollout import Choice, TransformersRollout
 from opcd_fast.rollout import memory as rollout_memory
+from opcd_fast.rollout import transformers as rollout_module
 
 PROMPTS = [[*range(20, 40), 41], [*range(20, 40), 43, 44]]
 
@@ -24,14 +25,14 @@ def test_the_choice_is_kept_and_comes_back(monkeypatch, tmp_path):
     first.generate(PROMPTS, max_new_tokens=4)
     kept = json.loads(file.read_text())["values"]
     assert set(kept) == {"engine", "merge", "batch"}
-    monkeypatch.setattr(TransformersRollout, "_worth_merging", lambda *a: 1 / 0)
+    monkeypatch.setattr(rollout_module, "worth_copying", lambda *a: 1 / 0)
     monkeypatch.setattr(TransformersRollout, "_verified", lambda *a: 1 / 0)
     for merge in (True, False):
         values = {**kept, "merge": merge, "batch": 1}
         file.write_text(json.dumps({"values": values, "reasons": dict.fromkeys(kept, "x")}))
         again = sampler(choice=Choice.of_file(file), max_batch=None)
         again.generate(PROMPTS, max_new_tokens=4)
-        assert (again._merged is not None) == merge and again.max_batch == 1
+        assert again.copies == merge and again.max_batch == 1
     file.write_text("{")
     with pytest.raises(InputError, match="delete it to decide anew"):
         Choice.of_file(file)
@@ -48,15 +49,13 @@ def test_of_several_processes_the_first_one_writes(tmp_path, monkeypatch):
 
 def test_merged_on_a_cpu_that_holds_the_copy_and_not_on_a_gpu(monkeypatch):
     engine = sampler()
-    assert engine._merged is not None and "merge: True (on a CPU" in engine.explain()
+    assert engine.copies and "merge: True (on a CPU" in engine.explain()
     assert "no LoRA adapter" in sampler(tiny_model()).explain()
     monkeypatch.setattr(rollout_memory, "free_bytes", lambda device: 1000)
     assert "merge: True (merge_adapter=True was given)" in sampler(merge_adapter=True, max_batch=3).explain()
     engine = sampler()
-    assert engine._merged is None and "merge: False (the copy would take over half of what is free)" in engine.explain()
-    monkeypatch.undo()
-    engine.device = torch.device("cuda")
-    assert engine._worth_merging()[0] is False
+    assert not engine.copies and "merge: False (the copy would take over half of what is free)" in engine.explain()
+    assert worth_copying(lora_model(), None, "cuda", 2**40)[0] is False
 
 
 def test_a_kept_engine_that_is_gone_is_told(tmp_path):

@@ -181,7 +181,7 @@ def test_a_resumed_run_goes_on_with_what_was_decided(tmp_path):
     file.write_text(json.dumps(kept))
     again = trainer(tmp_path / "run", steps=4, eval_every=4, resume=True)
     again.train()
-    assert again.rollout._engine == "generate" and again.rollout.max_batch == 2 and again.rollout._merged is None
+    assert again.rollout._engine == "generate" and again.rollout.max_batch == 2 and not again.rollout.copies
     assert json.loads(file.read_text()) == kept
 
 

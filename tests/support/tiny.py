@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -59,6 +60,14 @@ def lora_model(dtype=torch.float32, rank=4, **changes):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
     return model.to(dtype)
+
+
+def in_bf16(model):
+    """A copy with parameters in bfloat16, and buffers as they are."""
+    cast = copy.deepcopy(model).eval()
+    for parameter in cast.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return cast
 
 
 def logprobs_by_hand(model, prompt, answer, temperature, top_p=1.0):

@@ -89,7 +89,7 @@ def test_the_papers_defaults():
         ("teacher_ema_decay", (0.9, 1.5)), ("teacher_sync_every", (5, 0)), ("teacher_quantization", ("8bit",)),
         ("quantization", ("nf4",)), ("normalize", ("batch",)), ("dtype", ("float16", ["float32"])), ("device", (0,)),
         ("loss_backend", ("cuda",)), ("teacher_path", ("best",)), ("lora_alpha", (8, 8.0)), ("lora_rank", (-4,)),
-        ("lora_targets", ("", " , ", [], [1], 5)), ("merge_for_rollout", (True, "True", 0)), ("seed", (-1, 1.0)),
+        ("lora_targets", ("", " , ", [], [1], 5)), ("merge_for_rollout", ("True", 0)), ("seed", (-1, 1.0)),
         ("micro_batch_tokens", (0,)), ("workspace_bytes", (0,)), ("max_prefix_bytes", (0, 1.5)),
         ("teacher_batch_bytes", (0,)), ("prefix_device", (0,)), ("keep_checkpoints", (0,)), ("optimizer", ("sgd",)),
         ("best_by", ("loss", "score")), ("early_stop_patience", (-1,)), ("early_stop_delta", (0.1,)),

@@ -11,7 +11,7 @@ import torch
 
 from opcd_fast.data import Sample, common_prefix_length, count_tokens, micro_batches, pack, total_weight
 from opcd_fast.loss import LMHead, scratch_bytes
-from opcd_fast.models import MergedCopy, refuses_merge, refuses_pad, refuses_sharing, seam
+from opcd_fast.models import copy_for_answers, refuses_merge, refuses_pad, refuses_sharing, seam, worth_copying
 from opcd_fast.planning.rehearsal.job import Job
 from opcd_fast.planning.rehearsal.meter import Meter
 from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer
@@ -26,7 +26,7 @@ Rows = Sequence[tuple[int, int, int]]
 
 class Step:
     """device, backend: "cuda" or "cpu", and of the loss, where the run will be. limit: bytes in all, for a
-    rollout_batch that is sized to memory."""
+    rollout_batch that is sized to memory, and a copy that answers where it is small."""
 
     def __init__(
         self, config: OPCDConfig, job: Job, pair: ModelPair, meter: Meter, *,
@@ -43,6 +43,7 @@ class Step:
         can_share = not config.num_virtual_tokens and refuses_sharing(body, training=True) is None
         self.shares = config.share_prompts is not False and can_share
         self.head = LMHead.from_model(pair.student)
+        self._free = torch.inf if limit is None else limit - meter.held  # when the samplers are made
         self._kept: torch.Tensor | None = None
         self._away = 0  # bytes of a teacher that is on the host between its turns
         if config.teacher_offload:
@@ -63,13 +64,12 @@ class Step:
         with meter.phase("other", "optimizer state"):
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-                meter.see(parameter.grad, "gradients")  # kept until after the next rollout
             optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         answering = self._answering_model()
         if config.rollout in ("transformers", "generate"):
             self.rollout_batch = self._draw_answers(answering)
         pair.student.train()
-        optimizer.zero_grad(set_to_none=True)
         samples = self._samples([row for row in self._rows() for _ in range(self.job.turns)])
         groups = list(micro_batches(samples, config.micro_batch_tokens, share_prompts=self.shares))
         largest = self._largest(groups, self.shares)
@@ -125,19 +125,21 @@ class Step:
                 self.meter.elsewhere(x)
         if not stay:
             nbytes = max((sum(x.nbytes for x in tensors) for tensors in layers), default=0)
-            with self.meter.phase("other", "context KV"):  # two layers at a time are on the device
-                self._fetched = torch.empty(2 * nbytes // 4)
+            with self.meter.phase("other", "context KV"):  # a layer at a time is on the device
+                self._fetched = torch.empty(nbytes // 4)
 
     # ------------------------------------------------------------------------------------------- the answers
 
     def _answering_model(self) -> Any:
-        """The copy with the adapter folded in that the run keeps, or the student."""
-        config, student = self.config, self.pair.student
-        merges = self.device == "cpu" if config.merge_for_rollout is None else config.merge_for_rollout
-        if config.rollout not in ("transformers", "generate") or not merges or not MergedCopy.supports(student):
+        """The copy that the run keeps, or the student."""
+        config, student, copies = self.config, self.pair.student, self.config.merge_for_rollout
+        make_copy = copy_for_answers(student, self.dtype, self.device, frozen_base=True)
+        if copies is None:
+            copies, _ = worth_copying(student, self.dtype, self.device, self._free)
+        if config.rollout not in ("transformers", "generate") or not copies or make_copy is None:
             return student
-        with self.meter.phase("other", "merged copy"):
-            return MergedCopy(student, self.device, frozen_base=True).refresh()
+        with self.meter.phase("other", "copy for answers"):
+            return make_copy().refresh()
 
     def _draw_answers(self, answering: Any) -> int:
         """By the student, by the teacher with the context in front, or by one after the other; how many at once."""

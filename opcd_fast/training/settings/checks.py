@@ -113,9 +113,8 @@ def _check_running(config: OPCDConfig) -> None:
             f"importance_correction={config.importance_correction!r} needs top_p=1: with top_p={config.top_p} answers "
             "come from a truncated distribution on purpose"
         )
-    if config.merge_for_rollout and not config.lora_rank:
-        remedy = "drop merge_for_rollout" if config.num_virtual_tokens else "set lora_rank or drop merge_for_rollout"
-        raise InputError(f"merge_for_rollout=True needs weights to merge, those of LoRA; {remedy}")
+    if config.merge_for_rollout and config.num_virtual_tokens:
+        raise InputError("merge_for_rollout=True: a trained prefix has no weights to fold in; drop merge_for_rollout")
 
 
 def _check_prefix(config: OPCDConfig) -> None:

@@ -158,10 +158,11 @@ class OPCDConfig:
         OneOf("transformers", "generate", "server", "vllm", "replay"))
     rollout_batch: int | None = machine(None, """Sequences generated at once; None: what memory holds at the first call,
         256 at most.""", AtLeast(1))
-    merge_for_rollout: bool | None = machine(None, """Generate with a copy that has the adapter folded in. None: on a
-        CPU where memory holds it, and not on a GPU.""",
+    merge_for_rollout: bool | None = machine(None, """Generate with a copy of the weights: LoRA folded in or, where all
+        weights train under a lower dtype, in that dtype. None: LoRA on a CPU, and all weights wherever that dtype is
+        fast, where memory holds it. False: no copy.""",
         needs={"rollout": OneOf("transformers", "generate", "replay")},  # replay: its evaluations
-        sharded=Unsharded((None, False), "the merged copy would be a whole model on every rank"))
+        sharded=Unsharded((None, False), "the copy would be a whole model on every rank"))
     rollout_url: str | None = machine(None, 'Of "server": http://host:port, what stands in front of /v1.',
         belongs=("resume", "machine"), needs={"rollout": OneOf("server")})
     rollout_model: str | None = machine(None, """Of "server" and "vllm": the name there of the model, or of the base

@@ -43,13 +43,14 @@ def topk_reverse_kl_rows(
         z_s, z_t = block.transform_(), teacher.rows(rows).transform_()
         slope = block.slope(slope_plane, gradient is not None)
         top, chosen = z_s.topk(min(k, z_s.shape[1]), dim=-1)
-        theirs, teacher_max = z_t.gather(-1, chosen), z_t.amax(-1)
+        theirs = z_t.gather(-1, chosen)
         torch.log_softmax(z_s, -1, out=log_p)
         torch.exp(log_p, out=p)
         if all_statistics:
             statistics[4, rows] = z_s.argmax(-1) == z_t.argmax(-1)
         log_q = torch.log_softmax(z_t, -1, out=z_s)
-        lse_s, lse_t = top[:, 0] - log_p.amax(-1), teacher_max - log_q.amax(-1)
+        if all_statistics or tail != "renormalize":
+            lse_s, lse_t = top[:, 0] - log_p.amax(-1), z_t.amax(-1) - log_q.amax(-1)
         if all_statistics:
             statistics[2, rows], statistics[3, rows] = lse_s, lse_t
             finite = torch.where(p > 0, log_p, 0.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 from opcd_fast.commands.arguments import ComputeOptions, check_at_least, parse, quiet_libraries, sampler, window_of
 from opcd_fast.errors import InputError
+from opcd_fast.training.settings import Within
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,8 @@ class AccumulateCommand(ComputeOptions):
 def run(arguments: list[str]) -> int:
     command = parse(AccumulateCommand, "accumulate", arguments)
     check_at_least(1, command, "max_tokens", "candidates", "max_new_tokens")
-    if not 0 < command.duplicates <= 1:
-        raise InputError(f"duplicates={command.duplicates} must be a number above 0 up to 1")
-    from functools import partial
-
-    from opcd_fast.contexts import ExperienceFolder, Player, accumulate, without_similar
+    Within(0, 1, open_low=True)("duplicates", command.duplicates)
+    from opcd_fast.contexts import ExperienceFolder, Player, accumulate
     from opcd_fast.models import load_model, load_tokenizer
 
     quiet_libraries()
@@ -58,7 +56,7 @@ def run(arguments: list[str]) -> int:
         merge = Player(rollout, tokenizer, command.max_new_tokens, temperature=0.0, window=window)
     written = accumulate(
         folder, tokenizer, max_tokens=command.max_tokens, candidates=command.candidates, seed=command.seed,
-        drop=partial(without_similar, threshold=command.duplicates), merge=merge,
+        threshold=command.duplicates, merge=merge,
     )  # fmt: skip
     for name, counts in written.items():
         rewritten = {None: "", True: ", rewritten", False: ", kept as it was: the model wrote no usable list"}

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 from opcd_fast.commands.helping import check_names, in_words, without_none
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import OPCDConfig, check_values, refuse_gone, settings_of
+from opcd_fast.training.settings import OPCDConfig, Within, check_values, settings_of
 
 
 def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
@@ -22,7 +22,6 @@ def parse(kind: type, name: str, arguments: list[str], **settings: Any) -> Any:
     setting of a run that cannot have its value, whatever the others are."""
     import tyro
 
-    refuse_gone({word[2:].partition("=")[0].replace("-", "_"): None for word in arguments if word[:2] == "--"})
     check_names(name, kind, arguments)
     flat: Any = Annotated[_explained(kind), tyro.conf.OmitArgPrefixes]
     said, complaint = io.StringIO(), io.StringIO()
@@ -116,10 +115,8 @@ def check_at_least(least: int, command: Any, *names: str) -> None:
 def check_sampling(command: Any, *counts: str) -> None:
     """Raises InputError for a temperature or top_p out of range, and for one of `counts` below 1."""
     check_at_least(1, command, *counts)
-    if not 0 <= command.temperature < 100:  # refuses NaN too
-        raise InputError(f"temperature={command.temperature} must be a number from 0 up to 100")
-    if not 0 < command.top_p <= 1:
-        raise InputError(f"top_p={command.top_p} must be a number above 0 up to 1")
+    Within(0, 100)("temperature", command.temperature)
+    Within(0, 1, open_low=True)("top_p", command.top_p)
 
 
 def context_in(file: str | None) -> Any:

@@ -17,7 +17,7 @@ from opcd_fast.commands.arguments import (
     tell,
     window_of,
 )
-from opcd_fast.errors import InputError
+from opcd_fast.training.settings import Within
 
 PART_SHOWN = 60  # characters
 
@@ -70,8 +70,8 @@ def run(arguments: list[str]) -> int:
         (2, ("max_prompts",)),
     ):
         check_at_least(least, command, *names)
-    if not 0 < command.temperature < 100 or not 0 <= command.max_kl < float("inf"):
-        raise InputError("temperature must be above 0 and below 100, max_kl 0 or more")
+    Within(0, 100, open_low=True)("temperature", command.temperature)
+    Within(0, 1e9)("max_kl", command.max_kl)
     from opcd_fast.contexts import Candidate, Player, cut_candidates, rank, written_candidates
     from opcd_fast.data import adapt_to_tokenizer, read_prompts
     from opcd_fast.models import load_model, load_tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 from opcd_fast.commands.arguments import ComputeOptions, context_in, parse, quiet_libraries, sampler, window_of
 from opcd_fast.data import Candidate, Selection
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings import OPCDConfig
+from opcd_fast.training.settings import OPCDConfig, Within
 
 say = partial(print, flush=True)
 
@@ -144,8 +144,7 @@ def _check(command: PromptsCommand) -> None:
         missing = [f"--{name}" for name in ("context", "model") if getattr(command, name) is None]
         if missing:
             raise InputError(f"--ask needs {' and '.join(missing)}")
-    if not 0 < command.temperature <= 10:  # refuses NaN too
-        raise InputError(f"temperature={command.temperature} must be a number above 0 up to 10")
+    Within(0, 10, open_low=True)("temperature", command.temperature)
     # What would be accepted and ignored.
     for name, unset, needs in (
         ("turns", "last", "logs"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from opcd_fast.commands.arguments import check_at_least, context_in, parse, quiet_libraries
-from opcd_fast.errors import InputError
+from opcd_fast.commands.arguments import check_at_least, parse, quiet_libraries
+from opcd_fast.training.settings import Within
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,6 @@ class ReportCommand:
 
     run: Positional[str]
     """Output folder of `opcd train`."""
-    context: str | None = None
-    """The context's file, for a run of an older version that kept none."""
     prompts: str | None = None
     """Held-out prompts, a file as for `opcd train`; default: the run's own."""
     general: str | None = None
@@ -62,8 +60,8 @@ def run(arguments: list[str]) -> int:
     for name, least in (("max_prompts", 2), ("samples", 1), ("max_new_tokens", 1), ("examples", 0),
                         ("ability_problems", 2), ("ability_tokens", 1)):  # fmt: skip
         check_at_least(least, command, name)
-    if command.temperature is not None and not 0 < command.temperature < 100:
-        raise InputError(f"temperature={command.temperature} must be above 0 and below 100")
+    if command.temperature is not None:
+        Within(0, 100, open_low=True)("temperature", command.temperature)
     folder = Path(command.run)
     from rich.console import Console
     from rich.markdown import Markdown
@@ -74,7 +72,7 @@ def run(arguments: list[str]) -> int:
     from opcd_fast.evaluation.report import ReportOptions, by_function, by_pattern, measure, readme, write_report
     from opcd_fast.training.run import read_record, run_settings
 
-    settings, record = run_settings(folder), read_record(folder)
+    settings = run_settings(folder)
     columns = {
         "prompt_column": settings.get("prompt_column"),
         "drop_last_answer": settings.get("drop_last_answer", False),
@@ -82,7 +80,6 @@ def run(arguments: list[str]) -> int:
     passed = ("model", "trust_remote_code", "max_prompts", "samples", "max_new_tokens", "temperature", "examples",
               "seed")  # fmt: skip
     options = ReportOptions(
-        context=context_in(command.context),
         prompts=None if command.prompts is None else read_prompts(command.prompts, **columns),
         general=None if command.general is None else read_prompts(command.general, "general"),
         behaviours=[*map(by_pattern, command.regex), *map(by_function, command.scorer)],
@@ -95,8 +92,7 @@ def run(arguments: list[str]) -> int:
         load_task(name)  # a missing package or file must not cost the loading of a model
     quiet_libraries()
     card = measure(folder, options, told=lambda line: print(f"{line} ...", flush=True))
-    context = record["context"] if record and record["context"] is not None else options.context
-    written = write_report(folder, card, context)
+    written = write_report(folder, card, (read_record(folder) or {}).get("context"))
     Console().print(Markdown("".join(f"\n## {part}" for part in readme(card).split("\n## ")[1:-1])))  # not the hashes
     print(f"saved: {', '.join(map(str, written))} ({card['seconds']:.0f} s)")
     return 0

@@ -80,7 +80,7 @@ def _tell_memory(trainer: Any, command: TrainCommand) -> None:
 
     other = command.teacher_model and load_settings(command.teacher_model, trainer.config.trust_remote_code)
     if seen := foreseen(trainer, other or None):
-        _say(f"memory: {seen.nbytes / 2**30:.1f} GiB where a step needs most; the first step tells how long they take")
+        _say(f"memory: {seen.nbytes / 2**30:.1f} GiB where a step needs most")
 
 
 def trainer_of(command: TrainCommand, named: Collection[str]) -> Any:

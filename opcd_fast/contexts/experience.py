@@ -19,7 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.contexts.lessons import as_notes, ask_for_lessons, ask_to_merge, lessons_in, within_budget
+from opcd_fast.contexts.lessons import (
+    as_notes,
+    ask_for_lessons,
+    ask_to_merge,
+    lessons_in,
+    within_budget,
+    without_similar,
+)  # fmt: skip
 from opcd_fast.contexts.player import Player, token_counter
 from opcd_fast.data.tasks import Task
 from opcd_fast.errors import InputError
@@ -139,13 +146,13 @@ def accumulate(
     max_tokens: int,
     candidates: int = 8,
     seed: int = 0,
-    drop: Callable[[Sequence[str]], list[str]] | None = None,
+    threshold: float = 1.0,
     merge: Player | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Candidate notes of at most `max_tokens` tokens out of the folder's lessons.
 
     Candidate 0 has the lessons in the order they were written; the others have the attempts in random orders, so that
-    other ones are the newest. drop: takes lessons away, such as near-duplicates. merge: a model that then rewrites
+    other ones are the newest. threshold: see `without_similar`. merge: a model that then rewrites
     each candidate as a shorter list; what it writes must again fit, and a candidate it writes nothing usable for
     stays as it was. Returns, by file name, counts of lessons and tokens. Raises InputError when there is no lesson.
     """
@@ -162,7 +169,7 @@ def accumulate(
         if number:
             random.Random(stream_seed(seed, "accumulate", number)).shuffle(order)
         lessons = list(dict.fromkeys(lesson for attempt in order for lesson in attempt))
-        unique = lessons if drop is None else drop(lessons)
+        unique = without_similar(lessons, threshold)
         kept = within_budget(unique, max_tokens, count, as_notes)
         dropped = len(unique) - len(kept)
         merged = None

@@ -61,7 +61,7 @@ _READ_BY_THE_HOST = frozenset(
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer with the prompts it was drawn for. All ids are plain Python integers."""
+    """One answer with the prompts it was drawn for. Tensors and arrays become lists of Python numbers."""
 
     student_prompt: Sequence[int]
     teacher_prompt: Sequence[int]  # after the shared prefix; never empty
@@ -69,9 +69,14 @@ class Sample:
     response: Sequence[int]  # up to and including the stop token
     logprobs: Sequence[float] | None = None  # of the response under the sampler; NaN: another one wrote it
 
+    def __post_init__(self) -> None:
+        for name in ("student_prompt", "teacher_prompt", "response", "logprobs"):
+            if hasattr(value := getattr(self, name), "tolist"):
+                object.__setattr__(self, name, value.tolist())
+
 
 def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompts: bool = False) -> Batch:
-    """Pack samples into a Batch on the CPU.
+    """Pack samples into a Batch on the CPU. Where any of them has no logprobs, `behaviour_logprobs` is None for all.
 
     Args:
         normalize: "sequence" gives each response token weight 1/|y|, so that sum(w * kl) / B is the paper's Eq. 1
@@ -80,17 +85,21 @@ def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompt
             `opcd_fast.models.shared_prompts`: equal prompts, or the beginning of all of them (a system prompt) where
             that saves more. Everything per response stays in the order of `samples`.
     Raises:
-        ValueError: no sample, an empty response or an empty prompt.
+        ValueError: no sample, an empty response or an empty prompt, logprobs of another length than the response,
+            another `normalize`.
     """
     if not samples:
         raise ValueError("samples is empty; a batch needs at least one sequence")
     for index, sample in enumerate(samples):
         if not sample.response or not sample.student_prompt or not sample.teacher_prompt:
             raise ValueError(f"samples[{index}] has an empty prompt or response")
+        if sample.logprobs is not None and len(sample.logprobs) != len(sample.response):
+            raise ValueError(f"samples[{index}].logprobs must be None or one for each of {len(sample.response)} tokens")
     lengths = [len(sample.response) for sample in samples]
     teacher_rows = [[*sample.teacher_prompt, *sample.response[:-1]] for sample in samples]
     teacher_cu = _offsets(map(len, teacher_rows))
-    weights = [1.0 / length if normalize == "sequence" else 1.0 for length in lengths]
+    each = _counts_sequences(normalize)
+    weights = [1.0 / length if each else 1.0 for length in lengths]
     has_logprobs = all(sample.logprobs is not None for sample in samples)
     return Batch(
         **(_shared_rows(samples) if share_prompts else _separate_rows(samples)),
@@ -107,7 +116,13 @@ def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompt
 
 def total_weight(samples: Sequence[Sample], normalize: str) -> float:
     """What the `token_weights` of all of a step's samples sum to, however they are packed: the loss's denominator."""
-    return float(len(samples) if normalize == "sequence" else sum(len(sample.response) for sample in samples))
+    return float(len(samples) if _counts_sequences(normalize) else sum(len(sample.response) for sample in samples))
+
+
+def _counts_sequences(normalize: str) -> bool:
+    if normalize not in ("sequence", "token"):
+        raise ValueError(f"normalize is {normalize!r}; expected 'sequence' or 'token'")
+    return normalize == "sequence"
 
 
 def _separate_rows(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ what has the name is whole, and computes what was trained.
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from opcd_fast.export.options import ExportOptions
 from opcd_fast.export.source import CHOICES, Source, find_source, load_source, stored_dtype, tokenizer_of
 from opcd_fast.models import first_line, load_settings, resolve, seam
 from opcd_fast.rollout import stop_token_ids
-from opcd_fast.runtime import write_folder
+from opcd_fast.runtime import is_replaceable, write_folder
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ def refuse(source: Source, target: Path, options: ExportOptions) -> None:
                 f"{str(path)!r} is a link to {str(real)!r}, which is not the run's and would be exported; put a copy "
                 "in its place, or remove it"
             )
-    there = os.path.ismount(target) or target.resolve() == Path.cwd()  # an empty one, but not to be replaced
-    if there or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+    if not is_replaceable(target) or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise InputError(f"output_dir={str(target)!r} exists already; choose another folder, or remove it")
     if options.dtype != "auto" and options.dtype not in CHOICES:
         raise InputError(f"dtype={options.dtype!r} is unknown; use 'auto', {', '.join(map(repr, CHOICES))}")

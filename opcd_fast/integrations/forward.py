@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opcd_fast.errors import InputError
-from opcd_fast.loss import PARAMETERS, LMHead, check_divergence, fused_linear_divergence, unused_parameter
+from opcd_fast.loss import PARAMETERS, LMHead, check_divergence, check_others, fused_linear_divergence, unused_parameter
 from opcd_fast.models import seam
 
 Result = TypeVar("Result")
@@ -89,6 +89,7 @@ def chosen_divergence(distillation: dict[str, Any], more: Collection[str] = ()) 
     parameters |= {name: value for name, value in distillation.items() if name in parameters}
     try:
         check_divergence(distillation["divergence"], parameters)
+        check_others(**{name: value for name, value in distillation.items() if name in more})
     except ValueError as error:
         raise InputError(f"distillation: {error}") from error
     unused = unused_parameter(distillation["divergence"], parameters)
@@ -99,8 +100,11 @@ def chosen_divergence(distillation: dict[str, Any], more: Collection[str] = ()) 
 
 def refuse_settings(trainer: Any) -> None:
     """InputError for settings of a `transformers.Trainer` with which the fused loss cannot work."""
-    if getattr(trainer, "compute_metrics", None) is not None:
-        raise InputError("compute_metrics needs logits, which the fused loss does not make; leave it out")
+    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+        if callable(getattr(trainer, name, None)):  # TRL says "non-None value" in the last one
+            raise InputError(f"{name} needs logits, which the fused loss does not make; leave it out")
+    if getattr(trainer.args, "label_smoothing_factor", 0):
+        raise InputError("label_smoothing_factor is for a loss on labels, which the fused loss is not; set it to 0")
     if getattr(trainer.args, "use_liger_kernel", False):
         raise InputError(
             "use_liger_kernel=True replaces the model's forward, so what its head does cannot be seen; set it to False "

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from opcd_fast.loss.heads import LMHead, same_vocabulary
     from opcd_fast.loss.importance import Drift, importance_weights, trainer_logprobs
-    from opcd_fast.loss.inputs import resolve_backend
+    from opcd_fast.loss.inputs import check_others, resolve_backend
     from opcd_fast.loss.logprobs import fused_linear_logprobs
     from opcd_fast.loss.scratch import scratch_bytes
     from opcd_fast.loss.sequence_weights import sequence_mean_weights

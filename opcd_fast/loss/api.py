@@ -92,11 +92,10 @@ def fused_linear_reverse_kl(
         a buffer of its own, and return none. Needs reduction="sum" or denominator=, a backward with an upstream
         gradient of exactly 1, and no activation checkpointing around the call. The gradient is added when the loss is
         computed, whether or not backward follows.
-    projection: how the logits are formed. "separate" multiplies each side with its head, in float32 ("fp32" is the
-        older name of the same). "difference", where both heads are one: the student's logits and their differences to
-        the teacher's, in float16; see below. "auto" takes that where it can and where it saves something: on a GPU,
-        from D / 3 rows of non-zero weight on, where a copy of the head in float16 takes at most half of the workspace,
-        and not while a CUDA graph is captured.
+    projection: how the logits are formed. "separate" multiplies each side with its head, in float32. "difference",
+        where both heads are one: the student's logits and their differences to the teacher's, in float16; see below.
+        "auto" takes that where it can and where it saves something: on a GPU, from D / 3 rows of non-zero weight on,
+        where a copy of the head in float16 takes at most half of the workspace, and not while a CUDA graph is captured.
     token_ids: (...,) integers for differences: the token that was drawn at each position, by whose logit the row is
         shifted; by nothing where there is no such token (-100). They decide over speed, not over what comes out: rows
         whose largest logit, after temperature, is then more than 8 from 0 are computed again in float32.
@@ -182,7 +181,7 @@ def fused_linear_divergence(
     weights = inputs.flat_weights(token_weights, leading, student_hidden.device)
     ids = None if token_ids is None else inputs.flat_ids(token_ids, leading, student_hidden.device)
     h_s = student_hidden.reshape(-1, student_hidden.shape[-1])
-    h_t = _outside_inference(teacher_hidden.detach(), reduction).reshape(-1, teacher_hidden.shape[-1])
+    h_t = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
     weight, bias = sharding.whole(student.weight), sharding.whole(student.bias)
     with torch.no_grad():
         weight_t = weight if teacher.weight is student.weight else sharding.whole(teacher.weight)
@@ -245,7 +244,7 @@ def reverse_kl(
         raise ValueError(f"student_logits is on {student_logits.device}, teacher_logits on {teacher_logits.device}")
     leading, v = student_logits.shape[:-1], student_logits.shape[-1]
     z_s = student_logits.reshape(-1, v)
-    z_t = _outside_inference(teacher_logits.detach(), reduction).reshape(-1, v)
+    z_t = teacher_logits.detach().reshape(-1, v)
     operator_reduction, factor, scalar = inputs.check_reduction(reduction, denominator)
     weights = inputs.flat_weights(token_weights, leading, z_s.device)
     backend = inputs.resolve_backend("auto", z_s.device, compute_dtype(z_s, z_t))
@@ -256,13 +255,6 @@ def reverse_kl(
     wanted = torch.is_grad_enabled() and z_s.requires_grad
     loss = LogitsReverseKL.apply(z_s, z_t, weights, scalar, operator_reduction, factor, spec, wanted)
     return loss.reshape(leading) if reduction == "none" else loss
-
-
-def _outside_inference(tensor: Tensor, reduction: str) -> Tensor:
-    """Autograd cannot keep an inference tensor, and "none" keeps the teacher's until backward."""
-    if reduction == "none" and not torch.compiler.is_compiling() and tensor.is_inference():
-        return tensor.clone()
-    return tensor
 
 
 def _check_on_all_ranks(sides: dict[str, tuple[Tensor, LMHead]], weights: Tensor | None, student: LMHead) -> None:

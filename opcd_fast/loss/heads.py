@@ -57,9 +57,9 @@ class LMHead:
         if self.bias is not None and (tuple(self.bias.shape) != (rows,) or self.bias.dtype not in PLAIN):
             kind = f"shape {tuple(self.bias.shape)} and dtype {self.bias.dtype}"
             raise ValueError(f"LMHead: bias has {kind}; it must be ({rows},), as weight has rows, and floating point")
-        if not math.isfinite(self.scale):
+        if not abs(self.scale) < math.inf:  # comparisons are traced by torch.compile, isfinite is not
             raise ValueError(f"LMHead: scale is {self.scale}; it must be a finite number")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"LMHead: softcap is {self.softcap}; it must be a positive number, or None for none")
         if self.vocab_size is not None and not (type(self.vocab_size) is int and 1 <= self.vocab_size <= rows):
             raise ValueError(
@@ -108,6 +108,11 @@ class LMHead:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base = getattr(base, "_orig_mod", base)  # looking at a compiled forward would compile it
         name = type(base).__name__
+        if isinstance(base, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            raise ValueError(
+                f"LMHead.from_model: {name} averages the gradients of what its own forward computes; compute the loss "
+                "in the forward of the module that it wraps, and give the model there"
+            )
         layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if layer is None:
             raise ValueError(

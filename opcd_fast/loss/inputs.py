@@ -14,7 +14,7 @@ from opcd_fast.kernels.reference import is_number
 from opcd_fast.loss.heads import PLAIN, LMHead
 
 REDUCTIONS = ("mean", "sum", "none")
-PROJECTIONS = {"auto": "auto", "separate": "separate", "fp32": "separate", "difference": "difference"}
+PROJECTIONS = ("auto", "separate", "difference")
 BACKENDS = ("auto", "triton", "native", "torch")
 
 
@@ -72,11 +72,9 @@ def check_pair(h_s: Tensor, student: LMHead, h_t: Tensor, teacher: LMHead) -> to
 
 
 def check_projection(projection: str) -> str:
-    if projection == "dual":
-        raise ValueError("projection='dual' does not exist any more; use projection='auto', which is as accurate")
-    if not isinstance(projection, str) or projection not in PROJECTIONS:
+    if projection not in PROJECTIONS:
         raise ValueError(f"projection is {projection!r}; expected one of {', '.join(map(repr, PROJECTIONS))}")
-    return PROJECTIONS[projection]
+    return projection
 
 
 def check_temperature(temperature: float) -> float:
@@ -91,6 +89,15 @@ def check_resources(workspace_bytes: int | None, backend: str) -> tuple[int | No
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
     return None if workspace_bytes is None else int(workspace_bytes), backend
+
+
+def check_others(
+    temperature: float = 1.0, backend: str = "auto", workspace_bytes: int | None = None, projection: str = "auto"
+) -> None:
+    """What `fused_linear_divergence` takes besides a divergence. Raises ValueError."""
+    check_temperature(temperature)
+    check_resources(workspace_bytes, backend)
+    check_projection(projection)
 
 
 def triton_can_run(device: torch.device, dtype: torch.dtype) -> str | None:

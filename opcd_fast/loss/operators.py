@@ -166,7 +166,7 @@ class LinearDivergence(torch.autograd.Function):
         ctx.accumulated = w_s if dw_into is not None else None
         ctx.dtypes = (h_s.dtype, w_s.dtype, None if b_s is None else b_s.dtype)
         if late:
-            ctx.save_for_backward(h_s, w_s, b_s, h_t, w_t, b_t, token_weights, token_ids)
+            _save(ctx, h_s, w_s, b_s, h_t, w_t, b_t, token_weights, token_ids)
         else:
             ctx.save_for_backward(rest, dh, dw, db)
         ctx.mark_non_differentiable(statistics, repeated)
@@ -198,6 +198,13 @@ class LinearDivergence(torch.autograd.Function):
         return (*found, *(None,) * 11)
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """For backward. Autograd cannot keep what was made in inference mode: a copy of it is kept."""
+    if not torch.compiler.is_compiling():
+        tensors = tuple(x.clone() if x is not None and x.is_inference() else x for x in tensors)
+    ctx.save_for_backward(*tensors)
+
+
 class LinearLogprobs(torch.autograd.Function):
     """Recomputes the logits in backward, which knows the tokens' weights."""
 
@@ -206,7 +213,7 @@ class LinearLogprobs(torch.autograd.Function):
         ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, spec: Spec, wanted: Wanted
     ) -> Tensor:
         ctx.spec, ctx.wanted = spec, wanted
-        ctx.save_for_backward(h, weight, bias, token_ids)
+        _save(ctx, h, weight, bias, token_ids)
         return linear_logprobs_op(h, weight, bias, token_ids, None, NOTHING, *spec.packed())[0]
 
     @staticmethod
@@ -226,7 +233,7 @@ class LogitsReverseKL(torch.autograd.Function):
         with exactly(z_s.device):
             kl, gradient = logits_divergence(z_s, z_t, rows, spec, wanted and not late)
         ctx.late, ctx.spec, ctx.dtype = late, spec, z_s.dtype
-        ctx.save_for_backward(*((z_s, z_t, token_weights) if late and wanted else (gradient,)))
+        _save(ctx, *((z_s, z_t, token_weights) if late and wanted else (gradient,)))
         return _reduce(kl, rows.weights, rows.factor, reduction)
 
     @staticmethod

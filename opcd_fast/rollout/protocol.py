@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 from opcd_fast.errors import InputError
+from opcd_fast.kernels.reference import is_number
 from opcd_fast.models import adapter_weights, checksum, is_sharded, weights_of
 from opcd_fast.runtime import stream_seed
+
+LEAST_TEMPERATURE = 1e-30  # above 0: logits divided by less are not finite in float32
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,15 @@ class Request:
     logprobs: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if not 0 <= self.temperature < float("inf"):  # refuses NaN too
-            raise InputError(f"temperature={self.temperature} must be a number, 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p} must be a number above 0 up to 1")
+        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens!r} must be a whole number, at least 1")
+        t = self.temperature
+        if not is_number(t) or not (t == 0 or LEAST_TEMPERATURE <= t < float("inf")):  # refuses NaN too
+            raise InputError(f"temperature={t!r} must be a number, 0 (greedy) or from {LEAST_TEMPERATURE} on")
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p!r} must be a number above 0 up to 1")
+        if not isinstance(self.seed, Integral):
+            raise InputError(f"seed={self.seed!r} must be a whole number")
 
     def seed_of(self, index: int) -> int:
         """Of one answer, for engines that draw each from a seed of its own; below 2**31."""
@@ -88,9 +96,9 @@ class Sampler(ABC):
     """
 
     def __init__(self, stop_token_ids: Sequence[int], vocab_size: int | None = None) -> None:
-        if not stop_token_ids:
+        self.stop_token_ids = checked_ids("stop_token_ids", () if stop_token_ids is None else stop_token_ids)
+        if not self.stop_token_ids:
             raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
-        self.stop_token_ids = tuple(stop_token_ids)
         self.vocab_size = vocab_size
 
     def generate(
@@ -133,19 +141,37 @@ class Sampler(ABC):
         return Completion(kept, None, finished)
 
 
-def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """The prompts as tuples of Python integers. Raises InputError for what no engine can run."""
+def checked_prompts(
+    prompts: Sequence[Sequence[int]], vocabulary: int | None = None, room: int | None = None
+) -> list[tuple[int, ...]]:
+    """The prompts as tuples of Python integers. Raises InputError for what no engine can run, and, where these are
+    given, for ids from `vocabulary` on and for more than `room` tokens (what the answer leaves of the window)."""
     checked = []
     for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            raise InputError(f"prompts[{index}] is text; give token ids (tokenizer.apply_chat_template makes them)")
-        ids = tuple(int(token) for token in prompt)
+        ids = checked_ids(f"prompts[{index}]", prompt)
         if not ids:
             raise InputError(f"prompts[{index}] is empty; give at least one token id")
-        if min(ids) < 0:
-            raise InputError(f"prompts[{index}] holds the id {min(ids)}; token ids start at 0")
+        if vocabulary is not None and max(ids) >= vocabulary:
+            raise InputError(f"prompts[{index}] holds the id {max(ids)}; the model knows {vocabulary} token ids")
+        if room is not None and len(ids) > room:
+            over = f"prompts[{index}] of {len(ids)} tokens and the answer exceed the model's window"
+            raise InputError(f"{over} by {len(ids) - room}; shorten the prompt or max_new_tokens")
         checked.append(ids)
     return checked
+
+
+def checked_ids(name: str, ids: Any) -> tuple[int, ...]:
+    """Token ids, of whatever sequence or tensor, as Python integers. Raises InputError for anything else."""
+    if isinstance(ids, str):
+        raise InputError(f"{name} is text; give token ids (tokenizer.apply_chat_template makes them)")
+    try:
+        found = tuple(map(operator.index, ids.tolist() if hasattr(ids, "tolist") else ids))
+    except TypeError as error:
+        got = " ".join(repr(ids).split())[:60]
+        raise InputError(f"{name} must be token ids, a list of whole numbers; got {got}") from error
+    if found and min(found) < 0:
+        raise InputError(f"{name} holds the id {min(found)}; token ids start at 0")
+    return found
 
 
 def cut_at_stop(tokens: Sequence[int], stop_token_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from opcd_fast.data import adapt_to_tokenizer, read_prompts, read_rows, student_ids
 from opcd_fast.errors import InputError
-from opcd_fast.rollout.protocol import Completion, Request, Sampler, cut_at_stop
+from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_ids, checked_prompts, cut_at_stop
 from opcd_fast.runtime import stream_seed, write_text
 
 
@@ -137,9 +137,10 @@ def write_replay(file: str | Path, prompts: Sequence[Sequence[int]], answers: Se
     if len(prompts) != len(answers):
         raise InputError(f"{len(prompts)} prompts, but {len(answers)} answers")
     lines = []
-    for prompt, answer in zip(prompts, answers):
-        row: dict[str, Any] = {"prompt_ids": list(prompt), "response_ids": list(answer.token_ids)}
+    for index, (prompt, answer) in enumerate(zip(checked_prompts(prompts), answers)):
+        ids = checked_ids(f"answers[{index}].token_ids", answer.token_ids)
+        row: dict[str, Any] = {"prompt_ids": prompt, "response_ids": ids}
         if answer.logprobs is not None:
-            row["logprobs"] = list(answer.logprobs)
+            row["logprobs"] = [*map(float, answer.logprobs)]
         lines.append(json.dumps(row) + "\n")
     write_text(Path(file), "".join(lines))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opcd_fast.data import common_prefix_length
 from opcd_fast.errors import InputError
-from opcd_fast.models import copy_for_answers, seam, worth_copying
+from opcd_fast.models import copy_for_answers, seam, virtual_tokens, worth_copying
 from opcd_fast.rollout import generate as rollout_generate
 from opcd_fast.rollout import memory as rollout_memory
 from opcd_fast.rollout.check import Answers, check_decoding
@@ -116,7 +116,10 @@ class TransformersRollout(Sampler):
         only: answer these of the prompts alone, as they would be answered among all; the others go to other ranks.
         """
         request = Request(max_new_tokens, temperature, top_p, seed, logprobs)
-        return self._answers(checked_prompts(prompts), request, only)
+        body = seam.body_of(self.model)
+        longest = seam.longest_input(body)  # the answer's last token is not run
+        room = None if longest is None else longest - virtual_tokens(self.model) - max_new_tokens + 1
+        return self._answers(checked_prompts(prompts, seam.embedding_rows(body), room), request, only)
 
     @torch.no_grad()
     def _answers(self, rows: list[tuple[int, ...]], request: Request, only: range | None = None) -> list[Completion]:

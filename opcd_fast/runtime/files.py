@@ -19,8 +19,10 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a scratch folder, then put it in place of `path` by renaming.
 
     A crash at any moment leaves the old folder or the new one, never a mixture.
-    Raises InputError when the place cannot be written.
+    Raises InputError when the place cannot be written, or not be renamed.
     """
+    if not is_replaceable(path):
+        raise InputError(f"{str(path)!r} cannot be replaced by another folder; name one inside of it")
     scratch = _beside(path)
     try:
         scratch.mkdir(parents=True)
@@ -41,6 +43,11 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             aside.rename(path)
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether `write_folder` may put another folder there: no mount point, nor the folder that the user stands in."""
+    return not (os.path.ismount(path.resolve()) or path.resolve() == Path.cwd())
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -118,34 +118,31 @@ class Part:
         )
 
 
-def part_bytes(sizes: Sizes, path: str, part: Part, fetched: float = 0.0) -> int:
+def part_bytes(sizes: Sizes, path: str, part: Part, fetched: bool = False) -> int:
     """Bytes that `path` holds at its worst moment for `part`.
 
-    fetched: bytes of keys and values that are made for reading one layer of the prefixes, because they are stored in
-    another way or place, as a multiple of what they are in the model's type.
+    fetched: a layer's keys and values of the prefixes are copied for reading it, because they lie elsewhere.
     """
     s = sizes.element
     if path == "merge":
         rows, grid = part.tokens, part.sequences * part.longest
         past = part.past
-        prefix = int(past * sizes.keys * s * fetched)
         # The row's keys; queries; outputs of both phases and of the merge in float32; what a padded grid takes, which
         # devices without a varlen kernel use inside sequences. Of a prefix only what a window sees is copied.
         joined = 0 if sizes.window is None else past
         attention = (joined + 2 * rows) * sizes.keys * s + rows * sizes.query * (2 * s + 3 * 4)
-        attention += grid * (2 * sizes.query + sizes.keys) * sizes.single + prefix
+        attention += grid * (2 * sizes.query + sizes.keys) * sizes.single
     else:
         whole = part.longest_whole if path == "concat" else part.longest
         rows = part.sequences * whole
         past = 0 if path == "concat" else part.longest_past
         keys = part.sequences * (past + whole)
         scores = whole * keys
-        attention = (
-            (keys + 2 * rows) * sizes.keys * s + rows * sizes.query * 3 * s + int(past * sizes.keys * s * fetched)
-        )
+        attention = (keys + 2 * rows) * sizes.keys * s + rows * sizes.query * 3 * s
         attention += keys * sizes.repeated * s + scores * (1 + s)  # what the mask makes of heads, and the mask itself
         if sizes.eager:
             attention += scores * sizes.heads * (2 * s + 4)
+    attention += past * sizes.keys * s * fetched
     rotation = rows * (4 * sizes.query + sizes.keys) * s
     mlp = rows * (sizes.inner_copies * sizes.inner + 3 * sizes.routed * sizes.hidden) * s
     stream = rows * sizes.hidden * (3 * s + 8)  # the norms compute in float32

@@ -59,9 +59,8 @@ class ContextTeacher:
     max_batch_bytes: bound for what one forward pass holds besides weights and contexts, as `teacher.budget` counts it;
         a call that needs more runs in parts, whole sequences each. None for a quarter of the weights, at least 1 GiB.
         A sequence that needs more by itself runs alone, which is logged once.
-    prefix_device: where keys and values of contexts are kept, None for where the model is. From "cpu" to a CUDA device
-        they come layer by layer during the forward, the next one while a layer is at work; two layers at a time are on
-        the device. States of recurrent layers stay with the model.
+    prefix_device: where keys and values of contexts are kept, None for where the model is. From there they come layer
+        by layer during the forward, each when it is reached. States of recurrent layers stay with the model.
     frozen_weights: True promises that the weights this teacher reads do not change, or that `invalidate()` is called
         when they did; they are then not looked at.
 
@@ -200,7 +199,8 @@ class ContextTeacher:
         attention_mask: (B, T), 1 for tokens and 0 for padding, or None when there is no padding.
         context_index: see `hidden_states_packed`. Raises ValueError for a mask that is not right-padded.
         """
-        if input_ids.ndim != 2:
+        inputs.check_tensors(input_ids=input_ids, attention_mask=attention_mask)
+        if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
         batch, longest = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -242,8 +242,10 @@ class ContextTeacher:
         max_position_embeddings (nothing is ever truncated); RuntimeError when a layer did not read its
         context.
         """
+        inputs.check_tensors(input_ids=input_ids, cu_seqlens=cu_seqlens, select=select)
         if input_ids.ndim != 1 or input_ids.is_floating_point():
             raise ValueError(f"input_ids: expected packed token ids of shape (N,), got {tuple(input_ids.shape)}")
+        inputs.check_range("input_ids", input_ids, seam.embedding_rows(self._body))
         device = next(self._body.parameters()).device
         row = packed_row(cu_seqlens, input_ids.numel(), device)
         index = inputs.context_of_sequence(context_index, len(row.lengths), len(self._contexts))
@@ -284,10 +286,9 @@ class ContextTeacher:
             )
         return parts
 
-    def _fetched(self) -> float:
-        """What is made of one layer of the prefixes to read it, as a multiple of it in the model's type."""
-        # Two slots on the device, where layers come from elsewhere.
-        return 0.0 if self._kept_on in (None, next(self._body.parameters()).device) else 2.0
+    def _fetched(self) -> bool:
+        """Whether layers of the prefixes come from elsewhere, one at a time."""
+        return self._kept_on not in (None, next(self._body.parameters()).device)
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor
 
 def as_contexts(contexts: Any, vocabulary: int | None) -> list[Tensor]:
     """One context or a list of them, as int64 tensors on the CPU. Raises ValueError."""
-    one = isinstance(contexts, Tensor) or all(isinstance(item, int) for item in contexts)
+    if not isinstance(contexts, Iterable):
+        raise ValueError(f"contexts: expected token ids, or a list of such, got {contexts!r}")
+    if not isinstance(contexts, Tensor | str):
+        contexts = list(contexts)  # which may be an iterator
+    one = isinstance(contexts, Tensor) or all(isinstance(item, Integral) for item in contexts)
     return [as_ids("contexts", ids, vocabulary) for ids in ([contexts] if one else contexts)]
 
 
@@ -27,9 +32,24 @@ def as_ids(name: str, ids: Any, vocabulary: int | None) -> Tensor:
     if row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
         raise ValueError(f"{name}: expected 1-D integer token ids, got {row.dtype} of shape {tuple(row.shape)}")
     row = row.detach().to("cpu", torch.int64, copy=True)
-    if row.numel() and vocabulary is not None and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
-        raise ValueError(f"{name}: token ids must lie in [0, {vocabulary}), got {int(row.min())}…{int(row.max())}")
+    check_range(name, row, vocabulary)
     return row
+
+
+def check_range(name: str, ids: Tensor, vocabulary: int | None) -> None:
+    """Raises ValueError for ids that the host can see and the vocabulary does not have."""
+    if vocabulary is None or type(ids) is not Tensor or ids.device.type != "cpu" or not ids.numel():
+        return
+    least, most = (int(x) for x in ids.aminmax())
+    if not 0 <= least <= most < vocabulary:
+        raise ValueError(f"{name}: token ids must lie in [0, {vocabulary}), got {least}…{most}")
+
+
+def check_tensors(**given: Any) -> None:
+    """Raises ValueError for one that is something else; None is left to the caller."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got a {type(value).__name__}")
 
 
 def context_of_sequence(context_index: Any, batch: int, contexts: int) -> list[int]:
@@ -38,9 +58,12 @@ def context_of_sequence(context_index: Any, batch: int, contexts: int) -> list[i
         if contexts > 1:
             raise ValueError(f"context_index: needed to choose among {contexts} contexts, shape ({batch},)")
         return [0] * batch
-    index = context_index.tolist() if isinstance(context_index, Tensor) else list(context_index)
-    if len(index) != batch or not all(isinstance(i, int) and 0 <= i < contexts for i in index):
-        raise ValueError(f"context_index: expected {batch} integers from 0 to {contexts - 1}, got {index}")
+    try:
+        index = [*map(operator.index, context_index.tolist() if isinstance(context_index, Tensor) else context_index)]
+    except TypeError:
+        index = []
+    if len(index) != batch or not all(0 <= i < contexts for i in index):
+        raise ValueError(f"context_index: expected {batch} integers from 0 to {contexts - 1}, got {context_index}")
     return index
 
 

@@ -21,7 +21,7 @@ def split(
     index: Sequence[int],
     context_lengths: Sequence[int],
     max_bytes: int,
-    fetched: float = 0.0,
+    fetched: bool = False,
 ) -> tuple[list[list[int]], int]:
     """Sequences that have tokens in parts, each of which needs at most `max_bytes`; and the bytes of the largest part.
 

@@ -235,18 +235,22 @@ class OPCDTrainer:
         if not due or any(record["step"] == step for record in journal.evaluations):
             return
         assert self.teachers.reference is not None
+        watch, asked = Stopwatch(self.device), self.parts.questions.asked
         with interruption.abandonable():
-            answers = self.samplers.held_out_writes(self.eval_rows, sampling_of(self.config, "evaluation", 0))
+            with watch("rollout"):
+                answers = self.samplers.held_out_writes(self.eval_rows, sampling_of(self.config, "evaluation", 0))
             record = held_out_record(
                 step, self.eval_rows, answers, fixed, self.model, self.teachers.reference, device=self.device,
-                budget=self.budget, engine=self.engine, **self.loss_options(),
+                budget=self.budget, engine=self.engine, watch=watch, **self.loss_options(),
             )  # fmt: skip
             score = self.parts.questions.score
             if score is not None:  # asked once: it may give another number each time, and ranks must agree on the best
                 record |= self.ranks.on_main(lambda: score(answers))
             record |= self.source.evaluate()
         journal.evaluation(record)
-        for given, shown, answer in list(zip(self.parts.questions.asked.held_out_given, fixed, answers))[
+        if not step and asked.task is None:
+            journal.foresee(watch.seconds, len(answers))
+        for given, shown, answer in list(zip(asked.held_out_given, fixed, answers))[
             : SHOWN if step == self.config.steps else 1
         ]:
             texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (shown.response, answer.token_ids))

@@ -69,7 +69,7 @@ def test_yaml_and_command_line_are_checked_together(model_folder, files):
     assert (config.stop_tokens, config.micro_batch_tokens, config.steps) == (("z", "--"), None, 1)
     assert (config.gradient_checkpointing, config.max_grad_norm, config.device) == (False, 0.1, "cpu")
     assert parse("--lora-rank", "4", "--stop-tokens")[1].stop_tokens == ()
-    with pytest.raises(InputError, match="lora_alpha is set but lora_rank is 0"):
+    with pytest.raises(InputError, match="lora_alpha is set, but lora_rank=0"):
         parse()
     (files / "run.yaml").write_text("lora-rank: 4\nlora_alpha: 8\nlearning_rate: 1e-4\nteacher_model: T\n")
     assert parse("--lora-rank", "0", "--lora-alpha", "None")[1].lora_alpha is None

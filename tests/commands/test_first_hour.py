@@ -67,7 +67,7 @@ def test_settings_are_checked_together_with_the_presets(job, capsys):
              "--batch-size", "1"]  # fmt: skip
     assert main(["preview", *job, *needs, "--max-new-tokens", "4"]) in (0, 1)
     for wrong, told in ((["--lora-rank", "0"], "lora_alpha"), (["--steps", "60"], "warmup_steps"),
-                        (["--preset", "paper"], "warmup_steps")):  # fmt: skip
+                        (["--preset", "paper"], "lora_rank")):  # fmt: skip
         assert main(["train", *job, *needs, *wrong]) == 2 and told in capsys.readouterr().err
 
 

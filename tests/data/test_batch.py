@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from opcd_fast.data import Sample, micro_batches, pack
+from opcd_fast.data import Sample, micro_batches, pack, total_weight
 
 
 def random_samples(count, seed=0):
@@ -46,6 +46,33 @@ def test_logprobs_travel_with_their_tokens():
     samples = [Sample([1], [2], 0, [3, 4], [-0.5, -1.5]), Sample([1], [2], 0, [5], [-2.0])]
     assert pack(samples).behaviour_logprobs.tolist() == [-0.5, -1.5, -2.0]
     assert pack(samples).behaviour_logprobs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("logprobs", [[-0.5], [-0.5] * 3])
+def test_logprobs_of_another_length_are_refused(logprobs):
+    with pytest.raises(ValueError, match=r"samples\[1\].*logprobs"):
+        pack([Sample([1], [2], 0, [3, 4], [-0.5, -1.5]), Sample([1], [2], 0, [3, 4], logprobs)])
+
+
+def test_one_sample_without_logprobs_leaves_the_batch_without():
+    assert pack([Sample([1], [2], 0, [3], [-0.5]), Sample([1], [2], 0, [3])]).behaviour_logprobs is None
+
+
+@pytest.mark.parametrize("count", [lambda s, n: pack(s, normalize=n), total_weight])
+def test_another_normalize_is_refused(count):
+    with pytest.raises(ValueError, match="normalize.*'sequence'.*'token'"):
+        count(random_samples(2), "tokens")
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_tensors_are_packed_as_lists_are(share_prompts):
+    lists = [Sample([1, 2], [3], 0, [4, 5], [-0.5, -1.5]), Sample([1, 2], [3], 0, [6], [-0.25])]
+    tensors = [
+        Sample(**{name: torch.tensor(v) if isinstance(v, list) else v for name, v in vars(sample).items()})
+        for sample in lists
+    ]
+    for found, wanted in zip(*(vars(pack(s, share_prompts=share_prompts)).values() for s in (tensors, lists))):
+        assert (found is None and wanted is None) or torch.equal(found, wanted)
 
 
 def test_micro_batches_keep_order_and_respect_the_bound():

@@ -196,6 +196,11 @@ def test_general_prompts_that_were_trained_on_do_not_show_forgetting(base, tmp_p
     assert card["forgetting"]["prompts"] == len(general) - 10
 
 
+def test_general_prompts_that_fit_no_window_cost_nothing_else(lora_run):
+    card = measure(lora_run, ReportOptions(general=read_prompts(["x" * 600, "y" * 600])))
+    assert card["forgetting"] is None and card["kl"]["own"]
+
+
 def test_held_out_prompts_that_were_trained_on_are_left_out(base, tmp_path):
     run = make_run(base, tmp_path / "r", train=["q1", "q2"], held_out=["q1", "new", "newer"], steps=1, eval_every=0)
     assert measure(run, ReportOptions())["measured_with"]["held_out_prompts"] == 2
@@ -207,7 +212,6 @@ def test_held_out_prompts_that_were_trained_on_are_left_out(base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"context": "another context"}, "another text"),
         ({"prompts": read_prompts(["question 1", "new"])}, "1 of 2 were trained on"),
         ({"general": read_prompts(["question 1", "new"])}, "at least 2"),
         ({"max_new_tokens": 600}, "max_position_embeddings|max_new_tokens"),
@@ -234,18 +238,17 @@ def test_a_device_that_is_not_here_is_no_obstacle(lora_run):
     assert load_run(lora_run, read_record(lora_run), settings, None).base.model.device.index != 99
 
 
-def test_a_run_that_kept_nothing_needs_context_and_prompts(lora_run, base, tmp_path):
+def test_a_run_without_held_out_prompts_needs_some_and_one_without_a_record_is_none(lora_run, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(lora_run, old)
-    for name in ("run.json", "prompts.jsonl", "held_out.jsonl"):
-        (old / name).unlink()
-    with pytest.raises(InputError, match="--context"):
-        measure(old, ReportOptions(prompts=read_prompts(HELD_OUT)))
+    (old / "held_out.jsonl").write_text("")
     with pytest.raises(InputError, match="--prompts"):
-        measure(old, ReportOptions(context=CONTEXT))
-    card = measure(old, ReportOptions(context=CONTEXT, prompts=read_prompts(HELD_OUT)))
+        measure(old, ReportOptions())
+    card = measure(old, ReportOptions(prompts=read_prompts(HELD_OUT)))
     assert card["kl"]["own"]["after"]["value"] < card["kl"]["own"]["before"]["value"]
-    assert card["hashes"]["recorded"] == "when the card was written"
+    (old / "run.json").unlink()
+    with pytest.raises(InputError, match="no run of `opcd train`"):
+        measure(old, ReportOptions(prompts=read_prompts(HELD_OUT)))
 
 
 def train_with_teacher(base, teacher, folder):

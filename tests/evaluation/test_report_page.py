@@ -63,7 +63,7 @@ def card():
         "hashes": {"context_sha256": "c" * 64, "prompts_sha256": "d" * 64, "held_out_sha256": "e" * 64,
                    "tokenizer": {"name": "m", "files": {"tokenizer.json": file}, "template_sha256": "f" * 64},
                    "base": {"name": EVIL, "commit": None, "files": {EVIL: file}, "fingerprint": None}, "teacher": None,
-                   "weights": {"adapter_model.safetensors": file}, "started": None, "recorded": "now",
+                   "weights": {"adapter_model.safetensors": file}, "started": None,
                    "code": {"version": "0.1.0", "commit": None, "changed": None}},
     }  # fmt: skip
 

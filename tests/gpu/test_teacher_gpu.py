@@ -8,7 +8,6 @@ from tiny_models import CONFIGS, pack, plain_after_context, plain_hidden, random
 
 from opcd_fast.attention import PackedCall, packed_row
 from opcd_fast.models import packed_hidden_states
-from opcd_fast.models.caches import prefix_cache
 from opcd_fast.teacher import ContextTeacher
 
 pytestmark = pytest.mark.gpu
@@ -103,24 +102,9 @@ def test_prefixes_from_the_host_give_the_same_numbers(name):
         assert set(prefix.nbytes_by_device) <= {"cpu"}
 
 
-def test_slots_are_not_overwritten_while_they_are_read():
-    """Many layers of slow work: the copying stream, far ahead, must wait for the computing one, and the reverse."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    sources = [tuple(torch.full((1, 1, 1024, 1024), x).pin_memory() for x in (1.0 + i, -1.0 - i)) for i in range(12)]
-    layers = prefix_cache([[pair] for pair in sources]).layers
-    busy, found = torch.randn(2048, 2048, device=device), []
-    for i in range(len(sources)):
-        ((key, value),) = layers[i].prefixes(device)
-        for _ in range(10):
-            busy = torch.tanh(busy @ busy)
-        found.append((key.clone(), value.clone()))
-    for i, (key, value) in enumerate(found):
-        assert bool((key == 1.0 + i).all()) and bool((value == -1.0 - i).all()), i
-
-
-@pytest.mark.parametrize(("place", "layers"), [(None, 0), ("cpu", 2)])
+@pytest.mark.parametrize(("place", "layers"), [(None, 0), ("cpu", 1)])
 def test_what_is_on_the_device_besides_the_prefix(place, layers):
-    """Nothing of the context where it lies there; two slots, and no third copy, where it comes from the host."""
+    """Nothing of the context where it lies there; one layer at a time where it comes from the host."""
     sizes = {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 9000}
     model = tiny_model(**sizes).to("cuda", torch.bfloat16)
     teacher = ContextTeacher(model, random_ids(8000)[0], path="merge", prefix_device=place)

@@ -125,11 +125,17 @@ def test_refuses(tmp_path):
         make(tmp_path, model, tiny_model(2), distillation={"temprature": 2.0})
     from transformers import TrainingArguments
 
-    with pytest.raises(ValueError, match="compute_metrics needs logits"):
-        FusedDistillationTrainer(
-            model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
-            teacher=tiny_model(2), compute_metrics=lambda prediction: {},
-        )  # fmt: skip
+    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+        with pytest.raises(ValueError, match=f"{name} needs logits"):
+            FusedDistillationTrainer(
+                model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
+                teacher=tiny_model(2), **{name: lambda *given: {}},
+            )  # fmt: skip
+    for wrong in ({"temperature": -1}, {"backend": "tritn"}, {"workspace_bytes": 0}, {"projection": "both"}):
+        with pytest.raises(ValueError, match=f"distillation: {next(iter(wrong))} is"):
+            make(tmp_path, model, tiny_model(2), distillation=wrong)
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        make(tmp_path, model, tiny_model(2), label_smoothing_factor=0.1)
     trainer = make(tmp_path, model, tiny_model(2))
     with pytest.raises(ValueError, match="labels: the batch has none"):
         trainer.compute_loss(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)})

@@ -149,7 +149,7 @@ def test_rows_far_from_their_token_are_computed_again():
     stats = problem.check()
     assert far <= stats.repeated <= int((gap > 7.98).sum())
     again = gap > 8.02
-    plain = problem.run(projection="fp32")[1]
+    plain = problem.run(projection="separate")[1]
     assert plain.projection == "separate" and plain.repeated == 0
     torch.testing.assert_close(stats.student_entropy[again], plain.student_entropy[again], rtol=1e-5, atol=1e-5)
     assert not torch.equal(stats.student_entropy[~again], plain.student_entropy[~again])

@@ -45,6 +45,8 @@ def partitioned():
 def test_models_without_a_head_are_refused():
     with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
         LMHead.from_model(tiny("Llama").model)
+    with pytest.raises(ValueError, match="DataParallel.*forward"):
+        LMHead.from_model(torch.nn.DataParallel(tiny("Llama")))
 
 
 @pytest.mark.parametrize(

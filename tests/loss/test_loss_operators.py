@@ -50,6 +50,17 @@ def test_compiles_into_one_graph_with_the_same_bits(options):
     assert results[0][1].any() and results[0][2].any()
 
 
+def test_heads_of_changing_scale_compile():
+    h, w, h_t = problem()
+
+    def step(scale, softcap):
+        return fused_linear_divergence(h, LMHead(w, scale=scale, softcap=softcap), h_t, w)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for scale, softcap in ((0.5, 9.0), (0.25, 8.0), (0.125, 7.0)):
+        assert torch.equal(compiled(scale, softcap), step(scale, softcap))
+
+
 @pytest.mark.parametrize("wanted", [(True, True, False), (False, False, False), (True, False, True)])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_the_fake_implementation_matches_the_real_one(wanted, reduction):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import build
-from late_copies import LateCopies
 from tiny_models import assert_close, pack, random_ids, reference, tiny_model
 
-from opcd_fast.models.caches import GrowingLayer, prefix_cache, stream
-from opcd_fast.models.caches.stream import PrefixStream
+from opcd_fast.models.caches import GrowingLayer, prefix_cache
 from opcd_fast.teacher import ContextTeacher
 
 CPU = torch.device("cpu")
@@ -100,25 +98,7 @@ def test_it_grows_on_the_device_that_keeps_it_in_the_values_type(window):
     assert {(x.device.type, x.dtype) for x in (layer.keys, layer.values)} == {("meta", torch.bfloat16)}
 
 
-# --- from the host --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def from_the_host(monkeypatch):
-    """All prefixes that are kept elsewhere count as lying on the host."""
-    monkeypatch.setattr(LateCopies, "opened", [])
-    monkeypatch.setattr(stream, "SideStream", LateCopies)
-    monkeypatch.setattr(PrefixStream, "layer", PrefixStream._streamed)
-
-
-@pytest.mark.parametrize("order", [(2, 0, 0, 3, 1, 2), (0, 1, 2, 3, 2, 3, 3, 2)])
-def test_any_order_is_right_and_lenders_stay(order, from_the_host):
-    """Two lenders at the end, as in Gemma-3n, are there once."""
-    layers = stored(4)
-    opened = PrefixStream(layers)
-    for index in order:
-        assert same(opened.layer(index, CPU), layers[index])
-    assert order[0] or opened._side.log.count("copy") == 4
+# --- from elsewhere -------------------------------------------------------------------------------------------
 
 
 MODELS = {
@@ -134,22 +114,18 @@ ON_PAD = ("falcon-h1", "zamba2")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_same_numbers_as_on_the_device(name, from_the_host):
+def test_same_numbers_as_on_the_device(name):
     model = MODELS[name]()
     contexts, sequences, index = random_ids(20, 6, 0), random_ids(5, 1, 7, 4, 9, seed=2), [1, 0, 2, 0, 1]
     teacher = ContextTeacher(model, contexts, prefix_device="cpu")
-    assert teacher.path == ("pad" if name in ON_PAD else "merge") and LateCopies.opened  # the check goes that way, too
-    LateCopies.opened.clear()
+    assert teacher.path == ("pad" if name in ON_PAD else "merge")
     got = teacher.hidden_states_packed(*pack(sequences), context_index=index)
-    full = sum(x.numel() > 0 for x in teacher.prefixes[0].keys)
-    # pad runs context by context; one is empty
-    assert [one.log.count("copy") for one in LateCopies.opened] == [full] * (2 if name in ON_PAD else 1)
     assert_close(got, reference(model, contexts, sequences, index))
     assert "kept on cpu" in teacher.explain() and "MiB on cpu" in teacher.explain()
 
 
-def test_a_copy_that_is_not_waited_for_is_caught_by_the_check(from_the_host, monkeypatch):
-    monkeypatch.setattr(LateCopies, "join", lambda self: None)
-    with pytest.raises(ValueError, match="path='merge': it failed its check.*use path='auto'"):
-        _ = ContextTeacher(tiny_model(), [1, 2], path="merge", prefix_device="cpu").path
-    assert ContextTeacher(tiny_model(), [1, 2], prefix_device="cpu").path == "concat"
+def test_keys_come_to_the_device_that_asks_and_are_not_copied_at_home():
+    (held,) = stored(1)
+    (layer,) = prefix_cache([held]).layers
+    assert all(x is y for got, pair in zip(layer.prefixes(CPU), held) for x, y in zip(got, pair))
+    assert {x.device.type for pair in layer.prefixes(torch.device("meta")) for x in pair} == {"meta"}

@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from tiny import logprobs_by_hand, lora_model, tiny_model
+from tiny import logprobs_by_hand, lora_model, prefixed, tiny_model
 from transformers import DynamicCache
 
 from opcd_fast.errors import InputError
@@ -14,7 +14,7 @@ from opcd_fast.rollout import transformers as rollout_module
 
 SHARED = [7, 9, 11, 13, 17, 19, 23, 29, 31, 37]
 PROMPTS = [[*SHARED, 41], [*SHARED, 43, 47, 53], [*SHARED, 59, 61]]
-SAMPLING = ("max_new_tokens", "temperature", "top_p")
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "seed")
 
 
 def sampler(model=None, **options):
@@ -184,10 +184,17 @@ def test_neither_gradient_checkpointing_nor_a_config_takes_the_cache_away():
     ("change", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"temperature": float("nan")}, "temperature=nan"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0"), ({"max_new_tokens": None}, "max_new_tokens=None"),
+        ({"temperature": None}, "temperature=None"), ({"temperature": 1e-40}, "temperature=1e-40"),
+        ({"seed": None}, "seed=None"), ({"top_p": None}, "top_p=None"),
         ({"top_p": 0.0}, "top_p=0.0"), ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
         ({"prompts": ["hello"]}, "is text"), ({"prompts": [[-1]]}, "token ids start at 0"),
+        ({"prompts": [3, 4]}, r"prompts\[0\]"), ({"prompts": torch.tensor([3, 4])}, r"prompts\[0\]"),
+        ({"prompts": [[1], [3.7, 4.2]]}, r"prompts\[1\]"), ({"prompts": [[1], [3, 261]]}, r"prompts\[1\].*261"),
         ({"engine": "vllm"}, "engine"), ({"max_batch": 0}, "max_batch"), ({"merge_adapter": True}, "merge_adapter"),
-        ({"stop_token_ids": []}, "stop_token_ids"),
+        ({"stop_token_ids": []}, "stop_token_ids is empty"), ({"stop_token_ids": 0}, "stop_token_ids.*got 0"),
+        ({"stop_token_ids": [None]}, "stop_token_ids"), ({"stop_token_ids": ["</s>"]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ],
 )  # fmt: skip
 def test_requests_and_settings_that_cannot_work(change, message):
@@ -195,6 +202,27 @@ def test_requests_and_settings_that_cannot_work(change, message):
     settings = {name: request.pop(name) for name in change if name not in ("prompts", *SAMPLING)}
     with pytest.raises(InputError, match=message):
         sampler(**settings).generate(request.pop("prompts"), **request)
+
+
+@pytest.mark.parametrize("ids", [[256, 9], (256, 9), {9, 256}, torch.tensor([256, 9])])
+def test_ids_may_come_in_any_container(ids):
+    options = {"max_new_tokens": 6, "seed": 1}
+    wanted = sampler(stop_token_ids=[256, 9]).generate([[3, 4], [5, 6]], **options)
+    assert sampler(stop_token_ids=ids).generate(torch.tensor([[3, 4], [5, 6]]), **options) == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "prefix"])
+def test_prompt_and_answer_fit_the_window(name):
+    """The last token of an answer is not run."""
+    if name == "prefix":
+        model, room = prefixed(tiny_model(max_position_embeddings=16), 4), 12
+    else:
+        longest = {"n_positions" if name == "gpt2" else "max_position_embeddings": 16}
+        model, room = tiny_models.tiny_model(name, **longest), 16
+    engine = sampler(model, stop_token_ids=[2])
+    assert len(engine.generate([[3]], max_new_tokens=room, temperature=0)) == 1
+    with pytest.raises(InputError, match=r"prompts\[1\].*max_new_tokens"):
+        engine.generate([[3], [3, 4]], max_new_tokens=room)
 
 
 def test_seed_decides_and_the_callers_random_state_is_untouched():

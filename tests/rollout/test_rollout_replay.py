@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from tiny import tiny_tokenizer
 
 from opcd_fast.errors import InputError
@@ -29,6 +30,15 @@ def test_what_was_written_comes_back(tmp_path):
     assert "2 answers to 2 prompts" in engine.explain()
     with pytest.raises(InputError, match="2 prompts, but 1 answers"):
         write_replay(tmp_path / "b.jsonl", prompts, answers[:1])
+
+
+def test_tensors_are_written_as_numbers(tmp_path):
+    answers = [Completion(torch.tensor([4, END]), torch.tensor([-0.5, -0.25]), True)]
+    for prompts in (torch.tensor([[1, 2]]), [torch.tensor([1, 2]).numpy()], [list(torch.tensor([1, 2]).numpy())]):
+        write_replay(tmp_path / "answers.jsonl", prompts, answers)
+        assert replay(tmp_path).generate([[1, 2]], max_new_tokens=9) == [Completion((4, END), (-0.5, -0.25), True)]
+    with pytest.raises(InputError, match=r"prompts\[0\]"):
+        write_replay(tmp_path / "answers.jsonl", [1], answers)
 
 
 def test_several_answers_to_a_prompt_take_turns(tmp_path):

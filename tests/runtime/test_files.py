@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,12 @@ def test_files_and_folders_have_the_umasks_permissions(tmp_path, umask):
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
     for path in (tmp_path / "deep", tmp_path / "folder", tmp_path / "folder" / "inner"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask, path
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="'.' cannot be replaced.*inside of it"):
+        write_folder(Path("."), lambda folder: pytest.fail("refused before anything is written"))
 
 
 def names(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import CONFIGS, UNPACKABLE, assert_close, pack, plain_after_context, random_ids, reference, tiny_model
@@ -133,7 +134,7 @@ def test_too_long_is_an_error_with_counts(path):
 def test_bad_arguments_of_a_call():
     ids, bounds = pack(random_ids(5, 3))
     teacher = ContextTeacher(tiny_model(), random_ids(4, 6))
-    for index in (None, [0], [0, 2], [0, -1], [0.0, 1.0]):
+    for index in (None, [0], [0, 2], [0, -1], [0.0, 1.0], 0):
         with pytest.raises(ValueError, match="context_index"):
             teacher.hidden_states_packed(ids, bounds, context_index=index)
     teacher = ContextTeacher(tiny_model(), [1, 2])
@@ -142,17 +143,42 @@ def test_bad_arguments_of_a_call():
             teacher.hidden_states(wrong)
     with pytest.raises(ValueError, match="input_ids"):
         teacher.hidden_states_packed(torch.tensor([[1, 2]]), torch.tensor([0, 2]))
+    for call, given, name in (
+        (teacher.hidden_states, ([[1, 2]],), "input_ids"),
+        (teacher.hidden_states, (torch.ones(0, 2).long(),), "input_ids"),
+        (teacher.hidden_states, (torch.ones(1, 2).long(), [[1, 1]]), "attention_mask"),
+        (teacher.hidden_states, (torch.tensor([[5, -100]]),), "input_ids"),
+        (teacher.hidden_states_packed, (torch.tensor([1, 2]), [0, 2]), "cu_seqlens"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            call(*given)
     for mask, reason in (([[0, 1], [1, 1]], "pad on the right"), ([[1, 1, 1]], "shape")):
         with pytest.raises(ValueError, match=f"attention_mask.*{reason}"):
             teacher.hidden_states(torch.tensor([[0, 5], [4, 5]]), torch.tensor(mask))
 
 
+def test_contexts_come_in_any_form():
+    model, given = tiny_model(), [[3, 4], [5, 6, 7]]
+    ids, bounds = pack(random_ids(5, 3))
+
+    def states(contexts, index):
+        return ContextTeacher(model, contexts).hidden_states_packed(ids, bounds, context_index=index)
+
+    wanted, one = states(given, [1, 0]), states(given[1], None)
+    for contexts in ((row for row in given), map(np.array, given), [torch.tensor(row) for row in given]):
+        assert torch.equal(states(contexts, np.array([1, 0])), wanted)
+    for context in (iter(given[1]), map(int, given[1]), np.array(given[1]), list(np.array(given[1])), tuple(given[1])):
+        assert torch.equal(states(context, None), one)
+
+
 def test_bad_arguments_of_a_teacher():
     model = tiny_model()
-    for contexts in (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), [[3, 97]], [torch.tensor([-1])]):
+    for contexts in (
+        torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), [[3, 97]], [torch.tensor([-1])], None, 3, np.zeros(2),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="contexts"):
             ContextTeacher(model, contexts)
-    for options, named in (({"path": "fast"}, "path"), ({"path": "mask"}, "'pad'"), ({"adapter": "on"}, "adapter")):
+    for options, named in (({"path": "fast"}, "path"), ({"adapter": "on"}, "adapter")):
         with pytest.raises(ValueError, match=named):
             ContextTeacher(model, [1], **options)
     with pytest.raises(TypeError, match="model"):

@@ -136,12 +136,13 @@ def test_passes_are_as_few_as_the_bound_allows(caplog):
     assert len(told(caplog)) == 1 and "more than max_batch_bytes=1; it runs alone" in caplog.text
 
 
-def test_two_layers_of_a_prefix_that_comes_from_elsewhere_are_counted():
+def test_a_layer_of_a_prefix_that_comes_from_elsewhere_is_counted():
     sizes = budget.sizes_of(seam.body_of(model_of("llama")))
-    here, there = (budget.part_bytes(sizes, "merge", budget.Part().plus(4, 0, 1500), twice) for twice in (0.0, 2.0))
-    assert there - here == pytest.approx(2 * 1500 * 2 * 2 * 16 * 4, rel=0.1)
-    for device, fetched in ((None, 0.0), ("meta", 2.0)):
-        assert ContextTeacher(tiny_model(), [1], path="merge", prefix_device=device)._fetched() == fetched
+    part = budget.Part().plus(4, 0, 1500)
+    here, there = (budget.part_bytes(sizes, "merge", part, fetched) for fetched in (False, True))
+    assert there - here == pytest.approx(1500 * 2 * 2 * 16 * 4, rel=0.1)
+    for device, elsewhere in ((None, False), ("meta", True)):
+        assert ContextTeacher(tiny_model(), [1], path="merge", prefix_device=device)._fetched() == elsewhere
 
 
 def test_default_is_a_quarter_of_the_weights_and_at_least_a_gibibyte():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -64,6 +66,7 @@ def test_a_run_is_the_same_with_and_without_it(tmp_path, tokenizer, capsys):
         OPCDTrainer(tiny_model(), tokenizer, CONTEXT, PROMPTS, config, eval_prompts=HELD_OUT).train()
         out = capsys.readouterr().out
         assert ("what the context changes (2 prompts" in out) == bool(count)
+        assert re.search(r"about \d:\d\d for 2 steps", out[: out.index("step 1/2")]), "said before the first step"
         # One held-out answer at the two evaluations before the end, all three at the end; the preview has two.
         assert [out.count(f"  {text}\n    base + context") for text in HELD_OUT] == [3, 1, 1]
     assert lines_of(tmp_path / "with") == lines_of(tmp_path / "without")

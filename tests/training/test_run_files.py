@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
+from opcd_fast import OPCDConfig
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import write_folder
 from opcd_fast.training.engines import Ranks
 from opcd_fast.training.monitoring.plots import plot_run
-from opcd_fast.training.monitoring.progress import Progress, seconds_by_part
+from opcd_fast.training.monitoring.progress import Progress, seconds_ahead, seconds_by_part
 from opcd_fast.training.run import RunFolder
 from opcd_fast.training.run import checkpoints as checkpoint
 
@@ -104,6 +105,24 @@ def record_of(loss, step=1, speed=100.0):
         "step": step, "kind": "step", "loss": loss, "kl_per_token": loss / 2, "tokens_per_second": speed,
         "response_length": 9.0, "student_entropy": 1.5, "seconds": {"rollout": 3.0, "teacher": 1.0},
     }  # fmt: skip
+
+
+def test_time_ahead_by_the_first_evaluation():
+    seconds = {"rollout": 8.0, "teacher": 1.0, "student": 2.0, "loss": 0.5}
+
+    def ahead(**changed):
+        config = OPCDConfig(**{
+            "steps": 10, "eval_every": 5, "batch_size": 16, "rollouts_per_prompt": 1, "lora_rank": 4, **changed
+        })  # fmt: skip
+        return seconds_ahead(seconds, 8, config)
+
+    evaluation = 8 + 2 * 3.5
+    assert ahead() == pytest.approx(10 * (12 + 2 * (1 + 4 + 1)) + 2 * evaluation)
+    assert ahead(eval_every=10) == pytest.approx(ahead() - evaluation)
+    assert ahead(rollout="replay", rollout_file="x") == pytest.approx(ahead() - 10 * 12)
+    assert ahead(objective="nll", answers="teacher") == pytest.approx(ahead() - 10 * 2)
+    for more in ({"lora_rank": 0}, {"gradient_checkpointing": True}):
+        assert ahead(**more) == pytest.approx(ahead() + 10 * 4), "a forward more"
 
 
 def test_progress_outside_a_terminal_is_plain_lines(capsys, monkeypatch):

@@ -20,7 +20,7 @@ from opcd_fast.runtime import digest, write_text
 from opcd_fast.training import OPCDTrainer
 from opcd_fast.training.answers import KEPT_COUNTS, is_task
 from opcd_fast.training.run import list_checkpoints
-from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
+from opcd_fast.training.settings import OPCDConfig, known_settings, settings_with
 
 MEASURED = "measured.json"
 
@@ -185,7 +185,7 @@ def _kept(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
     before = kept["of"]
-    before["settings"] = without_gone(before["settings"], f"output_dir: {str(path)!r}", "use another one")
+    before["settings"] = known_settings(before["settings"], f"output_dir: {str(path)!r}", "use another one")
     for name in wanted:
         if name != "settings" and before.get(name) != wanted[name]:
             raise InputError(_differs(folder, name, before.get(name), wanted[name]))

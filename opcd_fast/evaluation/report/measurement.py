@@ -11,7 +11,7 @@ from typing import Any
 
 from opcd_fast.data import GENERAL, Context, Prompt, adapt_to_tokenizer, read_prompts, render, transcript
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation import Abilities, Distance, distances, where_it_ran
+from opcd_fast.evaluation import Abilities, Distance, distances, tried, where_it_ran
 from opcd_fast.evaluation.report.arms import Answers, HeldOut, draw_arms
 from opcd_fast.evaluation.report.costs import abilities, arms_of, forgetting, other_context, second_turn
 from opcd_fast.evaluation.report.estimates import agreement, gap, identical_greedy
@@ -21,13 +21,11 @@ from opcd_fast.evaluation.report.speed import saved
 from opcd_fast.models import SMOLLM2, Place, is_path, virtual_tokens
 from opcd_fast.training.run import (
     PROMPTS,
+    RECORD,
     FileHashes,
     curve,
     hash_of,
     kept_held_out,
-    of_code,
-    of_model,
-    of_tokenizer,
     read_record,
     row_of,
     run_settings,
@@ -47,7 +45,6 @@ WARNING = (
 class ReportOptions:
     """How a run is measured. None stands for the run's own setting."""
 
-    context: Context | None = None
     prompts: Sequence[Prompt] | None = None
     general: Sequence[Prompt] | None = None
     behaviours: Sequence[Behaviour] = ()
@@ -66,12 +63,14 @@ class ReportOptions:
 def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """The card of a run, as JSON values (keys: docs/report.md). told: gets a line for each part as it begins.
 
-    Raises InputError: no finished run, missing context or held-out prompts, another base than the run's.
+    Raises InputError: no finished run, missing held-out prompts, another base than the run's.
     """
     started = time.perf_counter()
     record, settings, training = read_record(run), run_settings(run), curve(run)
-    context = _context(record, options.context)
-    prompts, many = _held_out(run, record, options)
+    if record is None:
+        raise InputError(f"{str(run)!r} has no {RECORD}: it is no run of `opcd train`, or is not one yet")
+    context: Context | None = record["context"]
+    prompts, many = _held_out(run, options)
     general, trained_on = _general(run, options)
     told("loading the models")
     models = load_run(run, record, settings, options.model, options.trust_remote_code)
@@ -94,7 +93,8 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
     told("KL to the teacher")
     own, fixed, greedy = _against_teacher(models, held_out, answers, sampling, told)
     told("unrelated prompts")
-    forgot = forgetting(models, general, context, variables, sampling, options.seed, windows) if general else None
+    given = models, general, context, variables, sampling, options.seed, windows
+    forgot = tried("forgetting", told, forgetting, *given) if general else None
     told("scores")
     scores = [behaviour_scores(behaviour, answers, options.examples) for behaviour in options.behaviours]
     asked, seed = arms_of(models, arms, context, variables, windows), options.seed
@@ -113,7 +113,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "run": run.resolve().name,
         "base_model": public_name(models.base_name),
         "adapter": models.is_adapter,
-        "teacher_model": public_name(record["teacher"]["name"]) if record and record.get("teacher") else None,
+        "teacher_model": public_name(record["teacher"]["name"]) if record["teacher"] else None,
         "warning": WARNING,
         "ran": {**where_it_ran(), "dtype": str(models.dtype).removeprefix("torch.")},
         "measured_with": {
@@ -138,7 +138,7 @@ def measure(run: Path, options: ReportOptions, told: Callable[[str], None] = lam
         "training": training,
         "settings": {name: value for name, value in settings.items() if name not in settings_with(belongs="machine")},
         "hashes": {
-            **_hashes(record, context, models),
+            **_hashes(record),
             "held_out_sha256": hash_of([row_of(prompt) for prompt in held_out.prompts]),
             "weights": weight_files(Place(run / "final"), FileHashes()),
         },
@@ -188,20 +188,9 @@ def public_name(name: str | None) -> str | None:
     return Path(name).resolve().name
 
 
-def _context(record: dict[str, Any] | None, given: Context | None) -> Context | None:
-    kept = record["context"] if record else None
-    if kept is not None and given is not None and hash_of(given) != record["context_sha256"]:  # type: ignore[index]
-        raise InputError("--context is another text than the one in the run; leave it out, or see `opcd check`")
-    if kept is None and given is None and record is None:
-        raise InputError("the run kept no context (it is from an older version); name its file with --context")
-    return kept if kept is not None else given
-
-
-def _held_out(run: Path, record: dict[str, Any] | None, options: ReportOptions) -> tuple[list[Prompt], int]:
+def _held_out(run: Path, options: ReportOptions) -> tuple[list[Prompt], int]:
     """The first prompts, and how many there are."""
-    found = list(options.prompts or ())
-    if not found and record is not None:
-        found = kept_held_out(run)
+    found = list(options.prompts or kept_held_out(run))
     if not found:
         raise InputError("the run has no held-out prompts (`opcd train --eval-prompts`); name a file with --prompts")
     fresh = _not_trained_on(run, found)
@@ -223,12 +212,10 @@ def _general(run: Path, options: ReportOptions) -> tuple[list[Prompt], int]:
 
 
 def _not_trained_on(run: Path, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """A run of an older version did not keep what it was trained on."""
-
     def content(prompt: Prompt) -> str:
         return hash_of(row_of(prompt).get("messages") or prompt.text)
 
-    seen = {content(prompt) for prompt in read_prompts(run / PROMPTS)} if (run / PROMPTS).is_file() else set()
+    seen = {content(prompt) for prompt in read_prompts(run / PROMPTS)}
     return [prompt for prompt in prompts if content(prompt) not in seen]
 
 
@@ -244,23 +231,14 @@ def _rendered(
     return HeldOut([prompt for prompt, _ in kept], [row for _, row in kept], prefixes, samples)
 
 
-def _hashes(record: dict[str, Any] | None, context: Context | None, models: RunModels) -> dict[str, Any]:
-    """Those of the run's beginning; for a run that kept none, those of now."""
+def _hashes(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the run's beginning."""
     names = ("context_sha256", "prompts_sha256", "base", "teacher", "tokenizer", "code", "started")
-    if record is not None:
-        found = {name: record[name] for name in names}
-    else:
-        now, tokenizer = FileHashes(), models.tokenizer
-        found = {
-            "context_sha256": None if context is None else hash_of(context), "prompts_sha256": None,
-            "base": {**of_model(models.base_name, now), "fingerprint": None}, "teacher": None,
-            "tokenizer": of_tokenizer(models.base_name, getattr(tokenizer, "chat_template", None), now),
-            "code": of_code(), "started": None,
-        }  # fmt: skip
+    found = {name: record[name] for name in names}
     for name in ("base", "teacher", "tokenizer"):
         if found[name] is not None:
             found[name] = {**found[name], "name": public_name(found[name]["name"])}
-    return {**found, "recorded": "at the start of the run" if record is not None else "when the card was written"}
+    return found
 
 
 def _side_by_side(answers: Mapping[str, Answers], count: int = 5) -> list[dict[str, Any]]:

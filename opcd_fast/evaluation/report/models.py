@@ -60,7 +60,7 @@ class RunModels:
 
 
 def load_run(
-    run: Path, record: dict[str, Any] | None, settings: dict[str, Any], model: str | None,
+    run: Path, record: Mapping[str, Any], settings: dict[str, Any], model: str | None,
     trust_remote_code: bool = False,
 ) -> RunModels:  # fmt: skip
     """The models of `run`. model: where the base is now; None: where the run found it. trust_remote_code: see
@@ -75,10 +75,10 @@ def load_run(
         if settings.get(name, "none") != "none":
             raise InputError(f"the run has {name}={settings[name]!r}; reports on packed weights are not available yet")
     adapter_of = base_of_adapter(final)
-    base_name = model or (record["base"]["name"] if record else None) or adapter_of
+    base_name = model or record["base"]["name"] or adapter_of
     if base_name is None:
         raise InputError("the run does not say what it started from; name the base model with --model")
-    if record and record["base"]["files"]:
+    if record["base"]["files"]:
         changed = differing(record["base"]["files"], weight_files(place_of(base_name), FileHashes()))
         if changed:
             raise InputError(f"base {base_name!r} is not what the run started from: {changed[0]}; give it with --model")
@@ -89,7 +89,7 @@ def load_run(
         place["device"] = "auto"
     place["trust_remote_code"] = trust_remote_code
     base = load_model(base_name, **place)
-    if record and not record["base"]["files"] and record["base"]["fingerprint"] not in (None, fingerprint(base)):
+    if not record["base"]["files"] and record["base"]["fingerprint"] not in (None, fingerprint(base)):
         raise InputError(f"base {base_name!r} has other weights than the model in memory that the run started from")
     tokenizer = load_tokenizer(final, trust_remote_code)
     if adapter_of is not None:
@@ -98,7 +98,7 @@ def load_run(
         student = with_adapter(own, final).eval()
     else:
         student = load_model(final, **place)
-    teacher, other = base, (record or {}).get("teacher")
+    teacher, other = base, record["teacher"]
     if other is not None:
         if other["name"] is None:
             raise InputError("the run's teacher was a model in memory, which cannot be loaded again")

@@ -20,8 +20,7 @@ from transformers.cache_utils import (
 )
 
 from opcd_fast.attention import KeysAndValues
-from opcd_fast.models.caches.layers import CacheLayer
-from opcd_fast.models.caches.stream import PrefixStream
+from opcd_fast.models.caches.layers import CacheLayer, on
 
 # What stands in a cache for a layer that holds nothing: one that reads another's keys, or is no attention at all.
 _EmptyLayer: Any = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)  # the second on 5.17
@@ -32,24 +31,23 @@ _RECURRENT = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 class ExpandedLayer(CacheLayer):
     """One layer's prefix for a padded batch, read-only: `update` puts it in front of every row's new keys.
 
-    stream: gives keys and values (1, H_kv, kept, d) of layer `index` of a prefix of `length` tokens, whose last `kept`
-    they are. The copy for each row of the batch is made in `update` and lives as long as the layer's attention uses it.
+    held: keys and values (1, H_kv, kept, d) of a prefix of `length` tokens, whose last `kept` they are. The copy for
+    each row of the batch is made in `update` and lives as long as the layer's attention uses it.
     """
 
-    def __init__(self, stream: PrefixStream, index: int, length: int) -> None:
-        kept = stream.layers[index][0][0].shape[-2]
+    def __init__(self, held: KeysAndValues, length: int) -> None:
+        kept = held[0].shape[-2]
         super().__init__(length, kept)
-        self.stream, self.index = stream, index
+        self.held = held
         self.is_sliding = kept < length
         self.unread = {"keys"}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.unread.discard("keys")
-        (prefix,) = self.stream.layer(self.index, key_states.device)
         keys, values = (
             # Under autocast RoPE leaves keys in fp32 while values are in the shorter type.
             torch.cat([held.to(new.dtype).expand(len(new), -1, -1, -1), new], dim=-2)
-            for held, new in zip(prefix, (key_states, value_states), strict=True)
+            for held, new in zip(on(key_states.device, self.held), (key_states, value_states), strict=True)
         )
         return keys, values
 
@@ -92,8 +90,8 @@ class StateLayer(LinearAttentionLayer):
 class StateAndExpandedLayer(StateLayer, ExpandedLayer):  # type: ignore[override]
     """A layer that has both, side by side (Falcon-H1) or one after the other (Zamba-2)."""
 
-    def __init__(self, stream: PrefixStream, index: int, length: int, states: Mapping[str, Tensor], batch: int) -> None:
-        ExpandedLayer.__init__(self, stream, index, length)
+    def __init__(self, held: KeysAndValues, length: int, states: Mapping[str, Tensor], batch: int) -> None:
+        ExpandedLayer.__init__(self, held, length)
         StateLayer.__init__(self, states, batch)
         self.unread.add("keys")
 
@@ -122,16 +120,15 @@ def expanded_cache(
     recurrent.
     """
     layers: list[Any] = []
-    stream = PrefixStream([[layer] for layer in stored])
     for index, layer in enumerate(stored):
         state = states[index] if states else {}
         has_keys = layer[0].numel() > 0
         if state and has_keys:
-            layers.append(StateAndExpandedLayer(stream, index, length, state, batch))
+            layers.append(StateAndExpandedLayer(layer, length, state, batch))
         elif state:
             layers.append(StateLayer(state, batch))
         else:
-            layers.append(ExpandedLayer(stream, index, length) if has_keys else _EmptyLayer())
+            layers.append(ExpandedLayer(layer, length) if has_keys else _EmptyLayer())
     return Cache(layers=layers)
 
 

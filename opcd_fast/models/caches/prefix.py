@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from opcd_fast.attention import KeysAndValues
-from opcd_fast.models.caches.layers import CacheLayer
-from opcd_fast.models.caches.stream import PrefixStream
+from opcd_fast.models.caches.layers import CacheLayer, on
 
 
 class PrefixLayer(CacheLayer):
@@ -38,14 +37,14 @@ class PrefixLayer(CacheLayer):
 
 
 class FrozenLayer(PrefixLayer):
-    """Layer `index` of prefixes that do not change. RoPE is applied before a cache sees keys, so they are final."""
+    """One of prefixes that do not change. RoPE is applied before a cache sees keys, so they are final."""
 
-    def __init__(self, stream: PrefixStream, index: int) -> None:
-        super().__init__(sum(keys.shape[-2] for keys, _ in stream.layers[index]))
-        self.stream, self.index = stream, index
+    def __init__(self, held: Sequence[KeysAndValues]) -> None:
+        super().__init__(sum(keys.shape[-2] for keys, _ in held))
+        self.held = held
 
     def prefixes(self, device: torch.device) -> Sequence[KeysAndValues]:
-        return self.stream.layer(self.index, device)
+        return [on(device, pair) for pair in self.held]
 
 
 class GrowingLayer(PrefixLayer):
@@ -98,7 +97,7 @@ class GrowingLayer(PrefixLayer):
         return whole[..., first:, :].to(self.place or new.device, dtype, copy=True)
 
     def prefixes(self, device: torch.device) -> Sequence[KeysAndValues]:
-        return [(keys.to(device), values.to(device)) for keys, values in self._before]
+        return [on(device, pair) for pair in self._before]
 
 
 class PrefixCache(Cache):
@@ -125,5 +124,4 @@ class PrefixCache(Cache):
 
 def prefix_cache(layers: Sequence[Sequence[KeysAndValues]]) -> PrefixCache:
     """Of prefixes as layers[layer][prefix], in the order of the row's groups."""
-    stream = PrefixStream(layers)
-    return PrefixCache(layers=[FrozenLayer(stream, index) for index in range(len(layers))])
+    return PrefixCache(layers=[FrozenLayer(held) for held in layers])

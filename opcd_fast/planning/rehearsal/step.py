@@ -125,8 +125,8 @@ class Step:
                 self.meter.elsewhere(x)
         if not stay:
             nbytes = max((sum(x.nbytes for x in tensors) for tensors in layers), default=0)
-            with self.meter.phase("other", "context KV"):  # two layers at a time are on the device
-                self._fetched = torch.empty(2 * nbytes // 4)
+            with self.meter.phase("other", "context KV"):  # a layer at a time is on the device
+                self._fetched = torch.empty(nbytes // 4)
 
     # ------------------------------------------------------------------------------------------- the answers
 

@@ -25,8 +25,7 @@ class PathChoice:
 
     def __init__(self, body: nn.Module, asked: str, prefix_device: torch.device | None = None) -> None:
         if asked not in ("auto", *PATHS):
-            gone = "; what ran on 'mask' runs on 'pad'" if asked == "mask" else ""
-            raise ValueError(f"path: expected 'auto', 'merge', 'pad' or 'concat', got {asked!r}{gone}")
+            raise ValueError(f"path: expected 'auto', 'merge', 'pad' or 'concat', got {asked!r}")
         self._body, self._asked, self._prefix_device = body, asked, prefix_device
         self._refused = {"merge": refuses_merge(body), "pad": refuses_pad(body)}
         refused = self._refused.get(asked)

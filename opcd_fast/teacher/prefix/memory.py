@@ -100,7 +100,7 @@ class PrefixMemory:
         for prefix in self._held.values():
             places.update(prefix.nbytes_by_device)
         bytes_at = ", ".join(f"{count / 2**20:.1f} MiB on {place}" for place, count in sorted(places.items()))
-        return [f"kept on {self._device}: {bytes_at}; layers kept elsewhere than the model come over one ahead"]
+        return [f"kept on {self._device}: {bytes_at}; layers kept elsewhere than the model come over one by one"]
 
     # --- one prefix -----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from opcd_fast.data import RenderedPrompt, Sample
 from opcd_fast.rollout import Completion
+from opcd_fast.runtime import Stopwatch
 from opcd_fast.training.run import RunFolder
 from opcd_fast.training.step import Teacher, divergence, samples_of
 
@@ -29,13 +30,17 @@ def held_out_record(
     fixed: Sequence[Sample],
     student: Any,
     reference: Teacher,
+    *,
+    watch: Stopwatch,
     **options: Any,
 ) -> dict[str, Any]:
-    """Divergence of `student` from `reference` on its own `answers` (`own_…`) and on `fixed` ones (`fixed_…`). options:
-    those of `evaluate.divergence`."""
+    """Divergence of `student` from `reference` on its own `answers` (`own_…`) and on `fixed` ones (`fixed_…`). watch:
+    gets the seconds of the latter, in which nothing happens once. options: those of `evaluate.divergence`."""
     record: dict[str, Any] = {"step": step, "kind": "evaluation"}
     for name, samples in (("own", samples_of(rows, answers)), ("fixed", fixed)):
-        measured = divergence(samples, student, reference, **options)
+        measured = divergence(
+            samples, student, reference, stopwatch=watch if name == "fixed" else None, **options
+        )  # fmt: skip
         record.update({f"{name}_{key}": value for key, value in measured.items()})
     record["response_length"] = sum(len(answer.token_ids) for answer in answers) / len(answers)
     return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from opcd_fast.training.engines import Ranks
 from opcd_fast.training.monitoring.health import warning_before_training, warnings_of
 from opcd_fast.training.monitoring.held_out import in_words
 from opcd_fast.training.monitoring.plots import plot_run
-from opcd_fast.training.monitoring.progress import Progress, seconds_by_part
+from opcd_fast.training.monitoring.progress import Progress, clock, seconds_ahead, seconds_by_part
 from opcd_fast.training.monitoring.tracking import Trackers
 from opcd_fast.training.run import RunFolder, best
 from opcd_fast.training.settings import OPCDConfig
@@ -93,6 +93,11 @@ class Journal:
         self._progress.evaluation(in_words(record), record)
         self._warn(record, warning_before_training(record, self._config))
         self.draw()
+
+    def foresee(self, seconds: Mapping[str, float], answers: int) -> None:
+        """Say how long the run will take, see `seconds_ahead`."""
+        ahead = clock(seconds_ahead(seconds, answers, self._config))
+        self._progress.note(f"about {ahead} for {self._config.steps} steps, as this evaluation went")
 
     def show(self, lines: Iterable[str]) -> None:
         """For people alone: nothing of it is kept."""

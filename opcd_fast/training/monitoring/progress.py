@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opcd_fast.training.settings import OPCDConfig
+
 
 class Progress:
     """Shows step, loss, KL, tokens per second, seconds by part, time left and held-out KL.
@@ -38,7 +40,7 @@ class Progress:
         """record: of one step, see `opcd_fast.training.step.records.step_record`."""
         self._done += 1
         self._times.append(time.perf_counter())
-        waiting = f"{_clock(self._seconds_left(record))} left"
+        waiting = f"{clock(self._seconds_left(record))} left"
         self._last = record
         if self._live is not None:
             self._bar.update(self._task, completed=self._done, left=waiting)
@@ -108,7 +110,22 @@ def seconds_by_part(history: Sequence[Mapping[str, Any]]) -> str:
     return f"seconds a step: {total / len(history):.2f} = {' + '.join(words)}"
 
 
-def _clock(seconds: float) -> str:
+def seconds_ahead(seconds: Mapping[str, float], answers: int, config: OPCDConfig) -> float:
+    """Of a whole run, about, by its first evaluation: `seconds` of drawing so many `answers` and of scoring them once.
+
+    Half of the time of drawing grows with the answers, the other half reads weights; gradients take as long as the
+    student's forward for an adapter, twice as long for all weights.
+    """
+    rollout, teacher, student, loss = (seconds.get(part, 0.0) for part in ("rollout", "teacher", "student", "loss"))
+    more = config.batch_size * config.rollouts_per_prompt / answers
+    passes = 2 + (not config.makes_adapter) + config.gradient_checkpointing
+    step = more * (passes * student + 2 * loss + (teacher if config.objective == "divergence" else 0.0))
+    step += 0.0 if config.rollout == "replay" else rollout * (1 + more) / 2
+    evaluation = rollout + 2 * (teacher + student + loss)
+    return config.steps * step + config.steps // config.eval_every * evaluation
+
+
+def clock(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from opcd_fast.training.run.curves import as_started, curve, run_settings
     from opcd_fast.training.run.folder import ANSWERS, RunFolder, identity
     from opcd_fast.training.run.provenance import (
-        FileHashes, Files, differing, hash_of, of_code, of_model, of_tokenizer, template_hash, template_in,
-        tokenizer_files, weight_files,
+        FileHashes, Files, differing, hash_of, template_hash, template_in, tokenizer_files, weight_files,
     )  # fmt: skip
     from opcd_fast.training.run.record import (
         FILES_SHAPE, HASHES_SHAPE, PROMPTS, RECORD, Origins, held_out_count, kept_held_out, read_record, row_of,

@@ -9,18 +9,18 @@ from typing import Any
 
 from opcd_fast.errors import InputError
 from opcd_fast.runtime import read_object
-from opcd_fast.training.settings import AUTO, OPCDConfig, check_values, option_names, settings_with, without_gone
+from opcd_fast.training.settings import AUTO, OPCDConfig, check_values, known_settings, settings_with
 
 
 def run_settings(run: Path) -> dict[str, Any]:
-    """config.json of a run. Raises InputError where there is none, or where it has a setting that is gone."""
+    """config.json of a run. Raises InputError where there is none, or a setting that was used and is gone."""
     path = run / "config.json"
     settings = read_object(path, f"; {str(run)!r} is not a run")
     if "output_dir" not in settings:
         raise InputError(f"{str(run)!r} is not a run of `opcd train`: its config.json holds other things")
-    settings = without_gone(settings, repr(str(path)), "take it out of that file to go on with what runs do now")
+    settings = known_settings(settings, repr(str(path)), "take it out of that file to go on with what runs do now")
     try:
-        check_values({name: value for name, value in settings.items() if name in option_names(OPCDConfig)})
+        check_values(settings)
     except InputError as error:
         raise InputError(f"{str(path)!r} is damaged: {error}") from error
     return settings

@@ -21,7 +21,7 @@ from opcd_fast.training.run import checkpoints
 from opcd_fast.training.run.checkpoints import MANIFEST, Saved, list_checkpoints
 from opcd_fast.training.run.curves import read_records, run_settings
 from opcd_fast.training.run.lock import RunLock
-from opcd_fast.training.settings import OPCDConfig, settings_with, without_gone
+from opcd_fast.training.settings import OPCDConfig, settings_with
 
 logger = logging.getLogger("opcd_fast")
 BEST = "best.json"
@@ -138,16 +138,15 @@ class RunFolder:
         steps: how many it may have.
 
         Records after the checkpoint are dropped from the file: these steps will be made again.
-        Raises InputError for a damaged checkpoint, one of a run with another identity, or settings that are gone.
+        Raises InputError for a damaged checkpoint, or one of a run with another identity.
         """
         self._lock.take()
         saved, state, records = self._newest()
-        where = f"resume: the run in {str(self.path)!r}"
-        kept_identity = without_gone(state["identity"], where, "start a new one in another output_dir")
-        kept_identity = {**identity(OPCDConfig(), {}), **kept_identity}  # defaults are what its version did
+        kept_identity = {**identity(OPCDConfig(), {}), **state["identity"]}  # defaults are what its version did
         if (self.path / "config.json").exists():
             run_settings(self.path)
-        for name, value in wanted.items():
+        used = {name for name, value in kept_identity.items() if value and not hasattr(OPCDConfig, name)}
+        for name, value in {**dict.fromkeys(used), **wanted}.items():
             before = kept_identity.get(name)
             if before != value:
                 raise InputError(

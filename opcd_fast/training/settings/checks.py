@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from opcd_fast.errors import InputError
 from opcd_fast.loss import PARAMETERS, check_divergence, unused_parameter
 from opcd_fast.runtime import HIDDEN
-from opcd_fast.training.settings.setting import OneOf, settings_of
+from opcd_fast.training.settings.setting import Rule, settings_of
 
 if TYPE_CHECKING:
     from opcd_fast.training.settings.config import OPCDConfig
@@ -26,7 +26,6 @@ def check(config: OPCDConfig) -> None:
     _check_divergence(config)
     _check_system(config)
     _check_running(config)
-    _check_adapter(config)
     if config.num_virtual_tokens:
         _check_prefix(config)
     _check_rollout(config)
@@ -43,14 +42,11 @@ AUTO = "auto"  # a divergence that is not chosen
 DEFAULT, BEFORE = "gated_kl", "reverse_kl"  # what it is then, and was in earlier versions
 
 
-def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, OneOf]) -> None:
+def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, Rule]) -> None:
     for other, wanted in needs.items():
         found = getattr(config, other)
         if not wanted.allows(found):
-            remedy = " or ".join(f"{other}={value!r}" for value in wanted.values)
-            raise InputError(
-                f"{name} is set, but {other}={found!r} does not use it: {name} needs {remedy}; drop one of them"
-            )
+            raise InputError(f"{name} is set, but {other}={found!r} {wanted} with it, or drop {name}")
 
 
 def _check_divergence(config: OPCDConfig) -> None:
@@ -107,8 +103,6 @@ def _check_running(config: OPCDConfig) -> None:
         raise InputError(
             f"warmup_steps={config.warmup_steps} of steps={config.steps}: the rate would not be reached; set fewer"
         )
-    if config.early_stop_delta is not None and not config.early_stop_patience:
-        raise InputError("early_stop_delta is set, but early_stop_patience is 0; set it, or drop the delta")
     chooses = config.save_best or config.early_stop_patience
     if config.best_by != "kl" and not chooses:
         raise InputError(f"best_by={config.best_by!r} chooses nothing; set save_best or early_stop_patience")
@@ -119,15 +113,6 @@ def _check_running(config: OPCDConfig) -> None:
             f"importance_correction={config.importance_correction!r} needs top_p=1: with top_p={config.top_p} answers "
             "come from a truncated distribution on purpose"
         )
-    if config.teacher_path == "concat" and config.prefix_device is not None:
-        raise InputError("prefix_device is set, but teacher_path='concat' keeps no caches; drop one of them")
-
-
-def _check_adapter(config: OPCDConfig) -> None:
-    if config.lora_alpha is not None and not config.lora_rank:
-        raise InputError("lora_alpha is set but lora_rank is 0; set lora_rank or drop lora_alpha")
-    if config.use_dora and not config.lora_rank:
-        raise InputError("use_dora is set but lora_rank is 0; set lora_rank, or drop use_dora")
     if config.merge_for_rollout and config.num_virtual_tokens:
         raise InputError("merge_for_rollout=True: a trained prefix has no weights to fold in; drop merge_for_rollout")
 

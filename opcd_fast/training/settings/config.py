@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from opcd_fast.errors import InputError
 from opcd_fast.loss import ALPHA, BETA, GATE, TAIL, K
 from opcd_fast.runtime import HIDDEN, redacted
 from opcd_fast.training.settings.checks import AUTO, DEFAULT, SECRET, check
-from opcd_fast.training.settings.gone import refuse_gone
 from opcd_fast.training.settings.options import comma_separated, json_object, typed_values
 from opcd_fast.training.settings.setting import (
     BELONGINGS,
@@ -132,11 +132,12 @@ class OPCDConfig:
         (QLoRA; needs bitsandbytes).""", OneOf("none", "4bit"))
     lora_rank: int = model(0, """0: full fine-tuning with fp32 master weights; above: LoRA, and the base with the
         adapter off is the teacher.""", AtLeast(0))
-    lora_alpha: int | None = model(None, "LoRA scale numerator; None: twice the rank.", AtLeast(1))
+    lora_alpha: int | None = model(None, "LoRA scale numerator; None: twice the rank.", AtLeast(1),
+        needs={"lora_rank": AtLeast(1)})
     lora_targets: str = model("all-linear", """Modules that get an adapter: "all-linear", or names separated by commas
         (q_proj,v_proj).""", read=comma_separated)
     use_dora: bool = model(False, """With lora_rank: DoRA (arXiv 2402.09353), which trains the norm of each row of the
-        adapted weights as well.""")
+        adapted weights as well.""", needs={"lora_rank": AtLeast(1)})
     num_virtual_tokens: int = model(0, """In place of lora_rank, above 0: PEFT's prefix tuning. Keys and values of so
         many tokens in front of every prompt are trained, begun as those of the context's first tokens; the base without
         them is the teacher.""", AtLeast(0),
@@ -198,7 +199,8 @@ class OPCDConfig:
         are dropped. None: no bound.""", AtLeast(1), belongs="resume",
         sharded=Unsharded((None,), "ranks would run the teacher at different times"))
     prefix_device: str | None = machine(None, """Where contexts' caches are kept; "cpu" brings them to a GPU layer by
-        layer. None: where the teacher is.""", belongs="resume")
+        layer. None: where the teacher is.""", belongs="resume",
+        needs={"teacher_path": OneOf("auto", "merge", "pad")})
     teacher_batch_bytes: int | None = machine(None, """Bound for what the teacher holds besides weights and caches;
         larger batches run in parts. None: a quarter of its weights, at least 1 GiB.""", AtLeast(1), belongs="resume",
         sharded=Unsharded((None,), "ranks would run the teacher at different times"))
@@ -217,7 +219,8 @@ class OPCDConfig:
     early_stop_patience: int = record(0, """Stop after so many evaluations in a row without an improvement larger than
         early_stop_delta; 0: never.""", AtLeast(0), belongs="resume")
     early_stop_delta: float | None = record(None, """What counts as an improvement, in units of best_by. None: the
-        standard error of the evaluation.""", Within(0, 1e9), belongs="resume")
+        standard error of the evaluation.""", Within(0, 1e9), belongs="resume",
+        needs={"early_stop_patience": AtLeast(1)})
     preview: int = record(3, """Prompts whose answers with and without the context are shown before the first step; 0:
         none.""", AtLeast(0), belongs=("resume", "place"))
     scorer: str | None = record(None, """Your own measure of held-out answers, "module:function": (messages, answer,
@@ -235,10 +238,6 @@ class OPCDConfig:
     resume: bool = repeating(False, "Go on from the newest checkpoint in output_dir.",
         belongs=("resume", "comparison", "place"))
     # fmt: on
-
-    def __new__(cls, *args: Any, **settings: Any) -> OPCDConfig:
-        refuse_gone(settings)  # before Python calls them unexpected
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, value in typed_values(OPCDConfig, vars(self)).items():
@@ -297,6 +296,18 @@ def check_values(values: Mapping[str, Any]) -> None:
         rule = rules[name]
         if rule is not None and value is not None:
             rule(name, value)
+
+
+def known_settings(values: Mapping[str, Any], where: str, remedy: str) -> dict[str, Any]:
+    """The settings of an earlier run without those that this version does not have and that run did not use.
+
+    Raises InputError where it used one: what was done then is not what would be done now.
+    """
+    names = {field.name for field, _ in settings_of(OPCDConfig)}
+    for name, value in values.items():
+        if name not in names and value:
+            raise InputError(f"{where} has {name}={value!r:.80}, which this version does not know; {remedy}")
+    return {name: value for name, value in values.items() if name in names}
 
 
 def settings_with(belongs: str) -> tuple[str, ...]:

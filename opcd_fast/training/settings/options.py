@@ -11,7 +11,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from opcd_fast.errors import InputError
-from opcd_fast.training.settings.gone import refuse_gone
 from opcd_fast.training.settings.setting import settings_of
 
 
@@ -75,8 +74,7 @@ def json_object(name: str, value: Any) -> Any:
 
 
 def check_names(values: Mapping[str, Any], allowed: list[str], where: str) -> None:
-    """Raises InputError for a name that is not an option, with the closest one that is, and for what is gone."""
-    refuse_gone(values, where)
+    """Raises InputError for a name that is not an option, with the closest one that is."""
     for name in values:
         if name not in allowed:
             close = difflib.get_close_matches(name, allowed, 1)

@@ -92,7 +92,7 @@ class Setting:
     group: str
     rule: Rule | None = None
     belongs: frozenset[str] = frozenset({"result"})
-    needs: Mapping[str, OneOf] = dataclasses.field(default_factory=dict)
+    needs: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
     sharded: Unsharded | None = None
     read: Callable[[str, Any], Any] | None = None
 

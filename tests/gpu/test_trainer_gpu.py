@@ -58,7 +58,7 @@ def test_bf16_training_moves_the_student_towards_a_frozen_teacher(tokenizer, tmp
         tokenizer, tmp_path / "run", lora_rank=lora_rank, merge_for_rollout=merge, steps=24, batch_size=6,
         eval_every=24, learning_rate=1e-2 if lora_rank else 3e-3,
     )  # fmt: skip
-    assert (trainer.rollout._merged is not None) == bool(merge), "None folds the adapter in on a CPU only"
+    assert trainer.rollout.copies == bool(merge), "None folds the adapter in on a CPU only"
     assert trainer.teacher.path == "merge", trainer.teacher.explain()
     teacher = trainer.teacher_rollout.model
     frozen = {name: p.detach().clone() for name, p in teacher.named_parameters() if not p.requires_grad}

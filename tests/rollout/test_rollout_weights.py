@@ -144,8 +144,8 @@ def test_the_merged_copy_folds_the_adapter_of_now(change, monkeypatch):
     model = lora_model()
     plain, merged = (TransformersRollout(model, stop_token_ids=[256], merge_adapter=on) for on in (False, True))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" not in name}
-    folds, fold = [], merged._merged._fold
-    monkeypatch.setattr(merged._merged, "_fold", lambda: folds.append(1) or fold())
+    folds, fold = [], merged._copy._fold
+    monkeypatch.setattr(merged._copy, "_fold", lambda: folds.append(1) or fold())
 
     def answers(rollout):
         return rollout.generate([[7, 9, 11], [13, 17]], max_new_tokens=6, temperature=0)

@@ -208,7 +208,7 @@ def test_settings_reach_what_they_set(tokenizer, tmp_path, monkeypatch):
     )  # fmt: skip
     assert trainer.teacher.path == "concat"
     assert trainer.rollout.stop_token_ids == (256, tokenizer.get_vocab()["z"])
-    assert trainer.rollout.max_batch == 2 and trainer.rollout._merged is None
+    assert trainer.rollout.max_batch == 2 and not trainer.rollout.copies
     group = trainer.optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (1e-3, 0.25)
     lora = trainer.model.peft_config["default"]

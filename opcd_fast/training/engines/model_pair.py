@@ -49,14 +49,9 @@ class ModelPair:
 
 
 def student_and_teacher(
-    model: Any,
-    teacher_model: Any,
-    config: OPCDConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    keep_reference: bool = True,
-    contexts: Sequence[Sequence[int]] = (),
-) -> ModelPair:
+    model: Any, teacher_model: Any, config: OPCDConfig, device: torch.device, dtype: torch.dtype,
+    keep_reference: bool = True, contexts: Sequence[Sequence[int]] = (),
+) -> ModelPair:  # fmt: skip
     """Place the models that a run needs, as few copies of the weights as that takes.
 
     LoRA (`lora_rank`, or a PEFT model): the base keeps `dtype`, the adapter is fp32, and the teacher's first weights

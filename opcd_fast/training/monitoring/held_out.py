@@ -24,16 +24,9 @@ def fixed_sequences(
 
 
 def held_out_record(
-    step: int,
-    rows: Sequence[RenderedPrompt],
-    answers: Sequence[Completion],
-    fixed: Sequence[Sample],
-    student: Any,
-    reference: Teacher,
-    *,
-    watch: Stopwatch,
-    **options: Any,
-) -> dict[str, Any]:
+    step: int, rows: Sequence[RenderedPrompt], answers: Sequence[Completion], fixed: Sequence[Sample], student: Any,
+    reference: Teacher, *, watch: Stopwatch, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Divergence of `student` from `reference` on its own `answers` (`own_…`) and on `fixed` ones (`fixed_…`). watch:
     gets the seconds of the latter, in which nothing happens once. options: those of `evaluate.divergence`."""
     record: dict[str, Any] = {"step": step, "kind": "evaluation"}

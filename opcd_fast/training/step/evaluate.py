@@ -19,19 +19,10 @@ from opcd_fast.training.step.objective import Teacher, context_kl
 
 @torch.no_grad()
 def divergence(
-    samples: Sequence[Sample],
-    student: Any,
-    teacher: Teacher,
-    *,
-    temperature: float,
-    compute_dtype: torch.dtype,
-    device: torch.device,
-    micro_batch_tokens: int | None = None,
-    budget: TokenBudget | None = None,
-    engine: Engine | None = None,
-    each: list[float] | None = None,
-    **loss_options: Any,
-) -> dict[str, float]:
+    samples: Sequence[Sample], student: Any, teacher: Teacher, *, temperature: float, compute_dtype: torch.dtype,
+    device: torch.device, micro_batch_tokens: int | None = None, budget: TokenBudget | None = None,
+    engine: Engine | None = None, each: list[float] | None = None, **loss_options: Any,
+) -> dict[str, float]:  # fmt: skip
     """Divergence of student and teacher on given sequences, without gradients.
 
     budget: in place of `micro_batch_tokens`, one that is shared with training, so that both keep what fits; its ranks

@@ -11,17 +11,9 @@ from opcd_fast.training.settings import OPCDConfig
 
 
 def step_record(
-    step: int,
-    config: OPCDConfig,
-    loss: float,
-    norm: float,
-    rate: float,
-    samples: Sequence[Sample],
-    answers: Sequence[Any],
-    statistics: Sequence[Any],
-    seconds: dict[str, float],
-    drift: Drift,
-) -> dict[str, Any]:
+    step: int, config: OPCDConfig, loss: float, norm: float, rate: float, samples: Sequence[Sample],
+    answers: Sequence[Any], statistics: Sequence[Any], seconds: dict[str, float], drift: Drift,
+) -> dict[str, Any]:  # fmt: skip
     tokens = sum(len(sample.response) for sample in samples)
     return {
         "step": step,

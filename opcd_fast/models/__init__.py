@@ -7,7 +7,7 @@ from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
     from opcd_fast.models import seam
-    from opcd_fast.models.answering import CastCopy, copy_for_answers, worth_copying
+    from opcd_fast.models.answering import CastCopy, copy_for_answers
     from opcd_fast.models.architectures import (
         kernels_of, moving_rope, refuses_merge, refuses_packing, refuses_pad, refuses_plain_cache, refuses_sharing,
         refuses_stock_attention, rope_switch,

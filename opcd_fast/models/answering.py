@@ -32,12 +32,6 @@ class CastCopy:
             if x.is_floating_point() and not (x != x.to(dtype)).any():
                 x.data = x.data.to(dtype)
 
-    @staticmethod
-    def supports(model: Any, dtype: torch.dtype | None) -> bool:
-        """True for a model without adapters whose weights are float32, wider than `dtype`."""
-        wide = dtype is not None and dtype.itemsize < torch.float32.itemsize and not hasattr(model, "peft_config")
-        return wide and all(parameter.dtype == torch.float32 for parameter in model.parameters())
-
     @torch.no_grad()
     def refresh(self) -> Any:
         """The copy with the weights of this moment. Always copied: to see that nothing moved costs more."""
@@ -47,29 +41,27 @@ class CastCopy:
 
 
 def copy_for_answers(
-    model: Any, dtype: torch.dtype | None = None, device: str | None = None, *, frozen_base: bool = False
-) -> Callable[[], MergedCopy | CastCopy] | None:
-    """Makes the copy, with an adapter folded in, else in `dtype`; None where there is neither. See `MergedCopy`."""
-    if MergedCopy.supports(model):
-        return partial(MergedCopy, model, device, frozen_base=frozen_base)
-    return partial(CastCopy, model, dtype) if dtype is not None and CastCopy.supports(model, dtype) else None
+    model: Any, dtype: torch.dtype | None, device: str, free: float, *, frozen_base: bool = False
+) -> tuple[Callable[[], MergedCopy | CastCopy] | None, bool, str]:
+    """What makes a copy of `model`, whether that is worth while on "cuda" or "cpu" with `free` bytes, and why: by rule
+    and not by the clock, so that a run which is repeated rounds as it did.
 
-
-def worth_copying(model: Any, dtype: torch.dtype | None, device: str, free: float) -> tuple[bool, str]:
-    """Whether that copy should be made, on "cuda" or "cpu" with `free` bytes, and why: by rule and not by the clock, so
-    that a run which is repeated rounds as it did."""
-    on_cpu = device == "cpu"
+    The copy has a LoRA adapter folded in; of float32 weights without an adapter it is in `dtype`. None: there is
+    neither to do. frozen_base: see `MergedCopy`.
+    """
     if MergedCopy.supports(model):
-        if not on_cpu:
-            return False, "on a GPU, where the copy takes memory that training needs; not measured there yet"
+        merged = partial(MergedCopy, model, device, frozen_base=frozen_base)
+        if device != "cpu":
+            return merged, False, "on a GPU, where the copy takes memory that training needs; not measured there yet"
         if MergedCopy.bytes_needed(model) > free / 2:
-            return False, "the copy would take over half of what is free"
-        return True, "on a CPU, where adapters' small products cost more than their share of the arithmetic"
-    if dtype is None or not CastCopy.supports(model, dtype):
-        return False, "no LoRA adapter to fold in"
-    name = str(dtype).removeprefix("torch.")
-    if on_cpu and not cpu_has_bf16():
-        return False, f"on a CPU that only imitates {name}"
-    if _YET_TO_COME * dtype.itemsize * sum(p.numel() for p in model.parameters()) > free:
-        return False, f"the copy would take over 1/{_YET_TO_COME} of what is free, where gradients are yet to come"
-    return True, f"weights that are trained in float32 are half the bytes in {name}, at every token"
+            return merged, False, "the copy would take over half of what is free"
+        return merged, True, "on a CPU, where adapters' small products cost more than their share of the arithmetic"
+    wide = not hasattr(model, "peft_config") and {p.dtype for p in model.parameters()} == {torch.float32}
+    if not wide or dtype is None or dtype.itemsize >= torch.float32.itemsize:
+        return None, False, "no LoRA adapter to fold in"
+    name, cast = str(dtype).removeprefix("torch."), partial(CastCopy, model, dtype)
+    if device == "cpu" and not cpu_has_bf16():
+        return cast, False, f"on a CPU that only imitates {name}"
+    if dtype.itemsize * sum(p.numel() for p in model.parameters()) > free / _YET_TO_COME:
+        return cast, False, f"the copy would take over 1/{_YET_TO_COME} of what is free, and gradients are yet to come"
+    return cast, True, f"weights that are trained in float32 are half the bytes in {name}, at every token"

@@ -78,7 +78,7 @@ def plan_run(
             backend = "triton"
         return rehearse(
             settings, job, student, teacher, device=device, dtype=dtype, backend=backend, layers=layers,
-            limit=limit if layers is None else None,
+            limit=limit if layers is None else 0,  # no copy that depends on the memory of all layers
         )  # fmt: skip
 
     if not search:

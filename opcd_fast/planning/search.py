@@ -2,10 +2,10 @@
 
 In order: tokens run at once down to `FEWEST_TOKENS`, where kernels still have enough to do; the loss's workspace;
 contexts on the host; activations (checkpointing, a forward pass more); a teacher of its own, on the host between its
-turns; a copy of the weights that answers; tokens down to one sequence; the precision of what is kept: the optimizer's
-state, and with an adapter the base. Where the optimizer's step is the peak, only what is kept counts. Sequences
-generated at once are halved where generating is the peak, down to `FEWEST_ANSWERS` before anything else. What would
-change the method (an adapter in place of all weights, another teacher) is left to the user.
+turns; tokens down to one sequence; the precision of what is kept: the optimizer's state, and with an adapter the base.
+Where the optimizer's step is the peak, only what is kept counts. Sequences generated at once are halved where
+generating is the peak, down to `FEWEST_ANSWERS` before anything else. What would change the method (an adapter in place
+of all weights, another teacher) is left to the user.
 
 Deep models are looked at by shallow rehearsals: where all layers are alike, every phase's peak is a straight line in
 their number. That a phase has its worst moment at the same place whatever the depth is not certain: gradients that pile
@@ -69,18 +69,14 @@ class _Worst:
         """What is given up next."""
         if self.seen.worst in ("rollout", "evaluation rollout"):
             return (
-                self.fewer_answers(FEWEST_ANSWERS) or self.teacher_away() or self.without_copy()
-                or self.fewer_answers(1) or self.fewer_bits()
-            )  # fmt: skip
+                self.fewer_answers(FEWEST_ANSWERS) or self.teacher_away() or self.fewer_answers(1) or self.fewer_bits()
+            )
         if self.seen.worst == "context":
             return self.contexts_on_host() or self.fewer_bits()
         if self.seen.worst == "optimizer":  # no activations, whatever the tokens
-            return self.contexts_on_host() or self.teacher_away() or self.without_copy() or self.fewer_bits()
+            return self.contexts_on_host() or self.teacher_away() or self.fewer_bits()
         cheap = self.fewer_tokens(FEWEST_TOKENS) or self.small_workspace() or self.contexts_on_host()
-        return (
-            cheap or self.recomputed() or self.teacher_away() or self.without_copy() or self.fewer_tokens(1)
-            or self.fewer_bits()
-        )  # fmt: skip
+        return cheap or self.recomputed() or self.teacher_away() or self.fewer_tokens(1) or self.fewer_bits()
 
     def fewer_answers(self, fewest: int) -> Changes:
         batch = self.seen.rollout_batch
@@ -116,10 +112,6 @@ class _Worst:
         if config.teacher_offload or not goes_with(config, "teacher_offload"):
             return {}
         return self.with_room("teacher_offload", True)
-
-    def without_copy(self) -> Changes:
-        """Answers come from the weights that train."""
-        return self.with_room("merge_for_rollout", False) if self.matters("copy for answers") else {}
 
     def fewer_bits(self) -> Changes:
         """For what is kept."""

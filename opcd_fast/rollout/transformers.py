@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opcd_fast.data import common_prefix_length
 from opcd_fast.errors import InputError
-from opcd_fast.models import copy_for_answers, seam, virtual_tokens, worth_copying
+from opcd_fast.models import copy_for_answers, seam, virtual_tokens
 from opcd_fast.rollout import generate as rollout_generate
 from opcd_fast.rollout import memory as rollout_memory
 from opcd_fast.rollout.check import Answers, check_decoding
@@ -43,7 +43,7 @@ class TransformersRollout(Sampler):
         max_batch: sequences generated at once. None: as many as the memory that is free at the first call holds,
             at most 256.
         merge_adapter: generate with a copy of the weights: with the LoRA adapter folded in (of the adapted weights
-            alone), or in `dtype`. None: as `models.worth_copying` says.
+            alone), or in `dtype`. None: as `models.copy_for_answers` says.
         dtype: what float32 weights without an adapter are copied in, to be read faster; None: never.
         vocab_size: ids from here on are never drawn (a head's padding that another model does not have).
         engine: "auto" | "decode" | "generate". Auto is "decode" where it agrees with the model's
@@ -64,17 +64,16 @@ class TransformersRollout(Sampler):
             raise InputError(f"engine={engine!r} is not available; use {' or '.join(map(repr, ENGINES))}")
         if max_batch is not None and max_batch < 1:
             raise InputError(f"max_batch={max_batch} must be at least 1, or None for as many as fit")
-        make_copy = copy_for_answers(model, dtype, frozen_base=frozen_base)
+        self.model, self.device = model, next(model.parameters()).device
+        free = rollout_memory.free_bytes(self.device)
+        make_copy, worth, reason = copy_for_answers(model, dtype, self.device.type, free, frozen_base=frozen_base)
         if merge_adapter and make_copy is None:
-            raise InputError(
-                "merge_adapter=True (merge_for_rollout of a run) needs LoRA or DoRA on linear layers, or no adapter, "
-                "weights in float32 and dtype='bfloat16'; use None or False"
-            )
+            raise InputError("merge_adapter=True needs LoRA on linear layers, or float32 weights and dtype='bfloat16'; "
+                             "use None or False (merge_for_rollout of a run)")  # fmt: skip
         refusal = refuses_decoding(model)
         if engine == "decode" and refusal is not None:
             raise InputError(f"engine='decode' cannot run this model: {refusal}; use 'auto' or 'generate'")
         self._sized_for = sized_for
-        self.model, self.device = model, next(model.parameters()).device
         most = rollout_memory.kept_at_most(self.device) if self.device.type == "cuda" else 0
         self._steps = KeptSteps(most) if most else None
         self._kept = kept = choice or Choice()
@@ -88,20 +87,15 @@ class TransformersRollout(Sampler):
             self._engine = kept.set("engine", "generate", f"decode cannot run this model: {refusal}")
         merge = kept.fixed("merge", merge_adapter, f"merge_adapter={merge_adapter}")
         if merge is None:
-            free = rollout_memory.free_bytes(self.device)
-            merge = kept.set("merge", *worth_copying(model, dtype, self.device.type, free))
+            merge = kept.set("merge", worth, reason)
         self._copy = make_copy() if merge and make_copy is not None else None
+        self.copies = self._copy is not None  # and answers in the model's place
         self.max_batch = kept.values.get("batch") if max_batch is None else max_batch
 
     def sync(self, model: Any = None) -> None:
         """See Rollout. A copy of the weights looks at them itself before every call."""
         if model is not None and model is not self.model:
             raise InputError("sync: this rollout runs the model it was made with; make another for another model")
-
-    @property
-    def copies(self) -> bool:
-        """Whether a copy of the model answers in its place."""
-        return self._copy is not None
 
     def explain(self) -> str:
         """What was chosen and why, a line each; what is not decided yet is decided at the first call."""
@@ -172,7 +166,6 @@ class TransformersRollout(Sampler):
     # --------------------------------------------------------------------------------------- decided once
 
     def _decide(self, model: Any, rows: list[tuple[int, ...]], max_new_tokens: int) -> None:
-        """For `model`, which answers."""
         if self._engine is None:
             self._engine, reason = self._verified(model, rows, max_new_tokens)
             self._kept.set("engine", self._engine, reason)

@@ -118,7 +118,7 @@ def assemble(given: Given, config: OPCDConfig) -> Assembly:
     stop_ids = stop_token_ids(given.tokenizer, model, config.stop_tokens)
     samplers = Samplers(
         config, teachers, engine, asked.rows, questions.eval_rows, asked.prefixes, given.tokenizer,
-        dtype=dtype, first_turns=asked.task is not None, stop_token_ids=stop_ids, vocab_size=vocab_size,
+        first_turns=asked.task is not None, stop_token_ids=stop_ids, vocab_size=vocab_size, dtype=dtype,
     )  # fmt: skip
     facts = {"the model's or teacher's first weights": digest(weights), "compute type": str(dtype)}
     return Assembly(

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from opcd_fast.data import RenderedPrompt, whole_prompt
 from opcd_fast.errors import InputError
 from opcd_fast.models import SMOLLM2, resolve, seam
@@ -33,8 +31,7 @@ class Samplers:
         prompts: all that will be asked for in training; a file for replay must have answers to every one of them.
         held_out: and at evaluations. first_turns: both are only the beginnings of longer ones, a task's.
         contexts: tokens of the prompts' contexts.
-        dtype: the run's compute type.
-        common: `stop_token_ids` and `vocab_size` of all samplers.
+        common: of all samplers `stop_token_ids`, `vocab_size`, and as `dtype` the run's compute type.
     Raises:
         InputError: the settings cannot work with this model.
     """
@@ -49,7 +46,6 @@ class Samplers:
         contexts: Sequence[Sequence[int]],
         tokenizer: Any,
         *,
-        dtype: torch.dtype,
         first_turns: bool,
         **common: Any,
     ) -> None:
@@ -61,9 +57,9 @@ class Samplers:
         whole = self._whole(every) if config.teacher_writes and config.teacher_mode == "live" else ()
         longest = max(map(len, (*whole, *(row.student_ids for row in every)))) + config.max_new_tokens
         self.student: Rollout = make_rollout(
-            config, model, dtype, tokenizer=tokenizer, prompts=asked, longest=None if first_turns else longest, **common
+            config, model, tokenizer=tokenizer, prompts=asked, longest=None if first_turns else longest, **common
         )
-        self.held_out = local_rollout(config, model, dtype, **common) if config.rollout == "replay" else self.student
+        self.held_out = local_rollout(config, model, **common) if config.rollout == "replay" else self.student
 
         def reads(other: Any) -> Rollout:
             sizes: dict[str, Any] = {"max_batch": config.rollout_batch, "sized_for": config.max_new_tokens}
@@ -112,10 +108,10 @@ class Samplers:
 def make_rollout(
     config: OPCDConfig,
     model: Any,
-    dtype: torch.dtype,
     *,
     stop_token_ids: Sequence[int],
     vocab_size: int | None,
+    dtype: Any,
     tokenizer: Any = None,
     prompts: Sequence[Sequence[int]] = (),
     longest: int | None = None,
@@ -159,7 +155,7 @@ def make_rollout(
         if config.importance_correction != "none":
             replay.check_logprobs()
         return replay
-    return local_rollout(config, model, dtype, **common)
+    return local_rollout(config, model, dtype=dtype, **common)
 
 
 def engine_of(config: OPCDConfig) -> Any:
@@ -167,7 +163,7 @@ def engine_of(config: OPCDConfig) -> Any:
     return "generate" if config.rollout == "generate" else "auto"
 
 
-def local_rollout(config: OPCDConfig, model: Any, dtype: torch.dtype, **common: Any) -> TransformersRollout:
+def local_rollout(config: OPCDConfig, model: Any, **common: Any) -> TransformersRollout:
     """The student in this process, also when the training answers come from elsewhere."""
     file = Path(config.output_dir) / "rollout.json"
     return TransformersRollout(
@@ -178,7 +174,6 @@ def local_rollout(config: OPCDConfig, model: Any, dtype: torch.dtype, **common: 
         merge_adapter=config.merge_for_rollout,
         choice=Choice.of_file(file) if config.resume else Choice(file),
         frozen_base=True,
-        dtype=dtype,
         **common,
     )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import in_bf16, lora_model, prefixed, tiny_model
 
-from opcd_fast.models import CastCopy, MergedCopy, copy_for_answers, worth_copying
+from opcd_fast.models import CastCopy, MergedCopy, copy_for_answers
 
 IDS = torch.arange(3, 40)[None]
 BF16 = torch.bfloat16
@@ -54,12 +54,13 @@ def test_tied_weights_stay_tied(tied):
 
 
 def test_what_there_is_to_copy():
-    assert isinstance(copy_for_answers(lora_model(), BF16)(), MergedCopy)
-    assert isinstance(copy_for_answers(tiny_model(), BF16)(), CastCopy)
-    assert copy_for_answers(tiny_model()) is None
-    assert copy_for_answers(tiny_model(), torch.float32) is None
-    assert copy_for_answers(tiny_model(dtype=BF16), BF16) is None
-    assert copy_for_answers(prefixed(), BF16) is None
+    def made(model, dtype=BF16):
+        make, *_ = copy_for_answers(model, dtype, "cpu", 2**40)
+        return type(make and make())
+
+    assert made(lora_model()) is MergedCopy and made(tiny_model()) is CastCopy
+    nothing = [made(tiny_model(), dtype) for dtype in (None, torch.float32)]
+    assert {*nothing, made(tiny_model(dtype=BF16)), made(prefixed())} == {type(None)}
 
 
 @pytest.mark.parametrize(
@@ -70,4 +71,5 @@ def test_a_cast_copy_is_made_where_the_type_is_fast_and_training_has_room(device
     """free: bytes for each weight; gradients and Adam's state will be 12 of them, and the copy 2."""
     monkeypatch.setenv("OPCD_CPU_BF16", has_bf16)
     model = tiny_model()
-    assert worth_copying(model, BF16, device, free * sum(p.numel() for p in model.parameters()))[0] == worth
+    weights = sum(p.numel() for p in model.parameters())
+    assert copy_for_answers(model, BF16, device, free * weights)[1] == worth

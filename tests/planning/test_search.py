@@ -127,18 +127,6 @@ def test_answers_are_drawn_together_before_the_teacher_stays(answers, limit, wan
     assert found.fits and changes(first, found.config) == wanted
 
 
-@pytest.mark.parametrize("worst", ["rollout", "optimizer", "student"])
-def test_a_copy_that_answers_goes_before_the_precision_of_what_is_kept(worst):
-    def rehearse(config):
-        kept = all_weights(replace(config, teacher_offload=True))
-        copied = {} if config.merge_for_rollout is False else {"copy for answers": 3.4}
-        return made_up({"rollout_batch": 16, "tokens": 512, "longest": 512}, **{worst: {**kept, **copied}})
-
-    first = OPCDConfig(gradient_checkpointing=True)
-    found = find(rehearse, first, 21 * 2**30, device="cuda")
-    assert found.fits and changes(first, found.config) == {"merge_for_rollout": False}
-
-
 def test_a_search_that_does_not_end_returns_what_was_rehearsed():
     def rehearse(config):
         tokens = config.micro_batch_tokens or 1_000_000

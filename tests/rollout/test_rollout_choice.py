@@ -6,10 +6,9 @@ import pytest
 from tiny import lora_model, tiny_model
 
 from opcd_fast.errors import InputError
-from opcd_fast.models import worth_copying
+from opcd_fast.models import copy_for_answers
 from opcd_fast.rollout import Choice, TransformersRollout
 from opcd_fast.rollout import memory as rollout_memory
-from opcd_fast.rollout import transformers as rollout_module
 
 PROMPTS = [[*range(20, 40), 41], [*range(20, 40), 43, 44]]
 
@@ -25,7 +24,6 @@ def test_the_choice_is_kept_and_comes_back(monkeypatch, tmp_path):
     first.generate(PROMPTS, max_new_tokens=4)
     kept = json.loads(file.read_text())["values"]
     assert set(kept) == {"engine", "merge", "batch"}
-    monkeypatch.setattr(rollout_module, "worth_copying", lambda *a: 1 / 0)
     monkeypatch.setattr(TransformersRollout, "_verified", lambda *a: 1 / 0)
     for merge in (True, False):
         values = {**kept, "merge": merge, "batch": 1}
@@ -55,7 +53,7 @@ def test_merged_on_a_cpu_that_holds_the_copy_and_not_on_a_gpu(monkeypatch):
     assert "merge: True (merge_adapter=True was given)" in sampler(merge_adapter=True, max_batch=3).explain()
     engine = sampler()
     assert not engine.copies and "merge: False (the copy would take over half of what is free)" in engine.explain()
-    assert worth_copying(lora_model(), None, "cuda", 2**40)[0] is False
+    assert copy_for_answers(lora_model(), None, "cuda", 2**40)[1] is False
 
 
 def test_a_kept_engine_that_is_gone_is_told(tmp_path):

@@ -55,10 +55,10 @@ def rehearse(
 ) -> Rehearsal:  # fmt: skip
     """A step of a run with these settings, as `OPCDTrainer` makes it from its second step on.
 
-    student, teacher: transformers configurations; left as they are. device: "cuda" or
-    "cpu", where the run will be; it need not be here. dtype: the compute type. backend: of the loss, resolved.
-    limit: bytes that there are, for a rollout_batch that is sized to memory. layers: of both models, in place of what
-    their configurations say.
+    student, teacher: transformers configurations; left as they are. device: "cuda" or "cpu", where the run will be; it
+    need not be here. dtype: the compute type. backend: of the loss, resolved. limit: bytes that there are, for a
+    rollout_batch that is sized to memory and a copy of the weights. layers: of both models, in place of what their
+    configurations say.
 
     Raises InputError for settings that contradict each other, as a run would, and for models whose shapes depend on
     their numbers (experts).

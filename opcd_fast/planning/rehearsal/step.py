@@ -11,7 +11,7 @@ import torch
 
 from opcd_fast.data import Sample, common_prefix_length, count_tokens, micro_batches, pack, total_weight
 from opcd_fast.loss import LMHead, scratch_bytes
-from opcd_fast.models import copy_for_answers, refuses_merge, refuses_pad, refuses_sharing, seam, worth_copying
+from opcd_fast.models import copy_for_answers, refuses_merge, refuses_pad, refuses_sharing, seam
 from opcd_fast.planning.rehearsal.job import Job
 from opcd_fast.planning.rehearsal.meter import Meter
 from opcd_fast.planning.rehearsal.optimizer import rehearsed_optimizer
@@ -132,10 +132,9 @@ class Step:
 
     def _answering_model(self) -> Any:
         """The copy that the run keeps, or the student."""
-        config, student, copies = self.config, self.pair.student, self.config.merge_for_rollout
-        make_copy = copy_for_answers(student, self.dtype, self.device, frozen_base=True)
-        if copies is None:
-            copies, _ = worth_copying(student, self.dtype, self.device, self._free)
+        config, student = self.config, self.pair.student
+        make_copy, worth, _ = copy_for_answers(student, self.dtype, self.device, self._free, frozen_base=True)
+        copies = worth if config.merge_for_rollout is None else config.merge_for_rollout
         if config.rollout not in ("transformers", "generate") or not copies or make_copy is None:
             return student
         with self.meter.phase("other", "copy for answers"):

@@ -18,11 +18,9 @@ _YET_TO_COME = 8  # copies: gradients and Adam's state of float32 weights take s
 
 
 class CastCopy:
-    """The weights of `model` in `dtype`; tied ones stay tied. They hold numbers after the first `refresh`, and stay
-    where they are, so that recorded steps go on reading them.
-
-    Buffers that `dtype` holds without loss are in it, too, as they were when the model was loaded: some layers multiply
-    them with its weights. RoPE's frequencies are float32 in a model of any type."""
+    """The weights of `model` in `dtype`, tied ones tied, with numbers from the first `refresh` on. They stay where they
+    are, so that recorded steps go on reading them. Buffers that `dtype` holds without loss are in it, as they were when
+    the model was loaded (some layers multiply them with weights); RoPE's frequencies are float32."""
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self._source = model
@@ -43,12 +41,9 @@ class CastCopy:
 def copy_for_answers(
     model: Any, dtype: torch.dtype | None, device: str, free: float, *, frozen_base: bool = False
 ) -> tuple[Callable[[], MergedCopy | CastCopy] | None, bool, str]:
-    """What makes a copy of `model`, whether that is worth while on "cuda" or "cpu" with `free` bytes, and why: by rule
-    and not by the clock, so that a run which is repeated rounds as it did.
-
-    The copy has a LoRA adapter folded in; of float32 weights without an adapter it is in `dtype`. None: there is
-    neither to do. frozen_base: see `MergedCopy`.
-    """
+    """What makes a copy of `model` (LoRA folded in, or float32 weights in `dtype`; None: neither), whether that is
+    worth while on "cuda" or "cpu" with `free` bytes, and why: by rule and not by the clock, so that a run which is
+    repeated rounds as it did. frozen_base: see `MergedCopy`."""
     if MergedCopy.supports(model):
         merged = partial(MergedCopy, model, device, frozen_base=frozen_base)
         if device != "cpu":

@@ -158,9 +158,8 @@ class OPCDConfig:
         OneOf("transformers", "generate", "server", "vllm", "replay"))
     rollout_batch: int | None = machine(None, """Sequences generated at once; None: what memory holds at the first call,
         256 at most.""", AtLeast(1))
-    merge_for_rollout: bool | None = machine(None, """Generate with a copy of the weights: LoRA folded in or, where all
-        weights train under a lower dtype, in that dtype. None: LoRA on a CPU, and all weights wherever that dtype is
-        fast, where memory holds it. False: no copy.""",
+    merge_for_rollout: bool | None = machine(None, """Generate with a copy: LoRA folded in, or all weights that train in
+        float32 in dtype. None: LoRA on CPUs, all weights where dtype is fast, if memory holds it. False: no copy.""",
         needs={"rollout": OneOf("transformers", "generate", "replay")},  # replay: its evaluations
         sharded=Unsharded((None, False), "the copy would be a whole model on every rank"))
     rollout_url: str | None = machine(None, 'Of "server": http://host:port, what stands in front of /v1.',

@@ -97,7 +97,7 @@ class Journal:
     def foresee(self, seconds: Mapping[str, float], answers: int) -> None:
         """Say how long the run will take, see `seconds_ahead`."""
         ahead = clock(seconds_ahead(seconds, answers, self._config))
-        self._progress.note(f"about {ahead} for {self._config.steps} steps, as this evaluation went")
+        self._progress.note(f"at most about {ahead} for {self._config.steps} steps, as this first evaluation went")
 
     def show(self, lines: Iterable[str]) -> None:
         """For people alone: nothing of it is kept."""

@@ -50,8 +50,13 @@ def test_flags_come_back_after_an_error():
     model = in_training()
     before, implementation = flags(model), model.config._attn_implementation
     teacher = ContextTeacher(model, random_ids(20)[0])
-    with pytest.raises(IndexError):
-        teacher.hidden_states(torch.tensor([[10_000]]))
+
+    def broken(*_):
+        raise ArithmeticError
+
+    next(layer for name, layer in model.named_modules() if name.endswith("mlp")).register_forward_hook(broken)
+    with pytest.raises(ArithmeticError):
+        teacher.hidden_states(torch.tensor([[1]]))
     assert flags(model) == before and model.config._attn_implementation == implementation
     assert seam.adapter_state(model) == seam.adapter_state(in_training())
 

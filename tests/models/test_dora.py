@@ -112,7 +112,7 @@ def test_what_was_trained_is_what_is_exported(tmp_path):
 
 
 def test_it_needs_a_rank_and_a_sampler_that_can():
-    with pytest.raises(InputError, match="use_dora is set.*lora_rank"):
+    with pytest.raises(InputError, match="use_dora is set, but lora_rank=0 must be a whole number of at least 1"):
         OPCDConfig(use_dora=True)
     for sampler in ({"rollout": "vllm"}, {"rollout": "server", "rollout_url": "http://localhost:1"}):
         with pytest.raises(InputError, match="use_dora: .* refuses DoRA"):

@@ -26,13 +26,9 @@ class BlockedLinear(nn.Module):
     def load(self, weight: Tensor) -> None:
         weight = weight.detach().contiguous()
         has_data = type(weight) is Tensor  # memory is planned with tensors that have none
-        self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight) if has_data else weight.clone()
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in), a copy."""
-        return self._blocks.to_dense()
+        # (out, in) as before, for those who ask for its device; `to_dense` gives the numbers.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if has_data else weight.clone()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._blocks, self.bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, "none", [], "")
         return product

@@ -45,26 +45,28 @@ class MergedCopy:
         self._copied_from = self._base()
         self._folded: Any = None
         dtype = self.type_of(peft_model) if on_cpu else None
-        self._pairs: list[tuple[Any, Callable[[Tensor], Any]]] = []  # adapted layers, and where their weights go
+        # Adapted layers, the type of their weights here, and what puts these in place.
+        self._pairs: list[tuple[Any, torch.dtype, Callable[[Tensor], Any]]] = []
         shared = {id(p): p for p in peft_model.parameters()} if dtype is None else {}
         self.model = copy.deepcopy(peft_model, shared).unload().eval()
         if dtype is not None:
             self.model.to(dtype)
-        blocks = on_cpu and BlockedLinear.takes(self.model.dtype)
         for name, layer in peft_model.named_modules():
             if not _is_lora(layer):
                 continue
             name = name.removeprefix("base_model.model.")
             plain = self.model.get_submodule(name)
-            if blocks:
-                plain = BlockedLinear(plain)
-                self.model.set_submodule(name, plain)
-                self._pairs.append((layer, plain.load))
+            weight = plain.weight.detach()
+            if on_cpu and BlockedLinear.takes(weight.dtype):
+                blocked = BlockedLinear(plain)
+                self.model.set_submodule(name, blocked)
+                self._pairs.append((layer, weight.dtype, blocked.load))
             else:
-                plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
-                self._pairs.append((layer, plain.weight.copy_))
+                plain.weight = nn.Parameter(weight.clone(), requires_grad=False)
+                self._pairs.append((layer, weight.dtype, plain.weight.copy_))
         head = self.model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and blocks:  # not adapted, but read at every token
+        # Not adapted, but read at every token.
+        if isinstance(head, nn.Linear) and on_cpu and BlockedLinear.takes(head.weight.dtype):
             self.model.set_output_embeddings(BlockedLinear(head))
 
     @staticmethod
@@ -119,8 +121,8 @@ class MergedCopy:
         return () if self._frozen_base else checksum(base_weights(self._source))
 
     def _fold(self) -> None:
-        for layer, put in self._pairs:
-            put(_folded(layer, self.model.dtype))
+        for layer, dtype, put in self._pairs:
+            put(_folded(layer, dtype))
 
 
 def _folded(layer: Any, dtype: torch.dtype) -> Tensor:

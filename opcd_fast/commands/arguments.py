@@ -147,8 +147,8 @@ def window_of(model: Any) -> int | None:
 
 
 def sampler(model: Any, tokenizer: Any, max_batch: int = 64, stop_tokens: Sequence[str] = ()) -> Any:
-    """Answers of `model` as it is, adapters unmerged, `max_batch` sequences at once; `stop_tokens` end them as well."""
+    """Answers of `model`, which stays as it is, `max_batch` sequences at once; `stop_tokens` end them as well."""
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     stop_ids = stop_token_ids(tokenizer, model, stop_tokens)
-    return TransformersRollout(model, stop_token_ids=stop_ids, max_batch=max_batch, merge_adapter=False)
+    return TransformersRollout(model, stop_token_ids=stop_ids, max_batch=max_batch, frozen_base=True)

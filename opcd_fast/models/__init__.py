@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         kernels_of, moving_rope, refuses_merge, refuses_packing, refuses_pad, refuses_plain_cache, refuses_sharing,
         refuses_stock_attention, rope_switch,
     )  # fmt: skip
+    from opcd_fast.models.blocks import BlockedLinear
     from opcd_fast.models.loading import (
         cpu_has_bf16, first_line, load_model, load_settings, load_tokenizer, pick_device, pick_dtype,
         refuse_unsupported, resolve, same_device, same_tokenizer, with_adapter,

@@ -1,20 +1,22 @@
 """A plain copy of a LoRA or DoRA model with the adapter folded into the weights, for generation.
 
-Decoding multiplies thin matrices, where unmerged adapters and row-major weights cost as much as the model itself:
-on a CPU the folded copy stores its weights input-major, which the matrix library reads about twice as fast for 8
-to 32 sequences. On a CPU that emulates bf16 products the copy of a bf16 model is in float32: more bytes, less time.
-Folding into the training model instead would leave rounding in the base weights with every step.
+Decoding multiplies thin matrices, where unmerged adapters and row-major weights cost as much as the model itself: on a
+CPU the folded copy has its weights in blocks (`blocks`). On a CPU that emulates bf16 products the copy of a bf16 model
+is in float32: more bytes, less time. Folding into the training model instead would leave rounding in the base weights
+with every step.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opcd_fast.models import seam
+from opcd_fast.models.blocks import BlockedLinear
 from opcd_fast.models.loading import cpu_has_bf16
 from opcd_fast.models.weights import Checksum, adapter_weights, base_weights, checksum
 
@@ -43,23 +45,29 @@ class MergedCopy:
         self._copied_from = self._base()
         self._folded: Any = None
         dtype = self.type_of(peft_model) if on_cpu else None
-        self._pairs: list[tuple[Any, nn.Parameter]] = []
-        adapted = {name: layer for name, layer in peft_model.named_modules() if _is_lora(layer)}
-        own = {id(layer.base_layer.weight) for layer in adapted.values()}
-        shared = {id(p): p for p in peft_model.parameters() if id(p) not in own} if dtype is None else {}
+        # Adapted layers, the type of their weights here, and what puts these in place.
+        self._pairs: list[tuple[Any, torch.dtype, Callable[[Tensor], Any]]] = []
+        shared = {id(p): p for p in peft_model.parameters()} if dtype is None else {}
         self.model = copy.deepcopy(peft_model, shared).unload().eval()
         if dtype is not None:
             self.model.to(dtype)
-        prefix = "base_model.model."
-        for name, layer in adapted.items():
-            plain = self.model.get_submodule(name.removeprefix(prefix))
-            folded = plain.weight.detach()
-            folded = folded.t().contiguous().t() if on_cpu else folded.clone()
-            plain.weight = nn.Parameter(folded, requires_grad=False)
-            self._pairs.append((layer, plain.weight))
+        for name, layer in peft_model.named_modules():
+            if not _is_lora(layer):
+                continue
+            name = name.removeprefix("base_model.model.")
+            plain = self.model.get_submodule(name)
+            weight = plain.weight.detach()
+            if on_cpu and BlockedLinear.takes(weight.dtype):
+                blocked = BlockedLinear(plain)
+                self.model.set_submodule(name, blocked)
+                self._pairs.append((layer, weight.dtype, blocked.load))
+            else:
+                plain.weight = nn.Parameter(weight.clone(), requires_grad=False)
+                self._pairs.append((layer, weight.dtype, plain.weight.copy_))
         head = self.model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and on_cpu:  # not adapted, but read at every token
-            head.weight = nn.Parameter(head.weight.detach().t().contiguous().t(), requires_grad=False)
+        # Not adapted, but read at every token.
+        if isinstance(head, nn.Linear) and on_cpu and BlockedLinear.takes(head.weight.dtype):
+            self.model.set_output_embeddings(BlockedLinear(head))
 
     @staticmethod
     def type_of(model: Any) -> torch.dtype | None:
@@ -71,14 +79,15 @@ class MergedCopy:
     @staticmethod
     def bytes_needed(model: Any) -> int:
         """Bytes of the weights that the copy does not share with `model`."""
-        if MergedCopy.type_of(model) is not None:
-            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-            tied = head is not None and head.weight is embedding.weight  # the copy's are two, see __init__
-            extra = head.weight.numel() if tied else 0
+        dtype, weight = MergedCopy.type_of(model), next(model.parameters())
+        blocks = weight.device.type == "cpu" and BlockedLinear.takes(dtype or weight.dtype)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if dtype is not None:
+            twice = head is not None and head.weight is embedding.weight and blocks  # tied, and the copy's are two
+            extra = head.weight.numel() if twice else 0
             return 4 * (sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) + extra)
         adapted = [layer.base_layer.weight for layer in model.modules() if _is_lora(layer)]
-        head = model.get_output_embeddings()
-        if head is not None and next(model.parameters()).device.type == "cpu":
+        if head is not None and blocks:
             adapted.append(head.weight)
         return sum(weight.numel() * weight.element_size() for weight in adapted)
 
@@ -112,16 +121,20 @@ class MergedCopy:
         return () if self._frozen_base else checksum(base_weights(self._source))
 
     def _fold(self) -> None:
-        for layer, weight in self._pairs:
-            (adapter,) = layer.lora_A
-            up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
-            active = adapter in layer.active_adapters and not layer.disable_adapters
-            if active and adapter in layer.lora_magnitude_vector:
-                weight.t().copy_(_dora_weight(layer, adapter).t())
-                continue
-            weight.t().copy_(layer.base_layer.weight.t())
-            if active:
-                weight.t().addmm_(down.t().to(weight.dtype), up.t().to(weight.dtype), alpha=layer.scaling[adapter])
+        for layer, dtype, put in self._pairs:
+            put(_folded(layer, dtype))
+
+
+def _folded(layer: Any, dtype: torch.dtype) -> Tensor:
+    """(out, in): the weights that the layer multiplies by, its adapter among them while it is active."""
+    (adapter,) = layer.lora_A
+    base = layer.base_layer.weight.to(dtype)
+    if adapter not in layer.active_adapters or layer.disable_adapters:
+        return base
+    if adapter in layer.lora_magnitude_vector:
+        return _dora_weight(layer, adapter).to(dtype)
+    up, down = layer.lora_B[adapter].weight.to(dtype), layer.lora_A[adapter].weight.to(dtype)
+    return torch.addmm(base, up, down, alpha=layer.scaling[adapter])
 
 
 def _dora_weight(layer: Any, adapter: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def forward_on_row(
 
     RuntimeError when a layer's attention went another way.
     """
-    attention = partial(seam.using_attention, body, call.attend)
+    attention = seam.using_attention(body, call.attend)
     # A checkpointed layer recomputes in the backward pass and needs the row again there.
     recomputing = seam.recomputing_under(body, attention) if torch.is_grad_enabled() else nullcontext()
     with attention(), recomputing:

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,14 +171,21 @@ def _configs(body: nn.Module) -> list[Any]:
     return list({id(one): one for one in found if hasattr(one, "_attn_implementation_internal")}.values())
 
 
+def using_attention(
+    body: nn.Module, function: Callable[..., tuple[Tensor, None]]
+) -> Callable[[], AbstractContextManager[None]]:
+    """Opens blocks in which every attention layer of `body` runs through `function`, as often as it is called: the
+    modules, thousands of them, are gone through only once."""
+    return partial(_using_attention, _configs(body), function)
+
+
 @contextmanager
-def using_attention(body: nn.Module, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Run every attention layer of `body` through `function` while the block is open."""
+def _using_attention(configs: list[Any], function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
     # transformers keeps what was registered last, and with it whatever that holds: a cache of gigabytes, for one.
     outer: Any = AttentionInterface._global_mapping.get(PACKED_ATTENTION, _no_call)
     AttentionInterface.register(PACKED_ATTENTION, function)
     try:
-        with holding((config, "_attn_implementation_internal", PACKED_ATTENTION) for config in _configs(body)):
+        with holding((config, "_attn_implementation_internal", PACKED_ATTENTION) for config in configs):
             yield
     finally:
         AttentionInterface.register(PACKED_ATTENTION, outer)

@@ -75,7 +75,7 @@ def decode(
     attention: AbstractContextManager[None]
     if held_once:
         run = BatchRun(model, prompt_of, different, limit, static=static)
-        attention, slots = seam.using_attention(seam.body_of(model), run.attend), run.cache.slots
+        attention, slots = seam.using_attention(seam.body_of(model), run.attend)(), run.cache.slots
     else:
         run, attention, slots = OwnCache(model, prompt_of, different, _in_common(different)), nullcontext(), Slots()
     captures = static and (device.type == "cuda" or kept is not None)

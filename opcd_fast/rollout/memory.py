@@ -84,7 +84,7 @@ def first_and_last_token(
         if decodes:
             different = list(dict.fromkeys(map(tuple, prompts)))
             run = BatchRun(model, [different.index(tuple(p)) for p in prompts], different, max_new_tokens)
-            with seam.using_attention(seam.body_of(model), run.attend):
+            with seam.using_attention(seam.body_of(model), run.attend)():
                 tokens = drawn(run.read_prompts())
                 run.end += max_new_tokens - 2
                 run.extend()

@@ -45,9 +45,7 @@ def preview(trainer: Any, count: int) -> list[Pair]:
     tokens = min(LONGEST, trainer.config.max_new_tokens)
 
     def most_probable(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
-        sampler = TransformersRollout(
-            model, engine="generate", merge_adapter=False, max_batch=8, **trainer.samplers.common
-        )
+        sampler = TransformersRollout(model, engine="generate", max_batch=8, **trainer.samplers.common)
         return sampler.generate(prompts, max_new_tokens=tokens, temperature=0.0)
 
     plains = most_probable(trainer.model, [row.student_ids for row in rows])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import lora_model, tiny_model
 
-from opcd_fast.models import MergedCopy, merged
+from opcd_fast.models import BlockedLinear, MergedCopy, merged
 from opcd_fast.rollout import TransformersRollout
 
 IDS = torch.arange(3, 40)[None]
@@ -85,9 +85,11 @@ def test_the_copy_follows_the_base(has_bf16, replaced):
 
 def test_bytes_are_those_that_the_copy_holds(has_bf16):
     model = lora_model(torch.bfloat16)
-    held = {p.data_ptr(): p.numel() * p.element_size() for p in MergedCopy(model).model.parameters()}
+    copied = MergedCopy(model).model
+    plain = {p.data_ptr(): p.nbytes for p in copied.parameters()}
     shared = {p.data_ptr() for p in model.parameters()}
-    own = sum(size for pointer, size in held.items() if pointer not in shared)
+    blocks = sum(layer.weight.nbytes for layer in copied.modules() if isinstance(layer, BlockedLinear))
+    own = sum(size for pointer, size in plain.items() if pointer not in shared) + blocks
     assert MergedCopy.bytes_needed(model) == own
 
 

@@ -130,7 +130,7 @@ def test_what_cannot_share_runs_unshared_and_says_so_once(name, changes, reason,
 
 
 def test_a_layer_that_skips_the_attention_is_an_error(monkeypatch):
-    monkeypatch.setattr(seam, "using_attention", lambda *_: nullcontext())
+    monkeypatch.setattr(seam, "using_attention", lambda *_: nullcontext)
     with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\]"):
         run(tiny_models.tiny_model(), pack(make_samples(), share_prompts=True))
 

@@ -174,7 +174,7 @@ def test_too_long_and_malformed():
 
 
 def test_layer_that_skips_packed_attention_is_an_error(monkeypatch):
-    monkeypatch.setattr(seam, "using_attention", lambda *_: nullcontext())
+    monkeypatch.setattr(seam, "using_attention", lambda *_: nullcontext)
     ids, bounds = pack(random_ids(5, 3))
     with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2\]"):
         packed_hidden_states(tiny_model(), ids, bounds)

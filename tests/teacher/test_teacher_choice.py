@@ -204,7 +204,7 @@ def loses_its_cache(patch, teacher):
 
 def attends_by_itself(patch, teacher):
     teacher.invalidate()
-    patch.setattr(seam, "using_attention", lambda *_: nullcontext())
+    patch.setattr(seam, "using_attention", lambda *_: nullcontext)
 
 
 def never_asks(patch, teacher):

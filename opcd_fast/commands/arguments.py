@@ -103,6 +103,10 @@ class SamplingOptions(ComputeOptions):
     seed: int = 0
     """Fixes what is drawn."""
 
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of `Rollout.generate`, without the seed."""
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p")}
+
 
 def check_at_least(least: int, command: Any, *names: str) -> None:
     """Raises InputError for an option that is set, and smaller."""

@@ -66,10 +66,7 @@ def run(arguments: list[str]) -> int:
                 ids = teacher_ids(tokenizer, prompt, shown, {})
                 with weights():
                     check_prompt_length(len(ids), command.max_new_tokens, window_of(model))
-                    (answer,) = rollout.generate(
-                        [ids], max_new_tokens=command.max_new_tokens, temperature=command.temperature,
-                        top_p=command.top_p, seed=command.seed + asked,
-                    )  # fmt: skip
+                    (answer,) = rollout.generate([ids], **command.sampling(), seed=command.seed + asked)
                 text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
                 said.append({"role": "assistant", "content": text})
                 print(f"{speaker}: {printable(text).strip()}", flush=True)

@@ -45,5 +45,4 @@ def begin(options: PlayOptions, step: str) -> tuple[Any, Any, Any]:
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     model = load_model(options.model, **options.place())
     rollout, window = sampler(model, tokenizer, options.rollout_batch), window_of(model)
-    sampled = (options.max_new_tokens, options.temperature, options.top_p)
-    return folder, task, Player(rollout, tokenizer, *sampled, window=window)
+    return folder, task, Player(rollout, tokenizer, **options.sampling(), window=window)

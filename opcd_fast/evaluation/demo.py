@@ -20,7 +20,7 @@ from opcd_fast.data import default_system_tokens, whole_prompt
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation.info import where_it_ran
 from opcd_fast.rollout import Rollout
-from opcd_fast.runtime import wilson, write_text
+from opcd_fast.runtime import check_replaceable, wilson, write_text
 from opcd_fast.training.monitoring import plot_kl
 from opcd_fast.training.settings import OPCDConfig
 
@@ -176,7 +176,6 @@ def _show(report: dict[str, Any], questions: list[str], answers: dict[str, list[
 
 
 def _check_room(root: Path) -> None:
-    if root.exists() and not root.is_dir():
-        raise InputError(f"output_dir={str(root)!r} is a file; choose a folder")
+    check_replaceable(root, "output_dir=")
     if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
         raise InputError(f"output_dir={str(root)!r} holds files that are not a demo's; choose another folder")

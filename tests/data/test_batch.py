@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from opcd_fast import InputError
 from opcd_fast.data import Sample, micro_batches, pack, total_weight
 
 
@@ -73,6 +74,13 @@ def test_tensors_are_packed_as_lists_are(share_prompts):
     ]
     for found, wanted in zip(*(vars(pack(s, share_prompts=share_prompts)).values() for s in (tensors, lists))):
         assert (found is None and wanted is None) or torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["student_prompt", "teacher_prompt", "response"])
+@pytest.mark.parametrize("wrong", [[3.7], torch.tensor([3.7]), [True], "text", [-1], None])
+def test_what_are_no_token_ids_is_refused(name, wrong):
+    with pytest.raises(InputError, match=name):
+        Sample(**{"student_prompt": [1], "teacher_prompt": [2], "context_index": 0, "response": [3], name: wrong})
 
 
 def test_micro_batches_keep_order_and_respect_the_bound():

@@ -92,6 +92,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def question_hash(prompt: Prompt) -> str:
+    """Of what a prompt asks, whatever its context."""
+    return hash_of(row_of(prompt).get("messages") or prompt.text)
+
+
 def row_of(prompt: Prompt) -> dict[str, Any]:
     """A prompt as a row that `read_prompts` reads back."""
     row: dict[str, Any] = {"messages": list(prompt.messages)} if prompt.messages else {"prompt": prompt.text}

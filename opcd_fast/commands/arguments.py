@@ -142,6 +142,13 @@ def trained_weights(name: str) -> str:
     return str(Path(name) / "final")
 
 
+def arm_of(model: Any, tokenizer: Any, max_batch: int = 64) -> Any:
+    """`model` as it answers chats, see `sampler`."""
+    from opcd_fast.evaluation import Arm
+
+    return Arm(tokenizer, sampler(model, tokenizer, max_batch).generate, window=window_of(model))
+
+
 def window_of(model: Any) -> int | None:
     """Most tokens of a prompt and its answer: a trained prefix takes some of the model's. None: no limit."""
     from opcd_fast.models import seam, virtual_tokens

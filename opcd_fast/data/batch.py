@@ -62,7 +62,7 @@ _READ_BY_THE_HOST = frozenset(
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer with the prompts it was drawn for; tokens become lists. Raises InputError for what is no token id."""
+    """One answer with the prompts it was drawn for; tokens become tuples. Raises InputError for what is no token id."""
 
     student_prompt: Sequence[int]
     teacher_prompt: Sequence[int]  # after the shared prefix; never empty
@@ -72,7 +72,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         for name in ("student_prompt", "teacher_prompt", "response"):
-            object.__setattr__(self, name, token_ids(name, getattr(self, name)))
+            object.__setattr__(self, name, tuple(token_ids(name, getattr(self, name))))
         logprobs: Any = self.logprobs
         if hasattr(logprobs, "tolist"):
             object.__setattr__(self, "logprobs", logprobs.tolist())

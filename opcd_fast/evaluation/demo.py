@@ -59,7 +59,9 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
         preview=0,
         seed=seed,
     )
-    _check_room(root)
+    check_replaceable(root, "output_dir=")
+    if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
+        raise InputError(f"output_dir={str(root)!r} holds files that are not a demo's; choose another folder")
     print("Loading SmolLM2-135M-Instruct (converted once, some 20 s the first time) ...", flush=True)
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     if root.exists():
@@ -173,9 +175,3 @@ def _show(report: dict[str, Any], questions: list[str], answers: dict[str, list[
         console.print("The context is in the weights: the student answers in the form without being shown it.")
     else:
         console.print("The form did NOT move in as it should (base + context and student >= 90 %, base <= 10 %).")
-
-
-def _check_room(root: Path) -> None:
-    check_replaceable(root, "output_dir=")
-    if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
-        raise InputError(f"output_dir={str(root)!r} holds files that are not a demo's; choose another folder")

@@ -69,7 +69,7 @@ def test_another_normalize_is_refused(count):
 def test_tensors_are_packed_as_lists_are(share_prompts):
     lists = [Sample([1, 2], [3], 0, [4, 5], [-0.5, -1.5]), Sample([1, 2], [3], 0, [6], [-0.25])]
     tensors = [
-        Sample(**{name: torch.tensor(v) if isinstance(v, list) else v for name, v in vars(sample).items()})
+        Sample(**{name: torch.tensor(v) if isinstance(v, list | tuple) else v for name, v in vars(sample).items()})
         for sample in lists
     ]
     for found, wanted in zip(*(vars(pack(s, share_prompts=share_prompts)).values() for s in (tensors, lists))):

@@ -55,7 +55,7 @@ def test_the_teacher_writes_its_share_with_the_context_and_the_student_the_rest_
     theirs = trainer.samplers.teacher_writes([row for row, one in zip(rows, off) if one], sampling)
     assert tokens(theirs) == [a.token_ids for a, one in zip(drawn.answers, off) if one]
     for row, sample, answer, one in zip(rows, drawn.samples, drawn.answers, off, strict=True):
-        assert (sample.student_prompt, sample.response) == (row.student_ids, [*answer.token_ids])
+        assert (sample.student_prompt, sample.response) == (row.student_ids, answer.token_ids)
         if not one:
             by_hand = logprobs_by_hand(tiny_model(), row.student_ids, answer.token_ids, 1.0)
             torch.testing.assert_close(torch.tensor(answer.logprobs).double(), by_hand, rtol=1e-4, atol=1e-4)

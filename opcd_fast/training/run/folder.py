@@ -91,12 +91,10 @@ class RunFolder:
         shutil.rmtree(self.path / "best", ignore_errors=True)
         self._write_config(config)  # not the collective one: the other ranks are not in here
 
-    @_by_main
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        self._write_config(config)
-
     def _write_config(self, config: Mapping[str, Any]) -> None:
         write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
+
+    write_config = _by_main(_write_config)
 
     def close(self) -> None:
         """Others may write there again. Not collective."""

@@ -13,7 +13,7 @@ from opcd_fast.data import RenderedPrompt, whole_prompt
 from opcd_fast.errors import InputError
 from opcd_fast.models import SMOLLM2, resolve, seam
 from opcd_fast.rollout import Choice, Completion, Rollout, TransformersRollout
-from opcd_fast.training.engines import Engine, shared_sampler
+from opcd_fast.training.engines import Engine, SharedSampler
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import Teachers
 
@@ -61,7 +61,9 @@ class Samplers:
         )
         self.held_out = local_rollout(config, model, **common) if config.rollout == "replay" else self.student
 
-        reads = partial(_in_process, config, merge_adapter=False, **common)
+        def reads(other: Any) -> Rollout:
+            return _in_process(config, other, merge_adapter=False, **common)
+
         self.first: Any = None if self._pair.reference is None else reads(self._pair.reference)
         shares_base = self._pair.reference_adapter == "disabled"
         self.first_weights: AtWork = partial(seam.without_adapters, model) if shares_base else teachers.at_work
@@ -97,7 +99,8 @@ class Samplers:
     ) -> list[Completion]:
         if not prompts:  # all answers are another's
             return []
-        shared = shared_sampler(sampler, self._engine)
+        several = self._engine.sharded or self._engine.ranks.world > 1
+        shared: Any = SharedSampler(sampler, self._engine) if several else sampler
         shared.sync(model)
         return shared.generate(prompts, **sampling)
 

@@ -169,7 +169,7 @@ def test_merged_notes_are_what_the_model_wrote_or_stay(tmp_path):
     options = {"max_tokens": 5000, "candidates": 1}
     assert accumulate(folder, TOKENIZER, **options, merge=merging)["notes_000.txt"]["merged"] is True
     assert lessons_of_notes(folder.candidates()["notes_000.txt"]) == ["one for all"]
-    assert "lesson about" in merging.rollout.asked[0][0]
+    assert "lesson about" in merging.arm.generate.asked[0][0]
     useless = accumulate(folder, TOKENIZER, **options, merge=scripted(lambda text: "no"))
     assert useless["notes_000.txt"]["merged"] is False and useless["notes_000.txt"]["lessons"] > 1
 

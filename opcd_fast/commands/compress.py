@@ -102,7 +102,6 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
     from opcd_fast.contexts import FULL, parts_that_matter, plot_ranked
     from opcd_fast.runtime import write_text
 
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [{**vars(one), "candidate": vars(one.candidate)} for one in ranked]
     record = {"command": asdict(command), "ranked": rows}
     write_text(folder / "ranked.json", json.dumps(record, indent=1) + "\n")

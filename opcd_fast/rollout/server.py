@@ -137,7 +137,7 @@ class ServerRollout(Sampler):
 
     def _check_served(self) -> None:
         try:
-            cards = self.server.get("/v1/models")["data"]
+            cards = self.server.post("/v1/models", None)["data"]
             served = [(card["id"], card.get("root") or card["id"], card.get("max_model_len")) for card in cards
                       if not card.get("parent")]  # fmt: skip
         except (Refused, TypeError, KeyError, AttributeError):  # not every server has such a list

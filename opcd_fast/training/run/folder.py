@@ -27,8 +27,6 @@ logger = logging.getLogger("opcd_fast")
 BEST = "best.json"
 ANSWERS: tuple[str, str] = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
 FIXED = "eval_fixed.json"
-
-
 T = TypeVar("T")
 
 

@@ -86,7 +86,9 @@ def _decode(model: Any, rows: int, tokens: int, *, ragged: bool = False, context
 @cache
 def _rollout(model: Any, rows: int) -> TransformersRollout:
     """One for all calls, which keeps what it recorded."""
-    return TransformersRollout(model, stop_token_ids=NO_STOP, max_batch=rows, merge_adapter=False, engine="decode")
+    rollout = TransformersRollout(model, stop_token_ids=[0], max_batch=rows, merge_adapter=False, engine="decode")
+    rollout.stop_token_ids = NO_STOP
+    return rollout
 
 
 @torch.no_grad()

@@ -26,8 +26,9 @@ def run(session: Session) -> None:
 def _loop(session: Session) -> Values:
     """The decoding loop, its masked prefill with shared heads included: it checks itself against plain forward passes
     at its first call, and steps down where they differ."""
-    rollout = TransformersRollout(random_model(SHAPES["tiny Llama"], torch.bfloat16, session.device),
-                                  stop_token_ids=(-1,))  # fmt: skip
+    model = random_model(SHAPES["tiny Llama"], torch.bfloat16, session.device)
+    rollout = TransformersRollout(model, stop_token_ids=[0])
+    rollout.stop_token_ids = (-1,)  # every answer is as long as the limit
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, 200, (length,), generator=draw).tolist() for length in (9, 3, 40, 17)]
     answers = rollout.generate(prompts, max_new_tokens=5)

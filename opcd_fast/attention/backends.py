@@ -8,7 +8,9 @@ head size.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -72,18 +74,11 @@ def need_of(
 def installed() -> frozenset[str]:
     """Optional packages that import here: FlashAttention-4 (flash_attn.cute), FlashAttention-2 (flash_attn)."""
     found = set()
-    try:
-        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # noqa: F401
-
-        found.add(FA4)
-    except Exception:  # noqa: BLE001 - whatever a broken build raises means: not there
-        pass
-    try:
-        from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401, F811
-
-        found.add(FA2)
-    except Exception:  # noqa: BLE001
-        pass
+    for name, module in ((FA4, "flash_attn.cute"), (FA2, "flash_attn")):
+        with contextlib.suppress(Exception):  # whatever a broken build raises means: not there
+            package = importlib.import_module(module)
+            _ = package.flash_attn_func, package.flash_attn_varlen_func
+            found.add(name)
     return frozenset(found)
 
 
@@ -97,9 +92,7 @@ def phase_1(need: Need, packages: frozenset[str] | None = None) -> Kernel:
         return Kernel("shapes", shapes.attend)
     if need.gradient or need.lse_gradient:
         return Kernel("blocked", kernels.prefix_blocked)
-    if need.device == "cpu":
-        if need.softcap:
-            return Kernel("blocked", kernels.prefix_blocked)
+    if need.device == "cpu" and not need.softcap:
         return Kernel("CPU flash", kernels.prefix_cpu_flash)
     if need.device == "cuda":
         # Not cuDNN's, whose plans hold for exact sizes: the sum of lengths differs from call to call.
@@ -183,11 +176,7 @@ def _flex_takes(need: Need) -> bool:
 
 @functools.cache
 def _triton_ready() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("triton") is not None
 
 
 def describe(need: Need, *, windows: bool, sinks: bool, packages: frozenset[str] | None = None) -> str:

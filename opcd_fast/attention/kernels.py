@@ -8,6 +8,7 @@ the logsumexp (N, H_q) float32, natural logarithm, of the scores after scale and
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -88,25 +89,17 @@ def prefix_efficient(query: Tensor, key: Tensor, value: Tensor, scale: float, so
     return tokens_first(out.reshape(query.shape)), tokens_first(lse.reshape(query.shape[:3]))
 
 
-def prefix_fa4(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
-    from flash_attn.cute import flash_attn_func
-
-    return _prefix_of(flash_attn_func, query, key, value, scale, softcap, return_lse=True)
-
-
-def prefix_fa2(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
-    from flash_attn import flash_attn_func
-
-    return _prefix_of(flash_attn_func, query, key, value, scale, softcap, return_attn_probs=True)
-
-
 def _prefix_of(
-    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
-    **with_lse: bool,
-) -> Any:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, *, package: str, **with_lse: bool
+) -> Any:
+    function = importlib.import_module(package).flash_attn_func
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, lse, *_ = function(q=q, k=k, v=v, softmax_scale=scale, causal=False, softcap=softcap or 0.0, **with_lse)
     return out[0], tokens_first(lse[:, :, : query.shape[2]])
+
+
+prefix_fa4 = functools.partial(_prefix_of, package="flash_attn.cute", return_lse=True)
+prefix_fa2 = functools.partial(_prefix_of, package="flash_attn", return_attn_probs=True)
 
 
 def prefix_flex(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Any:
@@ -221,23 +214,12 @@ def varlen_torch(
     return out, lse
 
 
-def varlen_fa4(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, *more: Any) -> tuple[Tensor, Tensor | None]:
-    from flash_attn.cute import flash_attn_varlen_func
-
-    return _varlen_of(flash_attn_varlen_func, query, key, value, bounds, *more, whole=None, return_lse=True)
-
-
-def varlen_fa2(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, *more: Any) -> tuple[Tensor, Tensor | None]:
-    from flash_attn import flash_attn_varlen_func
-
-    return _varlen_of(flash_attn_varlen_func, query, key, value, bounds, *more, whole=-1, return_attn_probs=True)
-
-
 def _varlen_of(
-    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float,
-    softcap: float | None, window: int | None, with_lse: bool, *, whole: int | None, **ask_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float, softcap: float | None,
+    window: int | None, with_lse: bool, *, package: str, whole: int | None, **ask_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """whole: how the package says that there is no window."""
+    function = importlib.import_module(package).flash_attn_varlen_func
     q, k, v = map(tokens_first, (query, key, value))
     out, lse, *_ = function(
         q=q, k=k, v=v, cu_seqlens_q=bounds.cu_q, cu_seqlens_k=bounds.cu_k, max_seqlen_q=bounds.longest_q,
@@ -245,6 +227,10 @@ def _varlen_of(
         window_size=(whole, whole) if window is None else (window - 1, 0), **ask_lse,
     )  # fmt: skip
     return out, lse.transpose(0, 1) if with_lse else None
+
+
+varlen_fa4 = functools.partial(_varlen_of, package="flash_attn.cute", whole=None, return_lse=True)
+varlen_fa2 = functools.partial(_varlen_of, package="flash_attn", whole=-1, return_attn_probs=True)
 
 
 def varlen_ready() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, check_at_least, parse, quiet_libraries, sampler, window_of
+from opcd_fast.commands.arguments import ComputeOptions, arm_of, check_at_least, parse, quiet_libraries
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import Within
 
@@ -52,8 +52,7 @@ def run(arguments: list[str]) -> int:
     merge = None
     if command.merge:
         model = load_model(command.model, **command.place())
-        rollout, window = sampler(model, tokenizer), window_of(model)
-        merge = Player(rollout, tokenizer, command.max_new_tokens, temperature=0.0, window=window)
+        merge = Player(arm_of(model, tokenizer), {"max_new_tokens": command.max_new_tokens, "temperature": 0.0})
     written = accumulate(
         folder, tokenizer, max_tokens=command.max_tokens, candidates=command.candidates, seed=command.seed,
         threshold=command.duplicates, merge=merge,

@@ -103,6 +103,10 @@ class SamplingOptions(ComputeOptions):
     seed: int = 0
     """Fixes what is drawn."""
 
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of `Rollout.generate`, without the seed."""
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p")}
+
 
 def check_at_least(least: int, command: Any, *names: str) -> None:
     """Raises InputError for an option that is set, and smaller."""
@@ -136,6 +140,13 @@ def trained_weights(name: str) -> str:
     if not (Path(name) / "final").is_dir():
         raise InputError(f"model={name!r} is a run that has not ended; go on with it: opcd train --resume")
     return str(Path(name) / "final")
+
+
+def arm_of(model: Any, tokenizer: Any, max_batch: int = 64) -> Any:
+    """`model` as it answers chats, see `sampler`."""
+    from opcd_fast.evaluation import Arm
+
+    return Arm(tokenizer, sampler(model, tokenizer, max_batch).generate, window=window_of(model))
 
 
 def window_of(model: Any) -> int | None:

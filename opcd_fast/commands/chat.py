@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opcd_fast.commands.arguments import (
     SamplingOptions,
+    arm_of,
     check_sampling,
     context_in,
     parse,
     quiet_libraries,
-    sampler,
     trained_weights,
     window_of,
 )
@@ -38,20 +38,21 @@ def run(arguments: list[str]) -> int:
     command = parse(ChatCommand, "chat", arguments)
     check_sampling(command, "max_new_tokens")
     context = context_in(command.context)
-    from opcd_fast.data import read_prompts, teacher_ids
+    from opcd_fast.data import read_prompts
     from opcd_fast.models import load_model, load_tokenizer, seam
-    from opcd_fast.training.step import check_prompt_length
 
     quiet_libraries()
     name = trained_weights(command.model)
     tokenizer = load_tokenizer(name, command.trust_remote_code)
     model = load_model(name, **command.place())
-    speakers: dict[str, tuple[Any, Any]] = {"student": ("", nullcontext)}
+    arm = arm_of(model, tokenizer, 1)
+    speakers: dict[str, tuple[Any, Any]] = {"student": (arm, nullcontext)}
     if context is not None:
         if not hasattr(model, "peft_config"):
             raise InputError("context: this model has no adapter to switch off; start another chat with its base")
-        speakers["base + context"] = (context, lambda: seam.without_adapters(model))
-    rollout = sampler(model, tokenizer, 1)
+        with seam.without_adapters(model):  # a trained prefix among them
+            base = replace(arm, context=context, window=window_of(model))
+        speakers["base + context"] = (base, lambda: seam.without_adapters(model))
     spoken: dict[str, list[dict[str, str]]] = {speaker: [] for speaker in speakers}
     asked = 0
     print("> ", end="", flush=True)
@@ -59,17 +60,12 @@ def run(arguments: list[str]) -> int:
         if not line.strip():
             spoken = {speaker: [] for speaker in speakers}
         else:
-            for speaker, (shown, weights) in speakers.items():
+            for speaker, (arm, weights) in speakers.items():
                 said = spoken[speaker]
                 said.append({"role": "user", "content": line.strip()})
-                (prompt,) = read_prompts([list(said)])
-                ids = teacher_ids(tokenizer, prompt, shown, {})
                 with weights():
-                    check_prompt_length(len(ids), command.max_new_tokens, window_of(model))
-                    (answer,) = rollout.generate(
-                        [ids], max_new_tokens=command.max_new_tokens, temperature=command.temperature,
-                        top_p=command.top_p, seed=command.seed + asked,
-                    )  # fmt: skip
+                    prompts = read_prompts([list(said)])
+                    (answer,) = arm.answers(prompts, **command.sampling(), seed=command.seed + asked)
                 text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
                 said.append({"role": "assistant", "content": text})
                 print(f"{speaker}: {printable(text).strip()}", flush=True)

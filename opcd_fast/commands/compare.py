@@ -149,12 +149,10 @@ def _yardstick(command: CompareCommand, config: OPCDConfig, tokenizer: Any) -> t
         general = read_prompts(GENERAL, "general")
     elif command.general != "none":
         general = read_prompts(command.general, "general", **config.columns())
-    behaviour = None
+    behaviour = HeldOutScore.make(None, config.scorer, tokenizer, held_out or ())
     if command.regex is not None:
         found = scorer.pattern_scorer(command.regex)
         behaviour = HeldOutScore(found, f"regex {command.regex}", tokenizer, held_out or ())
-    elif config.scorer is not None:
-        behaviour = HeldOutScore.make(None, config.scorer, tokenizer, held_out or ())
     return held_out, Yardstick(
         general, behaviour, held_out or (), command.answers_per_prompt,
         {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p},

@@ -9,13 +9,12 @@ from typing import Any
 
 from opcd_fast.commands.arguments import (
     ComputeOptions,
+    arm_of,
     check_at_least,
     context_in,
     parse,
     quiet_libraries,
-    sampler,
     tell,
-    window_of,
 )
 from opcd_fast.training.settings import Within
 
@@ -64,12 +63,9 @@ class CompressCommand(ComputeOptions):
 
 def run(arguments: list[str]) -> int:
     command = parse(CompressCommand, "compress", arguments)
-    for least, names in (
-        (0, ("written",)),
-        (1, ("max_new_tokens", "max_context_tokens", "rollout_batch", "answers_per_prompt")),
-        (2, ("max_prompts",)),
-    ):
-        check_at_least(least, command, *names)
+    check_at_least(0, command, "written")
+    check_at_least(1, command, "max_new_tokens", "max_context_tokens", "rollout_batch", "answers_per_prompt")
+    check_at_least(2, command, "max_prompts")
     Within(0, 100, open_low=True)("temperature", command.temperature)
     Within(0, 1e9)("max_kl", command.max_kl)
     from opcd_fast.contexts import Candidate, Player, cut_candidates, rank, written_candidates
@@ -83,17 +79,17 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(command.model, command.trust_remote_code)
     prompts = adapt_to_tokenizer(tokenizer, prompts)
     model = load_model(command.model, **command.place())
-    rollout, window = sampler(model, tokenizer, command.rollout_batch), window_of(model)
+    arm = arm_of(model, tokenizer, command.rollout_batch)
     candidates = own + (cut_candidates(full) if command.cuts else [])
     if command.written:
         tell("the model writes shorter texts ...")
-        player = Player(rollout, tokenizer, command.max_context_tokens, temperature=0.7, window=window)
+        player = Player(arm, {"max_new_tokens": command.max_context_tokens, "temperature": 0.7})
         candidates += written_candidates(full, player.answers, command.written, command.seed)
     print(f"{len(candidates)} candidates on {len(prompts)} prompts", flush=True)
     ranked = rank(
-        model, tokenizer, full, candidates, prompts, rollout, max_new_tokens=command.max_new_tokens,
+        model, arm, full, candidates, prompts, max_new_tokens=command.max_new_tokens,
         temperature=command.temperature, answers_per_prompt=command.answers_per_prompt, seed=command.seed,
-        window=window, told=lambda line: tell(f"{line} ..."),
+        told=lambda line: tell(f"{line} ..."),
     )  # fmt: skip
     _save(Path(command.output_dir), ranked, command)
     return 0
@@ -106,7 +102,6 @@ def _save(folder: Path, ranked: list[Any], command: CompressCommand) -> None:
     from opcd_fast.contexts import FULL, parts_that_matter, plot_ranked
     from opcd_fast.runtime import write_text
 
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [{**vars(one), "candidate": vars(one.candidate)} for one in ranked]
     record = {"command": asdict(command), "ranked": rows}
     write_text(folder / "ranked.json", json.dumps(record, indent=1) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opcd_fast.commands.arguments import SamplingOptions, check_sampling, quiet_libraries, sampler, window_of
+from opcd_fast.commands.arguments import SamplingOptions, arm_of, check_sampling, quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,4 @@ def begin(options: PlayOptions, step: str) -> tuple[Any, Any, Any]:
     quiet_libraries()
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     model = load_model(options.model, **options.place())
-    rollout, window = sampler(model, tokenizer, options.rollout_batch), window_of(model)
-    sampled = (options.max_new_tokens, options.temperature, options.top_p)
-    return folder, task, Player(rollout, tokenizer, *sampled, window=window)
+    return folder, task, Player(arm_of(model, tokenizer, options.rollout_batch), options.sampling())

@@ -72,19 +72,14 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(name, command.trust_remote_code)
     ids = []
     for prompt in adapt_to_tokenizer(tokenizer, read):
-        shown = "" if context is None else context
-        if context is not None and prompt.privileged_context is not None:
-            shown = prompt.privileged_context
-        ids.append(teacher_ids(tokenizer, prompt, shown, variables))
+        shown = None if context is None else prompt.context_or(context)
+        ids.append(teacher_ids(tokenizer, prompt, shown or "", variables))
     model = load_model(name, **command.place())
     check_prompt_length(max(map(len, ids)), command.max_new_tokens, window_of(model))
     rollout = sampler(model, tokenizer, command.batch_size, command.stop_tokens)
     for start in range(0, len(ids), command.batch_size):
         part = slice(start, start + command.batch_size)
-        answers = rollout.generate(
-            ids[part], max_new_tokens=command.max_new_tokens, temperature=command.temperature, top_p=command.top_p,
-            seed=command.seed + start,
-        )  # fmt: skip
+        answers = rollout.generate(ids[part], **command.sampling(), seed=command.seed + start)
         for prompt, answer in zip(read[part], answers):
             text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
             if command.prompt is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.commands.arguments import ComputeOptions, context_in, parse, quiet_libraries, sampler, window_of
+from opcd_fast.commands.arguments import ComputeOptions, arm_of, check_at_least, context_in, parse, quiet_libraries
 from opcd_fast.data import Candidate, Selection
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings import OPCDConfig, Within
@@ -112,9 +112,8 @@ def _asked(
 
     model = load_model(name, **command.place())
     found = ask(
-        sampler(model, tokenizer), tokenizer, context, count, similarity=command.similarity,
-        temperature=command.temperature, seed=command.seed, template_kwargs=variables,
-        window=window_of(model),
+        replace(arm_of(model, tokenizer), variables=variables), context, count, similarity=command.similarity,
+        temperature=command.temperature, seed=command.seed,
         report=lambda found, requests: say(f"asked {requests} times: {found} of {count} different prompts"),
     )  # fmt: skip
     if len(found) < count:
@@ -138,9 +137,8 @@ def _tell(report: dict[str, Any], folder: Path) -> None:
 def _check(command: PromptsCommand) -> None:
     if command.ask is None and command.logs is None and command.data is None:
         raise InputError("no source: give --ask N (with --context and --model), --logs FILE or --data FILE")
+    check_at_least(1, command, "ask")
     if command.ask is not None:
-        if command.ask < 1:
-            raise InputError(f"ask={command.ask} must be at least 1")
         missing = [f"--{name}" for name in ("context", "model") if getattr(command, name) is None]
         if missing:
             raise InputError(f"--ask needs {' and '.join(missing)}")

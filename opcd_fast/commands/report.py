@@ -73,10 +73,7 @@ def run(arguments: list[str]) -> int:
     from opcd_fast.training.run import read_record, run_settings
 
     settings = run_settings(folder)
-    columns = {
-        "prompt_column": settings.get("prompt_column"),
-        "drop_last_answer": settings.get("drop_last_answer", False),
-    }
+    columns = {name: settings[name] for name in ("prompt_column", "drop_last_answer") if name in settings}
     passed = ("model", "trust_remote_code", "max_prompts", "samples", "max_new_tokens", "temperature", "examples",
               "seed")  # fmt: skip
     options = ReportOptions(

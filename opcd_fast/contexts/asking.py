@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from opcd_fast.contexts.player import Player
 from opcd_fast.data import Candidate, Context, Message, Prompt, repeats, transcript
 from opcd_fast.data.tasks import as_user, final_part
 from opcd_fast.errors import InputError
-from opcd_fast.rollout import Rollout
+from opcd_fast.evaluation import Arm
 from opcd_fast.runtime import stream_seed
 
 USERS = (
@@ -63,30 +62,26 @@ QUOTES = "\"'“”„«»`*_ \t"
 
 
 def ask(
-    rollout: Rollout,
-    tokenizer: Any,
+    arm: Arm,
     context: Context,
     count: int,
     *,
     similarity: float = 0.7,
     temperature: float = 0.8,
     seed: int = 0,
-    template_kwargs: Mapping[str, Any] | None = None,
-    window: int | None = None,
     report: Callable[[int, int], None] = lambda found, requests: None,
 ) -> list[Candidate]:
     """At most `count` different prompts for an assistant with this context; fewer when the model repeats itself.
 
     The same seed gives the same prompts. `report(found, requests)` is called after every round of 8 requests.
-    window: longest input of the model, in tokens; None: no limit.
     Raises InputError: a tokenizer without chat template, a context too long for the window, or a model none of whose
     answers could be used.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not getattr(arm.tokenizer, "chat_template", None):
         raise InputError("asking for prompts needs a model with a chat template; give --logs or --data instead")
     examples = [text for *_, texts in EXAMPLES for text in texts]
     found: list[Candidate] = []
-    player = Player(rollout, tokenizer, ANSWER_TOKENS, temperature, 0.95, template_kwargs, window)
+    player = Player(arm, {"max_new_tokens": ANSWER_TOKENS, "temperature": temperature, "top_p": 0.95})
     rounds = 2 + 4 * -(-count // (REQUESTS * PER_REQUEST))  # a quarter of the lines is enough
     for number in range(rounds):
         users = [USERS[(number * REQUESTS + place) % len(USERS)] for place in range(REQUESTS)]

@@ -17,7 +17,7 @@ from typing import Any
 from opcd_fast.data import Context, Message, Prompt, teacher_ids, transcript
 from opcd_fast.data.tasks import as_user, final_part
 from opcd_fast.errors import InputError
-from opcd_fast.evaluation import MICRO_BATCH_TOKENS, Reader, Reading, distances
+from opcd_fast.evaluation import MICRO_BATCH_TOKENS, Arm, Reader, Reading, distances
 from opcd_fast.runtime import mean_and_error, stream_seed
 from opcd_fast.training.monitoring import save_plot
 from opcd_fast.training.step import check_prompt_length
@@ -106,24 +106,23 @@ def parts_that_matter(ranked: Sequence[Ranked]) -> list[Ranked]:
 
 
 def rank(
-    model: Any, tokenizer: Any, full: Context, candidates: Sequence[Candidate], prompts: Sequence[Prompt], rollout: Any,
-    *, max_new_tokens: int, temperature: float = 1.0, answers_per_prompt: int = 1, seed: int = 0,
-    micro_batch_tokens: int | None = MICRO_BATCH_TOKENS, window: int | None = None,
-    told: Callable[[str], None] = lambda line: None,
+    model: Any, arm: Arm, full: Context, candidates: Sequence[Candidate], prompts: Sequence[Prompt], *,
+    max_new_tokens: int, temperature: float = 1.0, answers_per_prompt: int = 1, seed: int = 0,
+    micro_batch_tokens: int | None = MICRO_BATCH_TOKENS, told: Callable[[str], None] = lambda line: None,
 ) -> list[Ranked]:  # fmt: skip
     """All candidates, and none ("") and the full context, in the order of their tokens.
 
     Every context is read once; the answers are the same for all. temperature divides the logits, as it does when the
-    answers are drawn. window: most tokens of prompt and answer; None: no limit. told: gets a line before the answers
-    and now and then between candidates. Raises InputError for fewer than two prompts, and what no window holds.
+    answers are drawn. arm: the model as it answers. told: gets a line before the answers and now and then between
+    candidates. Raises InputError for fewer than two prompts, and what no window holds.
     """
     if len(prompts) < 2:
         raise InputError("prompts: at least two are needed to tell a candidate's loss from chance")
     prompts = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
 
     def rendered(context: Context) -> list[list[int]]:
-        rows = [list(teacher_ids(tokenizer, prompt, context)) for prompt in prompts]
-        check_prompt_length(max(map(len, rows)), max_new_tokens, window)
+        rows = [list(teacher_ids(arm.tokenizer, prompt, context)) for prompt in prompts]
+        check_prompt_length(max(map(len, rows)), max_new_tokens, arm.window)
         return rows
 
     def read(rows: list[list[int]]) -> Reading:
@@ -131,7 +130,7 @@ def rank(
 
     whole = rendered(full)
     told(f"{len(prompts)} answers with the full context")
-    drawn = rollout.generate(
+    drawn = arm.generate(
         whole, max_new_tokens=max_new_tokens, temperature=temperature, seed=stream_seed(seed, "compress answers", 0)
     )
     answers = [answer.token_ids for answer in drawn]

@@ -55,7 +55,6 @@ class ExperienceFolder:
         return records
 
     def rewrite(self, records: Sequence[dict[str, Any]]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self._attempts, "".join(json.dumps(record) + "\n" for record in records))
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
@@ -85,7 +84,6 @@ class ExperienceFolder:
                     f"output_dir={str(self.path)!r} holds {step} results with {name}={before.get(name)!r}, now it is "
                     f"{now.get(name)!r}; use the same settings or another folder"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(now, indent=1) + "\n")
 
 
@@ -100,7 +98,7 @@ def extract(
     known: Sequence[str] = (),
     seed: int = 0,
     batch: int = 32,
-    told: Callable[[int, int], None] | None = None,
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Attempts at `problems` episodes of the split `notes`, `repeats` times each, with the lessons drawn from them.
 
@@ -134,8 +132,7 @@ def extract(
         ]
         folder.append(records)
         done.update({(record["repeat"], record["id"]): record for record in records})
-        if told is not None:
-            told(len(done), total)
+        told(len(done), total)
     return list(done.values())
 
 
@@ -189,7 +186,6 @@ def accumulate(
             "lessons": len(kept), "tokens": count(notes), "duplicates": len(lessons) - len(unique),
             "over_budget": dropped, "merged": merged,
         }  # fmt: skip
-    folder.notes.mkdir(parents=True, exist_ok=True)
     for old in folder.notes.glob("notes_*.txt"):
         if old.name not in texts:
             old.unlink()
@@ -206,7 +202,7 @@ def select(
     *,
     problems: int,
     seed: int = 0,
-    told: Callable[[str, dict[str, Any]], None] | None = None,
+    told: Callable[[str, dict[str, Any]], None] = lambda name, score: None,
 ) -> dict[str, dict[str, Any]]:
     """Mean score of every candidate, and of no notes (""), on the same problems of the split `selection`.
 
@@ -226,8 +222,7 @@ def select(
         low, high = wilson(round(won), len(played))
         scores[name] = {"score": won / len(played), "low": low, "high": high, "problems": len(played), "notes": notes}
         folder.write_scores(scores)
-        if told is not None:
-            told(name, scores[name])
+        told(name, scores[name])
     scores = {name: score for name, score in scores.items() if not name or name in candidates}
     folder.write_scores(scores)
     best = max(candidates, key=lambda name: (scores[name]["score"], -len(candidates[name])))

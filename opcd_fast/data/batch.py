@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opcd_fast.data.rendering import common_prefix_length
+from opcd_fast.runtime import token_ids
 
 # A beginning that all prompts have is read once from this many tokens on, and where it saves this share of the row:
 # below, the second phase of attention costs more than it saves.
@@ -61,7 +62,7 @@ _READ_BY_THE_HOST = frozenset(
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer with the prompts it was drawn for. Tensors and arrays become lists of Python numbers."""
+    """One answer with the prompts it was drawn for; tokens become tuples. Raises InputError for what is no token id."""
 
     student_prompt: Sequence[int]
     teacher_prompt: Sequence[int]  # after the shared prefix; never empty
@@ -70,9 +71,11 @@ class Sample:
     logprobs: Sequence[float] | None = None  # of the response under the sampler; NaN: another one wrote it
 
     def __post_init__(self) -> None:
-        for name in ("student_prompt", "teacher_prompt", "response", "logprobs"):
-            if hasattr(value := getattr(self, name), "tolist"):
-                object.__setattr__(self, name, value.tolist())
+        for name in ("student_prompt", "teacher_prompt", "response"):
+            object.__setattr__(self, name, tuple(token_ids(name, getattr(self, name))))
+        logprobs: Any = self.logprobs
+        if hasattr(logprobs, "tolist"):
+            object.__setattr__(self, "logprobs", logprobs.tolist())
 
 
 def pack(samples: Sequence[Sample], *, normalize: str = "sequence", share_prompts: bool = False) -> Batch:

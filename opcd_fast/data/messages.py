@@ -31,6 +31,15 @@ class Prompt:
     """The data row that it came from, all columns (of a `datasets.Dataset`: those that prompts are made of); empty for
     a bare string or list of messages."""
 
+    @property
+    def chat(self) -> tuple[Message, ...]:
+        """The messages; of plain text the user's that says it."""
+        return self.messages or ({"role": "user", "content": self.text or ""},)
+
+    def context_or(self, of_run: Context | None) -> Context | None:
+        """What the teacher sees in front of this prompt."""
+        return of_run if self.privileged_context is None else self.privileged_context
+
 
 def checked_messages(value: Any, where: str) -> list[Message]:
     """`value`, if it is a list of chat messages. Raises InputError, which begins with `where`.

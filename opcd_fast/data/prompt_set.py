@@ -15,7 +15,7 @@ from opcd_fast.data.duplicates import repeats
 from opcd_fast.data.messages import Prompt
 from opcd_fast.data.prompt_sources import Candidate
 from opcd_fast.errors import InputError
-from opcd_fast.runtime import is_replaceable, write_folder
+from opcd_fast.runtime import check_replaceable, write_folder
 
 TRAIN, HELD_OUT, SUMMARY = "train.jsonl", "held_out.jsonl", "summary.json"
 FEWEST = 8  # prompts held out of a list; fewer say little
@@ -176,10 +176,7 @@ def summary(chosen: PromptSet, count_tokens: Callable[[Candidate], int] | None) 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises InputError where the files would replace something that may not be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir={str(folder)!r} is a file; choose a folder")
-    if not is_replaceable(folder):
-        raise InputError(f"output_dir={str(folder)!r} cannot be replaced by another folder; name one inside of it")
+    check_replaceable(folder, "output_dir=")
     there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in there if name not in (TRAIN, HELD_OUT, SUMMARY)]
     if foreign:

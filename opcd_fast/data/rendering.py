@@ -73,7 +73,7 @@ def render(
     contexts: dict[str, int] = {}  # distinct ones, as JSON, in order of appearance
 
     def whole(prompt: Prompt) -> RenderedPrompt:
-        own = prompt.privileged_context if prompt.privileged_context is not None else context
+        own = prompt.context_or(context)
         if own is None:
             raise InputError("context is missing: give context= or a `privileged_context` in every prompt row")
         student = student_ids(tokenizer, prompt, template_kwargs)

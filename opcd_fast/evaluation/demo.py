@@ -20,7 +20,7 @@ from opcd_fast.data import default_system_tokens, whole_prompt
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation.info import where_it_ran
 from opcd_fast.rollout import Rollout
-from opcd_fast.runtime import wilson, write_text
+from opcd_fast.runtime import check_replaceable, wilson, write_text
 from opcd_fast.training.monitoring import plot_kl
 from opcd_fast.training.settings import OPCDConfig
 
@@ -59,7 +59,9 @@ def run_demo(output_dir: str = "runs/demo", steps: int | None = None, samples: i
         preview=0,
         seed=seed,
     )
-    _check_room(root)
+    check_replaceable(root, "output_dir=")
+    if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
+        raise InputError(f"output_dir={str(root)!r} holds files that are not a demo's; choose another folder")
     print("Loading SmolLM2-135M-Instruct (converted once, some 20 s the first time) ...", flush=True)
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     if root.exists():
@@ -173,10 +175,3 @@ def _show(report: dict[str, Any], questions: list[str], answers: dict[str, list[
         console.print("The context is in the weights: the student answers in the form without being shown it.")
     else:
         console.print("The form did NOT move in as it should (base + context and student >= 90 %, base <= 10 %).")
-
-
-def _check_room(root: Path) -> None:
-    if root.exists() and not root.is_dir():
-        raise InputError(f"output_dir={str(root)!r} is a file; choose a folder")
-    if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
-        raise InputError(f"output_dir={str(root)!r} holds files that are not a demo's; choose another folder")

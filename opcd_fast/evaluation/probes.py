@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opcd_fast.data import SYSTEM_ROLES, Context, Message, Prompt, adapt_to_tokenizer, student_ids, teacher_ids
+from opcd_fast.data import SYSTEM_ROLES, Context, Message, Prompt, adapt_to_tokenizer, teacher_ids
 from opcd_fast.data.tasks import Episode, Played, Task, load_task, play_with
 from opcd_fast.errors import InputError
 from opcd_fast.rollout import Completion
@@ -69,12 +69,8 @@ class Arm:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        own = self.context
-        if own is not None and prompt.privileged_context is not None:
-            own = prompt.privileged_context
-        if own is None:
-            return student_ids(self.tokenizer, prompt, self.variables)
-        return teacher_ids(self.tokenizer, prompt, own, self.variables)
+        own = None if self.context is None else prompt.context_or(self.context)
+        return teacher_ids(self.tokenizer, prompt, own or "", self.variables)
 
     def play(self, task: Task, episodes: Sequence[Episode], *, seed: int = 0, **sampling: Any) -> list[Played]:
         """Episodes of `task` to their end; each turn is one batch of all that go on."""
@@ -111,7 +107,7 @@ class Arm:
         for index, prompt in enumerate(prompts):
             before = (index - 1) % len(prompts)
             said: Message = {"role": "assistant", "content": self.text(firsts[before])}
-            chats.append(replace(prompts[before], messages=(*_said(prompts[before]), said, *_asked(prompt))))
+            chats.append(replace(prompts[before], messages=(*prompts[before].chat, said, *_asked(prompt))))
         return self.answers(chats, **sampling, seed=stream_seed(seed, "second turn", 0))
 
 
@@ -124,15 +120,11 @@ def tried(what: str, told: Callable[[str], None], ask: Callable[..., Any], *give
         return None
 
 
-def _said(prompt: Prompt) -> Sequence[Message]:
-    return prompt.messages or ({"role": "user", "content": prompt.text or ""},)
-
-
 def _asked(prompt: Prompt) -> list[Message]:
-    return [message for message in _said(prompt) if message["role"] not in SYSTEM_ROLES]
+    return [message for message in prompt.chat if message["role"] not in SYSTEM_ROLES]
 
 
 def _behind(turns: Sequence[Message], prompt: Prompt) -> Prompt:
     """The prompt with `turns` in front, after its own system message."""
-    system = [message for message in _said(prompt) if message["role"] in SYSTEM_ROLES]
+    system = [message for message in prompt.chat if message["role"] in SYSTEM_ROLES]
     return replace(prompt, messages=(*system, *turns, *_asked(prompt)))

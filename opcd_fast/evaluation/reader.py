@@ -15,6 +15,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.loss import LMHead, fused_linear_divergence, same_vocabulary
 from opcd_fast.models import packed_hidden_states, virtual_tokens
 from opcd_fast.teacher import ContextTeacher
+from opcd_fast.training.step import teacher_hidden_states
 
 MICRO_BATCH_TOKENS = 8192
 ROWS_AT_ONCE = 256  # of logits, when the most probable tokens are looked for
@@ -90,12 +91,11 @@ class Reader:
         pieces = []
         for some in micro_batches(samples, self._tokens):
             batch = pack(some).to(next(self._model.parameters()).device)
-            row, places = (batch.teacher_ids, batch.teacher_cu_seqlens), batch.response_index_teacher
             if self._teacher is None:
-                pieces.append(packed_hidden_states(self._model, *row, select=places))
+                row = batch.teacher_ids, batch.teacher_cu_seqlens
+                pieces.append(packed_hidden_states(self._model, *row, select=batch.response_index_teacher))
             else:
-                index = batch.context_index
-                pieces.append(self._teacher.hidden_states_packed(*row, context_index=index, select=places))
+                pieces.append(teacher_hidden_states(self._teacher, batch))
         return Reading(torch.cat(pieces), self._head, [len(answer) for answer in answers])
 
 

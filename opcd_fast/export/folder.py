@@ -22,7 +22,7 @@ from opcd_fast.export.options import ExportOptions
 from opcd_fast.export.source import CHOICES, Source, find_source, load_source, stored_dtype, tokenizer_of
 from opcd_fast.models import first_line, load_settings, resolve, seam
 from opcd_fast.rollout import stop_token_ids
-from opcd_fast.runtime import is_replaceable, write_folder
+from opcd_fast.runtime import check_replaceable, write_folder
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def refuse(source: Source, target: Path, options: ExportOptions) -> None:
                 f"{str(path)!r} is a link to {str(real)!r}, which is not the run's and would be exported; put a copy "
                 "in its place, or remove it"
             )
-    if not is_replaceable(target) or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+    check_replaceable(target, "output_dir=")
+    if target.exists() and any(target.iterdir()):
         raise InputError(f"output_dir={str(target)!r} exists already; choose another folder, or remove it")
     if options.dtype != "auto" and options.dtype not in CHOICES:
         raise InputError(f"dtype={options.dtype!r} is unknown; use 'auto', {', '.join(map(repr, CHOICES))}")
@@ -118,7 +119,9 @@ def refuse(source: Source, target: Path, options: ExportOptions) -> None:
     if not source.is_adapter:
         raise InputError(f"merged: {str(source.folder)!r} is a whole model already; drop --merged")
     _refuse_unmergeable(source.folder)
-    packed = source.trained_in_4bit or _is_stored_in_4bit(source)
+    assert source.base is not None
+    stored = load_settings(source.base, source.trust_remote_code)
+    packed = source.trained_in_4bit or getattr(stored, "quantization_config", None) is not None
     if packed and not options.dequantize:
         raise InputError(
             "merged: the adapter was trained on a base in 4 bits, and the base's full weights with it would be another "
@@ -140,11 +143,6 @@ def _refuse_unmergeable(folder: Path) -> None:
         raise InputError(
             "merged: this adapter is a trained prefix, which no weight can take in; export it without --merged"
         )
-
-
-def _is_stored_in_4bit(source: Source) -> bool:
-    assert source.base is not None
-    return getattr(load_settings(source.base, source.trust_remote_code), "quantization_config", None) is not None
 
 
 def merged(model: Any) -> Any:
@@ -201,10 +199,8 @@ def base_for_others(source: Source) -> str:
 
 def _compared(folder: Path, source: Source, options: ExportOptions, asked: Probe, dtype: torch.dtype) -> LogitError:
     """What lies in `folder`, loaded as a user would, against the trained model. Raises InputError when it differs."""
-    if source.is_adapter and not options.merged:
-        again = load_source(replace(source, folder=folder), options.device, unpack=False)
-    else:
-        again = load_source(replace(source, folder=folder, base=None), options.device, unpack=False)
+    base = source.base if source.is_adapter and not options.merged else None
+    again = load_source(replace(source, folder=folder, base=base), options.device, unpack=False)
     found = compare(logits_of(again, asked.ids), asked)
     require_equal(found, dtype, "what was written")
     return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from opcd_fast.errors import InputError
 from opcd_fast.loss import PARAMETERS, LMHead, check_divergence, check_others, fused_linear_divergence, unused_parameter
 from opcd_fast.models import seam
+from opcd_fast.training.step import present_head
 
 Result = TypeVar("Result")
 
@@ -54,19 +55,21 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
 
 
 class Heads:
-    """`LMHead.from_model`, once per model: looking at a model's forward takes tens of milliseconds."""
+    """`LMHead.from_model`, once per model: looking at a model's forward takes tens of milliseconds.
 
-    def __init__(self) -> None:
+    plain: the forward to look at, of models whose class got another one, without logits.
+    """
+
+    def __init__(self, plain: Callable[..., Any] | None = None) -> None:
+        self._plain = plain
         self._known: WeakKeyDictionary[nn.Module, LMHead] = WeakKeyDictionary()
 
     def __call__(self, model: nn.Module) -> LMHead:
-        lm: Any = seam.causal_lm(model)
-        layer = lm.get_output_embeddings()
-        head = self._known.get(lm)
-        # A sharding engine may put another tensor in the parameter's place at every step.
-        if head is None or head.weight is not getattr(layer, "weight", None):
-            head = self._known[lm] = LMHead.from_model(lm)
-        return head
+        lm = seam.causal_lm(model)
+        if lm not in self._known:
+            with seam.holding([] if self._plain is None else [(type(lm), "forward", self._plain)]):
+                self._known[lm] = LMHead.from_model(lm)
+        return present_head(self._known[lm], lm)
 
 
 def divergence(h_s: Tensor, head_s: LMHead, h_t: Tensor, head_t: LMHead, **options: Any) -> Any:
@@ -81,12 +84,11 @@ def divergence(h_s: Tensor, head_s: LMHead, h_t: Tensor, head_t: LMHead, **optio
 
 def chosen_divergence(distillation: dict[str, Any], more: Collection[str] = ()) -> dict[str, Any]:
     """`distillation=` of a trainer: a divergence, its parameters, and `more`. Raises InputError for anything else."""
-    parameters = {name: parameter.default for name, parameter in PARAMETERS.items()}
-    unknown = distillation.keys() - {"divergence", *parameters, *more}
+    known = ("divergence", *PARAMETERS, *more)
+    unknown = distillation.keys() - set(known)
     if unknown:
-        known = ", ".join(["divergence", *parameters, *more])
-        raise InputError(f"distillation has {', '.join(sorted(unknown))}; it takes {known}")
-    parameters |= {name: value for name, value in distillation.items() if name in parameters}
+        raise InputError(f"distillation has {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
+    parameters = {name: value for name, value in distillation.items() if name in PARAMETERS}
     try:
         check_divergence(distillation["divergence"], parameters)
         check_others(**{name: value for name, value in distillation.items() if name in more})

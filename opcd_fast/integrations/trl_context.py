@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from opcd_fast.integrations.forward import (
 from opcd_fast.integrations.trl_loss import check_trl
 from opcd_fast.models import packed_hidden_states
 from opcd_fast.teacher import ContextTeacher
-from opcd_fast.training.step import Windows, check_lengths
+from opcd_fast.training.step import Windows, check_lengths, teacher_hidden_states
 
 check_trl()
 
@@ -113,8 +114,7 @@ class ContextDistillationTrainer(DistillationTrainer):
         for group, rows in zip(groups, rendered, strict=True):
             for prompt, row in zip(group, rows, strict=True):
                 index = row.context_index
-                own = self._context if prompt.privileged_context is None else prompt.privileged_context
-                self._prefixes[json.dumps(own)] = index, prefixes[index]
+                self._prefixes[json.dumps(prompt.context_or(self._context))] = index, prefixes[index]
         teacher = self.accelerator.unwrap_model(self.model if self.teacher_model is None else self.teacher_model)
         windows = Windows.of(self.accelerator.unwrap_model(self.model), teacher)
         for rows in rendered:
@@ -157,7 +157,7 @@ class ContextDistillationTrainer(DistillationTrainer):
         for prompt, ids, mask in zip(prompts, output["prompt_ids"], output["prompt_mask"], strict=True):
             if ids[mask.bool()].tolist() != student_ids(template, prompt):
                 raise RuntimeError("TRL rendered a prompt into other tokens than opcd_fast.data, which is a bug")
-            own = self._context if prompt.privileged_context is None else prompt.privileged_context
+            own = prompt.context_or(self._context)
             which, prefix = self._prefixes[json.dumps(own)]
             assert own is not None  # render refused it
             suffixes.append(torch.tensor(teacher_ids(template, prompt, own)[len(prefix) :]))
@@ -176,13 +176,7 @@ class ContextDistillationTrainer(DistillationTrainer):
             unwrapped_student, batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student
         )
         teacher = self.context_teacher
-
-        def score() -> Tensor:
-            return teacher.hidden_states_packed(
-                batch.teacher_ids, batch.teacher_cu_seqlens, context_index=batch.context_index,
-                select=batch.response_index_teacher,
-            )  # fmt: skip
-
+        score = partial(teacher_hidden_states, teacher, batch)
         h_t = score() if self.teacher_model is None else inside_forward(self.teacher_model, teacher.model, score)
         loss, stats = divergence(
             h_s, self._heads(unwrapped_student), h_t, teacher.head, temperature=self.temperature,

@@ -11,18 +11,17 @@ It needs an FSDP actor with LoRA, `use_fused_kernels` and `use_remove_padding`, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from opcd_fast.data import Message, Prompt, common_prefix_length, read_context, student_ids, teacher_ids
-from opcd_fast.integrations.forward import divergence
+from opcd_fast.integrations.forward import Heads, divergence
 from opcd_fast.loss import LMHead
 from opcd_fast.models import load_tokenizer, seam
 from opcd_fast.teacher import ContextTeacher
@@ -207,22 +206,6 @@ class ContextInFront:
         return self._teacher
 
 
-class HeadBehind:
-    """`LMHead.from_model` for models whose forward was replaced by one without logits."""
-
-    def __init__(self, plain: Callable[..., Any]) -> None:
-        self._plain = plain  # the class's forward before
-        self._known: WeakKeyDictionary[Any, LMHead] = WeakKeyDictionary()
-
-    def __call__(self, model: Any) -> LMHead:
-        kind, layer = type(model), model.get_output_embeddings()
-        if model not in self._known:
-            with seam.holding([(kind, "forward", self._plain)]):  # LMHead.from_model looks at what it does
-                self._known[model] = LMHead.from_model(model)
-        # A sharded parameter is another tensor at every step.
-        return replace(self._known[model], weight=layer.weight, bias=layer.bias)
-
-
 def _check(which: str) -> None:
     if which not in LOSSES.values():
         known = ", ".join(LOSSES.values())
@@ -255,7 +238,7 @@ def teach_with_context(
         if not hasattr(before, "computes_divergence"):
             plain[kind] = before
         words = tokenizer or load_tokenizer(model.config._name_or_path)
-        kind.forward = with_divergence(kind.forward, ContextInFront(words, told), HeadBehind(plain[kind]), which)
+        kind.forward = with_divergence(kind.forward, ContextInFront(words, told), Heads(plain[kind]), which)
 
     def take_back() -> None:
         monkey_patch.patch_forward_with_backends = give_forward

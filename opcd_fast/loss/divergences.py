@@ -22,7 +22,8 @@ class Chosen(NamedTuple):
 def check_divergence(divergence: str, parameters: Mapping[str, Any]) -> Chosen:
     """The divergence with its own of these parameters, their end points mapped to the plain divergences.
 
-    parameters: one value for each of PARAMETERS. One that the divergence does not have is checked and then not used.
+    parameters: values of some of PARAMETERS; the others have their defaults. One that the divergence does not have is
+    checked and then not used.
 
     Raises ValueError for what no divergence could mean.
     """
@@ -31,7 +32,7 @@ def check_divergence(divergence: str, parameters: Mapping[str, Any]) -> Chosen:
     for name, value in parameters.items():
         PARAMETERS[name].check(value)
     row = DIVERGENCES[divergence]
-    own = [parameters[name] for name in row.parameters]
+    own = [parameters.get(name, PARAMETERS[name].default) for name in row.parameters]
     number = next((float(value) for value in own if not isinstance(value, str)), 0.0)
     if number in row.ends:
         return Chosen(row.ends[number])

@@ -22,7 +22,7 @@ from opcd_fast.loss.chunks import (
     takes_differences,
     upcast_tile,
 )
-from opcd_fast.loss.divergences import ALPHA, BETA, GATE, TAIL, K, check_divergence
+from opcd_fast.loss.divergences import check_divergence
 from opcd_fast.loss.heads import LMHead
 from opcd_fast.loss.inputs import check_projection
 
@@ -53,24 +53,20 @@ def scratch_bytes(
     gradients: bool = True,
     workspace_bytes: int | None = None,
     divergence: str = "reverse_kl",
-    beta: float = BETA,
-    alpha: float = ALPHA,
-    k: int = K,
-    tail: str = TAIL,
-    gate: str = GATE,
     projection: str = "auto",
     token_ids: bool = True,
+    **parameters: Any,
 ) -> int:
     """Bytes at the worst moment of one call of `fused_linear_divergence` on `rows` rows, statistics included; without
     its results, of which dW is in float32 until backward.
 
     dtype: of hidden states and of heads, which are cast to it where they are of another. device: "cuda" or "cpu", which
     need not be here; backend: the one that will run there. gradients: of the hidden states, and of the student's head
-    where it is trained. token_ids: whether they are given. The other arguments are those of the loss; of a head's
-    values nothing is known, and "auto" takes them for what float16 holds.
+    where it is trained. token_ids: whether they are given. parameters: the divergence's. The other arguments are those
+    of the loss; of a head's values nothing is known, and "auto" takes them for what float16 holds.
     """
     v = min(student.valid_size, teacher.valid_size)
-    chosen = check_divergence(divergence, {"beta": beta, "alpha": alpha, "k": k, "tail": tail, "gate": gate})
+    chosen = check_divergence(divergence, parameters)
     spec = Spec(
         v, workspace_bytes, backend, True, student.scale, teacher.scale, student.softcap, teacher.softcap, 1.0, *chosen,
         projection=check_projection(projection),

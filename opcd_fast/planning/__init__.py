@@ -14,6 +14,6 @@ if TYPE_CHECKING:
     from opcd_fast.planning.estimate import foreseen
     from opcd_fast.planning.plan import RESERVED, Plan, changes, gpu_bytes, plan_run
     from opcd_fast.planning.report import as_json, show
-    from opcd_fast.planning.search import Found, can_extrapolate, extrapolated, find
+    from opcd_fast.planning.search import Found, depth_to_extrapolate, extrapolated, find
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -10,7 +10,7 @@ import torch
 from opcd_fast.loss import resolve_backend
 from opcd_fast.models import seam
 from opcd_fast.planning.rehearsal import Rehearsal, job_of, rehearse
-from opcd_fast.planning.search import can_extrapolate, extrapolated
+from opcd_fast.planning.search import depth_to_extrapolate, extrapolated
 from opcd_fast.teacher import default_batch_bytes
 
 
@@ -34,7 +34,7 @@ def foreseen(trainer: Any, teacher: Any = None) -> Rehearsal | None:
 
     try:
         with torch.random.fork_rng(devices=[]):
-            layers = own.get_text_config().num_hidden_layers
-            return extrapolated(whole, layers) if can_extrapolate(own, teacher) else whole()
+            layers = depth_to_extrapolate(own, teacher)
+            return whole() if layers is None else extrapolated(whole, layers)
     except Exception:  # noqa: BLE001 - a line of information must not cost a run
         return None

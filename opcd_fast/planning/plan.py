@@ -14,7 +14,7 @@ from opcd_fast.errors import InputError
 from opcd_fast.loss import resolve_backend
 from opcd_fast.models import pick_dtype, seam
 from opcd_fast.planning.rehearsal import Job, Rehearsal, rehearse
-from opcd_fast.planning.search import Found, can_extrapolate, extrapolated, find
+from opcd_fast.planning.search import Found, depth_to_extrapolate, extrapolated, find
 from opcd_fast.rollout import MOST
 from opcd_fast.teacher import default_batch_bytes
 from opcd_fast.training.settings import OPCDConfig
@@ -84,9 +84,8 @@ def plan_run(
     if not search:
         seen = whole(settings)
         return Plan(settings, Found(settings, seen, seen.nbytes <= limit), available, limit)
-    start = settings
-    if can_extrapolate(student, teacher):
-        layers = student.get_text_config().num_hidden_layers
+    start, layers = settings, depth_to_extrapolate(student, teacher)
+    if layers is not None:
         # A batch sized to memory would be sized to that of a few layers.
         sized = config.rollout_batch or min(config.batch_size * config.rollouts_per_prompt, MOST)
         quick = find(

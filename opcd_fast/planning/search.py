@@ -132,13 +132,13 @@ class _Worst:
         return self.part(name) * 20 > sum(self.seen.peaks[self.seen.worst].parts.values())
 
 
-def can_extrapolate(student: Any, teacher: Any) -> bool:
-    """Whether both configurations say that all layers are alike, and there are many."""
+def depth_to_extrapolate(student: Any, teacher: Any) -> int | None:
+    """How many layers both configurations have, where they say that all are alike, and these are many; else None."""
     texts = [source.get_text_config() for source in (student, teacher) if source is not None]
     alike = all(len(set(getattr(text, "layer_types", None) or ["one"])) == 1 for text in texts)
     # Two depths that grow at different rates would make two slopes of one.
     depths = {text.num_hidden_layers for text in texts}
-    return alike and len(depths) == 1 and min(depths) >= _WORTH
+    return min(depths) if alike and len(depths) == 1 and min(depths) >= _WORTH else None
 
 
 def extrapolated(rehearse: Callable[[int], Rehearsal], layers: int) -> Rehearsal:

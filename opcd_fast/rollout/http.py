@@ -92,9 +92,6 @@ class JsonServer:
             verify=ssl.create_default_context(),
         )
 
-    def get(self, path: str) -> Any:
-        return self.post(path, None)
-
     def post(self, path: str, body: Mapping[str, Any] | None, stop: threading.Event | None = None) -> Any:
         """The parsed answer, or text where the server sends plain text. Without a body it is a GET.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 from opcd_fast.errors import InputError
 from opcd_fast.kernels.reference import is_number
 from opcd_fast.models import adapter_weights, checksum, is_sharded, weights_of
-from opcd_fast.runtime import stream_seed
+from opcd_fast.runtime import stream_seed, token_ids
 
 LEAST_TEMPERATURE = 1e-30  # above 0: logits divided by less are not finite in float32
 
@@ -96,7 +95,7 @@ class Sampler(ABC):
     """
 
     def __init__(self, stop_token_ids: Sequence[int], vocab_size: int | None = None) -> None:
-        self.stop_token_ids = checked_ids("stop_token_ids", () if stop_token_ids is None else stop_token_ids)
+        self.stop_token_ids = tuple(token_ids("stop_token_ids", () if stop_token_ids is None else stop_token_ids))
         if not self.stop_token_ids:
             raise InputError("stop_token_ids is empty; the tokenizer has no end token: give stop_tokens=")
         self.vocab_size = vocab_size
@@ -146,32 +145,19 @@ def checked_prompts(
 ) -> list[tuple[int, ...]]:
     """The prompts as tuples of Python integers. Raises InputError for what no engine can run, and, where these are
     given, for ids from `vocabulary` on and for more than `room` tokens (what the answer leaves of the window)."""
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        what = f"a {type(prompts).__name__}"
+        raise InputError(f"prompts is {what}; give a list of rows of token ids, such as tokenizer(texts).input_ids")
     checked = []
     for index, prompt in enumerate(prompts):
-        ids = checked_ids(f"prompts[{index}]", prompt)
+        ids = token_ids(f"prompts[{index}]", prompt, vocabulary)
         if not ids:
             raise InputError(f"prompts[{index}] is empty; give at least one token id")
-        if vocabulary is not None and max(ids) >= vocabulary:
-            raise InputError(f"prompts[{index}] holds the id {max(ids)}; the model knows {vocabulary} token ids")
         if room is not None and len(ids) > room:
             over = f"prompts[{index}] of {len(ids)} tokens and the answer exceed the model's window"
             raise InputError(f"{over} by {len(ids) - room}; shorten the prompt or max_new_tokens")
-        checked.append(ids)
+        checked.append(tuple(ids))
     return checked
-
-
-def checked_ids(name: str, ids: Any) -> tuple[int, ...]:
-    """Token ids, of whatever sequence or tensor, as Python integers. Raises InputError for anything else."""
-    if isinstance(ids, str):
-        raise InputError(f"{name} is text; give token ids (tokenizer.apply_chat_template makes them)")
-    try:
-        found = tuple(map(operator.index, ids.tolist() if hasattr(ids, "tolist") else ids))
-    except TypeError as error:
-        got = " ".join(repr(ids).split())[:60]
-        raise InputError(f"{name} must be token ids, a list of whole numbers; got {got}") from error
-    if found and min(found) < 0:
-        raise InputError(f"{name} holds the id {min(found)}; token ids start at 0")
-    return found
 
 
 def cut_at_stop(tokens: Sequence[int], stop_token_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:

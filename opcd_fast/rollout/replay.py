@@ -17,8 +17,8 @@ from typing import Any
 
 from opcd_fast.data import adapt_to_tokenizer, read_prompts, read_rows, student_ids
 from opcd_fast.errors import InputError
-from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_ids, checked_prompts, cut_at_stop
-from opcd_fast.runtime import stream_seed, write_text
+from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_prompts, cut_at_stop
+from opcd_fast.runtime import stream_seed, token_ids, write_text
 
 
 class ReplayRollout(Sampler):
@@ -115,11 +115,9 @@ class ReplayRollout(Sampler):
         return prompt, Completion(kept, tuple(map(float, values[: len(kept)])), finished)
 
     def _ids(self, where: str, row: dict[str, Any], name: str) -> tuple[int, ...]:
-        ids = row.get(name)
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise InputError(f"{where}: {name} must be a list of token ids, and not empty")
-        if name == "response_ids" and self.vocab_size is not None and max(ids) >= self.vocab_size:
-            raise InputError(f"{where}: token {max(ids)} is not in the vocabulary of {self.vocab_size}")
+        ids = token_ids(f"{where}: {name}", row.get(name), self.vocab_size if name == "response_ids" else None)
+        if not ids:
+            raise InputError(f"{where}: {name} is empty; give at least one token id")
         return tuple(ids)
 
     def _from_text(self, where: str, row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -138,7 +136,7 @@ def write_replay(file: str | Path, prompts: Sequence[Sequence[int]], answers: Se
         raise InputError(f"{len(prompts)} prompts, but {len(answers)} answers")
     lines = []
     for index, (prompt, answer) in enumerate(zip(checked_prompts(prompts), answers)):
-        ids = checked_ids(f"answers[{index}].token_ids", answer.token_ids)
+        ids = token_ids(f"answers[{index}].token_ids", answer.token_ids)
         row: dict[str, Any] = {"prompt_ids": prompt, "response_ids": ids}
         if answer.logprobs is not None:
             row["logprobs"] = [*map(float, answer.logprobs)]

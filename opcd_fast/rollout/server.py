@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from opcd_fast.errors import InputError
 from opcd_fast.rollout.http import JsonServer, Refused
 from opcd_fast.rollout.protocol import Completion, Request, Sampler
+from opcd_fast.runtime import token_ids
 
 NEEDS = (
     "a rollout server must take a prompt of token ids and return token ids (vLLM: return_token_ids); text that is "
@@ -136,7 +137,7 @@ class ServerRollout(Sampler):
 
     def _check_served(self) -> None:
         try:
-            cards = self.server.get("/v1/models")["data"]
+            cards = self.server.post("/v1/models", None)["data"]
             served = [(card["id"], card.get("root") or card["id"], card.get("max_model_len")) for card in cards
                       if not card.get("parent")]  # fmt: skip
         except (Refused, TypeError, KeyError, AttributeError):  # not every server has such a list
@@ -209,8 +210,7 @@ class ServerRollout(Sampler):
             raise InputError(f"{where}: not a completion: {str(reply)[:120]!r}; {NEEDS}") from error
         if tokens is None:
             raise InputError(f"{where}: the answer holds no token ids; {NEEDS}")
-        if not all(type(token) is int and token >= 0 for token in tokens):
-            raise InputError(f"{where}: token ids {str(tokens)[:80]} are not whole numbers")
+        tokens = token_ids(f"{where}: token_ids", tokens)
         seen = choice.get("prompt_token_ids", reply.get("prompt_token_ids"))
         if seen is not None and tuple(seen) != prompt:
             raise InputError(

@@ -7,9 +7,10 @@ from opcd_fast.runtime.doors import door
 if TYPE_CHECKING:
     from opcd_fast.runtime.derivatives import first_order
     from opcd_fast.runtime.files import (
-        clear_unfinished, is_replaceable, read_object, remove_folder, write_file, write_folder, write_text,
+        check_replaceable, clear_unfinished, read_object, remove_folder, write_file, write_folder, write_text,
     )  # fmt: skip
     from opcd_fast.runtime.graphs import CapturedSteps, KeptSteps, release_steps
+    from opcd_fast.runtime.ids import token_ids
     from opcd_fast.runtime.intervals import bootstrap, difference, mean_and_error, wilson
     from opcd_fast.runtime.launch import launched, launched_rank, local_rank
     from opcd_fast.runtime.precision import full_precision

@@ -21,8 +21,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     A crash at any moment leaves the old folder or the new one, never a mixture.
     Raises InputError when the place cannot be written, or not be renamed.
     """
-    if not is_replaceable(path):
-        raise InputError(f"{str(path)!r} cannot be replaced by another folder; name one inside of it")
+    check_replaceable(path)
     scratch = _beside(path)
     try:
         scratch.mkdir(parents=True)
@@ -45,9 +44,12 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def is_replaceable(path: Path) -> bool:
-    """Whether `write_folder` may put another folder there: no mount point, nor the folder that the user stands in."""
-    return not (os.path.ismount(path.resolve()) or path.resolve() == Path.cwd())
+def check_replaceable(path: Path, name: str = "") -> None:
+    """Raises InputError, which begins with `name`, for a file, a mount point and the folder that the user stands in."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{name}{str(path)!r} is a file; choose a folder")
+    if os.path.ismount(path.resolve()) or path.resolve() == Path.cwd():
+        raise InputError(f"{name}{str(path)!r} cannot be replaced by another folder; name one inside of it")
 
 
 def write_file(path: Path, content: str | bytes) -> None:

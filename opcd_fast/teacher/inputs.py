@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opcd_fast.runtime import token_ids
+
 
 def as_contexts(contexts: Any, vocabulary: int | None) -> list[Tensor]:
     """One context or a list of them, as int64 tensors on the CPU. Raises ValueError."""
-    if not isinstance(contexts, Iterable):
-        raise ValueError(f"contexts: expected token ids, or a list of such, got {contexts!r}")
-    if not isinstance(contexts, Tensor | str):
+    if isinstance(contexts, Iterable) and not isinstance(contexts, Tensor | str | Mapping):
         contexts = list(contexts)  # which may be an iterator
-    one = isinstance(contexts, Tensor) or all(isinstance(item, Integral) for item in contexts)
-    return [as_ids("contexts", ids, vocabulary) for ids in ([contexts] if one else contexts)]
+        if not all(isinstance(item, Integral) for item in contexts):
+            return [as_ids(f"contexts[{i}]", ids, vocabulary) for i, ids in enumerate(contexts)]
+    return [as_ids("contexts", contexts, vocabulary)]
 
 
 def as_ids(name: str, ids: Any, vocabulary: int | None) -> Tensor:
-    """(T,) int64 on the CPU, in storage of its own. Raises ValueError for all but integers below `vocabulary`."""
-    if isinstance(ids, str):
-        raise ValueError(f"{name} is text; expected token ids, such as tokenizer(text).input_ids")
-    try:
-        row = ids if isinstance(ids, Tensor) else torch.tensor([*map(operator.index, ids)], dtype=torch.int64)
-    except TypeError as error:
-        raise ValueError(f"{name}: expected a list of integers, or a 1-D integer tensor") from error
-    if row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
-        raise ValueError(f"{name}: expected 1-D integer token ids, got {row.dtype} of shape {tuple(row.shape)}")
-    row = row.detach().to("cpu", torch.int64, copy=True)
-    check_range(name, row, vocabulary)
-    return row
+    """(T,) int64 on the CPU. Raises ValueError for all but integers below `vocabulary`."""
+    return torch.tensor(token_ids(name, ids, vocabulary), dtype=torch.int64)
 
 
 def check_range(name: str, ids: Tensor, vocabulary: int | None) -> None:

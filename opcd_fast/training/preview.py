@@ -66,12 +66,12 @@ def preview(trainer: Any, count: int) -> list[Pair]:
     return pairs
 
 
-def in_lines(pairs: Sequence[Pair], names: tuple[str, str] = ("base", "base + context")) -> Iterator[str]:
-    """For people. names: of who answers without the context, and with it."""
+def in_lines(pairs: Sequence[Pair]) -> Iterator[str]:
+    """For people."""
     yield f"what the context changes ({len(pairs)} prompts, most probable answers):"
     for pair in pairs:
-        yield from side_by_side(pair.prompt, dict(zip(names, (pair.without, pair.within))))
-        yield f"    KL {pair.kl:.3g} nats per token; {names[0]} begins so with probability {pair.first_token:.2g}"
+        yield from side_by_side(pair.prompt, {"base": pair.without, "base + context": pair.within})
+        yield f"    KL {pair.kl:.3g} nats per token; base begins so with probability {pair.first_token:.2g}"
     yield verdict(pairs)
 
 

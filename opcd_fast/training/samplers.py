@@ -13,7 +13,7 @@ from opcd_fast.data import RenderedPrompt, whole_prompt
 from opcd_fast.errors import InputError
 from opcd_fast.models import SMOLLM2, resolve, seam
 from opcd_fast.rollout import Choice, Completion, Rollout, TransformersRollout
-from opcd_fast.training.engines import Engine, shared_sampler
+from opcd_fast.training.engines import Engine, SharedSampler
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import Teachers
 
@@ -62,8 +62,7 @@ class Samplers:
         self.held_out = local_rollout(config, model, **common) if config.rollout == "replay" else self.student
 
         def reads(other: Any) -> Rollout:
-            sizes: dict[str, Any] = {"max_batch": config.rollout_batch, "sized_for": config.max_new_tokens}
-            return TransformersRollout(other, engine=engine_of(config), merge_adapter=False, **sizes, **common)
+            return _in_process(config, other, merge_adapter=False, **common)
 
         self.first: Any = None if self._pair.reference is None else reads(self._pair.reference)
         shares_base = self._pair.reference_adapter == "disabled"
@@ -100,7 +99,8 @@ class Samplers:
     ) -> list[Completion]:
         if not prompts:  # all answers are another's
             return []
-        shared = shared_sampler(sampler, self._engine)
+        several = self._engine.sharded or self._engine.ranks.world > 1
+        shared: Any = SharedSampler(sampler, self._engine) if several else sampler
         shared.sync(model)
         return shared.generate(prompts, **sampling)
 
@@ -158,24 +158,19 @@ def make_rollout(
     return local_rollout(config, model, dtype=dtype, **common)
 
 
-def engine_of(config: OPCDConfig) -> Any:
-    """Of answers that are drawn in this process."""
-    return "generate" if config.rollout == "generate" else "auto"
-
-
 def local_rollout(config: OPCDConfig, model: Any, **common: Any) -> TransformersRollout:
     """The student in this process, also when the training answers come from elsewhere."""
     file = Path(config.output_dir) / "rollout.json"
-    return TransformersRollout(
-        model,
-        engine=engine_of(config),
-        max_batch=config.rollout_batch,
-        sized_for=config.max_new_tokens,
-        merge_adapter=config.merge_for_rollout,
-        choice=Choice.of_file(file) if config.resume else Choice(file),
-        frozen_base=True,
-        **common,
+    choice = Choice.of_file(file) if config.resume else Choice(file)
+    return _in_process(
+        config, model, merge_adapter=config.merge_for_rollout, choice=choice, frozen_base=True, **common
     )
+
+
+def _in_process(config: OPCDConfig, model: Any, **options: Any) -> TransformersRollout:
+    engine = "generate" if config.rollout == "generate" else "auto"
+    sizes: dict[str, Any] = {"max_batch": config.rollout_batch, "sized_for": config.max_new_tokens}
+    return TransformersRollout(model, engine=engine, **sizes, **options)
 
 
 def _server(config: OPCDConfig, model: Any, folder: Path, longest: int | None, common: dict[str, Any]) -> Rollout:

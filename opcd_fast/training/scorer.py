@@ -58,24 +58,6 @@ def pattern_scorer(pattern: str) -> Scorer:
     return lambda messages, answer, row: float(compiled.search(answer.strip()) is not None)
 
 
-def score_record(
-    scorer: Scorer,
-    messages: Sequence[Sequence[Mapping[str, Any]]],
-    answers: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[str, float]:
-    """Mean score, its standard error, and a 95 % interval (Wilson's where every score is 0 or 1, else normal).
-
-    Raises InputError: the scorer raises, or returns something that is no finite number.
-    """
-    scores = scores_of(scorer, messages, answers, rows)
-    mean, deviation = mean_and_error(scores)
-    low, high = mean - 1.96 * deviation, mean + 1.96 * deviation
-    if set(scores) <= {0.0, 1.0}:
-        low, high = wilson(round(sum(scores)), len(scores))
-    return {"score": mean, "score_error": deviation, "score_low": low, "score_high": high}
-
-
 def scores_of(
     scorer: Scorer,
     messages: Sequence[Sequence[Mapping[str, Any]]],
@@ -85,7 +67,10 @@ def scores_of(
     name: str | None = None,
     share: bool = False,
 ) -> list[float]:
-    """One score for each answer. share: each must be from 0 to 1. Raises InputError as `score_record`."""
+    """One score for each answer. share: each must be from 0 to 1.
+
+    Raises InputError: the scorer raises, or returns something that is no finite number.
+    """
     who = "scorer" if name is None else f"scorer {name!r}"
     scores = []
     for index, (shown, answer, row) in enumerate(zip(messages, answers, rows, strict=True)):
@@ -102,7 +87,7 @@ def scores_of(
 
 
 class HeldOutScore:
-    """A scorer together with the held-out prompts: `score(answers)` gives the numbers of `score_record`.
+    """A scorer together with the held-out prompts.
 
     name: what a continued run compares; a function's module and name.
     """
@@ -110,9 +95,7 @@ class HeldOutScore:
     def __init__(self, scorer: Scorer, name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self.name = name
         self._scorer, self._tokenizer = scorer, tokenizer
-        self._messages = [
-            list(p.messages) if p.messages is not None else [{"role": "user", "content": p.text}] for p in prompts
-        ]
+        self._messages = [list(prompt.chat) for prompt in prompts]
         self._rows = [p.row for p in prompts]
 
     @classmethod
@@ -135,7 +118,13 @@ class HeldOutScore:
         return cls(scorer, f"{kind.__module__}:{kind.__qualname__}", tokenizer, prompts)
 
     def __call__(self, answers: Sequence[Completion]) -> dict[str, float]:
-        return score_record(self._scorer, self._messages, self._texts(answers), self._rows)
+        """Mean score, its standard error, and a 95 % interval (Wilson's where every score is 0 or 1, else normal)."""
+        scores = scores_of(self._scorer, self._messages, self._texts(answers), self._rows)
+        mean, deviation = mean_and_error(scores)
+        low, high = mean - 1.96 * deviation, mean + 1.96 * deviation
+        if set(scores) <= {0.0, 1.0}:
+            low, high = wilson(round(sum(scores)), len(scores))
+        return {"score": mean, "score_error": deviation, "score_low": low, "score_high": high}
 
     def shares(self, answers: Sequence[Completion]) -> list[float]:
         """The score of each answer, one to every held-out prompt in order. Raises InputError for one not in 0 .. 1."""

@@ -5,6 +5,7 @@ from tiny import tiny_tokenizer
 
 from opcd_fast.contexts.asking import EXAMPLES, USERS, ask, listed, request
 from opcd_fast.errors import InputError
+from opcd_fast.evaluation import Arm
 from opcd_fast.rollout import Completion
 
 
@@ -66,7 +67,7 @@ def test_rounds_go_on_until_enough_different_prompts_are_there():
     animals = ["otter", "walrus", "badger", "heron", "gecko", "mongoose", "quokka", "ibex", "lynx", "cobra", "flamingo"]
     texts = [numbered(f"{a} {a}?", f"{a.upper()} {a}!", EXAMPLES[0][2][0]) for a in animals]
     rollout = Written(tokenizer, texts)
-    found = ask(rollout, tokenizer, "ctx", 10, seed=3)
+    found = ask(Arm(tokenizer, rollout.generate), "ctx", 10, seed=3)
     # Neither repeated nor taken from the examples; 10 of the 12, without the sixth and the last.
     assert [c.text for c in found] == [f"{a} {a}?" for a in (*animals[:5], *animals[6:])]
     assert len(rollout.calls) == 2
@@ -74,15 +75,15 @@ def test_rounds_go_on_until_enough_different_prompts_are_there():
     assert settings["seed"] != later["seed"] and len({tuple(p) for p in (*first, *second)}) == len(USERS)
     assert "request 11" in found[9].source and USERS[0] in found[9].source
     assert len({c.conversation for c in found}) == 10
-    again = ask(Written(tokenizer, texts), tokenizer, "ctx", 10, seed=3)
+    again = ask(Arm(tokenizer, Written(tokenizer, texts).generate), "ctx", 10, seed=3)
     assert [c.source for c in again] == [c.source for c in found]
 
 
 def test_a_model_that_repeats_itself_ends_and_one_that_writes_no_list_is_named():
     tokenizer = tiny_tokenizer()
     rollout = Written(tokenizer, [])
-    assert len(ask(rollout, tokenizer, "ctx", 100)) == 1 and len(rollout.calls) < 20
+    assert len(ask(Arm(tokenizer, rollout.generate), "ctx", 100)) == 1 and len(rollout.calls) < 20
     with pytest.raises(InputError, match="no list of messages"):
-        ask(Written(tokenizer, ["?"] * 99, True), tokenizer, "ctx", 1)
+        ask(Arm(tokenizer, Written(tokenizer, ["?"] * 99, True).generate), "ctx", 1)
     with pytest.raises(InputError, match="chat template"):
-        ask(rollout, tiny_tokenizer(template=None), "ctx", 1)
+        ask(Arm(tiny_tokenizer(template=None), rollout.generate), "ctx", 1)

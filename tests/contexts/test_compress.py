@@ -11,6 +11,7 @@ from opcd_fast.contexts import Candidate, Ranked, cut_candidates, parts_that_mat
 from opcd_fast.contexts.compression import with_front
 from opcd_fast.data import read_prompts, teacher_ids
 from opcd_fast.errors import InputError
+from opcd_fast.evaluation import Arm
 from opcd_fast.rollout import Completion, TransformersRollout
 from opcd_fast.runtime import stream_seed
 
@@ -69,7 +70,7 @@ def test_the_ranking_is_the_kl_of_plain_forward_passes(model, adapter):
     candidates = [*cut_candidates(full), Candidate("be brief and kind", "mine")]
     temperature = 0.8
     ranked = rank(
-        model, tokenizer, full, candidates, prompts, rollout,
+        model, Arm(tokenizer, rollout.generate), full, candidates, prompts,
         max_new_tokens=5, temperature=temperature, answers_per_prompt=2, micro_batch_tokens=40,
     )  # fmt: skip
     assert {str(one.candidate.context) for one in ranked} == {"", full, *(str(c.context) for c in candidates)}
@@ -79,7 +80,7 @@ def test_the_ranking_is_the_kl_of_plain_forward_passes(model, adapter):
     assert abs(whole.kl) < 1e-6 and whole.top1_agreement == 1.0
     assert all(one.kl > 1e-5 for one in ranked if one is not whole)
     with pytest.raises(InputError, match="at least two"):
-        rank(model, tokenizer, full, [], prompts[:1], rollout, max_new_tokens=2)
+        rank(model, Arm(tokenizer, rollout.generate), full, [], prompts[:1], max_new_tokens=2)
 
     double = [prompt for prompt in prompts for _ in range(2)]
     drawn = rollout.generate(
@@ -113,7 +114,7 @@ def test_the_interval_is_one_over_prompts(model):
             return [Completion((5, 6, 7), None, True) for _ in rows]
 
     once, often = (
-        rank(model, tokenizer, full, [], prompts, Fixed(), max_new_tokens=3, answers_per_prompt=count)[0]
+        rank(model, Arm(tokenizer, Fixed().generate), full, [], prompts, max_new_tokens=3, answers_per_prompt=count)[0]
         for count in (1, 9)
     )
     assert once.kl == pytest.approx(often.kl) and once.high - once.low == pytest.approx(often.high - often.low)

@@ -22,6 +22,7 @@ from opcd_fast.contexts import (
 from opcd_fast.contexts.lessons import HEAD, as_notes, ask_for_lessons, lessons_in
 from opcd_fast.data.tasks import SPLITS, Played, Questions, Turn, load_task
 from opcd_fast.errors import InputError
+from opcd_fast.evaluation import Arm
 from opcd_fast.rollout import Completion
 
 TOKENIZER = tiny_tokenizer()
@@ -34,16 +35,16 @@ def scripted(answer):
         def __init__(self):
             self.asked, self.seeds = [], []  # texts of prompts, a list a batch
 
-        def generate(self, prompts, seed, **_):
+        def __call__(self, prompts, seed, **_):
             self.seeds.append(seed)
             self.asked.append([TOKENIZER.decode(prompt) for prompt in prompts])
             return [Completion(tuple(TOKENIZER(answer(text)).input_ids), None, True) for text in self.asked[-1]]
 
-    return Player(Scripted(), TOKENIZER, 8, 0.7)
+    return Player(Arm(TOKENIZER, Scripted()), {"max_new_tokens": 8, "temperature": 0.7})
 
 
 def lessons_asked(player):
-    return [text for batch in player.rollout.asked for text in batch if "Write down" in text]
+    return [text for batch in player.arm.generate.asked for text in batch if "Write down" in text]
 
 
 def number_in(text):
@@ -168,7 +169,7 @@ def test_merged_notes_are_what_the_model_wrote_or_stay(tmp_path):
     options = {"max_tokens": 5000, "candidates": 1}
     assert accumulate(folder, TOKENIZER, **options, merge=merging)["notes_000.txt"]["merged"] is True
     assert lessons_of_notes(folder.candidates()["notes_000.txt"]) == ["one for all"]
-    assert "lesson about" in merging.rollout.asked[0][0]
+    assert "lesson about" in merging.arm.generate.asked[0][0]
     useless = accumulate(folder, TOKENIZER, **options, merge=scripted(lambda text: "no"))
     assert useless["notes_000.txt"]["merged"] is False and useless["notes_000.txt"]["lessons"] > 1
 
@@ -189,7 +190,7 @@ def test_select_takes_the_notes_that_help_and_never_the_problems_of_the_lessons(
         "": 0.0, "notes_000.txt": 0.0, "notes_001.txt": 1.0, "notes_002.txt": 1.0,
     }  # fmt: skip
     assert folder.best.read_text() == as_notes(["magic"])
-    asked = {number_in(text) for batch in player.rollout.asked for text in batch}
+    asked = {number_in(text) for batch in player.arm.generate.asked for text in batch}
     for split in SPLITS:
         of_split = {number_in(episode.messages()[0]["content"]) for episode in task.episodes(split, 120)}
         assert split == "selection" or not asked & of_split
@@ -218,8 +219,9 @@ def test_play_shows_the_context_and_asks_only_those_that_go_on():
     player = scripted(lambda text: "x")
     task = SimpleNamespace(max_turns=4)
     played = player.play(task, [Counting(1), Counting(3), Counting(9)], 0, context="remember")
-    assert [len(batch) for batch in player.rollout.asked] == [3, 2, 2, 1] and len(set(player.rollout.seeds)) == 4
-    assert all("remember" in prompt for batch in player.rollout.asked for prompt in batch)
+    told = player.arm.generate
+    assert [len(batch) for batch in told.asked] == [3, 2, 2, 1] and len(set(told.seeds)) == 4
+    assert all("remember" in prompt for batch in told.asked for prompt in batch)
     assert [one.score for one in played] == [1.0, 1.0, 0.0] and [len(one.turns) for one in played] == [1, 3, 4]
 
 

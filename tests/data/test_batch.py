@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from opcd_fast import InputError
 from opcd_fast.data import Sample, micro_batches, pack, total_weight
 
 
@@ -68,11 +69,18 @@ def test_another_normalize_is_refused(count):
 def test_tensors_are_packed_as_lists_are(share_prompts):
     lists = [Sample([1, 2], [3], 0, [4, 5], [-0.5, -1.5]), Sample([1, 2], [3], 0, [6], [-0.25])]
     tensors = [
-        Sample(**{name: torch.tensor(v) if isinstance(v, list) else v for name, v in vars(sample).items()})
+        Sample(**{name: torch.tensor(v) if isinstance(v, list | tuple) else v for name, v in vars(sample).items()})
         for sample in lists
     ]
     for found, wanted in zip(*(vars(pack(s, share_prompts=share_prompts)).values() for s in (tensors, lists))):
         assert (found is None and wanted is None) or torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["student_prompt", "teacher_prompt", "response"])
+@pytest.mark.parametrize("wrong", [[3.7], torch.tensor([3.7]), [True], "text", [-1], None])
+def test_what_are_no_token_ids_is_refused(name, wrong):
+    with pytest.raises(InputError, match=name):
+        Sample(**{"student_prompt": [1], "teacher_prompt": [2], "context_index": 0, "response": [3], name: wrong})
 
 
 def test_micro_batches_keep_order_and_respect_the_bound():

@@ -180,16 +180,16 @@ def test_a_fully_trained_run_and_a_bare_folder(base, run, tmp_path):
 
 def test_the_current_folder_and_a_mounted_one_are_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(lambda: export(run, type(tmp_path)(".")), "exists already")
+    refused(lambda: export(run, type(tmp_path)(".")), "output_dir", "inside of it")
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
-    refused(lambda: export(run, tmp_path / "mounted"), "exists already")
+    refused(lambda: export(run, tmp_path / "mounted"), "output_dir", "inside of it")
 
 
 def test_nothing_is_overwritten_and_nothing_bad_is_left(run, base, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
     refused(lambda: export(run, tmp_path / "there"), "exists already")
-    refused(lambda: export(run, tmp_path / "there" / "file"), "exists already")
+    refused(lambda: export(run, tmp_path / "there" / "file"), "output_dir", "is a file")
     out = tmp_path / "out"
     refused(lambda: export(tmp_path / "nothing", out), "does not exist")
     refused(lambda: export(tmp_path / "there", out), "no adapter and no model")

@@ -85,12 +85,13 @@ def verl_forward(folder):
     from transformers import LlamaForCausalLM
 
     from opcd_fast.integrations import verl
+    from opcd_fast.integrations.forward import Heads
 
     dist.init_process_group("gloo")
     model, tokenizer = lora_model(), tiny_tokenizer()
     sequences = alone.rows(tokenizer)
     wanted = torch.cat([kl.detach() for kl in alone.response_kl(lora_model(), sequences, 1.0)])
-    teach, head = verl.ContextInFront(tokenizer, alone.CONTEXT), verl.HeadBehind(LlamaForCausalLM.forward)
+    teach, head = verl.ContextInFront(tokenizer, alone.CONTEXT), Heads(LlamaForCausalLM.forward)
     LlamaForCausalLM.forward = verl.with_divergence(alone.fused, teach, head)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.get_base_model().model.layers:

@@ -13,7 +13,7 @@ from opcd_fast.data.tasks import as_user
 from opcd_fast.errors import InputError
 from opcd_fast.loss import LMHead, fused_linear_divergence, resolve_backend, scratch_bytes
 from opcd_fast.models import packed_hidden_states
-from opcd_fast.planning import can_extrapolate, extrapolated
+from opcd_fast.planning import depth_to_extrapolate, extrapolated
 from opcd_fast.planning.rehearsal import Job, job_of, rehearse
 from opcd_fast.training import OPCDConfig, OPCDTrainer
 from opcd_fast.training.answers import read_training_prompts
@@ -354,7 +354,7 @@ def test_shallow_rehearsals_tell_of_deep_models():
     config = OPCDConfig(batch_size=4, max_new_tokens=16, lora_rank=4, rollout_batch=4, merge_for_rollout=False)
     deep = tiny_model(**{**SIZES, "num_hidden_layers": 14}).config
     options = {"device": "cuda", "dtype": torch.bfloat16, "backend": "triton"}
-    assert can_extrapolate(deep, None) and not can_extrapolate(tiny_model(**SIZES).config, None)
+    assert depth_to_extrapolate(deep, None) == 14 and depth_to_extrapolate(tiny_model(**SIZES).config, None) is None
     told = extrapolated(lambda layers: rehearse(config, SMALL, deep, **options, layers=layers), 14)
     whole = rehearse(config, SMALL, deep, **options)
     for phase, peak in whole.peaks.items():

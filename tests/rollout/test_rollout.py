@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 from tiny import logprobs_by_hand, lora_model, prefixed, tiny_model
-from transformers import DynamicCache
+from transformers import BatchEncoding, DynamicCache
 
 from opcd_fast.errors import InputError
 from opcd_fast.models import seam
@@ -89,7 +89,7 @@ def test_models_that_decode_cannot_run_are_generated(name):
     engine = sampler(model, stop_token_ids=[2])
     assert "engine: generate (decode cannot run this model" in engine.explain()
     with pytest.raises(InputError, match="engine='decode' cannot run"):
-        sampler(model, engine="decode")
+        sampler(model, stop_token_ids=[2], engine="decode")
     prompts = [row.tolist() for row in tiny_models.random_ids(12, 5)]
     assert_drawn_by(model, prompts, engine.generate(prompts, max_new_tokens=6, seed=1), tolerance=1e-3)
 
@@ -188,13 +188,16 @@ def test_neither_gradient_checkpointing_nor_a_config_takes_the_cache_away():
         ({"temperature": None}, "temperature=None"), ({"temperature": 1e-40}, "temperature=1e-40"),
         ({"seed": None}, "seed=None"), ({"top_p": None}, "top_p=None"),
         ({"top_p": 0.0}, "top_p=0.0"), ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
-        ({"prompts": ["hello"]}, "is text"), ({"prompts": [[-1]]}, "token ids start at 0"),
+        ({"prompts": ["hello"]}, "is text"), ({"prompts": [[-1]]}, r"prompts\[0\].*-1"),
         ({"prompts": [3, 4]}, r"prompts\[0\]"), ({"prompts": torch.tensor([3, 4])}, r"prompts\[0\]"),
         ({"prompts": [[1], [3.7, 4.2]]}, r"prompts\[1\]"), ({"prompts": [[1], [3, 261]]}, r"prompts\[1\].*261"),
         ({"engine": "vllm"}, "engine"), ({"max_batch": 0}, "max_batch"), ({"merge_adapter": True}, "merge_adapter"),
         ({"stop_token_ids": []}, "stop_token_ids is empty"), ({"stop_token_ids": 0}, "stop_token_ids.*got 0"),
         ({"stop_token_ids": [None]}, "stop_token_ids"), ({"stop_token_ids": ["</s>"]}, "stop_token_ids"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"stop_token_ids": [256, 261]}, "stop_token_ids.* 261.*261"),
+        ({"prompts": None}, "prompts.*input_ids"), ({"prompts": {"input_ids": PROMPTS}}, "prompts.*input_ids"),
+        ({"prompts": BatchEncoding({"input_ids": PROMPTS})}, "prompts is a BatchEncoding.*input_ids"),
+        ({"prompts": [BatchEncoding({"input_ids": [3]})]}, r"prompts\[0\] is a BatchEncoding.*input_ids"),
     ],
 )  # fmt: skip
 def test_requests_and_settings_that_cannot_work(change, message):

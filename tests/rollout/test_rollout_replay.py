@@ -85,7 +85,7 @@ def test_a_missing_prompt_is_named(tmp_path):
         ({"prompt_ids": [], "response_ids": [1]}, "prompt_ids"), ({"prompt_ids": [1]}, "response_ids"),
         ({"prompt_ids": [1], "response_ids": [1.5]}, "response_ids"),
         ({"prompt_ids": [1], "response_ids": [True]}, "response_ids"),
-        ({"prompt_ids": [1], "response_ids": [300]}, "token 300"),
+        ({"prompt_ids": [1], "response_ids": [300]}, "response_ids holds the id 300"),
         ({"prompt_ids": [1], "response_ids": [2], "logprobs": []}, "logprobs"),
         ({"prompt_ids": [1], "response_ids": [2], "logprobs": [True]}, "logprobs"),
     ],

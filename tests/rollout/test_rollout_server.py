@@ -215,7 +215,7 @@ def test_a_slow_answer_is_given_up_and_asked_again(server, fault):
         ("302", "redirects to http://elsewhere/; give that address as rollout_url"),
         ("text", "no token ids"),
         ("text tokens", "no token ids"),
-        ("text ids", "are not whole numbers"),
+        ("text ids", "token_ids must be token ids"),
         ("no choices", "not a completion"),
         ("no logprobs", "no log-probability"),
         ("bos", "the server read 4 prompt tokens, 3 were sent"),

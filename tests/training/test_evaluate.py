@@ -20,7 +20,7 @@ from opcd_fast.teacher import ContextTeacher
 from opcd_fast.training.monitoring import health
 from opcd_fast.training.monitoring.health import warning_before_training, warnings_of
 from opcd_fast.training.run.best import best_step, evaluations_without_gain, stops_early
-from opcd_fast.training.scorer import HeldOutScore, load_scorer, score_record
+from opcd_fast.training.scorer import HeldOutScore, load_scorer
 from opcd_fast.training.settings import OPCDConfig
 from opcd_fast.training.step import context_kl, divergence
 
@@ -110,7 +110,9 @@ def test_a_model_that_thinks_is_warned_of(tmp_path, caplog, ending, settings, wa
 
 def record(scores):
     values = iter(scores)
-    return score_record(lambda *_: next(values), [[]] * 4, ["a"] * 4, [{}] * 4)
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "a")
+    score = HeldOutScore(lambda *_: next(values), "mine", tokenizer, read_prompts(["x"] * 4))
+    return score([SimpleNamespace(token_ids=(1,))] * 4)
 
 
 def test_mean_and_interval():

@@ -62,5 +62,5 @@ def test_an_older_run_that_used_it_is_refused(older, capsys):
         # Taking it out of the file does not change what the run began with.
         (run / "config.json").write_text(without)
         if name != "prefix_store":
-            with pytest.raises(InputError, match=f"{name} differs.*another output_dir"):
+            with pytest.raises(InputError, match=f"{name}={value!r}.*another output_dir"):
                 make_run(base, run, steps=3, eval_every=2, resume=True)

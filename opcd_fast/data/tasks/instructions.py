@@ -20,10 +20,6 @@ SUBJECTS = (
 )  # fmt: skip
 
 
-def _sentences(text: str) -> int:
-    return len(re.findall(r"[.!?]+(?:\s|$)", text.strip()))
-
-
 def _bullets(text: str) -> int:
     return sum(line.lstrip().startswith(("- ", "* ")) for line in text.splitlines())
 
@@ -43,20 +39,16 @@ RULES: tuple[Rule, ...] = (
     ("Write in lower case letters only.", lambda text: bool(text.strip()) and text == text.lower()),
     ("Write in capital letters only.", lambda text: bool(text.strip()) and text == text.upper()),
     ("Do not use any comma.", lambda text: bool(text.strip()) and "," not in text),
-    ("Answer in exactly two sentences.", lambda text: _sentences(text) == 2),
+    ("Answer in exactly two sentences.", lambda text: len(re.findall(r"[.!?]+(?:\s|$)", text.strip())) == 2),
     ("Answer in at most 15 words.", lambda text: 0 < len(text.split()) <= 15),
     ("Use exactly three bullet points, each on a line that begins with `- `.", lambda text: _bullets(text) == 3),
     ("End with the words `That is all.`", lambda text: text.strip().endswith("That is all.")),
     ("Begin with the word `Well`.", lambda text: text.strip().lower().startswith("well")),
     ('Answer with a JSON object that has the single key "text".', lambda text: _is_json_with(text, "text")),
-    ("Put your whole answer in double quotation marks.", lambda text: _in_quotes(text.strip())),
+    ("Put your whole answer in double quotation marks.", lambda text: bool(re.fullmatch(r'"[^"]+"', text.strip()))),
     ("Do not use the letter `z` anywhere.", lambda text: bool(text.strip()) and "z" not in text.lower()),
     ("Use the word `river` at least twice.", lambda text: len(re.findall(r"(?i)\briver\b", text)) >= 2),
 )
-
-
-def _in_quotes(text: str) -> bool:
-    return len(text) > 2 and text[0] == '"' and text[-1] == '"' and '"' not in text[1:-1]
 
 
 def instructions() -> Questions:

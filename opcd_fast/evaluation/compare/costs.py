@@ -15,7 +15,7 @@ from opcd_fast.evaluation.compare.measurement import Yardstick, loss_options, wi
 from opcd_fast.models import virtual_tokens
 from opcd_fast.runtime import stream_seed
 from opcd_fast.training import OPCDTrainer
-from opcd_fast.training.step import check_prompt_length, divergence, samples_of
+from opcd_fast.training.step import check_prompt_length, divergence, samples_of, teacher_hidden_states
 
 Told = Callable[[str], None]
 NOT_MEASURED: dict[str, Any] = {
@@ -70,9 +70,7 @@ class Unrelated:
         hidden: tuple[list[Any], list[Any]] = ([], [])
         for some in micro_batches(samples, yardstick.micro_batch_tokens):
             batch = pack(some).to(trainer.device)
-            hidden[0].append(self.taught.hidden_states_packed(
-                batch.teacher_ids, batch.teacher_cu_seqlens,
-                context_index=batch.context_index, select=batch.response_index_teacher))  # fmt: skip
+            hidden[0].append(teacher_hidden_states(self.taught, batch))
             hidden[1].append(self._base.hidden_states_packed(
                 batch.student_ids, batch.student_cu_seqlens, select=batch.response_index_student))  # fmt: skip
         dtype, lengths = trainer.parts.compute_dtype, [len(sample.response) for sample in samples]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opcd_fast.data import Prompt, RenderedPrompt, Sample, whole_prompt
+from opcd_fast.data import Prompt, Sample
 from opcd_fast.errors import InputError
 from opcd_fast.evaluation import Abilities
 from opcd_fast.runtime import digest, stream_seed, write_text
@@ -108,11 +108,7 @@ def fixed_answers(trainer: OPCDTrainer, yardstick: Yardstick, folder: Path) -> t
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         return [Sample(**row) for row in kept["samples"]], kept["found"]
-    rows = list(trainer.held_out_rows) * yardstick.answers
-
-    def write(rows: Sequence[RenderedPrompt], sampling: Any) -> Any:
-        return with_first_weights(trainer, [whole_prompt(row, trainer.prefixes) for row in rows], **sampling)
-
+    rows, write = list(trainer.held_out_rows) * yardstick.answers, trainer.samplers.first_writes
     answers = write(rows, {**yardstick.sampling, "seed": stream_seed(0, "compare fixed", 0)})
     samples = samples_of(rows, answers)
     found = behaviour_of(yardstick, answers)

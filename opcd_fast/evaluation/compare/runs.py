@@ -186,22 +186,17 @@ def _kept(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     kept = json.loads(path.read_text(encoding="utf-8"))
     before = kept["of"]
     before["settings"] = known_settings(before["settings"], f"output_dir: {str(path)!r}", "use another one")
-    for name in wanted:
-        if name != "settings" and before.get(name) != wanted[name]:
-            raise InputError(_differs(folder, name, before.get(name), wanted[name]))
     plain = json.loads(json.dumps(asdict(OPCDConfig())))  # a setting that came later had its default
+    pairs = [(name, before.get(name), wanted[name]) for name in wanted if name != "settings"]
     for name in wanted["settings"].keys() | before["settings"].keys():
-        old, new = (settings.get(name, plain.get(name)) for settings in (before["settings"], wanted["settings"]))
+        pairs.append((name, *(of["settings"].get(name, plain.get(name)) for of in (before, wanted))))
+    for name, old, new in pairs:
         if old != new:
-            raise InputError(_differs(folder, name, old, new))
+            raise InputError(
+                f"output_dir: {str(folder)!r} holds results with {name} = {old!r:.80}, now it is {new!r:.80}; use the "
+                "same, or another output_dir"
+            )
     return kept["found"]
-
-
-def _differs(folder: Path, name: str, old: Any, new: Any) -> str:
-    return (
-        f"output_dir: {str(folder)!r} holds results with {name} = {old!r:.80}, now it is {new!r:.80}; use the same, "
-        "or another output_dir"
-    )
 
 
 def _keep(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def draw_arms(
 ) -> dict[str, Answers]:
     """Sampled answers of `arms`; a run with another model as teacher has that one in the arm "base + context"."""
     prompts = held_out.prompts
-    messages = [prompt.messages or ({"role": "user", "content": prompt.text or ""},) for prompt in prompts]
+    messages = [prompt.chat for prompt in prompts]
     asked = (held_out.times(messages), held_out.times([prompt.row for prompt in prompts]), held_out.samples)
     drawn = {}
     for arm in arms:

@@ -26,6 +26,7 @@ from opcd_fast.training.run import (
     curve,
     hash_of,
     kept_held_out,
+    question_hash,
     read_record,
     row_of,
     run_settings,
@@ -212,11 +213,8 @@ def _general(run: Path, options: ReportOptions) -> tuple[list[Prompt], int]:
 
 
 def _not_trained_on(run: Path, prompts: Sequence[Prompt]) -> list[Prompt]:
-    def content(prompt: Prompt) -> str:
-        return hash_of(row_of(prompt).get("messages") or prompt.text)
-
-    seen = {content(prompt) for prompt in read_prompts(run / PROMPTS)}
-    return [prompt for prompt in prompts if content(prompt) not in seen]
+    seen = {question_hash(prompt) for prompt in read_prompts(run / PROMPTS)}
+    return [prompt for prompt in prompts if question_hash(prompt) not in seen]
 
 
 def _rendered(

@@ -88,7 +88,7 @@ class Step:
     # ------------------------------------------------------------------------------------------ the teacher
 
     def _reader(self, model: Any, adapter: str) -> ContextTeacher:
-        contexts = [torch.full((tokens,), index % 8) for index, tokens in enumerate(self.job.contexts)]
+        contexts = [[index % 8] * tokens for index, tokens in enumerate(self.job.contexts)]
         masters = any(p.dtype == torch.float32 for p in model.parameters()) and model is self.pair.student
         reader = ContextTeacher(
             model, contexts, path=self.path, adapter=adapter, max_prefix_bytes=self.config.max_prefix_bytes,

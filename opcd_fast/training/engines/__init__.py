@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         ModelPair, fingerprint, is_peft, name_of, refuse_useless_offload, shared_vocabulary, student_and_teacher,
     )  # fmt: skip
     from opcd_fast.training.engines.optimizers import make_optimizer
-    from opcd_fast.training.engines.parallel import make_engine, shared_sampler
+    from opcd_fast.training.engines.parallel import SharedSampler, make_engine
     from opcd_fast.training.engines.ranks import OtherRankError, Ranks
     from opcd_fast.training.engines.retreat import TokenBudget
 

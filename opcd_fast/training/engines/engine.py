@@ -98,7 +98,7 @@ class Engine:
     ) -> tuple[float, list[LossStats], Drift]:
         """What all ranks' shares of a step come to; their gradients too, which are summed in place."""
         self._sum_gradients()
-        return self.ranks.sum(loss), self.ranks.gather_lists(statistics), Drift.total(self.ranks.gather(drift))
+        return sum(self.ranks.gather(loss)), self.ranks.gather_lists(statistics), Drift.total(self.ranks.gather(drift))
 
     # ------------------------------------------------------------------------------------------ teachers
 

@@ -40,11 +40,6 @@ def make_engine(accelerator: Any, ranks: Ranks, pair: ModelPair, config: OPCDCon
     return (FSDP2Engine if sharded else Engine)(accelerator, ranks, pair, optimizer, schedule_of(config))
 
 
-def shared_sampler(sampler: Any, engine: Engine) -> Any:
-    """`sampler` as all ranks use it together."""
-    return SharedSampler(sampler, engine) if engine.sharded or engine.ranks.world > 1 else sampler
-
-
 class SharedSampler:
     """A sampler whose prompts are shared out among the ranks, and whose answers all ranks get.
 

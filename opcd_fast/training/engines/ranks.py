@@ -73,9 +73,6 @@ class Ranks:
             mine = [map_tensors(item, Tensor.cpu) for item in mine]
         return [item for part in self.gather(mine) for item in part]
 
-    def sum(self, value: float) -> float:
-        return sum(self.gather(value))
-
     def first(self, value: T | None) -> T | None:
         """The value of the first rank that has one; None where none has."""
         return next((found for found in self.gather(value) if found is not None), None)

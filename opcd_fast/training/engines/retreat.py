@@ -23,6 +23,7 @@ import torch
 from opcd_fast.data import Sample, count_tokens, micro_batches
 from opcd_fast.errors import InputError
 from opcd_fast.loss import release_workspace
+from opcd_fast.models import first_line
 from opcd_fast.runtime import release_steps
 from opcd_fast.training.engines.ranks import Ranks, Round
 
@@ -106,7 +107,7 @@ def _too_large(what: str, tokens: int, error: BaseException) -> InputError:
     sequence = f"one sequence of {tokens} tokens (student and teacher)" if tokens else "what comes before any sequence"
     return InputError(
         f"{what}: out of memory with {sequence}: set gradient_checkpointing, lora_rank, quantization or a smaller "
-        f"max_new_tokens; `opcd plan` tells what fits ({_detail(error)})"
+        f"max_new_tokens; `opcd plan` tells what fits ({first_line(error):.200})"
     )
 
 
@@ -114,9 +115,5 @@ def _not_repeated(what: str, tokens: int, rank: int, error: BaseException) -> In
     return InputError(
         f"{what}: out of memory on rank {rank} with {tokens} tokens at once; the other ranks wait inside of the same "
         f"pass, where weights are sharded, and it cannot be repeated: go on from the last checkpoint with resume, and "
-        f"micro_batch_tokens={tokens // 2} ({_detail(error)})"
+        f"micro_batch_tokens={tokens // 2} ({first_line(error):.200})"
     )
-
-
-def _detail(error: BaseException) -> str:
-    return f"{(str(error).strip().splitlines() or [type(error).__name__])[0]:.200}"

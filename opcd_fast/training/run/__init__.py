@@ -14,8 +14,8 @@ if TYPE_CHECKING:
         FileHashes, Files, differing, hash_of, template_hash, template_in, tokenizer_files, weight_files,
     )  # fmt: skip
     from opcd_fast.training.run.record import (
-        FILES_SHAPE, HASHES_SHAPE, PROMPTS, RECORD, Origins, held_out_count, kept_held_out, read_record, row_of,
-        write_record,
+        FILES_SHAPE, HASHES_SHAPE, PROMPTS, RECORD, Origins, held_out_count, kept_held_out, question_hash,
+        read_record, row_of, write_record,
     )  # fmt: skip
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -15,8 +15,8 @@ from typing import Any
 from opcd_fast.data import Prompt, read_prompts
 from opcd_fast.errors import InputError
 from opcd_fast.models import Place, base_of_adapter, place_of
-from opcd_fast.training.run.provenance import FileHashes, differing, hash_of, tokenizer_files, weight_files
-from opcd_fast.training.run.record import PROMPTS, Origins, read_record, row_of
+from opcd_fast.training.run.provenance import FileHashes, differing, tokenizer_files, weight_files
+from opcd_fast.training.run.record import PROMPTS, Origins, question_hash, read_record
 from opcd_fast.training.settings import OPCDConfig
 
 
@@ -50,8 +50,8 @@ class Start:
         if share is not None and not 0 < share < 1:
             raise InputError(f"replay={replay} must be a file, or a share above 0 and below 1")
         source, columns = (replay, self.columns) if share is None else (self.run / PROMPTS, {})
-        taken = {_asked(prompt) for prompt in (*prompts, *held_out)}
-        found = [p for p in read_prompts(source, "replay", **columns) if _asked(p) not in taken]
+        taken = {question_hash(prompt) for prompt in (*prompts, *held_out)}
+        found = [p for p in read_prompts(source, "replay", **columns) if question_hash(p) not in taken]
         if share is not None:
             wanted = max(1, round(share / (1 - share) * len(prompts)))
             random.Random(seed).shuffle(found)
@@ -64,7 +64,7 @@ class Start:
         old = self.record["context"]
         if old is None and any(prompt.privileged_context is None for prompt in found):
             raise InputError("replay: the run had no context of its own, so each replayed prompt needs its own")
-        return [p if p.privileged_context is not None else replace(p, privileged_context=old) for p in found]
+        return [replace(prompt, privileged_context=prompt.context_or(old)) for prompt in found]
 
     def described(self, origins: Origins, replayed: int) -> None:
         """Say in the new run's record where it came from."""
@@ -116,7 +116,3 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _asked(prompt: Prompt) -> str:
-    return hash_of(row_of(prompt).get("messages") or prompt.text)

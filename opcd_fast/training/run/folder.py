@@ -21,14 +21,12 @@ from opcd_fast.training.run import checkpoints
 from opcd_fast.training.run.checkpoints import MANIFEST, Saved, list_checkpoints
 from opcd_fast.training.run.curves import read_records, run_settings
 from opcd_fast.training.run.lock import RunLock
-from opcd_fast.training.settings import OPCDConfig, settings_with
+from opcd_fast.training.settings import OPCDConfig, known_settings, settings_with
 
 logger = logging.getLogger("opcd_fast")
 BEST = "best.json"
 ANSWERS: tuple[str, str] = ("answers.jsonl", "answers.json")  # drawn once for the whole run, and what that took
 FIXED = "eval_fixed.json"
-
-
 T = TypeVar("T")
 
 
@@ -91,12 +89,10 @@ class RunFolder:
         shutil.rmtree(self.path / "best", ignore_errors=True)
         self._write_config(config)  # not the collective one: the other ranks are not in here
 
-    @_by_main
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        self._write_config(config)
-
     def _write_config(self, config: Mapping[str, Any]) -> None:
         write_text(self.path / "config.json", json.dumps(dict(config), indent=1) + "\n")
+
+    write_config = _by_main(_write_config)
 
     def close(self) -> None:
         """Others may write there again. Not collective."""
@@ -142,16 +138,16 @@ class RunFolder:
         """
         self._lock.take()
         saved, state, records = self._newest()
-        kept_identity = {**identity(OPCDConfig(), {}), **state["identity"]}  # defaults are what its version did
+        before = {**identity(OPCDConfig(), {}), **state["identity"]}  # defaults are what its version did
         if (self.path / "config.json").exists():
             run_settings(self.path)
-        used = {name for name, value in kept_identity.items() if value and not hasattr(OPCDConfig, name)}
-        for name, value in {**dict.fromkeys(used), **wanted}.items():
-            before = kept_identity.get(name)
-            if before != value:
+        gone = {name: value for name, value in before.items() if name not in wanted}
+        known_settings(gone, f"resume: the run in {str(self.path)!r}", "use another output_dir")
+        for name, value in wanted.items():
+            if before.get(name) != value:
                 raise InputError(
-                    f"resume: {name} differs from the run in {str(self.path)!r} ({before!r} there, {value!r} now); "
-                    "use the same settings or another output_dir"
+                    f"resume: {name} differs from the run in {str(self.path)!r} ({before.get(name)!r} there, {value!r} "
+                    "now); use the same settings or another output_dir"
                 )
         if state["step"] > steps:
             raise InputError(f"resume: the run has made {state['step']} steps already, steps={steps}; give more")
@@ -198,8 +194,7 @@ class RunFolder:
             return None
         try:
             kept = [Sample(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-            ids = [i for one in kept for i in (*one.student_prompt, *one.teacher_prompt, *one.response)]
-            if not ids or not all(type(i) is int for i in ids):
+            if not any(one.response for one in kept):
                 raise TypeError("no token ids in it")
             return kept
         except (OSError, ValueError, TypeError) as error:

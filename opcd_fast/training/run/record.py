@@ -7,6 +7,7 @@ held_out.jsonl   the held-out prompts, which the report measures on
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -92,6 +93,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def question_hash(prompt: Prompt) -> str:
+    """Of what a prompt asks, whatever its context."""
+    return hash_of(row_of(prompt).get("messages") or prompt.text)
+
+
 def row_of(prompt: Prompt) -> dict[str, Any]:
     """A prompt as a row that `read_prompts` reads back."""
     row: dict[str, Any] = {"messages": list(prompt.messages)} if prompt.messages else {"prompt": prompt.text}
@@ -134,8 +140,6 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "peft"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from opcd_fast.errors import InputError
 from opcd_fast.loss import PARAMETERS, check_divergence, unused_parameter
 from opcd_fast.runtime import HIDDEN
-from opcd_fast.training.settings.setting import Rule, settings_of
+from opcd_fast.training.settings.setting import settings_of
 
 if TYPE_CHECKING:
     from opcd_fast.training.settings.config import OPCDConfig
@@ -21,8 +20,10 @@ def check(config: OPCDConfig) -> None:
         if known.rule is not None and value is not None:
             known.rule(field.name, value)
     for field, known in settings_of(type(config)):
-        if getattr(config, field.name) != field.default:
-            _check_needs(config, field.name, known.needs)
+        for other, wanted in known.needs.items() if getattr(config, field.name) != field.default else ():
+            found = getattr(config, other)
+            if not wanted.allows(found):
+                raise InputError(f"{field.name} is set, but {other}={found!r} {wanted} with it, or drop {field.name}")
     _check_divergence(config)
     _check_system(config)
     _check_running(config)
@@ -40,13 +41,6 @@ def goes_with(config: OPCDConfig, name: str) -> bool:
 SECRET = ("rollout_url", "rollout_command")  # may hold passwords and keys
 AUTO = "auto"  # a divergence that is not chosen
 DEFAULT, BEFORE = "gated_kl", "reverse_kl"  # what it is then, and was in earlier versions
-
-
-def _check_needs(config: OPCDConfig, name: str, needs: Mapping[str, Rule]) -> None:
-    for other, wanted in needs.items():
-        found = getattr(config, other)
-        if not wanted.allows(found):
-            raise InputError(f"{name} is set, but {other}={found!r} {wanted} with it, or drop {name}")
 
 
 def _check_divergence(config: OPCDConfig) -> None:

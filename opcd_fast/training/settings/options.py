@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from opcd_fast.data import read_text
 from opcd_fast.errors import InputError
 from opcd_fast.training.settings.setting import settings_of
 
@@ -86,14 +87,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Options from a YAML file, names spelled as in Python (dashes allowed). Raises InputError."""
     import yaml
 
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"config file {str(path)!r} does not exist")
+    text = read_text(Path(path), "config")
     try:
-        text = file.read_text(encoding="utf-8")
         values, written = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         raise InputError(f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:  # an empty file

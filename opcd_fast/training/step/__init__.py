@@ -6,7 +6,9 @@ from opcd_fast.runtime.doors import door
 
 if TYPE_CHECKING:
     from opcd_fast.training.step.evaluate import divergence, samples_of
-    from opcd_fast.training.step.objective import Teacher, answer_nll, context_kl, objective_of
+    from opcd_fast.training.step.objective import (
+        Teacher, answer_nll, context_kl, objective_of, present_head, teacher_hidden_states,
+    )  # fmt: skip
     from opcd_fast.training.step.preflight import (
         Windows, check_context_matters, check_length, check_lengths, check_prompt_length, warn_of_known_prompts,
         warn_of_thinking,

@@ -79,12 +79,7 @@ def context_kl(
     """
     watch = stopwatch or Stopwatch()
     with watch("teacher"):
-        h_t = teacher.hidden_states_packed(
-            batch.teacher_ids,
-            batch.teacher_cu_seqlens,
-            context_index=batch.context_index,
-            select=batch.response_index_teacher,
-        )  # (N, D_t)
+        h_t = teacher_hidden_states(teacher, batch)  # (N, D_t)
     with watch("student"), autocast():
         h_s = student_hidden_states(student, batch)  # (N, D_s)
     with watch("loss"):
@@ -182,6 +177,13 @@ def present_head(head: LMHead | None, student: Any) -> LMHead:
         return LMHead.from_model(student)
     weight, bias = seam.head_weights(student)
     return head if weight is head.weight else replace(head, weight=weight, bias=bias)
+
+
+def teacher_hidden_states(teacher: Teacher, batch: Batch) -> Tensor:
+    return teacher.hidden_states_packed(
+        batch.teacher_ids, batch.teacher_cu_seqlens, context_index=batch.context_index,
+        select=batch.response_index_teacher,
+    )  # fmt: skip
 
 
 def student_hidden_states(student: Any, batch: Batch) -> Tensor:

@@ -85,10 +85,7 @@ class Teachers:
         A run knows when its weights move, so what was read of the contexts is dropped here and no teacher of a run
         looks at its weights.
         """
-        if self.pair.moving is not None:
-            moved = self.pair.moving.follow(step)
-        else:
-            moved = self._moves
+        moved = self._moves if self.pair.moving is None else self.pair.moving.follow(step)
         if moved:
             self.teacher.invalidate()
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "opcd_fast"
 TESTS = ROOT / "tests"
 MOST_FILES = 14
 MOST_LINES_IN_A_FILE = 400  # what can be read in one sitting
-MOST_LINES = 31_770  # package and kernels: what they have; it is to fall, to 27,500
+MOST_LINES = 31_672  # package and kernels: what they have; it is to fall, to 27,500
 # folders of tests that are no room
 BESIDE_ROOMS = {"house", "support", "gpu", "benchmarks", "kernels", "experiments", "fuzz"}
 # Modules of other rooms than its own that a test may import, and why.

@@ -27,8 +27,7 @@ def _loop(session: Session) -> Values:
     """The decoding loop, its masked prefill with shared heads included: it checks itself against plain forward passes
     at its first call, and steps down where they differ."""
     model = random_model(SHAPES["tiny Llama"], torch.bfloat16, session.device)
-    rollout = TransformersRollout(model, stop_token_ids=[0])
-    rollout.stop_token_ids = (-1,)  # every answer is as long as the limit
+    rollout = TransformersRollout(model, stop_token_ids=[2**31 - 1])  # every answer is as long as the limit
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, 200, (length,), generator=draw).tolist() for length in (9, 3, 40, 17)]
     answers = rollout.generate(prompts, max_new_tokens=5)

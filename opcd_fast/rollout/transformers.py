@@ -25,7 +25,7 @@ from opcd_fast.rollout.check import Answers, check_decoding
 from opcd_fast.rollout.choice import Choice
 from opcd_fast.rollout.decoding import decode, refuses_decoding, refuses_holding_once
 from opcd_fast.rollout.protocol import Completion, Request, Sampler, checked_prompts
-from opcd_fast.runtime import KeptSteps, release_steps, token_ids
+from opcd_fast.runtime import KeptSteps, release_steps
 
 ENGINES = ("auto", "decode", "generate")
 TRIAL_TOKENS = 4
@@ -64,7 +64,6 @@ class TransformersRollout(Sampler):
             raise InputError(f"engine={engine!r} is not available; use {' or '.join(map(repr, ENGINES))}")
         if max_batch is not None and max_batch < 1:
             raise InputError(f"max_batch={max_batch} must be at least 1, or None for as many as fit")
-        token_ids("stop_token_ids", self.stop_token_ids, seam.embedding_rows(seam.body_of(model)))
         self.model, self.device = model, next(model.parameters()).device
         free = rollout_memory.free_bytes(self.device)
         make_copy, worth, reason = copy_for_answers(model, dtype, self.device.type, free, frozen_base=frozen_base)

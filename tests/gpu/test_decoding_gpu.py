@@ -48,8 +48,7 @@ def test_every_mechanism(name, replays):
 def test_a_later_call_replays_from_its_first_step_on(replays):
     """Weights that an optimizer changed in place are read anew; those that lie elsewhere are recorded anew."""
     model = lora_model(head_dim=128, num_key_value_heads=4).cuda()
-    rollout = TransformersRollout(model, engine="decode", stop_token_ids=[0])
-    rollout.stop_token_ids = (-1,)  # never
+    rollout = TransformersRollout(model, engine="decode", stop_token_ids=[999])
     for moves, steps in ((False, 38), (False, 39), (True, 38), (False, 39)):
         replays.clear()
         with torch.no_grad():

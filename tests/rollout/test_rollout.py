@@ -89,7 +89,7 @@ def test_models_that_decode_cannot_run_are_generated(name):
     engine = sampler(model, stop_token_ids=[2])
     assert "engine: generate (decode cannot run this model" in engine.explain()
     with pytest.raises(InputError, match="engine='decode' cannot run"):
-        sampler(model, stop_token_ids=[2], engine="decode")
+        sampler(model, engine="decode")
     prompts = [row.tolist() for row in tiny_models.random_ids(12, 5)]
     assert_drawn_by(model, prompts, engine.generate(prompts, max_new_tokens=6, seed=1), tolerance=1e-3)
 
@@ -194,7 +194,7 @@ def test_neither_gradient_checkpointing_nor_a_config_takes_the_cache_away():
         ({"engine": "vllm"}, "engine"), ({"max_batch": 0}, "max_batch"), ({"merge_adapter": True}, "merge_adapter"),
         ({"stop_token_ids": []}, "stop_token_ids is empty"), ({"stop_token_ids": 0}, "stop_token_ids.*got 0"),
         ({"stop_token_ids": [None]}, "stop_token_ids"), ({"stop_token_ids": ["</s>"]}, "stop_token_ids"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"stop_token_ids": [256, 261]}, "stop_token_ids.* 261.*261"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"prompts": None}, "prompts.*input_ids"), ({"prompts": {"input_ids": PROMPTS}}, "prompts.*input_ids"),
         ({"prompts": BatchEncoding({"input_ids": PROMPTS})}, "prompts is a BatchEncoding.*input_ids"),
         ({"prompts": [BatchEncoding({"input_ids": [3]})]}, r"prompts\[0\] is a BatchEncoding.*input_ids"),

@@ -142,11 +142,11 @@ def trained_weights(name: str) -> str:
     return str(Path(name) / "final")
 
 
-def arm_of(model: Any, tokenizer: Any, max_batch: int = 64) -> Any:
-    """`model` as it answers chats, see `sampler`."""
+def arm_of(model: Any, tokenizer: Any, max_batch: int = 64, **options: Any) -> Any:
+    """`model` as it answers chats. options: of `TransformersRollout`."""
     from opcd_fast.evaluation import Arm
 
-    return Arm(tokenizer, sampler(model, tokenizer, max_batch).generate, window=window_of(model))
+    return Arm(tokenizer, sampler(model, tokenizer, max_batch, **options).generate, window=window_of(model))
 
 
 def window_of(model: Any) -> int | None:
@@ -157,9 +157,9 @@ def window_of(model: Any) -> int | None:
     return longest and longest - virtual_tokens(model)
 
 
-def sampler(model: Any, tokenizer: Any, max_batch: int = 64, stop_tokens: Sequence[str] = ()) -> Any:
+def sampler(model: Any, tokenizer: Any, max_batch: int = 64, stop_tokens: Sequence[str] = (), **options: Any) -> Any:
     """Answers of `model`, which stays as it is, `max_batch` sequences at once; `stop_tokens` end them as well."""
     from opcd_fast.rollout import TransformersRollout, stop_token_ids
 
     stop_ids = stop_token_ids(tokenizer, model, stop_tokens)
-    return TransformersRollout(model, stop_token_ids=stop_ids, max_batch=max_batch, frozen_base=True)
+    return TransformersRollout(model, stop_token_ids=stop_ids, max_batch=max_batch, frozen_base=True, **options)

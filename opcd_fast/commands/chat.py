@@ -45,7 +45,8 @@ def run(arguments: list[str]) -> int:
     name = trained_weights(command.model)
     tokenizer = load_tokenizer(name, command.trust_remote_code)
     model = load_model(name, **command.place())
-    arm = arm_of(model, tokenizer, 1)
+    # Two speakers switch the adapter at every turn: a merged copy would be made anew each time.
+    arm = arm_of(model, tokenizer, 1, merge_adapter=None if context is None else False)
     speakers: dict[str, tuple[Any, Any]] = {"student": (arm, nullcontext)}
     if context is not None:
         if not hasattr(model, "peft_config"):

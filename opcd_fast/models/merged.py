@@ -58,7 +58,7 @@ class MergedCopy:
             plain = self.model.get_submodule(name)
             weight = plain.weight.detach()
             if on_cpu and BlockedLinear.takes(weight.dtype):
-                blocked = BlockedLinear(plain)
+                blocked = BlockedLinear(plain.bias)  # without weights until `refresh`
                 self.model.set_submodule(name, blocked)
                 self._pairs.append((layer, weight.dtype, blocked.load))
             else:
@@ -67,7 +67,9 @@ class MergedCopy:
         head = self.model.get_output_embeddings()
         # Not adapted, but read at every token.
         if isinstance(head, nn.Linear) and on_cpu and BlockedLinear.takes(head.weight.dtype):
-            self.model.set_output_embeddings(BlockedLinear(head))
+            blocked = BlockedLinear(head.bias)
+            blocked.load(head.weight)
+            self.model.set_output_embeddings(blocked)
 
     @staticmethod
     def type_of(model: Any) -> torch.dtype | None:

@@ -171,16 +171,14 @@ def _configs(body: nn.Module) -> list[Any]:
     return list({id(one): one for one in found if hasattr(one, "_attn_implementation_internal")}.values())
 
 
-def using_attention(
-    body: nn.Module, function: Callable[..., tuple[Tensor, None]]
-) -> Callable[[], AbstractContextManager[None]]:
+def using_attention(body: nn.Module, function: Callable[..., Any]) -> Callable[[], AbstractContextManager[None]]:
     """Opens blocks in which every attention layer of `body` runs through `function`, as often as it is called: the
     modules, thousands of them, are gone through only once."""
     return partial(_using_attention, _configs(body), function)
 
 
 @contextmanager
-def _using_attention(configs: list[Any], function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+def _using_attention(configs: list[Any], function: Callable[..., Any]) -> Iterator[None]:
     # transformers keeps what was registered last, and with it whatever that holds: a cache of gigabytes, for one.
     outer: Any = AttentionInterface._global_mapping.get(PACKED_ATTENTION, _no_call)
     AttentionInterface.register(PACKED_ATTENTION, function)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not TYPES, reason="this torch has no oneDNN kern
 @pytest.mark.parametrize("shape", [(23,), (1, 23), (5, 23), (2, 3, 23), (0, 23), (65, 1, 23)], ids=str)
 def test_products_are_those_of_the_plain_layer(shape, bias, dtype):
     plain = nn.Linear(23, 37, bias=bias, dtype=dtype).requires_grad_(False)
-    layer, hidden = BlockedLinear(plain), torch.randn(*shape, dtype=dtype)
+    layer, hidden = BlockedLinear(plain.bias), torch.randn(*shape, dtype=dtype)
     hidden = hidden.transpose(0, -2).contiguous().transpose(0, -2) if len(shape) > 2 else hidden
     for weight in (plain.weight.clone(), torch.randn(37, 23).to(dtype)):
         layer.load(weight)

@@ -85,7 +85,7 @@ def test_the_copy_follows_the_base(has_bf16, replaced):
 
 def test_bytes_are_those_that_the_copy_holds(has_bf16):
     model = lora_model(torch.bfloat16)
-    copied = MergedCopy(model).model
+    copied = MergedCopy(model).refresh()
     plain = {p.data_ptr(): p.nbytes for p in copied.parameters()}
     shared = {p.data_ptr() for p in model.parameters()}
     blocks = sum(layer.weight.nbytes for layer in copied.modules() if isinstance(layer, BlockedLinear))
